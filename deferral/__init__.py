@@ -1,0 +1,43 @@
+"""deferral: learning to abstain and to defer to experts.
+
+Price (`error_costs`), train (`deferral.losses`), decide (`decide`), judge (`deferral.metrics`); needs torch and numpy only.
+"""
+
+from deferral.calibration import fit_offsets
+from deferral.costs import error_costs, pick, single_stage_costs, squared_costs
+from deferral.decision import chow_scores, decide, decide_pair, deferral_margin, oracle
+from deferral.intervals import Interval, mean_interval, paired_difference
+from deferral.losses import (
+    Criterion,
+    predictor_rejector_abstention,
+    score_based_abstention,
+    single_stage_deferral,
+    two_stage_abstention,
+    two_stage_deferral,
+)
+from deferral.validation import check_targets
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Criterion",
+    "Interval",
+    "check_targets",
+    "chow_scores",
+    "decide",
+    "decide_pair",
+    "deferral_margin",
+    "error_costs",
+    "fit_offsets",
+    "mean_interval",
+    "oracle",
+    "paired_difference",
+    "pick",
+    "predictor_rejector_abstention",
+    "score_based_abstention",
+    "single_stage_costs",
+    "single_stage_deferral",
+    "squared_costs",
+    "two_stage_abstention",
+    "two_stage_deferral",
+]

@@ -1,0 +1,47 @@
+"""Thresholds fitted on held-out scores.  On real data the natural threshold of a good surrogate may never defer."""
+
+import torch
+from torch import Tensor
+
+from deferral.costs import pick
+from deferral.decision import deferral_margin
+from deferral.validation import action_mask, check_costs, check_scores, require_actions
+
+__all__ = ["fit_offsets"]
+
+
+def fit_offsets(scores: Tensor, costs: Tensor, *, num_own: int = 1, mask: Tensor | None = None) -> Tensor:
+    """Offsets that minimise the mean cost of `decide(scores, offsets)` on these rows, exactly.  (N, A), (N, A) -> (A,)
+
+    The first `num_own` actions (K in the single stage, 1 in two stages) get 0, all experts one common number: who is the best
+    expert stays the scores' choice, whether to defer is fitted.  Use rows that the scores were not trained on.  The threshold
+    lies half way between two rows; among equally cheap ones it takes the one that defers least.  O(N log N).
+    """
+    if scores.dim() != 2 or len(scores) == 0:
+        raise ValueError(f"scores: expected at least one row and shape (N, A), got {tuple(scores.shape)}")
+    require_actions(scores, costs)
+    check_scores(scores)
+    check_costs(costs, ceiling=None, mask=None if mask is None else action_mask(scores, mask))
+    margin = deferral_margin(scores, num_own, mask=mask).double()
+    known = scores if mask is None else scores.where(action_mask(scores, mask), -torch.inf)
+    own = pick(costs, known[..., :num_own].argmax(dim=-1))
+    best_expert = _last_argmax(known[..., num_own:]) + num_own
+    # A row whose experts are all missing keeps the own answer at every threshold.
+    gain = (own - pick(costs, best_expert)).double().where(~margin.isneginf(), 0.0)
+
+    levels, group = torch.unique(margin[~margin.isneginf()], return_inverse=True)
+    offsets = torch.zeros(scores.shape[-1], dtype=torch.float64, device=scores.device)
+    if len(levels) == 0:
+        return offsets.to(scores.dtype)
+    per_level = torch.zeros_like(levels).index_add(0, group, gain[~margin.isneginf()])
+    # saved[i]: what deferring every row at or above the i-th highest level saves; saved[0] is never deferring.
+    saved = torch.cat([levels.new_zeros(1), per_level.flip(0).cumsum(0)])
+    spread = (levels[-1] - levels[0]).clamp(min=1.0)
+    edges = torch.cat([levels[:1] - spread, levels, levels[-1:] + spread])
+    thresholds = ((edges[1:] + edges[:-1]) / 2).flip(0)
+    offsets[num_own:] = -thresholds[saved.argmax()]
+    return offsets.to(scores.dtype if scores.dtype.itemsize >= 4 else torch.float32)
+
+
+def _last_argmax(scores: Tensor) -> Tensor:
+    return scores.shape[-1] - 1 - scores.flip(-1).argmax(dim=-1)

@@ -1,0 +1,125 @@
+"""The `deferral` command: parses and prints, decides nothing."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+try:
+    import click
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+except ModuleNotFoundError as error:
+    sys.exit(f"the command line needs {error.name}: pip install 'deferral[cli]'")
+
+import torch
+
+import deferral
+from deferral.datasets import DataError
+
+__all__ = ["main"]
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(deferral.__version__, prog_name="deferral")
+def commands() -> None:
+    """Systems that know when not to answer: abstain at a known cost, or defer to experts."""
+
+
+@commands.command()
+@click.option("--data", type=click.Choice(["digits", "cifar10"]), default="digits", show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--device", default="cpu", show_default=True, help="A torch device: cpu, cuda, cuda:1, mps.")
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("deferral-demo"),
+    show_default=True,
+    help="Folder for pictures, figures and checkpoints.",
+)
+@click.option("--useless-expert", is_flag=True, help="digits: add an expert D that guesses, and is dear.")
+@click.option(
+    "--root",
+    type=click.Path(path_type=Path),
+    envvar="DEFERRAL_DATA",
+    help="cifar10: the folder that holds cifar-10-batches-py.  [default: $DEFERRAL_DATA]",
+)
+@click.option(
+    "--people",
+    type=click.Path(path_type=Path),
+    help="cifar10: the folder with cifar10n.npz and cifar10h_counts.npy.  [default: ROOT/l2d]",
+)
+def demo(data: str, seed: int, device: str, out: Path, useless_expert: bool, root: Path | None, people: Path | None) -> None:
+    """A model decides what to answer and what to hand to whom, and what that saves.
+
+    digits: handwritten digits and three simulated experts, under a minute.  cifar10: real photographs and real people's
+    answers, some ten minutes; stopped and started again, it continues at the last epoch.
+    """
+    # Imported here: `deferral --help` must not wait for scikit-learn.
+    from deferral.demo import cifar10, digits
+    from deferral.demo.report import draw, save, show
+
+    target = _device(device)
+    out.mkdir(parents=True, exist_ok=True)
+    with _progress() as progress:
+        if data == "digits":
+            # Layers this small are slower on several threads than on one.
+            torch.set_num_threads(1)
+            comparisons = [digits.run(seed, target, progress, useless_expert=useless_expert)]
+        else:
+            if useless_expert:
+                raise click.UsageError("--useless-expert goes with --data digits")
+            if root is None:
+                raise click.UsageError(
+                    "--data cifar10 needs --root, the folder that holds cifar-10-batches-py (or DEFERRAL_DATA)"
+                )
+            checkpoint = out / f"cifar10-seed{seed}.pt"
+            comparisons = cifar10.run(root, people or root / "l2d", seed, target, progress, checkpoint)
+    for comparison in comparisons:
+        show(comparison)
+        files = [*draw(comparison, out), save(comparison, out)]
+        click.echo("\n".join(f"wrote {path}" for path in files) + "\n")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command; errors in arguments and data are printed without a traceback, with a non-zero exit status."""
+    try:
+        commands.main(arguments, prog_name="deferral", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("stopped; the same command continues from the last checkpoint", err=True)
+        sys.exit(130)
+    except (DataError, ImportError, OSError) as error:
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(1)
+
+
+def _progress() -> Progress:
+    columns: tuple[Any, ...] = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    return Progress(*columns, console=Console(stderr=True))
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        available = [
+            "cpu",
+            *(["cuda"] if torch.cuda.is_available() else []),
+            *(["mps"] if torch.backends.mps.is_available() else []),
+        ]
+        raise click.BadParameter(
+            f"{name!r} cannot be used here; expected one of {', '.join(available)}", param_hint="--device"
+        ) from error
+    return device
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""Decide: scores (..., A) become actions (...,).  Ties go to the last tied action, so to abstaining or deferring."""
+
+import torch
+from torch import Tensor
+
+from deferral.numerics import lift
+from deferral.validation import action_mask, require_floating
+
+__all__ = ["chow_scores", "decide", "decide_pair", "deferral_margin", "oracle"]
+
+
+def decide(scores: Tensor, offsets: Tensor | float = 0.0, *, mask: Tensor | None = None) -> Tensor:
+    """argmax_a scores[..., a] + offsets[..., a]; ties go to the last tied action, on every device.  (..., A) -> (...,)
+
+    `offsets` (a number, or one per action, from `deferral.calibration`) is the one knob.  `mask` (bool, True = can be asked)
+    has one column per action or, with fewer columns, belongs to the last ones (the experts).  A score of NaN counts as -inf,
+    so a row of NaN goes to the last action: a broken predictor defers.
+
+    Mao, Mohri, Zhong, "Theoretically Grounded Loss Functions and Algorithms for Score-Based Multi-Class Abstention"
+    (AISTATS 2024), section 2: abstain iff the abstain score is at least every class score.
+    """
+    require_floating("scores", scores)
+    values = lift(scores) + offsets
+    values = values.where(~values.isnan(), -torch.inf)
+    if mask is not None:
+        mask = action_mask(scores, mask)
+        values = values.where(mask, -torch.inf)
+    best = values == values.amax(dim=-1, keepdim=True)
+    if mask is not None:
+        best = best & mask
+    positions = torch.arange(values.shape[-1], device=values.device)
+    return positions.where(best, -1).amax(dim=-1)
+
+
+def decide_pair(scores: Tensor, rejector: Tensor, offset: float = 0.0) -> Tensor:
+    """Predictor-rejector rule: answer argmax of the K class scores iff r > offset, else abstain (action K).
+
+    (..., K), (...,) -> (...,).  r = offset abstains.  Mao, Mohri, Zhong, "Predictor-Rejector Multi-Class Abstention"
+    (ALT 2024), eq. 1.
+    """
+    require_floating("rejector", rejector)
+    if scores.shape[:-1] != rejector.shape:
+        raise ValueError(f"one rejector value per row: scores {tuple(scores.shape)}, rejector {tuple(rejector.shape)}")
+    return decide(scores).where(rejector > offset, scores.shape[-1])
+
+
+def deferral_margin(scores: Tensor, num_own: int, *, mask: Tensor | None = None) -> Tensor:
+    """Best expert score minus best own score; `decide` defers iff it is >= 0.  (..., A) -> (...,)
+
+    `num_own` is K in the single stage and 1 in the two-stage form.
+    """
+    if not 0 < num_own < scores.shape[-1]:
+        raise ValueError(f"num_own: expected 1..{scores.shape[-1] - 1} for scores {tuple(scores.shape)}, got {num_own}")
+    values = lift(scores)
+    if mask is not None:
+        values = values.where(action_mask(scores, mask), -torch.inf)
+    return values[..., num_own:].amax(dim=-1) - values[..., :num_own].amax(dim=-1)
+
+
+def oracle(costs: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """The cheapest action of every row; ties keep the first, the own prediction.  (..., A) -> (...,)"""
+    known = costs if mask is None else costs.where(action_mask(costs, mask), torch.inf)
+    positions = torch.arange(costs.shape[-1], device=costs.device)
+    cheapest = known == known.amin(dim=-1, keepdim=True)
+    return positions.where(cheapest, costs.shape[-1]).amin(dim=-1)
+
+
+def chow_scores(probabilities: Tensor, cost: Tensor | float) -> Tensor:
+    """[p_1 .. p_K, 1 - cost]: `decide` on it abstains iff max p <= 1 - cost (Chow 1970).  (..., K) -> (..., K+1)
+
+    With one expert of expected cost `cost`, the last action asks that expert.
+    """
+    require_floating("probabilities", probabilities)
+    threshold = torch.as_tensor(1 - cost, dtype=probabilities.dtype, device=probabilities.device)
+    return torch.cat([probabilities, threshold.expand(probabilities.shape[:-1]).unsqueeze(-1)], dim=-1)

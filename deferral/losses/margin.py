@@ -1,0 +1,146 @@
+"""Margin functions Phi, and the surrogates built from them over a row of scores: sum, constrained and max.
+
+Every Phi is non-increasing, and Phi(t) / Phi(0) bounds 1[t <= 0] from above.  Everything is in nats: the logistic Phi is
+log(1 + e^-t), so that it meets cross-entropy; the papers divide it by log 2.
+
+Awasthi, Mao, Mohri, Zhong, "Multi-Class H-Consistency Bounds" (NeurIPS 2022).
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deferral.numerics import exp_linear, lift
+from deferral.validation import action_mask, require_actions, require_floating
+
+__all__ = [
+    "Margin",
+    "constrained_losses",
+    "constrained_margin",
+    "exponential",
+    "hinge",
+    "logistic",
+    "max_losses",
+    "max_margin",
+    "rho_hinge",
+    "rho_margin",
+    "sigmoid",
+    "squared_hinge",
+    "sum_losses",
+    "sum_margin",
+]
+
+Margin = Callable[[Tensor], Tensor]
+
+
+def exponential(t: Tensor) -> Tensor:
+    """e^-t, continued linearly for t < -10."""
+    return exp_linear(-lift(t))
+
+
+def logistic(t: Tensor) -> Tensor:
+    """log(1 + e^-t), in nats."""
+    return F.softplus(-lift(t))
+
+
+def hinge(t: Tensor) -> Tensor:
+    """max(0, 1 - t)."""
+    return torch.relu(1 - lift(t))
+
+
+def squared_hinge(t: Tensor) -> Tensor:
+    """max(0, 1 - t)^2."""
+    return torch.relu(1 - lift(t)).square()
+
+
+def rho_margin(t: Tensor, *, rho: float = 1.0) -> Tensor:
+    """min(max(0, 1 - t / rho), 1)."""
+    return (1 - lift(t) / rho).clamp(0.0, 1.0)
+
+
+def rho_hinge(t: Tensor, *, rho: float = 1.0) -> Tensor:
+    """max(0, 1 - t / rho)."""
+    return torch.relu(1 - lift(t) / rho)
+
+
+def sigmoid(t: Tensor) -> Tensor:
+    """2 / (1 + e^t)."""
+    return 2 * torch.sigmoid(-lift(t))
+
+
+def sum_losses(scores: Tensor, *, phi: Margin, mask: Tensor | None = None) -> Tensor:
+    """l(s, k) = sum_{i != k} Phi(s_k - s_i), for every k.  (..., A) -> (..., A), through a table (..., A, A)
+
+    Masked actions leave the sums; their own column is 0.
+    """
+    scores = lift(scores)
+    others = ~torch.eye(scores.shape[-1], dtype=torch.bool, device=scores.device)
+    if mask is not None:
+        mask = action_mask(scores, mask)
+        others = others & mask.unsqueeze(-1) & mask.unsqueeze(-2)
+    differences = scores.unsqueeze(-1) - scores.unsqueeze(-2)
+    # Left-out pairs become Phi(0) before Phi, not after it: a masked score may be anything, infinities included.
+    return phi(differences.where(others, 0.0)).where(others, 0.0).sum(dim=-1)
+
+
+def constrained_losses(scores: Tensor, *, phi: Margin, mask: Tensor | None = None) -> Tensor:
+    """l(s, k) = sum_{i != k} Phi(-s_i) for scores centred to sum_i s_i = 0 within the loss.  (..., A) -> (..., A)"""
+    scores = lift(scores)
+    if mask is None:
+        parts = phi(scores.mean(dim=-1, keepdim=True) - scores)
+    else:
+        mask = action_mask(scores, mask)
+        known = scores.where(mask, 0.0)
+        centre = known.sum(dim=-1, keepdim=True) / mask.sum(dim=-1, keepdim=True).clamp(min=1)
+        parts = phi((centre - known).where(mask, 0.0)).where(mask, 0.0)
+    losses = parts.sum(dim=-1, keepdim=True) - parts
+    return losses if mask is None else losses.where(mask, 0.0)
+
+
+def max_losses(scores: Tensor, *, phi: Margin, mask: Tensor | None = None) -> Tensor:
+    """l(s, k) = Phi(s_k - max_{i != k} s_i), for every k.  (..., A) -> (..., A), at least two actions known in each row"""
+    scores = lift(scores)
+    known = scores if mask is None else scores.masked_fill(~action_mask(scores, mask), -torch.inf)
+    top = known.topk(2, dim=-1)
+    is_best = torch.arange(scores.shape[-1], device=scores.device) == top.indices[..., :1]
+    rival = top.values[..., 1:].where(is_best, top.values[..., :1])
+    margins = scores - rival
+    if mask is None:
+        return phi(margins)
+    mask = action_mask(scores, mask) & ~rival.isneginf()
+    return phi(margins.where(mask, 0.0)).where(mask, 0.0)
+
+
+def sum_margin(scores: Tensor, weights: Tensor, *, phi: Margin = exponential, mask: Tensor | None = None) -> Tensor:
+    """sum_k weights_k * sum_{i != k} Phi(s_k - s_i).  (..., A), (..., A) -> (...,)
+
+    Bayes-consistent for Phi exponential, logistic, squared hinge and rho-margin; not for the hinge.  With the exponential it
+    is `comp_sum` at mu = 0.
+    """
+    return _weighted(scores, weights, mask, sum_losses(scores, phi=phi, mask=mask))
+
+
+def constrained_margin(scores: Tensor, weights: Tensor, *, phi: Margin = exponential, mask: Tensor | None = None) -> Tensor:
+    """sum_k weights_k * sum_{i != k} Phi(-s_i), scores centred.  (..., A), (..., A) -> (...,)
+
+    Bayes-consistent for Phi exponential, hinge, squared hinge and rho-margin (Lee, Lin, Wahba 2004).
+    """
+    return _weighted(scores, weights, mask, constrained_losses(scores, phi=phi, mask=mask))
+
+
+def max_margin(scores: Tensor, weights: Tensor, *, phi: Margin = rho_margin, mask: Tensor | None = None) -> Tensor:
+    """sum_k weights_k * Phi(s_k - max_{i != k} s_i).  (..., A), (..., A) -> (...,)
+
+    Bayes-consistent for the rho-margin; not for the hinge nor the exponential.
+    """
+    return _weighted(scores, weights, mask, max_losses(scores, phi=phi, mask=mask))
+
+
+def _weighted(scores: Tensor, weights: Tensor, mask: Tensor | None, losses: Tensor) -> Tensor:
+    require_floating("scores", scores)
+    require_actions(scores, weights, name="weights")
+    if mask is not None:
+        weights = weights.where(action_mask(scores, mask), 0.0)
+    return (weights * losses).sum(dim=-1)

@@ -1,0 +1,68 @@
+"""Deferral to E experts.  Single stage: K class scores, then E expert scores.  Two stages: own predictor, then E experts.
+
+Mao, Mohri, Zhong, "Principled Approaches for Learning to Defer with Multiple Experts" (ISAIM 2024, arXiv 2310.14774);
+Mao, Mohri, Mohri, Zhong, "Two-Stage Learning to Defer with Multiple Experts" (NeurIPS 2023).
+"""
+
+from torch import Tensor
+
+from deferral.losses.comp_sum import comp_sum, comp_sum_at, comp_sum_losses, log_probabilities
+from deferral.validation import action_mask, require_actions, require_batch, require_floating, require_targets
+
+__all__ = ["single_stage_deferral", "two_stage_deferral"]
+
+
+def single_stage_deferral(
+    scores: Tensor,
+    targets: Tensor,
+    expert_costs: Tensor,
+    *,
+    mu: float = 1.0,
+    ceiling: float = 1.0,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """l_mu(s, y) + sum_j (1 - cost_j) l_mu(s, K+j).  (..., K+E), (...,) or (..., K), (..., E) -> (...,)
+
+    Action k < K answers class k, action K + j asks expert j; experts win ties (`decide`).  Bayes-consistent for every mu in
+    [0, 2] and costs in [0, ceiling].  Costs above 1 (a price on top of an error) need the ceiling that `error_costs` names:
+    all weights are then ceiling - cost, so that every wrong class weighs ceiling - 1, like label smoothing.  `mask` (..., E),
+    True = known: an expert whose answer is missing leaves the row.
+
+    n_e = 1, mu = 1 and cost 1[expert wrong] is Mozannar and Sontag 2020.
+    """
+    require_floating("scores", scores)
+    num_classes = scores.shape[-1] - expert_costs.shape[-1]
+    require_targets(scores, targets, num_classes)
+    require_batch("scores", scores.shape[:-1], "expert_costs", expert_costs.shape[:-1])
+    log_p = log_probabilities(scores, mask)
+    classes = log_p[..., :num_classes]
+    loss = comp_sum_at(classes, targets, mu)
+    if ceiling != 1.0:
+        loss = loss + (ceiling - 1) * comp_sum_losses(classes, mu).sum(dim=-1)
+    experts, weights = log_p[..., num_classes:], ceiling - expert_costs
+    absent = experts.isneginf() & (weights == 0)
+    if mask is not None:
+        absent = absent | ~action_mask(scores, mask)[..., num_classes:]
+    expert_losses = comp_sum_losses(experts.masked_fill(absent, 0.0), mu)
+    return loss + (weights.masked_fill(absent, 0.0) * expert_losses).sum(dim=-1)
+
+
+def two_stage_deferral(
+    scores: Tensor,
+    costs: Tensor,
+    *,
+    mu: float = 1.0,
+    ceiling: float | Tensor = 1.0,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """sum_a (ceiling - cost_a) l_mu(s, a): a router among frozen actions.  (..., A), (..., A) -> (...,)
+
+    Action 0 keeps the own predictor, action j asks expert j; the costs are `error_costs(answers, targets)`, on rows the
+    predictor was not trained on (on its own rows it is never wrong, and the router learns never to defer).  `ceiling` is the
+    largest cost that can occur (1 + the largest price), or the row's sum `costs.sum(-1, keepdim=True)` for the weights of
+    regression.  Bayes-consistent for every mu in [0, 2] where no cost exceeds it; mu = 2 is realizable consistent as well but
+    slow to start.  `mask` (..., E) or (..., A), True = known: a missing action leaves the row.
+    """
+    require_floating("scores", scores)
+    require_actions(scores, costs)
+    return comp_sum(scores, ceiling - costs, mu=mu, mask=mask)

@@ -1,0 +1,133 @@
+"""Abstention with a pair: a predictor h (K class scores) and a rejector r (one number); r > 0 answers.  Both stages.
+
+Mao, Mohri, Zhong, "Predictor-Rejector Multi-Class Abstention: Theoretical Analysis and Algorithms" (ALT 2024,
+arXiv 2310.14772).
+"""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from deferral.losses.comp_sum import comp_sum_at, log_probabilities
+from deferral.losses.margin import Margin, constrained_losses, exponential, logistic, max_losses, rho_hinge, rho_margin
+from deferral.validation import require_batch, require_cost_range, require_floating, require_targets
+
+__all__ = [
+    "constrained_rho_hinge",
+    "double_mae",
+    "mae",
+    "max_rho_margin",
+    "predictor_rejector_abstention",
+    "predictor_rejector_formula",
+    "two_stage_abstention",
+]
+
+PredictorLoss = Callable[[Tensor, Tensor], Tensor]
+
+
+def mae(scores: Tensor, targets: Tensor) -> Tensor:
+    """1 - softmax_y(h), comp-sum at mu = 2.  (..., K), (...,) or (..., K) -> (...,)"""
+    return comp_sum_at(log_probabilities(scores), targets, mu=2.0)
+
+
+def double_mae(scores: Tensor, targets: Tensor) -> Tensor:
+    """2 (1 - softmax_y(h)), which bounds the error from above.  (..., K), (...,) or (..., K) -> (...,)"""
+    return 2 * mae(scores, targets)
+
+
+def max_rho_margin(scores: Tensor, targets: Tensor, *, rho: float = 1.0) -> Tensor:
+    """Phi_rho(h_y - max_{k != y} h_k).  (..., K), (...,) or (..., K) -> (...,)"""
+    return _at(max_losses(scores, phi=lambda t: rho_margin(t, rho=rho)), targets)
+
+
+def constrained_rho_hinge(scores: Tensor, targets: Tensor, *, rho: float = 1.0) -> Tensor:
+    """sum_{k != y} max(0, 1 + h_k / rho), scores centred.  (..., K), (...,) or (..., K) -> (...,)"""
+    return _at(constrained_losses(scores, phi=lambda t: rho_hinge(t, rho=rho)), targets)
+
+
+def predictor_rejector_abstention(
+    scores: Tensor,
+    rejector: Tensor,
+    targets: Tensor,
+    cost: Tensor | float,
+    *,
+    base: PredictorLoss = mae,
+    psi: float | None = None,
+    phi: Margin = exponential,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+) -> Tensor:
+    """l(h, y) Phi(-alpha r) + psi * cost * Phi(beta r): single stage.  (..., K), (...,), (...,), cost -> (...,)
+
+    Answer iff r > 0 (`decide_pair`).  `base` is the l of the predictor: `mae` (the default), `double_mae`, `max_rho_margin` or
+    `constrained_rho_hinge`.  Bayes-consistent iff psi = alpha / beta * m, where the base's optimal conditional loss is
+    m * (1 - max p): m = 1, 2, 1 and K in that order (ALT 2024, Theorem 1 and Corollary 3).  `psi=None` takes the right one.
+    Raises ValueError for another psi, and for a base of which no such m exists, cross-entropy among them.
+
+    `double_mae` is realizable consistent too (Corollary 10).  The gradient of mae carries a factor p_y: start the predictor
+    with some epochs of cross-entropy.
+    """
+    require_targets(scores, targets, scores.shape[-1])
+    require_cost_range(cost)
+    psi = _consistent_psi(base, psi, scores.shape[-1], alpha, beta)
+    return predictor_rejector_formula(base(scores, targets), rejector, psi * cost, phi=phi, alpha=alpha, beta=beta)
+
+
+def predictor_rejector_formula(
+    predictor_loss: Tensor,
+    rejector: Tensor,
+    transformed_cost: Tensor | float,
+    *,
+    phi: Margin = exponential,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+) -> Tensor:
+    """l Phi(-alpha r) + Psi Phi(beta r), with no opinion on whether l and Psi belong together.  (...,) each -> (...,)
+
+    ALT 2024, eq. 3.
+    """
+    require_floating("rejector", rejector)
+    require_batch("predictor_loss", predictor_loss.shape, "rejector", rejector.shape)
+    return predictor_loss * phi(-alpha * rejector) + transformed_cost * phi(beta * rejector)
+
+
+def two_stage_abstention(rejector: Tensor, wrong: Tensor, cost: Tensor | float, *, phi: Margin = logistic) -> Tensor:
+    """wrong * Phi(-r) + cost * Phi(r): the predictor is fixed, r > 0 answers.  (...,), (...,), cost -> (...,)
+
+    `wrong` is 1[argmax h != y], on rows the predictor was not trained on; a surrogate in its place is not consistent.
+    Bayes-consistent for Phi exponential, logistic, hinge, squared hinge and sigmoid, whatever the predictor.
+
+    ALT 2024, eq. 5; with `rejector_of_scores` the second stage of AISTATS 2024.
+    """
+    require_floating("rejector", rejector)
+    require_cost_range(cost)
+    if wrong.shape != rejector.shape:
+        raise ValueError(
+            f"one rejector value per row: rejector {tuple(rejector.shape)}, wrong {tuple(wrong.shape)}; "
+            "a model with one output needs .squeeze(-1)"
+        )
+    return wrong * phi(-rejector) + cost * phi(rejector)
+
+
+def _at(losses: Tensor, targets: Tensor) -> Tensor:
+    if targets.is_floating_point():
+        return (targets * losses).sum(dim=-1)
+    return losses.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+
+
+def _consistent_psi(base: PredictorLoss, psi: float | None, num_classes: int, alpha: float, beta: float) -> float:
+    multiples: dict[object, float] = {mae: 1, double_mae: 2, max_rho_margin: 1, constrained_rho_hinge: num_classes}
+    function = getattr(base, "func", base)  # a functools.partial that fixes rho
+    name = getattr(function, "__name__", repr(function))
+    if function not in multiples:
+        raise ValueError(
+            f"base: {name} is inconsistent with every cost transform here: its optimal conditional loss is not a multiple of "
+            f"1 - max p (for cross-entropy it is the entropy), so r would not abstain where it should; use "
+            f"{', '.join(getattr(f, '__name__', '') for f in multiples)}, or two_stage_abstention with any predictor"
+        )
+    right = multiples[function] * alpha / beta
+    if psi is not None and abs(psi - right) > 1e-9 * right:
+        raise ValueError(
+            f"psi: {name} with alpha={alpha:g}, beta={beta:g} is consistent with psi={right:g} only, got {psi:g}; leave psi out"
+        )
+    return right

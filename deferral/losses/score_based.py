@@ -1,0 +1,39 @@
+"""Abstention with one extra score: K class scores, then the score of abstaining.  Both stages.
+
+Mao, Mohri, Zhong, "Theoretically Grounded Loss Functions and Algorithms for Score-Based Multi-Class Abstention"
+(AISTATS 2024, arXiv 2310.14770).
+"""
+
+from torch import Tensor
+
+from deferral.losses.comp_sum import comp_sum_at, comp_sum_losses, log_probabilities
+from deferral.numerics import lift
+from deferral.validation import require_batch, require_cost_range, require_floating, require_targets
+
+__all__ = ["rejector_of_scores", "score_based_abstention"]
+
+
+def score_based_abstention(scores: Tensor, targets: Tensor, cost: Tensor | float, *, mu: float = 1.0) -> Tensor:
+    """l_mu(s, y) + (1 - cost) l_mu(s, K): single stage.  (..., K+1), (...,) or (..., K) -> (...,)
+
+    Column K is the abstain score: abstain iff it is at least every class score (`decide`).  `cost` in [0, 1] is a number or
+    one per row.  Bayes-consistent for every mu in [0, 2]; mu = 1.7 is Cao et al. 2022's generalised cross-entropy, mu = 1 is
+    Mozannar and Sontag 2020 at constant cost.  At the optimum of mu = 1 the abstain probability is (1 - c) / (2 - c).
+    """
+    require_floating("scores", scores)
+    require_targets(scores, targets, scores.shape[-1] - 1)
+    require_cost_range(cost)
+    if isinstance(cost, Tensor):
+        require_batch("scores", scores.shape[:-1], "cost", cost.shape)
+    log_p = log_probabilities(scores)
+    return comp_sum_at(log_p[..., :-1], targets, mu) + (1 - cost) * comp_sum_losses(log_p[..., -1], mu)
+
+
+def rejector_of_scores(scores: Tensor) -> Tensor:
+    """r = max_k s_k - s_K, the class scores detached; pass it to `two_stage_abstention`.  (..., K+1) -> (...,)
+
+    This is the second stage of the score-based form: the class scores are fixed, the abstain score is learned.
+    """
+    require_floating("scores", scores)
+    scores = lift(scores)
+    return scores[..., :-1].detach().amax(dim=-1) - scores[..., -1]

@@ -1,0 +1,52 @@
+"""Floating-point care in one place: half precision is lifted, exponentials continue linearly."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["KNEE", "exp_linear", "expm1_linear", "lift"]
+
+# e^10 = 2.2e4 fits float16, and rows past it still pull with a constant, finite slope.
+KNEE = 10.0
+
+
+def lift(scores: Tensor) -> Tensor:
+    """float16 and bfloat16 become float32; float32 and float64 stay.
+
+    A gradient past float16's range saturates on its way back: infinity would throw away the whole step for one row.
+    """
+    if scores.dtype == torch.float16:
+        return _LiftFloat16.apply(scores)
+    return scores.float() if scores.dtype == torch.bfloat16 else scores
+
+
+class _LiftFloat16(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(scores: Tensor) -> Tensor:
+        return scores.float()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        largest = torch.finfo(torch.float16).max
+        return gradients[0].clamp(-largest, largest).half()
+
+
+def exp_linear(t: Tensor) -> Tensor:
+    """exp(t) up to the knee, its tangent beyond: finite and with a non-zero slope for every finite t.
+
+    A clamp would have zero gradient exactly on the rows that are most wrong.
+    """
+    return torch.exp(t.clamp(max=KNEE)) + math.exp(KNEE) * torch.relu(t - KNEE)
+
+
+def expm1_linear(t: Tensor) -> Tensor:
+    """exp(t) - 1, accurate near 0, with the same tangent beyond the knee."""
+    return torch.expm1(t.clamp(max=KNEE)) + math.exp(KNEE) * torch.relu(t - KNEE)

@@ -1,0 +1,170 @@
+"""Checks of tensors, with errors that say what was expected, what came and what to do.
+
+`require_*` look at shapes and dtypes only: no synchronisation, so every loss calls them.  `check_*` read values, so they are
+called once per data set, by `Criterion(validate=True)` and by whatever builds cost tables.
+"""
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "action_mask",
+    "check_costs",
+    "check_mask",
+    "check_scores",
+    "check_targets",
+    "require_actions",
+    "require_batch",
+    "require_cost_range",
+    "require_floating",
+    "require_mask",
+    "require_targets",
+]
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(tuple(tensor.shape))
+
+
+def require_floating(name: str, tensor: Tensor) -> None:
+    """TypeError unless the tensor holds real numbers of a floating dtype."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a torch tensor, got {type(tensor).__name__}; convert it with torch.as_tensor")
+    if not tensor.is_floating_point():
+        raise TypeError(
+            f"{name}: expected a floating dtype, got {tensor.dtype}; pass the model's raw scores, not its answers, "
+            f"or convert with {name}.float()"
+        )
+
+
+def require_actions(scores: Tensor, costs: Tensor, *, name: str = "costs") -> None:
+    """ValueError unless there is one cost (or weight) per action and row."""
+    if not isinstance(costs, Tensor):
+        raise TypeError(f"{name}: expected a torch tensor, got {type(costs).__name__}")
+    if scores.dim() == 0 or costs.shape[-1:] != scores.shape[-1:] or costs.dim() > scores.dim():
+        raise ValueError(
+            f"one {name[:-1]} per action: scores {_shape(scores)}, {name} {_shape(costs)}; "
+            "did you leave out the own predictor's column (action 0)?"
+        )
+    require_batch("scores", scores.shape[:-1], name, costs.shape[:-1])
+
+
+def require_batch(name: str, shape: torch.Size, other_name: str, other: torch.Size) -> None:
+    """ValueError unless the second leading shape broadcasts to the first without enlarging it."""
+    fits = len(other) <= len(shape) and all(b in (1, a) for a, b in zip(reversed(shape), reversed(other), strict=False))
+    if not fits:
+        raise ValueError(
+            f"{name} and {other_name} differ in rows: leading dimensions {tuple(shape)} and {tuple(other)}; "
+            "every example needs its own row in both"
+        )
+
+
+def require_targets(scores: Tensor, targets: Tensor, num_classes: int) -> None:
+    """Targets are class indices (...,) of an integer dtype or probabilities (..., K) of a floating dtype."""
+    if not isinstance(targets, Tensor):
+        raise TypeError(f"targets: expected a torch tensor, got {type(targets).__name__}")
+    if num_classes < 1:
+        raise ValueError(
+            f"scores {_shape(scores)} leave {num_classes} columns for classes; the class columns come first, then one "
+            "column per expert (or one for abstaining)"
+        )
+    batch = tuple(scores.shape[:-1])
+    expected = (*batch, num_classes) if targets.is_floating_point() else batch
+    if tuple(targets.shape) != expected:
+        kind = "probabilities (..., K)" if targets.is_floating_point() else "class indices (...,)"
+        raise ValueError(
+            f"targets: expected {kind} of shape {expected} for scores {_shape(scores)}, got {targets.dtype} of shape "
+            f"{_shape(targets)}; integer targets are indices, floating targets are probabilities over the K classes"
+        )
+    if targets.dtype == torch.bool:
+        raise TypeError("targets: expected class indices or probabilities, got bool; use targets.long() for two classes")
+
+
+def require_mask(scores: Tensor, mask: Tensor, *, actions: int, name: str = "mask") -> None:
+    """A mask is bool, True where the answer is known, one column per action (or per expert)."""
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{name}: expected bool (True = known), got {mask.dtype}; convert with {name}.bool()")
+    if mask.shape[-1:] != (actions,):
+        raise ValueError(f"{name}: expected {actions} columns, got shape {_shape(mask)} for scores {_shape(scores)}")
+    require_batch("scores", scores.shape[:-1], name, mask.shape[:-1])
+
+
+def action_mask(scores: Tensor, mask: Tensor) -> Tensor:
+    """A mask over the experts, the last columns, widened by True for the own actions; one over all actions as it is."""
+    own = scores.shape[-1] - mask.shape[-1]
+    if own > 0:
+        mask = torch.cat([torch.ones_like(mask[..., :1]).expand(*mask.shape[:-1], own), mask], dim=-1)
+    require_mask(scores, mask, actions=scores.shape[-1])
+    return mask
+
+
+def require_cost_range(cost: Tensor | float) -> None:
+    """ValueError for a cost of abstention given as a number outside [0, 1]; tensors are checked by `check_costs`."""
+    if not isinstance(cost, Tensor) and not 0.0 <= cost <= 1.0:
+        raise ValueError(
+            f"cost: expected a number in [0, 1], in units of one error, got {cost}; abstaining at a cost above 1 is never "
+            "better than a wrong answer"
+        )
+
+
+def check_scores(scores: Tensor, *, name: str = "scores") -> None:
+    """Floating, and free of NaN and +inf (-inf marks an action that cannot be taken).  Reads the values."""
+    require_floating(name, scores)
+    bad = scores.isnan() | (scores == torch.inf)
+    if bool(bad.any()):
+        first = bad.nonzero()[0].tolist()
+        raise ValueError(
+            f"{name}: expected finite numbers, got {scores[tuple(first)].item()} at index {first} and {int(bad.sum()) - 1} "
+            "more; the model has diverged (lower the learning rate) or its input holds NaN"
+        )
+
+
+def check_targets(targets: Tensor, num_classes: int) -> None:
+    """Indices in 0..K-1, or probabilities (..., K) that are non-negative and sum to 1.  Once per data set; reads the values."""
+    if targets.is_floating_point():
+        if targets.shape[-1] != num_classes:
+            raise ValueError(f"targets: expected probabilities over {num_classes} classes, got shape {_shape(targets)}")
+        sums = targets.sum(-1)
+        if bool((targets < 0).any()) or not torch.allclose(sums, torch.ones_like(sums), atol=1e-3):
+            raise ValueError(
+                "targets: expected non-negative probabilities that sum to 1 over the last axis; integer labels must have "
+                "an integer dtype (targets.long())"
+            )
+        return
+    bad = (targets < 0) | (targets >= num_classes)
+    if bool(bad.any()):
+        first = bad.nonzero()[0].tolist()
+        raise ValueError(
+            f"targets: expected class indices in 0..{num_classes - 1}, got {targets[tuple(first)].item()} at index {first} "
+            f"and {int(bad.sum()) - 1} more; are the labels counted from 1, or is num_classes too small?"
+        )
+
+
+def check_costs(costs: Tensor, *, ceiling: float | None = 1.0, mask: Tensor | None = None, name: str = "costs") -> None:
+    """Known costs are numbers in [0, ceiling]; `ceiling=None` leaves the upper end open.  Reads the values."""
+    require_floating(name, costs)
+    known = costs if mask is None else costs[mask.expand_as(costs)]
+    if known.numel() == 0:
+        return
+    if bool(known.isnan().any()):
+        raise ValueError(
+            f"{name}: expected numbers, got NaN in {int(known.isnan().sum())} places; mark missing answers in a mask "
+            "(error_costs(..., missing=-1) makes one)"
+        )
+    low, high = float(known.min()), float(known.max())
+    if low < 0:
+        raise ValueError(f"{name}: expected non-negative costs in units of one error, got {low:g}")
+    # One part in 10^5: a float32 sum of error and price may lie above its own ceiling by a rounding.
+    if ceiling is not None and high > ceiling * (1 + 1e-5):
+        raise ValueError(
+            f"{name}: the largest is {high:g}, above ceiling={ceiling:g}; the weight ceiling - cost would be negative and the "
+            f"risk unbounded below.  Pass ceiling={high:g} (1 + the largest price), here and to the loss, or lower the price"
+        )
+
+
+def check_mask(mask: Tensor, num_own: int, num_actions: int) -> None:
+    """Own actions are never masked.  `mask` has one column per action.  Reads the values."""
+    if mask.shape[-1] == num_actions and not bool(mask[..., :num_own].all()):
+        raise ValueError(
+            f"mask: the own action{'s' if num_own > 1 else ''} (first {num_own}) can always be taken, but are masked in some row"
+        )
