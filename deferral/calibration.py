@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from deferral.costs import pick
-from deferral.decision import deferral_margin
+from deferral.decision import decide, deferral_margin
 from deferral.validation import action_mask, check_costs, check_scores, require_actions
 
 __all__ = ["fit_offsets"]
@@ -24,8 +24,8 @@ def fit_offsets(scores: Tensor, costs: Tensor, *, num_own: int = 1, mask: Tensor
     check_costs(costs, ceiling=None, mask=None if mask is None else action_mask(scores, mask))
     margin = deferral_margin(scores, num_own, mask=mask).double()
     known = scores if mask is None else scores.where(action_mask(scores, mask), -torch.inf)
-    own = pick(costs, known[..., :num_own].argmax(dim=-1))
-    best_expert = _last_argmax(known[..., num_own:]) + num_own
+    own = pick(costs, decide(known[..., :num_own]))
+    best_expert = decide(known[..., num_own:]) + num_own
     # A row whose experts are all missing keeps the own answer at every threshold.
     gain = (own - pick(costs, best_expert)).double().where(~margin.isneginf(), 0.0)
 
@@ -41,7 +41,3 @@ def fit_offsets(scores: Tensor, costs: Tensor, *, num_own: int = 1, mask: Tensor
     thresholds = ((edges[1:] + edges[:-1]) / 2).flip(0)
     offsets[num_own:] = -thresholds[saved.argmax()]
     return offsets.to(scores.dtype if scores.dtype.itemsize >= 4 else torch.float32)
-
-
-def _last_argmax(scores: Tensor) -> Tensor:
-    return scores.shape[-1] - 1 - scores.flip(-1).argmax(dim=-1)

@@ -130,7 +130,8 @@ def _existing(path: Path, what: str) -> Path:
 
 def _read_array(path: Path, key: str | None) -> np.ndarray:
     try:
-        loaded = np.load(path, allow_pickle=False)
-        return loaded if key is None else loaded[key]
+        with path.open("rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            return loaded if key is None else loaded[key]
     except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
         raise DataError(f"{path}: expected a NumPy file with plain arrays, could not read it ({error}); copy it again") from error

@@ -1,0 +1,126 @@
+"""Bad input to losses: what was expected, what came, what to do."""
+
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from deferral import Criterion, check_targets
+from deferral.losses import (
+    comp_sum,
+    predictor_rejector_abstention,
+    score_based_abstention,
+    single_stage_deferral,
+    two_stage_abstention,
+    two_stage_deferral,
+)
+from deferral.losses.predictor_rejector import constrained_rho_hinge, double_mae, mae
+from deferral.validation import check_costs, check_mask, check_scores
+
+SCORES = torch.randn(4, 5)
+TARGETS = torch.tensor([0, 1, 2, 0])
+COSTS = torch.rand(4, 2)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "said"),
+    [
+        (lambda: score_based_abstention(SCORES.long(), TARGETS, 0.1), TypeError, "floating dtype, got torch.int64"),
+        (lambda: score_based_abstention([[1.0]], TARGETS, 0.1), TypeError, "torch tensor, got list"),
+        (lambda: score_based_abstention(SCORES, TARGETS[:3], 0.1), ValueError, r"shape (4,) for scores (4, 5), got torch.int64"),
+        (lambda: score_based_abstention(SCORES, torch.rand(4, 5), 0.1), ValueError, "probabilities (..., K) of shape (4, 4)"),
+        (lambda: score_based_abstention(SCORES, TARGETS, 1.5), ValueError, "number in [0, 1]"),
+        (lambda: score_based_abstention(SCORES, TARGETS, torch.rand(3)), ValueError, "differ in rows"),
+        (lambda: score_based_abstention(SCORES[:, :1], TARGETS, 0.1), ValueError, "leave 0 columns for classes"),
+        (lambda: single_stage_deferral(SCORES, TARGETS, torch.rand(3, 2)), ValueError, "differ in rows"),
+        (lambda: single_stage_deferral(SCORES, TARGETS, torch.rand(4, 6)), ValueError, "leave -1 columns for classes"),
+        (lambda: single_stage_deferral(SCORES, TARGETS, COSTS, mask=torch.ones(4, 2)), TypeError, "mask.bool()"),
+        (lambda: single_stage_deferral(SCORES, TARGETS, COSTS, mask=torch.ones(4, 6).bool()), ValueError, "expected 5 columns"),
+        (lambda: two_stage_deferral(SCORES, torch.rand(4, 4)), ValueError, "did you leave out the own predictor"),
+        (lambda: two_stage_deferral(SCORES, torch.rand(3, 5)), ValueError, "differ in rows"),
+        (lambda: comp_sum(SCORES, torch.rand(4, 5), mu=2.5), ValueError, "mu: expected a number in [0, 2]"),
+        (lambda: two_stage_abstention(torch.randn(4, 1), torch.ones(4), 0.1), ValueError, "squeeze(-1)"),
+        (lambda: two_stage_abstention(torch.randn(4), torch.ones(4), -0.1), ValueError, "number in [0, 1]"),
+        (
+            lambda: predictor_rejector_abstention(SCORES, SCORES[:, 0], TARGETS, 0.1, base=F.cross_entropy),
+            ValueError,
+            "cross_entropy is inconsistent with every cost transform",
+        ),
+        (
+            lambda: predictor_rejector_abstention(SCORES, SCORES[:, 0], TARGETS, 0.1, base=double_mae, psi=1.0),
+            ValueError,
+            "consistent with psi=2 only, got 1",
+        ),
+        (
+            lambda: predictor_rejector_abstention(SCORES, SCORES[:, 0], TARGETS, 0.1, base=constrained_rho_hinge, psi=1.0),
+            ValueError,
+            "psi=5 only",
+        ),
+    ],
+)
+def test_shapes_dtypes_and_pairings(call, error: type[Exception], said: str) -> None:
+    with pytest.raises(error, match=re.escape(said)):
+        call()
+
+
+def test_the_consistent_psi_may_be_named() -> None:
+    r = SCORES[:, 0]
+    explicit = predictor_rejector_abstention(SCORES, r, TARGETS, 0.1, base=mae, psi=2.0, alpha=2.0)
+    torch.testing.assert_close(explicit, predictor_rejector_abstention(SCORES, r, TARGETS, 0.1, base=mae, alpha=2.0))
+
+
+def test_a_label_k_is_an_error_and_never_reads_the_abstain_column() -> None:
+    with pytest.raises((IndexError, RuntimeError)):
+        score_based_abstention(SCORES, torch.tensor([0, 1, 2, 4]), 0.1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "said"),
+    [
+        ((SCORES, torch.tensor([0, 1, 2, 4])), {"cost": 0.1}, "class indices in 0..3, got 4 at index [3]"),
+        ((SCORES, torch.tensor([0, -1, 2, 3])), {"cost": 0.1}, "got -1 at index [1]"),
+        ((SCORES, torch.full((4, 4), 0.5)), {"cost": 0.1}, "sum to 1"),
+        ((SCORES.clone().fill_(torch.nan), TARGETS), {"cost": 0.1}, "got nan at index [0, 0] and 19 more"),
+        ((SCORES, TARGETS), {"cost": torch.full((4,), torch.nan)}, "cost: expected numbers, got NaN in 4 places"),
+    ],
+)
+def test_criterion_validates_values(arguments, options, said: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(said)):
+        Criterion(score_based_abstention, **options)(*arguments)
+
+
+def test_criterion_is_the_mean_and_validation_can_be_switched_off() -> None:
+    expected = single_stage_deferral(SCORES, TARGETS, COSTS).mean()
+    torch.testing.assert_close(Criterion(single_stage_deferral)(SCORES, TARGETS, COSTS), expected)
+    dear = COSTS + 0.5
+    with pytest.raises(ValueError, match=r"Pass ceiling=1\.\d+ .*here and to the loss"):
+        Criterion(single_stage_deferral)(SCORES, TARGETS, dear)
+    Criterion(single_stage_deferral, ceiling=1.5)(SCORES, TARGETS, dear)
+    Criterion(single_stage_deferral, validate=False)(SCORES, TARGETS, dear)
+    assert "mu=1.7, validate=True" in repr(Criterion(single_stage_deferral, mu=1.7))
+
+
+def test_criterion_checks_two_stage_costs_and_masks() -> None:
+    costs, experts_known = torch.rand(4, 3), torch.ones(4, 2, dtype=torch.bool)
+    Criterion(two_stage_deferral, ceiling=costs.sum(-1, keepdim=True))(SCORES[:, :3], costs)
+    Criterion(two_stage_deferral)(SCORES[:, :3], costs, mask=experts_known)
+    with pytest.raises(ValueError, match="own action"):
+        Criterion(two_stage_deferral)(SCORES[:, :3], costs, mask=torch.zeros(4, 3, dtype=torch.bool))
+    with pytest.raises(ValueError, match="NaN"):
+        Criterion(two_stage_deferral)(SCORES[:, :3], costs * torch.nan, mask=experts_known)
+    with pytest.raises(TypeError, match="no option named margin"):
+        Criterion(two_stage_deferral, margin=1)
+
+
+def test_checks_of_values() -> None:
+    check_targets(TARGETS, 3)
+    check_scores(torch.tensor([0.0, -torch.inf]))
+    with pytest.raises(ValueError, match="counted from 1"):
+        check_targets(TARGETS + 1, 3)
+    with pytest.raises(ValueError, match="over 3 classes"):
+        check_targets(torch.rand(4, 2), 3)
+    with pytest.raises(ValueError, match="non-negative costs"):
+        check_costs(torch.tensor([-0.1, 0.2]))
+    check_costs(torch.tensor([0.1, torch.nan]), mask=torch.tensor([True, False]))
+    check_mask(torch.tensor([[True, False]]), 1, 2)

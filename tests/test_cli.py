@@ -1,0 +1,57 @@
+"""The command as a process: what a user types, what is printed, how it exits."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def deferral(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "deferral.cli", *arguments],
+        capture_output=True,
+        text=True,
+        env={"PATH": "/usr/bin:/bin", **environment},
+    )
+
+
+def test_the_demo_prints_a_table_and_saves_pictures_and_figures(tmp_path: Path) -> None:
+    done = deferral("demo", "--out", str(tmp_path / "out"), "--seed", "1")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert any(line.startswith("two-stage deferral") and "±" in line for line in lines)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "digits-seed1-cost-coverage.png",
+        "digits-seed1-who-answers.png",
+        "digits-seed1.json",
+    ]
+    figures = json.loads((tmp_path / "out" / "digits-seed1.json").read_text())
+    assert figures["settings"]["seed"] == 1
+    assert figures["methods"]["oracle"]["cost"]["low"] <= figures["methods"]["oracle"]["cost"]["high"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("demo", "--data", "cifar10", "--out", "{tmp}"), "needs --root"),
+        (("demo", "--data", "cifar10", "--out", "{tmp}", "--root", "{tmp}"), "CIFAR-10N: expected the file"),
+        (("demo", "--data", "cifar10", "--out", "{tmp}", "--root", "{tmp}", "--useless-expert"), "goes with --data digits"),
+        (("demo", "--data", "mnist"), "'digits', 'cifar10'"),
+        (("demo", "--device", "tpu"), "expected one of cpu"),
+        (("demo", "--seed", "-1"), "-1 is not in the range"),
+        (("demo", "--out", "/dev/null/x"), "Not a directory"),
+        (("nonsense",), "No such command"),
+    ],
+)
+def test_bad_input_is_one_clear_error_without_a_traceback(arguments: tuple[str, ...], said: str, tmp_path: Path) -> None:
+    done = deferral(*(argument.format(tmp=tmp_path) for argument in arguments))
+    assert done.returncode not in (0, None)
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_and_version() -> None:
+    assert "demo" in deferral("--help").stdout
+    assert deferral("--version").stdout.startswith("deferral, version 0")

@@ -1,0 +1,68 @@
+import pytest
+import torch
+
+from deferral import error_costs, pick, single_stage_costs, squared_costs
+
+ANSWERS = torch.tensor([[0, 1, 2], [1, 1, -1]])
+TARGETS = torch.tensor([0, 1])
+
+
+def test_error_costs_by_hand() -> None:
+    costs = error_costs(ANSWERS[:, :2], TARGETS, alpha=[1.0, 0.5], price=[0.0, 0.25])
+    torch.testing.assert_close(costs, torch.tensor([[0.0, 0.75], [0.0, 0.25]]))
+
+
+def test_missing_answers_become_a_mask() -> None:
+    costs, mask = error_costs(ANSWERS, TARGETS, price=0.1, ceiling=1.1, missing=-1)
+    torch.testing.assert_close(costs, torch.tensor([[0.1, 1.1, 1.1], [0.1, 0.1, 0.0]]))
+    assert mask.tolist() == [[True, True, True], [True, True, False]]
+
+
+def test_costs_under_probabilities_are_expected_costs() -> None:
+    law = torch.tensor([[0.7, 0.2, 0.1], [0.0, 1.0, 0.0]], dtype=torch.float64)
+    costs, _ = error_costs(ANSWERS, law, missing=-1)
+    torch.testing.assert_close(costs, torch.tensor([[0.3, 0.8, 0.9], [0.0, 0.0, 0.0]], dtype=torch.float64))
+
+
+def test_squared_costs_and_missing_numbers() -> None:
+    answers = torch.tensor([[1.0, 3.0], [torch.nan, 2.0]])
+    costs, mask = squared_costs(answers, torch.tensor([1.0, 1.0]), [0.0, 0.5], missing=float("nan"))
+    torch.testing.assert_close(costs, torch.tensor([[0.0, 4.5], [0.0, 1.5]]))
+    assert mask.tolist() == [[True, True], [False, True]]
+    torch.testing.assert_close(squared_costs(answers[:1], torch.tensor([1.0])), torch.tensor([[0.0, 4.0]]))
+
+
+def test_the_single_stage_table() -> None:
+    table = single_stage_costs(TARGETS, torch.tensor([[0.1], [0.2]]), 3)
+    torch.testing.assert_close(table, torch.tensor([[0, 1, 1, 0.1], [1, 0, 1, 0.2]]))
+
+
+def test_pick() -> None:
+    assert pick(ANSWERS, torch.tensor([2, 0])).tolist() == [2, 1]
+    with pytest.raises(ValueError, match="one action per row"):
+        pick(ANSWERS, torch.tensor([[0], [1]]))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "said"),
+    [
+        (lambda: error_costs(ANSWERS, TARGETS), ValueError, "missing=-1"),
+        (lambda: error_costs(ANSWERS.float(), TARGETS), TypeError, "squared_costs"),
+        (lambda: error_costs(ANSWERS[0], TARGETS), ValueError, "unsqueeze"),
+        (lambda: error_costs(ANSWERS[:, :2], TARGETS, price=[0.1, 0.1, 0.1]), ValueError, "one per column"),
+        (lambda: error_costs(ANSWERS[:, :2], TARGETS, price=[0.0, 0.2]), ValueError, r"Pass ceiling=1\.2"),
+        (lambda: error_costs(ANSWERS[:, :2], TARGETS, price=-0.1), ValueError, "price: expected non-negative"),
+        (lambda: error_costs(ANSWERS[:, :2], TARGETS, price=float("nan")), ValueError, "NaN"),
+        (lambda: error_costs(ANSWERS[:, :2] + 5, torch.rand(2, 3).softmax(-1)), ValueError, r"in 0\.\.2, got 6"),
+        (lambda: squared_costs(torch.tensor([[torch.nan]]), torch.ones(1)), ValueError, "NaN"),
+    ],
+)
+def test_bad_input(call, error: type[Exception], said: str) -> None:
+    with pytest.raises(error, match=said):
+        call()
+
+
+def test_the_ceiling_is_what_can_occur_not_what_did() -> None:
+    """No row of this sample is wrong and priced at once, yet the next one may be."""
+    with pytest.raises(ValueError, match="ceiling"):
+        error_costs(torch.tensor([[0]]), torch.tensor([0]), price=0.2)

@@ -1,0 +1,65 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deferral import chow_scores, decide, decide_pair, deferral_margin, oracle
+
+
+def test_ties_go_to_the_last_action_and_the_oracle_keeps_the_first() -> None:
+    tied = torch.tensor([[1.0, 1.0, 0.0, 1.0], [2.0, 1.0, 2.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    assert decide(tied).tolist() == [3, 2, 3]
+    assert oracle(-tied).tolist() == [0, 0, 0]
+
+
+@given(st.lists(st.lists(st.sampled_from([-1.0, 0.0, 0.5, 2.0]), min_size=4, max_size=4), min_size=1, max_size=8))
+def test_decide_equals_a_loop(rows: list[list[float]]) -> None:
+    expected = [max(range(4), key=lambda a: (row[a], a)) for row in rows]
+    assert decide(torch.tensor(rows)).tolist() == expected
+    cheapest = [min(range(4), key=lambda a: (row[a], a)) for row in rows]
+    assert oracle(torch.tensor(rows)).tolist() == cheapest
+
+
+def test_offsets_masks_and_nan() -> None:
+    scores = torch.tensor([[1.0, 0.5, 0.0], [torch.nan, torch.nan, torch.nan], [torch.nan, 0.0, -1.0]])
+    assert decide(scores).tolist() == [0, 2, 1]
+    assert decide(scores, torch.tensor([0.0, 0.5, 0.0])).tolist() == [1, 2, 1]
+    known = torch.tensor([[True, True], [False, False], [False, True]])
+    assert decide(scores, torch.tensor([0.0, 5.0, 0.0]), mask=known).tolist() == [1, 0, 2]
+    assert oracle(torch.tensor([[0.5, 0.0, 0.1]]), mask=torch.tensor([[False, True]])).tolist() == [2]
+
+
+def test_half_precision_offsets_do_not_round_away() -> None:
+    scores = torch.tensor([[256.0, 256.0]], dtype=torch.bfloat16)
+    assert decide(scores, torch.tensor([0.5, 0.0])).tolist() == [0]
+
+
+def test_the_pair_answers_iff_the_rejector_is_above_the_offset() -> None:
+    scores = torch.tensor([[0.0, 1.0, -1.0]]).expand(3, 3)
+    assert decide_pair(scores, torch.tensor([0.1, 0.0, -0.1])).tolist() == [1, 3, 3]
+    assert decide_pair(scores, torch.tensor([0.1, 0.0, -0.1]), offset=-0.05).tolist() == [1, 1, 3]
+
+
+def test_the_margin_defers_iff_it_is_not_negative() -> None:
+    scores = torch.randn(100, 7).round()
+    for own in (1, 4):
+        assert torch.equal(deferral_margin(scores, own) >= 0, decide(scores) >= own)
+
+
+def test_chow_abstains_iff_the_top_probability_is_at_most_one_minus_cost() -> None:
+    p = torch.tensor([[0.75, 0.25], [0.5, 0.5], [0.875, 0.125]])
+    assert decide(chow_scores(p, 0.25)).tolist() == [2, 2, 0]
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: decide(torch.tensor([[1, 2]])), "floating"),
+        (lambda: decide_pair(torch.randn(3, 2), torch.randn(2)), "one rejector value per row"),
+        (lambda: deferral_margin(torch.randn(3, 2), 2), r"expected 1\.\.1"),
+        (lambda: decide(torch.randn(3, 2), mask=torch.ones(2, 2).bool()), "differ in rows"),
+    ],
+)
+def test_bad_input(call, said: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=said):
+        call()

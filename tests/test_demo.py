@@ -1,0 +1,114 @@
+"""The demos as a user runs them, and what the issue of the first release promised of their tables."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from rich.progress import Progress
+
+from deferral.datasets import DataError, Images
+from deferral.datasets import digits as load_digits
+from deferral.demo import cifar10, convnet, digits
+from deferral.demo.comparison import OURS, Comparison
+
+
+def run(seed: int, **options: bool) -> Comparison:
+    with Progress(disable=True) as progress:
+        return digits.run(seed, "cpu", progress, **options)
+
+
+@pytest.fixture(scope="module")
+def comparison() -> Comparison:
+    return run(0)
+
+
+def test_the_rows_have_the_sizes_that_were_fixed(comparison: Comparison) -> None:
+    assert digits.SIZES == {"predictor": 40, "stage 2": 500, "calibration": 300}
+    assert len(comparison.targets) == 1797 - 840
+
+
+RIVALS = ["the model alone", "always A", "always B", "always C", "random rows, same shares", "Chow's rule to the best expert"]
+
+
+def cheaper_than_the_rest(comparison: Comparison) -> None:
+    for name in RIVALS:
+        assert comparison.figures[name].difference.high < 0, name
+
+
+def test_two_stage_deferral_is_cheaper_than_the_model_each_expert_random_and_chow(comparison: Comparison) -> None:
+    cheaper_than_the_rest(comparison)
+    assert {"retrained: the model alone", "retrained: single-stage deferral", "oracle"} <= set(comparison.figures)
+
+
+@pytest.mark.ci_slow
+@pytest.mark.parametrize("seed", [1, 2])
+def test_so_it_is_on_other_seeds(seed: int) -> None:
+    cheaper_than_the_rest(run(seed))
+
+
+def test_figures_are_consistent(comparison: Comparison) -> None:
+    oracle_cost = comparison["oracle"].cost
+    for method in comparison.methods:
+        if not method.name.startswith("retrained") and "abstain" not in method.name:
+            assert (method.cost >= oracle_cost - 1e-6).all()
+            torch.testing.assert_close(method.kept + method.load.sum(-1), torch.ones(957))
+    always_a = comparison.figures["always A"]
+    assert always_a.coverage.estimate == 0
+    assert always_a.loads[0].estimate == 1
+    assert always_a.accuracy is not None
+    assert always_a.cost.estimate == pytest.approx(1 - always_a.accuracy.estimate + 0.15)
+
+
+def test_the_same_seed_gives_the_same_table(comparison: Comparison) -> None:
+    assert run(0).figures == comparison.figures
+
+
+def test_a_useless_expert_is_hardly_asked() -> None:
+    useless = run(0, useless_expert=True)
+    assert useless.experts == ["A", "B", "C", "D"]
+    for name in (OURS, "retrained: single-stage deferral", "compare-confidence", "Chow's rule to the best expert"):
+        assert useless.figures[name].loads[3].estimate < 0.02, name
+
+
+def test_training_resumes_as_if_it_had_not_been_stopped(tmp_path: Path) -> None:
+    data = load_digits()
+    images = torch.nn.functional.interpolate(255 * data.images[:600], size=32).expand(-1, 3, -1, -1).byte()
+    data = Images(images, data.labels[:600])
+
+    class Stopped(Exception):
+        pass
+
+    def stop_after_two(done: int) -> None:
+        if done == 2:
+            raise Stopped
+
+    whole = convnet.trained(data, tmp_path / "whole.pt", seed=0, epochs=3, on_epoch=lambda done: None)
+    with pytest.raises(Stopped):
+        convnet.trained(data, tmp_path / "cut.pt", seed=0, epochs=3, on_epoch=stop_after_two)
+    epochs: list[int] = []
+    resumed = convnet.trained(data, tmp_path / "cut.pt", seed=0, epochs=3, on_epoch=epochs.append)
+    assert epochs == [2, 3]
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+
+    with pytest.raises(DataError, match="delete the file, or name another --out"):
+        convnet.trained(data, tmp_path / "cut.pt", seed=1, epochs=3, on_epoch=epochs.append)
+    (tmp_path / "cut.pt").write_bytes(b"half a checkpoint")
+    with pytest.raises(DataError, match="delete the file to train again"):
+        convnet.trained(data, tmp_path / "cut.pt", seed=0, epochs=3, on_epoch=epochs.append)
+
+
+@pytest.mark.ci_slow
+def test_cifar10_with_real_people_after_one_epoch(data_root: Path, tmp_path: Path) -> None:
+    torch.set_num_threads(2)
+    with Progress(disable=True) as progress:
+        comparisons = cifar10.run(data_root, data_root / "l2d", 0, "cpu", progress, tmp_path / "network.pt", epochs=1)
+    torch.set_num_threads(1)
+    assert [c.settings["price"] for c in comparisons] == [0.05, 0.1]
+    for comparison in comparisons:
+        assert len(comparison.targets) == 8000
+        assert comparison.figures["the model alone"].difference.high < 0
+        assert comparison.figures["always the person"].difference.high < 0
+        assert "The offset of asking moved from" in comparison.notes[0]
+    assert json.dumps(comparisons[0].settings)

@@ -1,0 +1,63 @@
+"""Arrows never turn back, and the core needs torch and numpy alone."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "deferral"
+OPTIONAL = ("click", "rich", "sklearn", "scipy", "matplotlib", "torchvision", "PIL", "pandas")
+# From the bottom up; a module may import from its own layer and those before it.
+LAYERS = [
+    ["numerics", "validation"],
+    ["losses", "costs", "decision"],
+    ["metrics", "intervals", "calibration", "experts"],
+    ["plots", "torchvision_compat", "datasets"],
+    ["demo"],
+    ["cli"],
+]
+
+
+@pytest.mark.parametrize(
+    "module", ["deferral", "deferral.losses", "deferral.metrics", "deferral.calibration", "deferral.experts"]
+)
+def test_the_core_imports_with_everything_else_blocked(module: str) -> None:
+    program = f"""
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {OPTIONAL!r}:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Blocked())
+import {module}
+assert not set(sys.modules) & set({OPTIONAL!r})
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def imported(path: Path) -> set[str]:
+    """The deferral modules that a file imports at any level, by their name under the package."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("deferral."):
+            names.add(node.module.split(".")[1])
+        elif isinstance(node, ast.ImportFrom) and node.module == "deferral":
+            names.update(alias.name for alias in node.names)
+    return names
+
+
+def test_every_module_has_a_layer_and_imports_only_downwards() -> None:
+    level = {name: number for number, names in enumerate(LAYERS) for name in names}
+    for path in PACKAGE.rglob("*.py"):
+        own = path.relative_to(PACKAGE).with_suffix("").parts[0]
+        if own == "__init__":
+            continue
+        assert own in level, f"{path} has no layer"
+        too_high = {name for name in imported(path) if level[name] > level[own]}
+        assert not too_high, f"{path} imports {too_high}"
+
+
+def test_no_module_of_the_package_is_named_after_nothing() -> None:
+    assert not [path for path in PACKAGE.rglob("*.py") if path.stem in {"utils", "common", "base", "helpers"}]

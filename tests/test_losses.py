@@ -1,0 +1,232 @@
+"""Closed forms, and the equalities that tie the losses to one another and to cross-entropy."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deferral import single_stage_costs
+from deferral.losses import (
+    comp_sum,
+    constrained_margin,
+    max_margin,
+    predictor_rejector_abstention,
+    rejector_of_scores,
+    score_based_abstention,
+    single_stage_deferral,
+    sum_margin,
+    two_stage_abstention,
+    two_stage_deferral,
+)
+from deferral.losses.margin import exponential, hinge, logistic, rho_hinge, rho_margin, sigmoid, squared_hinge, sum_losses
+from deferral.losses.predictor_rejector import constrained_rho_hinge, double_mae, mae, max_rho_margin
+
+B, K, E = 6, 4, 3
+
+
+@pytest.fixture
+def batch() -> tuple[Tensor, Tensor, Tensor]:
+    return torch.randn(B, K + E, dtype=torch.float64), torch.randint(K, (B,)), torch.rand(B, E, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("mu", "textbook"),
+    [
+        (0.0, lambda p: 1 / p - 1),
+        (0.4, lambda p: (p ** (0.4 - 1) - 1) / (1 - 0.4)),
+        (1.0, lambda p: -p.log()),
+        (1.7, lambda p: (1 - p**0.7) / 0.7),
+        (2.0, lambda p: 1 - p),
+    ],
+)
+def test_comp_sum_equals_its_textbook_forms(mu: float, textbook) -> None:
+    scores, weights = torch.randn(50, 5, dtype=torch.float64), torch.rand(50, 5, dtype=torch.float64)
+    expected = (weights * textbook(scores.softmax(-1))).sum(-1)
+    torch.testing.assert_close(comp_sum(scores, weights, mu=mu), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("mu", [1 - 1e-6, 1 + 1e-6])
+def test_comp_sum_is_continuous_at_the_logistic(mu: float) -> None:
+    scores, weights = torch.randn(50, 5, dtype=torch.float64), torch.rand(50, 5, dtype=torch.float64)
+    torch.testing.assert_close(comp_sum(scores, weights, mu=mu), comp_sum(scores, weights), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mu", [0.5, 1.0, 1.7, 2.0])
+def test_comp_sum_gradient_is_its_closed_form(mu: float) -> None:
+    scores = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    p = scores.detach().softmax(-1)
+    gradient = torch.autograd.grad(comp_sum(scores, F.one_hot(torch.tensor(2), 5).double(), mu=mu), scores)[0]
+    torch.testing.assert_close(gradient, p[2] ** (mu - 1) * (p - F.one_hot(torch.tensor(2), 5)))
+
+
+def test_without_experts_every_deferral_loss_is_cross_entropy(batch) -> None:
+    scores, targets, _ = batch
+    expected = F.cross_entropy(scores[:, :K], targets, reduction="none")
+    none = torch.zeros(B, 0, dtype=torch.float64)
+    torch.testing.assert_close(single_stage_deferral(scores[:, :K], targets, none), expected)
+    torch.testing.assert_close(two_stage_deferral(scores[:, :K], single_stage_costs(targets, none, K)), expected)
+
+
+@pytest.mark.parametrize("mu", [0.0, 1.0, 1.7, 2.0])
+@pytest.mark.parametrize("ceiling", [1.0, 1.25])
+def test_single_stage_is_two_stage_on_its_own_cost_table(batch, mu: float, ceiling: float) -> None:
+    scores, targets, costs = batch
+    table = single_stage_costs(targets, costs, K)
+    torch.testing.assert_close(
+        single_stage_deferral(scores, targets, costs, mu=mu, ceiling=ceiling),
+        two_stage_deferral(scores, table, mu=mu, ceiling=ceiling),
+    )
+
+
+def test_score_based_abstention_is_deferral_to_one_expert_of_constant_cost(batch) -> None:
+    scores, targets, _ = batch
+    packed = scores[:, : K + 1]
+    expected = single_stage_deferral(packed, targets, torch.full((B, 1), 0.3, dtype=torch.float64))
+    torch.testing.assert_close(score_based_abstention(packed, targets, 0.3), expected)
+
+
+def test_two_stage_abstention_is_two_stage_deferral_with_the_weights_of_the_others() -> None:
+    r, wrong = torch.randn(B, dtype=torch.float64), torch.tensor([0.0, 1, 0, 1, 1, 0], dtype=torch.float64)
+    costs = torch.stack([wrong, torch.full_like(wrong, 0.2)], dim=-1)
+    expected = two_stage_deferral(torch.stack([r, torch.zeros_like(r)], -1), costs, ceiling=costs.sum(-1, keepdim=True))
+    torch.testing.assert_close(two_stage_abstention(r, wrong, 0.2), expected)
+
+
+def test_two_stage_abstention_pushes_the_rejector_the_right_way() -> None:
+    r = torch.zeros(2, requires_grad=True)
+    two_stage_abstention(r, torch.tensor([1.0, 0.0]), 0.2).sum().backward()
+    assert r.grad is not None
+    assert r.grad[0] > 0  # wrong: descent lowers r, towards abstaining
+    assert r.grad[1] < 0
+
+
+def test_the_second_stage_does_not_move_the_class_scores() -> None:
+    scores = torch.randn(B, K + 1, requires_grad=True)
+    two_stage_abstention(rejector_of_scores(scores), torch.ones(B), 0.2).sum().backward()
+    assert scores.grad is not None
+    assert (scores.grad[:, :K] == 0).all()
+    assert (scores.grad[:, K] != 0).all()
+
+
+def test_sum_exponential_is_comp_sum_at_zero() -> None:
+    scores, weights = torch.randn(B, 5, dtype=torch.float64), torch.rand(B, 5, dtype=torch.float64)
+    torch.testing.assert_close(sum_margin(scores, weights, phi=exponential), comp_sum(scores, weights, mu=0.0))
+
+
+def test_margin_functions_at_known_points() -> None:
+    t = torch.tensor([-2.0, 0.0, 0.5, 2.0], dtype=torch.float64)
+    values = {
+        exponential: [math.exp(2), 1, math.exp(-0.5), math.exp(-2)],
+        logistic: [math.log1p(math.exp(-x)) for x in t.tolist()],
+        hinge: [3, 1, 0.5, 0],
+        squared_hinge: [9, 1, 0.25, 0],
+        rho_margin: [1, 1, 0.5, 0],
+        partial(rho_hinge, rho=2.0): [2, 1, 0.75, 0],
+        sigmoid: [2 / (1 + math.exp(x)) for x in t.tolist()],
+    }
+    for phi, expected in values.items():
+        torch.testing.assert_close(phi(t), torch.tensor(expected, dtype=torch.float64))
+        steps = phi(torch.linspace(-20, 20, 401, dtype=torch.float64))
+        assert (steps.diff() <= 1e-12).all()
+        grid = torch.linspace(-20, 0, 101, dtype=torch.float64)
+        assert (phi(grid) >= phi(torch.zeros(1, dtype=torch.float64)) - 1e-12).all()
+
+
+def test_base_surrogates_equal_their_definitions_by_loop() -> None:
+    scores, weights = torch.randn(B, 4, dtype=torch.float64), torch.rand(B, 4, dtype=torch.float64)
+    centred = scores - scores.mean(-1, keepdim=True)
+    others = [[i for i in range(4) if i != k] for k in range(4)]
+    sum_ = sum(weights[:, k] * sum(logistic(scores[:, k] - scores[:, i]) for i in others[k]) for k in range(4))
+    constrained = sum(weights[:, k] * sum(squared_hinge(-centred[:, i]) for i in others[k]) for k in range(4))
+    max_ = sum(weights[:, k] * rho_margin(scores[:, k] - scores[:, others[k]].amax(-1)) for k in range(4))
+    torch.testing.assert_close(sum_margin(scores, weights, phi=logistic), sum_)
+    torch.testing.assert_close(constrained_margin(scores, weights, phi=squared_hinge), constrained)
+    torch.testing.assert_close(max_margin(scores, weights), max_)
+
+
+@pytest.mark.parametrize("surrogate", [comp_sum, sum_margin, constrained_margin, max_margin])
+def test_a_masked_action_leaves_the_row(surrogate) -> None:
+    scores, weights = torch.randn(B, 5, dtype=torch.float64), torch.rand(B, 5, dtype=torch.float64)
+    mask = torch.ones(B, 5, dtype=torch.bool)
+    torch.testing.assert_close(surrogate(scores, weights, mask=mask), surrogate(scores, weights))
+    mask[:, 2] = False
+    poisoned = scores.index_fill(-1, torch.tensor([2]), torch.nan).requires_grad_()
+    loss = surrogate(poisoned, weights, mask=mask)
+    known = [0, 1, 3, 4]
+    torch.testing.assert_close(loss, surrogate(scores[:, known], weights[:, known]))
+    loss.sum().backward()
+    assert poisoned.grad is not None
+    assert (poisoned.grad[:, 2] == 0).all()
+    assert poisoned.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("mu", [0.0, 0.5, 1.0, 1.7, 2.0])
+def test_an_expert_at_minus_infinity_of_weight_zero_is_no_nan(batch, mu: float) -> None:
+    scores, targets, costs = batch
+    scores = scores.index_fill(-1, torch.tensor([K + 1]), -torch.inf).requires_grad_()
+    costs = costs.index_fill(-1, torch.tensor([1]), 1.0)
+    loss = single_stage_deferral(scores, targets, costs, mu=mu)
+    loss.sum().backward()
+    assert loss.isfinite().all()
+    assert scores.grad is not None
+    assert scores.grad.isfinite().all()
+
+
+def test_the_optimum_reads_off_the_law() -> None:
+    """mu = 1: the softmax at the optimum is (p_1 .. p_K, 1 - c) / (2 - c)."""
+    law, cost = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64), 0.4
+    scores = torch.zeros(4, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [scores], max_iter=200, tolerance_grad=1e-12, tolerance_change=1e-15, line_search_fn="strong_wolfe"
+    )
+
+    def risk() -> Tensor:
+        optimizer.zero_grad()
+        loss = score_based_abstention(scores, law, cost)
+        loss.backward()
+        return loss
+
+    optimizer.step(risk)
+    expected = torch.cat([law, torch.tensor([1 - cost], dtype=torch.float64)]) / (2 - cost)
+    torch.testing.assert_close(scores.detach().softmax(-1), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_targets_as_probabilities_are_the_expected_loss(batch) -> None:
+    scores, targets, costs = batch
+    r = scores[:, -1]
+    hard, soft = targets, F.one_hot(targets, K).double()
+    law = torch.rand(B, K, dtype=torch.float64).softmax(-1)
+    for loss in (
+        lambda t: single_stage_deferral(scores, t, costs, mu=1.7, ceiling=1.1),
+        lambda t: score_based_abstention(scores[:, : K + 1], t, 0.2),
+        *(
+            partial(lambda base, t: predictor_rejector_abstention(scores[:, :K], r, t, 0.2, base=base), base)
+            for base in (mae, double_mae, max_rho_margin, partial(constrained_rho_hinge, rho=2.0))
+        ),
+    ):
+        torch.testing.assert_close(loss(soft), loss(hard))
+        every = torch.stack([law[:, k] * loss(torch.full((B,), k)) for k in range(K)]).sum(0)
+        torch.testing.assert_close(loss(law), every)
+
+
+def test_gradients_flow_into_the_costs(batch) -> None:
+    scores, targets, costs = batch
+    costs.requires_grad_()
+    single_stage_deferral(scores, targets, costs).sum().backward()
+    torch.testing.assert_close(costs.grad, scores.log_softmax(-1)[:, K:])
+
+
+def test_sum_losses_of_two_actions_are_the_margin() -> None:
+    scores = torch.tensor([[1.0, -0.5]])
+    torch.testing.assert_close(sum_losses(scores, phi=logistic), logistic(torch.tensor([[1.5, -1.5]])))
+
+
+def test_half_precision_gradients_saturate_instead_of_overflowing() -> None:
+    scores = torch.tensor([[5e4, -5e4, 0.0]], dtype=torch.float16, requires_grad=True)
+    sum_margin(scores, torch.ones(1, 3), phi=squared_hinge).sum().backward()
+    assert scores.grad is not None
+    assert scores.grad.isfinite().all()
+    assert scores.grad.abs().max() == torch.finfo(torch.float16).max
