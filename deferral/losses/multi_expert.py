@@ -4,10 +4,12 @@ Mao, Mohri, Zhong, "Principled Approaches for Learning to Defer with Multiple Ex
 Mao, Mohri, Mohri, Zhong, "Two-Stage Learning to Defer with Multiple Experts" (NeurIPS 2023).
 """
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from deferral.losses.comp_sum import comp_sum, comp_sum_at, comp_sum_losses, log_probabilities
-from deferral.validation import action_mask, require_actions, require_batch, require_floating, require_targets
+from deferral.losses.comp_sum import comp_sum, targeted_comp_sum
+from deferral.validation import require_actions, require_batch, require_floating, require_targets
 
 __all__ = ["single_stage_deferral", "two_stage_deferral"]
 
@@ -34,17 +36,11 @@ def single_stage_deferral(
     num_classes = scores.shape[-1] - expert_costs.shape[-1]
     require_targets(scores, targets, num_classes)
     require_batch("scores", scores.shape[:-1], "expert_costs", expert_costs.shape[:-1])
-    log_p = log_probabilities(scores, mask)
-    classes = log_p[..., :num_classes]
-    loss = comp_sum_at(classes, targets, mu)
-    if ceiling != 1.0:
-        loss = loss + (ceiling - 1) * comp_sum_losses(classes, mu).sum(dim=-1)
-    experts, weights = log_p[..., num_classes:], ceiling - expert_costs
-    absent = experts.isneginf() & (weights == 0)
-    if mask is not None:
-        absent = absent | ~action_mask(scores, mask)[..., num_classes:]
-    expert_losses = comp_sum_losses(experts.masked_fill(absent, 0.0), mu)
-    return loss + (weights.masked_fill(absent, 0.0) * expert_losses).sum(dim=-1)
+    if ceiling == 1.0:
+        return targeted_comp_sum(scores, targets, 1 - expert_costs, mu=mu, mask=mask)
+    hit = targets if targets.is_floating_point() else F.one_hot(targets, num_classes)
+    weights = torch.cat([hit + (ceiling - 1), (ceiling - expert_costs).expand(*hit.shape[:-1], -1)], dim=-1)
+    return comp_sum(scores, weights, mu=mu, mask=mask)
 
 
 def two_stage_deferral(

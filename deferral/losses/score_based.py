@@ -4,9 +4,10 @@ Mao, Mohri, Zhong, "Theoretically Grounded Loss Functions and Algorithms for Sco
 (AISTATS 2024, arXiv 2310.14770).
 """
 
+import torch
 from torch import Tensor
 
-from deferral.losses.comp_sum import comp_sum_at, comp_sum_losses, log_probabilities
+from deferral.losses.comp_sum import targeted_comp_sum
 from deferral.numerics import lift
 from deferral.validation import require_batch, require_cost_range, require_floating, require_targets
 
@@ -25,8 +26,8 @@ def score_based_abstention(scores: Tensor, targets: Tensor, cost: Tensor | float
     require_cost_range(cost)
     if isinstance(cost, Tensor):
         require_batch("scores", scores.shape[:-1], "cost", cost.shape)
-    log_p = log_probabilities(scores)
-    return comp_sum_at(log_p[..., :-1], targets, mu) + (1 - cost) * comp_sum_losses(log_p[..., -1], mu)
+    weight = 1 - torch.as_tensor(cost, dtype=lift(scores).dtype, device=scores.device)
+    return targeted_comp_sum(scores, targets, weight.unsqueeze(-1), mu=mu)
 
 
 def rejector_of_scores(scores: Tensor) -> Tensor:

@@ -1,0 +1,39 @@
+"""P(expert j is right | x), read off the scores of the losses that define it."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from deferral.losses.comp_sum import log_probabilities
+from deferral.losses.multi_expert import single_stage_deferral
+from deferral.losses.published import asymmetric_logit, asymmetric_softmax, mozannar_sontag, one_vs_all
+from deferral.numerics import lift
+
+__all__ = ["expert_correctness"]
+
+
+def expert_correctness(
+    scores: Tensor, num_classes: int, *, loss: Callable[..., Tensor] = single_stage_deferral, mu: float = 1.0
+) -> Tensor:
+    """The expert's probability of being right that the minimiser of `loss` carries.  (..., K+E) -> (..., E)
+
+    `single_stage_deferral` and `mozannar_sontag`: p_{K+j}^(2-mu) / sum_k p_k^(2-mu), mu < 2; an odds against the classes, so
+    that it may exceed 1 (mu = 1: Verma et al. 2023, eq. 12).  `one_vs_all`: sigmoid(s_{K+j}) (eq. 13).  `asymmetric_softmax`:
+    sigmoid(z), one expert.  With prices it is 1 - E[cost_j | x].  Other losses define none: ValueError.
+    """
+    if not 0 < num_classes < scores.shape[-1]:
+        raise ValueError(f"num_classes: expected 1..{scores.shape[-1] - 1} for scores {tuple(scores.shape)}, got {num_classes}")
+    if loss in (single_stage_deferral, mozannar_sontag):
+        if not 0 <= mu < 2:
+            raise ValueError(f"mu: expected a number in [0, 2), got {mu}; at mu = 2 the scores only rank the actions")
+        log_odds = (2 - mu) * log_probabilities(scores)
+        return (log_odds[..., num_classes:] - log_odds[..., :num_classes].logsumexp(dim=-1, keepdim=True)).exp()
+    if loss is one_vs_all:
+        return torch.sigmoid(lift(scores)[..., num_classes:])
+    if loss is asymmetric_softmax:
+        return torch.sigmoid(asymmetric_logit(scores)).unsqueeze(-1)
+    raise ValueError(
+        f"loss: {getattr(loss, '__name__', loss)} defines no probability that the expert is right; expected "
+        "single_stage_deferral, mozannar_sontag, one_vs_all or asymmetric_softmax"
+    )

@@ -1,0 +1,235 @@
+"""Losses by other authors that ours are compared with: each agrees with its paper's formula, in nats and in log space.
+
+`expert_correct` (..., E) is 1 where the expert's answer is right, 0 where it is wrong.  `mask` (..., E), True = known: an
+expert whose answer is missing leaves the row.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deferral.losses.comp_sum import comp_sum_at, log_probabilities
+from deferral.losses.margin import Margin, logistic
+from deferral.losses.realizable import realizable_deferral
+from deferral.numerics import lift
+from deferral.validation import action_mask, require_batch, require_cost_range, require_floating, require_targets
+
+__all__ = [
+    "asymmetric_softmax",
+    "cost_sensitive_abstention",
+    "deep_gamblers",
+    "learned_loss",
+    "madras",
+    "mixture_of_experts",
+    "mozannar_sontag",
+    "one_vs_all",
+    "picce",
+    "realizable_surrogate",
+    "selective_net",
+]
+
+
+def mozannar_sontag(scores: Tensor, targets: Tensor, expert_correct: Tensor, *, alpha: float = 1.0) -> Tensor:
+    """-(alpha m + 1 - m) log p_y - m log p_K, m = 1[expert right].  (..., K+1), (...,) or (..., K), (...,) -> (...,)
+
+    Bayes-consistent at alpha = 1 only, where it is `single_stage_deferral` with cost 1 - m.
+    Mozannar, Sontag, "Consistent Estimators for Learning to Defer to an Expert" (ICML 2020), eq. 4; natural logarithm.
+    """
+    _require_one_expert(scores, targets, expert_correct)
+    log_p = log_probabilities(scores)
+    weight = alpha * expert_correct + 1 - expert_correct
+    return weight * comp_sum_at(log_p[..., :-1], targets, 1.0) - expert_correct * log_p[..., -1]
+
+
+def one_vs_all(
+    scores: Tensor, targets: Tensor, expert_correct: Tensor, *, phi: Margin = logistic, mask: Tensor | None = None
+) -> Tensor:
+    """phi(s_y) + sum_{k != y} phi(-s_k) + sum_j [m_j phi(s_j) + (1 - m_j) phi(-s_j)].  (..., K+E), (...,), (..., E) -> (...,)
+
+    K + E binary problems.  Bayes-consistent for a strictly proper phi (logistic, exponential), not for the hinge; defer iff an
+    expert's score is the highest, and sigmoid(s_j) is the expert's accuracy.
+    Verma, Nalisnick, "Calibrated Learning to Defer with One-vs-All Classifiers" (ICML 2022), eq. 5; Verma, Barrejón, Nalisnick,
+    "Learning to Defer to Multiple Experts" (AISTATS 2023), eq. 9.
+    """
+    require_floating("scores", scores)
+    num_classes = scores.shape[-1] - expert_correct.shape[-1]
+    require_targets(scores, targets, num_classes)
+    require_batch("scores", scores.shape[:-1], "expert_correct", expert_correct.shape[:-1])
+    scores = lift(scores)
+    classes, experts = scores[..., :num_classes], scores[..., num_classes:]
+    hit = targets if targets.is_floating_point() else F.one_hot(targets, num_classes).to(scores.dtype)
+    expert_losses = _binary(experts, expert_correct, phi, mask if mask is None else action_mask(scores, mask)[..., num_classes:])
+    return _binary(classes, hit, phi, None) + expert_losses
+
+
+def asymmetric_softmax(scores: Tensor, targets: Tensor, expert_correct: Tensor) -> Tensor:
+    """CE over the K classes + BCE(z, m), z = s_K - logsumexp of the class scores but the highest.  (..., K+1) -> (...,)
+
+    Bayes-consistent; the expert's accuracy is sigmoid(z), a probability.  At least two classes.
+    Cao, Mozannar, Feng, Wei, An, "In Defense of Softmax Parametrization for Calibrated and Consistent Learning to Defer"
+    (NeurIPS 2023), eq. 7 in closed form.
+    """
+    _require_one_expert(scores, targets, expert_correct)
+    z = asymmetric_logit(scores)
+    classification = comp_sum_at(log_probabilities(scores[..., :-1]), targets, 1.0)
+    return classification + expert_correct * logistic(z) + (1 - expert_correct) * logistic(-z)
+
+
+def asymmetric_logit(scores: Tensor) -> Tensor:
+    """The logit of the expert's accuracy under the asymmetric softmax.  (..., K+1) -> (...,)"""
+    scores = lift(scores)
+    classes = scores[..., :-1]
+    best = torch.arange(classes.shape[-1], device=scores.device) == classes.argmax(dim=-1, keepdim=True)
+    return scores[..., -1] - classes.masked_fill(best, -torch.inf).logsumexp(dim=-1)
+
+
+def realizable_surrogate(scores: Tensor, targets: Tensor, expert_correct: Tensor, *, alpha: float = 1.0) -> Tensor:
+    """-2 alpha log(p_y + m p_K) + (1 - alpha) CE over the K classes.  (..., K+1), (...,) or (..., K), (...,) -> (...,)
+
+    Realizable H-consistent at alpha = 1; Bayes-consistent only for an expert whose answer is a function of x, at no alpha in
+    general: fit the threshold, as its authors do.
+    Mozannar, Lang, Wei, Sattigeri, Das, Sontag, "Who Should Predict? Exact Algorithms for Learning to Defer to Humans"
+    (AISTATS 2023), section 6, eq. 14.
+    """
+    _require_one_expert(scores, targets, expert_correct)
+    loss = 2 * alpha * realizable_deferral(scores, targets, 1 - expert_correct, q=0.0)
+    if alpha == 1.0:
+        return loss
+    return loss + (1 - alpha) * comp_sum_at(log_probabilities(scores[..., :-1]), targets, 1.0)
+
+
+def cost_sensitive_abstention(scores: Tensor, targets: Tensor, cost: Tensor | float, *, phi: Margin = logistic) -> Tensor:
+    """c phi(g_y) + (1 - c) sum_{k != y} phi(-g_k); abstain iff every g_k <= 0.  (..., K), (...,) or (..., K) -> (...,)
+
+    K binary problems at cost c.  Bayes-consistent for the logistic phi, and for the hinge where c < 1/2.
+    Charoenphakdee, Cui, Zhang, Sugiyama, "Classification with Rejection Based on Cost-sensitive Classification" (ICML 2021).
+    """
+    require_floating("scores", scores)
+    require_targets(scores, targets, scores.shape[-1])
+    require_cost_range(cost)
+    scores = lift(scores)
+    hit = targets if targets.is_floating_point() else F.one_hot(targets, scores.shape[-1]).to(scores.dtype)
+    accept, reject = (hit * phi(scores)).sum(dim=-1), ((1 - hit) * phi(-scores)).sum(dim=-1)
+    return cost * accept + (1 - cost) * reject
+
+
+def madras(scores: Tensor, rejector: Tensor, targets: Tensor, expert_cost: Tensor) -> Tensor:
+    """(1 - sigma(r)) CE + sigma(r) c; r > 0 defers.  (..., K), (...,), (...,) or (..., K), (...,) -> (...,)
+
+    Not Bayes-consistent: it compares the entropy, not the error, with the expert's.
+    Madras, Pitassi, Zemel, "Predict Responsibly" (NeurIPS 2018), eq. 5.
+    """
+    require_floating("rejector", rejector)
+    require_targets(scores, targets, scores.shape[-1])
+    gate = torch.sigmoid(lift(rejector))
+    return (1 - gate) * comp_sum_at(log_probabilities(scores), targets, 1.0) + gate * expert_cost
+
+
+def mixture_of_experts(scores: Tensor, gate: Tensor, targets: Tensor, expert_correct: Tensor) -> Tensor:
+    """-log(w_0 p_y + sum_j w_j m_j), w = softmax(gate).  (..., K), (..., 1+E), (...,), (..., E) -> (...,)
+
+    Not Bayes-consistent.  Hemmer, Schellhammer, Vössing, Jakubik, Satzger, "Forming Effective Human-AI Teams" (IJCAI 2022).
+    """
+    require_floating("gate", gate)
+    require_targets(scores, targets, scores.shape[-1])
+    if expert_correct.shape[-1] != gate.shape[-1] - 1:
+        raise ValueError(
+            f"gate: expected one column for the classifier and one per expert, got {tuple(gate.shape)} for expert_correct "
+            f"{tuple(expert_correct.shape)}"
+        )
+    log_w, log_p = log_probabilities(gate), log_probabilities(scores)
+    right = log_w[..., 1:].masked_fill(expert_correct == 0, -torch.inf).logsumexp(dim=-1)
+    if targets.is_floating_point():
+        return -(targets * torch.logaddexp(log_w[..., :1] + log_p, right.unsqueeze(-1))).sum(dim=-1)
+    own = log_w[..., 0] + log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    return -torch.logaddexp(own, right)
+
+
+def deep_gamblers(scores: Tensor, targets: Tensor, *, reward: float) -> Tensor:
+    """-log(o p_y + p_K), 1 < o < K.  (..., K+1), (...,) or (..., K) -> (...,)
+
+    Rank the rows by p_K, the share kept in hand: at the optimum p_K = 1 iff max p <= 1/o, which is Chow's rule at cost
+    c = 1 - 1/o.  The argmax over K + 1 scores is not.
+    Liu, Wang, Liang, Salakhutdinov, Morency, Ueda, "Deep Gamblers" (NeurIPS 2019), eq. 7.
+    """
+    require_floating("scores", scores)
+    num_classes = scores.shape[-1] - 1
+    require_targets(scores, targets, num_classes)
+    if not 1 < reward <= num_classes:
+        raise ValueError(f"reward: expected a number above 1 and at most the {num_classes} classes, got {reward}")
+    log_p = log_probabilities(scores)
+    gains = torch.logaddexp(math.log(reward) + log_p[..., :-1], log_p[..., -1:])
+    if targets.is_floating_point():
+        return -(targets * gains).sum(dim=-1)
+    return -gains.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+
+
+def picce(scores: Tensor, targets: Tensor, expert_correct: Tensor) -> Tensor:
+    """-log p_y - 1[an expert is right] max_{j right} log p_{K+j}.  (..., K+E), (...,) or (..., K), (..., E) -> (...,)
+
+    Only the most likely of the right experts is pulled up, so that many experts do not drown the classes.
+    "PiCCE" (arXiv 2602.17144, 2026).
+    """
+    require_floating("scores", scores)
+    num_classes = scores.shape[-1] - expert_correct.shape[-1]
+    require_targets(scores, targets, num_classes)
+    require_batch("scores", scores.shape[:-1], "expert_correct", expert_correct.shape[:-1])
+    log_p = log_probabilities(scores)
+    right = expert_correct > 0
+    best = log_p[..., num_classes:].masked_fill(~right, -torch.inf).amax(dim=-1)
+    return comp_sum_at(log_p[..., :num_classes], targets, 1.0) - best.where(right.any(dim=-1), 0.0)
+
+
+def learned_loss(estimate: Tensor, predictor_loss: Tensor) -> Tensor:
+    """(v(x) - L)^2, L detached: a regression of the predictor's own loss; reject iff v(x) > cost.  (...,), (...,) -> (...,)
+
+    The baseline of regression with rejection: fit the predictor on all rows, then its conditional loss (its variance, for
+    squared loss), then threshold.  Li, Liu, Sun, Wang, "When No-Rejection Learning is Consistent for Regression with
+    Rejection" (2023); Zaoui, Denis, Hebiri, "Regression with Reject Option and Application to kNN" (NeurIPS 2020).
+    """
+    require_floating("estimate", estimate)
+    if estimate.shape != predictor_loss.shape:
+        raise ValueError(
+            f"one estimate per row: estimate {tuple(estimate.shape)}, predictor_loss {tuple(predictor_loss.shape)}; "
+            "a model with one output needs .squeeze(-1)"
+        )
+    return (lift(estimate) - predictor_loss.detach()).square()
+
+
+def selective_net(
+    losses: Tensor, selection: Tensor, auxiliary_losses: Tensor, *, coverage: float, penalty: float = 32.0, alpha: float = 0.5
+) -> Tensor:
+    """alpha (mean(l g) / mean(g) + penalty max(0, coverage - mean g)^2) + (1 - alpha) mean(l_aux).  (B,), (B,), (B,) -> ()
+
+    g = sigmoid(selection).  A loss of the whole batch: it couples its rows, unlike all others here.  At the optimum it keeps
+    the inputs of lowest entropy, not of lowest error.
+    Geifman, El-Yaniv, "SelectiveNet" (ICML 2019), eq. 2 and 3, with the division by mean(g) that the released code omits.
+    """
+    require_floating("selection", selection)
+    if losses.shape != selection.shape or selection.dim() != 1 or len(selection) == 0:
+        raise ValueError(
+            f"losses, selection: expected one value per row of a non-empty batch, got {tuple(losses.shape)} and "
+            f"{tuple(selection.shape)}"
+        )
+    if not 0 < coverage <= 1:
+        raise ValueError(f"coverage: expected a number above 0 and at most 1, got {coverage}")
+    log_g = F.logsigmoid(lift(selection))
+    # mean(l g) / mean(g) as a softmax of log g: right where every g underflows.
+    selective_risk = (log_g.softmax(dim=0) * losses).sum()
+    shortfall = torch.relu(coverage - log_g.exp().mean())
+    return alpha * (selective_risk + penalty * shortfall.square()) + (1 - alpha) * auxiliary_losses.mean()
+
+
+def _binary(scores: Tensor, hit: Tensor, phi: Margin, mask: Tensor | None) -> Tensor:
+    if mask is not None:
+        scores, hit = scores.where(mask, 0.0), hit.where(mask, 0)
+    losses = hit * phi(scores) + (1 - hit) * phi(-scores)
+    return (losses if mask is None else losses.where(mask, 0.0)).sum(dim=-1)
+
+
+def _require_one_expert(scores: Tensor, targets: Tensor, expert_correct: Tensor) -> None:
+    require_floating("scores", scores)
+    require_targets(scores, targets, scores.shape[-1] - 1)
+    require_batch("scores", scores.shape[:-1], "expert_correct", expert_correct.shape)

@@ -1,0 +1,79 @@
+"""Realizable H-consistent families: where some hypothesis decides without loss, their minimiser finds it.
+
+What holds beyond that was checked numerically and differs from member to member; each docstring says it.
+
+Mao, Mohri, Zhong, "Realizable H-Consistent and Bayes-Consistent Loss Functions for Learning to Defer" (NeurIPS 2024,
+arXiv 2407.13732) and "Mastering Multiple-Expert Routing" (ICML 2025, arXiv 2506.20650).
+"""
+
+import torch
+from torch import Tensor
+
+from deferral.losses.comp_sum import log_probabilities
+from deferral.validation import require_actions, require_batch, require_floating, require_targets
+
+__all__ = ["realizable_deferral", "realizable_experts", "realizable_router"]
+
+
+def realizable_deferral(scores: Tensor, targets: Tensor, expert_cost: Tensor, *, q: float = 1.0) -> Tensor:
+    """c Psi_q(p_y) + (1 - c) Psi_q(p_y + p_K), one expert.  (..., K+1), (...,) or (..., K), (...,) -> (...,)
+
+    p = softmax(s), Psi_q(t) = (1 - t^q) / q, and -log t for q = 0; c in [0, 1] is the expert's cost, 1[expert wrong] or with a
+    price.  Realizable H-consistent for q in [0, 1].  Bayes-consistent for every cost only at q = 1, where it equals
+    single-stage deferral at mu = 2 minus (1 - c); for q < 1 only where the expert's answer is a function of x: with an expert
+    that is right at random, p = (.5062, .4938) and accuracy .6174, q = 0 predicts where Bayes defers.  So fit the threshold
+    (`fit_offsets`) when q < 1.  q = 0 times 2 is Mozannar et al. 2023's RealizableSurrogate at binary cost.
+
+    NeurIPS 2024, section 4 (L_RL2D).
+    """
+    require_floating("scores", scores)
+    require_targets(scores, targets, scores.shape[-1] - 1)
+    require_batch("scores", scores.shape[:-1], "expert_cost", expert_cost.shape)
+    log_p = log_probabilities(scores)
+    classes, expert = log_p[..., :-1], log_p[..., -1:]
+    alone = _psi(classes, q)
+    together = _psi(torch.logaddexp(classes, expert), q)
+    cost = expert_cost.unsqueeze(-1)
+    return _at(cost * alone + (1 - cost) * together, targets)
+
+
+def realizable_experts(scores: Tensor, targets: Tensor, expert_correct: Tensor, *, q: float = 1.0) -> Tensor:
+    """Psi_q(p_y + sum_{j right} p_{K+j}): several experts without price.  (..., K+E), (...,), (..., E) -> (...,)
+
+    `expert_correct` is 1 where the expert's answer is right.  Realizable H-consistent; at q = 1 it is linear in the
+    probabilities and so Bayes-consistent as well, at q = 0 it is not.  An answer that is missing counts as not right: pass 0.
+    """
+    require_floating("scores", scores)
+    num_classes = scores.shape[-1] - expert_correct.shape[-1]
+    require_targets(scores, targets, num_classes)
+    require_batch("scores", scores.shape[:-1], "expert_correct", expert_correct.shape[:-1])
+    log_p = log_probabilities(scores)
+    right = log_p[..., num_classes:].masked_fill(expert_correct == 0, -torch.inf).logsumexp(dim=-1, keepdim=True)
+    return _at(_psi(torch.logaddexp(log_p[..., :num_classes], right), q), targets)
+
+
+def realizable_router(scores: Tensor, costs: Tensor) -> Tensor:
+    """-log sum_{a: cost_a = 0} softmax_a(s), for binary costs: any free action will do.  (..., A), (..., A) -> (...,)
+
+    Realizable and easy to optimise; not Bayes-consistent.  Rows whose actions all cost 1 say nothing and give 0.  For both
+    guarantees use `two_stage_deferral` at mu = 2, started from a solution of this loss or of mu = 1.
+    """
+    require_floating("scores", scores)
+    require_actions(scores, costs)
+    log_p = log_probabilities(scores)
+    free = costs == 0
+    # A row without a free action would be log 0; it keeps every column instead, which is log 1.
+    kept = free | ~free.any(dim=-1, keepdim=True)
+    return -log_p.masked_fill(~kept, -torch.inf).logsumexp(dim=-1)
+
+
+def _psi(log_t: Tensor, q: float) -> Tensor:
+    if not 0.0 <= q <= 1.0:
+        raise ValueError(f"q: expected a number in [0, 1] (0 logarithmic, 1 linear), got {q}")
+    return -log_t if q == 0 else -torch.expm1(q * log_t) / q
+
+
+def _at(losses: Tensor, targets: Tensor) -> Tensor:
+    if targets.is_floating_point():
+        return (targets * losses).sum(dim=-1)
+    return losses.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
