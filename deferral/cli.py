@@ -28,7 +28,7 @@ def commands() -> None:
 @commands.command()
 @click.option("--data", type=click.Choice(["digits", "cifar10"]), default="digits", show_default=True)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-@click.option("--device", default="cpu", show_default=True, help="A torch device: cpu, cuda, cuda:1, mps.")
+@click.option("--device", default="cpu", show_default=True, help="A torch device: cpu, cuda, cuda:1.")
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
@@ -59,6 +59,10 @@ def demo(data: str, seed: int, device: str, out: Path, useless_expert: bool, roo
     from deferral.demo.report import draw, save, show
 
     target = _device(device)
+    if data == "cifar10" and root is None:
+        raise click.UsageError("--data cifar10 needs --root, the folder that holds cifar-10-batches-py (or DEFERRAL_DATA)")
+    if data == "cifar10" and useless_expert:
+        raise click.UsageError("--useless-expert goes with --data digits")
     out.mkdir(parents=True, exist_ok=True)
     with _progress() as progress:
         if data == "digits":
@@ -66,12 +70,7 @@ def demo(data: str, seed: int, device: str, out: Path, useless_expert: bool, roo
             torch.set_num_threads(1)
             comparisons = [digits.run(seed, target, progress, useless_expert=useless_expert)]
         else:
-            if useless_expert:
-                raise click.UsageError("--useless-expert goes with --data digits")
-            if root is None:
-                raise click.UsageError(
-                    "--data cifar10 needs --root, the folder that holds cifar-10-batches-py (or DEFERRAL_DATA)"
-                )
+            assert root is not None
             checkpoint = out / f"cifar10-seed{seed}.pt"
             comparisons = cifar10.run(root, people or root / "l2d", seed, target, progress, checkpoint)
     for comparison in comparisons:
@@ -88,7 +87,7 @@ def main(arguments: list[str] | None = None) -> None:
         error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("stopped; the same command continues from the last checkpoint", err=True)
+        click.echo("stopped; the same command starts again, from the last checkpoint where there is one", err=True)
         sys.exit(130)
     except (DataError, ImportError, OSError) as error:
         click.echo(f"Error: {error}", err=True)
@@ -108,13 +107,9 @@ def _progress() -> Progress:
 def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        available = [
-            "cpu",
-            *(["cuda"] if torch.cuda.is_available() else []),
-            *(["mps"] if torch.backends.mps.is_available() else []),
-        ]
+        torch.zeros(1, device=device, dtype=torch.float64).item()
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        available = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
         raise click.BadParameter(
             f"{name!r} cannot be used here; expected one of {', '.join(available)}", param_hint="--device"
         ) from error

@@ -10,7 +10,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from deferral.validation import check_costs
+from deferral.validation import check_costs, check_targets, require_floating
 
 __all__ = ["error_costs", "pick", "single_stage_costs", "squared_costs"]
 
@@ -52,6 +52,8 @@ def error_costs(
             "use squared_costs"
         )
     _check_rows(answers, targets.shape[:-1] if targets.is_floating_point() else targets.shape)
+    if targets.is_floating_point():
+        check_targets(targets, targets.shape[-1])
     dtype = targets.dtype if targets.is_floating_point() else torch.get_default_dtype()
     alpha_row, price_row = _per_expert(alpha, "alpha", answers, dtype), _per_expert(price, "price", answers, dtype)
     check_costs(alpha_row, ceiling=None, name="alpha")
@@ -110,6 +112,7 @@ def single_stage_costs(targets: Tensor, expert_costs: Tensor, num_classes: int) 
     Action k < K answers class k and costs one error if it is wrong; action K + j asks expert j.  `targets` may be
     probabilities (..., K).
     """
+    require_floating("expert_costs", expert_costs)
     hit = targets if targets.is_floating_point() else torch.nn.functional.one_hot(targets, num_classes)
     return torch.cat([1 - hit.to(expert_costs.dtype), expert_costs], dim=-1)
 
@@ -125,9 +128,9 @@ def pick(table: Tensor, actions: Tensor) -> Tensor:
 
 def _per_expert(value: PerExpert, name: str, answers: Tensor, dtype: torch.dtype) -> Tensor:
     row = torch.as_tensor(value, dtype=dtype, device=answers.device)
-    if row.dim() > 0 and row.shape[-1] not in (1, answers.shape[-1]):
+    if row.dim() > 0 and (row.shape[-1] != answers.shape[-1] or row.dim() > answers.dim()):
         raise ValueError(
-            f"{name}: expected one number, or one per column of answers {tuple(answers.shape)}, got {row.shape[-1]}; "
+            f"{name}: expected one number, or one per column of answers {tuple(answers.shape)}, got shape {tuple(row.shape)}; "
             "did you leave out the own predictor's column (its price is usually 0)?"
         )
     return row

@@ -4,6 +4,7 @@
 """
 
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +91,7 @@ def cifar10h_counts(people: Path | str) -> Tensor:
     """
     path = _existing(Path(people) / "cifar10h_counts.npy", "CIFAR-10H")
     counts = _read_array(path, None)
-    if counts.shape != (10_000, 10) or (counts.sum(-1) == 0).any():
+    if counts.shape != (10_000, 10) or (counts < 0).any() or (counts.sum(-1) == 0).any():
         raise DataError(f"{path}: expected counts of shape (10000, 10), at least one in each row, got shape {counts.shape}")
     return torch.from_numpy(counts).long()
 
@@ -132,6 +133,11 @@ def _read_array(path: Path, key: str | None) -> np.ndarray:
     try:
         with path.open("rb") as file:
             loaded = np.load(file, allow_pickle=False)
-            return loaded if key is None else loaded[key]
-    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path}: expected a NumPy file with plain arrays, could not read it ({error}); copy it again") from error
+            array = loaded if key is None else loaded[key]
+        if not isinstance(array, np.ndarray) or not np.issubdtype(array.dtype, np.integer):
+            raise ValueError(f"an array of integers, not {getattr(array, 'dtype', type(array).__name__)}")
+        return array
+    except (ValueError, OSError, EOFError, LookupError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(
+            f"{path}: expected a NumPy file with plain arrays of integers, could not read it ({error}); copy it again"
+        ) from error

@@ -14,12 +14,14 @@ def decide(scores: Tensor, offsets: Tensor | float = 0.0, *, mask: Tensor | None
 
     `offsets` (a number, or one per action, from `deferral.calibration`) is the one knob.  `mask` (bool, True = can be asked)
     has one column per action or, with fewer columns, belongs to the last ones (the experts).  A score of NaN counts as -inf,
-    so a row of NaN goes to the last action: a broken predictor defers.
+    so a row of NaN goes to the last action: a broken predictor defers.  Where every action is masked the result is -1.
 
     Mao, Mohri, Zhong, "Theoretically Grounded Loss Functions and Algorithms for Score-Based Multi-Class Abstention"
     (AISTATS 2024), section 2: abstain iff the abstain score is at least every class score.
     """
     require_floating("scores", scores)
+    if isinstance(offsets, Tensor) and offsets.dim() > 0 and offsets.shape[-1] != scores.shape[-1]:
+        raise ValueError(f"one offset per action: scores {tuple(scores.shape)}, offsets {tuple(offsets.shape)}")
     values = lift(scores) + offsets
     values = values.where(~values.isnan(), -torch.inf)
     if mask is not None:
@@ -52,14 +54,22 @@ def deferral_margin(scores: Tensor, num_own: int, *, mask: Tensor | None = None)
     if not 0 < num_own < scores.shape[-1]:
         raise ValueError(f"num_own: expected 1..{scores.shape[-1] - 1} for scores {tuple(scores.shape)}, got {num_own}")
     values = lift(scores)
+    values = values.where(~values.isnan(), -torch.inf)
     if mask is not None:
-        values = values.where(action_mask(scores, mask), -torch.inf)
-    return values[..., num_own:].amax(dim=-1) - values[..., :num_own].amax(dim=-1)
+        values = values.where(action_mask(scores, mask, num_own), -torch.inf)
+    margin = values[..., num_own:].amax(dim=-1) - values[..., :num_own].amax(dim=-1)
+    # -inf on both sides is a tie.
+    return margin.where(~margin.isnan(), 0.0)
 
 
 def oracle(costs: Tensor, *, mask: Tensor | None = None) -> Tensor:
-    """The cheapest action of every row; ties keep the first, the own prediction.  (..., A) -> (...,)"""
-    known = costs if mask is None else costs.where(action_mask(costs, mask), torch.inf)
+    """The cheapest action of every row; ties keep the first, the own prediction.  (..., A) -> (...,)
+
+    A cost of NaN is never the cheapest.
+    """
+    known = costs.where(~costs.isnan(), torch.inf)
+    if mask is not None:
+        known = known.where(action_mask(costs, mask), torch.inf)
     positions = torch.arange(costs.shape[-1], device=costs.device)
     cheapest = known == known.amin(dim=-1, keepdim=True)
     return positions.where(cheapest, costs.shape[-1]).amin(dim=-1)

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from deferral.validation import check_targets
+
 __all__ = ["draw_answers", "even_skill", "random_annotator", "random_person", "specialist"]
 
 
@@ -40,10 +42,13 @@ def draw_answers(confusion: Tensor, targets: Tensor, *, seed: int) -> Tensor:
     The draw is made on the CPU, so that a seed means the same answers on every device.
     """
     num_classes = len(confusion)
-    if confusion.shape != (num_classes, num_classes) or not torch.allclose(confusion.sum(-1), torch.ones(num_classes)):
+    confusion = confusion.double().cpu()
+    sums_to_one = torch.allclose(confusion.sum(-1), torch.ones(num_classes, dtype=torch.float64), atol=1e-5)
+    if confusion.shape != (num_classes, num_classes) or not sums_to_one or bool((confusion < 0).any()):
         raise ValueError(f"confusion: expected a square matrix whose rows sum to 1, got shape {tuple(confusion.shape)}")
+    check_targets(targets, num_classes)
     generator = torch.Generator().manual_seed(seed)
-    rows = confusion.cpu()[targets.cpu()]
+    rows = confusion[targets.cpu()]
     return torch.multinomial(rows, 1, generator=generator).squeeze(-1).to(targets.device)
 
 

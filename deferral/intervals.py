@@ -77,4 +77,4 @@ def paired_difference(values: Tensor, others: Tensor, *, level: float = 0.95, re
     """mean(values - others) for two methods on the same rows, each resample taking the same rows of both.  (N,), (N,)"""
     if values.shape != others.shape:
         raise ValueError(f"a paired difference needs the same rows: {tuple(values.shape)} and {tuple(others.shape)}")
-    return mean_interval(values - others, level=level, resamples=resamples, seed=seed)
+    return mean_interval(values.double() - others.double(), level=level, resamples=resamples, seed=seed)

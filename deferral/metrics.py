@@ -24,6 +24,8 @@ def correct(answers: Tensor, targets: Tensor, actions: Tensor) -> Tensor:
 
     `answers` (..., A) has one column per action.
     """
+    if targets.shape != actions.shape:
+        raise ValueError(f"one target per row: actions {tuple(actions.shape)}, targets {tuple(targets.shape)}")
     return (pick(answers, actions) == targets).to(torch.get_default_dtype())
 
 
@@ -58,7 +60,7 @@ def cost_coverage_curve(margin: Tensor, own_cost: Tensor, deferred_cost: Tensor)
             f"{tuple(margin.shape)}, {tuple(own_cost.shape)}, {tuple(deferred_cost.shape)}"
         )
     _, group, sizes = torch.unique(margin, return_inverse=True, return_counts=True)
-    gain = (own_cost - deferred_cost).double()
+    gain = own_cost.double() - deferred_cost.double()
     group_mean = torch.zeros(len(sizes), dtype=torch.float64, device=margin.device).index_add(0, group, gain) / sizes
     steps = group_mean.repeat_interleave(sizes)
     total = torch.cat([steps.new_zeros(1), steps.cumsum(0)]) + deferred_cost.double().sum()

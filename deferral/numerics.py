@@ -1,7 +1,6 @@
 """Floating-point care in one place: half precision is lifted, exponentials continue linearly."""
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,30 +12,8 @@ KNEE = 10.0
 
 
 def lift(scores: Tensor) -> Tensor:
-    """float16 and bfloat16 become float32; float32 and float64 stay.
-
-    A gradient past float16's range saturates on its way back: infinity would throw away the whole step for one row.
-    """
-    if scores.dtype == torch.float16:
-        return _LiftFloat16.apply(scores)
-    return scores.float() if scores.dtype == torch.bfloat16 else scores
-
-
-class _LiftFloat16(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(scores: Tensor) -> Tensor:
-        return scores.float()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        largest = torch.finfo(torch.float16).max
-        return gradients[0].clamp(-largest, largest).half()
+    """float16 and bfloat16 become float32; float32 and float64 stay."""
+    return scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
 
 
 def exp_linear(t: Tensor) -> Tensor:

@@ -15,9 +15,9 @@ __all__ = [
     "check_targets",
     "require_actions",
     "require_batch",
+    "require_ceiling",
     "require_cost_range",
     "require_floating",
-    "require_mask",
     "require_targets",
 ]
 
@@ -32,15 +32,14 @@ def require_floating(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name}: expected a torch tensor, got {type(tensor).__name__}; convert it with torch.as_tensor")
     if not tensor.is_floating_point():
         raise TypeError(
-            f"{name}: expected a floating dtype, got {tensor.dtype}; pass the model's raw scores, not its answers, "
-            f"or convert with {name}.float()"
+            f"{name}: expected a floating dtype, got {tensor.dtype}; convert with {name}.float()"
+            + (", or did you pass the model's answers instead of its raw scores?" if name == "scores" else "")
         )
 
 
 def require_actions(scores: Tensor, costs: Tensor, *, name: str = "costs") -> None:
     """ValueError unless there is one cost (or weight) per action and row."""
-    if not isinstance(costs, Tensor):
-        raise TypeError(f"{name}: expected a torch tensor, got {type(costs).__name__}")
+    require_floating(name, costs)
     if scores.dim() == 0 or costs.shape[-1:] != scores.shape[-1:] or costs.dim() > scores.dim():
         raise ValueError(
             f"one {name[:-1]} per action: scores {_shape(scores)}, {name} {_shape(costs)}; "
@@ -76,26 +75,40 @@ def require_targets(scores: Tensor, targets: Tensor, num_classes: int) -> None:
             f"targets: expected {kind} of shape {expected} for scores {_shape(scores)}, got {targets.dtype} of shape "
             f"{_shape(targets)}; integer targets are indices, floating targets are probabilities over the K classes"
         )
-    if targets.dtype == torch.bool:
-        raise TypeError("targets: expected class indices or probabilities, got bool; use targets.long() for two classes")
+    if not targets.is_floating_point() and targets.dtype != torch.int64:
+        raise TypeError(
+            f"targets: expected class indices of dtype int64 or probabilities, got {targets.dtype}; use targets.long()"
+        )
 
 
-def require_mask(scores: Tensor, mask: Tensor, *, actions: int, name: str = "mask") -> None:
-    """A mask is bool, True where the answer is known, one column per action (or per expert)."""
-    if mask.dtype != torch.bool:
-        raise TypeError(f"{name}: expected bool (True = known), got {mask.dtype}; convert with {name}.bool()")
-    if mask.shape[-1:] != (actions,):
-        raise ValueError(f"{name}: expected {actions} columns, got shape {_shape(mask)} for scores {_shape(scores)}")
-    require_batch("scores", scores.shape[:-1], name, mask.shape[:-1])
+def action_mask(scores: Tensor, mask: Tensor, num_own: int | None = None) -> Tensor:
+    """A mask with one column per action.  One over the experts, the last columns, is widened by True for the own actions.
 
-
-def action_mask(scores: Tensor, mask: Tensor) -> Tensor:
-    """A mask over the experts, the last columns, widened by True for the own actions; one over all actions as it is."""
-    own = scores.shape[-1] - mask.shape[-1]
-    if own > 0:
-        mask = torch.cat([torch.ones_like(mask[..., :1]).expand(*mask.shape[:-1], own), mask], dim=-1)
-    require_mask(scores, mask, actions=scores.shape[-1])
+    Bool, True = the answer is known.  With `num_own` given, exactly A or A - num_own columns are accepted.
+    """
+    actions = scores.shape[-1]
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        came = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"mask: expected a bool tensor (True = known), got {came}; convert with mask.bool()")
+    columns = mask.shape[-1] if mask.dim() else 0
+    if columns > actions or (num_own is not None and columns not in (actions, actions - num_own)):
+        expected = (
+            f"{actions} columns" if num_own in (None, 0) else f"{actions - num_own} columns (experts) or {actions} (actions)"
+        )
+        raise ValueError(f"mask: expected {expected} for scores {_shape(scores)}, got shape {_shape(mask)}")
+    require_batch("scores", scores.shape[:-1], "mask", mask.shape[:-1])
+    if columns < actions:
+        mask = torch.cat([mask.new_ones((*mask.shape[:-1], actions - columns)), mask], dim=-1)
     return mask
+
+
+def require_ceiling(ceiling: Tensor | float) -> None:
+    """ValueError unless the ceiling is a number, or one number per row that stands before all actions: (..., 1)."""
+    if isinstance(ceiling, Tensor) and ceiling.dim() > 0 and ceiling.shape[-1] != 1:
+        raise ValueError(
+            f"ceiling: expected a number or one per row of shape (..., 1), got {_shape(ceiling)}; keep the last axis: "
+            "costs.sum(-1, keepdim=True)"
+        )
 
 
 def require_cost_range(cost: Tensor | float) -> None:
@@ -140,7 +153,7 @@ def check_targets(targets: Tensor, num_classes: int) -> None:
         )
 
 
-def check_costs(costs: Tensor, *, ceiling: float | None = 1.0, mask: Tensor | None = None, name: str = "costs") -> None:
+def check_costs(costs: Tensor, *, ceiling: float | Tensor | None = 1.0, mask: Tensor | None = None, name: str = "costs") -> None:
     """Known costs are numbers in [0, ceiling]; `ceiling=None` leaves the upper end open.  Reads the values."""
     require_floating(name, costs)
     known = costs if mask is None else costs[mask.expand_as(costs)]
@@ -151,11 +164,18 @@ def check_costs(costs: Tensor, *, ceiling: float | None = 1.0, mask: Tensor | No
             f"{name}: expected numbers, got NaN in {int(known.isnan().sum())} places; mark missing answers in a mask "
             "(error_costs(..., missing=-1) makes one)"
         )
+    if isinstance(ceiling, Tensor):
+        excess = (costs - ceiling) if mask is None else (costs - ceiling)[mask.expand_as(costs)]
+        if bool((excess > 1e-5 * (1 + costs.abs().max())).any()):
+            raise ValueError(
+                f"{name}: in some row a cost lies above the ceiling by {float(excess.max()):g}; pass the row's sum or maximum"
+            )
+        ceiling = None
     low, high = float(known.min()), float(known.max())
     if low < 0:
         raise ValueError(f"{name}: expected non-negative costs in units of one error, got {low:g}")
     # One part in 10^5: a float32 sum of error and price may lie above its own ceiling by a rounding.
-    if ceiling is not None and high > ceiling * (1 + 1e-5):
+    if ceiling is not None and not high <= ceiling * (1 + 1e-5):
         raise ValueError(
             f"{name}: the largest is {high:g}, above ceiling={ceiling:g}; the weight ceiling - cost would be negative and the "
             f"risk unbounded below.  Pass ceiling={high:g} (1 + the largest price), here and to the loss, or lower the price"

@@ -1,5 +1,6 @@
 """Bad input to losses: what was expected, what came, what to do."""
 
+import functools
 import re
 
 import pytest
@@ -36,12 +37,31 @@ COSTS = torch.rand(4, 2)
         (lambda: single_stage_deferral(SCORES, TARGETS, torch.rand(3, 2)), ValueError, "differ in rows"),
         (lambda: single_stage_deferral(SCORES, TARGETS, torch.rand(4, 6)), ValueError, "leave -1 columns for classes"),
         (lambda: single_stage_deferral(SCORES, TARGETS, COSTS, mask=torch.ones(4, 2)), TypeError, "mask.bool()"),
-        (lambda: single_stage_deferral(SCORES, TARGETS, COSTS, mask=torch.ones(4, 6).bool()), ValueError, "expected 5 columns"),
+        (
+            lambda: single_stage_deferral(SCORES, TARGETS, COSTS, mask=torch.ones(4, 6).bool()),
+            ValueError,
+            "expected 2 columns (experts) or 5 (actions)",
+        ),
         (lambda: two_stage_deferral(SCORES, torch.rand(4, 4)), ValueError, "did you leave out the own predictor"),
         (lambda: two_stage_deferral(SCORES, torch.rand(3, 5)), ValueError, "differ in rows"),
         (lambda: comp_sum(SCORES, torch.rand(4, 5), mu=2.5), ValueError, "mu: expected a number in [0, 2]"),
         (lambda: two_stage_abstention(torch.randn(4, 1), torch.ones(4), 0.1), ValueError, "squeeze(-1)"),
         (lambda: two_stage_abstention(torch.randn(4), torch.ones(4), -0.1), ValueError, "number in [0, 1]"),
+        (lambda: two_stage_abstention(torch.randn(4), torch.ones(4), torch.rand(4, 1)), ValueError, "differ in rows"),
+        (lambda: predictor_rejector_abstention(SCORES, SCORES[:1, 0], TARGETS, 0.1), ValueError, "one rejector value per row"),
+        (lambda: predictor_rejector_abstention(SCORES, SCORES[:, 0], TARGETS, torch.rand(4, 1)), ValueError, "differ in rows"),
+        (lambda: predictor_rejector_abstention(SCORES.long(), SCORES[:, 0], TARGETS, 0.1), TypeError, "floating"),
+        (lambda: predictor_rejector_abstention(SCORES, SCORES[:, 0], TARGETS, 0.1, beta=0.0), ValueError, "positive"),
+        (lambda: single_stage_deferral(SCORES, TARGETS.byte(), COSTS), TypeError, "targets.long()"),
+        (lambda: single_stage_deferral(SCORES, TARGETS, COSTS.tolist()), TypeError, "expert_costs: expected a torch tensor"),
+        (lambda: single_stage_deferral(SCORES, TARGETS, COSTS, mask=torch.ones(4, 1).bool()), ValueError, "expected 2 columns"),
+        (lambda: two_stage_deferral(SCORES, torch.ones(4, 5).bool()), TypeError, "costs: expected a floating dtype"),
+        (lambda: two_stage_deferral(SCORES, torch.rand(4, 5), ceiling=torch.ones(4)), ValueError, "keepdim=True"),
+        (
+            lambda: two_stage_deferral(SCORES, torch.rand(4, 5), mask=torch.ones(4, 3).bool()),
+            ValueError,
+            "4 columns (experts) or 5",
+        ),
         (
             lambda: predictor_rejector_abstention(SCORES, SCORES[:, 0], TARGETS, 0.1, base=F.cross_entropy),
             ValueError,
@@ -109,6 +129,11 @@ def test_criterion_checks_two_stage_costs_and_masks() -> None:
         Criterion(two_stage_deferral)(SCORES[:, :3], costs, mask=torch.zeros(4, 3, dtype=torch.bool))
     with pytest.raises(ValueError, match="NaN"):
         Criterion(two_stage_deferral)(SCORES[:, :3], costs * torch.nan, mask=experts_known)
+    with pytest.raises(ValueError, match="above the ceiling by"):
+        Criterion(two_stage_deferral, ceiling=torch.tensor(1.0))(SCORES[:, :3], 9 * costs)
+    with pytest.raises(ValueError, match="wrong: the largest is 7"):
+        Criterion(two_stage_abstention, cost=0.1)(SCORES[:, 0], torch.tensor([0.0, 1.0, 7.0, 0.0]))
+    assert "partial" in repr(Criterion(functools.partial(two_stage_deferral, mu=1.7)))
     with pytest.raises(TypeError, match="no option named margin"):
         Criterion(two_stage_deferral, margin=1)
 

@@ -8,7 +8,9 @@ from deferral import decide, error_costs, fit_offsets, pick, two_stage_deferral
 
 def best_by_search(scores: Tensor, costs: Tensor, num_own: int, mask: Tensor | None = None) -> float:
     """The cheapest mean cost over every threshold that could matter."""
-    margin = scores[:, num_own:].amax(-1) - scores[:, :num_own].amax(-1)
+    asked = scores[:, num_own:] if mask is None else scores[:, num_own:].where(mask, -torch.inf)
+    margin = asked.amax(-1) - scores[:, :num_own].amax(-1)
+    margin = margin[margin.isfinite()]
     candidates = torch.cat([margin, margin - 1e-6, margin.max()[None] + 1]).double()
     costs_at = []
     for threshold in candidates:
@@ -30,12 +32,30 @@ def test_the_fitted_offset_is_the_best_of_all(num_own: int, seed: int) -> None:
     assert fitted == pytest.approx(best_by_search(scores, costs, num_own))
 
 
-def test_masked_experts_are_never_asked() -> None:
-    scores, costs = torch.randn(60, 4).double(), torch.rand(60, 4).double()
-    mask = torch.rand(60, 3) < 0.5
-    offsets = fit_offsets(scores, costs.masked_fill(~torch.cat([torch.ones(60, 1).bool(), mask], -1), torch.nan), mask=mask)
+@pytest.mark.parametrize("seed", range(4))
+def test_masked_experts_are_never_asked_and_never_counted(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    scores, costs = torch.randn(2, 60, 4, generator=generator).double().unbind()
+    costs = costs.abs()
+    mask = torch.rand(60, 3, generator=generator) < 0.4
+    every = torch.cat([torch.ones(60, 1).bool(), mask], -1)
+    offsets = fit_offsets(scores, costs.masked_fill(~every, torch.nan), mask=mask)
     actions = decide(scores, offsets, mask=mask)
-    assert torch.cat([torch.ones(60, 1).bool(), mask], -1).gather(-1, actions[:, None]).all()
+    assert every.gather(-1, actions[:, None]).all()
+    assert pick(costs, actions).mean().item() == pytest.approx(best_by_search(scores, costs, 1, mask))
+
+
+def test_rounding_of_large_scores_moves_no_row() -> None:
+    scores = 1000 + torch.randn(3000, 2)
+    costs = torch.rand(3000, 2)
+    exact = pick(costs, decide(scores.double(), fit_offsets(scores.double(), costs))).mean()
+    torch.testing.assert_close(pick(costs, decide(scores, fit_offsets(scores, costs))).mean(), exact)
+
+
+def test_among_equally_cheap_thresholds_the_one_that_defers_least() -> None:
+    scores = torch.tensor([[0.0, 3.0], [0.0, 2.0], [0.0, 1.0]])
+    costs = torch.tensor([[0.3, 0.6], [0.2, 0.1], [0.3, 0.1]], dtype=torch.float64)  # -0.3 + 0.1 + 0.2 is not quite 0
+    assert (decide(scores, fit_offsets(scores, costs)) == 0).all()
 
 
 def test_never_and_always_deferring_are_reached() -> None:
@@ -43,6 +63,8 @@ def test_never_and_always_deferring_are_reached() -> None:
     free_expert = torch.tensor([[1.0, 0.0]]).expand(30, 2)
     assert (decide(scores, fit_offsets(scores, free_expert)) == 1).all()
     assert (decide(scores, fit_offsets(scores, free_expert.flip(-1))) == 0).all()
+    with pytest.raises(ValueError, match="own action can always be taken"):
+        fit_offsets(torch.full((3, 2), -torch.inf), torch.rand(3, 2))
     nobody = torch.zeros(30, 1, dtype=torch.bool)
     assert (decide(scores, fit_offsets(scores, free_expert, mask=nobody), mask=nobody) == 0).all()
 

@@ -40,6 +40,7 @@ def test_the_demo_prints_a_table_and_saves_pictures_and_figures(tmp_path: Path) 
         (("demo", "--data", "cifar10", "--out", "{tmp}", "--root", "{tmp}", "--useless-expert"), "goes with --data digits"),
         (("demo", "--data", "mnist"), "'digits', 'cifar10'"),
         (("demo", "--device", "tpu"), "expected one of cpu"),
+        (("demo", "--device", "meta"), "expected one of cpu"),
         (("demo", "--seed", "-1"), "-1 is not in the range"),
         (("demo", "--out", "/dev/null/x"), "Not a directory"),
         (("nonsense",), "No such command"),

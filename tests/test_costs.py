@@ -54,6 +54,10 @@ def test_pick() -> None:
         (lambda: error_costs(ANSWERS[:, :2], TARGETS, price=-0.1), ValueError, "price: expected non-negative"),
         (lambda: error_costs(ANSWERS[:, :2], TARGETS, price=float("nan")), ValueError, "NaN"),
         (lambda: error_costs(ANSWERS[:, :2] + 5, torch.rand(2, 3).softmax(-1)), ValueError, r"in 0\.\.2, got 6"),
+        (lambda: error_costs(ANSWERS[:, :2], torch.tensor([[5.0, 3.0], [2.0, -1.0]])), ValueError, "non-negative probabilities"),
+        (lambda: error_costs(ANSWERS[:, :2], TARGETS, price=torch.zeros(3, 1, 2)), ValueError, "one per column"),
+        (lambda: error_costs(ANSWERS[:, :2], TARGETS, ceiling=float("nan")), ValueError, "ceiling"),
+        (lambda: single_stage_costs(TARGETS, torch.ones(2, 1, dtype=torch.long), 3), TypeError, "floating"),
         (lambda: squared_costs(torch.tensor([[torch.nan]]), torch.ones(1)), ValueError, "NaN"),
     ],
 )

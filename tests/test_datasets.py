@@ -1,3 +1,4 @@
+import contextlib
 import shutil
 from pathlib import Path
 
@@ -47,6 +48,26 @@ def test_corrupted_peoples_labels_are_named(tmp_path: Path) -> None:
     np.savez(tmp_path / "cifar10n.npz", annotator=np.array([object()]))
     with pytest.raises(DataError, match="plain arrays"):
         cifar10n_annotators(tmp_path)
+    np.savez(tmp_path / "cifar10n.npz", annotator=np.full((50_000, 3), "cat"))
+    with pytest.raises(DataError, match="an array of integers, not <U3"):
+        cifar10n_annotators(tmp_path)
+    np.savez(tmp_path / "other.npz", counts=np.ones((10_000, 10), dtype=np.int64))
+    (tmp_path / "other.npz").rename(tmp_path / "cifar10h_counts.npy")
+    with pytest.raises(DataError, match="an array of integers, not NpzFile"):
+        cifar10h_counts(tmp_path)
+
+
+def test_every_flipped_byte_is_noticed_or_harmless(tmp_path: Path) -> None:
+    """A deflated archive damaged at any place: an error that names the file, never another exception."""
+    labels = np.random.default_rng(0).integers(0, 10, (50_000, 3))
+    np.savez_compressed(tmp_path / "cifar10n.npz", annotator=labels)
+    whole = (tmp_path / "cifar10n.npz").read_bytes()
+    for place in np.random.default_rng(1).integers(0, len(whole), 40).tolist():
+        damaged = bytearray(whole)
+        damaged[place] ^= 0x5A
+        (tmp_path / "cifar10n.npz").write_bytes(damaged)
+        with contextlib.suppress(DataError):
+            assert torch.equal(cifar10n_annotators(tmp_path), torch.from_numpy(labels))
 
 
 def test_cifar10_test_images_and_their_people(data_root: Path) -> None:

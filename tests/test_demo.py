@@ -47,6 +47,20 @@ def test_so_it_is_on_other_seeds(seed: int) -> None:
     cheaper_than_the_rest(run(seed))
 
 
+def test_nothing_is_learned_from_the_test_rows(comparison: Comparison, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With other labels and other answers on the test rows, every learned decision stays what it was."""
+    split = digits._split
+
+    def other_test_labels(*arguments) -> list[digits.Part]:
+        *parts, test = split(*arguments)
+        return [*parts, digits.Part(test.pixels, test.targets.flip(0), test.experts.flip(0))]
+
+    monkeypatch.setattr(digits, "_split", other_test_labels)
+    for method in run(0).methods:
+        if method.name != "oracle":
+            assert torch.equal(method.actions, comparison[method.name].actions), method.name
+
+
 def test_figures_are_consistent(comparison: Comparison) -> None:
     oracle_cost = comparison["oracle"].cost
     for method in comparison.methods:
@@ -95,8 +109,10 @@ def test_training_resumes_as_if_it_had_not_been_stopped(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="delete the file, or name another --out"):
         convnet.trained(data, tmp_path / "cut.pt", seed=1, epochs=3, on_epoch=epochs.append)
     (tmp_path / "cut.pt").write_bytes(b"half a checkpoint")
-    with pytest.raises(DataError, match="delete the file to train again"):
-        convnet.trained(data, tmp_path / "cut.pt", seed=0, epochs=3, on_epoch=epochs.append)
+    torch.save({}, tmp_path / "empty.pt")
+    for name in ("cut.pt", "empty.pt"):
+        with pytest.raises(DataError, match="delete the file to train again"):
+            convnet.trained(data, tmp_path / name, seed=0, epochs=3, on_epoch=epochs.append)
 
 
 @pytest.mark.ci_slow

@@ -43,6 +43,7 @@ def test_a_random_person_follows_the_counts() -> None:
         (lambda: even_skill(0.5, 1), "at least 2"),
         (lambda: specialist([3], 3), r"in 0\.\.2"),
         (lambda: draw_answers(torch.ones(2, 2), torch.zeros(3, dtype=torch.long), seed=0), "sum to 1"),
+        (lambda: draw_answers(torch.eye(2).double(), torch.tensor([0, -1]), seed=0), r"in 0\.\.1, got -1"),
         (lambda: random_annotator(torch.zeros(3, dtype=torch.long), seed=0), "one column per annotator"),
         (lambda: random_person(torch.zeros(3, 2), seed=0), "at least one person"),
     ],

@@ -44,6 +44,11 @@ def test_paired_differences_are_narrower_where_rows_agree() -> None:
     assert gap.half_width < 1e-3 < mean_interval(rows).half_width
 
 
+def test_small_integers_do_not_wrap_around() -> None:
+    gap = paired_difference(torch.tensor([0, 0, 0, 1], dtype=torch.uint8), torch.ones(4, dtype=torch.uint8))
+    assert gap.estimate == -0.75
+
+
 def test_bad_input() -> None:
     with pytest.raises(ValueError, match="at least one row"):
         mean_interval(torch.rand(0))

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deferral import single_stage_costs
+from deferral import Criterion, single_stage_costs
 from deferral.losses import (
     comp_sum,
     constrained_margin,
@@ -163,6 +163,34 @@ def test_a_masked_action_leaves_the_row(surrogate) -> None:
     assert poisoned.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("surrogate", [comp_sum, sum_margin, constrained_margin, max_margin])
+def test_an_action_at_minus_infinity_without_weight_has_left_the_row(surrogate) -> None:
+    scores, weights = torch.randn(B, 5, dtype=torch.float64), torch.rand(B, 5, dtype=torch.float64)
+    scores[:, 2], weights[:, 2] = -torch.inf, 0.0
+    scores.requires_grad_()
+    known = [0, 1, 3, 4]
+    loss = surrogate(scores, weights)
+    torch.testing.assert_close(loss, surrogate(scores[:, known], weights[:, known]))
+    assert torch.autograd.grad(loss.sum(), scores)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("mu", [0.0, 0.5, 1.0, 1.7, 2.0])
+def test_abstaining_at_cost_one_and_score_minus_infinity_is_no_nan(mu: float) -> None:
+    loss = score_based_abstention(torch.tensor([[0.0, 1.0, -torch.inf]]), torch.tensor([1]), 1.0, mu=mu)
+    assert loss.isfinite().all()
+
+
+def test_a_row_of_which_nothing_is_known_costs_nothing() -> None:
+    scores = torch.randn(2, 4, requires_grad=True)
+    mask = torch.tensor([[False] * 4, [True] * 4])
+    loss = comp_sum(scores, torch.rand(2, 4), mask=mask)
+    loss.sum().backward()
+    assert loss[0] == 0
+    assert scores.grad is not None
+    assert (scores.grad[0] == 0).all()
+    assert (scores.grad[1] != 0).all()
+
+
 @pytest.mark.parametrize("mu", [0.0, 0.5, 1.0, 1.7, 2.0])
 def test_an_expert_at_minus_infinity_of_weight_zero_is_no_nan(batch, mu: float) -> None:
     scores, targets, costs = batch
@@ -224,9 +252,29 @@ def test_sum_losses_of_two_actions_are_the_margin() -> None:
     torch.testing.assert_close(sum_losses(scores, phi=logistic), logistic(torch.tensor([[1.5, -1.5]])))
 
 
-def test_half_precision_gradients_saturate_instead_of_overflowing() -> None:
-    scores = torch.tensor([[5e4, -5e4, 0.0]], dtype=torch.float16, requires_grad=True)
-    sum_margin(scores, torch.ones(1, 3), phi=squared_hinge).sum().backward()
-    assert scores.grad is not None
-    assert scores.grad.isfinite().all()
-    assert scores.grad.abs().max() == torch.finfo(torch.float16).max
+def test_ignored_rows_cost_nothing_and_pull_nothing(batch) -> None:
+    scores, targets, costs = batch
+    ignored = targets.index_fill(0, torch.tensor([1, 3]), -100)
+    scores.requires_grad_()
+    for loss in (
+        lambda t, **o: single_stage_deferral(scores, t, costs, **o),
+        lambda t, **o: single_stage_deferral(scores, t, costs, ceiling=1.2, **o),
+        lambda t, **o: score_based_abstention(scores[:, : K + 1], t, 0.2, **o),
+        lambda t, **o: predictor_rejector_abstention(scores[:, :K], scores[:, K], t, 0.2, **o),
+    ):
+        values, kept = loss(ignored), [0, 2, 4, 5]
+        torch.testing.assert_close(values[kept], loss(targets)[kept])
+        gradient = torch.autograd.grad(values.sum(), scores)[0]
+        assert (values[[1, 3]] == 0).all()
+        assert (gradient[[1, 3]] == 0).all()
+        torch.testing.assert_close(loss(targets.where(targets != 2, -1), ignore_index=-1)[targets == 2].sum().item(), 0.0)
+    mean = Criterion(single_stage_deferral)(scores, ignored, costs)
+    torch.testing.assert_close(mean, single_stage_deferral(scores, targets, costs)[[0, 2, 4, 5]].mean())
+
+
+def test_a_class_axis_elsewhere_is_moved(batch) -> None:
+    """Segmentation: scores (B, K+1, H, W), targets (B, H, W)."""
+    scores, targets = torch.randn(2, K + 1, 3, 5), torch.randint(K, (2, 3, 5))
+    values = score_based_abstention(scores.movedim(1, -1), targets, 0.1)
+    assert values.shape == (2, 3, 5)
+    torch.testing.assert_close(values[1, 2, 4], score_based_abstention(scores[1, :, 2, 4], targets[1, 2, 4], 0.1))

@@ -58,7 +58,14 @@ def test_the_ends_of_the_curve_are_always_and_never_deferring() -> None:
     torch.testing.assert_close(curve.cost[-1], costs[:, 0].double().mean())
 
 
+def test_small_integers_do_not_wrap_around() -> None:
+    curve = cost_coverage_curve(torch.arange(3.0), torch.tensor([0, 0, 1], dtype=torch.uint8), torch.ones(3, dtype=torch.uint8))
+    torch.testing.assert_close(curve.cost, torch.tensor([1, 2 / 3, 1 / 3, 1 / 3]).double())
+
+
 def test_bad_input() -> None:
+    with pytest.raises(ValueError, match="one target per row"):
+        correct(torch.zeros(3, 2), torch.zeros(3, 1), torch.zeros(3, dtype=torch.long))
     with pytest.raises(ValueError, match="vectors of one length"):
         cost_coverage_curve(torch.rand(3), torch.rand(3), torch.rand(4))
     with pytest.raises(ValueError, match="non-empty"):

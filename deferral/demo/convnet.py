@@ -107,7 +107,10 @@ def _train_epoch(
 
 def _read(path: Path, device: torch.device) -> dict:
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(path, map_location=device, weights_only=True)
+        if not isinstance(state, dict) or not {"settings", "epoch", "model", "optimizer", "schedule"} <= set(state):
+            raise RuntimeError("entries are missing")
+        return state
     except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
         raise DataError(
             f"{path}: expected a checkpoint of this demo, could not read it; delete the file to train again"

@@ -88,7 +88,7 @@ def run(seed: int, device: torch.device | str, progress: Progress, *, useless_ex
         "two-stage deferral",
         1 + len(experts),
         x,
-        lambda s, i: two_stage_deferral(s, costs[i, :-1], mu=2.0, ceiling=ceiling),
+        lambda s, i: two_stage_deferral(s, costs[i, :-1], mu=1.7, ceiling=ceiling),
     )
     rejector = train("two-stage abstention", 1, x, lambda s, i: two_stage_abstention(s.squeeze(-1), costs[i, 0], ABSTAIN_COST))
     right = 1 - (stage2.experts != stage2.targets.unsqueeze(-1)).float()

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from deferral.numerics import KNEE, expm1_linear, lift
 from deferral.validation import action_mask, require_actions, require_floating
 
-__all__ = ["comp_sum", "comp_sum_at", "comp_sum_losses", "log_probabilities", "targeted_comp_sum"]
+__all__ = ["comp_sum", "comp_sum_at", "comp_sum_losses", "log_probabilities", "targeted_comp_sum", "without_ignored"]
 
 # The log-probability of an action that has left the row.  exp(-1e30) is 0, and 0 * 1e30 is 0 where 0 * inf would be NaN.
 ABSENT = -1e30
@@ -25,7 +25,8 @@ def comp_sum(scores: Tensor, weights: Tensor, *, mu: float = 1.0, mask: Tensor |
     """sum_a weights_a * l_mu(scores, a).  (..., A), (..., A) -> (...,)
 
     Its minimiser puts the highest score on the action of largest expected weight, for every mu in [0, 2] (Bayes-consistent
-    where the weights are non-negative).  A masked action leaves the row, softmax included.
+    where the weights are non-negative).  A masked action leaves the row, softmax included.  The gradient is a closed form:
+    gradients of gradients and forward mode are not defined, and torch says so.
     """
     require_floating("scores", scores)
     require_actions(scores, weights, name="weights")
@@ -38,6 +39,8 @@ def targeted_comp_sum(scores: Tensor, targets: Tensor, weights: Tensor, *, mu: f
     The target is looked up among the first K columns only: a label K is an index error and never reads the column of an
     expert.  Targets that are probabilities give the expectation.
     """
+    if mask is not None:
+        mask = action_mask(scores, mask, scores.shape[-1] - weights.shape[-1])
     if targets.is_floating_point():
         batch = scores.shape[:-1]
         every = torch.cat([targets.to(weights.dtype), weights.expand(*batch, weights.shape[-1])], dim=-1)
@@ -70,13 +73,22 @@ def comp_sum_at(log_p: Tensor, targets: Tensor, mu: float) -> Tensor:
     return comp_sum_losses(log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1), mu)
 
 
+def without_ignored(targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor | None]:
+    """Targets that may be looked up, and which rows count; probabilities all count (None)."""
+    if targets.is_floating_point():
+        return targets, None
+    counts = targets != ignore_index
+    return targets.where(counts, 0), counts
+
+
 def _kernel(scores: Tensor, weights: Tensor, targets: Tensor | None, mu: float, mask: Tensor | None) -> Tensor:
     if not 0.0 <= mu <= 2.0:
         raise ValueError(f"mu: expected a number in [0, 2] (0 sum-exponential, 1 logistic, 2 MAE), got {mu}")
     scores = lift(scores)
     if mask is not None:
-        known = action_mask(scores, mask)
-        scores = scores.masked_fill(~known, -torch.inf)
+        known = action_mask(scores, mask, 0)
+        # Finite, so that a row of which nothing is known gives 0.
+        scores = scores.masked_fill(~known, ABSENT)
         weights = weights.where(known[..., known.shape[-1] - weights.shape[-1] :], 0.0)
     weights = weights.to(scores.dtype).expand(*scores.shape[:-1], weights.shape[-1])
     return _CompSum.apply(scores, weights, targets, mu)[0]

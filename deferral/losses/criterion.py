@@ -12,7 +12,7 @@ __all__ = ["Criterion"]
 
 
 class Criterion(nn.Module):
-    """Mean over the batch of a per-example loss, with its options fixed.
+    """Mean of a per-example loss over the rows that are not ignored, with its options fixed.
 
     `Criterion(score_based_abstention, cost=0.05)(scores, targets)`.  With `validate=True` the values are read at every call:
     NaN scores, labels outside 0..K-1, costs outside [0, ceiling] and masked own actions raise ValueError.  On a GPU that
@@ -28,39 +28,55 @@ class Criterion(nn.Module):
         unknown = set(options) - set(self._signature.parameters)
         if unknown:
             raise TypeError(
-                f"{loss.__name__}: no option named {', '.join(sorted(unknown))}; it takes {', '.join(self._signature.parameters)}"
+                f"{self._name}: no option named {', '.join(sorted(unknown))}; it takes {', '.join(self._signature.parameters)}"
             )
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The mean loss; arguments as the loss takes them."""
-        if self.validate:
-            self._check(self._signature.bind(*args, **kwargs, **self.options))
-        return self.loss(*args, **kwargs, **self.options).mean()
+        call = self._signature.bind(*args, **kwargs, **self.options)
+        call.apply_defaults()
+        if not self.validate:
+            return _mean(self.loss(*args, **kwargs, **self.options), call.arguments)
+        self._check_labels(call.arguments)
+        # The loss itself checks shapes and dtypes, before the values that depend on them are read.
+        losses = self.loss(*args, **kwargs, **self.options)
+        self._check_costs(call.arguments)
+        return _mean(losses, call.arguments)
 
     def extra_repr(self) -> str:
         options = "".join(f", {name}={value!r}" for name, value in self.options.items())
-        return f"{self.loss.__name__}{options}, validate={self.validate}"
+        return f"{self._name}{options}, validate={self.validate}"
 
-    def _check(self, call: inspect.BoundArguments) -> None:
-        call.apply_defaults()
-        given = call.arguments
-        mask, ceiling = given.get("mask"), given.get("ceiling", 1.0)
+    @property
+    def _name(self) -> str:
+        return getattr(self.loss, "__name__", repr(self.loss))
+
+    def _check_labels(self, given: dict[str, Any]) -> None:
         for name in ("scores", "rejector"):
             if name in given:
                 check_scores(given[name], name=name)
-        if "targets" in given:
-            check_targets(given["targets"], given["scores"].shape[-1] - self._expert_columns(given))
-        if isinstance(given.get("cost"), Tensor):
-            check_costs(given["cost"], name="cost")
-        if "expert_costs" in given:
-            check_costs(given["expert_costs"], ceiling=ceiling, mask=mask, name="expert_costs")
-        if "costs" in given:
-            costs = given["costs"]
-            own = 0 if mask is None else costs.shape[-1] - mask.shape[-1]
-            # A ceiling that is a tensor, the row's sum of costs, is above every cost by construction.
-            check_costs(costs[..., own:], ceiling=None if isinstance(ceiling, Tensor) else ceiling, mask=mask)
-        if mask is not None and "costs" in given:
-            check_mask(mask, 1, given["costs"].shape[-1])
+        targets = given.get("targets")
+        if isinstance(targets, Tensor):
+            if not targets.is_floating_point():
+                targets = targets[targets != given.get("ignore_index")]
+            check_targets(targets, given["scores"].shape[-1] - self._expert_columns(given))
+
+    @staticmethod
+    def _check_costs(given: dict[str, Any]) -> None:
+        mask, ceiling = given.get("mask"), given.get("ceiling", 1.0)
+        for name in ("cost", "wrong"):
+            if isinstance(given.get(name), Tensor):
+                check_costs(given[name].float(), name=name)
+        for name, own in (("expert_costs", 0), ("costs", 1)):
+            if name not in given:
+                continue
+            costs = given[name]
+            known = None if mask is None else mask[..., mask.shape[-1] - costs.shape[-1] + own :]
+            check_costs(costs[..., own:], ceiling=ceiling, mask=known, name=name)
+            check_costs(costs[..., :own], ceiling=ceiling, name=name)
+        if mask is not None and "scores" in given:
+            experts = given["expert_costs"].shape[-1] if "expert_costs" in given else given["scores"].shape[-1] - 1
+            check_mask(mask, given["scores"].shape[-1] - experts, given["scores"].shape[-1])
 
     @staticmethod
     def _expert_columns(given: dict[str, Any]) -> int:
@@ -68,3 +84,10 @@ class Criterion(nn.Module):
         if "expert_costs" in given:
             return given["expert_costs"].shape[-1]
         return 0 if "rejector" in given else 1
+
+
+def _mean(losses: Tensor, given: dict[str, Any]) -> Tensor:
+    targets, ignore_index = given.get("targets"), given.get("ignore_index")
+    if ignore_index is None or not isinstance(targets, Tensor) or targets.is_floating_point():
+        return losses.mean()
+    return losses.sum() / (targets != ignore_index).sum()

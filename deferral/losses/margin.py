@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deferral.numerics import exp_linear, lift
+from deferral.numerics import KNEE, exp_linear, lift
 from deferral.validation import action_mask, require_actions, require_floating
 
 __all__ = [
@@ -51,8 +51,9 @@ def hinge(t: Tensor) -> Tensor:
 
 
 def squared_hinge(t: Tensor) -> Tensor:
-    """max(0, 1 - t)^2."""
-    return torch.relu(1 - lift(t)).square()
+    """max(0, 1 - t)^2, continued linearly for t < -9, so that its slope fits half precision."""
+    violation = torch.relu(1 - lift(t))
+    return violation.clamp(max=KNEE).square() + 2 * KNEE * torch.relu(violation - KNEE)
 
 
 def rho_margin(t: Tensor, *, rho: float = 1.0) -> Tensor:
@@ -78,7 +79,7 @@ def sum_losses(scores: Tensor, *, phi: Margin, mask: Tensor | None = None) -> Te
     scores = lift(scores)
     others = ~torch.eye(scores.shape[-1], dtype=torch.bool, device=scores.device)
     if mask is not None:
-        mask = action_mask(scores, mask)
+        mask = action_mask(scores, mask, 0)
         others = others & mask.unsqueeze(-1) & mask.unsqueeze(-2)
     differences = scores.unsqueeze(-1) - scores.unsqueeze(-2)
     # Left-out pairs become Phi(0) before Phi, not after it: a masked score may be anything, infinities included.
@@ -91,7 +92,7 @@ def constrained_losses(scores: Tensor, *, phi: Margin, mask: Tensor | None = Non
     if mask is None:
         parts = phi(scores.mean(dim=-1, keepdim=True) - scores)
     else:
-        mask = action_mask(scores, mask)
+        mask = action_mask(scores, mask, 0)
         known = scores.where(mask, 0.0)
         centre = known.sum(dim=-1, keepdim=True) / mask.sum(dim=-1, keepdim=True).clamp(min=1)
         parts = phi((centre - known).where(mask, 0.0)).where(mask, 0.0)
@@ -102,14 +103,14 @@ def constrained_losses(scores: Tensor, *, phi: Margin, mask: Tensor | None = Non
 def max_losses(scores: Tensor, *, phi: Margin, mask: Tensor | None = None) -> Tensor:
     """l(s, k) = Phi(s_k - max_{i != k} s_i), for every k.  (..., A) -> (..., A), at least two actions known in each row"""
     scores = lift(scores)
-    known = scores if mask is None else scores.masked_fill(~action_mask(scores, mask), -torch.inf)
+    known = scores if mask is None else scores.masked_fill(~action_mask(scores, mask, 0), -torch.inf)
     top = known.topk(2, dim=-1)
     is_best = torch.arange(scores.shape[-1], device=scores.device) == top.indices[..., :1]
     rival = top.values[..., 1:].where(is_best, top.values[..., :1])
     margins = scores - rival
     if mask is None:
         return phi(margins)
-    mask = action_mask(scores, mask) & ~rival.isneginf()
+    mask = action_mask(scores, mask, 0) & ~rival.isneginf()
     return phi(margins.where(mask, 0.0)).where(mask, 0.0)
 
 
@@ -119,7 +120,7 @@ def sum_margin(scores: Tensor, weights: Tensor, *, phi: Margin = exponential, ma
     Bayes-consistent for Phi exponential, logistic, squared hinge and rho-margin; not for the hinge.  With the exponential it
     is `comp_sum` at mu = 0.
     """
-    return _weighted(scores, weights, mask, sum_losses(scores, phi=phi, mask=mask))
+    return _weighted(sum_losses, scores, weights, phi, mask)
 
 
 def constrained_margin(scores: Tensor, weights: Tensor, *, phi: Margin = exponential, mask: Tensor | None = None) -> Tensor:
@@ -127,7 +128,7 @@ def constrained_margin(scores: Tensor, weights: Tensor, *, phi: Margin = exponen
 
     Bayes-consistent for Phi exponential, hinge, squared hinge and rho-margin (Lee, Lin, Wahba 2004).
     """
-    return _weighted(scores, weights, mask, constrained_losses(scores, phi=phi, mask=mask))
+    return _weighted(constrained_losses, scores, weights, phi, mask)
 
 
 def max_margin(scores: Tensor, weights: Tensor, *, phi: Margin = rho_margin, mask: Tensor | None = None) -> Tensor:
@@ -135,12 +136,14 @@ def max_margin(scores: Tensor, weights: Tensor, *, phi: Margin = rho_margin, mas
 
     Bayes-consistent for the rho-margin; not for the hinge nor the exponential.
     """
-    return _weighted(scores, weights, mask, max_losses(scores, phi=phi, mask=mask))
+    return _weighted(max_losses, scores, weights, phi, mask)
 
 
-def _weighted(scores: Tensor, weights: Tensor, mask: Tensor | None, losses: Tensor) -> Tensor:
+def _weighted(losses: Callable[..., Tensor], scores: Tensor, weights: Tensor, phi: Margin, mask: Tensor | None) -> Tensor:
     require_floating("scores", scores)
     require_actions(scores, weights, name="weights")
+    # An action at -inf without weight has left the row as a masked one has.
+    known = ~(scores.isneginf() & (weights == 0))
     if mask is not None:
-        weights = weights.where(action_mask(scores, mask), 0.0)
-    return (weights * losses).sum(dim=-1)
+        known = known & action_mask(scores, mask, 0)
+    return (weights.where(known, 0.0) * losses(scores, phi=phi, mask=known)).sum(dim=-1)

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deferral.losses.comp_sum import comp_sum, targeted_comp_sum
-from deferral.validation import require_actions, require_batch, require_floating, require_targets
+from deferral.losses.comp_sum import comp_sum, targeted_comp_sum, without_ignored
+from deferral.validation import action_mask, require_actions, require_batch, require_ceiling, require_floating, require_targets
 
 __all__ = ["single_stage_deferral", "two_stage_deferral"]
 
@@ -22,25 +22,32 @@ def single_stage_deferral(
     mu: float = 1.0,
     ceiling: float = 1.0,
     mask: Tensor | None = None,
+    ignore_index: int = -100,
 ) -> Tensor:
     """l_mu(s, y) + sum_j (1 - cost_j) l_mu(s, K+j).  (..., K+E), (...,) or (..., K), (..., E) -> (...,)
 
     Action k < K answers class k, action K + j asks expert j; experts win ties (`decide`).  Bayes-consistent for every mu in
     [0, 2] and costs in [0, ceiling].  Costs above 1 (a price on top of an error) need the ceiling that `error_costs` names:
     all weights are then ceiling - cost, so that every wrong class weighs ceiling - 1, like label smoothing.  `mask` (..., E),
-    True = known: an expert whose answer is missing leaves the row.
+    True = known: an expert whose answer is missing leaves the row.  Rows whose target is `ignore_index` give 0.
 
     n_e = 1, mu = 1 and cost 1[expert wrong] is Mozannar and Sontag 2020.
     """
     require_floating("scores", scores)
+    require_floating("expert_costs", expert_costs)
     num_classes = scores.shape[-1] - expert_costs.shape[-1]
     require_targets(scores, targets, num_classes)
     require_batch("scores", scores.shape[:-1], "expert_costs", expert_costs.shape[:-1])
+    targets, counts = without_ignored(targets, ignore_index)
     if ceiling == 1.0:
-        return targeted_comp_sum(scores, targets, 1 - expert_costs, mu=mu, mask=mask)
+        loss = targeted_comp_sum(scores, targets, 1 - expert_costs, mu=mu, mask=mask)
+        return loss if counts is None else loss.where(counts, 0.0)
     hit = targets if targets.is_floating_point() else F.one_hot(targets, num_classes)
     weights = torch.cat([hit + (ceiling - 1), (ceiling - expert_costs).expand(*hit.shape[:-1], -1)], dim=-1)
-    return comp_sum(scores, weights, mu=mu, mask=mask)
+    if mask is not None:
+        mask = action_mask(scores, mask, num_classes)
+    loss = comp_sum(scores, weights, mu=mu, mask=mask)
+    return loss if counts is None else loss.where(counts, 0.0)
 
 
 def two_stage_deferral(
@@ -61,4 +68,5 @@ def two_stage_deferral(
     """
     require_floating("scores", scores)
     require_actions(scores, costs)
-    return comp_sum(scores, ceiling - costs, mu=mu, mask=mask)
+    require_ceiling(ceiling)
+    return comp_sum(scores, ceiling - costs, mu=mu, mask=mask if mask is None else action_mask(scores, mask, 1))

@@ -6,9 +6,10 @@ arXiv 2310.14772).
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
-from deferral.losses.comp_sum import comp_sum_at, log_probabilities
+from deferral.losses.comp_sum import comp_sum_at, log_probabilities, without_ignored
 from deferral.losses.margin import Margin, constrained_losses, exponential, logistic, max_losses, rho_hinge, rho_margin
 from deferral.validation import require_batch, require_cost_range, require_floating, require_targets
 
@@ -56,6 +57,7 @@ def predictor_rejector_abstention(
     phi: Margin = exponential,
     alpha: float = 1.0,
     beta: float = 1.0,
+    ignore_index: int = -100,
 ) -> Tensor:
     """l(h, y) Phi(-alpha r) + psi * cost * Phi(beta r): single stage.  (..., K), (...,), (...,), cost -> (...,)
 
@@ -65,12 +67,15 @@ def predictor_rejector_abstention(
     Raises ValueError for another psi, and for a base of which no such m exists, cross-entropy among them.
 
     `double_mae` is realizable consistent too (Corollary 10).  The gradient of mae carries a factor p_y: start the predictor
-    with some epochs of cross-entropy.
+    with some epochs of cross-entropy.  Rows whose target is `ignore_index` give 0.
     """
+    require_floating("scores", scores)
     require_targets(scores, targets, scores.shape[-1])
-    require_cost_range(cost)
+    _require_rejector(rejector, scores.shape[:-1], cost)
     psi = _consistent_psi(base, psi, scores.shape[-1], alpha, beta)
-    return predictor_rejector_formula(base(scores, targets), rejector, psi * cost, phi=phi, alpha=alpha, beta=beta)
+    targets, counts = without_ignored(targets, ignore_index)
+    loss = predictor_rejector_formula(base(scores, targets), rejector, psi * cost, phi=phi, alpha=alpha, beta=beta)
+    return loss if counts is None else loss.where(counts, 0.0)
 
 
 def predictor_rejector_formula(
@@ -87,7 +92,6 @@ def predictor_rejector_formula(
     ALT 2024, eq. 3.
     """
     require_floating("rejector", rejector)
-    require_batch("predictor_loss", predictor_loss.shape, "rejector", rejector.shape)
     return predictor_loss * phi(-alpha * rejector) + transformed_cost * phi(beta * rejector)
 
 
@@ -99,14 +103,20 @@ def two_stage_abstention(rejector: Tensor, wrong: Tensor, cost: Tensor | float, 
 
     ALT 2024, eq. 5; with `rejector_of_scores` the second stage of AISTATS 2024.
     """
+    _require_rejector(rejector, wrong.shape, cost)
+    return wrong * phi(-rejector) + cost * phi(rejector)
+
+
+def _require_rejector(rejector: Tensor, rows: torch.Size, cost: Tensor | float) -> None:
     require_floating("rejector", rejector)
     require_cost_range(cost)
-    if wrong.shape != rejector.shape:
+    if rejector.shape != rows:
         raise ValueError(
-            f"one rejector value per row: rejector {tuple(rejector.shape)}, wrong {tuple(wrong.shape)}; "
+            f"one rejector value per row: expected shape {tuple(rows)}, got {tuple(rejector.shape)}; "
             "a model with one output needs .squeeze(-1)"
         )
-    return wrong * phi(-rejector) + cost * phi(rejector)
+    if isinstance(cost, Tensor):
+        require_batch("rejector", rows, "cost", cost.shape)
 
 
 def _at(losses: Tensor, targets: Tensor) -> Tensor:
@@ -116,6 +126,8 @@ def _at(losses: Tensor, targets: Tensor) -> Tensor:
 
 
 def _consistent_psi(base: PredictorLoss, psi: float | None, num_classes: int, alpha: float, beta: float) -> float:
+    if alpha <= 0 or beta <= 0:
+        raise ValueError(f"alpha, beta: expected positive numbers, got {alpha} and {beta}")
     multiples: dict[object, float] = {mae: 1, double_mae: 2, max_rho_margin: 1, constrained_rho_hinge: num_classes}
     function = getattr(base, "func", base)  # a functools.partial that fixes rho
     name = getattr(function, "__name__", repr(function))

@@ -60,7 +60,9 @@ def one_vs_all(
     scores = lift(scores)
     classes, experts = scores[..., :num_classes], scores[..., num_classes:]
     hit = targets if targets.is_floating_point() else F.one_hot(targets, num_classes).to(scores.dtype)
-    expert_losses = _binary(experts, expert_correct, phi, mask if mask is None else action_mask(scores, mask)[..., num_classes:])
+    expert_losses = _binary(
+        experts, expert_correct, phi, mask if mask is None else action_mask(scores, mask, num_classes)[..., num_classes:]
+    )
     return _binary(classes, hit, phi, None) + expert_losses
 
 

@@ -39,12 +39,12 @@ def regression_deferral(
     costs = torch.cat([predictor_loss.expand(batch).unsqueeze(-1), expert_costs.expand(*batch, expert_costs.shape[-1])], dim=-1)
     num_experts: Tensor | int = expert_costs.shape[-1]
     if mask is not None:
-        known = action_mask(scores, mask)
+        known = action_mask(scores, mask, 1)
         # A missing cost may be NaN.
         costs = costs.where(known, 0.0)
         num_experts = known[..., 1:].sum(dim=-1)
     weights = costs.sum(dim=-1, keepdim=True) - costs
-    return comp_sum(scores, weights, mu=mu, mask=mask) - (num_experts - 1) * predictor_loss
+    return comp_sum(scores, weights, mu=mu, mask=None if mask is None else known) - (num_experts - 1) * predictor_loss
 
 
 def regression_abstention(predictor_loss: Tensor, rejector: Tensor, cost: Tensor | float, *, phi: Margin = logistic) -> Tensor:

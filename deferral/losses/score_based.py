@@ -4,30 +4,34 @@ Mao, Mohri, Zhong, "Theoretically Grounded Loss Functions and Algorithms for Sco
 (AISTATS 2024, arXiv 2310.14770).
 """
 
-import torch
 from torch import Tensor
 
-from deferral.losses.comp_sum import targeted_comp_sum
+from deferral.losses.comp_sum import targeted_comp_sum, without_ignored
 from deferral.numerics import lift
 from deferral.validation import require_batch, require_cost_range, require_floating, require_targets
 
 __all__ = ["rejector_of_scores", "score_based_abstention"]
 
 
-def score_based_abstention(scores: Tensor, targets: Tensor, cost: Tensor | float, *, mu: float = 1.0) -> Tensor:
+def score_based_abstention(
+    scores: Tensor, targets: Tensor, cost: Tensor | float, *, mu: float = 1.0, ignore_index: int = -100
+) -> Tensor:
     """l_mu(s, y) + (1 - cost) l_mu(s, K): single stage.  (..., K+1), (...,) or (..., K) -> (...,)
 
     Column K is the abstain score: abstain iff it is at least every class score (`decide`).  `cost` in [0, 1] is a number or
     one per row.  Bayes-consistent for every mu in [0, 2]; mu = 1.7 is Cao et al. 2022's generalised cross-entropy, mu = 1 is
-    Mozannar and Sontag 2020 at constant cost.  At the optimum of mu = 1 the abstain probability is (1 - c) / (2 - c).
+    Mozannar and Sontag 2020 at constant cost.  At the optimum of mu = 1 the abstain probability is (1 - c) / (2 - c).  Rows
+    whose target is `ignore_index` give 0.
     """
     require_floating("scores", scores)
     require_targets(scores, targets, scores.shape[-1] - 1)
     require_cost_range(cost)
     if isinstance(cost, Tensor):
         require_batch("scores", scores.shape[:-1], "cost", cost.shape)
-    weight = 1 - torch.as_tensor(cost, dtype=lift(scores).dtype, device=scores.device)
-    return targeted_comp_sum(scores, targets, weight.unsqueeze(-1), mu=mu)
+    weight = (1 - cost).unsqueeze(-1) if isinstance(cost, Tensor) else lift(scores).new_full((1,), 1 - cost)
+    targets, counts = without_ignored(targets, ignore_index)
+    loss = targeted_comp_sum(scores, targets, weight, mu=mu)
+    return loss if counts is None else loss.where(counts, 0.0)
 
 
 def rejector_of_scores(scores: Tensor) -> Tensor:

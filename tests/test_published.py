@@ -1,0 +1,176 @@
+"""Losses by others against their formulas written out, and the accessors of the expert's correctness."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deferral import losses
+from deferral.losses.margin import logistic
+
+B, K, E = 8, 4, 3
+
+
+@pytest.fixture
+def batch() -> tuple[Tensor, Tensor, Tensor]:
+    correct = (torch.rand(B, E) < 0.5).double()
+    correct[0], correct[1] = 0.0, 1.0
+    return torch.randn(B, K + E, dtype=torch.float64), torch.randint(K, (B,)), correct
+
+
+def at(table: Tensor, targets: Tensor) -> Tensor:
+    return table[torch.arange(len(table)), targets]
+
+
+def test_mozannar_sontag(batch) -> None:
+    scores, y, m = batch
+    p, right = scores[:, : K + 1].softmax(-1), m[:, 0]
+    for alpha in (0.0, 0.5, 1.0):
+        expected = -(alpha * right + 1 - right) * at(p, y).log() - right * p[:, K].log()
+        torch.testing.assert_close(losses.mozannar_sontag(scores[:, : K + 1], y, right, alpha=alpha), expected)
+    own = losses.single_stage_deferral(scores[:, : K + 1], y, (1 - right).unsqueeze(-1))
+    torch.testing.assert_close(losses.mozannar_sontag(scores[:, : K + 1], y, right), own)
+
+
+def test_one_vs_all_is_binary_cross_entropy_and_drops_missing_experts(batch) -> None:
+    scores, y, m = batch
+    hits = torch.cat([F.one_hot(y, K).double(), m], -1)
+    expected = F.binary_cross_entropy_with_logits(scores, hits, reduction="none").sum(-1)
+    torch.testing.assert_close(losses.one_vs_all(scores, y, m), expected)
+    mask = torch.tensor([True, False, True]).expand(B, E)
+    known = [*range(K), K, K + 2]
+    without = losses.one_vs_all(scores[:, known], y, m[:, [0, 2]])
+    torch.testing.assert_close(losses.one_vs_all(scores, y, m, mask=mask), without)
+    torch.testing.assert_close(losses.one_vs_all(scores, F.one_hot(y, K).double(), m), expected)
+
+
+def test_asymmetric_softmax_is_its_own_probability(batch) -> None:
+    """Cao et al.: the expert's probability is exp(s_K) / (sum of all exponentials but that of the best class)."""
+    scores, y, m = batch
+    packed, right = scores[:, : K + 1], m[:, 0]
+    exponentials = packed.exp()
+    accuracy = exponentials[:, K] / (exponentials.sum(-1) - exponentials[:, :K].amax(-1))
+    expected = F.cross_entropy(packed[:, :K], y, reduction="none") - (right * accuracy.log() + (1 - right) * (1 - accuracy).log())
+    torch.testing.assert_close(losses.asymmetric_softmax(packed, y, right), expected)
+
+
+def test_realizable_family(batch) -> None:
+    scores, y, m = batch
+    packed, right = scores[:, : K + 1], m[:, 0]
+    p = packed.softmax(-1)
+    both = at(p, y) + right * p[:, K]
+    torch.testing.assert_close(losses.realizable_surrogate(packed, y, right), -2 * both.log())
+    cross_entropy = F.cross_entropy(packed[:, :K], y, reduction="none")
+    mixed = losses.realizable_surrogate(packed, y, right, alpha=0.3)
+    torch.testing.assert_close(mixed, -0.6 * both.log() + 0.7 * cross_entropy)
+    cost = torch.rand(B, dtype=torch.float64)
+    for q in (0.3, 1.0):
+        expected = (cost * (1 - at(p, y) ** q) + (1 - cost) * (1 - (at(p, y) + p[:, K]) ** q)) / q
+        torch.testing.assert_close(losses.realizable_deferral(packed, y, cost, q=q), expected)
+    linear = losses.single_stage_deferral(packed, y, cost.unsqueeze(-1), mu=2.0) - (1 - cost)
+    torch.testing.assert_close(losses.realizable_deferral(packed, y, cost), linear)
+    together = at(scores.softmax(-1), y) + (m * scores.softmax(-1)[:, K:]).sum(-1)
+    torch.testing.assert_close(losses.realizable_experts(scores, y, m), 1 - together)
+    torch.testing.assert_close(losses.realizable_experts(scores, y, m, q=0.0), -together.log())
+
+
+def test_realizable_router() -> None:
+    scores = torch.randn(3, 3, dtype=torch.float64, requires_grad=True)
+    costs = torch.tensor([[0.0, 1, 0], [1, 1, 1], [0, 0, 0]])
+    loss = losses.realizable_router(scores, costs)
+    p = scores.detach().softmax(-1)
+    torch.testing.assert_close(loss.detach(), torch.stack([-(p[0, 0] + p[0, 2]).log(), p[0, 0] * 0, p[0, 0] * 0]))
+    loss.sum().backward()
+    assert scores.grad is not None
+    assert scores.grad.isfinite().all()
+
+
+def test_abstention_losses(batch) -> None:
+    scores, y, _ = batch
+    g, hit = scores[:, :K], F.one_hot(y, K).double()
+    expected = 0.2 * logistic(at(g, y)) + 0.8 * ((1 - hit) * logistic(-g)).sum(-1)
+    torch.testing.assert_close(losses.cost_sensitive_abstention(g, y, 0.2), expected)
+    p = scores[:, : K + 1].softmax(-1)
+    torch.testing.assert_close(losses.deep_gamblers(scores[:, : K + 1], y, reward=2.2), -(2.2 * at(p, y) + p[:, K]).log())
+    with pytest.raises(ValueError, match="at most the 4 classes"):
+        losses.deep_gamblers(scores[:, : K + 1], y, reward=5.0)
+
+
+def test_mixtures(batch) -> None:
+    scores, y, m = batch
+    classes, gate = scores[:, :K], torch.randn(B, 1 + E, dtype=torch.float64)
+    p, w = classes.softmax(-1), gate.softmax(-1)
+    expected = -(w[:, 0] * at(p, y) + (w[:, 1:] * m).sum(-1)).log()
+    torch.testing.assert_close(losses.mixture_of_experts(classes, gate, y, m), expected)
+    r, cost = torch.randn(B, dtype=torch.float64), 1 - m[:, 0]
+    expected = (1 - r.sigmoid()) * F.cross_entropy(classes, y, reduction="none") + r.sigmoid() * cost
+    torch.testing.assert_close(losses.madras(classes, r, y, cost), expected)
+    with pytest.raises(ValueError, match="one column for the classifier and one per expert"):
+        losses.mixture_of_experts(classes, gate[:, 1:], y, m)
+
+
+def test_picce_pulls_only_the_likeliest_right_expert(batch) -> None:
+    scores, y, m = batch
+    log_p = scores.log_softmax(-1)
+    best = torch.stack([log_p[i, K:][m[i] > 0].max() if m[i].any() else log_p.new_zeros(()) for i in range(B)])
+    torch.testing.assert_close(losses.picce(scores, y, m), -at(log_p, y) - best)
+
+
+def test_learned_loss_fits_the_conditional_loss() -> None:
+    estimate, loss = torch.zeros(3, requires_grad=True), torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
+    losses.learned_loss(estimate, loss).sum().backward()
+    assert estimate.grad is not None
+    assert estimate.grad.tolist() == [-2, -4, -6]
+    assert loss.grad is None
+
+
+def test_selective_net_is_its_formula_and_divides_by_the_coverage() -> None:
+    per_row, selection, auxiliary = torch.rand(50).double(), torch.randn(50).double(), torch.rand(50).double()
+    g = selection.sigmoid()
+    risk = (per_row * g).mean() / g.mean() + 32 * max(0.0, 0.8 - float(g.mean())) ** 2
+    loss = losses.selective_net(per_row, selection, auxiliary, coverage=0.8)
+    torch.testing.assert_close(loss, 0.5 * risk + 0.5 * auxiliary.mean())
+    assert losses.selective_net(per_row, torch.full((50,), -1e4).double(), auxiliary, coverage=0.8).isfinite()
+    with pytest.raises(ValueError, match="coverage"):
+        losses.selective_net(per_row, selection, auxiliary, coverage=0.0)
+
+
+def fitted(loss, width: int) -> Tensor:
+    scores = torch.zeros(width, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [scores], max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-16, line_search_fn="strong_wolfe"
+    )
+
+    def risk() -> Tensor:
+        optimizer.zero_grad()
+        value = loss(scores)
+        value.backward()
+        return value
+
+    optimizer.step(risk)
+    return scores.detach()
+
+
+@pytest.mark.parametrize("mu", [0.5, 1.0, 1.5])
+def test_the_minimiser_carries_the_experts_accuracy(mu: float) -> None:
+    """Accuracy .8 and .3, whatever the label."""
+    law, accuracy = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64), torch.tensor([0.8, 0.3], dtype=torch.float64)
+    scores = fitted(lambda s: losses.single_stage_deferral(s, law, 1 - accuracy, mu=mu), 5)
+    torch.testing.assert_close(losses.expert_correctness(scores, 3, mu=mu), accuracy, atol=1e-4, rtol=1e-4)
+    scores = fitted(lambda s: losses.one_vs_all(s, law, accuracy), 5)
+    torch.testing.assert_close(losses.expert_correctness(scores, 3, loss=losses.one_vs_all), accuracy, atol=1e-4, rtol=1e-4)
+    scores = fitted(lambda s: losses.asymmetric_softmax(s, law, accuracy[0]), 4)
+    read = losses.expert_correctness(scores, 3, loss=losses.asymmetric_softmax)
+    torch.testing.assert_close(read, accuracy[:1], atol=1e-4, rtol=1e-4)
+
+
+def test_correctness_is_refused_where_it_is_not_defined() -> None:
+    with pytest.raises(ValueError, match="picce defines no probability"):
+        losses.expert_correctness(torch.randn(5), 3, loss=losses.picce)
+    with pytest.raises(ValueError, match="only rank the actions"):
+        losses.expert_correctness(torch.randn(5), 3, mu=2.0)
+    with pytest.raises(ValueError, match=r"expected 1\.\.4"):
+        losses.expert_correctness(torch.randn(5), 5)
+    assert math.isclose(float(losses.expert_correctness(torch.zeros(4), 3)[0]), 1 / 3, rel_tol=1e-6)

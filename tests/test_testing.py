@@ -1,0 +1,69 @@
+"""check_loss on losses with planted defects: it must name what each violates."""
+
+import torch
+from torch import Tensor
+
+from deferral.losses import single_stage_deferral
+from deferral.testing import ONE_EXPERT, SINGLE_STAGE, SINGLE_STAGE_BINARY, TWO_STAGE, E, K, Rows, bayes, check_loss
+
+
+def unshifted_exponential(scores: Tensor, rows: Rows) -> Tensor:
+    p = scores.exp() / scores.exp().sum(-1, keepdim=True)
+    weights = torch.cat([torch.nn.functional.one_hot(rows["targets"], K), 1 - rows["expert_costs"]], -1)
+    return -(weights * p.log()).sum(-1)
+
+
+def epsilon_inside_the_logarithm(scores: Tensor, rows: Rows) -> Tensor:
+    weights = torch.cat([torch.nn.functional.one_hot(rows["targets"], K), 1 - rows["expert_costs"]], -1)
+    return -(weights * torch.log(scores.softmax(-1) + 1e-8)).sum(-1)
+
+
+def weight_that_can_go_negative(scores: Tensor, rows: Rows) -> Tensor:
+    return -((1 - rows["costs"]) * scores.log_softmax(-1)).sum(-1)
+
+
+def blind_to_whether_the_expert_was_right(scores: Tensor, rows: Rows) -> Tensor:
+    log_p = scores.log_softmax(-1)
+    return -log_p.gather(-1, rows["targets"].unsqueeze(-1)).squeeze(-1) - 0.5 * log_p[..., K]
+
+
+def loop_that_drops_the_last_expert(scores: Tensor, rows: Rows) -> Tensor:
+    log_p = scores.log_softmax(-1)
+    loss = -log_p.gather(-1, rows["targets"].unsqueeze(-1)).squeeze(-1)
+    for j in range(E - 1):
+        loss = loss - rows["expert_correct"][..., j] * log_p[..., K + j]
+    return loss
+
+
+def overwrites_the_callers_zeros(scores: Tensor, rows: Rows) -> Tensor:
+    with torch.no_grad():
+        scores[scores.abs() < 0.2] = 0.3
+    return single_stage_deferral(scores, rows["targets"], rows["expert_costs"])
+
+
+def detached_where_it_matters(scores: Tensor, rows: Rows) -> Tensor:
+    return single_stage_deferral(scores.detach() * 0.5 + scores * 0.5, rows["targets"], rows["expert_costs"])
+
+
+def test_planted_defects_are_named() -> None:
+    for defect, setting, expected in (
+        (unshifted_exponential, SINGLE_STAGE, "finite"),
+        (epsilon_inside_the_logarithm, SINGLE_STAGE, "pulls_when_wrong"),
+        (weight_that_can_go_negative, TWO_STAGE, "bounded_below"),
+        (blind_to_whether_the_expert_was_right, ONE_EXPERT, "bayes"),
+        (loop_that_drops_the_last_expert, SINGLE_STAGE_BINARY, "every_expert_counts"),
+        (overwrites_the_callers_zeros, SINGLE_STAGE, "half_precision"),
+        (detached_where_it_matters, SINGLE_STAGE, "gradient"),
+    ):
+        report = check_loss(defect, setting)
+        assert not report.ok
+        assert expected in report.violations, f"{defect.__name__}: {report}"
+        assert expected in str(report)
+
+
+def test_a_sound_loss_passes_and_a_loss_that_raises_is_reported() -> None:
+    sound = check_loss(lambda s, rows: single_stage_deferral(s, rows["targets"], rows["expert_costs"]), SINGLE_STAGE)
+    assert sound.ok
+    assert str(sound) == "no property is violated"
+    broken = check_loss(lambda s, rows: s[..., 99], SINGLE_STAGE, properties=[bayes])
+    assert "IndexError" in broken.violations["bayes"]
