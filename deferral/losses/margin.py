@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deferral.losses.comp_sum import comp_sum
 from deferral.numerics import KNEE, exp_linear, lift
 from deferral.validation import action_mask, require_actions, require_floating
 
@@ -117,9 +118,12 @@ def max_losses(scores: Tensor, *, phi: Margin, mask: Tensor | None = None) -> Te
 def sum_margin(scores: Tensor, weights: Tensor, *, phi: Margin = exponential, mask: Tensor | None = None) -> Tensor:
     """sum_k weights_k * sum_{i != k} Phi(s_k - s_i).  (..., A), (..., A) -> (...,)
 
-    Bayes-consistent for Phi exponential, logistic, squared hinge and rho-margin; not for the hinge.  With the exponential it
-    is `comp_sum` at mu = 0.
+    Bayes-consistent for Phi exponential, logistic, squared hinge and rho-margin; not for the hinge.  Visits
+    A^2 pairs; with the exponential it is `comp_sum` at mu = 0, which visits A.
     """
+    if phi is exponential:
+        # Separable: one row of the softmax instead of a table of pairs, continued linearly as a whole.
+        return comp_sum(scores, weights, mu=0.0, mask=mask)
     return _weighted(sum_losses, scores, weights, phi, mask)
 
 

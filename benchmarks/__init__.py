@@ -1,0 +1,1 @@
+"""One script per claim, run by `python -m benchmarks NAME` from a checkout; results lie beside the scripts."""

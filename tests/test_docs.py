@@ -1,0 +1,21 @@
+"""The generated pages are current, and every loss says what a reader needs."""
+
+import inspect
+
+import pytest
+
+from benchmarks.loss_table import PAGE, page
+from deferral import losses
+
+
+def test_the_table_of_losses_is_current() -> None:
+    assert PAGE.read_text(encoding="utf-8") == page(), "run python -m benchmarks loss-table"
+
+
+@pytest.mark.parametrize("name", sorted(set(losses.__all__) - {"Criterion"}))
+def test_every_loss_has_a_formula_shapes_and_a_source(name: str) -> None:
+    function = getattr(losses, name)
+    text = inspect.getdoc(function) or ""
+    module = inspect.getdoc(inspect.getmodule(function)) or ""
+    assert "->" in text.splitlines()[0], "the first line ends with shapes"
+    assert "20" in text or "20" in module, "a paper and its year, in the docstring or the module's"

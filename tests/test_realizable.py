@@ -1,0 +1,123 @@
+"""Realizable problems: some linear hypothesis decides without loss; which losses find it, and which are known not to."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from deferral import decide, error_costs, pick, single_stage_costs
+from deferral.losses import (
+    asymmetric_softmax,
+    mozannar_sontag,
+    one_vs_all,
+    predictor_rejector_abstention,
+    realizable_deferral,
+    realizable_experts,
+    realizable_surrogate,
+    single_stage_deferral,
+    two_stage_deferral,
+)
+from deferral.losses.predictor_rejector import double_mae
+
+K, D, N = 3, 5, 400
+
+
+@pytest.fixture(scope="module")
+def problem() -> tuple[Tensor, Tensor, Tensor]:
+    """A linear W with K + 1 rows: where a class scores highest, that is the label, and the expert is right now and then;
+    where the expert scores highest, it is right and the label is anything."""
+    generator = torch.Generator().manual_seed(5)
+    w = torch.randn(K + 1, D, generator=generator, dtype=torch.float64)
+    w[K] *= 1.5
+    x = torch.randn(N, D, generator=generator, dtype=torch.float64)
+    decided = (x @ w.T).argmax(-1)
+    deferred = decided == K
+    anything = torch.randint(K, (N,), generator=generator)
+    targets = anything.where(deferred, decided.clamp(max=K - 1))
+    lucky = torch.rand(N, generator=generator) < 0.6
+    assert 0.2 < deferred.double().mean() < 0.6
+    return x, targets, (deferred | lucky).double()
+
+
+def system_error(loss, problem, *, start: Tensor | None = None, steps: int = 3000) -> tuple[float, Tensor]:
+    x, targets, correct = problem
+    w = torch.zeros(K + 1, D, dtype=torch.float64) if start is None else start.clone()
+    w.requires_grad_()
+    optimizer = torch.optim.Adam([w], lr=0.1)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss(x @ w.T, targets, correct).mean().backward()
+        optimizer.step()
+    actions = decide((x @ w.T).detach())
+    return float(pick(single_stage_costs(targets, 1 - correct.unsqueeze(-1), K), actions).mean()), w.detach()
+
+
+def test_the_realizable_family_reaches_zero(problem) -> None:
+    logarithmic, start = system_error(lambda s, y, m: realizable_deferral(s, y, 1 - m, q=0.0), problem)
+    assert logarithmic < 0.01
+    assert system_error(realizable_surrogate, problem)[0] < 0.01
+    assert system_error(lambda s, y, m: realizable_experts(s, y, m.unsqueeze(-1), q=0.0), problem)[0] < 0.01
+    # q > 0 is not convex: it is started from q = 0, as the docstrings say.
+    for q in (0.7, 1.0):
+        assert system_error(lambda s, y, m, q=q: realizable_deferral(s, y, 1 - m, q=q), problem, start=start)[0] < 0.01
+    linear = partial(single_stage_deferral, mu=2.0)
+    assert system_error(lambda s, y, m: linear(s, y, 1 - m.unsqueeze(-1)), problem, start=start)[0] < 0.01
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        mozannar_sontag,
+        asymmetric_softmax,
+        lambda s, y, m: one_vs_all(s, y, m.unsqueeze(-1)),
+        lambda s, y, m: single_stage_deferral(s, y, 1 - m.unsqueeze(-1), mu=1.3),
+    ],
+    ids=["mozannar_sontag", "asymmetric_softmax", "one_vs_all", "mu=1.3"],
+)
+def test_the_others_are_seen_to_stop_above_zero(loss, problem) -> None:
+    assert system_error(loss, problem)[0] > 0.03
+
+
+def test_a_router_at_mu_2_is_realizable_and_the_logistic_is_not_for_three_actions() -> None:
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(3, D, generator=generator, dtype=torch.float64)
+    x = torch.randn(N, D, generator=generator, dtype=torch.float64)
+    best = (x @ w.T).argmax(-1)
+    answers = torch.where(torch.rand(N, 3, generator=generator) < 0.6, 1, 0).scatter(-1, best.unsqueeze(-1), 1)
+    costs = error_costs(answers, torch.ones(N, dtype=torch.long)).double()
+
+    def cost_of(mu: float, start: Tensor | None = None) -> tuple[float, Tensor]:
+        weights = (torch.zeros(3, D, dtype=torch.float64) if start is None else start.clone()).requires_grad_()
+        optimizer = torch.optim.Adam([weights], lr=0.05)
+        for _ in range(3000):
+            optimizer.zero_grad()
+            two_stage_deferral(x @ weights.T, costs, mu=mu).mean().backward()
+            optimizer.step()
+        return float(pick(costs, decide((x @ weights.T).detach())).mean()), weights.detach()
+
+    logistic, start = cost_of(1.0)
+    assert logistic > 0.01
+    assert cost_of(2.0, start)[0] < 0.5 * logistic
+
+
+def test_the_pair_with_twice_mae_is_realizable() -> None:
+    """Where the cost is 0 one may always abstain: a region of free abstention, a linear predictor elsewhere."""
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(N, D, generator=generator, dtype=torch.float64)
+    w, r = torch.randn(K, D, generator=generator, dtype=torch.float64), torch.randn(D, generator=generator, dtype=torch.float64)
+    free = x @ r <= 0
+    targets = torch.randint(K, (N,), generator=generator).where(free, (x @ w.T).argmax(-1))
+    cost = torch.where(free, 0.0, 0.3).double()
+    h, rejector = (
+        torch.zeros(K, D, dtype=torch.float64, requires_grad=True),
+        torch.zeros(D, dtype=torch.float64, requires_grad=True),
+    )
+    optimizer = torch.optim.Adam([h, rejector], lr=0.05)
+    for _ in range(4000):
+        optimizer.zero_grad()
+        predictor_rejector_abstention(x @ h.T, x @ rejector, targets, cost, base=double_mae).mean().backward()
+        optimizer.step()
+    answers = x @ rejector > 0
+    wrong = (x @ h.T).argmax(-1) != targets
+    assert float(torch.where(answers, wrong.double(), cost).mean()) < 0.01
