@@ -55,4 +55,5 @@ if dist.get_rank() == 0:
     accuracy = (actions == targets)[kept].float().mean()
     print(f"deferral cost {cost:.3f} (never asking {never:.3f}, always {asking.mean():.3f}),", end=" ")
     print(f"coverage {kept.float().mean():.3f}, accuracy of kept rows {accuracy:.3f}")
+dist.barrier()  # nobody leaves while another still works
 dist.destroy_process_group()
