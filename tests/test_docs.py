@@ -4,12 +4,16 @@ import inspect
 
 import pytest
 
-from benchmarks.loss_table import PAGE, page
+from benchmarks.loss_table import CLAIMS, PAGE, page
 from deferral import losses
 
 
 def test_the_table_of_losses_is_current() -> None:
     assert PAGE.read_text(encoding="utf-8") == page(), "run python -m benchmarks loss-table"
+
+
+def test_the_table_lists_every_loss() -> None:
+    assert set(CLAIMS) == set(losses.__all__) - {"Criterion", "expert_correctness", "rejector_of_scores"}
 
 
 @pytest.mark.parametrize("name", sorted(set(losses.__all__) - {"Criterion"}))

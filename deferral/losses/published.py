@@ -58,12 +58,16 @@ def one_vs_all(
     require_targets(scores, targets, num_classes)
     require_batch("scores", scores.shape[:-1], "expert_correct", expert_correct.shape[:-1])
     scores = lift(scores)
-    classes, experts = scores[..., :num_classes], scores[..., num_classes:]
-    hit = targets if targets.is_floating_point() else F.one_hot(targets, num_classes).to(scores.dtype)
-    expert_losses = _binary(
-        experts, expert_correct, phi, mask if mask is None else action_mask(scores, mask, num_classes)[..., num_classes:]
-    )
-    return _binary(classes, hit, phi, None) + expert_losses
+    hit = targets if targets.is_floating_point() else F.one_hot(targets, num_classes)
+    hits = torch.cat([hit.to(scores.dtype), expert_correct.to(scores.dtype).expand(*hit.shape[:-1], -1)], dim=-1)
+    if mask is not None:
+        mask = action_mask(scores, mask, num_classes)
+        scores, hits = scores.where(mask, 0.0), hits.where(mask, 0.0)
+    if phi is logistic:
+        losses = F.binary_cross_entropy_with_logits(scores, hits, reduction="none")
+    else:
+        losses = hits * phi(scores) + (1 - hits) * phi(-scores)
+    return (losses if mask is None else losses.where(mask, 0.0)).sum(dim=-1)
 
 
 def asymmetric_softmax(scores: Tensor, targets: Tensor, expert_correct: Tensor) -> Tensor:
@@ -222,13 +226,6 @@ def selective_net(
     selective_risk = (log_g.softmax(dim=0) * losses).sum()
     shortfall = torch.relu(coverage - log_g.exp().mean())
     return alpha * (selective_risk + penalty * shortfall.square()) + (1 - alpha) * auxiliary_losses.mean()
-
-
-def _binary(scores: Tensor, hit: Tensor, phi: Margin, mask: Tensor | None) -> Tensor:
-    if mask is not None:
-        scores, hit = scores.where(mask, 0.0), hit.where(mask, 0)
-    losses = hit * phi(scores) + (1 - hit) * phi(-scores)
-    return (losses if mask is None else losses.where(mask, 0.0)).sum(dim=-1)
 
 
 def _require_one_expert(scores: Tensor, targets: Tensor, expert_correct: Tensor) -> None:
