@@ -137,6 +137,52 @@ def test_selective_net_is_its_formula_and_divides_by_the_coverage() -> None:
         losses.selective_net(per_row, selection, auxiliary, coverage=0.0)
 
 
+@pytest.mark.parametrize(
+    "loss",
+    [
+        losses.one_vs_all,
+        losses.picce,
+        losses.realizable_experts,
+        lambda s, y, m, **o: losses.realizable_experts(s, y, m, q=0.0, **o),
+        lambda s, y, m, **o: losses.mixture_of_experts(2 * s[:, :K], s[:, K - 1 :], y, m, **o),
+        lambda s, y, m, **o: losses.realizable_router(s[:, K - 1 :], torch.cat([(y == 0).double()[:, None], 1 - m], -1), **o),
+    ],
+    ids=["one_vs_all", "picce", "realizable_experts", "q=0", "mixture_of_experts", "realizable_router"],
+)
+def test_a_missing_expert_leaves_the_row(loss, batch) -> None:
+    scores, y, m = batch
+    torch.testing.assert_close(loss(scores, y, m, mask=torch.ones(B, E, dtype=torch.bool)), loss(scores, y, m))
+    known, experts = [*range(K), K, K + 2], [0, 2]
+    poisoned = scores.index_fill(-1, torch.tensor([K + 1]), torch.nan).requires_grad_()
+    value = loss(poisoned, y, m, mask=torch.tensor([True, False, True]).expand(B, E))
+    torch.testing.assert_close(value, loss(scores[:, known], y, m[:, experts]))
+    gradient = torch.autograd.grad(value.sum(), poisoned)[0]
+    assert (gradient[:, K + 1] == 0).all()
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        losses.mozannar_sontag,
+        losses.asymmetric_softmax,
+        lambda s, y, m, **o: losses.realizable_surrogate(s, y, m, **o) / 2,
+        lambda s, y, m, **o: losses.realizable_deferral(s, y, 1 - m, q=0.0, **o),
+        lambda s, y, m, **o: losses.madras(s[:, :K], s[:, K], y, 1 - m, **o),
+    ],
+    ids=["mozannar_sontag", "asymmetric_softmax", "realizable_surrogate", "realizable_deferral", "madras"],
+)
+def test_without_its_one_expert_a_row_is_cross_entropy(loss, batch) -> None:
+    scores, y, m = batch
+    packed, right = scores[:, : K + 1], m[:, 0]
+    torch.testing.assert_close(loss(packed, y, right, mask=torch.ones(B, dtype=torch.bool)), loss(packed, y, right))
+    mask = torch.arange(B) % 2 == 0
+    value = loss(packed.requires_grad_(), y, right, mask=mask)
+    torch.testing.assert_close(value[mask], loss(packed, y, right)[mask])
+    torch.testing.assert_close(value[~mask], F.cross_entropy(packed[:, :K], y, reduction="none")[~mask])
+    assert (torch.autograd.grad(value.sum(), packed)[0][~mask, K] == 0).all()
+
+
 def fitted(loss, width: int) -> Tensor:
     scores = torch.zeros(width, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS(

@@ -48,9 +48,13 @@ def targeted_comp_sum(scores: Tensor, targets: Tensor, weights: Tensor, *, mu: f
     return _kernel(scores, weights, targets, mu, mask)
 
 
-def log_probabilities(scores: Tensor) -> Tensor:
-    """log softmax in float32 or better.  (..., A) -> (..., A)"""
-    return lift(scores).log_softmax(dim=-1)
+def log_probabilities(scores: Tensor, mask: Tensor | None = None) -> Tensor:
+    """log softmax over the known actions, in float32 or better; hugely negative where masked.  (..., A) -> (..., A)
+
+    `mask` has one column per action.
+    """
+    scores = lift(scores)
+    return (scores if mask is None else scores.masked_fill(~mask, ABSENT)).log_softmax(dim=-1)
 
 
 def comp_sum_losses(log_p: Tensor, mu: float) -> Tensor:

@@ -1,7 +1,7 @@
 """Losses by other authors that ours are compared with: each agrees with its paper's formula, in nats and in log space.
 
-`expert_correct` (..., E) is 1 where the expert's answer is right, 0 where it is wrong.  `mask` (..., E), True = known: an
-expert whose answer is missing leaves the row.
+`expert_correct` is 1 where the expert's answer is right, 0 where it is wrong: (..., E), or (...,) for one expert.  `mask`, of
+the same shape, True = known: an expert whose answer is missing leaves the row.
 """
 
 import math
@@ -31,14 +31,19 @@ __all__ = [
 ]
 
 
-def mozannar_sontag(scores: Tensor, targets: Tensor, expert_correct: Tensor, *, alpha: float = 1.0) -> Tensor:
+def mozannar_sontag(
+    scores: Tensor, targets: Tensor, expert_correct: Tensor, *, alpha: float = 1.0, mask: Tensor | None = None
+) -> Tensor:
     """-(alpha m + 1 - m) log p_y - m log p_K, m = 1[expert right].  (..., K+1), (...,) or (..., K), (...,) -> (...,)
 
     Bayes-consistent at alpha = 1 only, where it is `single_stage_deferral` with cost 1 - m.
     Mozannar, Sontag, "Consistent Estimators for Learning to Defer to an Expert" (ICML 2020), eq. 4; natural logarithm.
     """
     _require_one_expert(scores, targets, expert_correct)
-    log_p = log_probabilities(scores)
+    if mask is not None:
+        mask = _of_one_expert(scores, mask)
+        expert_correct = expert_correct.where(mask[..., -1], 0)
+    log_p = log_probabilities(scores, mask)
     weight = alpha * expert_correct + 1 - expert_correct
     return weight * comp_sum_at(log_p[..., :-1], targets, 1.0) - expert_correct * log_p[..., -1]
 
@@ -70,7 +75,7 @@ def one_vs_all(
     return (losses if mask is None else losses.where(mask, 0.0)).sum(dim=-1)
 
 
-def asymmetric_softmax(scores: Tensor, targets: Tensor, expert_correct: Tensor) -> Tensor:
+def asymmetric_softmax(scores: Tensor, targets: Tensor, expert_correct: Tensor, *, mask: Tensor | None = None) -> Tensor:
     """CE over the K classes + BCE(z, m), z = s_K - logsumexp of the class scores but the highest.  (..., K+1) -> (...,)
 
     Bayes-consistent; the expert's accuracy is sigmoid(z), a probability.  At least two classes.
@@ -80,7 +85,11 @@ def asymmetric_softmax(scores: Tensor, targets: Tensor, expert_correct: Tensor) 
     _require_one_expert(scores, targets, expert_correct)
     z = asymmetric_logit(scores)
     classification = comp_sum_at(log_probabilities(scores[..., :-1]), targets, 1.0)
-    return classification + expert_correct * logistic(z) + (1 - expert_correct) * logistic(-z)
+    if mask is not None:
+        known = _of_one_expert(scores, mask)[..., -1]
+        z, expert_correct = z.where(known, 0.0), expert_correct.where(known, 0)
+    skill = expert_correct * logistic(z) + (1 - expert_correct) * logistic(-z)
+    return classification + (skill if mask is None else skill.where(known, 0.0))
 
 
 def asymmetric_logit(scores: Tensor) -> Tensor:
@@ -91,7 +100,9 @@ def asymmetric_logit(scores: Tensor) -> Tensor:
     return scores[..., -1] - classes.masked_fill(best, -torch.inf).logsumexp(dim=-1)
 
 
-def realizable_surrogate(scores: Tensor, targets: Tensor, expert_correct: Tensor, *, alpha: float = 1.0) -> Tensor:
+def realizable_surrogate(
+    scores: Tensor, targets: Tensor, expert_correct: Tensor, *, alpha: float = 1.0, mask: Tensor | None = None
+) -> Tensor:
     """-2 alpha log(p_y + m p_K) + (1 - alpha) CE over the K classes.  (..., K+1), (...,) or (..., K), (...,) -> (...,)
 
     Realizable H-consistent at alpha = 1; Bayes-consistent only for an expert whose answer is a function of x, at no alpha in
@@ -100,7 +111,7 @@ def realizable_surrogate(scores: Tensor, targets: Tensor, expert_correct: Tensor
     (AISTATS 2023), section 6, eq. 14.
     """
     _require_one_expert(scores, targets, expert_correct)
-    loss = 2 * alpha * realizable_deferral(scores, targets, 1 - expert_correct, q=0.0)
+    loss = 2 * alpha * realizable_deferral(scores, targets, 1 - expert_correct, q=0.0, mask=mask)
     if alpha == 1.0:
         return loss
     return loss + (1 - alpha) * comp_sum_at(log_probabilities(scores[..., :-1]), targets, 1.0)
@@ -121,7 +132,7 @@ def cost_sensitive_abstention(scores: Tensor, targets: Tensor, cost: Tensor | fl
     return cost * accept + (1 - cost) * reject
 
 
-def madras(scores: Tensor, rejector: Tensor, targets: Tensor, expert_cost: Tensor) -> Tensor:
+def madras(scores: Tensor, rejector: Tensor, targets: Tensor, expert_cost: Tensor, *, mask: Tensor | None = None) -> Tensor:
     """(1 - sigma(r)) CE + sigma(r) c; r > 0 defers.  (..., K), (...,), (...,) or (..., K), (...,) -> (...,)
 
     Not Bayes-consistent: it compares the entropy, not the error, with the expert's.
@@ -130,10 +141,14 @@ def madras(scores: Tensor, rejector: Tensor, targets: Tensor, expert_cost: Tenso
     require_floating("rejector", rejector)
     require_targets(scores, targets, scores.shape[-1])
     gate = torch.sigmoid(lift(rejector))
+    if mask is not None:
+        gate, expert_cost = gate.where(mask, 0.0), expert_cost.where(mask, 0.0)
     return (1 - gate) * comp_sum_at(log_probabilities(scores), targets, 1.0) + gate * expert_cost
 
 
-def mixture_of_experts(scores: Tensor, gate: Tensor, targets: Tensor, expert_correct: Tensor) -> Tensor:
+def mixture_of_experts(
+    scores: Tensor, gate: Tensor, targets: Tensor, expert_correct: Tensor, *, mask: Tensor | None = None
+) -> Tensor:
     """-log(w_0 p_y + sum_j w_j m_j), w = softmax(gate).  (..., K), (..., 1+E), (...,), (..., E) -> (...,)
 
     Not Bayes-consistent.  Hemmer, Schellhammer, Vössing, Jakubik, Satzger, "Forming Effective Human-AI Teams" (IJCAI 2022).
@@ -145,7 +160,10 @@ def mixture_of_experts(scores: Tensor, gate: Tensor, targets: Tensor, expert_cor
             f"gate: expected one column for the classifier and one per expert, got {tuple(gate.shape)} for expert_correct "
             f"{tuple(expert_correct.shape)}"
         )
-    log_w, log_p = log_probabilities(gate), log_probabilities(scores)
+    if mask is not None:
+        mask = action_mask(gate, mask, 1)
+        expert_correct = expert_correct.where(mask[..., 1:], 0)
+    log_w, log_p = log_probabilities(gate, mask), log_probabilities(scores)
     right = log_w[..., 1:].masked_fill(expert_correct == 0, -torch.inf).logsumexp(dim=-1)
     if targets.is_floating_point():
         return -(targets * torch.logaddexp(log_w[..., :1] + log_p, right.unsqueeze(-1))).sum(dim=-1)
@@ -172,7 +190,7 @@ def deep_gamblers(scores: Tensor, targets: Tensor, *, reward: float) -> Tensor:
     return -gains.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
 
 
-def picce(scores: Tensor, targets: Tensor, expert_correct: Tensor) -> Tensor:
+def picce(scores: Tensor, targets: Tensor, expert_correct: Tensor, *, mask: Tensor | None = None) -> Tensor:
     """-log p_y - 1[an expert is right] max_{j right} log p_{K+j}.  (..., K+E), (...,) or (..., K), (..., E) -> (...,)
 
     Only the most likely of the right experts is pulled up, so that many experts do not drown the classes.
@@ -182,7 +200,10 @@ def picce(scores: Tensor, targets: Tensor, expert_correct: Tensor) -> Tensor:
     num_classes = scores.shape[-1] - expert_correct.shape[-1]
     require_targets(scores, targets, num_classes)
     require_batch("scores", scores.shape[:-1], "expert_correct", expert_correct.shape[:-1])
-    log_p = log_probabilities(scores)
+    if mask is not None:
+        mask = action_mask(scores, mask, num_classes)
+        expert_correct = expert_correct.where(mask[..., num_classes:], 0)
+    log_p = log_probabilities(scores, mask)
     right = expert_correct > 0
     best = log_p[..., num_classes:].masked_fill(~right, -torch.inf).amax(dim=-1)
     return comp_sum_at(log_p[..., :num_classes], targets, 1.0) - best.where(right.any(dim=-1), 0.0)
@@ -232,3 +253,8 @@ def _require_one_expert(scores: Tensor, targets: Tensor, expert_correct: Tensor)
     require_floating("scores", scores)
     require_targets(scores, targets, scores.shape[-1] - 1)
     require_batch("scores", scores.shape[:-1], "expert_correct", expert_correct.shape)
+
+
+def _of_one_expert(scores: Tensor, mask: Tensor) -> Tensor:
+    """A mask (...,) over one expert, widened to every column of the scores."""
+    return action_mask(scores, mask.unsqueeze(-1), scores.shape[-1] - 1)

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from deferral.losses.comp_sum import log_probabilities
-from deferral.validation import require_actions, require_batch, require_floating, require_targets
+from deferral.validation import action_mask, require_actions, require_batch, require_floating, require_targets
 
 __all__ = ["realizable_deferral", "realizable_experts", "realizable_router"]
 
 
-def realizable_deferral(scores: Tensor, targets: Tensor, expert_cost: Tensor, *, q: float = 1.0) -> Tensor:
+def realizable_deferral(
+    scores: Tensor, targets: Tensor, expert_cost: Tensor, *, q: float = 1.0, mask: Tensor | None = None
+) -> Tensor:
     """c Psi_q(p_y) + (1 - c) Psi_q(p_y + p_K), one expert.  (..., K+1), (...,) or (..., K), (...,) -> (...,)
 
     p = softmax(s), Psi_q(t) = (1 - t^q) / q, and -log t for q = 0; c in [0, 1] is the expert's cost, 1[expert wrong] or with a
@@ -24,12 +26,17 @@ def realizable_deferral(scores: Tensor, targets: Tensor, expert_cost: Tensor, *,
     that is right at random, p = (.5062, .4938) and accuracy .6174, q = 0 predicts where Bayes defers.  So fit the threshold
     (`fit_offsets`) when q < 1.  q = 0 times 2 is Mozannar et al. 2023's RealizableSurrogate at binary cost.
 
+    `mask` (...,), True = known: a missing answer leaves the row.
+
     NeurIPS 2024, section 4 (L_RL2D).
     """
     require_floating("scores", scores)
     require_targets(scores, targets, scores.shape[-1] - 1)
     require_batch("scores", scores.shape[:-1], "expert_cost", expert_cost.shape)
-    log_p = log_probabilities(scores)
+    if mask is not None:
+        expert_cost = expert_cost.where(mask, 1.0)
+        mask = action_mask(scores, mask.unsqueeze(-1), scores.shape[-1] - 1)
+    log_p = log_probabilities(scores, mask)
     classes, expert = log_p[..., :-1], log_p[..., -1:]
     alone = _psi(classes, q)
     together = _psi(torch.logaddexp(classes, expert), q)
@@ -37,30 +44,40 @@ def realizable_deferral(scores: Tensor, targets: Tensor, expert_cost: Tensor, *,
     return _at(cost * alone + (1 - cost) * together, targets)
 
 
-def realizable_experts(scores: Tensor, targets: Tensor, expert_correct: Tensor, *, q: float = 1.0) -> Tensor:
+def realizable_experts(
+    scores: Tensor, targets: Tensor, expert_correct: Tensor, *, q: float = 1.0, mask: Tensor | None = None
+) -> Tensor:
     """Psi_q(p_y + sum_{j right} p_{K+j}): several experts without price.  (..., K+E), (...,), (..., E) -> (...,)
 
     `expert_correct` is 1 where the expert's answer is right.  Realizable H-consistent; at q = 1 it is linear in the
-    probabilities and so Bayes-consistent as well, at q = 0 it is not.  An answer that is missing counts as not right: pass 0.
+    probabilities and so Bayes-consistent as well, at q = 0 it is not.  `mask` (..., E), True = known: an expert
+    whose answer is missing leaves the row.
     """
     require_floating("scores", scores)
     num_classes = scores.shape[-1] - expert_correct.shape[-1]
     require_targets(scores, targets, num_classes)
     require_batch("scores", scores.shape[:-1], "expert_correct", expert_correct.shape[:-1])
-    log_p = log_probabilities(scores)
+    if mask is not None:
+        mask = action_mask(scores, mask, num_classes)
+        expert_correct = expert_correct.where(mask[..., num_classes:], 0)
+    log_p = log_probabilities(scores, mask)
     right = log_p[..., num_classes:].masked_fill(expert_correct == 0, -torch.inf).logsumexp(dim=-1, keepdim=True)
     return _at(_psi(torch.logaddexp(log_p[..., :num_classes], right), q), targets)
 
 
-def realizable_router(scores: Tensor, costs: Tensor) -> Tensor:
+def realizable_router(scores: Tensor, costs: Tensor, *, mask: Tensor | None = None) -> Tensor:
     """-log sum_{a: cost_a = 0} softmax_a(s), for binary costs: any free action will do.  (..., A), (..., A) -> (...,)
 
     Realizable and easy to optimise; not Bayes-consistent.  Rows whose actions all cost 1 say nothing and give 0.  For both
-    guarantees use `two_stage_deferral` at mu = 2, started from a solution of this loss or of mu = 1.
+    guarantees use `two_stage_deferral` at mu = 2, started from a solution of this loss or of mu = 1.  `mask` (..., A) or
+    (..., A-1), True = known: a missing action leaves the row.
     """
     require_floating("scores", scores)
     require_actions(scores, costs)
-    log_p = log_probabilities(scores)
+    if mask is not None:
+        mask = action_mask(scores, mask, 1)
+        costs = costs.where(mask, 1.0)
+    log_p = log_probabilities(scores, mask)
     free = costs == 0
     # A row without a free action would be log 0; it keeps every column instead, which is log 1.
     kept = free | ~free.any(dim=-1, keepdim=True)
