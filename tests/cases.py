@@ -1,5 +1,6 @@
 """Every loss once, with what it claims.  Adding a loss is adding a line."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -35,7 +36,12 @@ from deferral.testing import (
 
 @dataclass(frozen=True)
 class Case:
-    """A loss in a setting.  bayes: claimed (True), to be seen failing (False), or open (None)."""
+    """A loss in a setting, and what it claims: True, False (to be seen failing) or None (open).
+
+    bayes: the minimiser decides the cheapest action; with deterministic experts: where their answer is a function of x.
+    realizable: reaches zero where a linear hypothesis does.  bound: loss / bound is at least the deferral loss, up to a
+    constant of the row.
+    """
 
     name: str
     setting: Setting
@@ -43,13 +49,22 @@ class Case:
     bayes: bool | None = True
     bayes_with_deterministic_experts: bool = False
     function: str = ""  # of deferral.losses
+    realizable: bool | None = None
+    bound: float | None = None
 
     def __repr__(self) -> str:
         return self.name
 
 
 def case(
-    function: Callable, setting: Setting, *arguments: str, bayes: bool | None = True, deterministic: bool = False, **options
+    function: Callable,
+    setting: Setting,
+    *arguments: str,
+    bayes: bool | None = True,
+    deterministic: bool = False,
+    realizable: bool | None = None,
+    bound: float | None = None,
+    **options,
 ) -> Case:
     """A loss of scores and named entries of the rows; in the PAIR setting the scores are split into predictor and rejector."""
 
@@ -58,7 +73,12 @@ def case(
         return function(*packed, *(rows[name] for name in arguments), **options)
 
     shown = ", ".join(f"{name}={getattr(value, '__name__', value)}" for name, value in options.items())
-    return Case(f"{function.__name__}[{shown}]", setting, loss, bayes, deterministic, function.__name__)
+    return Case(f"{function.__name__}[{shown}]", setting, loss, bayes, deterministic, function.__name__, realizable, bound)
+
+
+def at_half(mu: float) -> float:
+    """l_mu at p = 1/2: no action but the decided one has a greater probability."""
+    return math.log(2) if mu == 1 else (1 - 0.5 ** (mu - 1)) / (mu - 1)
 
 
 def two_stage_by_row_sum(scores: Tensor, costs: Tensor) -> Tensor:
@@ -85,15 +105,17 @@ def second_stage_of_scores(scores: Tensor, wrong: Tensor, cost: Tensor) -> Tenso
     return losses.two_stage_abstention(losses.rejector_of_scores(torch.cat([fixed, scores], -1)), wrong, cost)
 
 
-def one_expert(function: Callable, *, bayes: bool | None = True, deterministic: bool = False, **options) -> Case:
+def one_expert(
+    function: Callable, *, bayes: bool | None = True, deterministic: bool = False, realizable: bool | None = None, **options
+) -> Case:
     def loss(scores: Tensor, rows: Rows) -> Tensor:
         return function(scores, rows["targets"], rows["expert_correct"][..., 0], **options)
 
     shown = ", ".join(f"{name}={value}" for name, value in options.items())
-    return Case(f"{function.__name__}[{shown}]", ONE_EXPERT, loss, bayes, deterministic, function.__name__)
+    return Case(f"{function.__name__}[{shown}]", ONE_EXPERT, loss, bayes, deterministic, function.__name__, realizable)
 
 
-def realizable(scores: Tensor, targets: Tensor, expert_correct: Tensor, *, q: float) -> Tensor:
+def realizable_family(scores: Tensor, targets: Tensor, expert_correct: Tensor, *, q: float) -> Tensor:
     return losses.realizable_deferral(scores, targets, 1 - expert_correct, q=q)
 
 
@@ -112,6 +134,14 @@ def cross_entropy_pair(scores: Tensor, rejector: Tensor, targets: Tensor, cost: 
 
 def double_mae_with_psi_one(scores: Tensor, rejector: Tensor, targets: Tensor, cost: Tensor) -> Tensor:
     return predictor_rejector_formula(double_mae(scores, targets), rejector, cost)
+
+
+def single_stage_of_one(scores: Tensor, targets: Tensor, expert_correct: Tensor, *, mu: float) -> Tensor:
+    return losses.single_stage_deferral(scores, targets, 1 - expert_correct[..., :1], mu=mu)
+
+
+def one_vs_all_of_one(scores: Tensor, targets: Tensor, expert_correct: Tensor) -> Tensor:
+    return losses.one_vs_all(scores, targets, expert_correct[..., :1])
 
 
 def madras(scores: Tensor, rejector: Tensor, targets: Tensor, expert_correct: Tensor) -> Tensor:
@@ -161,19 +191,31 @@ def split_rejector(function: Callable, setting: Setting, *arguments: str, bayes:
 
 CASES = [
     # The thesis: abstention.
-    *(case(losses.score_based_abstention, ABSTENTION, "targets", "cost", mu=mu) for mu in (0.0, 0.5, 1.0, 1.7, 2.0)),
-    case(losses.predictor_rejector_abstention, PAIR, "targets", "cost"),
+    *(
+        case(losses.score_based_abstention, ABSTENTION, "targets", "cost", mu=mu, bound=at_half(mu))
+        for mu in (0.0, 0.5, 1.0, 1.7, 2.0)
+    ),
+    case(losses.predictor_rejector_abstention, PAIR, "targets", "cost", bound=0.5),
     case(losses.predictor_rejector_abstention, PAIR, "targets", "cost", phi=logistic),
     case(losses.predictor_rejector_abstention, PAIR, "targets", "cost", alpha=2.0),
-    case(losses.predictor_rejector_abstention, PAIR, "targets", "cost", base=double_mae),
-    case(losses.predictor_rejector_abstention, PAIR, "targets", "cost", base=max_rho_margin),
-    case(losses.predictor_rejector_abstention, PAIR, "targets", "cost", base=constrained_rho_hinge),
-    *(case(accept, ACCEPT, "wrong", "cost", phi=phi) for phi in (logistic, exponential, squared_hinge, hinge, sigmoid)),
+    case(losses.predictor_rejector_abstention, PAIR, "targets", "cost", base=double_mae, bound=1.0),
+    case(losses.predictor_rejector_abstention, PAIR, "targets", "cost", base=max_rho_margin, bound=1.0),
+    case(losses.predictor_rejector_abstention, PAIR, "targets", "cost", base=constrained_rho_hinge, bound=1.0),
+    case(accept, ACCEPT, "wrong", "cost", phi=logistic, bound=math.log(2)),
+    *(case(accept, ACCEPT, "wrong", "cost", phi=phi, bound=1.0) for phi in (exponential, squared_hinge, hinge, sigmoid)),
     case(second_stage_of_scores, replace(ACCEPT, decide=lambda s: (s[..., 0] >= 0.25).long()), "wrong", "cost"),
     # The thesis: deferral.
-    *(case(losses.single_stage_deferral, SINGLE_STAGE, "targets", "expert_costs", mu=mu) for mu in (0.0, 1.0, 1.7, 2.0)),
+    *(
+        case(losses.single_stage_deferral, SINGLE_STAGE, "targets", "expert_costs", mu=mu, bound=at_half(mu))
+        for mu in (0.0, 1.0, 1.7, 2.0)
+    ),
+    case(single_stage_of_one, ONE_EXPERT, "targets", "expert_correct", mu=2.0, realizable=True),
+    case(single_stage_of_one, ONE_EXPERT, "targets", "expert_correct", mu=1.3, realizable=False),
     case(losses.single_stage_deferral, SINGLE_STAGE, "targets", "expert_costs", ceiling=1.2),
-    *(case(losses.two_stage_deferral, TWO_STAGE, "costs", mu=mu, ceiling=CEILING) for mu in (0.0, 1.0, 1.7, 2.0)),
+    *(
+        case(losses.two_stage_deferral, TWO_STAGE, "costs", mu=mu, ceiling=CEILING, bound=at_half(mu))
+        for mu in (0.0, 1.0, 1.7, 2.0)
+    ),
     case(two_stage_by_row_sum, TWO_STAGE, "costs"),
     case(two_stage_by_row_maximum, TWO_STAGE, "costs"),
     *(two_stage_over(losses.sum_margin, phi) for phi in (exponential, logistic, squared_hinge, rho_margin)),
@@ -183,20 +225,23 @@ CASES = [
     *(case(regression, REGRESSION, "value", "expert_costs", mu=mu) for mu in (0.0, 1.0, 2.0)),
     *(case(regression_abstention, REGRESSION_ABSTENTION, "value", "cost", phi=phi) for phi in (logistic, exponential, hinge)),
     # The realizable families.
-    one_expert(realizable, q=1.0),
-    one_expert(realizable, q=0.7, deterministic=True, bayes=None),  # fails on a certificate, too rarely for random problems
-    one_expert(realizable, q=0.0, deterministic=True, bayes=False),
+    one_expert(realizable_family, realizable=True, q=1.0),
+    one_expert(
+        realizable_family, realizable=True, q=0.7, deterministic=True, bayes=None
+    ),  # fails on a certificate, too rarely for random problems
+    one_expert(realizable_family, realizable=True, q=0.0, deterministic=True, bayes=False),
     case(losses.realizable_experts, SINGLE_STAGE_BINARY, "targets", "expert_correct", q=1.0),
     case(losses.realizable_experts, SINGLE_STAGE_BINARY, "targets", "expert_correct", q=0.0, bayes=False),
     # Published by others.
-    one_expert(losses.mozannar_sontag),
+    one_expert(losses.mozannar_sontag, realizable=False),
     one_expert(losses.mozannar_sontag, alpha=0.5, bayes=False),
     one_expert(losses.mozannar_sontag, alpha=0.0, bayes=False),
     case(losses.one_vs_all, SINGLE_STAGE_BINARY, "targets", "expert_correct"),
     case(losses.one_vs_all, SINGLE_STAGE_BINARY, "targets", "expert_correct", phi=exponential),
     case(losses.one_vs_all, SINGLE_STAGE_BINARY, "targets", "expert_correct", phi=hinge, bayes=False),
-    one_expert(losses.asymmetric_softmax),
-    one_expert(losses.realizable_surrogate, deterministic=True, bayes=False),
+    one_expert(losses.asymmetric_softmax, realizable=False),
+    case(one_vs_all_of_one, ONE_EXPERT, "targets", "expert_correct", realizable=False),
+    one_expert(losses.realizable_surrogate, realizable=True, deterministic=True, bayes=False),
     one_expert(losses.realizable_surrogate, alpha=0.5, bayes=False),
     case(losses.cost_sensitive_abstention, BINARY_PROBLEMS, "targets", "cost"),
     split_rejector(madras, MADRAS, "targets", "expert_correct", bayes=False),

@@ -8,9 +8,12 @@ from torch import Tensor
 from deferral import losses
 from deferral.losses import single_stage_deferral, two_stage_deferral
 from deferral.testing import (
+    ACCEPT,
     CEILING,
+    PAIR,
     PROBLEMS,
     PROPERTIES,
+    TWO_STAGE,
     A,
     E,
     K,
@@ -30,7 +33,7 @@ ELSEWHERE = {"learned_loss", "selective_net", "realizable_router"}  # test_publi
 
 def test_every_exported_loss_is_in_the_list() -> None:
     covered = {case.function for case in CASES} | {"two_stage_abstention", "realizable_deferral", "regression_deferral"}
-    assert {"accept", "realizable", "regression", "two_stage_by_row_sum"} <= covered
+    assert {"accept", "realizable_family", "regression", "two_stage_by_row_sum"} <= covered
     assert set(losses.__all__) - NOT_A_SURROGATE - ELSEWHERE <= covered
 
 
@@ -154,14 +157,24 @@ def test_compiled_by_inductor_with_at_most_one_recompilation() -> None:
     assert counter.frame_count <= 2
 
 
-@pytest.mark.parametrize("mu", [0.0, 1.0, 1.7, 2.0])
-def test_the_surrogate_bounds_the_deferral_loss(mu: float) -> None:
-    """sum_a w_a l_mu(s, a) / l_mu(p = 1/2) >= sum_{a != decision} w_a = cost of the decision + sum_a w_a - ceiling."""
-    scores, costs = 3 * torch.randn(2000, A, dtype=torch.float64), CEILING * torch.rand(2000, A, dtype=torch.float64)
-    at_half = two_stage_deferral(torch.zeros(2, dtype=torch.float64), torch.tensor([0.0, 1.0]), mu=mu)
-    surrogate = two_stage_deferral(scores, costs, mu=mu, ceiling=CEILING) / at_half
-    decided = costs.gather(-1, scores.argmax(-1, keepdim=True)).squeeze(-1)
-    assert (surrogate >= decided + (CEILING - costs).sum(-1) - CEILING - 1e-9).all()
+@pytest.mark.parametrize("case", [c for c in CASES if c.bound is not None], ids=repr)
+def test_the_surrogate_bounds_the_deferral_loss(case: Case) -> None:
+    """loss / bound >= cost of the decision + a constant of the row.
+
+    With weights ceiling - cost the surrogate bounds sum_{a != decision} weight_a, which is the cost of the decision plus
+    sum_a weight_a - ceiling; a loss that weighs the costs themselves bounds the cost of the decision.
+    """
+    generator = torch.Generator().manual_seed(0)
+    rows = draw_rows((4000, 1), generator)
+    scores = 3 * torch.randn(4000, case.setting.width, generator=generator, dtype=torch.float64)
+    costs = case.setting.expected_costs(torch.ones(4000, 1, dtype=torch.float64), rows)
+    decided = costs.gather(-1, case.setting.decide(scores).unsqueeze(-1)).squeeze(-1)
+    constant: Tensor | float = 0.0
+    if case.setting not in (ACCEPT, PAIR):
+        ceiling = CEILING if case.setting is TWO_STAGE else 1.0
+        constant = (ceiling - costs).sum(-1) - ceiling
+    values = case.loss(scores, {name: value[:, 0] for name, value in rows.items()})
+    assert (values / case.bound >= decided + constant - 1e-9).all()
 
 
 @pytest.mark.cuda
