@@ -109,8 +109,9 @@ def test_training_resumes_as_if_it_had_not_been_stopped(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="delete the file, or name another --out"):
         convnet.trained(data, tmp_path / "cut.pt", seed=1, epochs=3, on_epoch=epochs.append)
     (tmp_path / "cut.pt").write_bytes(b"half a checkpoint")
+    (tmp_path / "broken.pt").write_bytes(b"broken")
     torch.save({}, tmp_path / "empty.pt")
-    for name in ("cut.pt", "empty.pt"):
+    for name in ("cut.pt", "broken.pt", "empty.pt"):
         with pytest.raises(DataError, match="delete the file to train again"):
             convnet.trained(data, tmp_path / name, seed=0, epochs=3, on_epoch=epochs.append)
 

@@ -1,7 +1,6 @@
 """A small convolutional network for 32 x 32 images, trained with a checkpoint after every epoch."""
 
 import os
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -111,7 +110,7 @@ def _read(path: Path, device: torch.device) -> dict:
         if not isinstance(state, dict) or not {"settings", "epoch", "model", "optimizer", "schedule"} <= set(state):
             raise RuntimeError("entries are missing")
         return state
-    except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+    except Exception as error:  # on damaged bytes the restricted unpickler raises whatever it stumbles over
         raise DataError(
             f"{path}: expected a checkpoint of this demo, could not read it; delete the file to train again"
         ) from error
