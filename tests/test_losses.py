@@ -147,6 +147,12 @@ def test_base_surrogates_equal_their_definitions_by_loop() -> None:
     torch.testing.assert_close(max_margin(scores, weights), max_)
 
 
+def test_the_constrained_base_holds_the_cost_sensitive_one() -> None:
+    scores, costs = torch.randn(B, 4, dtype=torch.float64), torch.rand(B, 4, dtype=torch.float64)
+    expected = (costs * exponential(scores.mean(-1, keepdim=True) - scores)).sum(-1)
+    torch.testing.assert_close(constrained_margin(scores, costs.sum(-1, keepdim=True) / 3 - costs), expected)
+
+
 @pytest.mark.parametrize("surrogate", [comp_sum, sum_margin, constrained_margin, max_margin])
 def test_a_masked_action_leaves_the_row(surrogate) -> None:
     scores, weights = torch.randn(B, 5, dtype=torch.float64), torch.rand(B, 5, dtype=torch.float64)

@@ -133,11 +133,8 @@ class _CompSum(torch.autograd.Function):
         own = log_p.shape[-1] - weights.shape[-1]
         weighted = log_p[..., own:]
         to_weights = comp_sum_losses(weighted, ctx.mu) * gradient if ctx.needs_input_grad[1] else None
-        if own == 0:
-            pull = weights * -gradient if ctx.mu == 1 else _slope(weighted, ctx.mu).mul_(weights).mul_(-gradient)
-            return torch.ops.aten._log_softmax_backward_data(pull, log_p, -1, log_p.dtype), to_weights, None, None
-        # Few columns pull: they are written into p * total, and no second table is made.
-        pull = _slope(weighted, ctx.mu) * weights
+        # In place, so that p * sum(v) - v takes one table.
+        pull = weights if ctx.mu == 1 else _slope(weighted, ctx.mu).mul_(weights)
         total = pull.sum(dim=-1, keepdim=True)
         to_scores = log_p.exp()
         if targets is None:

@@ -130,7 +130,8 @@ def sum_margin(scores: Tensor, weights: Tensor, *, phi: Margin = exponential, ma
 def constrained_margin(scores: Tensor, weights: Tensor, *, phi: Margin = exponential, mask: Tensor | None = None) -> Tensor:
     """sum_k weights_k * sum_{i != k} Phi(-s_i), scores centred.  (..., A), (..., A) -> (...,)
 
-    Bayes-consistent for Phi exponential, hinge, squared hinge and rho-margin (Lee, Lin, Wahba 2004).
+    Bayes-consistent for Phi exponential, hinge, squared hinge and rho-margin (Lee, Lin, Wahba 2004).  With weights
+    `costs.sum(-1, keepdim=True) / (A - 1) - costs` it is the cost-sensitive sum_k costs_k Phi(-s_k).
     """
     return _weighted(constrained_losses, scores, weights, phi, mask)
 
