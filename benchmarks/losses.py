@@ -1,4 +1,4 @@
-"""Every loss is about as fast as cross-entropy.  python -m benchmarks losses [--device cuda] [--compile] [--rounds 30]
+"""The time and memory of each loss beside cross-entropy.  python -m benchmarks losses [--device cuda] [--compile] [--rounds 30]
 
 Forward and backward of each loss as a ratio to `F.cross_entropy` with probability targets on scores of the same size: the median
 over interleaved rounds, with the 10th and 90th percentile of the paired ratios, because machines are noisy; as a ratio to
