@@ -1,5 +1,6 @@
 """Losses by others against their formulas written out, and the accessors of the expert's correctness."""
 
+import functools
 import math
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deferral import losses
+from deferral import Criterion, losses
 from deferral.losses.margin import logistic
 
 B, K, E = 8, 4, 3
@@ -220,3 +221,27 @@ def test_correctness_is_refused_where_it_is_not_defined() -> None:
     with pytest.raises(ValueError, match=r"expected 1\.\.4"):
         losses.expert_correctness(torch.randn(5), 5)
     assert math.isclose(float(losses.expert_correctness(torch.zeros(4), 3)[0]), 1 / 3, rel_tol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("criterion", "arguments"),
+    [
+        (Criterion(losses.one_vs_all), lambda s, y, m: (s, y, m)),
+        (Criterion(losses.picce), lambda s, y, m: (s, y, m)),
+        (Criterion(losses.mozannar_sontag), lambda s, y, m: (s[:, : K + 1], y, m[:, 0])),
+        (Criterion(losses.cost_sensitive_abstention, cost=0.1), lambda s, y, m: (s[:, :K], y)),
+        (Criterion(functools.partial(losses.cost_sensitive_abstention, phi=logistic), cost=0.1), lambda s, y, m: (s[:, :K], y)),
+        (Criterion(losses.mixture_of_experts), lambda s, y, m: (s[:, :K], s[:, : 1 + E], y, m)),
+        (Criterion(losses.madras), lambda s, y, m: (s[:, :K], s[:, K], y, m[:, 0])),
+        (Criterion(losses.deep_gamblers, reward=2.2), lambda s, y, m: (s[:, : K + 1], y)),
+    ],
+    ids=lambda value: repr(value) if isinstance(value, Criterion) else "",
+)
+def test_criterion_knows_which_columns_are_classes(criterion, arguments, batch) -> None:
+    scores, y, m = batch
+    last = torch.full_like(y, K - 1)
+    torch.testing.assert_close(
+        criterion(*arguments(scores, last, m)), criterion(*arguments(scores, F.one_hot(last, K).double(), m))
+    )
+    with pytest.raises(ValueError, match=rf"class indices in 0\.\.{K - 1}, got {K}"):
+        criterion(*arguments(scores, last + 1, m))

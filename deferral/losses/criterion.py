@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from deferral.losses.published import cost_sensitive_abstention
 from deferral.validation import check_costs, check_mask, check_scores, check_targets
 
 __all__ = ["Criterion"]
@@ -59,7 +60,7 @@ class Criterion(nn.Module):
         if isinstance(targets, Tensor):
             if not targets.is_floating_point():
                 targets = targets[targets != given.get("ignore_index")]
-            check_targets(targets, given["scores"].shape[-1] - self._expert_columns(given))
+            check_targets(targets, given["scores"].shape[-1] - self._extra_columns(given))
 
     @staticmethod
     def _check_costs(given: dict[str, Any]) -> None:
@@ -78,12 +79,14 @@ class Criterion(nn.Module):
             experts = given["expert_costs"].shape[-1] if "expert_costs" in given else given["scores"].shape[-1] - 1
             check_mask(mask, given["scores"].shape[-1] - experts, given["scores"].shape[-1])
 
-    @staticmethod
-    def _expert_columns(given: dict[str, Any]) -> int:
-        """How many columns of the scores stand behind the class columns: experts, none beside a rejector, or abstaining."""
-        if "expert_costs" in given:
-            return given["expert_costs"].shape[-1]
-        return 0 if "rejector" in given else 1
+    def _extra_columns(self, given: dict[str, Any]) -> int:
+        """How many columns of the scores stand behind the class columns: one per expert, none, or one for abstaining."""
+        if "rejector" in given or "gate" in given or getattr(self.loss, "func", self.loss) is cost_sensitive_abstention:
+            return 0
+        for name in ("expert_costs", "expert_correct"):
+            if name in given and given[name].dim() == given["scores"].dim():
+                return given[name].shape[-1]
+        return 1
 
 
 def _mean(losses: Tensor, given: dict[str, Any]) -> Tensor:
