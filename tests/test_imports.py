@@ -12,8 +12,9 @@ PACKAGE = Path(__file__).parent.parent / "deferral"
 LAYERS = [
     ["numerics", "validation"],
     ["losses", "costs", "decision"],
-    ["metrics", "intervals", "calibration", "experts", "testing"],
-    ["plots", "torchvision_compat", "datasets"],
+    ["arrays", "metrics", "curves", "reliability", "intervals", "experts", "testing"],
+    ["calibration", "capacity", "certified", "baselines"],
+    ["plots", "torchvision_compat", "datasets", "estimators", "evaluation"],
     ["demo"],
     ["cli"],
 ]
