@@ -56,7 +56,7 @@ def demo(data: str, seed: int, device: str, out: Path, useless_expert: bool, roo
     """
     # Imported here: `deferral --help` must not wait for scikit-learn.
     from deferral.demo import cifar10, digits
-    from deferral.demo.report import draw, save, show
+    from deferral.evaluation.report import draw, save, show
 
     target = _device(device)
     if data == "cifar10" and root is None:

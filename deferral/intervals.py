@@ -1,15 +1,30 @@
-"""Bootstrap intervals of means over rows, and of paired differences: seeded, vectorised, the same on every machine."""
+"""Bootstrap intervals of any metric, paired differences, figures over seeds: seeded, vectorised, the same on every machine."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Interval", "bootstrap_means", "interval", "mean_interval", "paired_difference"]
+from deferral.arrays import numpy_or_torch
 
-# Rows times resamples that are drawn at once: 2^23 counts of 8 bytes stay within 64 MiB.
-_CHUNK = 1 << 23
+__all__ = [
+    "Interval",
+    "SeedFigures",
+    "bootstrap",
+    "bootstrap_means",
+    "interval",
+    "mean_interval",
+    "metric_interval",
+    "on_rows",
+    "over_seeds",
+    "paired_difference",
+]
+
+# Rows times resamples that are drawn at once: 2^20 counts of 8 bytes stay in a processor's cache.
+_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -30,6 +45,59 @@ class Interval:
         return self.low > 0 or self.high < 0
 
 
+@dataclass(frozen=True)
+class SeedFigures:
+    """A figure over several seeds: mean, sample deviation (NaN for one seed), and Student's interval of the mean."""
+
+    mean: float
+    deviation: float
+    count: int
+    low: float
+    high: float
+
+
+def bootstrap(metric: Callable[[Tensor], Tensor], rows: int, *, resamples: int = 10_000, seed: int = 0) -> Tensor:
+    """metric(weights) on `resamples` samples of the rows, with replacement.  -> (resamples, ...), float64, CPU
+
+    `metric` maps weights (R, N), how often each row was drawn in R samples at once, to figures (R, ...): every function of
+    `deferral.metrics`, `deferral.curves` and `deferral.reliability` that takes weights does.  The same seed draws the same
+    rows, so that differences of two metrics are paired:
+
+        bootstrap(lambda weights: aurc(one, loss, weights) - aurc(other, loss, weights), rows=len(loss))
+
+    Efron and Tibshirani, "An Introduction to the Bootstrap" (1993), chapter 6.
+    """
+    if rows < 1:
+        raise ValueError(f"rows: expected at least one row, got {rows}")
+    if resamples < 1:
+        raise ValueError(f"resamples: expected at least 1, got {resamples}")
+    generator = np.random.default_rng(seed)
+    step = max(1, _CHUNK // rows)
+    figures = []
+    for start in range(0, resamples, step):
+        size = min(step, resamples - start)
+        drawn = generator.integers(0, rows, (size, rows), dtype=np.int32)
+        drawn += (np.arange(size, dtype=np.int32) * rows)[:, None]
+        counts = np.bincount(drawn.ravel(), minlength=size * rows).reshape(size, rows)
+        figures.append(metric(torch.from_numpy(counts).double()).detach().double().cpu())
+    return torch.cat(figures)
+
+
+def on_rows(metric: Callable[..., Any], *columns: Any) -> Callable[[Tensor], Tensor]:
+    """A metric of plain rows, scikit-learn's `roc_auc_score` say, as the metric of weights that `bootstrap` takes.
+
+    It is called once per sample, on the columns (arrays or tensors) with the rows of that sample.
+    """
+
+    def weighted(weights: Tensor) -> Tensor:
+        every = torch.arange(weights.shape[-1])
+        samples = [every.repeat_interleave(counts.long()) for counts in weights]
+        return torch.tensor([float(metric(*(column[rows] for column in columns))) for rows in samples], dtype=torch.float64)
+
+    return weighted
+
+
+@numpy_or_torch
 def bootstrap_means(values: Tensor, *, resamples: int = 10_000, seed: int = 0) -> Tensor:
     """Column means of `resamples` samples of the rows, with replacement.  (N, ...) -> (resamples, ...), float64, CPU
 
@@ -38,34 +106,38 @@ def bootstrap_means(values: Tensor, *, resamples: int = 10_000, seed: int = 0) -
     """
     if values.dim() == 0 or len(values) == 0:
         raise ValueError(f"values: expected at least one row, got shape {tuple(values.shape)}")
-    if resamples < 1:
-        raise ValueError(f"resamples: expected at least 1, got {resamples}")
-    table = values.detach().double().cpu().numpy()
-    if not np.isfinite(table).all():
+    table = values.detach().double().cpu()
+    if not bool(table.isfinite().all()):
         raise ValueError("values: expected finite numbers, got NaN or infinity; leave rows without a value out first")
-    rows = len(table)
-    flat = table.reshape(rows, -1)
-    generator = np.random.default_rng(seed)
-    means = np.empty((resamples, flat.shape[1]))
-    step = max(1, _CHUNK // rows)
-    for start in range(0, resamples, step):
-        size = min(step, resamples - start)
-        drawn = generator.integers(0, rows, (size, rows), dtype=np.int32)
-        drawn += (np.arange(size, dtype=np.int32) * rows)[:, None]
-        counts = np.bincount(drawn.ravel(), minlength=size * rows).reshape(size, rows)
-        means[start : start + size] = counts @ flat / rows
-    return torch.from_numpy(means.reshape(resamples, *table.shape[1:]))
+    rows, flat = len(table), table.reshape(len(table), -1)
+    means = bootstrap(lambda weights: weights @ flat / rows, rows, resamples=resamples, seed=seed)
+    return means.reshape(resamples, *table.shape[1:])
 
 
+@numpy_or_torch
 def interval(estimate: Tensor | float, resampled: Tensor, *, level: float = 0.95) -> Interval:
-    """The percentile interval of a figure, from its value in every resample.  (resamples,) -> Interval"""
+    """The percentile interval of a figure, from its value in every resample.  (resamples,) -> Interval
+
+    Resamples in which the figure is not defined (NaN: no row was kept, say) are left out; if all are, the ends are NaN.
+    """
     if not 0 < level < 1:
         raise ValueError(f"level: expected a number between 0 and 1, got {level}")
     tail = (1 - level) / 2
-    low, high = torch.quantile(resampled, torch.tensor([tail, 1 - tail], dtype=resampled.dtype)).tolist()
+    low, high = torch.nanquantile(resampled, torch.tensor([tail, 1 - tail], dtype=resampled.dtype)).tolist()
     return Interval(estimate=float(estimate), low=low, high=high)
 
 
+def metric_interval(
+    metric: Callable[[Tensor], Tensor], rows: int, *, level: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> Interval:
+    """Any metric of weights (see `bootstrap`), on the rows as they are, with its interval.  -> Interval"""
+    estimate = metric(torch.ones(1, max(rows, 1), dtype=torch.float64)).reshape(-1)
+    if len(estimate) != 1:
+        raise ValueError(f"metric: expected one figure per sample, got {len(estimate)}; use bootstrap and interval for several")
+    return interval(float(estimate), bootstrap(metric, rows, resamples=resamples, seed=seed).reshape(-1), level=level)
+
+
+@numpy_or_torch
 def mean_interval(values: Tensor, *, level: float = 0.95, resamples: int = 10_000, seed: int = 0) -> Interval:
     """The mean of one value per row with its bootstrap interval.  (N,) -> Interval"""
     if values.dim() != 1:
@@ -73,8 +145,34 @@ def mean_interval(values: Tensor, *, level: float = 0.95, resamples: int = 10_00
     return interval(values.double().mean(), bootstrap_means(values, resamples=resamples, seed=seed), level=level)
 
 
+@numpy_or_torch
 def paired_difference(values: Tensor, others: Tensor, *, level: float = 0.95, resamples: int = 10_000, seed: int = 0) -> Interval:
     """mean(values - others) for two methods on the same rows, each resample taking the same rows of both.  (N,), (N,)"""
     if values.shape != others.shape:
         raise ValueError(f"a paired difference needs the same rows: {tuple(values.shape)} and {tuple(others.shape)}")
     return mean_interval(values.double() - others.double(), level=level, resamples=resamples, seed=seed)
+
+
+@numpy_or_torch
+def over_seeds(values: Tensor, *, level: float = 0.95) -> SeedFigures:
+    """One figure per seed: mean, deviation and the interval that Student's t gives the mean.  (S,) -> SeedFigures
+
+    The interval is about what another set of seeds would give on the same rows, `mean_interval` about other rows; for the
+    difference of two methods pass the differences per seed.  Needs SciPy (extra calibration).  With one seed the deviation
+    and the interval are NaN.
+    """
+    if values.dim() != 1 or len(values) == 0:
+        raise ValueError(f"values: expected one figure per seed, got shape {tuple(values.shape)}")
+    if not 0 < level < 1:
+        raise ValueError(f"level: expected a number between 0 and 1, got {level}")
+    figures, count = values.double(), len(values)
+    mean = float(figures.mean())
+    if count == 1:
+        return SeedFigures(mean=mean, deviation=float("nan"), count=1, low=float("nan"), high=float("nan"))
+    try:
+        from scipy.stats import t
+    except ModuleNotFoundError as error:
+        raise ImportError("Student's interval needs SciPy: pip install 'deferral[calibration]'") from error
+    deviation = float(figures.std())
+    half = float(t.ppf((1 + level) / 2, count - 1)) * deviation / count**0.5
+    return SeedFigures(mean=mean, deviation=deviation, count=count, low=mean - half, high=mean + half)

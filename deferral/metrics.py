@@ -1,69 +1,125 @@
-"""Judge: per-example figures of actions, and curves over the threshold that do not depend on the order of tied rows.
+"""Judge: figures of the actions that were taken.  Curves over a threshold are in `deferral.curves`.
 
-Every figure here is one number per row, so that its mean, its bootstrap interval and its paired difference with another method
-all come from the same values (`deferral.intervals`).
+A per-row figure is one number per row, NaN where the row has none (it was handed to nobody, or the answer is not known).
+`average` takes its mean over the rows that have one; `deferral.intervals` gives its interval and paired differences.
+Weights count rows: weight 2 is the same as the row twice, weight 0 as leaving it out; leading dimensions of the weights (as
+the bootstrap has them) become leading dimensions of the result.  NumPy or torch in and out.
 """
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from deferral.arrays import numpy_or_torch
 from deferral.costs import pick
+from deferral.validation import action_mask
 
-__all__ = ["CostCurve", "correct", "cost_coverage_curve", "deferral_cost", "kept", "load"]
-
-
-def deferral_cost(costs: Tensor, actions: Tensor) -> Tensor:
-    """The cost of the action taken: the deferral loss itself.  (..., A), (...,) -> (...,)"""
-    return pick(costs, actions)
+__all__ = ["average", "check_weights", "correct", "deferral_cost", "kept", "load", "selective_risk", "system_figures"]
 
 
-def correct(answers: Tensor, targets: Tensor, actions: Tensor) -> Tensor:
-    """1 where the answer of whoever was asked is right; its mean is the system accuracy.  (..., A), (...,), (...,) -> (...,)
+@numpy_or_torch
+def deferral_cost(costs: Tensor, actions: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """The cost of the action taken: the deferral loss itself.  (..., A), (...,) -> (...,)
 
-    `answers` (..., A) has one column per action.
+    With a mask (..., A) or (..., E), the cost of an action that is not known is NaN.
+    """
+    return _known(pick(costs, actions), costs, actions, mask)
+
+
+@numpy_or_torch
+def correct(answers: Tensor, targets: Tensor, actions: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """1 where the answer of whoever was asked is right, 0 where it is wrong.  (..., A), (...,), (...,) -> (...,)
+
+    `answers` (..., A) has one column per action, class indices.  NaN where the action gives no answer: the answer is -1
+    (abstaining), or the mask (..., A) or (..., E) says that it is not known.  The average is the system accuracy.
     """
     if targets.shape != actions.shape:
         raise ValueError(f"one target per row: actions {tuple(actions.shape)}, targets {tuple(targets.shape)}")
-    return (pick(answers, actions) == targets).to(torch.get_default_dtype())
+    answer = pick(answers, actions)
+    right = (answer == targets).to(torch.get_default_dtype()).where(answer != -1, torch.nan)
+    return _known(right, answers, actions, mask)
 
 
+@numpy_or_torch
 def kept(actions: Tensor, num_own: int = 1) -> Tensor:
-    """1 where an own action is taken; its mean is the coverage.  (...,) -> (...,)"""
+    """1 where an own action is taken, else 0; the average is the coverage.  (...,) -> (...,)"""
     return (actions < num_own).to(torch.get_default_dtype())
 
 
+@numpy_or_torch
 def load(actions: Tensor, num_own: int, num_experts: int) -> Tensor:
-    """1 in the column of the expert who is asked; the mean is each expert's share of the rows.  (...,) -> (..., E)"""
+    """1 in the column of the expert who is asked; the average is each expert's share of the rows.  (...,) -> (..., E)"""
     experts = torch.arange(num_own, num_own + num_experts, device=actions.device)
     return (actions.unsqueeze(-1) == experts).to(torch.get_default_dtype())
 
 
-@dataclass(frozen=True)
-class CostCurve:
-    """Points of a curve over the threshold, by rising coverage: the share of rows kept and the mean cost there."""
+@numpy_or_torch
+def average(values: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Mean over the rows that have a figure (are not NaN); NaN where no row has one.  (N, ...), (..., N) -> (..., ...)"""
+    if values.dim() == 0 or len(values) == 0:
+        raise ValueError(f"values: expected at least one row, got shape {tuple(values.shape)}")
+    figures = values.double()
+    weights = check_weights(weights, figures)
+    known = ~figures.isnan()
+    flat, known = figures.where(known, 0.0).reshape(len(values), -1), known.double().reshape(len(values), -1)
+    total, mass = weights @ flat, weights @ known
+    return (total / mass).where(mass > 0, torch.nan).reshape((*weights.shape[:-1], *values.shape[1:]))
 
-    coverage: Tensor
-    cost: Tensor
 
+@numpy_or_torch
+def selective_risk(loss: Tensor, keep: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Mean own loss on the rows that are kept; NaN where none is.  (N,), (N,), (..., N) -> (...,)
 
-def cost_coverage_curve(margin: Tensor, own_cost: Tensor, deferred_cost: Tensor) -> CostCurve:
-    """Mean cost when the rows of smallest deferral margin are kept, at every number of rows kept.  (N,) x 3 -> (N+1,) each
-
-    Rows of equal margin cannot be told apart by a threshold: within such a group the curve is the straight line of picking
-    from it at random, so that it does not depend on the order of the rows.  O(N log N).
+    `keep` is bool, or 1 and 0 as from `kept`.  Geifman and El-Yaniv, "Selective Classification for Deep Neural Networks"
+    (NeurIPS 2017), eq. 2.
     """
-    if margin.dim() != 1 or margin.shape != own_cost.shape or margin.shape != deferred_cost.shape or len(margin) == 0:
-        raise ValueError(
-            "margin, own_cost, deferred_cost: expected three non-empty vectors of one length, got "
-            f"{tuple(margin.shape)}, {tuple(own_cost.shape)}, {tuple(deferred_cost.shape)}"
-        )
-    _, group, sizes = torch.unique(margin, return_inverse=True, return_counts=True)
-    gain = own_cost.double() - deferred_cost.double()
-    group_mean = torch.zeros(len(sizes), dtype=torch.float64, device=margin.device).index_add(0, group, gain) / sizes
-    steps = group_mean.repeat_interleave(sizes)
-    total = torch.cat([steps.new_zeros(1), steps.cumsum(0)]) + deferred_cost.double().sum()
-    rows = len(margin)
-    coverage = torch.arange(rows + 1, dtype=torch.float64, device=margin.device) / rows
-    return CostCurve(coverage=coverage, cost=total / rows)
+    if loss.shape != keep.shape or loss.dim() != 1:
+        raise ValueError(f"loss, keep: expected two vectors of one length, got {tuple(loss.shape)} and {tuple(keep.shape)}")
+    return average(loss.double().where(keep.bool(), torch.nan), weights)
+
+
+@numpy_or_torch
+def system_figures(
+    costs: Tensor,
+    answers: Tensor,
+    targets: Tensor,
+    actions: Tensor,
+    *,
+    num_own: int = 1,
+    mask: Tensor | None = None,
+    weights: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """All figures of one system.  (N, A) costs and answers, (N,) targets and actions, (..., N) weights -> name: (...,)
+
+    deferral cost; system accuracy (of the rows that get an answer); coverage (share that the own predictor answers); answered
+    (share that gets an answer); accuracy where kept, accuracy where deferred (NaN where there is no such row), selective risk
+    (1 - accuracy where kept); load, each expert's share of the rows (..., E).
+    """
+    right = correct(answers, targets, actions, mask=mask)
+    own = kept(actions, num_own).bool()
+    accuracy_kept = average(right.where(own, torch.nan), weights)
+    return {
+        "deferral cost": average(deferral_cost(costs, actions, mask=mask), weights),
+        "system accuracy": average(right, weights),
+        "coverage": average(own.double(), weights),
+        "answered": average((~right.isnan()).double(), weights),
+        "accuracy where kept": accuracy_kept,
+        "accuracy where deferred": average(right.where(~own, torch.nan), weights),
+        "selective risk": 1 - accuracy_kept,
+        "load": average(load(actions, num_own, answers.shape[-1] - num_own), weights),
+    }
+
+
+def check_weights(weights: Tensor | None, rows: Tensor) -> Tensor:
+    """Weights (..., N) as float64 on the device of the rows, ones by default; ValueError if one is negative or all are 0."""
+    if weights is None:
+        return torch.ones(len(rows), dtype=torch.float64, device=rows.device)
+    if weights.dim() == 0 or weights.shape[-1] != len(rows):
+        raise ValueError(f"weights: expected one per row, shape (..., {len(rows)}), got {tuple(weights.shape)}")
+    weights = weights.to(rows.device, torch.float64)
+    if not bool(weights.isfinite().all()) or bool((weights < 0).any()) or not bool((weights.sum(-1) > 0).all()):
+        raise ValueError("weights: expected finite numbers >= 0 that are not all 0")
+    return weights
+
+
+def _known(values: Tensor, table: Tensor, actions: Tensor, mask: Tensor | None) -> Tensor:
+    return values if mask is None else values.where(pick(action_mask(table, mask).expand(table.shape), actions), torch.nan)

@@ -9,8 +9,8 @@ from rich.progress import Progress
 
 from deferral.datasets import DataError, Images
 from deferral.datasets import digits as load_digits
-from deferral.demo import cifar10, convnet, digits
-from deferral.demo.comparison import OURS, Comparison
+from deferral.demo import OURS, cifar10, convnet, digits
+from deferral.evaluation.comparison import Comparison
 
 
 def run(seed: int, **options: bool) -> Comparison:

@@ -14,7 +14,8 @@ LAYERS = [
     ["losses", "costs", "decision"],
     ["arrays", "metrics", "curves", "reliability", "intervals", "experts", "testing"],
     ["calibration", "capacity", "certified", "baselines"],
-    ["plots", "torchvision_compat", "datasets", "estimators", "evaluation"],
+    ["plots", "torchvision_compat", "datasets", "estimators"],
+    ["evaluation"],
     ["demo"],
     ["cli"],
 ]

@@ -1,9 +1,23 @@
 import math
 
+import numpy as np
 import pytest
 import torch
+from scipy import stats
+from sklearn.metrics import roc_auc_score
 
-from deferral.intervals import bootstrap_means, interval, mean_interval, paired_difference
+from deferral.curves import aurc
+from deferral.intervals import (
+    bootstrap,
+    bootstrap_means,
+    interval,
+    mean_interval,
+    metric_interval,
+    on_rows,
+    over_seeds,
+    paired_difference,
+)
+from deferral.metrics import average, selective_risk
 
 
 def test_the_deviation_of_the_resampled_mean_is_its_closed_form() -> None:
@@ -44,6 +58,49 @@ def test_paired_differences_are_narrower_where_rows_agree() -> None:
     assert gap.half_width < 1e-3 < mean_interval(rows).half_width
 
 
+@pytest.mark.parametrize("ties", [False, True])
+def test_weights_and_resampled_rows_are_two_ways_to_one_figure(ties: bool) -> None:
+    confidence, loss = torch.rand(2, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    if ties:
+        confidence = (confidence * 5).round()
+    by_weights = bootstrap(lambda weights: aurc(confidence, loss, weights), rows=40, resamples=30)
+    by_rows = bootstrap(on_rows(aurc, confidence, loss), rows=40, resamples=30)
+    torch.testing.assert_close(by_weights, by_rows)
+
+
+def test_any_metric_of_another_library() -> None:
+    generator = np.random.default_rng(0)
+    scores = generator.normal(size=80)
+    labels = scores + generator.normal(size=80) > 0
+    figure = metric_interval(on_rows(roc_auc_score, labels, scores), rows=80, resamples=200)
+    assert figure.estimate == pytest.approx(roc_auc_score(labels, scores))
+    assert figure.low < figure.estimate < figure.high
+
+
+def test_the_same_seed_draws_the_same_rows_for_every_metric() -> None:
+    values = torch.rand(50, dtype=torch.float64)
+    figure = metric_interval(lambda weights: average(values, weights), rows=50, resamples=100)
+    mean = mean_interval(values, resamples=100)
+    assert (figure.estimate, figure.low, figure.high) == pytest.approx((mean.estimate, mean.low, mean.high))
+
+
+def test_samples_without_a_figure_are_left_out() -> None:
+    loss, keep = torch.rand(20, dtype=torch.float64), torch.arange(20) < 1
+    figure = metric_interval(lambda weights: selective_risk(loss, keep, weights), rows=20, resamples=500)
+    assert figure.low == figure.high == pytest.approx(float(loss[0]))
+
+
+def test_the_interval_over_seeds_is_that_of_student() -> None:
+    values = torch.tensor([3.1, 3.4, 3.0])
+    figures = over_seeds(values)
+    low, high = stats.t.interval(0.95, 2, loc=values.double().mean(), scale=stats.sem(values.double()))
+    assert (figures.low, figures.high) == pytest.approx((low, high))
+    assert figures.deviation == pytest.approx(float(values.double().std()))
+    assert figures.count == 3
+    assert math.isnan(over_seeds(values[:1]).deviation)
+    assert over_seeds(np.array([1.0, 1.0])).low == 1.0
+
+
 def test_small_integers_do_not_wrap_around() -> None:
     gap = paired_difference(torch.tensor([0, 0, 0, 1], dtype=torch.uint8), torch.ones(4, dtype=torch.uint8))
     assert gap.estimate == -0.75
@@ -60,5 +117,11 @@ def test_bad_input() -> None:
         paired_difference(torch.rand(3), torch.rand(4))
     with pytest.raises(ValueError, match="level"):
         interval(0.0, torch.rand(10), level=95)
+    with pytest.raises(ValueError, match="one figure per sample"):
+        metric_interval(lambda weights: weights[:, :2], rows=3)
+    with pytest.raises(ValueError, match="rows"):
+        bootstrap(lambda weights: weights.sum(-1), rows=0)
+    with pytest.raises(ValueError, match="one figure per seed"):
+        over_seeds(torch.rand(0))
     with pytest.raises(ValueError, match="resamples"):
         bootstrap_means(torch.rand(3), resamples=0)

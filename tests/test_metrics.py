@@ -1,10 +1,9 @@
-from itertools import pairwise, permutations
-
+import numpy as np
 import pytest
 import torch
 
 from deferral import error_costs, pick
-from deferral.metrics import correct, cost_coverage_curve, deferral_cost, kept, load
+from deferral.metrics import average, correct, deferral_cost, kept, load, selective_risk, system_figures
 
 
 def test_figures_by_hand() -> None:
@@ -19,56 +18,85 @@ def test_figures_by_hand() -> None:
 
 def test_abstention_loss_is_its_identity() -> None:
     """(1 - rho) * error on the accepted + rho * c, exactly."""
-    scores_correct, cost = torch.rand(200) < 0.7, 0.2
+    right, cost = torch.rand(200) < 0.7, 0.2
     actions = (torch.rand(200) < 0.3).long()
-    costs = torch.stack([1 - scores_correct.double(), torch.full((200,), cost, dtype=torch.float64)], -1)
+    costs = torch.stack([1 - right.double(), torch.full((200,), cost, dtype=torch.float64)], -1)
     rho = actions.double().mean()
-    error = 1 - scores_correct[actions == 0].double().mean()
-    torch.testing.assert_close(deferral_cost(costs, actions).mean(), (1 - rho) * error + rho * cost)
+    error = selective_risk(1 - right.double(), kept(actions))
+    torch.testing.assert_close(average(deferral_cost(costs, actions)), (1 - rho) * error + rho * cost)
 
 
-def brute_force(margin, own, deferred) -> list[float]:
-    """The mean over every order of the rows that respects the margins: keep the first k, defer the rest."""
-    rows, orders = range(len(margin)), 0
-    totals = [0.0] * (len(margin) + 1)
-    for order in permutations(rows):
-        if all(margin[a] <= margin[b] for a, b in pairwise(order)):
-            orders += 1
-            for k in range(len(margin) + 1):
-                totals[k] += sum(own[i] for i in order[:k]) + sum(deferred[i] for i in order[k:])
-    return [total / orders / len(margin) for total in totals]
+def test_system_figures_equal_loops_over_the_rows() -> None:
+    generator = torch.Generator().manual_seed(0)
+    answers = torch.randint(0, 3, (60, 4), generator=generator)
+    answers[:, 3] = -1  # the last action abstains
+    targets = torch.randint(0, 3, (60,), generator=generator)
+    mask = torch.rand(60, 4, generator=generator) < 0.7
+    mask[:, 0] = mask[:, 3] = True
+    costs = torch.rand(60, 4, generator=generator)
+    actions = torch.randint(0, 4, (60,), generator=generator)
+    figures = system_figures(costs, answers, targets, actions, mask=mask)
+
+    known = [i for i in range(60) if mask[i, actions[i]]]
+    answered = [i for i in known if actions[i] != 3]
+    right = {i: float(answers[i, actions[i]] == targets[i]) for i in answered}
+    own = [right[i] for i in answered if actions[i] == 0]
+    others = [right[i] for i in answered if actions[i] != 0]
+    expected = {
+        "deferral cost": sum(float(costs[i, actions[i]]) for i in known) / len(known),
+        "system accuracy": sum(right.values()) / len(answered),
+        "coverage": len(own) / 60,
+        "answered": len(answered) / 60,
+        "accuracy where kept": sum(own) / len(own),
+        "accuracy where deferred": sum(others) / len(others),
+        "selective risk": 1 - sum(own) / len(own),
+    }
+    assert {name: float(value) for name, value in figures.items() if name != "load"} == pytest.approx(expected)
+    assert figures["load"].tolist() == pytest.approx([float((actions == j).double().mean()) for j in (1, 2, 3)])
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_the_curve_equals_its_definition_under_ties_and_any_order(seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    margin = torch.randint(0, 3, (6,), generator=generator).double()
-    own, deferred = torch.rand(2, 6, generator=generator, dtype=torch.float64)
-    curve = cost_coverage_curve(margin, own, deferred)
-    torch.testing.assert_close(curve.cost, torch.tensor(brute_force(margin.tolist(), own.tolist(), deferred.tolist())).double())
-    order = torch.randperm(6, generator=generator)
-    torch.testing.assert_close(cost_coverage_curve(margin[order], own[order], deferred[order]).cost, curve.cost)
-    assert curve.coverage.tolist() == [k / 6 for k in range(7)]
+def test_an_empty_subset_has_no_figure() -> None:
+    ones = torch.ones(4, 2)
+    figures = system_figures(ones, ones.long(), torch.ones(4, dtype=torch.long), torch.ones(4, dtype=torch.long))
+    assert figures["coverage"] == 0
+    assert figures["accuracy where kept"].isnan()
+    assert figures["selective risk"].isnan()
+    assert figures["system accuracy"] == 1
+    assert selective_risk(torch.rand(3), torch.zeros(3)).isnan()
+    assert average(torch.full((3,), torch.nan)).isnan()
 
 
-def test_the_ends_of_the_curve_are_always_and_never_deferring() -> None:
-    costs = torch.rand(50, 2)
-    curve = cost_coverage_curve(torch.randn(50), *costs.unbind(-1))
-    torch.testing.assert_close(curve.cost[0], costs[:, 1].double().mean())
-    torch.testing.assert_close(curve.cost[-1], costs[:, 0].double().mean())
+def test_weights_are_numbers_of_copies_and_keep_their_leading_dimensions() -> None:
+    values = torch.rand(5, 2, dtype=torch.float64)
+    values[1, 0] = torch.nan
+    weights = torch.tensor([[1, 2, 0, 1, 3], [0, 0, 0, 0, 2]])
+    result = average(values, weights.double())
+    assert result.shape == (2, 2)
+    for row in range(2):
+        torch.testing.assert_close(result[row], values.repeat_interleave(weights[row], dim=0).nanmean(0))
 
 
-def test_small_integers_do_not_wrap_around() -> None:
-    curve = cost_coverage_curve(torch.arange(3.0), torch.tensor([0, 0, 1], dtype=torch.uint8), torch.ones(3, dtype=torch.uint8))
-    torch.testing.assert_close(curve.cost, torch.tensor([1, 2 / 3, 1 / 3, 1 / 3]).double())
+def test_numpy_in_numpy_out() -> None:
+    costs, actions = np.array([[0.0, 1.0], [0.5, 0.25]]), np.array([1, 1])
+    assert isinstance(deferral_cost(costs, actions), np.ndarray)
+    assert average(deferral_cost(costs, actions)) == 0.625
+    figures = system_figures(costs, np.array([[0, 1], [1, 1]]), np.array([1, 1]), actions)
+    assert isinstance(figures["load"], np.ndarray)
+    assert figures["system accuracy"] == 1.0
+    read_only = np.broadcast_to(np.float32(1.0), (3,))
+    assert average(read_only) == 1.0
 
 
 def test_bad_input() -> None:
     with pytest.raises(ValueError, match="one target per row"):
         correct(torch.zeros(3, 2), torch.zeros(3, 1), torch.zeros(3, dtype=torch.long))
-    with pytest.raises(ValueError, match="vectors of one length"):
-        cost_coverage_curve(torch.rand(3), torch.rand(3), torch.rand(4))
-    with pytest.raises(ValueError, match="non-empty"):
-        cost_coverage_curve(torch.rand(0), torch.rand(0), torch.rand(0))
     with pytest.raises(ValueError, match="one action per row"):
         pick(torch.rand(3, 2), torch.zeros(4, dtype=torch.long))
+    with pytest.raises(ValueError, match="at least one row"):
+        average(torch.rand(0))
+    with pytest.raises(ValueError, match="two vectors of one length"):
+        selective_risk(torch.rand(3), torch.ones(4))
+    with pytest.raises(ValueError, match="not all 0"):
+        average(torch.rand(3), torch.zeros(3))
+    with pytest.raises(TypeError, match="bool"):
+        deferral_cost(torch.rand(3, 2), torch.zeros(3, dtype=torch.long), mask=torch.ones(3, 2))

@@ -1,0 +1,3 @@
+"""Demonstrations on real data: each makes one comparison of methods from nothing."""
+
+OURS = "two-stage deferral"

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from deferral.calibration import fit_offsets
 from deferral.datasets import Images, cifar10, cifar10h_counts, cifar10n_annotators
 from deferral.decision import decide, oracle
-from deferral.demo.comparison import OURS, Comparison, Method, System
+from deferral.demo import OURS
 from deferral.demo.convnet import EPOCHS, ConvNet, predict, trained
 from deferral.demo.training import fit, mlp
+from deferral.evaluation.comparison import Comparison, Method, System
 from deferral.experts import random_annotator, random_person
 from deferral.losses import two_stage_deferral
 
@@ -155,6 +156,7 @@ def _compare(stage2: Part, test: Part, price: float, seed: int, doing: Callable[
     comparison = Comparison(
         name=f"cifar10-price{price}-seed{seed}",
         title=f"CIFAR-10, {len(judged.targets)} test images, a random person at price {price}, seed {seed}",
+        reference=OURS,
         methods=[
             system.always("the model alone", 0),
             system.always("always the person", 1),

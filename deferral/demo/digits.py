@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from deferral.calibration import fit_offsets
 from deferral.datasets import digits
 from deferral.decision import decide, oracle
-from deferral.demo.comparison import OURS, Comparison, Method, System
+from deferral.demo import OURS
 from deferral.demo.training import fit, mlp
+from deferral.evaluation.comparison import Comparison, Method, System
 from deferral.experts import draw_answers, even_skill, specialist
 from deferral.losses import (
     score_based_abstention,
@@ -174,6 +175,7 @@ def run(seed: int, device: torch.device | str, progress: Progress, *, useless_ex
         name=f"digits-seed{seed}" + ("-useless-expert" if useless_expert else ""),
         title=f"Handwritten digits, {len(test.targets)} test rows, seed {seed}: "
         f"a model trained on {SIZES['predictor']} rows, and its experts",
+        reference=OURS,
         methods=methods,
         experts=list(experts),
         classes=[str(label) for label in range(K)],

@@ -1,4 +1,4 @@
-"""A table of methods on the same test rows: every figure with its bootstrap interval, differences paired."""
+"""Methods side by side on the same test rows: every figure with its bootstrap interval, differences paired."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,19 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deferral.costs import error_costs, pick
-from deferral.decision import decide, deferral_margin
-from deferral.intervals import Interval, bootstrap_means, interval
-from deferral.metrics import CostCurve, cost_coverage_curve, deferral_cost, kept, load
+from deferral.costs import error_costs
+from deferral.curves import Curve, cost_coverage_curve, own_and_asked
+from deferral.intervals import Interval, bootstrap, interval
+from deferral.metrics import average, correct, deferral_cost, kept, load
 
-__all__ = ["OURS", "Comparison", "Figures", "Method", "System"]
-
-OURS = "two-stage deferral"
+__all__ = ["Comparison", "Figures", "Method", "System"]
 
 
 @dataclass(frozen=True)
 class Method:
-    """What one method does on the test rows, one value per row.  `correct` is NaN where it abstains."""
+    """What one method does on the test rows, one value per row.  `correct` is NaN where nobody answers."""
 
     name: str
     actions: Tensor
@@ -28,7 +26,7 @@ class Method:
     correct: Tensor
     kept: Tensor
     load: Tensor
-    curve: CostCurve | None = None
+    curve: Curve | None = None
 
 
 @dataclass(frozen=True)
@@ -39,17 +37,21 @@ class Figures:
     accuracy: Interval | None
     coverage: Interval
     loads: list[Interval]
-    difference: Interval  # cost of two-stage deferral minus this method's cost, paired over the rows
+    difference: Interval  # cost of the reference minus this method's cost, paired over the rows
 
 
 @dataclass(frozen=True)
 class System:
-    """What each action costs and answers on some rows: the own answer, E experts and, where offered, abstaining (answer -1)."""
+    """What each action costs and answers on some rows: the own answer, E experts and, where offered, abstaining (answer -1).
+
+    `mask` (N, A) says which actions can be taken; the cost of one that cannot is never read.
+    """
 
     costs: Tensor
     answers: Tensor
     targets: Tensor
     num_experts: int
+    mask: Tensor | None = None
 
     @staticmethod
     def of(own: Tensor, experts: Tensor, targets: Tensor, prices: Sequence[float], abstain_cost: float | None = None) -> "System":
@@ -63,17 +65,12 @@ class System:
 
     def take(self, name: str, actions: Tensor, scores: Tensor | None = None) -> Method:
         """The figures of taking these actions; the scores behind them give the curve over all thresholds as well."""
-        answer = pick(self.answers, actions)
-        right = (answer == self.targets).float()
-        curve = None
-        if scores is not None:
-            asked = decide(scores[:, 1:]) + 1
-            curve = cost_coverage_curve(deferral_margin(scores, 1), self.costs[:, 0], pick(self.costs, asked))
+        curve = None if scores is None else cost_coverage_curve(*own_and_asked(scores, self.costs, mask=self.mask))
         return Method(
             name=name,
             actions=actions.cpu(),
-            cost=deferral_cost(self.costs, actions).cpu(),
-            correct=right.where(answer >= 0, torch.nan).cpu(),
+            cost=deferral_cost(self.costs, actions, mask=self.mask).cpu(),
+            correct=correct(self.answers, self.targets, actions, mask=self.mask).cpu(),
             kept=kept(actions).cpu(),
             load=load(actions, 1, self.num_experts).cpu(),
             curve=curve,
@@ -81,15 +78,16 @@ class System:
 
     def always(self, name: str, action: int) -> Method:
         """The same action on every row."""
-        return self.take(name, torch.full_like(self.targets, action))
+        return self.take(name, torch.full_like(self.targets, action, dtype=torch.long))
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Methods side by side, all compared with two-stage deferral, and what is needed to get them again."""
+    """Methods side by side, all compared with the one called `reference`, and what is needed to get them again."""
 
     name: str  # of its files
     title: str
+    reference: str
     methods: list[Method]
     experts: list[str]
     classes: list[str]
@@ -104,23 +102,18 @@ class Comparison:
     def figures(self) -> dict[str, Figures]:
         """Every method's figures by name, from one set of resamples."""
         columns = torch.stack(
-            [
-                torch.cat([torch.stack([m.cost, m.correct.nan_to_num(0), (~m.correct.isnan()).float(), m.kept], -1), m.load], -1)
-                for m in self.methods
-            ],
-            dim=1,
+            [torch.cat([torch.stack([m.cost, m.correct, m.kept], -1), m.load], -1).double() for m in self.methods], dim=1
         )
-        means, resampled = columns.double().mean(dim=0), bootstrap_means(columns)
-        ours = [m.name for m in self.methods].index(OURS)
+        means, resampled = average(columns), bootstrap(lambda weights: average(columns, weights), rows=len(columns))
+        reference = [m.name for m in self.methods].index(self.reference)
         figures = {}
         for number, method in enumerate(self.methods):
             mean, samples = means[number], resampled[:, number]
-            answers_any = bool((samples[:, 2] > 0).all())
             figures[method.name] = Figures(
                 cost=interval(mean[0], samples[:, 0]),
-                accuracy=interval(mean[1] / mean[2], samples[:, 1] / samples[:, 2]) if answers_any else None,
-                coverage=interval(mean[3], samples[:, 3]),
-                loads=[interval(mean[4 + j], samples[:, 4 + j]) for j in range(len(self.experts))],
-                difference=interval(means[ours, 0] - mean[0], resampled[:, ours, 0] - samples[:, 0]),
+                accuracy=None if bool(mean[1].isnan()) else interval(mean[1], samples[:, 1]),
+                coverage=interval(mean[2], samples[:, 2]),
+                loads=[interval(mean[3 + j], samples[:, 3 + j]) for j in range(len(self.experts))],
+                difference=interval(means[reference, 0] - mean[0], resampled[:, reference, 0] - samples[:, 0]),
             )
         return figures

@@ -10,17 +10,11 @@ from rich.console import Console
 from rich.table import Table
 
 import deferral
-from deferral.demo.comparison import OURS, Comparison
+from deferral.evaluation.comparison import Comparison
 from deferral.intervals import Interval
 from deferral.plots import cost_coverage, new_figure, save_figure, who_answers
 
 __all__ = ["draw", "save", "show"]
-
-LEGEND = (
-    "cost: in errors per row, prices included.  accuracy: of the rows that get an answer.  ±: half the 95% bootstrap interval.",
-    f"last column: cost of {OURS} minus the cost of the row, paired over the test rows, with its 95% interval; below 0,",
-    f"{OURS} is cheaper.",
-)
 
 
 def show(comparison: Comparison) -> None:
@@ -28,20 +22,25 @@ def show(comparison: Comparison) -> None:
     table = Table(title=comparison.title, title_justify="left", box=None, header_style="bold", pad_edge=False)
     table.add_column("method", no_wrap=True)
     shares = ("accuracy %", "coverage %", *(f"to {name} %" for name in comparison.experts))
-    for heading in ("cost", *shares, "cost of two-stage minus it"):
+    for heading in ("cost", *shares, f"cost of {comparison.reference} minus it"):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, figures in comparison.figures.items():
         percentages = (figures.accuracy, figures.coverage, *figures.loads)
         cells = [_plus_minus(figures.cost, digits=3), *(_plus_minus(share, digits=1, scale=100) for share in percentages)]
         gap = figures.difference
         mark = "" if gap.excludes_zero() else "  tie"
-        versus = "" if name == OURS else f"{gap.estimate:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]{mark:5}"
-        table.add_row(name, *cells, versus, style="bold" if name == OURS else None)
+        versus = "" if name == comparison.reference else f"{gap.estimate:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]{mark:5}"
+        table.add_row(name, *cells, versus, style="bold" if name == comparison.reference else None)
     # A pipe or a narrow terminal must not break rows: the table's own width is the least.
     console = Console()
     console = Console(width=max(console.width, console.measure(table, options=console.options.update(width=400)).maximum))
     console.print(table)
-    for note in (*LEGEND, *comparison.notes):
+    legend = (
+        "cost: in errors per row, prices included.  accuracy: of the rows that get an answer.  ±: half the 95% bootstrap interval.",
+        "last column: paired over the test rows, with its 95% interval; below 0, "
+        f"{comparison.reference} is cheaper than the method of the row.",
+    )
+    for note in (*legend, *comparison.notes):
         console.print(note, highlight=False)
 
 
@@ -52,7 +51,7 @@ def save(comparison: Comparison, folder: Path) -> Path:
         "settings": comparison.settings,
         "versions": {"deferral": deferral.__version__, "torch": torch.__version__, "python": platform.python_version()},
         "methods": {name: asdict(figures) for name, figures in comparison.figures.items()},
-        "difference": f"cost of {OURS} minus cost of the method",
+        "difference": f"cost of {comparison.reference} minus cost of the method",
         "notes": comparison.notes,
     }
     path = folder / f"{comparison.name}.json"
@@ -71,12 +70,14 @@ def draw(comparison: Comparison, folder: Path) -> list[Path]:
     axes.set_title(comparison.title, fontsize="small", loc="left")
     paths = [save_figure(figure, folder / f"{comparison.name}-cost-coverage.png")]
 
-    ours = comparison[OURS]
+    best = comparison[comparison.reference]
     figure, axes = new_figure()
-    who_answers(axes, ours.actions, comparison.targets, ["the model", *comparison.experts], comparison.classes)
+    who_answers(axes, best.actions, comparison.targets, ["the model", *comparison.experts], comparison.classes)
     axes.set_xlabel("true class")
     axes.tick_params(axis="x", labelrotation=0 if len(comparison.classes[0]) == 1 else 40)
-    axes.set_title(f"Who answers what: {OURS}, cost {comparison.figures[OURS].cost.estimate:.3f}", fontsize="small", loc="left")
+    axes.set_title(
+        f"Who answers what: {best.name}, cost {comparison.figures[best.name].cost.estimate:.3f}", fontsize="small", loc="left"
+    )
     return [*paths, save_figure(figure, folder / f"{comparison.name}-who-answers.png")]
 
 

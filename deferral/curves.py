@@ -1,0 +1,294 @@
+"""Judge: figures over every threshold.  Risk, accuracy, cost and spending against coverage, and the areas under them.
+
+Rows are ordered by a confidence (keep the highest first) or by the deferral margin (keep the lowest first).  A threshold cannot
+tell rows of equal confidence apart, so within such a tie every curve is the one of picking from it at random: the mean over all
+orders of the tied rows, whatever the order they came in.  Weights count rows, as in `deferral.metrics`; leading dimensions of
+the weights become leading dimensions of the result, which makes `deferral.intervals.bootstrap` quick.  All are O(N log N), in
+float64, NumPy or torch in and out.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deferral.arrays import numpy_or_torch
+from deferral.costs import pick
+from deferral.decision import decide, deferral_margin
+from deferral.metrics import check_weights
+from deferral.validation import action_mask, require_actions
+
+__all__ = [
+    "BudgetCurve",
+    "Curve",
+    "accuracy_coverage_curve",
+    "augrc",
+    "aurc",
+    "budget_curve",
+    "cost_coverage_curve",
+    "excess_aurc",
+    "excess_system_aurc",
+    "generalized_risk_coverage_curve",
+    "own_and_asked",
+    "risk_coverage_curve",
+    "system_augrc",
+    "system_aurc",
+]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """N + 1 points by rising coverage, the share of the rows that are kept.  (..., N+1) each"""
+
+    coverage: Tensor
+    value: Tensor
+
+    def at(self, coverage: Tensor | float) -> Tensor:
+        """The value at coverages in [0, 1], on the straight line between two points.  number or (G,) -> (...) or (..., G)"""
+        places = torch.as_tensor(coverage, dtype=torch.float64)
+        if not bool(((places >= 0) & (places <= 1)).all()):
+            raise ValueError(f"coverage: expected shares of the rows in [0, 1], got {coverage}")
+        return _line(torch.as_tensor(self.coverage), torch.as_tensor(self.value), places)
+
+
+@dataclass(frozen=True)
+class BudgetCurve:
+    """N + 1 points, from deferring no row to deferring all, in order of the deferral margin.  (..., N+1) each"""
+
+    spend: Tensor
+    value: Tensor
+
+    def at(self, budget: Tensor | float) -> Tensor:
+        """The value when the budget is spent as far as it goes, per row.  number or (G,) -> (...) or (..., G)
+
+        On the straight line between two points; a budget for more than all rows changes nothing.
+        """
+        spend, places = torch.as_tensor(self.spend), torch.as_tensor(budget, dtype=torch.float64)
+        if not bool((spend[..., 0] <= places.min()).all()):
+            raise ValueError(f"budget: never deferring already spends {float(spend[..., 0].max()):g} a row, got {budget}")
+        return _line(spend, torch.as_tensor(self.value), places)
+
+
+@numpy_or_torch
+def risk_coverage_curve(confidence: Tensor, loss: Tensor, weights: Tensor | None = None) -> Curve:
+    """Mean loss of the most confident rows, at every number of rows kept.  (N,), (N,), (..., N) -> (..., N+1)
+
+    At coverage 0, where the selective risk is not defined, the curve starts with the value of its first rows.
+    El-Yaniv and Wiener, "On the Foundations of Noise-free Selective Classification" (JMLR 2010), section 2.
+    """
+    steps, (loss,) = _steps(-_row("confidence", confidence), weights, loss=loss)
+    mass, total = _cumulative(steps), _cumulative(steps * loss)
+    return Curve(coverage=mass / mass[..., -1:], value=_ratio(total, mass))
+
+
+@numpy_or_torch
+def accuracy_coverage_curve(confidence: Tensor, right: Tensor, weights: Tensor | None = None) -> Curve:
+    """Accuracy on the most confident rows: the risk-coverage curve of `right`, which is 1 or 0.  -> (..., N+1)"""
+    return risk_coverage_curve(confidence, right, weights)
+
+
+@numpy_or_torch
+def generalized_risk_coverage_curve(confidence: Tensor, loss: Tensor, weights: Tensor | None = None) -> Curve:
+    """Loss of the rows that are kept, per row of the whole set: coverage times selective risk.  -> (..., N+1)
+
+    Traub et al., "Overcoming Common Flaws in the Evaluation of Selective Classification Systems" (NeurIPS 2024), section 3.
+    """
+    steps, (loss,) = _steps(-_row("confidence", confidence), weights, loss=loss)
+    mass, total = _cumulative(steps), _cumulative(steps * loss)
+    return Curve(coverage=mass / mass[..., -1:], value=total / mass[..., -1:])
+
+
+@numpy_or_torch
+def cost_coverage_curve(margin: Tensor, own_cost: Tensor, deferred_cost: Tensor, weights: Tensor | None = None) -> Curve:
+    """Mean cost of the system when the rows of smallest deferral margin are kept and the others deferred.  -> (..., N+1)
+
+    Costs may be errors (the curve is the system risk) or 1 and 0 for right and wrong (the system accuracy).  Where nobody would
+    answer a deferred row its `deferred_cost` is NaN: it counts in neither sum nor number of rows.  If that leaves no row, the
+    curve starts with the value of the first rows kept.
+    """
+    share, total, mass = _system(margin, own_cost, deferred_cost, weights)
+    return Curve(coverage=share, value=_ratio(total, mass))
+
+
+@numpy_or_torch
+def budget_curve(
+    margin: Tensor,
+    own_cost: Tensor,
+    deferred_cost: Tensor,
+    price: Tensor,
+    *,
+    own_price: Tensor | float = 0.0,
+    weights: Tensor | None = None,
+) -> BudgetCurve:
+    """Mean cost against mean spending when rows are deferred from the largest margin down.  (N,) x 4 -> (..., N+1)
+
+    `price` is what deferring the row costs, in any currency, `own_price` what keeping it does.
+    """
+    own_price = torch.as_tensor(own_price, dtype=torch.float64, device=margin.device).expand(margin.shape)
+    if bool((price < own_price).any()):
+        raise ValueError("price: expected at least the own price in every row; spending would fall as rows are deferred")
+    steps, (own, deferred, own_price, price) = _steps(
+        -_row("margin", margin), weights, own_cost=own_cost, deferred_cost=deferred_cost, own_price=own_price, price=price
+    )
+    rows = steps.sum(-1, keepdim=True)
+    spend = _cumulative(steps * (price - own_price)) + (steps * own_price).sum(-1, keepdim=True)
+    cost = _cumulative(steps * (deferred - own)) + (steps * own).sum(-1, keepdim=True)
+    return BudgetCurve(spend=spend / rows, value=cost / rows)
+
+
+@numpy_or_torch
+def aurc(confidence: Tensor, loss: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Area under the risk-coverage curve: the mean over k = 1..N of the mean loss of the k most confident rows.  -> (...)
+
+    With ties, the mean over all orders of the tied rows, exactly: in a tie of W rows of mean loss m, after c rows of total loss
+    L, `sum_{i=1..W} (L + m i) / (c + i) = m W + (L - m c) (digamma(c + W + 1) - digamma(c + 1))`.
+    Geifman, Uziel, El-Yaniv, "Bias-Reduced Uncertainty Estimation for Deep Neural Classifiers" (ICLR 2019), section 2.
+    """
+    _, mass, (total,) = _groups(-_row("confidence", confidence), weights, loss=loss)
+    rows, losses = _cumulative(mass), _cumulative(total)
+    mean = (total / mass).where(mass > 0, 0.0)
+    steps = torch.digamma(rows + 1).diff(dim=-1)
+    area = total + (losses[..., :-1] - mean * rows[..., :-1]) * steps
+    return area.sum(-1) / rows[..., -1]
+
+
+@numpy_or_torch
+def excess_aurc(confidence: Tensor, loss: Tensor, weights: Tensor | None = None) -> Tensor:
+    """AURC minus the AURC of the best order there is, by the loss itself; 0 for a perfect confidence.  -> (...)
+
+    For a 0/1 loss this is the gap to the oracle of the area under the accuracy-coverage curve, which is 1 - AURC.
+    Geifman, Uziel, El-Yaniv (ICLR 2019), section 2.
+    """
+    return aurc(confidence, loss, weights) - aurc(-loss.double(), loss, weights)
+
+
+@numpy_or_torch
+def augrc(confidence: Tensor, loss: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Area under the generalized risk-coverage curve, by trapezoids.  -> (...)
+
+    For a 0/1 loss of mean e it equals (1 - AUROC) e (1 - e) + e^2 / 2, with the AUROC of the confidence, right against wrong.
+    Traub et al. (NeurIPS 2024), section 3.
+    """
+    curve = generalized_risk_coverage_curve(confidence, loss, weights)
+    return torch.trapezoid(curve.value, curve.coverage, dim=-1)
+
+
+@numpy_or_torch
+def system_aurc(margin: Tensor, own_cost: Tensor, deferred_cost: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Area under the system's cost-coverage curve, by trapezoids: the mean cost over all coverages.  -> (...)
+
+    With 1 and 0 for right and wrong it is the area under the system's accuracy-coverage curve.
+    """
+    curve = cost_coverage_curve(margin, own_cost, deferred_cost, weights)
+    return torch.trapezoid(curve.value, curve.coverage, dim=-1)
+
+
+@numpy_or_torch
+def excess_system_aurc(margin: Tensor, own_cost: Tensor, deferred_cost: Tensor, weights: Tensor | None = None) -> Tensor:
+    """System AURC minus that of the oracle's order, which keeps first where keeping saves most.  -> (...)
+
+    Every deferred row must have an answer: ValueError where `deferred_cost` is NaN.
+    """
+    if bool(deferred_cost.isnan().any()):
+        raise ValueError("deferred_cost: expected a cost for every row, got NaN; leave out the rows that nobody would answer")
+    oracle = own_cost.double() - deferred_cost.double()
+    return system_aurc(margin, own_cost, deferred_cost, weights) - system_aurc(oracle, own_cost, deferred_cost, weights)
+
+
+@numpy_or_torch
+def system_augrc(margin: Tensor, own_cost: Tensor, deferred_cost: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Area under the system's generalized risk: cost of the answers given, per row of the whole set.  -> (...)
+
+    Differs from `system_aurc` only where nobody answers some deferred row (its `deferred_cost` is NaN); where nobody answers
+    any, it is the AUGRC of abstaining.
+    """
+    share, total, _ = _system(margin, own_cost, deferred_cost.nan_to_num(0.0), weights)
+    rows = check_weights(weights, margin).sum(-1, keepdim=True)
+    return torch.trapezoid(total / rows, share, dim=-1)
+
+
+@numpy_or_torch
+def own_and_asked(
+    scores: Tensor, costs: Tensor, *, num_own: int = 1, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a curve over the threshold needs: (margin, own_cost, deferred_cost), (N,) each, from (N, A) scores and costs.
+
+    The own action and the expert are those that `decide` prefers on each side.  A row whose experts are all masked has margin
+    -inf and deferred_cost NaN.
+    """
+    require_actions(scores, costs)
+    margin = deferral_margin(scores, num_own, mask=mask)
+    experts = None if mask is None else action_mask(scores, mask, num_own).expand(scores.shape)[..., num_own:]
+    asked = decide(scores[..., num_own:], mask=experts)
+    own_cost = pick(costs, decide(scores[..., :num_own]))
+    deferred_cost = pick(costs, asked.clamp(min=0) + num_own).where(asked >= 0, torch.nan)
+    return margin, own_cost, deferred_cost
+
+
+def _row(name: str, order: Tensor) -> Tensor:
+    if order.dim() != 1 or len(order) == 0:
+        raise ValueError(f"{name}: expected a non-empty vector with one number per row, got shape {tuple(order.shape)}")
+    if bool(order.isnan().any()):
+        raise ValueError(f"{name}: expected numbers, got NaN in {int(order.isnan().sum())} rows")
+    return order if order.is_floating_point() else order.double()
+
+
+def _groups(order: Tensor, weights: Tensor | None, **columns: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Ties by rising order: the tie of each sorted row (N,), each tie's weight and weighted sums of the columns, (..., G)."""
+    for name, column in columns.items():
+        if column.shape != order.shape:
+            raise ValueError(f"{name}: expected one number per row, {tuple(order.shape)}, got shape {tuple(column.shape)}")
+        if bool(column.isnan().any()):
+            raise ValueError(f"{name}: expected numbers, got NaN in {int(column.isnan().sum())} rows; leave those rows out")
+    values, rows = order.sort()
+    tie = torch.cat([values.new_zeros(1, dtype=torch.long), (values[1:] != values[:-1]).long().cumsum(0)])
+    weights = check_weights(weights, order)[..., rows]
+    terms = [weights, *(weights * column.double()[rows] for column in columns.values())]
+    count = int(tie[-1]) + 1
+    if count < len(order):
+        terms = [term.new_zeros(*term.shape[:-1], count).index_add(-1, tie, term) for term in terms]
+    return tie, terms[0], terms[1:]
+
+
+def _steps(order: Tensor, weights: Tensor | None, **columns: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Row by row in rising order, with the rows of a tie replaced by their mean: weights (..., N), columns (..., N)."""
+    tie, mass, totals = _groups(order, weights, **columns)
+    size = torch.bincount(tie).double()
+    means = [(total / mass).where(mass > 0, 0.0)[..., tie] for total in totals]
+    return (mass / size)[..., tie], means
+
+
+def _system(margin: Tensor, own_cost: Tensor, deferred_cost: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Share of the rows kept, total cost of those answered, their number: at every number of rows kept.  (..., N+1) each"""
+    answered = ~deferred_cost.isnan()
+    steps, (own, deferred, answered) = _steps(
+        _row("margin", margin),
+        weights,
+        own_cost=own_cost,
+        deferred_cost=deferred_cost.double().where(answered, 0.0),
+        answered=answered,
+    )
+    mass = _cumulative(steps)
+    total = _cumulative(steps * (own - deferred)) + (steps * deferred).sum(-1, keepdim=True)
+    number = _cumulative(steps * (1 - answered)) + (steps * answered).sum(-1, keepdim=True)
+    return mass / mass[..., -1:], total, number
+
+
+def _cumulative(steps: Tensor) -> Tensor:
+    return torch.nn.functional.pad(steps.cumsum(-1), (1, 0))
+
+
+def _ratio(total: Tensor, mass: Tensor) -> Tensor:
+    """total / mass; before the first mass, the first ratio there is."""
+    some = mass > 0
+    first = some.int().argmax(-1, keepdim=True)
+    ratio = total / mass
+    return ratio.where(some, ratio.gather(-1, first))
+
+
+def _line(x: Tensor, y: Tensor, places: Tensor) -> Tensor:
+    at = places.reshape(-1).to(x).expand(*x.shape[:-1], places.numel()).contiguous()
+    right = torch.searchsorted(x.contiguous(), at).clamp(1, x.shape[-1] - 1)
+    x0, x1, y0, y1 = x.gather(-1, right - 1), x.gather(-1, right), y.gather(-1, right - 1), y.gather(-1, right)
+    share = ((at - x0) / (x1 - x0)).where(x1 > x0, 1.0).clamp(0, 1)
+    return (y0 + share * (y1 - y0)).reshape(x.shape[:-1] + places.shape)

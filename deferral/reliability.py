@@ -1,0 +1,122 @@
+"""Judge: can a probability of being right be believed?  Calibration of P(expert is right), or of any other probability.
+
+Bins are fixed by the values of the probability, so that equal values share a bin and the order of the rows does not matter.
+Weights count rows, as in `deferral.metrics`.  NumPy or torch in and out.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deferral.arrays import numpy_or_torch
+from deferral.metrics import check_weights
+
+__all__ = ["Reliability", "brier", "calibration_error", "debiased_calibration_error", "reliability"]
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """The bins that hold a row, by rising probability: (..., bins) each, NaN where the weights leave a bin empty."""
+
+    predicted: Tensor  # mean probability
+    observed: Tensor  # share of outcomes that happened
+    count: Tensor  # total weight
+
+
+@numpy_or_torch
+def reliability(
+    probability: Tensor,
+    outcome: Tensor,
+    weights: Tensor | None = None,
+    *,
+    bins: int = 15,
+    equal_mass: bool = False,
+    mask: Tensor | None = None,
+) -> Reliability:
+    """Mean predicted probability against observed frequency, bin by bin.  (N,), (N,) of 0 and 1, (..., N) -> (..., bins)
+
+    Bins are [0, 1/bins), [1/bins, 2/bins) .. [.., 1], or, with `equal_mass`, hold about equally many rows each (fewer bins where
+    values are equal).  Rows where the mask (N,) is False are left out.
+    """
+    if probability.dim() != 1 or probability.shape != outcome.shape or len(probability) == 0:
+        raise ValueError(
+            "probability, outcome: expected two non-empty vectors of one length, got "
+            f"{tuple(probability.shape)} and {tuple(outcome.shape)}; take one expert's column at a time"
+        )
+    if bins < 1:
+        raise ValueError(f"bins: expected at least 1, got {bins}")
+    known = torch.ones_like(probability, dtype=torch.bool) if mask is None else mask
+    if known.shape != probability.shape or known.dtype != torch.bool:
+        raise ValueError(f"mask: expected bool of shape {tuple(probability.shape)}, got {known.dtype} {tuple(known.shape)}")
+    if not bool(known.any()):
+        raise ValueError("mask: expected at least one known row, got none")
+    predicted, happened = probability.double()[known], outcome.double()[known]
+    if not bool(((predicted >= 0) & (predicted <= 1)).all()):
+        raise ValueError("probability: expected numbers in [0, 1]; turn scores into probabilities first (expert_correctness)")
+    if not bool(((happened == 0) | (happened == 1)).all()):
+        raise ValueError("outcome: expected 0 or 1 (or bool), one per row")
+    inner = torch.arange(1, bins, dtype=torch.float64, device=predicted.device) / bins
+    edges = torch.quantile(predicted, inner).unique() if equal_mass else inner
+    number = torch.bucketize(predicted, edges, right=True)
+    used, number = number.unique(return_inverse=True)
+    member = torch.nn.functional.one_hot(number, len(used)).double()
+    weights = check_weights(weights, probability)[..., known]
+    count = weights @ member
+    return Reliability(
+        predicted=(weights @ (member * predicted.unsqueeze(-1))) / count,
+        observed=(weights @ (member * happened.unsqueeze(-1))) / count,
+        count=count,
+    )
+
+
+@numpy_or_torch
+def calibration_error(
+    probability: Tensor,
+    outcome: Tensor,
+    weights: Tensor | None = None,
+    *,
+    bins: int = 15,
+    equal_mass: bool = False,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Expected calibration error: sum over bins of their share times |observed - predicted|.  -> (...)
+
+    Naeini, Cooper, Hauskrecht, "Obtaining Well Calibrated Probabilities Using Bayesian Binning" (AAAI 2015).  It is too large
+    on few rows even for perfect probabilities; `debiased_calibration_error` is not.
+    """
+    table = reliability(probability, outcome, weights, bins=bins, equal_mass=equal_mass, mask=mask)
+    share = table.count / table.count.sum(-1, keepdim=True)
+    return (share * (table.observed - table.predicted).abs().nan_to_num(0.0)).sum(-1)
+
+
+@numpy_or_torch
+def debiased_calibration_error(
+    probability: Tensor,
+    outcome: Tensor,
+    weights: Tensor | None = None,
+    *,
+    bins: int = 15,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Squared l2 calibration error with its sampling noise taken off, over bins of equal mass.  -> (...)
+
+    sum over bins of their share times `(observed - predicted)^2 - observed (1 - observed) / (count - 1)`: mean 0 for perfect
+    probabilities, so it can be negative.  Bins with a count of at most 1 are left out.
+    Kumar, Liang, Ma, "Verified Uncertainty Calibration" (NeurIPS 2019), definition 5.1.
+    """
+    table = reliability(probability, outcome, weights, bins=bins, equal_mass=True, mask=mask)
+    usable = table.count > 1
+    if not bool(usable.any(-1).all()):
+        raise ValueError(f"rows: expected at least two in some bin, got {len(probability)} rows in {bins} bins; use fewer bins")
+    noise = table.observed * (1 - table.observed) / (table.count - 1)
+    terms = ((table.observed - table.predicted).square() - noise).where(usable, 0.0)
+    return (table.count.where(usable, 0.0) * terms).sum(-1) / table.count.where(usable, 0.0).sum(-1)
+
+
+@numpy_or_torch
+def brier(probability: Tensor, outcome: Tensor) -> Tensor:
+    """(probability - outcome)^2 per row; its average is the Brier score (Brier 1950).  (...,), (...,) -> (...,)"""
+    if probability.shape != outcome.shape:
+        raise ValueError(f"one outcome per probability: {tuple(probability.shape)} and {tuple(outcome.shape)}")
+    return (probability.double() - outcome.double()).square()

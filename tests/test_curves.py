@@ -1,0 +1,226 @@
+"""Every curve and area against its definition: the mean over every order of the rows that the threshold cannot tell apart."""
+
+from collections.abc import Callable
+from itertools import pairwise, permutations
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+
+from deferral import decide, pick
+from deferral.curves import (
+    accuracy_coverage_curve,
+    augrc,
+    aurc,
+    budget_curve,
+    cost_coverage_curve,
+    excess_aurc,
+    excess_system_aurc,
+    generalized_risk_coverage_curve,
+    own_and_asked,
+    risk_coverage_curve,
+    system_augrc,
+    system_aurc,
+)
+
+ROWS = 6
+
+
+def draw(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """An order with ties, two costs and a price."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randint(0, 3, (ROWS,), generator=generator).double()
+    own, deferred, price = torch.rand(3, ROWS, generator=generator, dtype=torch.float64)
+    return order, own, deferred, price
+
+
+def over_orders(order: Tensor, figure: Callable[[list[int]], list[float]]) -> Tensor:
+    """The mean of a figure over all orders that put lower values of `order` first."""
+    values = order.tolist()
+    allowed = [rows for rows in permutations(range(len(values))) if all(values[a] <= values[b] for a, b in pairwise(rows))]
+    return torch.tensor([figure(list(rows)) for rows in allowed], dtype=torch.float64).mean(0)
+
+
+def mean(values: Tensor, rows: list[int]) -> float:
+    return sum(values[i].item() for i in rows) / len(rows)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_curves_of_abstention_equal_their_definition_under_ties(seed: int) -> None:
+    confidence, loss, _, _ = draw(seed)
+    risks = over_orders(-confidence, lambda rows: [mean(loss, rows[:k]) for k in range(1, ROWS + 1)])
+    curve = risk_coverage_curve(confidence, loss)
+    torch.testing.assert_close(curve.value[1:], risks)
+    assert curve.value[0] == curve.value[1]
+    torch.testing.assert_close(accuracy_coverage_curve(confidence, 1 - loss).value, 1 - curve.value)
+    torch.testing.assert_close(generalized_risk_coverage_curve(confidence, loss).value, curve.value * curve.coverage)
+    torch.testing.assert_close(aurc(confidence, loss), risks.mean())
+    best = over_orders(loss, lambda rows: [mean(loss, rows[:k]) for k in range(1, ROWS + 1)]).mean()
+    torch.testing.assert_close(excess_aurc(confidence, loss), risks.mean() - best)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_curves_of_the_system_equal_their_definition_under_ties(seed: int) -> None:
+    margin, own, deferred, price = draw(seed)
+
+    def cost(rows: list[int]) -> list[float]:
+        return [(sum(own[i] for i in rows[:k]) + sum(deferred[i] for i in rows[k:])) / ROWS for k in range(ROWS + 1)]
+
+    def spend(rows: list[int]) -> list[float]:
+        return [sum(price[i] for i in rows[k:]) / ROWS for k in range(ROWS + 1)]
+
+    costs, spends = over_orders(margin, cost), over_orders(margin, spend)
+    curve = cost_coverage_curve(margin, own, deferred)
+    torch.testing.assert_close(curve.value, costs)
+    assert curve.coverage.tolist() == pytest.approx([k / ROWS for k in range(ROWS + 1)])
+    area = ((costs[1:] + costs[:-1]) / 2).mean()
+    torch.testing.assert_close(system_aurc(margin, own, deferred), area)
+    best = over_orders(own - deferred, cost)
+    torch.testing.assert_close(excess_system_aurc(margin, own, deferred), area - ((best[1:] + best[:-1]) / 2).mean())
+    budget = budget_curve(margin, own, deferred, price)
+    torch.testing.assert_close(budget.spend, spends.flip(0))
+    torch.testing.assert_close(budget.value, costs.flip(0))
+    torch.testing.assert_close(budget.at(float(spends[0])), costs[0])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_figure_depends_on_the_order_of_the_rows(seed: int) -> None:
+    order, own, deferred, price = draw(seed)
+    shuffled = torch.randperm(ROWS, generator=torch.Generator().manual_seed(seed))
+    weights = price + 0.1
+    for figure, columns in [
+        (aurc, (own,)),
+        (excess_aurc, (own,)),
+        (augrc, (own,)),
+        (system_aurc, (own, deferred)),
+        (excess_system_aurc, (own, deferred)),
+        (system_augrc, (own, deferred)),
+    ]:
+        here = figure(order, *columns, weights)
+        there = figure(order[shuffled], *(column[shuffled] for column in columns), weights[shuffled])
+        torch.testing.assert_close(here, there, msg=str(figure))
+
+
+@pytest.mark.parametrize("figure", [aurc, excess_aurc, augrc, system_aurc, excess_system_aurc, system_augrc])
+def test_a_weight_is_a_number_of_copies(figure: Callable[..., Tensor]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    order, own, deferred = torch.rand(3, 8, generator=generator, dtype=torch.float64)
+    order = (order * 4).round()
+    weights = torch.randint(0, 4, (5, 8), generator=generator)
+    weights[:, 0] = 1
+    columns = (own, deferred) if "system" in figure.__name__ else (own,)
+    batch = figure(order, *columns, weights.double())
+    for row, counts in enumerate(weights):
+        copies = [column.repeat_interleave(counts) for column in (order, *columns)]
+        torch.testing.assert_close(batch[row], figure(*copies))
+
+
+def test_an_area_that_was_published_as_both_122_and_437() -> None:
+    """Rows of equal confidence, 30% of them wrong: whatever their order, the area is .3."""
+    loss = (torch.arange(1000) % 10 < 3).double()
+    for rows in (loss, loss.sort().values, loss.sort(descending=True).values):
+        assert float(aurc(torch.zeros(1000), rows)) == pytest.approx(0.3)
+
+
+def test_augrc_is_its_closed_form() -> None:
+    generator = torch.Generator().manual_seed(0)
+    confidence = torch.randint(0, 20, (300,), generator=generator).double()
+    wrong = (torch.rand(300, generator=generator) < 0.4 - confidence / 100).double()
+    error = float(wrong.mean())
+    expected = (1 - roc_auc_score(1 - wrong, confidence)) * error * (1 - error) + error**2 / 2
+    assert float(augrc(confidence, wrong)) == pytest.approx(expected)
+
+
+def test_a_perfect_order_has_no_excess_and_the_worst_has_most() -> None:
+    loss = torch.rand(50, dtype=torch.float64)
+    assert float(excess_aurc(-loss, loss)) == pytest.approx(0, abs=1e-12)
+    assert float(excess_aurc(loss, loss)) > float(excess_aurc(torch.rand(50), loss)) > 0
+    gain = loss - 0.3
+    assert float(excess_system_aurc(gain, loss, torch.full((50,), 0.3))) == pytest.approx(0, abs=1e-12)
+
+
+def test_handing_over_to_nobody_is_abstaining() -> None:
+    margin, loss = torch.rand(2, 40, dtype=torch.float64)
+    nobody = torch.full((40,), torch.nan)
+    abstaining, system = risk_coverage_curve(-margin, loss), cost_coverage_curve(margin, loss, nobody)
+    torch.testing.assert_close(system.value, abstaining.value)
+    torch.testing.assert_close(system_augrc(margin, loss, nobody), augrc(-margin, loss))
+    expert = torch.rand(40, dtype=torch.float64)
+    torch.testing.assert_close(system_augrc(margin, loss, expert), system_aurc(margin, loss, expert))
+
+
+def test_a_missing_answer_leaves_sum_and_count() -> None:
+    margin, own, deferred, _ = draw(0)
+    margin = torch.arange(ROWS).double()
+    deferred[[1, 4]] = torch.nan
+    curve = cost_coverage_curve(margin, own, deferred)
+    for k in range(ROWS + 1):
+        answered = torch.cat([own[:k], deferred[k:][~deferred[k:].isnan()]])
+        torch.testing.assert_close(curve.value[k], answered.mean())
+
+
+def test_the_ends_of_the_curve_are_always_and_never_deferring() -> None:
+    costs = torch.rand(50, 2)
+    curve = cost_coverage_curve(torch.randn(50), *costs.unbind(-1))
+    torch.testing.assert_close(curve.value[0], costs[:, 1].double().mean())
+    torch.testing.assert_close(curve.value[-1], costs[:, 0].double().mean())
+    torch.testing.assert_close(curve.at(0.5), curve.value[25])
+    torch.testing.assert_close(curve.at(0.51), (curve.value[25] + curve.value[26]) / 2)
+
+
+@pytest.mark.parametrize("num_own", [1, 3])
+def test_own_and_asked_are_what_decide_takes(num_own: int) -> None:
+    generator = torch.Generator().manual_seed(num_own)
+    scores, costs = torch.randn(2, 200, 5, generator=generator, dtype=torch.float64)
+    mask = torch.rand(200, 5 - num_own, generator=generator) < 0.5
+    margin, own, deferred = own_and_asked(scores, costs, num_own=num_own, mask=mask)
+    for offset in (-0.5, 0.0, 0.7):
+        offsets = torch.tensor([0.0] * num_own + [offset] * (5 - num_own))
+        expected = pick(costs, decide(scores, offsets, mask=mask))
+        torch.testing.assert_close(own.where(margin < -offset, deferred), expected)
+    assert torch.equal(deferred.isnan(), ~mask.any(-1))
+    assert torch.equal(margin == -torch.inf, ~mask.any(-1))
+
+
+def test_numpy_in_numpy_out() -> None:
+    confidence, loss = np.random.default_rng(0).random((2, 30))
+    area = aurc(confidence[::-1], loss.astype(np.float32)[::-1])
+    assert isinstance(area, np.float64)
+    assert float(area) == pytest.approx(float(aurc(torch.from_numpy(confidence), torch.from_numpy(loss))), rel=1e-6)
+    curve = risk_coverage_curve(confidence, loss)
+    assert isinstance(curve.value, np.ndarray)
+    assert float(curve.at(1.0)) == pytest.approx(loss.mean())
+
+
+def test_small_integers_do_not_wrap_around() -> None:
+    curve = cost_coverage_curve(torch.arange(3), torch.tensor([0, 0, 1], dtype=torch.uint8), torch.ones(3, dtype=torch.uint8))
+    torch.testing.assert_close(curve.value, torch.tensor([1, 2 / 3, 1 / 3, 1 / 3]).double())
+    assert float(aurc(torch.arange(3, dtype=torch.uint8), torch.tensor([1, 0, 0], dtype=torch.uint8))) == pytest.approx(1 / 9)
+
+
+def test_bad_input() -> None:
+    rows = torch.rand(3)
+    with pytest.raises(ValueError, match="non-empty vector"):
+        aurc(torch.rand(0), torch.rand(0))
+    with pytest.raises(ValueError, match="loss: expected one number per row"):
+        aurc(rows, torch.rand(4))
+    with pytest.raises(ValueError, match="NaN in 1 rows"):
+        aurc(torch.tensor([0.0, torch.nan, 1.0]), rows)
+    with pytest.raises(ValueError, match="loss: expected numbers, got NaN"):
+        risk_coverage_curve(rows, torch.tensor([0.0, torch.nan, 1.0]))
+    with pytest.raises(ValueError, match="weights: expected one per row"):
+        aurc(rows, rows, torch.ones(4))
+    with pytest.raises(ValueError, match="weights: expected finite"):
+        aurc(rows, rows, torch.tensor([1.0, -1.0, 1.0]))
+    with pytest.raises(ValueError, match="coverage"):
+        risk_coverage_curve(rows, rows).at(80)
+    with pytest.raises(ValueError, match="never deferring already spends"):
+        budget_curve(rows, rows, rows, rows + 1, own_price=0.5).at(0.4)
+    with pytest.raises(ValueError, match="at least the own price"):
+        budget_curve(rows, rows, rows, rows, own_price=2.0)
+    with pytest.raises(ValueError, match="leave out"):
+        excess_system_aurc(rows, rows, torch.full((3,), torch.nan))
+    with pytest.raises(ValueError, match="one cost per action"):
+        own_and_asked(torch.rand(3, 2), torch.rand(3, 3))
