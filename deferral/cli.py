@@ -56,7 +56,8 @@ def demo(data: str, seed: int, device: str, out: Path, useless_expert: bool, roo
     """
     # Imported here: `deferral --help` must not wait for scikit-learn.
     from deferral.demo import cifar10, digits
-    from deferral.evaluation.report import draw, save, show
+    from deferral.evaluation.pictures import draw
+    from deferral.evaluation.report import save, show
 
     target = _device(device)
     if data == "cifar10" and root is None:
@@ -79,6 +80,59 @@ def demo(data: str, seed: int, device: str, out: Path, useless_expert: bool, roo
         click.echo("\n".join(f"wrote {path}" for path in files) + "\n")
 
 
+@commands.command()
+@click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--price", "prices", multiple=True, metavar="NAME=COST", help="What asking the expert NAME costs, in errors.")
+@click.option("--abstain-cost", type=float, help="What abstaining costs, in errors.")
+@click.option(
+    "--calibrate",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.0,
+    show_default=True,
+    help="Share of the rows, drawn at random, that fits a threshold per method; the others judge it.",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the rows drawn by --calibrate.")
+@click.option("--regression", is_flag=True, help="Targets and answers are numbers, costs squared errors.")
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("deferral-evaluation"),
+    show_default=True,
+    help="Folder for pictures and figures.",
+)
+def evaluate(
+    files: tuple[Path, ...],
+    prices: tuple[str, ...],
+    abstain_cost: float | None,
+    calibrate: float,
+    seed: int,
+    regression: bool,
+    out: Path,
+) -> None:
+    """Judge the outputs of any tool: costs, intervals, paired differences, curves, baselines.
+
+    FILES are CSV or Parquet, one for each method, all with the same rows in the same order.  Columns: target, answer (the
+    model's), answer_NAME (expert NAME's; empty where missing), score and score_NAME (higher is preferred), score_abstain,
+    action (own, NAME or abstain: who answered, if not the highest score), probability and probability_NAME (P(right)).
+    """
+    from deferral.evaluation.evaluate import evaluate as judge
+    from deferral.evaluation.pictures import draw_evaluation
+    from deferral.evaluation.report import save_evaluation, show_evaluation
+
+    evaluation = judge(
+        files,
+        prices=dict(map(_price, prices)),
+        abstain_cost=abstain_cost,
+        calibration_share=calibrate,
+        seed=seed,
+        regression=regression,
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    show_evaluation(evaluation)
+    written = [*draw_evaluation(evaluation, out), save_evaluation(evaluation, out)]
+    click.echo("\n".join(f"wrote {path}" for path in written))
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command; errors in arguments and data are printed without a traceback, with a non-zero exit status."""
     try:
@@ -92,6 +146,14 @@ def main(arguments: list[str] | None = None) -> None:
     except (DataError, ImportError, OSError) as error:
         click.echo(f"Error: {error}", err=True)
         sys.exit(1)
+
+
+def _price(text: str) -> tuple[str, float]:
+    name, _, cost = text.rpartition("=")
+    try:
+        return name, float(cost)
+    except ValueError as error:
+        raise click.BadParameter(f"expected NAME=COST, got {text!r}", param_hint="--price") from error
 
 
 def _progress() -> Progress:

@@ -66,11 +66,17 @@ class System:
     def take(self, name: str, actions: Tensor, scores: Tensor | None = None) -> Method:
         """The figures of taking these actions; the scores behind them give the curve over all thresholds as well."""
         curve = None if scores is None else cost_coverage_curve(*own_and_asked(scores, self.costs, mask=self.mask))
+        # A number is close to its target or far from it; only a class is right or wrong.
+        right = (
+            torch.full_like(self.targets, torch.nan)
+            if self.answers.is_floating_point()
+            else correct(self.answers, self.targets, actions, mask=self.mask)
+        )
         return Method(
             name=name,
             actions=actions.cpu(),
             cost=deferral_cost(self.costs, actions, mask=self.mask).cpu(),
-            correct=correct(self.answers, self.targets, actions, mask=self.mask).cpu(),
+            correct=right.cpu(),
             kept=kept(actions).cpu(),
             load=load(actions, 1, self.num_experts).cpu(),
             curve=curve,

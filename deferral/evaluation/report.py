@@ -1,9 +1,10 @@
-"""What a comparison leaves behind: a printed table, a JSON file of all figures, two pictures."""
+"""What a comparison or an evaluation leaves behind beside its pictures: printed tables, and a JSON file of all figures."""
 
 import json
 import platform
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -11,10 +12,10 @@ from rich.table import Table
 
 import deferral
 from deferral.evaluation.comparison import Comparison
+from deferral.evaluation.evaluate import RESAMPLES, Evaluation
 from deferral.intervals import Interval
-from deferral.plots import cost_coverage, new_figure, save_figure, who_answers
 
-__all__ = ["draw", "save", "show"]
+__all__ = ["save", "save_evaluation", "show", "show_evaluation"]
 
 
 def show(comparison: Comparison) -> None:
@@ -31,22 +32,47 @@ def show(comparison: Comparison) -> None:
         mark = "" if gap.excludes_zero() else "  tie"
         versus = "" if name == comparison.reference else f"{gap.estimate:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]{mark:5}"
         table.add_row(name, *cells, versus, style="bold" if name == comparison.reference else None)
-    # A pipe or a narrow terminal must not break rows: the table's own width is the least.
-    console = Console()
-    console = Console(width=max(console.width, console.measure(table, options=console.options.update(width=400)).maximum))
-    console.print(table)
+    _print(table)
     legend = (
-        "cost: in errors per row, prices included.  accuracy: of the rows that get an answer.  ±: half the 95% bootstrap interval.",
-        "last column: paired over the test rows, with its 95% interval; below 0, "
-        f"{comparison.reference} is cheaper than the method of the row.",
+        "cost: per row, prices included, in units of one error.  accuracy: of the rows that get an answer.  ±: half the 95%",
+        f"bootstrap interval.  last column: paired over the test rows; below 0, {comparison.reference} is cheaper than the row.",
     )
     for note in (*legend, *comparison.notes):
-        console.print(note, highlight=False)
+        Console().print(note, highlight=False, soft_wrap=True)
+
+
+def show_evaluation(evaluation: Evaluation) -> None:
+    """Print the table of methods, the areas under their curves, and how far the probabilities can be believed."""
+    show(evaluation.comparison)
+    for title, rows in (("areas under the curves of the own loss", evaluation.areas), ("calibration", evaluation.calibration)):
+        headings = list(dict.fromkeys(heading for figures in rows.values() for heading in figures))
+        if not rows:
+            continue
+        table = Table(title=f"\n{title}, ± half the 95% interval of {RESAMPLES} resamples", title_justify="left", box=None)
+        table.add_column("", no_wrap=True)
+        for heading in headings:
+            table.add_column(heading, justify="right", no_wrap=True)
+        for name, figures in rows.items():
+            table.add_row(name, *(_plus_minus(figures.get(heading), digits=4) for heading in headings))
+        _print(table)
 
 
 def save(comparison: Comparison, folder: Path) -> Path:
     """All figures with their intervals, settings and versions, as JSON."""
-    record = {
+    return _write(_record(comparison), folder / f"{comparison.name}.json")
+
+
+def save_evaluation(evaluation: Evaluation, folder: Path) -> Path:
+    """The same, with the areas and the calibration."""
+    named = {
+        kind: {name: {figure: asdict(interval) for figure, interval in figures.items()} for name, figures in rows.items()}
+        for kind, rows in (("areas", evaluation.areas), ("calibration", evaluation.calibration))
+    }
+    return _write(_record(evaluation.comparison) | named, folder / f"{evaluation.comparison.name}.json")
+
+
+def _record(comparison: Comparison) -> dict[str, Any]:
+    return {
         "title": comparison.title,
         "settings": comparison.settings,
         "versions": {"deferral": deferral.__version__, "torch": torch.__version__, "python": platform.python_version()},
@@ -54,31 +80,18 @@ def save(comparison: Comparison, folder: Path) -> Path:
         "difference": f"cost of {comparison.reference} minus cost of the method",
         "notes": comparison.notes,
     }
-    path = folder / f"{comparison.name}.json"
+
+
+def _write(record: dict[str, Any], path: Path) -> Path:
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return path
 
 
-def draw(comparison: Comparison, folder: Path) -> list[Path]:
-    """Write both pictures, cost against coverage and who answers what, and return their paths."""
-    # What abstains leaves rows without an answer: it belongs in the table, not on one axis with those that answer all.
-    shown = [m for m in comparison.methods if "abstain" not in m.name]
-    curves = {m.name: m.curve for m in shown if m.curve is not None and not m.name.startswith("retrained")}
-    points = {m.name: (float(m.kept.mean()), comparison.figures[m.name].cost) for m in shown}
-    figure, axes = new_figure(9.0, 4.8)
-    cost_coverage(axes, curves, points)
-    axes.set_title(comparison.title, fontsize="small", loc="left")
-    paths = [save_figure(figure, folder / f"{comparison.name}-cost-coverage.png")]
-
-    best = comparison[comparison.reference]
-    figure, axes = new_figure()
-    who_answers(axes, best.actions, comparison.targets, ["the model", *comparison.experts], comparison.classes)
-    axes.set_xlabel("true class")
-    axes.tick_params(axis="x", labelrotation=0 if len(comparison.classes[0]) == 1 else 40)
-    axes.set_title(
-        f"Who answers what: {best.name}, cost {comparison.figures[best.name].cost.estimate:.3f}", fontsize="small", loc="left"
-    )
-    return [*paths, save_figure(figure, folder / f"{comparison.name}-who-answers.png")]
+def _print(table: Table) -> None:
+    # A pipe or a narrow terminal must not break rows: the table's own width is the least.
+    console = Console()
+    console = Console(width=max(console.width, console.measure(table, options=console.options.update(width=400)).maximum))
+    console.print(table)
 
 
 def _plus_minus(interval: Interval | None, *, digits: int, scale: float = 1) -> str:

@@ -1,0 +1,238 @@
+"""Judge the outputs of any tool: methods with intervals and paired differences, baselines, areas, calibration of experts."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from deferral.calibration import fit_offsets
+from deferral.costs import error_costs, squared_costs
+from deferral.curves import Curve, augrc, aurc, excess_aurc, excess_system_aurc, own_and_asked, risk_coverage_curve, system_aurc
+from deferral.datasets import DataError
+from deferral.decision import decide, oracle
+from deferral.evaluation.comparison import Comparison, Method, System
+from deferral.evaluation.outputs import Outputs, read_outputs
+from deferral.intervals import Interval, bootstrap, metric_interval
+from deferral.metrics import average
+from deferral.reliability import brier, calibration_error, debiased_calibration_error
+
+__all__ = ["GRID", "Evaluation", "evaluate"]
+
+RESAMPLES = 2_000  # of areas and curves; the table of methods has those of `Comparison`
+GRID = torch.linspace(0.02, 1, 50, dtype=torch.float64)  # coverages at which curves have their intervals
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Everything that is known about some methods on the same rows."""
+
+    comparison: Comparison
+    areas: dict[str, dict[str, Interval]]  # method: figure: interval
+    risk: dict[str, tuple[Curve, Tensor, Tensor]]  # method: risk-coverage curve, low and high ends on GRID
+    calibration: dict[str, dict[str, Interval]]  # who answers: figure: interval
+    probabilities: dict[str, tuple[Tensor, Tensor]]  # who answers: P(right) and whether right, on the rows that have both
+
+
+def evaluate(
+    paths: Sequence[Path],
+    *,
+    prices: Mapping[str, float] | None = None,
+    abstain_cost: float | None = None,
+    calibration_share: float = 0.0,
+    seed: int = 0,
+    regression: bool = False,
+) -> Evaluation:
+    """Read one file per method (see `read_outputs`), all on the same rows, and judge them; the first is the reference.
+
+    `prices`: what asking an expert costs, in units of one error (of squared error in regression).  With a
+    `calibration_share`, that share of the rows, drawn at random, fits one threshold per method, and the others judge it.
+    DataError where the files do not belong together or the costs do not fit them.
+    """
+    outputs = [read_outputs(path, regression=regression) for path in paths]
+    first = outputs[0]
+    prices = dict(prices or {})
+    _check(outputs, paths, prices, abstain_cost, calibration_share)
+    rows = torch.randperm(len(first.targets), generator=torch.Generator().manual_seed(seed))
+    fitting, judging = rows.split([int(calibration_share * len(rows)), len(rows) - int(calibration_share * len(rows))])
+    judging = judging.sort().values
+    price_row = [prices.get(name, 0.0) for name in first.experts]
+    table = [_costs(output, price_row, abstain_cost) for output in outputs]
+
+    def system(number: int) -> System:
+        output = outputs[number]
+        return System(
+            table[number][judging], output.answers[judging], output.targets[judging], len(first.experts), output.mask[judging]
+        )
+
+    def take(name: str, number: int, scores: Tensor | None, actions: Tensor | None = None) -> Method:
+        """The rule as it is, or with a threshold fitted on the calibration rows where actions are not given."""
+        if actions is None:
+            assert scores is not None
+            mask = outputs[number].mask
+            if len(fitting):
+                scores = scores + fit_offsets(scores[fitting], table[number][fitting], mask=mask[fitting])
+            actions = decide(scores, mask=mask)
+        some = scores is not None and scores.shape[-1] > 1
+        return system(number).take(name, actions[judging], scores[judging] if some and scores is not None else None)
+
+    methods = []
+    for number, output in enumerate(outputs):
+        fitted = bool(len(fitting)) and output.scores is not None and output.scores.shape[-1] > 1
+        # One curve per method: it is the same for every threshold.
+        methods.append(take(output.name, number, None if fitted else output.scores, output.actions))
+        if fitted:
+            methods.append(take(f"{output.name}, threshold fitted", number, output.scores))
+    judged = system(0)
+    for name, scores in _baselines(first, table[0], price_row, abstain_cost, fitting).items():
+        methods.append(take(name, 0, scores))
+    methods.append(judged.always("never deferring", 0))
+    methods += [judged.always(f"always {name}", 1 + j) for j, name in enumerate(first.experts)]
+    if first.abstains:
+        methods.append(judged.always("always abstaining", judged.costs.shape[-1] - 1))
+    methods.append(judged.take("oracle", oracle(judged.costs, mask=judged.mask)))
+    areas, risk = {}, {}
+    for number, output in enumerate(outputs):
+        if output.scores is not None:
+            areas[output.name], risk[output.name] = _areas(output.scores[judging], system(number))
+    calibration, probabilities = _reliability(first, judging)
+    comparison = Comparison(
+        name=first.name,
+        title=f"{', '.join(path.name for path in paths)}: {len(judging)} rows"
+        + (f", thresholds fitted on {len(fitting)} others" if len(fitting) else ""),
+        reference=methods[1].name if methods[1].name == f"{first.name}, threshold fitted" else first.name,
+        methods=methods,
+        experts=first.experts,
+        classes=first.labels or [],
+        targets=first.targets[judging],
+        settings={
+            "files": [path.name for path in paths],
+            "prices": prices,
+            "abstain_cost": abstain_cost,
+            "calibration_share": calibration_share,
+            "seed": seed,
+        },
+        notes=[] if first.labels else ["Costs are squared errors in the unit of the targets; there is no accuracy."],
+    )
+    return Evaluation(comparison, areas, risk, calibration, probabilities)
+
+
+def _check(
+    outputs: list[Outputs],
+    paths: Sequence[Path],
+    prices: Mapping[str, float],
+    abstain_cost: float | None,
+    calibration_share: float,
+) -> None:
+    first = outputs[0]
+    names = [output.name for output in outputs]
+    if len(set(names)) < len(names):
+        raise DataError(f"files: expected different names, since a method is called like its file; got {', '.join(names)}")
+    for output, path in zip(outputs[1:], paths[1:], strict=True):
+        same = len(output.targets) == len(first.targets)
+        if not same or _named_targets(output) != _named_targets(first):
+            detail = "the targets differ" if same else f"{len(output.targets)} rows instead of {len(first.targets)}"
+            raise DataError(f"{path}: expected the rows of {paths[0]} in the same order, but {detail}")
+        if output.experts != first.experts or output.abstains != first.abstains:
+            raise DataError(f"{path}: expected the experts of {paths[0]} ({', '.join(first.experts) or 'none'}) and its actions")
+    if strange := sorted(set(prices) - set(first.experts)):
+        raise DataError(f"price of {strange[0]!r}: there is no such expert; the file has {', '.join(first.experts) or 'none'}")
+    if any(not 0 <= price < float("inf") for price in prices.values()):
+        raise DataError(f"prices: expected numbers >= 0, got {dict(prices)}")
+    if first.abstains and (abstain_cost is None or not 0 <= abstain_cost < float("inf")):
+        raise DataError(f"the file abstains: expected the cost of abstaining, a number >= 0, got {abstain_cost}")
+    if not 0 <= calibration_share < 1:
+        raise DataError(f"calibration share: expected a number in [0, 1), got {calibration_share}")
+    if calibration_share and (int(calibration_share * len(first.targets)) < 1):
+        raise DataError(f"calibration share: {calibration_share} of {len(first.targets)} rows is less than one row")
+
+
+def _named_targets(output: Outputs) -> list[str] | list[float]:
+    return [output.labels[index] for index in output.targets] if output.labels else output.targets.tolist()
+
+
+def _costs(output: Outputs, prices: list[float], abstain_cost: float | None) -> Tensor:
+    asked = 1 + len(prices)
+    answers = output.answers[:, :asked]
+    if output.labels is None:
+        costs = squared_costs(answers, output.targets, [0.0, *prices])
+    else:
+        costs, _ = error_costs(answers, output.targets, price=[0.0, *prices], ceiling=1 + max([0.0, *prices]), missing=-1)
+    costs = costs.double()
+    if output.abstains and abstain_cost is not None:
+        costs = torch.cat([costs, torch.full_like(costs[:, :1], abstain_cost)], dim=-1)
+    return costs
+
+
+def _baselines(
+    output: Outputs, costs: Tensor, prices: list[float], abstain_cost: float | None, fitting: Tensor
+) -> dict[str, Tensor]:
+    """Scores of the rules that are hard to beat, where the file has the probabilities that they need."""
+    own_known = output.probabilities is not None and not bool(output.probabilities[:, 0].isnan().any())
+    if output.probabilities is None or not own_known or output.labels is None:
+        return {}
+    own, asked = output.probabilities[:, :1], 1 + len(prices)
+    abstain = [torch.full_like(own, 1 - abstain_cost)] if output.abstains and abstain_cost is not None else []
+    baselines = {}
+    experts_known = not bool((output.probabilities.isnan() & output.mask[:, :asked]).any())
+    if prices and experts_known:
+        right = output.probabilities[:, 1:] - torch.tensor(prices, dtype=torch.float64)
+        baselines["compare-confidence"] = torch.cat([own, right.nan_to_num(-torch.inf), *abstain], dim=-1)
+    if len(fitting) and output.mask.shape[-1] > 1:
+        # Chow's rule: the best other action is one constant, which the fitted threshold replaces.
+        mean = average(costs[fitting].where(output.mask[fitting], torch.nan))[1:].nan_to_num(torch.inf)
+        others = torch.full_like(mean, -torch.inf)
+        others[mean.argmin()] = 0.5
+        baselines["selective prediction"] = torch.cat([own, others.expand(len(own), -1)], dim=-1)
+    return baselines
+
+
+def _areas(scores: Tensor, system: System) -> tuple[dict[str, Interval], tuple[Curve, Tensor, Tensor]]:
+    """Areas with intervals, and the risk-coverage curve with its ends on GRID."""
+    deferring = scores.shape[-1] > 1
+    if deferring:
+        margin, own, asked = own_and_asked(scores, system.costs, mask=system.mask)
+    else:
+        margin, own, asked = -scores[:, 0], system.costs[:, 0], system.costs[:, 0]
+
+    def figure(metric: Callable[[Tensor], Tensor]) -> Interval:
+        return metric_interval(metric, len(own), resamples=RESAMPLES)
+
+    areas = {
+        "AURC": figure(lambda weights: aurc(-margin, own, weights)),
+        "excess AURC": figure(lambda weights: excess_aurc(-margin, own, weights)),
+        "AUGRC": figure(lambda weights: augrc(-margin, own, weights)),
+    }
+    if deferring:
+        areas["system AURC"] = figure(lambda weights: system_aurc(margin, own, asked, weights))
+    if deferring and not bool(asked.isnan().any()):
+        areas["excess system AURC"] = figure(lambda weights: excess_system_aurc(margin, own, asked, weights))
+    curves = bootstrap(lambda weights: risk_coverage_curve(-margin, own, weights).at(GRID), len(own), resamples=RESAMPLES)
+    low, high = torch.quantile(curves, torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
+    return areas, (risk_coverage_curve(-margin, own), low, high)
+
+
+def _reliability(output: Outputs, judging: Tensor) -> tuple[dict[str, dict[str, Interval]], dict[str, tuple[Tensor, Tensor]]]:
+    if output.probabilities is None or output.labels is None:
+        return {}, {}
+    figures, rows = {}, {}
+    for column, name in enumerate(["the model", *output.experts]):
+        probability, known = output.probabilities[judging, column], output.mask[judging, column]
+        usable = known & ~probability.isnan()
+        if int(usable.sum()) < 2:
+            continue
+        probability = probability[usable]
+        right = (output.answers[judging, column] == output.targets[judging])[usable].double()
+        rows[name] = (probability, right)
+        bins = max(1, min(15, len(right) // 10))
+        figures[name] = {
+            "ECE": _interval(calibration_error, probability, right, bins=bins),
+            "debiased squared error": _interval(debiased_calibration_error, probability, right, bins=bins),
+            "Brier": _interval(lambda p, r, weights: average(brier(p, r), weights), probability, right),
+        }
+    return figures, rows
+
+
+def _interval(metric: Callable[..., Tensor], probability: Tensor, right: Tensor, **options: int) -> Interval:
+    return metric_interval(lambda weights: metric(probability, right, weights, **options), len(right), resamples=RESAMPLES)
