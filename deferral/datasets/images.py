@@ -1,26 +1,17 @@
-"""Real data as tensors: handwritten digits, CIFAR, SVHN, and people's labels of CIFAR-10.
+"""Images with one label each, as tensors."""
 
-`root` is one folder with `cifar-10-batches-py/`, `cifar-100-python/`, `*_32x32.mat`, and `l2d/` for people's labels.
-"""
-
-import zipfile
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from deferral.datasets.files import DataError
 from deferral.torchvision_compat import import_torchvision
 
-__all__ = ["DataError", "Images", "cifar10", "cifar10h_counts", "cifar10n_annotators", "cifar100", "digits", "svhn"]
-
-
-class DataError(ValueError):
-    """Data that is missing, corrupted or not what its name says."""
+__all__ = ["Images", "cifar10", "cifar100", "digits", "svhn"]
 
 
 @dataclass(frozen=True)
@@ -71,31 +62,6 @@ def svhn(root: Path | str, *, train: bool) -> Images:
     return Images(torch.from_numpy(data.data), torch.from_numpy(data.labels).long())
 
 
-def cifar10n_annotators(people: Path | str) -> Tensor:
-    """Three people's labels of every CIFAR-10 training image, right on 82.8, 81.9 and 82.4%.  -> (50000, 3)
-
-    `people` is the folder with `cifar10n.npz` (array `annotator`).  Wei et al., "Learning with Noisy Labels Revisited" (2022).
-    """
-    path = _existing(Path(people) / "cifar10n.npz", "CIFAR-10N")
-    labels = _read_array(path, "annotator")
-    if labels.shape != (50_000, 3) or labels.min() < 0 or labels.max() > 9:
-        raise DataError(f"{path}: expected labels 0..9 of shape (50000, 3), got {labels.dtype} of shape {labels.shape}")
-    return torch.from_numpy(labels).long()
-
-
-def cifar10h_counts(people: Path | str) -> Tensor:
-    """How many people chose each class for every CIFAR-10 test image; a random person is right on 95.2%.  -> (10000, 10)
-
-    `people` is the folder with `cifar10h_counts.npy`.  Peterson et al., "Human Uncertainty Makes Classification More Robust"
-    (2019).
-    """
-    path = _existing(Path(people) / "cifar10h_counts.npy", "CIFAR-10H")
-    counts = _read_array(path, None)
-    if counts.shape != (10_000, 10) or (counts < 0).any() or (counts.sum(-1) == 0).any():
-        raise DataError(f"{path}: expected counts of shape (10000, 10), at least one in each row, got shape {counts.shape}")
-    return torch.from_numpy(counts).long()
-
-
 def _cifar(name: str, root: Path, train: bool) -> Images:
     loader = getattr(import_torchvision().datasets, name)
     meta = (loader.meta["filename"], loader.meta["md5"])
@@ -121,23 +87,3 @@ def _load(loader: Callable[[], Any], root: Path, files: list[tuple[str, str]], w
             if not check(str(root / name), md5):
                 raise DataError(f"{what}: {root / name} is corrupted, its md5 is not {md5}; copy it again") from error
         raise
-
-
-def _existing(path: Path, what: str) -> Path:
-    if not path.is_file():
-        raise DataError(f"{what}: expected the file {path}, and it is not there; name its folder with --people or DEFERRAL_DATA")
-    return path
-
-
-def _read_array(path: Path, key: str | None) -> np.ndarray:
-    try:
-        with path.open("rb") as file:
-            loaded = np.load(file, allow_pickle=False)
-            array = loaded if key is None else loaded[key]
-        if not isinstance(array, np.ndarray) or not np.issubdtype(array.dtype, np.integer):
-            raise ValueError(f"an array of integers, not {getattr(array, 'dtype', type(array).__name__)}")
-        return array
-    except (ValueError, OSError, EOFError, LookupError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(
-            f"{path}: expected a NumPy file with plain arrays of integers, could not read it ({error}); copy it again"
-        ) from error
