@@ -1,50 +1,231 @@
-"""Thresholds fitted on held-out scores.  On real data the natural threshold of a good surrogate may never defer."""
+"""Thresholds fitted on held-out scores.  On real data the natural threshold of a good surrogate may never defer.
+
+Each function returns offsets (A,), float64, for `decide(scores, offsets)`; what it says of the rows it was given holds there
+exactly, ties included, and on new rows up to sampling.  For a promise on new rows see `deferral.certified`, for a capacity of
+each expert `deferral.capacity`.  The first `num_own` actions (K in the single stage, 1 in two stages) are the own ones.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from deferral.costs import pick
+from deferral.curves import own_and_asked
 from deferral.decision import decide, deferral_margin
-from deferral.validation import action_mask, check_costs, check_scores, require_actions
+from deferral.validation import action_mask, check_costs, check_mask, check_scores, require_actions
 
-__all__ = ["fit_offsets"]
+__all__ = ["budget_offsets", "coverage_offsets", "deferral_rate_offsets", "fit_offsets", "fit_temperature"]
 
 
-def fit_offsets(scores: Tensor, costs: Tensor, *, num_own: int = 1, mask: Tensor | None = None) -> Tensor:
+def fit_offsets(
+    scores: Tensor, costs: Tensor, *, num_own: int = 1, mask: Tensor | None = None, per_expert: bool = False
+) -> Tensor:
     """Offsets that minimise the mean cost of `decide(scores, offsets)` on these rows, exactly.  (N, A), (N, A) -> (A,)
 
-    The first `num_own` actions (K in the single stage, 1 in two stages) get 0, all experts one common number: who is the best
-    expert stays the scores' choice, whether to defer is fitted.  Use rows that the scores were not trained on.  The threshold
-    lies half way between two rows; among equally cheap ones it takes the one that defers least.  float64, O(N log N).
+    The first `num_own` actions get 0, all experts one common number: who is the best expert stays the scores' choice, whether
+    to defer is fitted.  Use rows that the scores were not trained on.  The threshold lies half way between two rows; among
+    equally cheap ones it takes the one that defers least.  float64, O(N log N).
+
+    With `per_expert=True` every expert gets its own number: from the common one on, each in turn is moved to its best place
+    given the others, until none can gain.  Never dearer than the common number on these rows, but a local optimum; E numbers
+    also overfit sooner than one.
     """
+    known, mask = _known_scores(scores, num_own, mask)
+    require_actions(scores, costs)
+    check_costs(costs, ceiling=None, mask=mask)
+    costs = costs.double().expand_as(scores)
+    offsets = torch.zeros(scores.shape[-1], dtype=torch.float64, device=scores.device)
+    margin, own, asked = own_and_asked(known, costs, num_own=num_own, mask=mask)
+    # Where nobody can be asked the cost of asking is NaN, and does not matter.
+    offsets[num_own:] = -_Sweep.of(margin, known).cheapest(own, asked.nan_to_num(0.0))
+    if per_expert:
+        _move_one_at_a_time(offsets, known, costs, num_own)
+    return offsets
+
+
+def coverage_offsets(scores: Tensor, coverage: float, *, num_own: int = 1, mask: Tensor | None = None) -> Tensor:
+    """Offsets that defer as many rows as possible and keep at least the share `coverage` of them.  (N, A) -> (A,)
+
+    Rows are deferred in the order of `deferral_margin`.  Rows of equal margin stay together, on the side of being kept; rows
+    without a known expert are always kept.
+    """
+    _check_share("coverage", coverage)
+    return _defer_at_most(len(scores) - math.ceil(coverage * len(scores) - 1e-9), scores, num_own, mask)
+
+
+def deferral_rate_offsets(scores: Tensor, rate: float, *, num_own: int = 1, mask: Tensor | None = None) -> Tensor:
+    """Offsets that defer as many rows as possible, at most the share `rate` of them.  (N, A) -> (A,)
+
+    Rows are deferred in the order of `deferral_margin`.  Rows of equal margin stay together, on the side of being kept.
+    """
+    _check_share("rate", rate)
+    return _defer_at_most(math.floor(rate * len(scores) + 1e-9), scores, num_own, mask)
+
+
+def budget_offsets(scores: Tensor, prices: Tensor, budget: float, *, num_own: int = 1, mask: Tensor | None = None) -> Tensor:
+    """Offsets that defer as many rows as a budget pays for, in the order of `deferral_margin`.  (N, A), (A,) or (N, A) -> (A,)
+
+    `prices` are what each action costs, own actions included, and `budget` is the mean price of a row, both in one currency.
+    ValueError where no threshold stays within the budget: with free own actions never deferring always does.
+    """
+    known, mask = _known_scores(scores, num_own, mask)
+    require_actions(scores, prices, name="prices")
+    given, prices = prices.dtype, prices.double().expand_as(scores)
+    check_costs(prices, ceiling=None, mask=mask, name="prices")
+    margin, own, asked = own_and_asked(known, prices, num_own=num_own, mask=mask)
+    sweep = _Sweep.of(margin, known)
+    spent = (own.sum() + sweep.sums_over_deferred(asked - own)) / len(scores)
+    # 0.1 in float32 is a little more than a tenth, and a budget may itself have been summed from prices.
+    rounding = max(1e-12, torch.finfo(given).eps) * float(spent.abs().max())
+    affordable = spent <= budget + rounding
+    if not bool(affordable.any()):
+        raise ValueError(
+            f"budget: expected at least {float(spent.min()):g} a row, the least that any threshold spends on these rows "
+            f"(never deferring spends {float(spent[0]):g}), got {budget:g}"
+        )
+    return _common_offset(sweep.thresholds[affordable.nonzero().max()], scores, num_own)
+
+
+def fit_temperature(loss: Callable[[Tensor], Tensor], scores: Tensor) -> float:
+    """The temperature T > 0 that minimises `loss(scores / T).mean()`; read probabilities off `scores / T`.  (..., A) -> float
+
+    `loss` maps scores to one number per row and its optimum must be a probability: cross-entropy, or a surrogate at mu = 1.
+    Use rows that the scores were not trained on.  ValueError where the optimum lies at T = 0 (no row is wrong, so that no
+    confidence is too high) or at infinity (constant scores do better).  Guo, Pleiss, Sun, Weinberger, "On Calibration of
+    Modern Neural Networks" (ICML 2017), section 4.2.
+    """
+    check_scores(scores)
+    if scores.numel() == 0:
+        raise ValueError(f"scores: expected at least one row, got shape {tuple(scores.shape)}")
+    closed = scores.isneginf()
+    finite = scores.detach().double().masked_fill(closed, 0.0)
+    # In units of the scores' own size, the search begins near its end.
+    size = float(finite.square().mean().sqrt()) or 1.0
+
+    def mean_loss(log_ratio: Tensor) -> Tensor:
+        # -inf over T has no gradient in T: it is put back afterwards.
+        value = loss((finite / (size * log_ratio.exp())).masked_fill(closed, -torch.inf)).mean()
+        if not bool(value.isfinite()):
+            raise ValueError(f"loss: expected finite numbers at every temperature, got a mean of {value.item()}")
+        return value
+
+    log_ratio = torch.zeros((), dtype=torch.float64, device=scores.device, requires_grad=True)
+    search = torch.optim.LBFGS(
+        [log_ratio], max_iter=200, tolerance_grad=1e-12, tolerance_change=1e-15, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> Tensor:
+        search.zero_grad()
+        value = mean_loss(log_ratio)
+        value.backward()
+        return value
+
+    search.step(closure)
+    with torch.no_grad():
+        sharper, best, flatter = (float(mean_loss(log_ratio + step)) for step in (-math.log(2), 0.0, math.log(2)))
+    if not best < min(sharper, flatter):
+        why = (
+            "the sharper the better, as if no row were ever wrong; use rows that the model was not trained on"
+            if sharper <= flatter
+            else "the flatter the better: these scores say less than constant ones; is their sign or the order of columns wrong?"
+        )
+        raise ValueError(f"scores: no temperature is best for the {len(scores)} rows: {why}")
+    return size * math.exp(float(log_ratio.detach()))
+
+
+@dataclass(frozen=True)
+class _Sweep:
+    """Every set of rows that a threshold on a margin can defer, from none of them to all that have a margin.
+
+    `thresholds` (L+1,) fall; the i-th defers the rows whose `level` is below i.  Rows of margin -inf have level L.
+    """
+
+    thresholds: Tensor
+    level: Tensor
+
+    @staticmethod
+    def of(margin: Tensor, scores: Tensor) -> "_Sweep":
+        """Margins that differ by rounding alone, measured by the scores they come from, are one level."""
+        asks = ~margin.isneginf()
+        level = torch.zeros(len(margin), dtype=torch.int64, device=margin.device)
+        falling, order = margin[asks].sort(descending=True)
+        if len(falling) == 0:
+            return _Sweep(margin.new_zeros(1), level)
+        size = scores[scores.isfinite()].abs().max()
+        drops = falling[:-1] - falling[1:] > 4 * torch.finfo(torch.float64).eps * size
+        rank = torch.cat([drops.new_zeros(1).long(), drops.long().cumsum(0)])
+        level[asks] = torch.empty_like(rank).index_copy(0, order, rank)
+        level[~asks] = rank[-1] + 1
+        spread = (falling[0] - falling[-1]).clamp(min=1.0) + 1e-6 * size
+        between = (falling[:-1] / 2 + falling[1:] / 2)[drops]
+        return _Sweep(torch.cat([falling[:1] + spread, between, falling[-1:] - spread]), level)
+
+    def sums_over_deferred(self, values: Tensor) -> Tensor:
+        """The sum of the values of the rows that each threshold defers.  (N,) -> (L+1,)"""
+        per_level = values.new_zeros(len(self.thresholds)).index_add(0, self.level, values)
+        return torch.cat([values.new_zeros(1), per_level[:-1].cumsum(0)])
+
+    def cheapest(self, kept_cost: Tensor, deferred_cost: Tensor) -> Tensor:
+        """The threshold of least total cost; sums in another order differ by rounding: within it, the one that defers least."""
+        saved = self.sums_over_deferred(kept_cost - deferred_cost)
+        return self.thresholds[(saved >= saved.max() - _rounding(kept_cost, deferred_cost)).int().argmax()]
+
+
+def _rounding(*costs: Tensor) -> float:
+    """How far apart two sums of the same costs may be: each number is at most the largest, or 1."""
+    return 1e-12 * len(costs[0]) * max(1.0, *(float(cost.abs().max()) for cost in costs))
+
+
+def _known_scores(scores: Tensor, num_own: int, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Checked scores in float64, -inf where the mask is False, and the mask with one column per action."""
     if scores.dim() != 2 or len(scores) == 0:
         raise ValueError(f"scores: expected at least one row and shape (N, A), got {tuple(scores.shape)}")
-    require_actions(scores, costs)
     check_scores(scores)
     if bool(scores[:, :num_own].isneginf().any()):
         raise ValueError("scores: expected finite scores of the own actions, got -inf; an own action can always be taken")
     known = scores.double()
     if mask is not None:
         mask = action_mask(scores, mask, num_own)
+        check_mask(mask, num_own, scores.shape[-1])
         known = known.where(mask, -torch.inf)
-    check_costs(costs, ceiling=None, mask=mask)
-    margin = deferral_margin(known, num_own)
-    # A row whose experts are all missing keeps the own answer at every threshold.
-    asks = ~margin.isneginf()
-    own = pick(costs, decide(known[:, :num_own])).double()
-    asked = pick(costs, decide(known[:, num_own:]) + num_own).double()
+    return known, mask
 
+
+def _move_one_at_a_time(offsets: Tensor, known: Tensor, costs: Tensor, num_own: int) -> None:
+    """Coordinate descent on the experts' offsets, in place, until a whole round saves nothing."""
+    total = pick(costs, decide(known, offsets)).sum()
+    moved = True
+    while moved:
+        moved = False
+        for expert in range(num_own, known.shape[-1]):
+            others = known.clone()
+            others[:, expert] = -torch.inf
+            instead = decide(others, offsets)
+            margin = known[:, expert] - pick(others + offsets, instead)
+            asked = costs[:, expert].where(~margin.isneginf(), 0.0)
+            trial = offsets.clone()
+            trial[expert] = -_Sweep.of(margin, known).cheapest(pick(costs, instead), asked)
+            trial_total = pick(costs, decide(known, trial)).sum()
+            if trial_total < total - _rounding(costs.where(~known.isneginf(), 0.0)):
+                offsets[expert], total, moved = trial[expert], trial_total, True
+
+
+def _defer_at_most(rows: int, scores: Tensor, num_own: int, mask: Tensor | None) -> Tensor:
+    known, _ = _known_scores(scores, num_own, mask)
+    sweep = _Sweep.of(deferral_margin(known, num_own), known)
+    deferred = sweep.sums_over_deferred(torch.ones(len(scores), dtype=torch.float64, device=scores.device))
+    return _common_offset(sweep.thresholds[(deferred <= rows).nonzero().max()], scores, num_own)
+
+
+def _common_offset(threshold: Tensor, scores: Tensor, num_own: int) -> Tensor:
     offsets = torch.zeros(scores.shape[-1], dtype=torch.float64, device=scores.device)
-    levels, group = torch.unique(margin[asks], return_inverse=True)
-    if len(levels) == 0:
-        return offsets
-    per_level = torch.zeros_like(levels).index_add(0, group, (own - asked)[asks])
-    # saved[i]: what deferring every row at or above the i-th highest level saves; saved[0] is never deferring.
-    saved = torch.cat([levels.new_zeros(1), per_level.flip(0).cumsum(0)])
-    spread = (levels[-1] - levels[0]).clamp(min=1.0)
-    edges = torch.cat([levels[:1] - spread, levels, levels[-1:] + spread])
-    thresholds = ((edges[1:] + edges[:-1]) / 2).flip(0)
-    # Sums in another order differ by rounding: within it, the one that defers least.
-    as_good = saved >= saved.max() - 1e-12 * len(margin)
-    offsets[num_own:] = -thresholds[as_good.int().argmax()]
+    offsets[num_own:] = -threshold
     return offsets
+
+
+def _check_share(name: str, share: float) -> None:
+    if not 0.0 <= share <= 1.0:
+        raise ValueError(f"{name}: expected a share of the rows in [0, 1], got {share}")

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deferral import decide, error_costs, fit_offsets, pick, two_stage_deferral
+from deferral.calibration import budget_offsets, coverage_offsets, deferral_rate_offsets, fit_temperature
 
 
 def best_by_search(scores: Tensor, costs: Tensor, num_own: int, mask: Tensor | None = None) -> float:
@@ -69,7 +70,169 @@ def test_never_and_always_deferring_are_reached() -> None:
     assert (decide(scores, fit_offsets(scores, free_expert, mask=nobody), mask=nobody) == 0).all()
 
 
+@pytest.mark.parametrize("num_own", [1, 3])
+@pytest.mark.parametrize("ties", [True, False])
+@pytest.mark.parametrize("seed", range(3))
+def test_one_offset_per_expert_is_never_dearer_and_cannot_be_bettered_alone(num_own: int, ties: bool, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(40, num_own + 3, generator=generator).double()
+    scores = (2 * scores).round() / 2 if ties else scores
+    costs = torch.rand(40, num_own + 3, generator=generator, dtype=torch.float64)
+    mask = torch.rand(40, 3, generator=generator) < 0.8
+
+    def cost(offsets: Tensor) -> float:
+        return pick(costs, decide(scores, offsets, mask=mask)).mean().item()
+
+    common = cost(fit_offsets(scores, costs, num_own=num_own, mask=mask))
+    offsets = fit_offsets(scores, costs, num_own=num_own, mask=mask, per_expert=True)
+    assert (offsets[:num_own] == 0).all()
+    assert cost(offsets) <= common + 1e-12
+    # Where expert j ties with the best of the others is where its rows change hands: try both sides of every such place.
+    for expert in range(num_own, num_own + 3):
+        closed = offsets.clone()
+        closed[expert] = -torch.inf
+        known = torch.cat([torch.ones(40, num_own).bool(), mask], -1)
+        others = (scores + closed).where(known, -torch.inf).amax(-1)
+        for tie in others - scores[:, expert]:
+            for side in (-1e-9, 1e-9):
+                closed[expert] = tie + side
+                assert cost(offsets) <= cost(closed) + 1e-9
+
+
+def test_one_offset_per_expert_corrects_each_experts_own_bias() -> None:
+    """Scores that flatter one expert and wrong another: one number for both cannot mend it."""
+    generator = torch.Generator().manual_seed(0)
+    costs = torch.rand(2000, 3, generator=generator, dtype=torch.float64)
+    scores = -costs + torch.tensor([0.0, 0.7, -0.4])
+    best = costs.amin(-1).mean().item()
+
+    def cost(per_expert: bool) -> float:
+        return pick(costs, decide(scores, fit_offsets(scores, costs, per_expert=per_expert))).mean().item()
+
+    assert cost(False) > best + 0.05
+    assert cost(True) < best + 0.01
+
+
+def every_rule(scores: Tensor, num_own: int, mask: Tensor) -> list[Tensor]:
+    """The actions of every threshold that could matter, by falling number of rows kept."""
+    asked = scores[:, num_own:].where(mask, -torch.inf)
+    margin = asked.amax(-1) - scores[:, :num_own].amax(-1)
+    levels = margin[margin.isfinite()].unique().flip(0)
+    rules = []
+    for threshold in [levels[0] + 1, *levels]:
+        offsets = torch.zeros(scores.shape[-1], dtype=torch.float64)
+        offsets[num_own:] = -threshold
+        rules.append(decide(scores, offsets, mask=mask))
+    return rules
+
+
+@pytest.mark.parametrize("num_own", [1, 2])
+@pytest.mark.parametrize("ties", [True, False])
+@pytest.mark.parametrize("seed", range(3))
+def test_coverage_rate_and_budget_are_met_and_used_up(num_own: int, ties: bool, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(30, num_own + 2, generator=generator).double()
+    scores = scores.round() if ties else scores
+    mask = torch.rand(30, 2, generator=generator) < 0.7
+    rules = every_rule(scores, num_own, mask)
+    kept = [int((actions < num_own).sum()) for actions in rules]
+    for rows in range(31):
+        offsets = coverage_offsets(scores, rows / 30, num_own=num_own, mask=mask)
+        assert int((decide(scores, offsets, mask=mask) < num_own).sum()) == min(k for k in kept if k >= rows)
+        offsets = deferral_rate_offsets(scores, rows / 30, num_own=num_own, mask=mask)
+        assert int((decide(scores, offsets, mask=mask) >= num_own).sum()) == max(30 - k for k in kept if 30 - k <= rows)
+
+    prices = torch.rand(30, num_own + 2, generator=generator, dtype=torch.float64)
+    prices[:, :num_own] = 0.0
+    spent = [pick(prices, actions).mean().item() for actions in rules]
+    for budget in [0.0, 0.05, 0.2, 1.0, *spent]:
+        offsets = budget_offsets(scores, prices, budget, num_own=num_own, mask=mask)
+        actions = decide(scores, offsets, mask=mask)
+        assert pick(prices, actions).mean().item() <= budget + 1e-12
+        assert int((actions < num_own).sum()) == min(k for k, price in zip(kept, spent, strict=True) if price <= budget + 1e-12)
+
+
+def test_a_budget_in_currency() -> None:
+    scores = torch.tensor([[0.0, 4.0, 1.0], [0.0, 3.0, 1.0], [0.0, 1.0, 2.0], [0.0, -1.0, -2.0]])
+    prices = torch.tensor([0.001, 0.05, 0.01])  # dollars a query
+    assert decide(scores, budget_offsets(scores, prices, 0.011)).tolist() == [0, 0, 0, 0]
+    assert decide(scores, budget_offsets(scores, prices, 0.1019 / 4)).tolist() == [1, 0, 0, 0]
+    assert decide(scores, budget_offsets(scores, prices, 0.102 / 4)).tolist() == [1, 1, 0, 0]
+    assert decide(scores, budget_offsets(scores, prices, 1.0)).tolist() == [1, 1, 2, 1]
+    with pytest.raises(ValueError, match=r"at least 0\.001 a row"):
+        budget_offsets(scores, prices, 0.0009)
+    # An expert below the price of the own answer: the budget can be met by deferring alone.
+    assert (decide(scores, budget_offsets(scores, torch.tensor([0.3, 0.1, 0.1]), 0.1)) > 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_the_rows_promised_are_the_rows_decided_in_every_dtype(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = (300 + torch.randn(501, 4, generator=generator)).to(dtype)
+    for share in (0.0, 0.1, 0.5, 0.9, 1.0):
+        deferred = (decide(scores, deferral_rate_offsets(scores, share)) > 0).double().mean().item()
+        assert deferred <= share
+        assert dtype == torch.float16 or deferred > share - 1 / 500
+    huge = torch.tensor([[0.0, 1e17]] * 3, dtype=torch.float64)
+    assert (decide(huge, coverage_offsets(huge, 1.0)) == 0).all()
+    assert (decide(huge, coverage_offsets(huge, 0.5)) == 0).all()  # rows of equal margin stay together
+    assert (decide(huge, coverage_offsets(huge, 0.0)) == 1).all()
+    # 0.4 - 0.1 and 0.5 - 0.2 are one margin, whatever their last digit.
+    near = torch.tensor([[0.1, 0.4], [0.2, 0.5]], dtype=torch.float64)
+    assert (decide(near, deferral_rate_offsets(near, 0.5)) == 0).all()
+
+
+def test_a_known_temperature_is_found() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(20_000, 5, generator=generator)
+    targets = torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
+
+    def loss(scores: Tensor) -> Tensor:
+        return F.cross_entropy(scores, targets, reduction="none")
+
+    for factor in (1e-3, 0.4, 1.0, 3.0, 1e4):
+        assert fit_temperature(loss, factor * logits) == pytest.approx(factor, rel=0.03)
+    temperature = torch.tensor(fit_temperature(loss, 3 * logits), dtype=torch.float64, requires_grad=True)
+    loss(3 * logits.double() / temperature).mean().backward()
+    assert abs(temperature.grad.item()) < 1e-8
+
+
+def test_the_temperature_of_a_two_stage_surrogate_makes_its_probabilities_those_of_the_costs() -> None:
+    """At mu = 1 the optimum has p_a proportional to the expected weight, here ceiling - cost."""
+    generator = torch.Generator().manual_seed(0)
+    costs = torch.rand(500, 3, generator=generator, dtype=torch.float64)
+    optimum = (1 - costs).log()
+    fitted = fit_temperature(lambda s: two_stage_deferral(s, costs), 2.5 * optimum)
+    assert fitted == pytest.approx(2.5, rel=1e-6)
+    closed = torch.cat([2.5 * optimum, torch.full((500, 1), -torch.inf, dtype=torch.float64)], -1)
+    assert fit_temperature(lambda s: two_stage_deferral(s[:, :3], costs), closed) == pytest.approx(2.5, rel=1e-6)
+
+
+def test_scores_without_a_best_temperature_are_refused() -> None:
+    scores = torch.randn(50, 3, dtype=torch.float64)
+
+    def against(targets: Tensor) -> float:
+        return fit_temperature(lambda s: F.cross_entropy(s, targets, reduction="none"), scores)
+
+    with pytest.raises(ValueError, match="as if no row were ever wrong"):
+        against(scores.argmax(-1))
+    with pytest.raises(ValueError, match="say less than constant ones"):
+        against(scores.argmin(-1))
+    with pytest.raises(ValueError, match="finite numbers at every temperature"):
+        fit_temperature(lambda s: s.sum(-1) * torch.nan, scores)
+
+
 def test_bad_input() -> None:
+    with pytest.raises(ValueError, match="share of the rows"):
+        coverage_offsets(torch.randn(3, 2), 1.1)
+    with pytest.raises(ValueError, match="share of the rows"):
+        deferral_rate_offsets(torch.randn(3, 2), float("nan"))
+    with pytest.raises(ValueError, match="at least one row"):
+        coverage_offsets(torch.randn(0, 2), 0.5)
+    with pytest.raises(ValueError, match="one price per action"):
+        budget_offsets(torch.randn(3, 2), torch.rand(1), 0.5)
+    with pytest.raises(ValueError, match="own action"):
+        coverage_offsets(torch.randn(3, 2), 0.5, mask=torch.zeros(3, 2, dtype=torch.bool))
     with pytest.raises(ValueError, match="at least one row"):
         fit_offsets(torch.randn(0, 2), torch.rand(0, 2))
     with pytest.raises(ValueError, match="finite"):

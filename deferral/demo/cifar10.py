@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from rich.progress import Progress
 from torch import Tensor, nn
 
+from deferral.baselines import compare_confidence, selective_prediction
 from deferral.calibration import fit_offsets
 from deferral.datasets import Images, cifar10, cifar10h_counts, cifar10n_annotators
 from deferral.decision import decide, oracle
@@ -132,10 +133,10 @@ def _compare(stage2: Part, test: Part, price: float, seed: int, doing: Callable[
     )
 
     def chow(part: Part) -> Tensor:
-        return torch.stack([part.confidence, torch.full_like(part.confidence, float(person_right.mean()) - price)], dim=-1)
+        return selective_prediction(part.confidence.unsqueeze(-1), 1 - person_right.mean(dim=0, keepdim=True) + price)
 
-    def compare_confidence(part: Part) -> Tensor:
-        return torch.stack([part.confidence, skill(part.features).sigmoid().squeeze(-1) - price], dim=-1)
+    def compared_confidences(part: Part) -> Tensor:
+        return compare_confidence(part.confidence.unsqueeze(-1), skill(part.features).sigmoid(), price=price)
 
     def two_stage(part: Part) -> Tensor:
         return router(part.features)
@@ -149,7 +150,7 @@ def _compare(stage2: Part, test: Part, price: float, seed: int, doing: Callable[
 
     chow_before, _ = thresholded("Chow's rule, threshold of the training people", chow, training_people)
     chow_fitted, _ = thresholded("Chow's rule", chow, test_people)
-    compared, _ = thresholded("compare-confidence", compare_confidence, test_people)
+    compared, _ = thresholded("compare-confidence", compared_confidences, test_people)
     before, offset_before = thresholded("two-stage, threshold of the training people", two_stage, training_people)
     ours, offset_after = thresholded(OURS, two_stage, test_people)
     order = torch.randperm(len(ours.actions), generator=torch.Generator().manual_seed(seed))

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from rich.progress import Progress
 from torch import Tensor, nn
 
+from deferral.baselines import compare_confidence, selective_prediction
 from deferral.calibration import fit_offsets
 from deferral.datasets import digits
 from deferral.decision import decide, oracle
@@ -129,13 +130,14 @@ def run(seed: int, device: torch.device | str, progress: Progress, *, useless_ex
         return predictor(part.pixels).softmax(-1).amax(dim=-1)
 
     def chow_to_best(part: Part) -> Tensor:
-        # The one expert of least cost on the calibration rows, at a constant score: the fitted offset is the threshold.
-        best = int(system(calibration).costs[:, 1:-1].mean(dim=0).argmin())
         own = confidence(part)
-        return offered(own, F.one_hot(torch.tensor(best), len(experts)).to(own).log().expand(len(own), -1))
+        scores = selective_prediction(own.unsqueeze(-1), system(calibration).costs[:, 1:-1].mean(dim=0))
+        return offered(own, scores[:, 1:])
 
-    def compare_confidence(part: Part) -> Tensor:
-        return offered(confidence(part), skill(features(part)).sigmoid() - torch.tensor(prices, device=device))
+    def compared_confidences(part: Part) -> Tensor:
+        own = confidence(part)
+        right = skill(features(part)).sigmoid()
+        return offered(own, compare_confidence(own.unsqueeze(-1), right, price=torch.tensor(prices, device=device))[:, 1:])
 
     def single_stage_scores(part: Part) -> Tensor:
         scores = deferring(part.pixels)
@@ -161,7 +163,7 @@ def run(seed: int, device: torch.device | str, progress: Progress, *, useless_ex
         *(judged.always(f"always {name}", 1 + j) for j, name in enumerate(experts)),
         judged.take("random rows, same shares", shuffled.to(judged.targets.device)),
         thresholded("Chow's rule to the best expert", chow_to_best),
-        thresholded("compare-confidence", compare_confidence),
+        thresholded("compare-confidence", compared_confidences),
         ours,
         thresholded("abstain: Chow's rule", chow_abstains),
         thresholded("abstain: two-stage", rejector_scores),

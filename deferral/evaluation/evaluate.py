@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from deferral.baselines import compare_confidence, selective_prediction
 from deferral.calibration import fit_offsets
 from deferral.costs import error_costs, squared_costs
 from deferral.curves import Curve, augrc, aurc, excess_aurc, excess_system_aurc, own_and_asked, risk_coverage_curve, system_aurc
@@ -173,18 +174,15 @@ def _baselines(
     if output.probabilities is None or not own_known or output.labels is None:
         return {}
     own, asked = output.probabilities[:, :1], 1 + len(prices)
-    abstain = [torch.full_like(own, 1 - abstain_cost)] if output.abstains and abstain_cost is not None else []
     baselines = {}
-    experts_known = not bool((output.probabilities.isnan() & output.mask[:, :asked]).any())
-    if prices and experts_known:
-        right = output.probabilities[:, 1:] - torch.tensor(prices, dtype=torch.float64)
-        baselines["compare-confidence"] = torch.cat([own, right.nan_to_num(-torch.inf), *abstain], dim=-1)
+    if prices and not bool((output.probabilities.isnan() & output.mask[:, :asked]).any()):
+        scores = compare_confidence(own, output.probabilities[:, 1:].nan_to_num(0.0), price=torch.tensor(prices).double())
+        abstain = [torch.full_like(own, 1 - abstain_cost)] if output.abstains and abstain_cost is not None else []
+        baselines["compare-confidence"] = torch.cat([scores, *abstain], dim=-1)
     if len(fitting) and output.mask.shape[-1] > 1:
-        # Chow's rule: the best other action is one constant, which the fitted threshold replaces.
-        mean = average(costs[fitting].where(output.mask[fitting], torch.nan))[1:].nan_to_num(torch.inf)
-        others = torch.full_like(mean, -torch.inf)
-        others[mean.argmin()] = 0.5
-        baselines["selective prediction"] = torch.cat([own, others.expand(len(own), -1)], dim=-1)
+        # An expert who answered none of these rows is never asked.
+        means = average(costs[fitting].where(output.mask[fitting], torch.nan))[1:].nan_to_num(torch.inf)
+        baselines["selective prediction"] = selective_prediction(own, means)
     return baselines
 
 

@@ -1,0 +1,31 @@
+"""Thresholds with a promise: on new rows a risk exceeds its level with probability at most delta, or not in expectation.
+
+A fitted threshold (`deferral.calibration`) meets its target on the rows it was fitted on, and misses it on new ones about every
+other time.  Here each of some thresholds, fixed beforehand, is tested on rows that had no part in choosing them, and the answer
+is one that passed.  Nothing is assumed but that the rows are independent draws from the law of the rows to come.
+
+The rule at a threshold t: defer iff margin >= t, with `margin = deferral_margin(scores.double(), num_own)`; `threshold_offsets`
+turns t into offsets for `decide`.
+
+Learn then test: Angelopoulos, Bates, Candès, Jordan, Lei, "Learn then Test: Calibrating Predictive Algorithms to Achieve Risk
+Control" (2021).  Conformal risk control: Angelopoulos, Bates, Fisch, Lei, Schuster (ICLR 2024).
+"""
+
+from deferral.certified.conformal import conformal_risk_control
+from deferral.certified.learn_then_test import Certificate, certify, certify_by_group, safest_first
+from deferral.certified.risks import DeferralRate, Risk, SelectiveRisk, SystemRisk
+from deferral.certified.thresholds import threshold_grid, threshold_offsets
+
+__all__ = [
+    "Certificate",
+    "DeferralRate",
+    "Risk",
+    "SelectiveRisk",
+    "SystemRisk",
+    "certify",
+    "certify_by_group",
+    "conformal_risk_control",
+    "safest_first",
+    "threshold_grid",
+    "threshold_offsets",
+]

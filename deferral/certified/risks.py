@@ -1,0 +1,99 @@
+"""What can be promised: the mean loss of kept answers, the mean cost of the system, the share of rows deferred."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from deferral.validation import check_costs
+
+__all__ = ["DeferralRate", "Risk", "SelectiveRisk", "SystemRisk", "check_margin", "checked_risks", "of_rows"]
+
+
+@dataclass(frozen=True)
+class SelectiveRisk:
+    """E[loss | kept] <= at_most: the mean loss of the own answers that are kept.  (N,), in [0, 1]
+
+    A bool loss (`answers != targets`) is tested by the exact binomial tail, a floating one by Hoeffding-Bentkus.
+    """
+
+    loss: Tensor
+    at_most: float
+
+
+@dataclass(frozen=True)
+class SystemRisk:
+    """E[own_cost if kept else deferred_cost] <= at_most: the mean cost of the system, in [0, ceiling].  (N,), (N,)
+
+    `deferred_cost` is what the expert would cost who is asked where the row is deferred.  Two bool tensors (wrong or not) are
+    tested by the exact binomial tail, floating costs by Hoeffding-Bentkus.  Not monotone in the threshold where an expert can
+    be wrong on rows that the own predictor gets right.
+    """
+
+    own_cost: Tensor
+    deferred_cost: Tensor
+    at_most: float
+    ceiling: float = 1.0
+
+
+@dataclass(frozen=True)
+class DeferralRate:
+    """P(deferred) <= at_most, tested by the exact binomial tail."""
+
+    at_most: float
+
+
+Risk = SelectiveRisk | SystemRisk | DeferralRate
+
+
+def checked_risks(margin: Tensor, risks: Risk | Sequence[Risk]) -> list[Risk]:
+    """The risks with tensors on the CPU, of one length, in range; where nobody can be asked, deferring costs the own answer."""
+    check_margin(margin)
+    given = [risks] if isinstance(risks, Risk) else list(risks)
+    if not given:
+        raise ValueError("risks: expected at least one risk, got none")
+    checked: list[Risk] = []
+    for risk in given:
+        if not isinstance(risk, Risk):
+            raise TypeError(f"risks: expected SelectiveRisk, SystemRisk or DeferralRate, got {type(risk).__name__}")
+        ceiling = risk.ceiling if isinstance(risk, SystemRisk) else 1.0
+        if not 0.0 < risk.at_most < ceiling:
+            raise ValueError(f"at_most: expected a level between 0 and the largest possible, {ceiling:g}, got {risk.at_most}")
+        if isinstance(risk, SelectiveRisk):
+            risk = replace(risk, loss=_checked_losses("loss", risk.loss, margin, 1.0))
+        elif isinstance(risk, SystemRisk):
+            own = _checked_losses("own_cost", risk.own_cost, margin, ceiling)
+            alone = margin.cpu().isneginf()
+            deferred = risk.deferred_cost.cpu()
+            if deferred.shape == own.shape:
+                deferred = deferred.where(~alone, own.to(deferred.dtype))
+            risk = replace(risk, own_cost=own, deferred_cost=_checked_losses("deferred_cost", deferred, margin, ceiling))
+        checked.append(risk)
+    return checked
+
+
+def of_rows(risk: Risk, rows: Tensor) -> Risk:
+    rows = rows.cpu()
+    if isinstance(risk, SelectiveRisk):
+        return replace(risk, loss=risk.loss[rows])
+    if isinstance(risk, SystemRisk):
+        return replace(risk, own_cost=risk.own_cost[rows], deferred_cost=risk.deferred_cost[rows])
+    return risk
+
+
+def check_margin(margin: Tensor) -> None:
+    if margin.dim() != 1 or len(margin) == 0:
+        raise ValueError(f"margin: expected at least one row and shape (N,), got {tuple(margin.shape)}")
+    if bool((margin.isnan() | (margin == torch.inf)).any()):
+        raise ValueError("margin: expected numbers, or -inf where nobody can be asked, got NaN or +inf")
+
+
+def _checked_losses(name: str, values: Tensor, margin: Tensor, ceiling: float) -> Tensor:
+    if values.shape != margin.shape:
+        raise ValueError(f"{name}: expected one number per row, shape {tuple(margin.shape)}, got {tuple(values.shape)}")
+    values = values.detach().cpu()
+    if values.dtype != torch.bool:
+        check_costs(values, ceiling=ceiling, name=name)
+        values = values.double().clamp(max=ceiling)
+    return values

@@ -1,0 +1,150 @@
+"""The two ways not to answer: abstain at a constant cost, or ask one of several experts."""
+
+from collections.abc import Sequence
+from typing import Any, Self
+
+import numpy as np
+import torch
+from sklearn.utils.validation import check_consistent_length
+from torch import Tensor
+
+from deferral.estimators.two_stage import TwoStage
+
+__all__ = ["Abstaining", "Deferring"]
+
+
+class Abstaining(TwoStage):
+    """Two actions: answer, or abstain at `cost`.  `cost` may be changed after `fit`: the learned costs do not depend on it."""
+
+    cost: float
+
+    def fit(self, X: Any, y: Any) -> Self:
+        """Fit the predictor, the cost of its answers on rows it did not see, and the threshold.  -> self"""
+        if not self.cost >= 0:
+            raise ValueError(f"cost: expected a non-negative number, got {self.cost}")
+        targets = self._record(X, y)
+        nobody = np.empty((len(targets), 0))
+        return self._fit(X, targets, nobody.astype(targets.dtype), nobody.astype(bool))
+
+    def decision(self, X: Any) -> np.ndarray:
+        """0 where the predictor answers, 1 where it abstains.  -> (N,)"""
+        return self._decide(self._judge(X)[1]).numpy()
+
+    def predict(self, X: Any) -> np.ndarray:
+        """The own answer, or the mark of abstaining (`abstain_label_`; NaN in regression).  -> (N,)"""
+        own, expected = self._judge(X)
+        return self._marked(own, self._decide(expected).numpy() > 0)
+
+    def score(self, X: Any, y: Any) -> float:
+        """1 - the mean cost of the actions taken: an error (squared and standardised in regression), or `cost`.
+
+        Compare settings of the predictor by it, not values of `cost`.
+        """
+        own, expected = self._judge(X)
+        targets = self._read_targets(y)
+        check_consistent_length(own, targets)
+        costs = self._costs(self._errors(own[:, None], np.ones((len(own), 1), dtype=bool), targets))
+        return 1 - float(costs.gather(-1, self._decide(expected).unsqueeze(-1)).mean())
+
+    def _costs(self, errors: Tensor) -> Tensor:
+        return torch.cat([errors, torch.full_like(errors[:, :1], self.cost)], dim=-1)
+
+
+class Deferring(TwoStage):
+    """1 + E actions: answer, or ask expert j at `alpha_j * error + price_j`.
+
+    `alpha` and `price` may be changed after `fit`: the learned errors do not depend on them.
+    """
+
+    alpha: float | Sequence[float]
+    price: float | Sequence[float]
+
+    def fit(self, X: Any, y: Any, expert_answers: Any = None) -> Self:
+        """Fit the predictor, the costs of all answers on rows it did not see, and the threshold.  -> self
+
+        `expert_answers` (N, E) or (N,): NaN, None and pandas' NA mean no answer, and so does -1 among integer labels that do not
+        hold it.  Without experts this is the predictor alone.
+        """
+        targets = self._record(X, y)
+        if expert_answers is None:
+            expert_answers = np.empty((len(targets), 0)).astype(targets.dtype)
+        experts, known = self._read_answers(expert_answers)
+        check_consistent_length(targets, experts)
+        self.n_experts_ = experts.shape[-1]
+        silent = np.flatnonzero(~known.any(axis=0))
+        if len(silent):
+            raise ValueError(f"expert_answers: expected an answer in every column, got none in {silent.tolist()}; drop them")
+        self._costs(torch.zeros(1, 1 + self.n_experts_, dtype=torch.float64))
+        return self._fit(X, targets, experts, known)
+
+    def decision(self, X: Any, available: Any = None) -> np.ndarray:
+        """0 where the predictor answers, j where expert j is asked (from 1).  -> (N,)
+
+        `available`: who can be asked, bool, (E,) or (N, E).
+        """
+        expected = self._judge(X)[1]
+        if available is None:
+            return self._decide(expected).numpy()
+        mask = np.asarray(available)
+        if mask.dtype != bool or mask.shape not in ((self.n_experts_,), (len(expected), self.n_experts_)):
+            raise ValueError(
+                f"available: expected bool of shape ({self.n_experts_},) or {(len(expected), self.n_experts_)}, True = can be "
+                f"asked, got {mask.dtype} of shape {mask.shape}"
+            )
+        return self._decide(expected, _with_own(np.broadcast_to(mask, (len(expected), self.n_experts_)))).numpy()
+
+    def predict(self, X: Any, expert_answers: Any = None) -> np.ndarray:
+        """The own answer, or the mark of deferring (`defer_label_`; NaN in regression).  -> (N,)
+
+        With `expert_answers`, the answer of whoever is asked; an expert whose answer is missing cannot be asked.
+        """
+        own, expected = self._judge(X)
+        if self.n_experts_ == 0:
+            return own
+        if expert_answers is None:
+            return self._marked(own, self._decide(expected).numpy() > 0)
+        experts, known = self._read_given(expert_answers, len(own))
+        actions = self._decide(expected, _with_own(known)).numpy()
+        return np.take_along_axis(np.column_stack([own, experts]), actions[:, None], axis=-1)[:, 0]
+
+    def score(self, X: Any, y: Any, expert_answers: Any = None) -> float:
+        """1 - the mean cost of the actions taken: the system's accuracy where asking is free and alpha is 1.
+
+        With `expert_answers` an expert costs what its answer costs, and one without an answer cannot be asked; otherwise what
+        it is expected to cost.  In a search, route the answers: `set_score_request(expert_answers=True)`.
+        """
+        own, expected = self._judge(X)
+        targets = self._read_targets(y)
+        check_consistent_length(own, targets)
+        if expert_answers is None:
+            experts, known = np.empty((len(own), 0)).astype(own.dtype), np.empty((len(own), 0), dtype=bool)
+        else:
+            experts, known = self._read_given(expert_answers, len(own))
+        errors = self._errors(np.column_stack([own, experts]), _with_own(known).numpy(), targets)
+        if expert_answers is None:
+            actions, costs = self._decide(expected), torch.cat([errors, expected[:, 1:]], dim=-1)
+        else:
+            actions, costs = self._decide(expected, _with_own(known)), self._costs(errors)
+        return 1 - float(costs.gather(-1, actions.unsqueeze(-1)).mean())
+
+    def _read_given(self, expert_answers: Any, rows: int) -> tuple[np.ndarray, np.ndarray]:
+        experts, known = self._read_answers(expert_answers)
+        if experts.shape != (rows, self.n_experts_):
+            raise ValueError(f"expert_answers: expected shape {(rows, self.n_experts_)} as in fit, got {experts.shape}")
+        return experts, known
+
+    def _costs(self, errors: Tensor) -> Tensor:
+        return self._per_action("alpha", 1.0, errors) * errors + self._per_action("price", 0.0, errors)
+
+    def _per_action(self, name: str, own: float, errors: Tensor) -> Tensor:
+        value = torch.tensor(np.array(getattr(self, name), dtype=np.float64))
+        num_experts = errors.shape[-1] - 1
+        if value.shape not in ((), (num_experts,)) or not bool((value.isfinite() & (value >= 0)).all()):
+            raise ValueError(
+                f"{name}: expected one non-negative number, or one per expert ({num_experts}), got {getattr(self, name)!r}"
+            )
+        return torch.cat([value.new_tensor([own]), value.expand(num_experts)])
+
+
+def _with_own(known: np.ndarray) -> Tensor:
+    return torch.tensor(np.column_stack([np.ones(len(known), dtype=bool), known]))

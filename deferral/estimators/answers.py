@@ -1,0 +1,66 @@
+"""Experts' answers as they come (arrays, lists, frames, with gaps) become one table of the targets' type and a mask."""
+
+from typing import Any
+
+import numpy as np
+
+__all__ = ["as_labels", "as_numbers", "free_label"]
+
+
+def as_labels(answers: Any, classes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Labels (N, E) of the classes' type, and which are known.  Missing: NaN, None, NA, and -1 if no class is -1."""
+    expected = f"expert_answers: expected labels such as {classes[:3].tolist()} (missing: NaN, None or, among numbers, -1)"
+    values, known = _table(answers)
+    numeric = classes.dtype.kind in "biuf"
+    if known.any() and values.dtype.kind in ("SU" if numeric else "biuf"):
+        raise ValueError(f"{expected}, got {values.dtype}")
+    filled = values.astype(object)
+    filled[~known] = classes[0]
+    if numeric and -1 not in classes:
+        known &= filled != -1
+        filled[~known] = classes[0]
+    try:
+        labels = filled.astype(str if classes.dtype.kind == "U" else classes.dtype)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{expected}: {error}") from error
+    # A number that is no label, such as 1.5 among integers, would be cut.
+    changed = labels != filled
+    if changed.any():
+        raise ValueError(f"{expected}, got {filled[changed][0]!r}")
+    return labels, known
+
+
+def as_numbers(answers: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers (N, E), and which are known.  Missing: NaN, None, NA."""
+    values, known = _table(answers)
+    try:
+        numbers = np.where(known, values, 0.0).astype(np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"expert_answers: expected numbers (missing ones NaN or None): {error}") from error
+    if not np.isfinite(numbers).all():
+        raise ValueError("expert_answers: expected finite numbers, got infinity; mark missing answers with NaN")
+    return numbers, known
+
+
+def free_label(classes: np.ndarray, wanted: Any, word: str) -> Any:
+    """The mark of a row without an own answer: as wanted, else -1 (or one below the smallest class), or the word."""
+    if wanted is None and classes.dtype.kind in "biuf":
+        wanted = -1 if -1 not in classes else classes.min().item() - 1
+    label = word if wanted is None else wanted
+    if label in classes.tolist():
+        raise ValueError(f"{word}_label: {label!r} is a class; choose another one")
+    return label
+
+
+def _table(answers: Any) -> tuple[np.ndarray, np.ndarray]:
+    # A list of text and NaN would become the text "nan".
+    values = np.asarray(answers) if hasattr(answers, "__array__") else np.asarray(answers, dtype=object)
+    if hasattr(answers, "isna"):
+        known = ~np.asarray(answers.isna())
+    elif values.dtype.kind == "O":
+        known = ~((values == np.array(None)) | (values != values)).astype(bool)
+    else:
+        known = np.full(values.shape, True) if values.dtype.kind != "f" else ~np.isnan(values)
+    if values.ndim not in (1, 2):
+        raise ValueError(f"expert_answers: expected shape (N,) or (N, E), one column per expert, got {values.shape}")
+    return (values[:, None], known[:, None]) if values.ndim == 1 else (values, known)

@@ -1,0 +1,138 @@
+"""The second stage of the estimators: what each action will cost, by our own surrogate on a linear model.
+
+One model per action, rather than one softmax over all of them: each is then a calibrated cost within its range, the threshold
+is in units of cost, and an answer that is missing for one expert says nothing about another.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deferral.calibration import fit_offsets
+from deferral.costs import pick
+from deferral.decision import decide
+from deferral.losses import two_stage_deferral
+
+__all__ = ["CostModel", "fit_cost_model", "fit_cost_offsets"]
+
+# Standardised features are cut here: far outside the training rows a line must not run on.
+_FARTHEST = 5.0
+# The predictor's own log-odds are penalised this much less than the rest: a strong penalty leaves Chow's rule, not a constant.
+_LEADING_PENALTY = 0.01
+_INTERCEPT_PENALTY = 0.01
+_PENALTIES = (100.0, 10.0, 1.0)
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """E[error_a | x] = ceiling * sigmoid(-(z @ weights + intercepts)), z the standardised features.  (N, D) -> (N, A)
+
+    A missing feature (NaN) counts as its mean.  With `squares`, z holds the squared features as well.
+    """
+
+    mean: np.ndarray
+    scale: np.ndarray
+    weights: np.ndarray
+    intercepts: np.ndarray
+    ceiling: float
+    squares: bool
+
+    def __call__(self, features: np.ndarray) -> Tensor:
+        z = _standardised(features, self.mean, self.scale, self.squares)
+        return self.ceiling * torch.sigmoid(-(z @ torch.tensor(self.weights) + torch.tensor(self.intercepts)))
+
+
+def fit_cost_model(
+    features: np.ndarray,
+    errors: Tensor,
+    known: Tensor,
+    fold: np.ndarray,
+    *,
+    ceiling: float,
+    l2: float | None = None,
+    leading: int = 0,
+    squares: bool = False,
+) -> tuple[CostModel, Tensor]:
+    """A model of all rows, and what the models of the other folds expect of every row.  (N, D), (N, A) x 2, (N,) -> ., (N, A)
+
+    Minimises sum two_stage_deferral([z w, 0], [error, ceiling - error]) + l2/2 |w|^2: each action is set against its
+    complement, so that at the optimum softmax = [1 - E[error|x] / ceiling, E[error|x] / ceiling] (the logistic surrogate,
+    mu = 1).  Errors lie in [0, ceiling]; those that are not `known` are left out.  `l2=None` takes the one of 1, 10, 100 of
+    least cross-fitted loss.  The first `leading` features are penalised 100 times less.  Convex, full batch, float64: no seed.
+    """
+    present = ~np.isnan(features)
+    rows = present.sum(axis=0).clip(min=1)
+    mean = np.where(present, features, 0.0).sum(axis=0) / rows
+    scale = np.sqrt(np.where(present, (features - mean) ** 2, 0.0).sum(axis=0) / rows)
+    # A column that is constant up to rounding stays out.
+    scale = np.where(scale > 1e-9 * np.abs(mean) + 1e-300, scale, np.inf)
+    z = _standardised(features, mean, scale, squares)
+    penalty = torch.ones(z.shape[-1], 1, dtype=torch.float64)
+    penalty[:leading] = _LEADING_PENALTY
+
+    errors = errors.where(known, 0.0)
+    numbers, of_row = np.unique(fold, return_inverse=True)
+    in_fold = torch.tensor(of_row)
+    elsewhere = known & (in_fold != torch.arange(len(numbers)).unsqueeze(-1)).unsqueeze(-1)
+    start = torch.zeros(len(numbers), z.shape[-1] + 1, errors.shape[-1], dtype=torch.float64)
+    tried = []
+    # From the strongest penalty down, each starting where the last one ended.
+    for candidate in _PENALTIES if l2 is None else (float(l2),):
+        start = _minimise(start, z, errors, elsewhere, candidate * penalty, ceiling)
+        right = (z @ start[:, :-1] + start[:, -1:])[in_fold, torch.arange(len(z))]
+        tried.append((float(_losses(right, errors, ceiling).where(known, 0.0).sum()), candidate, right))
+    _, best, right = min(tried, key=lambda trial: trial[0])
+    expected = ceiling * torch.sigmoid(-right)
+    fitted = _minimise(start.mean(dim=0, keepdim=True), z, errors, known.unsqueeze(0), best * penalty, ceiling)[0].numpy()
+    return CostModel(mean, scale, fitted[:-1].copy(), fitted[-1].copy(), ceiling, squares), expected
+
+
+def fit_cost_offsets(expected: Tensor, costs: Tensor, mask: Tensor) -> Tensor:
+    """`fit_offsets` on scores -expected, or 0 where it saves less than one standard error.  (N, A) x 3 -> (A,)
+
+    The expected costs are calibrated, so that their natural threshold is 0; on few rows the best threshold is mostly noise.
+    """
+    scores = -expected
+    if scores.shape[-1] == 1:
+        return torch.zeros(1, dtype=torch.float64)
+    offsets = fit_offsets(scores, costs, mask=mask)
+    saved = pick(costs, decide(scores, mask=mask)) - pick(costs, decide(scores, offsets, mask=mask))
+    return offsets if saved.mean() > saved.std() / len(saved) ** 0.5 else torch.zeros_like(offsets)
+
+
+def _minimise(start: Tensor, z: Tensor, errors: Tensor, known: Tensor, penalty: Tensor, ceiling: float) -> Tensor:
+    """Weights and, last, intercepts of G problems over the same rows, of which each knows its own.  (G, D+1, A), (G, N, A)"""
+    parameters = start.clone().requires_grad_()
+    # The intercept of an action that was never wrong is held by next to nothing.
+    held = torch.cat([penalty, penalty.new_full((1, 1), _INTERCEPT_PENALTY)])
+    optimizer = torch.optim.LBFGS(
+        [parameters], max_iter=500, tolerance_grad=1e-6, tolerance_change=1e-10, line_search_fn="strong_wolfe"
+    )
+
+    def objective() -> Tensor:
+        optimizer.zero_grad()
+        right = z @ parameters[:, :-1] + parameters[:, -1:]
+        losses = _losses(right, errors, ceiling)
+        mean = (losses.where(known, 0.0).sum() + (held * parameters.square()).sum() / 2) / len(z)
+        mean.backward()
+        return mean
+
+    optimizer.step(objective)
+    return parameters.detach()
+
+
+def _losses(right: Tensor, errors: Tensor, ceiling: float) -> Tensor:
+    scores, costs = torch.stack([right, torch.zeros_like(right)], dim=-1), torch.stack([errors, ceiling - errors], dim=-1)
+    return two_stage_deferral(scores, costs, ceiling=ceiling)
+
+
+def _standardised(features: np.ndarray, mean: np.ndarray, scale: np.ndarray, squares: bool) -> Tensor:
+    if features.shape[-1] != len(mean):
+        raise ValueError(
+            f"X: the rejector was fitted on {len(mean)} features (the predictor's outputs, and X where it is a table of "
+            f"numbers), got {features.shape[-1]}; pass X of the same kind to fit and predict"
+        )
+    z = torch.tensor(np.nan_to_num((features - mean) / scale, nan=0.0)).clamp(-_FARTHEST, _FARTHEST)
+    return torch.cat([z, z.square() - 1], dim=-1) if squares else z

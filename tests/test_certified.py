@@ -1,0 +1,385 @@
+"""What is promised is kept: on laws whose risk is known at every threshold, over 1,000 calibrations each."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("scipy")
+
+from scipy.stats import binom
+
+from deferral import decide, deferral_margin
+from deferral.certified import (
+    Certificate,
+    DeferralRate,
+    Risk,
+    SelectiveRisk,
+    SystemRisk,
+    certify,
+    certify_by_group,
+    conformal_risk_control,
+    safest_first,
+    threshold_grid,
+    threshold_offsets,
+)
+from deferral.certified.learn_then_test import _p_values
+
+DELTA = 0.1
+TRIALS = 1000
+ALLOWED = DELTA + 3 * math.sqrt(DELTA * (1 - DELTA) / TRIALS)
+# 0.4, 0.3, 0.6 and 0.7, where the laws below cross their levels, lie between two of these.
+GRID = torch.arange(0.125, 1.0, 0.01, dtype=torch.float64)
+
+
+# The law: the margin is uniform on (0, 1), the own answer is wrong with probability margin / 2, the expert with 5%, but with 60%
+# where the margin is above 0.8: the rows that look most like theirs are not, and the risk of the system is not monotone.
+
+
+def draw(rows: int, generator: torch.Generator, slope: Tensor | float = 0.5) -> tuple[Tensor, Tensor, Tensor]:
+    margin, own, expert = torch.rand(3, rows, generator=generator, dtype=torch.float64)
+    return margin, own < slope * margin, expert < torch.where(margin < 0.8, 0.05, 0.6)
+
+
+def selective_risk(threshold: float, slope: float = 0.5) -> float:
+    return slope * threshold / 2
+
+
+def system_risk(threshold: float, price: float = 0.0) -> float:
+    t = min(max(threshold, 0.0), 1.0)
+    asked = 0.05 * (0.8 - t) + 0.12 if t < 0.8 else 0.6 * (1 - t)
+    return t**2 / 4 + asked + price * (1 - t)
+
+
+def plug_in(certificate: Certificate, *levels: float, lowest: bool = False) -> float:
+    """The threshold that one would take without a certificate: the boldest whose plain means are within the levels."""
+    within = (certificate.estimates <= torch.tensor(levels)).all(-1)
+    passed = certificate.thresholds[within]
+    if len(passed) == 0:
+        return torch.nan
+    return float(passed.min() if lowest else passed.max())
+
+
+def violations(trial: Callable[[torch.Generator], tuple[bool, bool, bool]]) -> tuple[float, float, float]:
+    """The shares of trials in which the certified threshold broke its promise, the plain one did, and a promise was made."""
+    generator = torch.Generator().manual_seed(0)
+    certified, plain, promised = torch.tensor([trial(generator) for _ in range(TRIALS)]).double().mean(0).tolist()
+    return certified, plain, promised
+
+
+METHODS = ["fixed_sequence", "bonferroni"]
+ROWS = {"fixed_sequence": 800, "bonferroni": 2000}  # one test in ninety at a time costs power
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_selective_risk(method: str) -> None:
+    def trial(generator: torch.Generator) -> tuple[bool, bool, bool]:
+        margin, wrong, _ = draw(ROWS[method], generator)
+        found = certify(margin, SelectiveRisk(wrong, 0.1), GRID, delta=DELTA, method=method)
+        return (
+            found.holds and selective_risk(found.threshold) > 0.1,
+            selective_risk(plug_in(found, 0.1)) > 0.1,
+            found.holds,
+        )
+
+    certified, plain, promised = violations(trial)
+    assert certified <= ALLOWED
+    assert plain > 0.4
+    assert promised > 0.8
+
+
+def test_selective_risk_of_a_loss_that_is_not_0_or_1() -> None:
+    """A loss that is uniform between 0 and margin / 2: half as large on average."""
+
+    def trial(generator: torch.Generator) -> tuple[bool, bool, bool]:
+        margin, _, _ = draw(800, generator)
+        loss = margin / 2 * torch.rand(800, generator=generator, dtype=torch.float64)
+        found = certify(margin, SelectiveRisk(loss, 0.1), GRID, delta=DELTA)
+        return (
+            found.holds and selective_risk(found.threshold) / 2 > 0.1,
+            selective_risk(plug_in(found, 0.1)) / 2 > 0.1,
+            found.holds,
+        )
+
+    certified, plain, promised = violations(trial)
+    assert certified <= ALLOWED
+    assert plain > 0.4
+    assert promised > 0.9
+
+
+@pytest.mark.parametrize("price", [0.0, 0.02])
+@pytest.mark.parametrize("method", METHODS)
+def test_system_risk_that_is_not_monotone(method: str, price: float) -> None:
+    level = system_risk(0.6, price)
+
+    def risk(rows: tuple[Tensor, Tensor, Tensor]) -> SystemRisk:
+        _, own, expert = rows
+        return SystemRisk(own, expert, level) if price == 0 else SystemRisk(own.double(), expert + price, level, ceiling=1.02)
+
+    def trial(generator: torch.Generator) -> tuple[bool, bool, bool]:
+        others, rows = draw(500, generator), draw(1500, generator)
+        grid = safest_first(others[0], risk(others), GRID) if method == "fixed_sequence" else GRID
+        found = certify(rows[0], risk(rows), grid, delta=DELTA, method=method)
+        return (
+            found.holds and system_risk(found.threshold, price) > level + 1e-9,
+            system_risk(plug_in(found, level), price) > level + 1e-9,
+            found.holds,
+        )
+
+    at_grid = torch.tensor([system_risk(t, price) for t in GRID.tolist()]).diff()
+    assert (at_grid > 0).any()
+    assert (at_grid < 0).any()
+    certified, plain, promised = violations(trial)
+    assert certified <= ALLOWED
+    assert plain > 0.4
+    assert promised > 0.7
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_deferral_rate(method: str) -> None:
+    def trial(generator: torch.Generator) -> tuple[bool, bool, bool]:
+        margin, _, _ = draw(300, generator)
+        found = certify(margin, DeferralRate(0.3), GRID.flip(0), delta=DELTA, method=method)
+        return found.holds and 1 - found.threshold > 0.3, 1 - plug_in(found, 0.3, lowest=True) > 0.3, found.holds
+
+    certified, plain, promised = violations(trial)
+    assert certified <= ALLOWED
+    assert plain > 0.4
+    assert promised == 1.0
+
+
+def test_two_risks_at_once() -> None:
+    """A selective risk of at most 0.1 needs a threshold below 0.4, a deferral rate of at most 0.7 one above 0.3."""
+
+    def trial(generator: torch.Generator) -> tuple[bool, bool, bool]:
+        (others, others_wrong, _), (margin, wrong, _) = draw(1000, generator), draw(3000, generator)
+        grid = safest_first(others, [SelectiveRisk(others_wrong, 0.1), DeferralRate(0.7)], GRID)
+        found = certify(margin, [SelectiveRisk(wrong, 0.1), DeferralRate(0.7)], grid, delta=DELTA)
+        plain = plug_in(found, 0.1, 0.7)
+        return found.holds and not 0.3 <= found.threshold <= 0.4, not 0.3 <= plain <= 0.4, found.holds
+
+    certified, plain, promised = violations(trial)
+    assert certified <= ALLOWED
+    assert plain > 0.4
+    assert promised > 0.4
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_all_groups_at_once(method: str) -> None:
+    slopes = torch.tensor([0.3, 0.5, 0.9], dtype=torch.float64)
+
+    def trial(generator: torch.Generator) -> tuple[bool, bool, bool]:
+        groups = torch.randint(0, 3, (3 * ROWS[method],), generator=generator)
+        margin, wrong, _ = draw(len(groups), generator, slopes[groups])
+        found = certify_by_group(margin, SelectiveRisk(wrong, 0.12), GRID, groups, delta=DELTA, method=method)
+        broken = [c.holds and selective_risk(c.threshold, s) > 0.12 for c, s in zip(found, slopes.tolist(), strict=True)]
+        plain = [selective_risk(plug_in(c, 0.12), s) > 0.12 for c, s in zip(found, slopes.tolist(), strict=True)]
+        return any(broken), any(plain), all(c.holds for c in found)
+
+    certified, plain, promised = violations(trial)
+    assert certified <= ALLOWED
+    assert plain > 0.7
+    assert promised > 0.4
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_many_thresholds_just_outside_of_the_level_find_no_lucky_one(method: str) -> None:
+    """Own answers and expert are wrong equally often, a hair too often: whatever is certified is a violation."""
+
+    def trial(generator: torch.Generator) -> tuple[bool, bool, bool]:
+        margin, own, expert = torch.rand(3, 500, generator=generator, dtype=torch.float64)
+        found = certify(margin, SystemRisk(own < 0.2001, expert < 0.2001, 0.2), GRID, delta=DELTA, method=method)
+        return found.holds, bool((found.estimates <= 0.2).any()), bool((found.p_values <= DELTA).any())
+
+    certified, plain, uncorrected = violations(trial)
+    assert certified <= ALLOWED
+    assert plain > 0.6
+    assert uncorrected > 0.2
+
+
+def test_conformal_risk_control_holds_in_expectation_and_wastes_little() -> None:
+    """Errors among the kept rows, over all rows: t^2 / 4.  With 24 rows and a level of 1/24 the plain rule lets one through."""
+    rows, level = 24, 1 / 24
+
+    def mean_risk(rule: Callable[[Tensor, Tensor], float]) -> tuple[float, float]:
+        generator = torch.Generator().manual_seed(0)
+        risks = []
+        for _ in range(TRIALS):
+            margin, wrong, _ = draw(rows, generator)
+            risks.append(min(max(rule(margin, wrong), 0.0), 1.0) ** 2 / 4)
+        values = torch.tensor(risks)
+        return float(values.mean()), float(values.std() / math.sqrt(TRIALS))
+
+    def conformal(margin: Tensor, wrong: Tensor) -> float:
+        threshold, holds = conformal_risk_control(margin, SystemRisk(wrong, torch.zeros_like(wrong), level))
+        assert holds
+        return threshold
+
+    def plain(margin: Tensor, wrong: Tensor) -> float:
+        errors = margin[wrong].sort().values
+        return float(errors[1]) if len(errors) > 1 else 1.0
+
+    mean, error = mean_risk(conformal)
+    assert level - 2 / (rows + 1) < 0.75 * level < mean <= level + 3 * error
+    mean, error = mean_risk(plain)
+    assert mean > level + 10 * error
+
+
+def test_conformal_deferral_rate_is_a_conformal_quantile() -> None:
+    """Of 19 rows and a new one each is as likely to have the highest margin: 1 in 20."""
+    generator = torch.Generator().manual_seed(0)
+    deferred = []
+    for _ in range(TRIALS):
+        margin, _, _ = draw(19, generator)
+        threshold, holds = conformal_risk_control(margin, DeferralRate(0.1))
+        assert holds
+        assert int((margin >= threshold).sum()) == 1
+        deferred.append(1 - threshold)
+    mean = sum(deferred) / TRIALS
+    # Half way between the two highest margins: 1 - E[threshold] = (1/20 + 2/20) / 2.
+    assert mean == pytest.approx(0.075, abs=0.005)
+
+
+def test_conformal_risk_control_refuses_what_it_cannot_promise() -> None:
+    margin, own, expert = draw(200, torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match=r"not monotone in the threshold.*use certify"):
+        conformal_risk_control(margin, SystemRisk(own, expert, 0.2))
+    with pytest.raises(TypeError, match="use certify"):
+        conformal_risk_control(margin, SelectiveRisk(own, 0.2))
+    nothing = torch.zeros_like(own)
+    assert conformal_risk_control(margin[:5], SystemRisk(own[:5], nothing[:5], 0.1)) == (-torch.inf, False)
+    assert conformal_risk_control(margin[:5], DeferralRate(0.1)) == (torch.inf, False)
+    assert conformal_risk_control(margin, SystemRisk(nothing, nothing, 0.1)) == (torch.inf, True)
+
+
+@pytest.mark.parametrize(("size", "level"), [(1, 0.3), (20, 0.05), (60, 0.5), (200, 0.11)])
+def test_p_values_of_binary_losses_are_those_of_the_binomial_and_never_too_small(size: int, level: float) -> None:
+    """At the edge of the null P(p <= u) <= u for every u that p can take: summed over all outcomes, without simulation."""
+    errors = torch.arange(size + 1).double().numpy()
+    sizes = torch.full((size + 1,), size).numpy()
+    chances = binom.pmf(errors, size, level)
+    exact = _p_values(errors, sizes, level, exact=True)
+    assert exact == pytest.approx(binom.cdf(errors, size, level))
+    bounded = _p_values(errors, sizes, level, exact=False)
+    assert (bounded >= exact - 1e-12).all()
+    for p_values in (exact, bounded):
+        for value in p_values:
+            assert chances[p_values <= value].sum() <= value + 1e-12
+    assert _p_values(errors[:1], sizes[:1], level, exact=False)[0] == pytest.approx((1 - level) ** size)
+
+
+def test_everything_that_is_counted_against_its_definition() -> None:
+    generator = torch.Generator().manual_seed(0)
+    margin = torch.randint(0, 6, (50,), generator=generator).double()  # ties, on thresholds too
+    margin[:4] = -torch.inf  # nobody can be asked
+    own, deferred = torch.rand(2, 50, generator=generator, dtype=torch.float64)
+    deferred[:4] = torch.nan
+    grid = torch.tensor([-torch.inf, 3.0, 0.5, 6.0, torch.inf, 2.0])
+    risks: list[Risk] = [SelectiveRisk(own, 0.6), SystemRisk(own, 2 * deferred, 1.2, ceiling=2.0), DeferralRate(0.5)]
+    found = certify(margin, risks, grid, method="bonferroni")
+    for number, threshold in enumerate(grid):
+        kept = (margin < threshold) | margin.isneginf()
+        estimates = [own[kept].mean(), torch.where(kept, own, 2 * deferred).mean(), (~kept).double().mean()]
+        torch.testing.assert_close(found.estimates[number], torch.stack(estimates))
+        assert found.coverage[number] == kept.double().mean()
+        alone = [certify(margin, risk, threshold[None]).p_values.item() for risk in risks]
+        assert found.p_values[number] == max(alone)
+    assert found.certified.tolist() == (found.p_values <= 0.05 / 6).tolist()
+
+
+def test_a_fixed_sequence_stops_at_the_first_failure_and_bonferroni_does_not() -> None:
+    margin = torch.linspace(0, 1, 1000, dtype=torch.float64)
+    wrong = (margin > 0.5) & (margin < 0.6)  # the selective risk rises to 1/6, and falls again to 1/10
+    grid = torch.tensor([0.2, 0.4, 0.62, 0.99])
+    risk = SelectiveRisk(wrong, 0.13)
+    stopped = certify(margin, risk, grid)
+    assert stopped.certified.tolist() == [True, True, False, False]
+    assert stopped.threshold == pytest.approx(0.4)
+    searched = certify(margin, risk, grid, method="bonferroni")
+    assert searched.certified.tolist() == [True, True, False, True]
+    assert searched.threshold == pytest.approx(0.99)
+    reordered = safest_first(margin, risk, grid)
+    assert certify(margin, risk, reordered).threshold == pytest.approx(0.99)
+
+
+def test_nothing_certified_is_no_promise_and_falls_back_to_the_safe_end() -> None:
+    margin, wrong, expert = draw(10, torch.Generator().manual_seed(0))
+    for risks, end in (
+        (SelectiveRisk(wrong, 0.01), -torch.inf),
+        (SystemRisk(wrong, expert, 0.01), -torch.inf),
+        ([SelectiveRisk(wrong, 0.01), DeferralRate(0.01)], -torch.inf),
+        (DeferralRate(0.01), torch.inf),
+    ):
+        found = certify(margin, risks, GRID)
+        assert (found.holds, found.threshold) == (False, end)
+        assert not found.certified.any()
+    groups = torch.tensor([0] * 5 + [2] * 5)
+    by_group = certify_by_group(margin, SelectiveRisk(torch.zeros_like(wrong), 0.7), GRID[-1:], groups)
+    assert [c.holds for c in by_group] == [True, False, True]
+
+
+def test_offsets_decide_as_the_threshold_says() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(300, 5, generator=generator, dtype=torch.float64)
+    mask = torch.rand(300, 3, generator=generator) < 0.5
+    margin = deferral_margin(scores, 2, mask=mask)
+    asked = decide(scores[:, 2:], mask=mask) + 2
+    for threshold in (-torch.inf, -0.3, 0.4, torch.inf):
+        actions = decide(scores, threshold_offsets(threshold, 2, 3), mask=mask)
+        deferred = (margin >= threshold) & mask.any(-1)
+        assert torch.equal(actions >= 2, deferred)
+        assert torch.equal(actions[deferred], asked[deferred])
+    per_group = torch.tensor([-torch.inf, 0.4, torch.inf])
+    groups = torch.randint(0, 3, (300,), generator=generator)
+    actions = decide(scores, threshold_offsets(per_group[groups], 2, 3), mask=mask)
+    assert torch.equal(actions >= 2, (margin >= per_group[groups]) & mask.any(-1))
+    with pytest.raises(ValueError, match="NaN"):
+        threshold_offsets(torch.nan, 1, 1)
+
+
+def test_a_grid_keeps_the_shares_it_was_asked_for_and_hits_no_row() -> None:
+    margin = torch.rand(1000, dtype=torch.float64)
+    grid = threshold_grid(margin, 10)
+    kept = (margin < grid.unsqueeze(-1)).double().mean(-1)
+    torch.testing.assert_close(kept, torch.linspace(0.1, 1.0, 10, dtype=torch.float64))
+    assert not torch.isin(grid, margin).any()
+    assert grid[-1] == torch.inf
+    tied = torch.tensor([1.0, 1.0, 1.0, 2.0])
+    assert threshold_grid(tied, 50).tolist() == [1.5, torch.inf]
+    assert threshold_grid(tied[:1], 5).tolist() == [torch.inf]
+
+
+def test_bad_input() -> None:
+    margin, wrong, expert = draw(10, torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match="margin"):
+        certify(margin[:0], DeferralRate(0.1), GRID)
+    with pytest.raises(ValueError, match="margin"):
+        certify(margin * torch.nan, DeferralRate(0.1), GRID)
+    with pytest.raises(ValueError, match="thresholds"):
+        certify(margin, DeferralRate(0.1), torch.tensor([0.1, torch.nan]))
+    with pytest.raises(ValueError, match="delta"):
+        certify(margin, DeferralRate(0.1), GRID, delta=1.0)
+    with pytest.raises(ValueError, match="method"):
+        certify(margin, DeferralRate(0.1), GRID, method="best")
+    with pytest.raises(ValueError, match="at least one risk"):
+        certify(margin, [], GRID)
+    with pytest.raises(TypeError, match="SelectiveRisk"):
+        certify(margin, [0.1], GRID)
+    with pytest.raises(ValueError, match="at_most"):
+        certify(margin, SelectiveRisk(wrong, 1.0), GRID)
+    with pytest.raises(ValueError, match="one number per row"):
+        certify(margin, SelectiveRisk(wrong[:5], 0.1), GRID)
+    with pytest.raises(TypeError, match="floating"):
+        certify(margin, SelectiveRisk(wrong.long(), 0.1), GRID)
+    with pytest.raises(ValueError, match="ceiling"):
+        certify(margin, SystemRisk(wrong.float(), expert + 0.1, 0.1), GRID)
+    with pytest.raises(ValueError, match="NaN"):
+        certify(margin, SystemRisk(wrong.float(), expert * torch.nan, 0.1), GRID)
+    with pytest.raises(ValueError, match="groups"):
+        certify_by_group(margin, DeferralRate(0.1), GRID, torch.zeros(9).long())
+    with pytest.raises(ValueError, match="one for each of 1"):
+        certify_by_group(margin, DeferralRate(0.1), [GRID, GRID], torch.zeros(10).long())
+    with pytest.raises(ValueError, match="coverage"):
+        threshold_grid(margin, 10, coverage=(0.0, 1.0))

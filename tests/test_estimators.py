@@ -1,0 +1,484 @@
+import warnings
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import sklearn
+import torch
+from scipy.sparse import csr_array
+from sklearn.base import clone
+from sklearn.dummy import DummyRegressor
+from sklearn.ensemble import RandomForestClassifier
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.frozen import FrozenEstimator
+from sklearn.linear_model import LinearRegression, LogisticRegression, RidgeClassifier
+from sklearn.model_selection import GridSearchCV, KFold, ShuffleSplit, StratifiedKFold, TimeSeriesSplit
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer, StandardScaler
+from sklearn.utils.estimator_checks import check_estimator
+from torch import nn
+
+from deferral import decide, fit_offsets, pick
+from deferral.estimators import (
+    AbstainingClassifier,
+    AbstainingRegressor,
+    DeferralClassifier,
+    DeferralRegressor,
+    TrainingRowsWarning,
+)
+from deferral.estimators.answers import as_labels
+from deferral.estimators.rejector import fit_cost_model, fit_cost_offsets
+
+EVERY = [cls(l2=10.0) for cls in (AbstainingClassifier, DeferralClassifier, AbstainingRegressor, DeferralRegressor)]
+EXPECTED_FAILURES = {
+    AbstainingClassifier: {
+        "check_classifiers_train": "predict marks abstentions, which are no column of predict_proba, whose argmax it compares"
+    },
+}
+
+
+@pytest.mark.parametrize("estimator", EVERY, ids=lambda e: type(e).__name__)
+def test_scikit_learns_own_checks(estimator) -> None:
+    expected = EXPECTED_FAILURES.get(type(estimator), {})
+    with warnings.catch_warnings():
+        # Checks that are skipped, and those that feed classes too small for five folds.
+        warnings.simplefilter("ignore")
+        results = check_estimator(estimator, expected_failed_checks=expected)
+    # What is expected to fail must fail.
+    assert {result["check_name"] for result in results if result["status"] == "xfail"} == set(expected)
+
+
+def half_known(rows: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """y = x1 > 0, but for x0 < 0 half the labels are noise to the predictor; expert 1 knows y there, expert 2 nowhere."""
+    generator = np.random.default_rng(seed)
+    X = generator.normal(size=(rows, 3))
+    noisy = (X[:, 0] < 0) & (generator.random(rows) < 0.5)
+    y = np.where(noisy, X[:, 1] <= 0, X[:, 1] > 0).astype(int)
+    answers = np.stack([np.where(X[:, 0] < 0, y, 1 - y), generator.integers(0, 2, rows)], axis=-1)
+    return X, y, answers
+
+
+@pytest.fixture(scope="module")
+def asked() -> DeferralClassifier:
+    return DeferralClassifier(price=[0.1, 0.0]).fit(*half_known(600, seed=0))
+
+
+def test_the_one_who_knows_is_asked_where_he_knows(asked) -> None:
+    X, y, answers = half_known(3000, seed=1)
+    clear = abs(X[:, 0]) > 0.3
+    decision = asked.decision(X)
+    assert ((decision == 1) == (X[:, 0] < 0))[clear].mean() > 0.95
+    assert ((decision == 0) == (X[:, 0] > 0))[clear].mean() > 0.95
+    assert np.array_equal(asked.predict(X) == asked.defer_label_, decision > 0)
+    alone = asked.estimator_.score(X, y)
+    assert asked.score(X, y, answers) > alone + 0.15
+
+
+def test_the_score_is_one_minus_the_mean_cost(asked) -> None:
+    X, y, answers = half_known(300, seed=2)
+    gaps = np.random.default_rng(0).random(answers.shape) < 0.3
+    given = np.where(gaps, -1, answers)
+    cost, who = 0.0, asked.decision(X, available=~gaps)
+    own = asked.estimator_.predict(X)
+    predicted = asked.predict(X, given)
+    for i, j in enumerate(who):
+        answer = own[i] if j == 0 else given[i, j - 1]
+        assert answer >= 0
+        assert predicted[i] == answer
+        cost += float(answer != y[i]) + [0.0, 0.1, 0.0][j]
+    assert asked.score(X, y, given) == pytest.approx(1 - cost / 300)
+    expected, decision = asked.expected_cost(X), asked.decision(X)
+    costs = np.where(decision == 0, own != y, expected[np.arange(300), decision])
+    assert asked.score(X, y) == pytest.approx(1 - costs.mean())
+
+
+def test_the_decision_is_the_least_expected_cost_less_its_offset(asked) -> None:
+    X, _, _ = half_known(200, seed=3)
+    expected = asked.expected_cost(X)
+    assert np.array_equal(asked.decision(X), (expected - asked.offsets_).argmin(-1))
+    assert (expected >= [0, 0.1, 0]).all()
+    assert (expected <= [1, 1.1, 1]).all()
+    assert (asked.decision(X, available=np.array([False, False])) == 0).all()
+    assert not (asked.decision(X, available=np.array([False, True])) == 1).any()
+    dearer = DeferralClassifier(price=[0.1, 0.0]).fit(*half_known(600, seed=0)).set_params(price=[0.3, 0.0])
+    np.testing.assert_allclose(dearer.expected_cost(X) - expected, np.tile([0, 0.2, 0], (200, 1)), atol=1e-12)
+
+
+def test_expected_costs_are_calibrated_on_fresh_rows(asked) -> None:
+    X, y, answers = half_known(20_000, seed=4)
+    wrong = np.column_stack([asked.estimator_.predict(X), answers]) != y[:, None]
+    costs = wrong + np.array([0, 0.1, 0])
+    for half in (X[:, 0] < -0.2, X[:, 0] > 0.2):
+        np.testing.assert_allclose(asked.expected_cost(X)[half].mean(0), costs[half].mean(0), atol=0.07)
+
+
+def test_the_cost_model_reads_off_the_conditional_mean_of_a_discrete_x() -> None:
+    """The optimum of the surrogate: softmax = [1 - E[c|x] / ceiling, E[c|x] / ceiling], for every action and ceiling."""
+    generator = torch.Generator().manual_seed(0)
+    cells = torch.arange(5).repeat(400)
+    errors = 3 * torch.rand(2000, 2, generator=generator, dtype=torch.float64) * torch.rand(5, 2, generator=generator)[cells]
+    known = torch.rand(2000, 2, generator=generator) < 0.7
+    fold = np.arange(2000) // 1000
+    X = torch.nn.functional.one_hot(cells).double().numpy()
+    model, unseen = fit_cost_model(X, errors.where(known, torch.nan), known, fold, ceiling=3.0, l2=0.0)
+
+    def means(rows: torch.Tensor) -> torch.Tensor:
+        kept = (errors * known)[rows], known[rows]
+        return torch.stack([kept[0][cells[rows] == c].sum(0) / kept[1][cells[rows] == c].sum(0) for c in range(5)])
+
+    torch.testing.assert_close(model(np.eye(5)), means(torch.arange(2000)), rtol=0, atol=1e-3)
+    # What is expected of a row comes from the other fold alone.
+    torch.testing.assert_close(unseen[:5], means(torch.arange(1000, 2000)), rtol=0, atol=1e-3)
+    torch.testing.assert_close(unseen[1000:1005], means(torch.arange(1000)), rtol=0, atol=1e-3)
+    assert torch.isfinite(model(np.array([[np.nan, 1e9, -1e9, 0, 0]]))).all()
+
+
+def test_the_penalty() -> None:
+    generator = np.random.default_rng(0)
+    X, fold = generator.normal(size=(500, 20)), np.arange(500) % 5
+    errors = torch.tensor(generator.random((500, 1)) < 1 / (1 + np.exp(2 * X[:, :1] + X[:, 1:2]))).double()
+    known = torch.ones(500, 1, dtype=torch.bool)
+
+    def unseen_loss(l2: float | None) -> float:
+        _, expected = fit_cost_model(X, errors, known, fold, ceiling=1.0, l2=l2)
+        return torch.nn.functional.binary_cross_entropy(expected, errors).item()
+
+    # None takes the best of three, and the three differ.
+    three = [unseen_loss(l2) for l2 in (1.0, 10.0, 100.0)]
+    assert unseen_loss(None) == pytest.approx(min(three), abs=1e-4)
+    assert max(three) > min(three) + 0.01
+    # A strong one leaves the leading feature; a stronger one the mean.
+    model, _ = fit_cost_model(X, errors, known, fold, ceiling=1.0, l2=1e4, leading=1)
+    assert abs(model.weights[0, 0]) > 10 * abs(model.weights[1:, 0]).max()
+    constant, _ = fit_cost_model(X, errors, known, fold, ceiling=1.0, l2=1e9)
+    torch.testing.assert_close(constant(X), errors.mean().expand(500, 1), rtol=0, atol=1e-3)
+
+
+def test_the_threshold_moves_only_for_more_than_one_standard_error() -> None:
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.rand(4000, 2, generator=generator, dtype=torch.float64)
+    costs = (torch.rand(4000, 2, generator=generator, dtype=torch.float64) < truth).double()
+    mask = torch.ones(4000, 2, dtype=torch.bool)
+    assert fit_cost_offsets(truth, truth, mask).tolist() == [0, 0]
+    # Costs of asking that are stated 0.4 too high need an offset of 0.4 for asking.
+    stated = truth + torch.tensor([0.0, 0.4])
+    assert fit_cost_offsets(stated, costs, mask).tolist() == pytest.approx([0, 0.4], abs=0.1)
+    # On few rows the best threshold of right scores is noise: what it costs in truth.
+    few = list(zip(truth.split(40), costs.split(40), strict=True))
+    always = [pick(t, decide(-t, fit_offsets(-t, c))).mean() for t, c in few]
+    guarded = [pick(t, decide(-t, fit_cost_offsets(t, c, mask[:40]))).mean() for t, c in few]
+    assert sum(guarded) < sum(always)
+
+
+def test_without_experts_it_is_the_predictor(asked) -> None:
+    X, y, _ = half_known(200, seed=0)
+    plain = DeferralClassifier(LogisticRegression()).fit(X, y)
+    own = LogisticRegression().fit(X, y)
+    assert np.array_equal(plain.predict(X), own.predict(X))
+    assert plain.score(X, y) == pytest.approx(own.score(X, y))
+    assert plain.expected_cost(X).shape == (200, 1)
+    np.testing.assert_allclose(plain.predict_proba(X), own.predict_proba(X))
+
+
+def test_abstaining_pays_where_the_predictor_cannot_know() -> None:
+    X, y, _ = half_known(1000, seed=0)
+    fresh, truth, _ = half_known(5000, seed=1)
+    model = AbstainingClassifier(cost=0.2).fit(X, y)
+    abstains = model.decision(fresh) == 1
+    assert abstains[fresh[:, 0] < -0.3].mean() > 0.95
+    assert abstains[fresh[:, 0] > 0.3].mean() < 0.2
+    wrong = model.estimator_.predict(fresh) != truth
+    assert model.score(fresh, truth) == pytest.approx(1 - np.where(abstains, 0.2, wrong).mean())
+    assert (model.expected_cost(fresh)[:, 1] == 0.2).all()
+    assert set(np.unique(model.predict(fresh))) == {-1, 0, 1}
+    assert (AbstainingClassifier(cost=0.0).fit(X, y).predict(fresh) == -1).all()
+
+
+def test_marks_never_collide_with_classes() -> None:
+    X, y, _ = half_known(200, seed=0)
+    signs = 2 * y - 1
+    model = AbstainingClassifier(cost=0.3).fit(X, signs)
+    assert model.abstain_label_ == -2
+    assert set(np.unique(model.predict(X))) == {-2, -1, 1}
+    for words in (np.array(["no", "yes"])[y], np.array(["no", "yes"], dtype=object)[y]):
+        model = AbstainingClassifier(cost=0.3).fit(X, words)
+        assert set(model.predict(X)) == {"abstain", "no", "yes"}
+    assert set(AbstainingClassifier(cost=0.3, abstain_label=9).fit(X, y).predict(X)) == {0, 1, 9}
+    with pytest.raises(ValueError, match="is a class"):
+        AbstainingClassifier(abstain_label=1).fit(X, y)
+    with pytest.raises(ValueError, match="is a class"):
+        DeferralClassifier().fit(X, np.array(["no", "defer"])[y])
+
+
+def test_every_way_to_leave_an_answer_out_is_the_same() -> None:
+    X, y, answers = half_known(200, seed=0)
+    gaps = np.random.default_rng(0).random(answers.shape) < 0.3
+    base = DeferralClassifier().fit(X, y, np.where(gaps, -1, answers)).expected_cost(X)
+    as_float = np.where(gaps, np.nan, answers)
+    frame = pd.DataFrame(as_float).astype("Int64")
+    listed = [
+        [None if gap else int(answer) for gap, answer in zip(*pair, strict=True)] for pair in zip(gaps, answers, strict=True)
+    ]
+    for given in (as_float, frame, listed):
+        np.testing.assert_array_equal(DeferralClassifier().fit(X, y, given).expected_cost(X), base)
+    words = np.array(["no", "yes"])
+    texts = [[np.nan if answer is None else words[answer] for answer in row] for row in listed]
+    for given in (texts, pd.DataFrame(texts), np.array(texts, dtype=object)):
+        np.testing.assert_array_equal(DeferralClassifier().fit(X, words[y], given).expected_cost(X), base)
+
+
+def test_an_answer_outside_the_classes_is_wrong() -> None:
+    labels, known = as_labels(np.array(["maybe", "no"]), np.array(["no", "yes"]))
+    assert labels.tolist() == [["maybe"], ["no"]]
+    assert known.all()
+    X, y, _ = half_known(100, seed=0)
+    model = DeferralClassifier().fit(X, y, np.full(100, 7))
+    assert (model.expected_cost(X)[:, 1] > 0.9).all()
+    assert (model.decision(X) == 0).all()
+
+
+def test_a_search_slices_the_answers_with_the_rows() -> None:
+    X, y, answers = half_known(300, seed=0)
+    grid = {"estimator__logisticregression__C": [1e-4, 1.0]}
+    base = make_pipeline(StandardScaler(), LogisticRegression())
+    folds = StratifiedKFold(3)
+    by_hand = [
+        np.mean(
+            [
+                DeferralClassifier(clone(base).set_params(logisticregression__C=c))
+                .fit(X[train], y[train], answers[train])
+                .score(X[test], y[test], answers[test])
+                for train, test in folds.split(X, y)
+            ]
+        )
+        for c in (1e-4, 1.0)
+    ]
+    with sklearn.config_context(enable_metadata_routing=True):
+        model = DeferralClassifier(base).set_fit_request(expert_answers=True).set_score_request(expert_answers=True)
+        search = GridSearchCV(model, grid, cv=folds).fit(X, y, expert_answers=answers)
+    np.testing.assert_allclose(search.cv_results_["mean_test_score"], by_hand)
+    unrouted = GridSearchCV(DeferralClassifier(base), grid, cv=folds).fit(X, y, expert_answers=pd.DataFrame(answers))
+    assert unrouted.best_estimator_.n_experts_ == 2
+
+
+def test_frames_pipelines_sparse_tables_and_text() -> None:
+    X, y, answers = half_known(150, seed=0)
+    base = DeferralClassifier(LogisticRegression()).fit(X, y, answers)
+    frame = pd.DataFrame(X, columns=["a", "b", "c"])
+    by_name = DeferralClassifier(LogisticRegression()).fit(frame, pd.Series(y), pd.DataFrame(answers))
+    assert by_name.feature_names_in_.tolist() == ["a", "b", "c"]
+    np.testing.assert_allclose(by_name.expected_cost(frame), base.expected_cost(X))
+    with pytest.raises(ValueError, match="feature names"):
+        by_name.predict(frame[["b", "a", "c"]])
+
+    inside = make_pipeline(StandardScaler(), DeferralClassifier(LogisticRegression()))
+    inside.fit(frame, y, deferralclassifier__expert_answers=answers)
+    assert inside.predict(frame).shape == (150,)
+
+    sparse = AbstainingClassifier(LogisticRegression()).fit(csr_array(X), y)
+    assert sparse.cost_model_.mean.shape == (4,)  # log-odds, margin, two probabilities
+    np.testing.assert_allclose(sparse.predict_proba(csr_array(X)), sparse.predict_proba(X))
+
+    words = ["good fine" if label else "bad poor" for label in y]
+    reader = AbstainingClassifier(make_pipeline(TfidfVectorizer(), LogisticRegression()))
+    for texts in (words, pd.Series(words)):
+        assert reader.fit(texts, y).score(texts, y) == 1
+    mixed = frame.assign(word=words)
+    pick_numbers = make_pipeline(FunctionTransformer(lambda table: table[["a", "b"]]), LogisticRegression())
+    assert AbstainingClassifier(pick_numbers).fit(mixed, y).cost_model_.mean.shape == (4,)
+
+
+def test_bases_with_distances_or_bare_answers_or_unseen_classes() -> None:
+    X, y, _ = half_known(150, seed=0)
+    margins = AbstainingClassifier(RidgeClassifier(), cost=0.2).fit(X, y)
+    assert not hasattr(margins, "predict_proba")
+    assert 0 < margins.decision(X).mean() < 1
+    three = y + (X[:, 2] > 1)
+    for base in (RidgeClassifier(), RandomForestClassifier(10, random_state=0), KNeighborsClassifier(1)):
+        assert AbstainingClassifier(base, cost=0.3).fit(X, three).score(X, three) > 0.5
+    rare = y.copy()
+    rare[0] = 2
+    with pytest.warns(UserWarning, match="least populated class"):
+        model = AbstainingClassifier(KNeighborsClassifier(3)).fit(X, rare)
+    assert model.predict_proba(X).shape == (150, 3)
+
+
+def test_a_frozen_predictor_on_its_own_training_rows_warns() -> None:
+    X, y, answers = half_known(200, seed=0)
+    memory = KNeighborsClassifier(1).fit(X, y)
+    with pytest.warns(TrainingRowsWarning, match="look like its training rows") as caught:
+        model = DeferralClassifier(FrozenEstimator(memory), price=0.1).fit(X, y, answers)
+    assert caught[0].filename == __file__
+    fresh = half_known(200, seed=1)
+    assert (model.decision(fresh[0]) == 0).all()
+    held_out = DeferralClassifier(FrozenEstimator(memory), price=0.1).fit(*fresh)
+    assert held_out.estimator_.estimator is memory
+    assert (held_out.decision(X) == 1).mean() > 0.3
+    # Fitted here, the same predictor is cross-fitted: its perfect training rows are never used.
+    assert (DeferralClassifier(KNeighborsClassifier(1), price=0.1).fit(X, y, answers).decision(X) == 1).mean() > 0.3
+    numbers = X[:, 0] + 1
+    with pytest.warns(TrainingRowsWarning):
+        AbstainingRegressor(FrozenEstimator(LinearRegression().fit(X, numbers))).fit(X, numbers)
+
+
+def linear_module(model: LogisticRegression) -> nn.Module:
+    module = nn.Linear(3, 2)
+    with torch.no_grad():
+        module.weight.copy_(torch.tensor(np.concatenate([-model.coef_, model.coef_]) / 2))
+        module.bias.copy_(torch.tensor(np.concatenate([-model.intercept_, model.intercept_]) / 2))
+    return module
+
+
+def test_a_torch_module_is_a_frozen_predictor() -> None:
+    X, y, answers = half_known(300, seed=0)
+    X = X.astype(np.float32)
+    fitted = LogisticRegression().fit(*half_known(200, seed=5)[:2])
+    module = nn.Sequential(nn.Dropout(0.5), linear_module(fitted)).train()
+    with_module = DeferralClassifier(module).fit(X, y, answers)
+    with_frozen = DeferralClassifier(FrozenEstimator(fitted)).fit(X, y, answers)
+    np.testing.assert_allclose(with_module.expected_cost(X), with_frozen.expected_cost(X), atol=1e-4)
+    assert module.training
+    assert module[0].training
+    tensors = DeferralClassifier(module).fit(torch.tensor(X), y, answers)
+    np.testing.assert_allclose(tensors.expected_cost(torch.tensor(X)), with_module.expected_cost(X), atol=1e-12)
+    assert GridSearchCV(AbstainingClassifier(module), {"l2": [1.0, 9.0]}, cv=2).fit(X, y).best_estimator_.predict(X).shape == (
+        300,
+    )
+
+    class Flat(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return images.flatten(1)[:, :2]
+
+    assert AbstainingClassifier(Flat()).fit(X.reshape(300, 1, 3, 1), y).cost_model_.mean.shape == (4,)
+    regressor = AbstainingRegressor(nn.Linear(3, 1), cost=0.5).fit(X, X[:, 0] * 2)
+    assert regressor.predict(X).shape == (300,)
+    with pytest.raises(ValueError, match=r"labels in 0\.\.1"):
+        AbstainingClassifier(module).fit(X, y + 1)
+    with pytest.raises(ValueError, match="2 columns and y 3 labels"):
+        AbstainingClassifier(module).fit(X, np.array(["a", "b", "c"])[np.arange(300) % 3])
+
+
+@pytest.mark.parametrize("estimator", EVERY, ids=lambda e: type(e).__name__)
+def test_saved_and_loaded_it_decides_the_same_and_holds_no_pickle(estimator, tmp_path: Path) -> None:
+    X, y, answers = half_known(100, seed=0)
+    frame = pd.DataFrame(X, columns=["a", "b", "c"])
+    extra = (answers,) if "Deferral" in type(estimator).__name__ else ()
+    model = clone(estimator).fit(frame, y, *extra)
+    model.save(tmp_path / "model.skops")
+    again = type(estimator).load(tmp_path / "model.skops")
+    np.testing.assert_array_equal(again.expected_cost(frame), model.expected_cost(frame))
+    np.testing.assert_array_equal(again.predict(frame), model.predict(frame))
+    assert {Path(name).suffix for name in zipfile.ZipFile(tmp_path / "model.skops").namelist()} == {".json", ".npy"}
+    other = AbstainingRegressor if type(estimator) is DeferralRegressor else DeferralRegressor
+    with pytest.raises(ValueError, match=f"expected a {other.__name__}, got a {type(estimator).__name__}"):
+        other.load(tmp_path / "model.skops")
+
+
+class Unknown(LogisticRegression):
+    """A type that skops has never heard of."""
+
+
+def test_what_is_not_trusted_is_named_and_a_module_is_handed_over(tmp_path: Path) -> None:
+    X, y, _ = half_known(100, seed=0)
+    path = tmp_path / "model.skops"
+    model = AbstainingClassifier(Unknown()).fit(X, y)
+    model.save(path)
+    name = f"{Unknown.__module__}.Unknown"
+    with pytest.raises(ValueError, match=rf"not trusted: \['{name}'\]"):
+        AbstainingClassifier.load(path)
+    np.testing.assert_array_equal(AbstainingClassifier.load(path, trusted=[name]).predict(X), model.predict(X))
+    with pytest.raises(ValueError, match="holds its own predictor"):
+        AbstainingClassifier.load(path, trusted=[name], module=nn.Linear(3, 2))
+
+    module = linear_module(LogisticRegression().fit(X, y))
+    model = AbstainingClassifier(module).fit(X, y)
+    model.save(path)
+    assert model.estimator is module
+    np.testing.assert_array_equal(AbstainingClassifier.load(path, module=module).predict(X), model.predict(X))
+    with pytest.raises(ValueError, match="pass it"):
+        AbstainingClassifier.load(path)
+    with pytest.raises(ValueError, match="other weights"):
+        AbstainingClassifier.load(path, module=nn.Linear(3, 2))
+
+
+def noisy_to_the_left(rows: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """y = x1 + noise of deviation 1 for x0 < 0, else 0.1; the expert errs by 0.3 everywhere."""
+    generator = np.random.default_rng(seed)
+    X = generator.normal(size=(rows, 2))
+    y = X[:, 1] + np.where(X[:, 0] < 0, 1.0, 0.1) * generator.normal(size=rows)
+    return X, y, y + 0.3 * generator.choice([-1, 1], rows)
+
+
+def test_the_regressor_abstains_iff_the_variance_exceeds_the_cost() -> None:
+    X, y, _ = noisy_to_the_left(1500, seed=0)
+    fresh, truth, _ = noisy_to_the_left(4000, seed=1)
+    clear = abs(fresh[:, 0]) > 0.3
+    model = AbstainingRegressor(LinearRegression(), cost=0.25).fit(X, y)
+    assert (np.isnan(model.predict(fresh)) == (fresh[:, 0] < 0))[clear].mean() > 0.95
+    assert model.y_scale_ == pytest.approx(y.std())
+    errors = np.minimum((model.estimator_.predict(fresh) - truth) ** 2 / y.var(), 10)
+    taken = np.where(model.decision(fresh) == 1, 0.25, errors)
+    assert model.score(fresh, truth) == pytest.approx(1 - taken.mean())
+    assert taken.mean() < min(0.25, errors.mean()) - 0.05
+    assert model.expected_cost(fresh)[:, 0].mean() == pytest.approx(errors.mean(), rel=0.15)
+    # No unit of y changes a decision.
+    scaled = AbstainingRegressor(LinearRegression(), cost=0.25).fit(X, 1e6 * y)
+    assert (scaled.decision(fresh) == model.decision(fresh)).mean() > 0.999
+
+
+def test_the_regressor_asks_where_the_expert_errs_less() -> None:
+    X, y, expert = noisy_to_the_left(1500, seed=0)
+    fresh, truth, answers = noisy_to_the_left(4000, seed=1)
+    given = np.where(np.random.default_rng(0).random(1500) < 0.3, np.nan, expert)
+    model = DeferralRegressor(LinearRegression()).fit(X, y, given)
+    clear = abs(fresh[:, 0]) > 0.3
+    assert (np.isnan(model.predict(fresh)) == (fresh[:, 0] < 0))[clear].mean() > 0.95
+    final = model.predict(fresh, answers)
+    np.testing.assert_array_equal(final, np.where(model.decision(fresh) == 1, answers, model.estimator_.predict(fresh)))
+    assert model.score(fresh, truth, answers) == pytest.approx(1 - ((final - truth) ** 2).mean() / y.var(), abs=1e-6)
+    assert model.score(fresh, truth) == pytest.approx(model.score(fresh, truth, answers), abs=0.02)
+
+
+def test_splitters() -> None:
+    X, y, answers = half_known(120, seed=0)
+    ordered = DeferralClassifier(LogisticRegression(), cv=TimeSeriesSplit(3)).fit(X, y, answers)
+    assert ordered.predict(X).shape == (120,)
+    with pytest.raises(ValueError, match="at most one test part"):
+        DeferralClassifier(cv=ShuffleSplit(3, random_state=0)).fit(X, y, answers)
+    with pytest.raises(ValueError, match="two test parts"):
+        DeferralClassifier(cv=ShuffleSplit(1, random_state=0)).fit(X, y, answers)
+    seeded = KFold(4, shuffle=True, random_state=3)
+    first, second = (AbstainingRegressor(cv=seeded).fit(X, X[:, 0] ** 2).expected_cost(X) for _ in range(2))
+    assert np.array_equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda X, y, a: AbstainingClassifier(cost=1.5).fit(X, y), r"cost: expected a number in \[0, 1\]"),
+        (lambda X, y, a: AbstainingRegressor(cost=-1.0).fit(X, y), "cost: expected a non-negative"),
+        (lambda X, y, a: AbstainingRegressor(l2=-1.0).fit(X, y), "l2: expected a non-negative"),
+        (lambda X, y, a: DeferralClassifier(price=[0.1]).fit(X, y, a), r"price: .* one per expert \(2\)"),
+        (lambda X, y, a: DeferralClassifier(alpha=-1.0).fit(X, y, a), "alpha: .* non-negative"),
+        (lambda X, y, a: DeferralClassifier().fit(X, y, a[:-1]), "inconsistent numbers of samples"),
+        (lambda X, y, a: DeferralClassifier().fit(X, y, a[:, None]), r"one column per expert"),
+        (lambda X, y, a: DeferralClassifier().fit(X, y, np.full_like(a, -1)), r"an answer in every column, got none in \[0, 1\]"),
+        (lambda X, y, a: DeferralClassifier().fit(X, y, a + 0.5), r"expected labels such as \[0, 1\]"),
+        (lambda X, y, a: DeferralClassifier().fit(X, y, a.astype(str)), r"expected labels such as \[0, 1\]"),
+        (lambda X, y, a: DeferralClassifier().fit(X, y.astype(str), a), r"expected labels such as \['0', '1'\]"),
+        (lambda X, y, a: DeferralClassifier().fit(X, y, a).predict(X, a[:, :1]), "as in fit"),
+        (lambda X, y, a: DeferralClassifier().fit(X, y, a).decision(X, a), "available: expected bool"),
+        (lambda X, y, a: DeferralRegressor().fit(X, y, a.astype(str)), "as in fit|expected numbers|could not convert"),
+        (lambda X, y, a: DeferralRegressor().fit(X, y, a * np.inf), "finite numbers"),
+        (lambda X, y, a: AbstainingClassifier(DummyRegressor()).fit(X, y), "expected a classifier"),
+        (lambda X, y, a: AbstainingRegressor(nn.Linear(3, 2)).fit(X, y), "one number per row"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:invalid value encountered in multiply")
+def test_bad_input(call, said: str) -> None:
+    X, y, answers = half_known(60, seed=0)
+    with pytest.raises(ValueError, match=said):
+        call(X, y, answers)
