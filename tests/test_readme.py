@@ -1,19 +1,44 @@
-"""The README's snippets run, in order, as one session."""
+"""The snippets of the README and of the guide run, in order, each page as one session."""
 
 import re
 from pathlib import Path
 
 import torch
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+from deferral import decide
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def run(page: str, count: int) -> dict:
+    snippets = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert len(snippets) == count
+    session: dict = {}
+    torch.manual_seed(0)
+    for snippet in snippets:
+        exec(compile(snippet, page, "exec"), session)
+    return session
+
+
+def test_the_guide_runs_and_does_what_it_says(capsys) -> None:
+    session = run("docs/judging.md", 6)
+    rows, test, y = session["scores"][session["calibration"]], session["test"], session["y"]
+    assert (decide(rows, session["at_coverage"]) == 0).double().mean() >= 0.8
+    assert (decide(rows, session["at_rate"]) == 1).double().mean() <= 0.1
+    assert (session["few_hours"].actions == 1).sum() == 50
+    assert session["certificate"].holds
+    kept = session["promised"] == 0
+    assert (session["answers"][test, 0] != y[test])[kept].double().mean() <= 0.1
+    assert session["temperature"] > 0
+    who = torch.from_numpy(session["who"])
+    expected = session["answers"][test].gather(-1, who.unsqueeze(-1)).squeeze(-1)
+    assert (torch.from_numpy(session["final"])[who == 1] == expected[who == 1]).all()
+    assert "system accuracy" in capsys.readouterr().out
 
 
 def test_the_snippets_run_and_do_what_they_say(capsys) -> None:
-    snippets = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(snippets) == 5
-    session: dict = {}
-    for snippet in snippets:
-        exec(compile(snippet, "README.md", "exec"), session)
+    session = run("README.md", 6)
     answered = session["actions"] < 10
     right = session["actions"] == session["y"][session["test"]]
     assert right[answered].double().mean() > 0.95
@@ -22,6 +47,8 @@ def test_the_snippets_run_and_do_what_they_say(capsys) -> None:
     assert system > alone
     assert not session["known"].all()
     assert isinstance(session["loss"], torch.Tensor)
+    given = session["labels"] != session["clf"].abstain_label_
+    assert (session["labels"][given] == session["y"][session["test"]].numpy()[given]).mean() > 0.9
     assert "Interval(estimate=" in capsys.readouterr().out
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from deferral.baselines import compare_confidence, selective_prediction
+from deferral.baselines import compare_confidence, deferral_gains, post_hoc_scores, selective_prediction
 from deferral.calibration import fit_offsets
 from deferral.datasets import Images, cifar10, cifar10h_counts, cifar10n_annotators
 from deferral.decision import decide, oracle
@@ -66,7 +66,7 @@ def run(
     epochs: int = EPOCHS,
 ) -> list[Comparison]:
     """Train the network (or resume it from the checkpoint) and judge every method, once per price."""
-    task = progress.add_task("reading CIFAR-10", total=epochs + 2 * len(PRICES))
+    task = progress.add_task("reading CIFAR-10", total=epochs + 3 * len(PRICES))
     annotators, counts = cifar10n_annotators(people), cifar10h_counts(people)
     train_images, test_images = cifar10(root, train=True).to(device), cifar10(root, train=False).to(device)
     order = torch.randperm(len(train_images), generator=torch.Generator().manual_seed(seed))
@@ -132,11 +132,18 @@ def _compare(stage2: Part, test: Part, price: float, seed: int, doing: Callable[
         1, lambda s, rows: F.binary_cross_entropy_with_logits(s.squeeze(-1), person_right[rows], reduction="none")
     )
 
+    doing(f"price {price}: what the person saves")
+    gains = deferral_gains(costs)
+    gain = second_stage(1, lambda scores, rows: (scores - gains[rows]).square().squeeze(-1))
+
     def chow(part: Part) -> Tensor:
         return selective_prediction(part.confidence.unsqueeze(-1), 1 - person_right.mean(dim=0, keepdim=True) + price)
 
     def compared_confidences(part: Part) -> Tensor:
         return compare_confidence(part.confidence.unsqueeze(-1), skill(part.features).sigmoid(), price=price)
+
+    def post_hoc(part: Part) -> Tensor:
+        return post_hoc_scores(gain(part.features))
 
     def two_stage(part: Part) -> Tensor:
         return router(part.features)
@@ -151,6 +158,7 @@ def _compare(stage2: Part, test: Part, price: float, seed: int, doing: Callable[
     chow_before, _ = thresholded("Chow's rule, threshold of the training people", chow, training_people)
     chow_fitted, _ = thresholded("Chow's rule", chow, test_people)
     compared, _ = thresholded("compare-confidence", compared_confidences, test_people)
+    after_the_fact, _ = thresholded("post-hoc deferral", post_hoc, test_people)
     before, offset_before = thresholded("two-stage, threshold of the training people", two_stage, training_people)
     ours, offset_after = thresholded(OURS, two_stage, test_people)
     order = torch.randperm(len(ours.actions), generator=torch.Generator().manual_seed(seed))
@@ -165,6 +173,7 @@ def _compare(stage2: Part, test: Part, price: float, seed: int, doing: Callable[
             chow_before,
             chow_fitted,
             compared,
+            after_the_fact,
             before,
             ours,
             system.take("oracle", oracle(system.costs)),

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from deferral.baselines import compare_confidence, selective_prediction
+from deferral.baselines import compare_confidence, deferral_gains, post_hoc_scores, selective_prediction
 from deferral.calibration import fit_offsets
 from deferral.datasets import digits
 from deferral.decision import decide, oracle
@@ -63,7 +63,7 @@ def run(seed: int, device: torch.device | str, progress: Progress, *, useless_ex
     ceiling = 1 + max(prices)
     first, stage2, calibration, test = _split(seed, device, [confusion for confusion, _ in experts.values()])
     labelled = first + stage2
-    task = progress.add_task("", total=7)
+    task = progress.add_task("", total=8)
 
     def train(name: str, outputs: int, x: Tensor, loss: Callable[[Tensor, Tensor], Tensor]) -> nn.Sequential:
         progress.update(task, description=f"training: {name}")
@@ -100,6 +100,9 @@ def run(seed: int, device: torch.device | str, progress: Progress, *, useless_ex
         x,
         lambda s, i: F.binary_cross_entropy_with_logits(s, right[i], reduction="none").mean(-1),
     )
+
+    gains = deferral_gains(costs[:, :-1])
+    gain = train("what each expert saves", len(experts), x, lambda s, i: (s - gains[i]).square().mean(-1))
 
     # The same losses where the predictor may learn from every label.
     y, expert_costs = labelled.targets, system(labelled).costs[:, 1:-1]
@@ -139,6 +142,10 @@ def run(seed: int, device: torch.device | str, progress: Progress, *, useless_ex
         right = skill(features(part)).sigmoid()
         return offered(own, compare_confidence(own.unsqueeze(-1), right, price=torch.tensor(prices, device=device))[:, 1:])
 
+    def post_hoc(part: Part) -> Tensor:
+        scores = post_hoc_scores(gain(features(part)))
+        return offered(scores[:, 0], scores[:, 1:])
+
     def single_stage_scores(part: Part) -> Tensor:
         scores = deferring(part.pixels)
         return offered(scores[:, :K].amax(dim=-1), scores[:, K:])
@@ -164,6 +171,7 @@ def run(seed: int, device: torch.device | str, progress: Progress, *, useless_ex
         judged.take("random rows, same shares", shuffled.to(judged.targets.device)),
         thresholded("Chow's rule to the best expert", chow_to_best),
         thresholded("compare-confidence", compared_confidences),
+        thresholded("post-hoc deferral", post_hoc),
         ours,
         thresholded("abstain: Chow's rule", chow_abstains),
         thresholded("abstain: two-stage", rejector_scores),
