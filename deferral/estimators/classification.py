@@ -43,7 +43,8 @@ class _Classification(ClassifierMixin, TwoStage):
     def predict_proba(self, X: Any) -> np.ndarray:
         """The predictor's own class probabilities, whoever answers.  -> (N, K)"""
         check_is_fitted(self)
-        return softmax(log_scores(self.estimator_, X, self.classes_), axis=-1)
+        model = self.estimator_
+        return softmax(module_outputs(model, X), axis=-1) if isinstance(model, nn.Module) else model.predict_proba(X)
 
     def _default(self) -> Any:
         return make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
