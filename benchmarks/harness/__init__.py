@@ -1,0 +1,1 @@
+"""What the scripts of the published tables share: cells, images, networks, training, heads, judging."""

@@ -1,0 +1,120 @@
+"""A cell is one entry of a table: what was run, its figures in one JSON file, its per-sample outputs in an npz beside it.
+
+A cell is finished when its JSON file is there, and the file appears whole or not at all; so a run that is killed at any moment
+loses no finished cell.  Claims are locks that end with their process: started twice, a command shares its cells.
+"""
+
+import fcntl
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+__all__ = ["Cell", "Results", "write_whole"]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What identifies one entry; `cost` names the costs of asking or abstaining, say "c=0.2"."""
+
+    table: str
+    data: str
+    method: str
+    cost: str
+    seed: int
+    preset: str
+
+    @property
+    def name(self) -> str:
+        """The name of its files."""
+        words = (re.sub(r"[^A-Za-z0-9.]+", "-", part).strip("-") for part in (self.data, self.method, self.cost))
+        return "_".join([*words, f"seed{self.seed}"])
+
+
+class Results:
+    """A folder of cells: `<table>/<preset>/<cell>.json`, and `work/` for what may be thrown away."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.work = folder / "work"
+
+    def path(self, cell: Cell) -> Path:
+        """Where the JSON file of a cell lies."""
+        return self.folder / cell.table / cell.preset / f"{cell.name}.json"
+
+    def finished(self, cell: Cell) -> bool:
+        """True if the cell has its figures."""
+        return self.path(cell).is_file()
+
+    def write(self, cell: Cell, record: Mapping[str, Any], samples: Mapping[str, np.ndarray]) -> None:
+        """The per-sample outputs first, then the figures, which make the cell a finished one."""
+        path = self.path(cell)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with write_whole(path.with_suffix(".npz")) as partial:
+            np.savez_compressed(partial, **samples)
+        with write_whole(path) as partial:
+            partial.write_text(_lines({"cell": asdict(cell), **record}), encoding="utf-8")
+
+    def read_all(self, table: str) -> list[dict[str, Any]]:
+        """The records of all finished cells of a table, in the order of their names."""
+        records = []
+        for path in sorted((self.folder / table).glob("*/*.json")):
+            try:
+                records.append(json.loads(path.read_text(encoding="utf-8")))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}: expected the JSON of a finished cell ({error}); delete it to run it again") from error
+        return records
+
+    def samples(self, cell: Cell) -> dict[str, np.ndarray]:
+        """The per-sample outputs of a finished cell, where they are still on this machine."""
+        with np.load(self.path(cell).with_suffix(".npz"), allow_pickle=False) as arrays:
+            return dict(arrays)
+
+    def checkpoint(self, cell: Cell) -> Path:
+        """Where an unfinished cell keeps its training."""
+        return self.work / f"{cell.table}-{cell.preset}-{cell.name}.pt"
+
+    @contextmanager
+    def claim(self, name: str, *, wait: bool = False) -> Iterator[bool]:
+        """Hold the lock of that name; False where another process holds it and `wait` is not set."""
+        path = self.work / "locks" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                yield False
+                return
+            yield True
+
+
+def _lines(record: Mapping[str, Any]) -> str:
+    """JSON with a line for each entry, and for each item of a list: short, and readable in a diff."""
+    entries = []
+    for key, value in record.items():
+        if isinstance(value, list):
+            items = ",\n  ".join(json.dumps(item) for item in value)
+            entries.append(f" {json.dumps(key)}: [\n  {items}\n ]")
+        else:
+            entries.append(f" {json.dumps(key)}: {json.dumps(value)}")
+    return "{\n" + ",\n".join(entries) + "\n}\n"
+
+
+@contextmanager
+def write_whole(path: Path) -> Iterator[Path]:
+    """A path to write to; it becomes `path` when the block ends well, so that no reader ever sees half a file.
+
+    One writer at a time, which claims see to: what a killed one leaves, the next one writes over.
+    """
+    partial = path.with_name(f"{path.stem}.partial{path.suffix}")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,254 @@
+"""One run of a script: which cells are still open, what has been learned about them, and when to stop."""
+
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+
+import deferral
+from benchmarks.harness.cells import Cell, Results
+from benchmarks.harness.judging import Judged, figures
+from benchmarks.harness.presets import PRESETS, Preset
+from benchmarks.harness.progress import Display
+from benchmarks.harness.training import Diverged, OutOfTime, Recipe, Watch
+from deferral.datasets import DataError
+
+__all__ = ["RESULTS", "Finding", "Part", "Run", "image_options", "options", "running", "settings_of"]
+
+RESULTS = Path(__file__).parent.parent / "results"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One point of a cell: what it is at (say experts=4), its judged rows, and the references on the same rows."""
+
+    judged: Judged
+    references: Mapping[str, Judged]
+    at: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the work on a cell has found."""
+
+    parts: Sequence[Part]
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """The options of a script, and the folder its cells are in."""
+
+    results: Results
+    display: Display
+    preset_name: str
+    device: torch.device
+    root: Path | None
+    seeds: int
+    most_cells: int | None
+    deadline: float
+    bfloat16: bool
+    compiled: bool
+
+    @property
+    def preset(self) -> Preset:
+        """The rows, networks and costs of the preset."""
+        return PRESETS[self.preset_name]
+
+    @property
+    def recipe(self) -> Recipe:
+        """The preset's recipe at this run's precision."""
+        return replace(self.preset.recipe, bfloat16=self.bfloat16, compiled=self.compiled)
+
+    @property
+    def data_root(self) -> Path:
+        """The folder of real data, or an error that says how to name it."""
+        if self.root is None:
+            raise click.UsageError("name the folder of the data with --root, or set DEFERRAL_DATA")
+        return self.root
+
+    def watch(self, what: str, epochs: int) -> Watch:
+        """Shows a training's epochs and stops it at the deadline."""
+        return Watch(lambda epoch, loss: self.display.epoch(what, epoch, epochs, loss), self.deadline)
+
+    def each(self, cells: Sequence[Cell], work: Callable[[Cell], Finding]) -> None:
+        """Do the cells that are neither finished nor claimed by another process.
+
+        A cell that diverges is told and left open, and the others go on.  Raises OutOfTime when the deadline has passed.
+        """
+        done, diverged = 0, 0
+        self.display.start(cells, len([cell for cell in cells if self.results.finished(cell)]))
+        for cell in cells:
+            if self.results.finished(cell):
+                continue
+            if done == self.most_cells:
+                break
+            if time.monotonic() > self.deadline:
+                raise OutOfTime
+            with self.results.claim(f"{cell.table}-{cell.preset}-{cell.name}") as mine:
+                # Another process may have finished it since.
+                if not mine or self.results.finished(cell):
+                    continue
+                self.display.cell(cell)
+                started = time.monotonic()
+                try:
+                    finding = work(cell)
+                except Diverged as error:
+                    self.display.say(f"diverged: {cell.table}, {cell.name}: {error}")
+                    diverged += 1
+                    continue
+                self._finish(cell, finding, time.monotonic() - started)
+                done += 1
+        if diverged:
+            raise click.ClickException(f"{diverged} cells diverged and are left open")
+
+    def _finish(self, cell: Cell, finding: Finding, seconds: float) -> None:
+        record = {
+            "parts": [{"at": dict(part.at), **figures(part.judged, part.references)} for part in finding.parts],
+            "settings": dict(finding.settings),
+            "machine": {**self.machine, "bfloat16": self.bfloat16},
+            "wall_seconds": round(seconds, 2),
+        }
+        samples = {
+            f"{name}{number}": values.cpu().numpy().astype(np.float32)
+            for number, part in enumerate(finding.parts)
+            for name, values in vars(part.judged).items()
+            if values is not None
+        }
+        self.results.write(cell, record, samples)
+        self.results.checkpoint(cell).unlink(missing_ok=True)
+        self.display.finished(cell, record)
+
+    @cached_property
+    def machine(self) -> dict[str, str]:
+        """Versions, device and commit."""
+        cuda = self.device.type == "cuda"
+        return {
+            "device": torch.cuda.get_device_name(self.device) if cuda else platform.processor() or platform.machine(),
+            "threads": str(torch.get_num_threads()),
+            "deferral": deferral.__version__,
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+            "commit": _commit(),
+        }
+
+
+def options(*, presets: Sequence[str] = tuple(PRESETS), seeds: int = 3) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """The options that every script takes."""
+
+    def add(function: Callable[..., None]) -> Callable[..., None]:
+        shared = [
+            click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=RESULTS, help="Folder of the cells."),
+            click.option("--seeds", type=click.IntRange(min=1), default=seeds, show_default=True, help="Seeds 0 .. N-1."),
+            click.option("--device", default="cpu", show_default=True, help="A torch device: cpu, cuda, cuda:1."),
+            click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="CPU threads of torch."),
+            click.option(
+                "--root",
+                type=click.Path(file_okay=False, path_type=Path),
+                envvar="DEFERRAL_DATA",
+                help="Folder of the data.  [default: $DEFERRAL_DATA]",
+            ),
+            click.option("--budget-minutes", type=float, help="Stop at the first checkpoint after this time."),
+            click.option("--cells", "most_cells", type=click.IntRange(min=1), help="Stop after this many new cells."),
+            click.option("--quiet", is_flag=True, help="One line a cell, for logs."),
+        ]
+        names = click.Choice(presets)
+        shared.append(click.option("--preset", "preset_name", type=names, default=presets[0], show_default=True))
+        for option in reversed(shared):
+            function = option(function)
+        return function
+
+    return add
+
+
+def image_options(function: Callable[..., None]) -> Callable[..., None]:
+    """The options of scripts that train networks on images."""
+    precision = click.option(
+        "--precision",
+        type=click.Choice(["auto", "float32", "bfloat16"]),
+        default="auto",
+        show_default=True,
+        help="auto: bfloat16 on CUDA and on a CPU with matrix units for it.",
+    )
+    compiled = click.option("--compile", "compiled", is_flag=True, help="Compile the network by inductor.")
+    return precision(compiled(function))
+
+
+@contextmanager
+def running(
+    *,
+    out: Path,
+    seeds: int,
+    device: str,
+    threads: int,
+    root: Path | None,
+    budget_minutes: float | None,
+    most_cells: int | None,
+    quiet: bool,
+    preset_name: str = "laptop",
+    precision: str = "float32",
+    compiled: bool = False,
+) -> Iterator[Run]:
+    """A run from its options; being out of time is an end like any other, and errors are told without a traceback."""
+    torch.set_num_threads(threads)
+    target = torch.device(device)
+    deadline = float("inf") if budget_minutes is None else time.monotonic() + 60 * budget_minutes
+    with Display(quiet) as display:
+        run = Run(
+            results=Results(out),
+            display=display,
+            preset_name=preset_name,
+            device=target,
+            root=root,
+            seeds=seeds,
+            most_cells=most_cells,
+            deadline=deadline,
+            bfloat16=precision == "bfloat16" or (precision == "auto" and _fast_bfloat16(target)),
+            compiled=compiled,
+        )
+        try:
+            yield run
+        except OutOfTime:
+            display.say("the time budget is spent; the same command continues from the last checkpoint")
+        except (DataError, ImportError) as error:
+            raise click.ClickException(str(error)) from error
+
+
+def settings_of(run: Run, data: str) -> dict[str, Any]:
+    """What a reader of an image cell needs to know of its training."""
+    preset = run.preset
+    return {
+        "network": preset.network[data],
+        "rows": {"predictor": preset.predictor_rows, "stage 2": preset.stage2_rows, "calibration": preset.calibration_rows},
+        "recipe": asdict(run.recipe),
+    }
+
+
+def _fast_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return True
+    processor = Path("/proc/cpuinfo")
+    # Elsewhere bfloat16 is emulated, and slower than float32.
+    return processor.is_file() and "amx_bf16" in processor.read_text(encoding="utf-8")
+
+
+def _commit() -> str:
+    try:
+        folder = Path(__file__).parent
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "--", "*.py"], cwd=folder.parent.parent, capture_output=True, text=True, check=True
+        ).stdout
+        return head + (" with changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

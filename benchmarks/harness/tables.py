@@ -1,0 +1,183 @@
+"""Markdown tables from the records of finished cells: seeds are summarised, cells that are missing say so."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from deferral.intervals import over_seeds
+
+__all__ = ["Section", "by_method", "by_point", "matrix", "verdicts"]
+
+Record = Mapping[str, Any]
+NOT_RUN = "not run"
+
+
+@dataclass(frozen=True)
+class Section:
+    """One table of the page: its cells, by data and cost, and how they are shown."""
+
+    title: str
+    about: str  # claim and protocol, from the script's docstring
+    commands: Sequence[str]
+    table: str
+    methods: Sequence[str]
+    entries: Mapping[str, Sequence[tuple[str, str]]]  # preset: (data, cost) of every table
+    seeds: int
+    layout: str = "by_method"
+    scale: float = 100.0
+    unit: str = "%"
+    published: Mapping[tuple[str, str, str], str] = field(default_factory=dict)
+    without: Callable[[str, str], bool] = lambda data, method: False  # methods that a data set does not have
+
+    def methods_of(self, data: str) -> list[str]:
+        """The rows of a data set's table."""
+        return [method for method in self.methods if not self.without(data, method)]
+
+
+def chosen(records: Iterable[Record], preset: str, data: str, cost: str, method: str) -> list[Record]:
+    """The cells of one row, by seed."""
+    wanted = {"preset": preset, "data": data, "cost": cost, "method": method}
+    found = [record for record in records if all(record["cell"][key] == value for key, value in wanted.items())]
+    return sorted(found, key=lambda record: record["cell"]["seed"])
+
+
+def by_method(section: Section, records: Sequence[Record], preset: str, data: str, cost: str) -> list[str]:
+    """A row for each method: its cost with and without the fitted threshold, what it keeps, how it compares."""
+    methods = section.methods_of(data)
+    published = {m: section.published[data, cost, m] for m in methods if (data, cost, m) in section.published}
+    if not any(chosen(records, preset, data, cost, method) for method in methods):
+        figures = "; ".join(f"{method} {figure}" for method, figure in published.items())
+        return [f"Not run.  Published, {section.unit}: {figures}." if published else "Not run."]
+    references = _references(section, records)
+    head = ["method", "seeds", f"cost, {section.unit}", "natural threshold", "kept, %", f"cost of what is kept, {section.unit}"]
+    head += [f"minus {name}" for name in references] + (["published", "ours minus published"] if published else [])
+    lines = _header(head)
+    for method in methods:
+        cells = chosen(records, preset, data, cost, method)
+        row = [method, _seeds(section, cells), *(_over(cells, key, scale) for key, scale in _columns(section))]
+        row += [_difference(cells, name, section.scale) for name in references]
+        if published:
+            row += [published.get(method, "not available to us"), _against(cells, published.get(method), section.scale, preset)]
+        lines.append(_line(row))
+    return lines
+
+
+def by_point(section: Section, records: Sequence[Record], preset: str, data: str, cost: str) -> list[str]:
+    """A row for each method, a column for each point of its curve."""
+    rows = {method: chosen(records, preset, data, cost, method) for method in section.methods_of(data)}
+    if not any(rows.values()):
+        return ["Not run."]
+    points = next((_points(cells[0]) for cells in rows.values() if cells), [])
+    lines = _header([f"cost, {section.unit}", "seeds", *points])
+    for method, cells in rows.items():
+        figures = [_over(cells, "cost", section.scale, part=number) for number in range(len(points))]
+        lines.append(_line([method, _seeds(section, cells), *figures]))
+    return lines
+
+
+def matrix(section: Section, records: Sequence[Record], preset: str, cost: str) -> list[str]:
+    """A row for each data set, a column for each method; * where it is cheaper than never and than always deferring."""
+    data_sets = [data for data, at in section.entries[preset] if at == cost]
+    methods = [m for m in section.methods if any(chosen(records, preset, data, cost, m) for data in data_sets)]
+    if not methods:
+        return ["Not run."]
+    lines = _header(["cost", *methods])
+    for data in data_sets:
+        figures = []
+        for method in methods:
+            cells = chosen(records, preset, data, cost, method)
+            star = bool(cells) and all(_cheaper(cells[0], name) for name in ("never defer", "always defer"))
+            figures.append(_over(cells, "cost", section.scale) + (" *" if star and not method.endswith("defer") else ""))
+        lines.append(_line([data, *figures]))
+    return lines
+
+
+def verdicts(section: Section, records: Sequence[Record], preset: str) -> list[str]:
+    """How often each method is cheaper, undecided and dearer than each reference: over data, costs, seeds and points."""
+    references = _references(section, [record for record in records if record["cell"]["preset"] == preset])
+    lines = _header(["cheaper / undecided / dearer than", *references])
+    for method in section.methods:
+        mine = [r for r in records if r["cell"]["preset"] == preset and r["cell"]["method"] == method]
+        if not mine:
+            continue
+        row = [method]
+        for name in references:
+            found = [part["difference"][name] for record in mine for part in record["parts"] if name in part["difference"]]
+            lower, higher = sum(d["high"] < 0 for d in found), sum(d["low"] > 0 for d in found)
+            row.append(f"{lower} / {len(found) - lower - higher} / {higher}" if found else "")
+        lines.append(_line(row))
+    return lines if len(lines) > 2 else []
+
+
+def _columns(section: Section) -> list[tuple[str, float]]:
+    return [("cost", section.scale), ("natural_cost", section.scale), ("coverage", 100.0), ("accepted_cost", section.scale)]
+
+
+def _references(section: Section, records: Sequence[Record]) -> list[str]:
+    known = {name for record in records for part in record["parts"] for name in part["difference"]}
+    return [method for method in section.methods if method in known]
+
+
+def _over(cells: Sequence[Record], key: str, scale: float, *, part: int = 0) -> str:
+    """Mean +- deviation over the seeds; for one seed, half its bootstrap interval."""
+    if not cells:
+        return NOT_RUN
+    values = [cell["parts"][part][key] for cell in cells if key in cell["parts"][part]]
+    if not values:
+        return "none kept"
+    figures = over_seeds(torch.tensor([scale * value["estimate"] for value in values], dtype=torch.float64))
+    spread = figures.deviation if len(values) > 1 else scale * (values[0]["high"] - values[0]["low"]) / 2
+    return f"{figures.mean:.{_digits(scale)}f} ± {spread:.{_digits(scale)}f}"
+
+
+def _seeds(section: Section, cells: Sequence[Record]) -> str:
+    return str(len(cells)) if len(cells) == section.seeds else f"{len(cells)} of {section.seeds}"
+
+
+def _difference(cells: Sequence[Record], name: str, scale: float) -> str:
+    """The mean difference over seeds, with the range that covers every seed's 95% interval."""
+    found = [cell["parts"][0]["difference"][name] for cell in cells if name in cell["parts"][0]["difference"]]
+    if not found:
+        return NOT_RUN if not cells else ""
+    mean = sum(d["estimate"] for d in found) / len(found)
+    low, high = min(d["low"] for d in found), max(d["high"] for d in found)
+    digits = _digits(scale)
+    return f"{scale * mean:+.{digits}f} [{scale * low:+.{digits}f}, {scale * high:+.{digits}f}]"
+
+
+def _against(cells: Sequence[Record], published: str | None, scale: float, preset: str) -> str:
+    """Ours minus the published mean, with Student's interval over our seeds; the published protocol gets a verdict."""
+    if published is None:
+        return ""
+    if not cells:
+        return NOT_RUN
+    target = float(published.split()[0])
+    values = [scale * cell["parts"][0]["cost"]["estimate"] - target for cell in cells]
+    figures = over_seeds(torch.tensor(values, dtype=torch.float64))
+    if figures.count == 1:
+        return f"{figures.mean:+.2f} (one seed)"
+    verdict = "" if preset != "paper" else ", held" if figures.low <= 0 else ", not held"
+    return f"{figures.mean:+.2f} [{figures.low:+.2f}, {figures.high:+.2f}]{verdict}"
+
+
+def _cheaper(cell: Record, name: str) -> bool:
+    difference = cell["parts"][0]["difference"].get(name)
+    return difference is not None and difference["high"] < 0
+
+
+def _points(cell: Record) -> list[str]:
+    return [", ".join(f"{name}: {value:g}" for name, value in part["at"].items()) for part in cell["parts"]]
+
+
+def _digits(scale: float) -> int:
+    return 2 if scale == 100 else 4
+
+
+def _header(names: Sequence[str]) -> list[str]:
+    return [_line(names), "|" + "|".join(["---"] * len(names)) + "|"]
+
+
+def _line(values: Iterable[str]) -> str:
+    return "| " + " | ".join(values) + " |"

@@ -1,0 +1,306 @@
+"""The harness of the published tables: cells, images, heads, training that resumes, figures, the page."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from benchmarks.harness.cells import Cell, Results, write_whole
+from benchmarks.harness.heads import Head, at, fit
+from benchmarks.harness.images import augment
+from benchmarks.harness.judging import Judged, Outputs, figures, fixed, judge, single_stage
+from benchmarks.harness.networks import NETWORKS
+from benchmarks.harness.training import Diverged, OutOfTime, Recipe, Watch, outputs_of, train
+from deferral.costs import single_stage_costs
+from deferral.datasets import Images
+from deferral.decision import decide
+from deferral.metrics import deferral_cost
+
+CELL = Cell("abstention", "cifar10", "Cao et al. (mu=1.7)", "c=0.2", 3, "tiny")
+RECIPE = Recipe(epochs=4, batch=50, learning_rate=0.02)
+
+
+def synthetic(rows: int = 150) -> Images:
+    generator = torch.Generator().manual_seed(0)
+    return Images(
+        torch.randint(0, 256, (rows, 3, 32, 32), generator=generator, dtype=torch.uint8),
+        torch.randint(10, (rows,), generator=generator),
+    )
+
+
+def cross_entropy(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(scores, labels, reduction="none")
+
+
+# ------------------------------------------------------------------------------------------------------------ cells
+
+
+def test_a_cell_is_finished_when_its_figures_are_there(tmp_path: Path) -> None:
+    results = Results(tmp_path)
+    assert not results.finished(CELL)
+    results.write(CELL, {"parts": [{"cost": 0.1}, {"cost": 0.2}], "settings": {"a": None}}, {"cost": np.arange(3.0)})
+    assert results.finished(CELL)
+    (record,) = results.read_all("abstention")
+    assert record["parts"] == [{"cost": 0.1}, {"cost": 0.2}]
+    assert Cell(**record["cell"]) == CELL
+    assert results.samples(CELL)["cost"].tolist() == [0, 1, 2]
+    assert results.path(CELL).name == "cifar10_Cao-et-al.-mu-1.7_c-0.2_seed3.json"
+    results.path(CELL).write_text('{"cell":')
+    with pytest.raises(ValueError, match="delete it to run it again"):
+        results.read_all("abstention")
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "figures.json"
+    with pytest.raises(KeyboardInterrupt), write_whole(path) as partial:  # noqa: PT012
+        partial.write_text("half")
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+    with write_whole(path) as partial:
+        partial.write_text("whole")
+        assert not path.exists()
+    assert path.read_text() == "whole"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_claim_keeps_others_out_until_it_ends(tmp_path: Path) -> None:
+    results = Results(tmp_path)
+    with results.claim("cell") as mine:
+        assert mine
+        with results.claim("cell") as second:
+            assert not second
+        with results.claim("another") as other:
+            assert other
+    with results.claim("cell") as again:
+        assert again
+
+
+# ----------------------------------------------------------------------------------------------------------- images
+
+
+def test_augmentation_is_pad_crop_flip_image_by_image() -> None:
+    images = synthetic(40).images
+    got = augment(images, torch.Generator().manual_seed(7))
+    draws = torch.Generator().manual_seed(7)
+    top, left = torch.randint(0, 9, (2, 40, 1), generator=draws)
+    flips = torch.rand(40, 1, generator=draws) < 0.5
+    assert 5 < flips.sum() < 35
+    for image, out, y, x, flip in zip(images, got, top.flatten().tolist(), left.flatten().tolist(), flips, strict=True):
+        crop = F.pad(image, (4, 4, 4, 4))[:, y : y + 32, x : x + 32]
+        assert torch.equal(out, crop.flip(-1) if flip else crop)
+
+
+def test_networks_have_the_sizes_of_the_papers() -> None:
+    with torch.device("meta"):
+        sizes = {name: sum(p.numel() for p in build(10).parameters()) / 1e6 for name, build in NETWORKS.items()}
+    assert sizes["resnet34"] == pytest.approx(21.28, abs=0.01)
+    assert sizes["wrn28_10"] == pytest.approx(36.48, abs=0.01)
+    assert sizes["small"] < 0.25
+    # Weights, momentum and their average in float32 stay under 16 MiB.
+    assert sizes["fast"] * 12 < 16 * 1.048576
+    for name in ("small", "fast"):
+        assert NETWORKS[name](7)(synthetic(2).images).shape == (2, 7)
+
+
+# ------------------------------------------------------------------------------------------------------------ heads
+
+
+def test_many_problems_at_once_are_as_good_as_one_by_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 60, 4, generator=generator)
+    y = x @ torch.randn(3, 4, 1, generator=generator)
+
+    def train_on(problems: slice) -> torch.Tensor:
+        inputs, targets = x[problems], y[problems]
+        together = Head(x, 1, hidden=8, seed=0)
+        head = Head(inputs, 1, hidden=8, seed=0)
+        for mine, first in zip(head.parameters(), together.parameters(), strict=True):
+            mine.data = first.data[problems].clone()
+
+        def loss(i: torch.Tensor) -> torch.Tensor:
+            return (head(at(inputs, i)) - at(targets, i)).squeeze(-1).square()
+
+        fit([head], loss, len(inputs), 60, steps=150, seed=1, learning_rate=0.02)
+        return head(inputs)
+
+    together = train_on(slice(0, 3))
+    alone = torch.cat([train_on(slice(k, k + 1)) for k in range(3)])
+    torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-3)
+    assert (together - y).square().mean() < 0.1 * y.square().mean()
+
+
+def test_a_head_that_diverges_says_where() -> None:
+    head = Head(torch.randn(1, 10, 2), 1, hidden=0, seed=0)
+    before = [p.clone() for p in head.parameters()]
+    with pytest.raises(Diverged, match="step 1 of 5: the loss is nan"):
+        fit([head], lambda i: head(torch.full((1, 10, 2), torch.nan)).squeeze(-1), 1, 10, steps=5, seed=0)
+    assert all(torch.equal(a, b) for a, b in zip(before, head.parameters(), strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------------- judging
+
+
+def test_a_single_stage_decides_alike_over_classes_and_over_keep_or_ask() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(200, 7, generator=generator)
+    targets = torch.randint(4, (200,), generator=generator)
+    costs = torch.rand(200, 3, generator=generator)
+    outputs = single_stage(scores, targets, 4, costs)
+    whole = deferral_cost(single_stage_costs(targets, costs, 4), decide(scores))
+    assert torch.equal(deferral_cost(outputs.costs, decide(outputs.scores)), whole)
+    judged = judge(outputs, outputs)
+    assert torch.equal(judged.natural_cost, whole)
+    assert judged.cost.mean() <= judged.natural_cost.mean()  # on its own rows a fitted threshold cannot lose
+
+
+def test_figures_meet_their_definitions() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores, costs = torch.randn(300, 2, generator=generator), torch.rand(300, 2, generator=generator)
+    outputs = Outputs(scores, costs, (costs > 0.5).float())
+    judged, never = judge(outputs, outputs), fixed(outputs, 0)
+    found = figures(judged, {"never": never})
+    rho, accepted = 1 - found["coverage"]["estimate"], found["accepted_cost"]["estimate"]
+    asked = float((judged.cost * (1 - judged.kept)).sum() / (1 - judged.kept).sum())
+    # The identity of the abstention loss: (1 - rho) * cost of what is kept + rho * cost of asking.
+    assert found["cost"]["estimate"] == pytest.approx((1 - rho) * accepted + rho * asked, abs=1e-4)
+    assert found["load"] == [pytest.approx(rho, abs=1e-5)]
+    gap = found["difference"]["never"]
+    assert gap["estimate"] == pytest.approx(float((judged.cost - costs[:, 0]).mean()), abs=1e-5)
+    assert gap["low"] < gap["estimate"] < gap["high"]
+    assert found["error"]["estimate"] == pytest.approx(float(judged.error.mean()), abs=1e-5)
+    assert "accepted_cost" not in figures(fixed(outputs, 1), {})
+
+
+def test_rows_of_several_splits_are_averaged() -> None:
+    rows = torch.tensor([0, 2, 0, 3])
+    ones = torch.ones(4)
+    judged = Judged(
+        cost=torch.tensor([1.0, 2.0, 3.0, 4.0]),
+        natural_cost=ones,
+        kept=torch.tensor([1.0, 1.0, 0.0, 0.0]),
+        natural_kept=ones,
+        own_cost=torch.tensor([5.0, 6.0, 7.0, 8.0]),
+        load=torch.tensor([[0.0], [0.0], [1.0], [1.0]]),
+    )
+    mean = judged.mean_over(rows, 5)
+    assert mean.cost.tolist() == [2.0, 2.0, 4.0]
+    assert mean.kept.tolist() == [0.5, 1.0, 0.0]
+    assert (mean.own_cost * mean.kept).tolist() == pytest.approx([2.5, 6.0, 0.0])  # of row 0 one of two splits kept it
+    assert mean.load.flatten().tolist() == [0.5, 0.0, 1.0]
+
+
+# --------------------------------------------------------------------------------------------------------- training
+
+
+def test_out_of_time_stops_behind_a_checkpoint_and_resuming_changes_nothing(tmp_path: Path) -> None:
+    data = synthetic()
+    recipe = Recipe(epochs=4, batch=50, learning_rate=0.02, average=0.9)
+    seen: list[int] = []
+
+    def run(path: Path, deadline: float) -> torch.nn.Module:
+        watch = Watch(lambda epoch, loss: seen.append(epoch), deadline)
+        return train(lambda: NETWORKS["small"](10), data, cross_entropy, recipe, path, seed=3, watch=watch)[0]
+
+    whole = run(tmp_path / "whole.pt", float("inf"))
+    for _ in range(3):
+        with pytest.raises(OutOfTime):
+            run(tmp_path / "cut.pt", time.monotonic() - 1)
+    resumed = run(tmp_path / "cut.pt", time.monotonic() - 1)  # the last epoch is not cut off
+    assert seen == [1, 2, 3, 4] * 2
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+    again = run(tmp_path / "cut.pt", float("inf"))
+    assert torch.equal(
+        outputs_of(again, data.images[:5], bfloat16=False)[1], outputs_of(whole, data.images[:5], bfloat16=False)[1]
+    )
+
+
+def test_a_checkpoint_of_another_run_is_not_continued(tmp_path: Path) -> None:
+    path = tmp_path / "network.pt"
+
+    def run(**changed) -> None:
+        given = {"seed": 0, "data": synthetic(60), "recipe": Recipe(epochs=1, batch=60)} | changed
+        train(lambda: NETWORKS["small"](10), given["data"], cross_entropy, given["recipe"], path, seed=given["seed"])
+
+    run()
+    with pytest.raises(ValueError, match=r"another run \(seed differ\)"):
+        run(seed=1)
+    with pytest.raises(ValueError, match=r"another run \(data, rows differ\)"):
+        run(data=synthetic(70))
+    with pytest.raises(ValueError, match=r"another run \(learning_rate differ\)"):
+        run(recipe=Recipe(epochs=1, batch=60, learning_rate=0.3))
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="delete the file to train again"):
+        run()
+
+
+@pytest.mark.parametrize("bad", ["loss", "gradient"])
+def test_what_is_not_finite_stops_before_the_step_and_says_where(tmp_path: Path, bad: str) -> None:
+    data, steps = synthetic(), [0]
+
+    def loss(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        steps[0] += 1
+        values = cross_entropy(scores, labels)
+        if steps[0] < 5:
+            return values
+        # sqrt at 0 is finite and its slope is not.
+        return values * torch.nan if bad == "loss" else values + (0 * scores.sum(-1)).sqrt()
+
+    with pytest.raises(Diverged, match=r"epoch 2, step 2: .*stopped before the step"):
+        train(lambda: NETWORKS["small"](10), data, loss, RECIPE, tmp_path / "network.pt", seed=0)
+    state = torch.load(tmp_path / "network.pt", weights_only=True)
+    assert state["epoch"] == 1
+    assert all(bool(value.isfinite().all()) for value in state["model"].values())
+
+
+PROGRAM = """
+import sys
+from pathlib import Path
+import torch
+sys.path.insert(0, {root!r})
+torch.set_num_threads(1)
+from tests.test_bench_harness import Watch, long_run
+model = long_run(Path({path!r}), Watch(lambda epoch, loss: print(epoch, flush=True)))
+torch.save(model.state_dict(), {path!r} + ".done")
+"""
+
+
+def long_run(checkpoint: Path, watch: Watch) -> torch.nn.Module:
+    recipe = Recipe(epochs=8, batch=50, learning_rate=0.02)
+    return train(lambda: NETWORKS["small"](10), synthetic(200), cross_entropy, recipe, checkpoint, seed=5, watch=watch)[0]
+
+
+def test_killed_three_times_it_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+    root = str(Path(__file__).parent.parent)
+
+    def run(name: str, kill_after: int | None = None, wait: float = 0.0) -> list[int]:
+        """The epochs it told, until it was killed `wait` seconds behind the epoch of that number."""
+        program = PROGRAM.format(root=root, path=str(tmp_path / name))
+        with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            told: list[int] = []
+            while kill_after and (not told or told[-1] < kill_after):
+                told.append(int(process.stdout.readline()))
+            if kill_after is not None:
+                time.sleep(wait)
+                process.kill()
+            told += [int(line) for line in process.stdout.read().split()]
+        assert process.returncode == (0 if kill_after is None else -9)
+        return told
+
+    # Killed before anything is there, right behind a checkpoint, and some way into an epoch.
+    parts = [run("killed.pt", 0, 0.3), run("killed.pt", 2), run("killed.pt", 4, 0.05), run("killed.pt")]
+    told = [epoch for part in parts for epoch in part]
+    # No epoch is told twice; one may go untold, whose checkpoint was written when it was killed.
+    assert told == sorted(set(told))
+    assert told[-1] == 8
+    assert all(parts[1:])
+    whole = long_run(tmp_path / "whole.pt", Watch()).state_dict()
+    killed = torch.load(tmp_path / "killed.pt.done", weights_only=True)
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+    assert not list(tmp_path.glob("*.partial*"))

@@ -1,0 +1,228 @@
+"""The scripts of the published tables: what they promise of their problems, the page, and two tiny cells of each."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from benchmarks import multi_expert, people, predictor_rejector, realizable, regression, report, score_based, two_stage
+from benchmarks.harness import simulated
+from benchmarks.harness.asking import ALWAYS, METHODS, NEVER, Asked, Task
+from benchmarks.harness.cells import Results
+from benchmarks.harness.running import RESULTS
+from benchmarks.harness.stage1 import Rows
+from deferral.datasets import RegressionTable
+
+IMAGE_SCRIPTS = [score_based, predictor_rejector, multi_expert, two_stage, people]
+SCRIPTS = [*IMAGE_SCRIPTS, regression, realizable]
+
+
+def run(script, *arguments: str) -> str:
+    result = CliRunner().invoke(script.command, ["--preset", "tiny", "--quiet", *arguments])
+    assert result.exit_code == 0, result.output + str(result.exception)
+    return result.output
+
+
+def test_the_page_is_current() -> None:
+    assert report.PAGE.read_text(encoding="utf-8") == report.page(Results(RESULTS)), "run python -m benchmarks report"
+    for name in report.PAGE.read_text(encoding="utf-8").split("](")[1:]:
+        assert (report.PAGE.parent / name.partition(")")[0]).is_file()
+
+
+def test_the_page_shows_every_cell_that_a_script_would_run() -> None:
+    shown = {section.table: set(section.methods) for section in report.SECTIONS}
+    assert shown["abstention"] == {*score_based.METHODS, *predictor_rejector.METHODS}
+    assert shown["multi-expert"] == {*multi_expert.METHODS, *two_stage.METHODS}
+    assert shown["people"] == {*people.BASELINES, *people.LEARNED}
+    assert shown["regression"] == set(regression.METHODS)
+    assert shown["realizable"] == {method for methods in realizable.METHODS.values() for method in methods}
+
+
+def test_every_script_says_claim_numbers_and_command() -> None:
+    for script in SCRIPTS:
+        name = script.__name__.rpartition(".")[2].replace("_", "-")
+        assert f"python -m benchmarks {name}" in script.__doc__.splitlines()[0]
+        assert "Claim:" in script.__doc__
+        assert "ublished" in script.__doc__ or "recomputed" in script.__doc__
+
+
+def test_published_figures_stand_in_the_docstrings() -> None:
+    for script in (score_based, predictor_rejector):
+        own = script.__doc__.replace("+-", "±")
+        assert all(figure in own for (_, _, method), figure in script.PUBLISHED.items() if method != "two-stage score-based")
+    for (_, _, _), error in people.PUBLISHED.items():
+        assert f"{100 - float(error.split()[0]):.2f}" in people.__doc__
+
+
+# --------------------------------------------------------------------------------------------------------- problems
+
+
+@pytest.mark.parametrize("kind", simulated.KINDS)
+def test_simulated_experts_are_what_their_kind_says(kind: str) -> None:
+    skills = torch.stack([matrix.diagonal() for matrix in simulated.confusions(kind, 10)])
+    assert skills.shape == (20, 10)
+    if kind == "specialised":
+        assert ((skills == 1).sum(-1) == 2).all()
+        assert (skills[:5].amax(0) == 1).all()  # five of them know everything together
+    elif kind == "overlapping":
+        assert ((skills == 1).sum(-1) == 5).all()
+        assert len(torch.unique(skills, dim=0)) > 10
+    else:
+        assert (skills == skills[:, :1]).all()
+        assert ((skills >= 0.5) & (skills <= 0.95)).all()
+        assert (len(torch.unique(skills[:, 0])) == 1) == (kind == "equal")
+
+
+def test_a_smaller_group_of_experts_is_the_beginning_of_a_larger_one() -> None:
+    rows = Rows(torch.arange(50), torch.randint(10, (50,)), torch.zeros(50, 1), torch.zeros(50, 10))
+    many = simulated.answers(rows, "random", 16, 10, seed=2)
+    assert torch.equal(simulated.answers(rows, "random", 4, 10, seed=2), many[:, :4])
+    right = (many == rows.labels.unsqueeze(-1)).float()
+    assert len(torch.unique(right, dim=1).T) > 10  # each errs on its own rows
+
+
+def test_one_linear_rule_decides_the_realizable_problem_without_error() -> None:
+    for seed in range(3):
+        sample = realizable.one_expert(2000, seed, 0)
+        label, region = torch.randn(2, 30, generator=torch.Generator().manual_seed(seed))
+        asks = sample.x @ region > 0
+        assert 0.02 < asks.float().mean() < 0.98
+        assert (sample.costs[asks, 0] == 0).all()
+        assert torch.equal(sample.targets[~asks], (sample.x @ label > 0)[~asks].long())
+        weights = torch.randn(10, 3, generator=torch.Generator().manual_seed(seed))
+        routed = realizable.three_models(2000, seed, 0)
+        assert routed.costs.gather(1, (routed.x @ weights).argmax(-1, keepdim=True)).sum() == 0
+        assert routed.costs.mean(0).min() > 0.2
+
+
+def test_a_split_is_a_partition_and_experts_know_a_third_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = regression._split(101, 3)
+    assert [len(part) for part in parts] == [50, 21, 10, 20]
+    assert sorted(np.concatenate(parts)) == list(range(101))
+    generator = np.random.default_rng(0)
+    features = generator.normal(size=(300, 3)) * [10, 1, 1]
+    target = features[:, 0] + 0.01 * generator.normal(size=300)
+    answers = regression._experts(features, target, split=0)
+    rows = regression._split(300, 0)[0]
+    thirds = np.array_split(rows[np.argsort(features[rows, 0])], 3)
+    own = [[np.square(answers[third, j] - target[third]).mean() for j in range(3)] for third in thirds]
+    # In the third that it was trained on each is by far the best; the sign of a component may reverse their order.
+    assert sorted(np.argmin(own, axis=1)) == [0, 1, 2]
+
+
+def test_regression_on_a_set_whose_halves_belong_to_two_people(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(240, 2, generator=generator, dtype=torch.float64) * torch.tensor([3.0, 1.0])
+    y = x[:, 0] * x[:, 1] + 0.1 * torch.randn(240, generator=generator, dtype=torch.float64)
+    monkeypatch.setattr(regression, "uci", lambda folder, name: RegressionTable(x, y, ("a", "b")))
+    monkeypatch.setattr(regression, "SPLITS", 2)
+    run(regression, "--data", "yacht", "--root", str(tmp_path), "--out", str(tmp_path))
+    records = Results(tmp_path).read_all("regression")
+    assert len(records) == 3 * 7 + 6
+    costs = {(r["cell"]["cost"], r["cell"]["method"]): r["parts"][0]["cost"]["estimate"] for r in records}
+    assert costs[regression.ABSTENTION, ALWAYS] == pytest.approx(0.1)
+    assert costs["1 expert", NEVER] == costs["3 experts", NEVER]
+    never = next(r for r in records if r["cell"]["method"] == NEVER)["parts"][0]
+    assert never["coverage"]["estimate"] == 1
+    assert never["accepted_cost"]["estimate"] == pytest.approx(never["cost"]["estimate"])
+    assert len(Results(tmp_path).samples(regression.Cell(**records[0]["cell"]))["cost0"]) <= 240
+
+
+def tasks_of_two_halves(experts: int) -> Task:
+    """The network is right on x > 0, expert 0 on x < 0; more experts are useless."""
+    generator = torch.Generator().manual_seed(0)
+
+    def asked(count: int) -> Asked:
+        x = torch.randn(count, 2, generator=generator)
+        labels = torch.randint(4, (count,), generator=generator)
+        known = x[:, 0] > 0
+        network = torch.where(known, labels, (labels + 1) % 4)
+        scores = (3.0 * torch.nn.functional.one_hot(network, 4) + torch.randn(count, 4, generator=generator)).log_softmax(-1)
+        answers = torch.stack([torch.where(known, (labels + 2) % 4, labels), *[(labels + 3) % 4] * (experts - 1)], dim=-1)
+        return Asked(Rows(torch.arange(count), labels, torch.cat([x, scores], -1), scores), answers)
+
+    return Task(asked(500), asked(300), asked(500), 0.05, 4, seed=0, steps=200)
+
+
+@pytest.mark.parametrize("experts", [1, 3])
+def test_every_method_learns_whom_to_ask_where_the_inputs_tell(experts: int) -> None:
+    task = tasks_of_two_halves(experts)
+    baselines = task.baselines()
+    for name, method in METHODS.items():
+        # The losses of one expert, and one method of each kind beside them.
+        if (name in people.ONE_EXPERT) == (experts > 1) and name not in ("one-vs-all", "two-stage mu=2"):
+            continue
+        judged = method(task)
+        assert judged.cost.mean() < 0.8 * min(baselines[NEVER].cost.mean(), baselines[ALWAYS].cost.mean()), name
+        if experts > 1:
+            assert judged.load[:, 0].mean() > 5 * judged.load[:, 1:].mean(), name
+
+
+# -------------------------------------------------------------------------------------------------------- tiny cells
+
+
+def test_realizable_cells_are_skipped_when_they_are_finished(tmp_path: Path) -> None:
+    arguments = ["--seeds", "1", "--cells", "2", "--out", str(tmp_path)]
+    run(realizable, *arguments)
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*.json")}
+    assert len(files) == 2
+    run(realizable, *arguments)
+    assert len(list(tmp_path.rglob("*.json"))) == 4
+    assert all(path.read_bytes() == content for path, content in files.items())
+    record = json.loads(next(iter(files)).read_text())
+    assert [part["at"] for part in record["parts"]] == [{"training rows": 100}, {"training rows": 200}]
+    assert set(record["machine"]) >= {"commit", "torch", "device", "python"}
+
+
+def test_no_time_is_a_clean_end(tmp_path: Path) -> None:
+    run(realizable, "--seeds", "1", "--budget-minutes", "0", "--out", str(tmp_path))
+    assert not list(tmp_path.rglob("*.json"))
+
+
+@pytest.mark.ci_slow
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_two_tiny_cells_on_real_data(script, data_root: Path, tmp_path: Path) -> None:
+    methods = {score_based: 6, predictor_rejector: 7, multi_expert: 9, two_stage: 8}.get(script, 5)
+    run(script, "--seeds", "1", "--cells", str(methods), "--root", str(data_root), "--out", str(tmp_path))
+    records = [json.loads(path.read_text()) for path in tmp_path.rglob("*.json")]
+    assert len(records) == methods
+    for record in records:
+        for part in record["parts"]:
+            assert part["cost"]["low"] <= part["cost"]["estimate"] <= part["cost"]["high"]
+
+
+@pytest.mark.ci_slow
+def test_a_script_killed_three_times_has_the_same_cells(data_root: Path, tmp_path: Path) -> None:
+    def start(folder: str) -> subprocess.Popen:
+        command = [sys.executable, "-m", "benchmarks", "score-based", "--preset", "tiny", "--seeds", "1", "--data", "cifar10"]
+        command += ["--root", str(data_root), "--out", str(tmp_path / folder), "--quiet"]
+        return subprocess.Popen(command, cwd=Path(__file__).parent.parent, stderr=subprocess.DEVNULL)
+
+    def killed_when(pattern: str, count: int) -> None:
+        with start("killed") as process:
+            while len(list((tmp_path / "killed").rglob(pattern))) < count and process.poll() is None:
+                time.sleep(0.002)
+            process.kill()
+        assert process.returncode == -9
+
+    killed_when("stage1*.pt", 1)
+    killed_when("*_seed0.json", 3)
+    killed_when("abstention*.pt", 1)
+    for folder in ("killed", "whole"):
+        with start(folder) as process:
+            pass
+        assert process.returncode == 0
+    whole, other = ({p.name: p for p in (tmp_path / folder / "abstention").rglob("*.*")} for folder in ("whole", "killed"))
+    assert set(whole) == set(other)
+    for name, path in whole.items():
+        if path.suffix == ".json":
+            assert json.loads(path.read_text())["parts"] == json.loads(other[name].read_text())["parts"], name
+        else:
+            with np.load(path) as left, np.load(other[name]) as right:
+                assert all(np.array_equal(left[key], right[key]) for key in left.files), name
