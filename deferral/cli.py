@@ -1,5 +1,7 @@
 """The `deferral` command: parses and prints, decides nothing."""
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -131,6 +133,25 @@ def evaluate(
     show_evaluation(evaluation)
     written = [*draw_evaluation(evaluation, out), save_evaluation(evaluation, out)]
     click.echo("\n".join(f"wrote {path}" for path in written))
+
+
+@commands.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="NAME [OPTIONS]")
+def bench(arguments: tuple[str, ...]) -> None:
+    """Repeat an experiment of the thesis: python -m benchmarks NAME, from a checkout.
+
+    Without a name it lists them; `deferral bench NAME --help` has the options of one.
+    """
+    checkout = Path(deferral.__file__).parent.parent
+    if not (checkout / "benchmarks" / "__main__.py").is_file():
+        raise click.UsageError(
+            "the benchmarks are scripts of the repository and not part of the installed package; clone it, and run "
+            "`python -m benchmarks NAME` there"
+        )
+    # The caller's folder stays the working one: paths in the arguments are relative to it.
+    path = os.pathsep.join([str(checkout), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-m", "benchmarks", *arguments]
+    sys.exit(subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=False).returncode)
 
 
 def main(arguments: list[str] | None = None) -> None:

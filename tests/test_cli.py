@@ -1,6 +1,7 @@
 """The command as a process: what a user types, what is printed, how it exits."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,24 @@ def test_bad_input_is_one_clear_error_without_a_traceback(arguments: tuple[str, 
     assert done.returncode not in (0, None)
     assert said in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_bench_runs_the_scripts_of_the_checkout_from_any_folder(tmp_path: Path) -> None:
+    listed = deferral("bench")
+    assert listed.returncode == 1
+    assert "predictor-rejector" in listed.stderr
+    elsewhere = subprocess.run(
+        [sys.executable, "-m", "deferral.cli", "bench", "losses", "--help"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert elsewhere.returncode == 0, elsewhere.stderr
+    assert "python -m benchmarks losses" in elsewhere.stdout
+
+
+def test_bench_outside_of_a_checkout_says_where_the_scripts_are(tmp_path: Path) -> None:
+    shutil.copytree(Path(__file__).parent.parent / "deferral", tmp_path / "deferral")
+    done = subprocess.run([sys.executable, "-m", "deferral.cli", "bench", "losses"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "clone it" in done.stderr
 
 
 def test_help_and_version() -> None:
