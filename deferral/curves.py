@@ -9,6 +9,7 @@ float64, NumPy or torch in and out.
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,7 +22,9 @@ from deferral.validation import action_mask, require_actions
 __all__ = [
     "BudgetCurve",
     "Curve",
+    "accuracy_area",
     "accuracy_coverage_curve",
+    "accuracy_gap",
     "augrc",
     "aurc",
     "budget_curve",
@@ -45,10 +48,10 @@ class Curve:
 
     def at(self, coverage: Tensor | float) -> Tensor:
         """The value at coverages in [0, 1], on the straight line between two points.  number or (G,) -> (...) or (..., G)"""
-        places = torch.as_tensor(coverage, dtype=torch.float64)
-        if not bool(((places >= 0) & (places <= 1)).all()):
+        places = np.asarray(coverage, dtype=np.float64)
+        if not ((places >= 0) & (places <= 1)).all():
             raise ValueError(f"coverage: expected shares of the rows in [0, 1], got {coverage}")
-        return _line(torch.as_tensor(self.coverage), torch.as_tensor(self.value), places)
+        return _line(self.coverage, self.value, places)
 
 
 @dataclass(frozen=True)
@@ -63,10 +66,10 @@ class BudgetCurve:
 
         On the straight line between two points; a budget for more than all rows changes nothing.
         """
-        spend, places = torch.as_tensor(self.spend), torch.as_tensor(budget, dtype=torch.float64)
+        spend, places = self.spend, np.asarray(budget, dtype=np.float64)
         if not bool((spend[..., 0] <= places.min()).all()):
             raise ValueError(f"budget: never deferring already spends {float(spend[..., 0].max()):g} a row, got {budget}")
-        return _line(spend, torch.as_tensor(self.value), places)
+        return _line(self.spend, self.value, places)
 
 
 @numpy_or_torch
@@ -103,8 +106,8 @@ def cost_coverage_curve(margin: Tensor, own_cost: Tensor, deferred_cost: Tensor,
     """Mean cost of the system when the rows of smallest deferral margin are kept and the others deferred.  -> (..., N+1)
 
     Costs may be errors (the curve is the system risk) or 1 and 0 for right and wrong (the system accuracy).  Where nobody would
-    answer a deferred row its `deferred_cost` is NaN: it counts in neither sum nor number of rows.  If that leaves no row, the
-    curve starts with the value of the first rows kept.
+    answer a deferred row its `deferred_cost` is NaN: it counts in neither sum nor number of rows (in a tie with others, the
+    ratio of the two means over all orders).  If that leaves no row, the curve starts with the value of the first rows kept.
     """
     share, total, mass = _system(margin, own_cost, deferred_cost, weights)
     return Curve(coverage=share, value=_ratio(total, mass))
@@ -122,9 +125,13 @@ def budget_curve(
 ) -> BudgetCurve:
     """Mean cost against mean spending when rows are deferred from the largest margin down.  (N,) x 4 -> (..., N+1)
 
-    `price` is what deferring the row costs, in any currency, `own_price` what keeping it does.
+    `price` is what deferring the row costs, in any currency, `own_price` what keeping it does.  A row of margin -inf, which
+    nobody can be asked about, is kept throughout.
     """
+    alone = margin.isneginf()
+    deferred_cost = deferred_cost.double().where(~alone, own_cost.double())
     own_price = torch.as_tensor(own_price, dtype=torch.float64, device=margin.device).expand(margin.shape)
+    price = price.double().where(~alone, own_price)
     if bool((price < own_price).any()):
         raise ValueError("price: expected at least the own price in every row; spending would fall as rows are deferred")
     steps, (own, deferred, own_price, price) = _steps(
@@ -156,10 +163,24 @@ def aurc(confidence: Tensor, loss: Tensor, weights: Tensor | None = None) -> Ten
 def excess_aurc(confidence: Tensor, loss: Tensor, weights: Tensor | None = None) -> Tensor:
     """AURC minus the AURC of the best order there is, by the loss itself; 0 for a perfect confidence.  -> (...)
 
-    For a 0/1 loss this is the gap to the oracle of the area under the accuracy-coverage curve, which is 1 - AURC.
     Geifman, Uziel, El-Yaniv (ICLR 2019), section 2.
     """
     return aurc(confidence, loss, weights) - aurc(-loss.double(), loss, weights)
+
+
+@numpy_or_torch
+def accuracy_area(confidence: Tensor, right: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Area under the accuracy-coverage curve, the mean over k = 1..N as in `aurc`; `right` is 1 or 0.  -> (...)"""
+    return aurc(confidence, right, weights)
+
+
+@numpy_or_torch
+def accuracy_gap(confidence: Tensor, right: Tensor, weights: Tensor | None = None) -> Tensor:
+    """What the oracle's order, which puts all right answers first, has more area under its accuracy-coverage curve.  -> (...)
+
+    Equal to `excess_aurc` of the errors.
+    """
+    return aurc(right.double(), right, weights) - aurc(confidence, right, weights)
 
 
 @numpy_or_torch
@@ -286,6 +307,7 @@ def _ratio(total: Tensor, mass: Tensor) -> Tensor:
     return ratio.where(some, ratio.gather(-1, first))
 
 
+@numpy_or_torch
 def _line(x: Tensor, y: Tensor, places: Tensor) -> Tensor:
     at = places.reshape(-1).to(x).expand(*x.shape[:-1], places.numel()).contiguous()
     right = torch.searchsorted(x.contiguous(), at).clamp(1, x.shape[-1] - 1)

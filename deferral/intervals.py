@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from deferral.arrays import numpy_or_torch
+from deferral.metrics import average
 
 __all__ = [
     "Interval",
@@ -139,15 +140,24 @@ def metric_interval(
 
 @numpy_or_torch
 def mean_interval(values: Tensor, *, level: float = 0.95, resamples: int = 10_000, seed: int = 0) -> Interval:
-    """The mean of one value per row with its bootstrap interval.  (N,) -> Interval"""
-    if values.dim() != 1:
-        raise ValueError(f"values: expected one number per row, got shape {tuple(values.shape)}")
-    return interval(values.double().mean(), bootstrap_means(values, resamples=resamples, seed=seed), level=level)
+    """The mean of one value per row with its bootstrap interval.  (N,) -> Interval
+
+    Rows without a value (NaN) stay in the samples and out of the mean, as in `deferral.metrics.average`.
+    """
+    if values.dim() != 1 or len(values) == 0:
+        raise ValueError(f"values: expected at least one row and one number per row, got shape {tuple(values.shape)}")
+    if bool(values.isnan().all()):
+        raise ValueError("values: expected a number in some row, got NaN in all")
+    figures = values.detach().cpu()
+    return metric_interval(lambda weights: average(figures, weights), len(figures), level=level, resamples=resamples, seed=seed)
 
 
 @numpy_or_torch
 def paired_difference(values: Tensor, others: Tensor, *, level: float = 0.95, resamples: int = 10_000, seed: int = 0) -> Interval:
-    """mean(values - others) for two methods on the same rows, each resample taking the same rows of both.  (N,), (N,)"""
+    """mean(values - others) for two methods on the same rows, each resample taking the same rows of both.  (N,), (N,)
+
+    Rows in which one of them has no value (NaN) stay out of the mean.
+    """
     if values.shape != others.shape:
         raise ValueError(f"a paired difference needs the same rows: {tuple(values.shape)} and {tuple(others.shape)}")
     return mean_interval(values.double() - others.double(), level=level, resamples=resamples, seed=seed)

@@ -35,14 +35,18 @@ def correct(answers: Tensor, targets: Tensor, actions: Tensor, *, mask: Tensor |
     if targets.shape != actions.shape:
         raise ValueError(f"one target per row: actions {tuple(actions.shape)}, targets {tuple(targets.shape)}")
     answer = pick(answers, actions)
-    right = (answer == targets).to(torch.get_default_dtype()).where(answer != -1, torch.nan)
+    # As int64: 255 is a class of uint8 answers, and -1 is not.
+    right = (answer == targets).to(torch.get_default_dtype()).where(answer.long() != -1, torch.nan)
     return _known(right, answers, actions, mask)
 
 
 @numpy_or_torch
 def kept(actions: Tensor, num_own: int = 1) -> Tensor:
-    """1 where an own action is taken, else 0; the average is the coverage.  (...,) -> (...,)"""
-    return (actions < num_own).to(torch.get_default_dtype())
+    """1 where an own action is taken, else 0; the average is the coverage.  (...,) -> (...,)
+
+    Action -1, which `decide` gives where every action is masked, is nobody's: 0.
+    """
+    return ((actions >= 0) & (actions < num_own)).to(torch.get_default_dtype())
 
 
 @numpy_or_torch
@@ -58,6 +62,8 @@ def average(values: Tensor, weights: Tensor | None = None) -> Tensor:
     if values.dim() == 0 or len(values) == 0:
         raise ValueError(f"values: expected at least one row, got shape {tuple(values.shape)}")
     figures = values.double()
+    if bool(figures.isinf().any()):
+        raise ValueError("values: expected numbers, or NaN where a row has none, got infinity")
     weights = check_weights(weights, figures)
     known = ~figures.isnan()
     flat, known = figures.where(known, 0.0).reshape(len(values), -1), known.double().reshape(len(values), -1)

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from deferral import decide, pick
 from deferral.curves import (
+    accuracy_area,
     accuracy_coverage_curve,
+    accuracy_gap,
     augrc,
     aurc,
     budget_curve,
@@ -141,6 +143,23 @@ def test_a_perfect_order_has_no_excess_and_the_worst_has_most() -> None:
     assert float(excess_system_aurc(gain, loss, torch.full((50,), 0.3))) == pytest.approx(0, abs=1e-12)
 
 
+def test_the_gap_to_the_oracle_is_the_excess_of_the_errors() -> None:
+    generator = torch.Generator().manual_seed(0)
+    confidence = torch.randint(0, 9, (200,), generator=generator)
+    right = (torch.rand(200, generator=generator) < 0.7).double()
+    torch.testing.assert_close(accuracy_area(confidence, right), 1 - aurc(confidence, 1 - right))
+    torch.testing.assert_close(accuracy_gap(confidence, right), excess_aurc(confidence, 1 - right))
+
+
+def test_a_row_that_nobody_can_be_asked_about_costs_and_spends_its_own_at_every_threshold() -> None:
+    margin, own, deferred, price = draw(1)
+    margin[2], deferred[2] = -torch.inf, torch.nan
+    curve = budget_curve(margin, own, deferred, price)
+    rest = torch.tensor([0, 1, 3, 4, 5])
+    torch.testing.assert_close(curve.spend[-1] * ROWS, price[rest].sum())
+    torch.testing.assert_close(curve.value[-1] * ROWS, deferred[rest].sum() + own[2])
+
+
 def test_handing_over_to_nobody_is_abstaining() -> None:
     margin, loss = torch.rand(2, 40, dtype=torch.float64)
     nobody = torch.full((40,), torch.nan)
@@ -191,7 +210,9 @@ def test_numpy_in_numpy_out() -> None:
     assert float(area) == pytest.approx(float(aurc(torch.from_numpy(confidence), torch.from_numpy(loss))), rel=1e-6)
     curve = risk_coverage_curve(confidence, loss)
     assert isinstance(curve.value, np.ndarray)
+    assert isinstance(curve.at(1.0), np.float64)
     assert float(curve.at(1.0)) == pytest.approx(loss.mean())
+    assert isinstance(curve.at(np.array([0.5, 1.0])), np.ndarray)
 
 
 def test_small_integers_do_not_wrap_around() -> None:

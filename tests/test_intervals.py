@@ -101,6 +101,15 @@ def test_the_interval_over_seeds_is_that_of_student() -> None:
     assert over_seeds(np.array([1.0, 1.0])).low == 1.0
 
 
+def test_rows_without_a_value_stay_out_of_the_mean() -> None:
+    values = torch.rand(50, dtype=torch.float64)
+    values[::3] = torch.nan
+    figure = mean_interval(values, resamples=200)
+    assert figure.estimate == pytest.approx(float(values.nanmean()))
+    gap = paired_difference(values, torch.zeros(50), resamples=200)
+    assert (gap.low, gap.high) == pytest.approx((figure.low, figure.high))
+
+
 def test_small_integers_do_not_wrap_around() -> None:
     gap = paired_difference(torch.tensor([0, 0, 0, 1], dtype=torch.uint8), torch.ones(4, dtype=torch.uint8))
     assert gap.estimate == -0.75
@@ -109,8 +118,12 @@ def test_small_integers_do_not_wrap_around() -> None:
 def test_bad_input() -> None:
     with pytest.raises(ValueError, match="at least one row"):
         mean_interval(torch.rand(0))
-    with pytest.raises(ValueError, match="NaN"):
-        mean_interval(torch.tensor([1.0, torch.nan]))
+    with pytest.raises(ValueError, match="NaN in all"):
+        mean_interval(torch.tensor([torch.nan, torch.nan]))
+    with pytest.raises(ValueError, match="infinity"):
+        mean_interval(torch.tensor([1.0, torch.inf]))
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        bootstrap_means(torch.tensor([1.0, torch.nan]))
     with pytest.raises(ValueError, match="one number per row"):
         mean_interval(torch.rand(3, 2))
     with pytest.raises(ValueError, match="same rows"):

@@ -66,6 +66,12 @@ def test_an_empty_subset_has_no_figure() -> None:
     assert average(torch.full((3,), torch.nan)).isnan()
 
 
+def test_what_is_nobodys_is_not_kept_and_a_class_is_not_a_missing_answer() -> None:
+    assert kept(torch.tensor([-1, 0, 1])).tolist() == [0, 1, 0]
+    answers = torch.tensor([[255, 3]], dtype=torch.uint8)
+    assert correct(answers, torch.tensor([255]), torch.tensor([0])).tolist() == [1]
+
+
 def test_weights_are_numbers_of_copies_and_keep_their_leading_dimensions() -> None:
     values = torch.rand(5, 2, dtype=torch.float64)
     values[1, 0] = torch.nan
@@ -94,6 +100,8 @@ def test_bad_input() -> None:
         pick(torch.rand(3, 2), torch.zeros(4, dtype=torch.long))
     with pytest.raises(ValueError, match="at least one row"):
         average(torch.rand(0))
+    with pytest.raises(ValueError, match="got infinity"):
+        average(torch.tensor([1.0, torch.inf]))
     with pytest.raises(ValueError, match="two vectors of one length"):
         selective_risk(torch.rand(3), torch.ones(4))
     with pytest.raises(ValueError, match="not all 0"):
