@@ -121,9 +121,13 @@ def evaluate(
     from deferral.evaluation.pictures import draw_evaluation
     from deferral.evaluation.report import save_evaluation, show_evaluation
 
+    costs = [_price(price) for price in prices]
+    names = [name for name, _ in costs]
+    if repeated := {name for name in names if names.count(name) > 1}:
+        raise click.BadParameter(f"{min(repeated)!r} has two prices", param_hint="--price")
     evaluation = judge(
         files,
-        prices=dict(map(_price, prices)),
+        prices=dict(costs),
         abstain_cost=abstain_cost,
         calibration_share=calibrate,
         seed=seed,
@@ -131,7 +135,7 @@ def evaluate(
     )
     out.mkdir(parents=True, exist_ok=True)
     show_evaluation(evaluation)
-    written = [*draw_evaluation(evaluation, out), save_evaluation(evaluation, out)]
+    written = [save_evaluation(evaluation, out), *draw_evaluation(evaluation, out)]
     click.echo("\n".join(f"wrote {path}" for path in written))
 
 

@@ -83,7 +83,7 @@ def test_baselines_appear_where_the_file_has_probabilities(tmp_path: Path) -> No
         "probability_Bob": [0.6] * ROWS,
     }
     evaluation = evaluate([write(tmp_path / "ours.csv", table)], prices=PRICES, calibration_share=0.4)
-    assert {"compare-confidence", "selective prediction"} <= set(evaluation.comparison.figures)
+    assert {"compare-confidence", "selective prediction", "post-hoc deferral"} <= set(evaluation.comparison.figures)
     assert set(evaluation.calibration) == {"the model", "Ann", "Bob"}
     share_right = evaluation.probabilities["Ann"][1].mean()
     assert evaluation.calibration["Ann"]["ECE"].estimate == pytest.approx(abs(float(share_right) - 0.7))
@@ -94,6 +94,58 @@ def test_labels_that_a_missing_answer_made_into_decimals_are_the_same_labels(tmp
     outputs = read_outputs(write(tmp_path / "ours.csv", table))
     assert outputs.labels == ["0", "1", "2"]
     assert outputs.answers.tolist() == [[0, 0], [1, -1], [1, 2], [1, 1]]
+
+
+def test_labels_are_taken_as_they_are_written(tmp_path: Path) -> None:
+    table = {"target": ["1_12", "01", "9007199254740993"], "answer": ["11_2", "1", "9007199254740992"], "action": ["own"] * 3}
+    evaluation = evaluate([write(tmp_path / "ours.csv", table)])
+    assert evaluation.comparison.figures["ours"].cost.estimate == 1
+    large = {"target": [2**60 + 1], "answer": [2**60], "action": ["own"]}
+    assert evaluate([write(tmp_path / "large.parquet", large)]).comparison.figures["large"].cost.estimate == 1
+    one, other = ({"target": [label, "3"], "answer": ["3", "3"], "action": ["own"] * 2} for label in ("1000001", "1000002"))
+    with pytest.raises(DataError, match="the targets differ"):
+        evaluate([write(tmp_path / "one.csv", one), write(tmp_path / "other.csv", other)])
+
+
+def test_nan_is_a_missing_answer_in_both_kinds_of_file(tmp_path: Path) -> None:
+    table = {"target": [1.0, 2.0], "answer": [1.0, 1.0], "answer_A": [float("nan"), 2.0], "score": [0.0, 0.0], "score_A": [1, 1]}
+    for suffix in (".csv", ".parquet"):
+        outputs = read_outputs(write(tmp_path / f"ours{suffix}", table))
+        assert outputs.labels == ["1", "2"]
+        assert outputs.mask.tolist() == [[True, False], [True, True]]
+        assert outputs.actions.tolist() == [0, 1]
+
+
+def test_a_spreadsheets_file_is_read_like_any_other(tmp_path: Path) -> None:
+    path = tmp_path / "OURS.CSV"
+    path.write_bytes(b'\xef\xbb\xbftarget, answer ,score\r\n"a, b","a, b",1\r\nc,c,0.5\r\n\r\n')
+    outputs = read_outputs(path)
+    assert outputs.labels == ["a, b", "c"]
+    assert outputs.targets.tolist() == outputs.answers[:, 0].tolist()
+
+
+def test_differences_are_over_the_rows_that_both_have(tmp_path: Path) -> None:
+    """The own answer is wrong on the first half; B answers only those, and is right on half of them."""
+    experts = (["a", "b"] * 25) + [None] * 50
+    table = {"target": ["a"] * 100, "answer": ["b"] * 50 + ["a"] * 50, "answer_B": experts, "action": ["own"] * 100}
+    figures = evaluate([write(tmp_path / "ours.csv", table)]).comparison.figures
+    assert figures["always B"].difference.estimate == pytest.approx(0.5)
+    assert figures["always B"].difference.low > 0.3
+
+
+def test_an_expert_who_never_answers_has_no_row(tmp_path: Path) -> None:
+    table = columns() | {"answer_Bob": [None] * ROWS, "score_Bob": [None] * ROWS}
+    cli.main(["evaluate", str(write(tmp_path / "ours.csv", table)), "--calibrate", "0.5", "--out", str(tmp_path / "out")])
+    assert "always Bob" not in json.loads((tmp_path / "out/ours.json").read_text(encoding="utf-8"))["methods"]
+
+
+def test_names_are_printed_and_drawn_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = "m$a^{$ [b]"
+    table = {key.replace("Ann", "x/y [z]"): cells for key, cells in columns().items()} | {"probability_x/y [z]": [0.5] * ROWS}
+    cli.main(["evaluate", str(write(tmp_path / f"{name}.csv", table)), "--out", str(tmp_path / "out")])
+    printed = capsys.readouterr().out
+    assert name in printed
+    assert "x/y [z]" in printed
 
 
 def test_a_file_of_selective_prediction_needs_a_score_only(tmp_path: Path) -> None:
@@ -147,19 +199,26 @@ BAD = {
     "row 1, column 'action': expected one of own, A, got 'C'": "target,answer,answer_A,action\na,a,b,C\n",
     "row 1, column 'action': expected someone who answered": "target,answer,answer_A,action\na,a,,A\n",
     "row 1, column 'probability': expected a probability": "target,answer,score,probability\na,a,0.5,1.5\n",
-    "cannot be read as csv": GOOD + "a,b\n",
+    "row 3: expected 5 cells, as in the header, got 2: 'a,b'": GOOD + "a,b\n",
+    "row 2, column 'target': expected a label": GOOD.replace("\nb,", "\n\nb,"),
+    "row 1, column 'score': expected a finite number, got '-inf'": GOOD.replace("a,a,b,0.5", "a,a,b,-inf"),
+    "column 'answer': expected labels like those of the target (false, true), got 0, 1": (
+        "target,answer,score\ntrue,1,1\nfalse,0,1\n"
+    ),
+    "two methods would be called 'oracle'": "",
+    "an expert cannot be called ''": "target,answer,answer_,action\na,a,b,own\n",
     "cannot be called 'own'": "target,answer,answer_own,score\na,a,b,0.5\n",
 }
 
 
 @pytest.mark.parametrize("message", BAD)
 def test_a_bad_file_is_named_by_row_and_column(tmp_path: Path, message: str) -> None:
-    path = tmp_path / "bad.csv"
-    path.write_text(BAD[message], encoding="utf-8")
+    path = tmp_path / ("oracle.csv" if "oracle" in message else "bad.csv")
+    path.write_text(BAD[message] or GOOD, encoding="utf-8")
     with pytest.raises(DataError) as error:
         evaluate([path])
     assert message in str(error.value)
-    assert str(path) in str(error.value)
+    assert "oracle" in message or str(path) in str(error.value)
 
 
 def test_files_and_options_that_do_not_fit_together(tmp_path: Path) -> None:
@@ -182,12 +241,40 @@ def test_files_and_options_that_do_not_fit_together(tmp_path: Path) -> None:
     abstaining.write_text("target,answer,score,score_abstain\na,a,0.5,0.25\n", encoding="utf-8")
     with pytest.raises(DataError, match="cost of abstaining"):
         evaluate([abstaining])
+    with pytest.raises(DataError, match="fits no file"):
+        evaluate([path], abstain_cost=0.5)
+    latin = tmp_path / "latin.csv"
+    latin.write_bytes(GOOD.encode() + "é,a,b,0,0\n".encode("latin-1"))
+    with pytest.raises(DataError, match="row 3 is not UTF-8"):
+        evaluate([latin])
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 but not really")
     with pytest.raises(DataError, match="cannot be read as parquet"):
         evaluate([tmp_path / "broken.parquet"])
     (tmp_path / "outputs.txt").write_text(GOOD, encoding="utf-8")
     with pytest.raises(DataError, match=r"ends in \.csv or \.parquet"):
         evaluate([tmp_path / "outputs.txt"])
+
+
+def test_the_baselines_that_need_no_probability_learn_from_the_scores(tmp_path: Path) -> None:
+    """The expert is right where a score says so: post-hoc deferral finds it, a constant cannot."""
+    generator = torch.Generator().manual_seed(0)
+    hint = torch.randn(400, generator=generator, dtype=torch.float64)
+    table = {
+        "target": ["a"] * 400,
+        "answer": ["b" if right else "a" for right in (hint > 0).tolist()],
+        "answer_A": ["a" if right else "b" for right in (hint > 0).tolist()],
+        "score": torch.zeros(400).tolist(),
+        "score_A": hint.tolist(),
+    }
+    figures = evaluate([write(tmp_path / "ours.csv", table)], calibration_share=0.5).comparison.figures
+    assert figures["post-hoc deferral"].cost.estimate < 0.05
+    assert figures["selective prediction"].cost.estimate > 0.3
+
+
+def test_a_price_is_given_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", str(write(tmp_path / "ours.csv", columns())), "--price", "Ann=0.1", "--price", "Ann=0.2"])
+    assert "has two prices" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("price", ["Ann", "Ann=cheap"])

@@ -121,7 +121,10 @@ def run(seed: int, device: torch.device | str, progress: Progress, *, useless_ex
         """Offsets fitted on the calibration rows, decisions on the test rows."""
         offsets = fit_offsets(scores_of(calibration), system(calibration, model).costs)
         scores = scores_of(test) + offsets
-        return system(test, model).take(name, decide(scores), scores)
+        # What abstains leaves rows without an answer: it belongs in the table, not on one axis with those that answer all.
+        # A retrained model starts and ends elsewhere, so it is a point without a curve.
+        curve = scores if model is predictor else None
+        return system(test, model).take(name, decide(scores), curve, drawn="abstain" not in name)
 
     def offered(own: Tensor, experts_scores: Tensor | None = None, abstain: Tensor | None = None) -> Tensor:
         """Scores over all actions; what is not offered gets -inf."""

@@ -13,7 +13,11 @@ from deferral.curves import Curve, cost_coverage_curve, own_and_asked
 from deferral.intervals import Interval, bootstrap, interval
 from deferral.metrics import average, correct, deferral_cost, kept, load
 
-__all__ = ["Comparison", "Figures", "Method", "System"]
+__all__ = ["GRID", "MODEL", "RESAMPLES", "Comparison", "Figures", "Method", "System"]
+
+MODEL = "the model"  # in tables and pictures
+RESAMPLES = 2_000  # of areas and curves; the table of methods has those of `bootstrap`
+GRID = torch.linspace(0.02, 1, 50, dtype=torch.float64)  # coverages at which curves have their intervals
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class Method:
     kept: Tensor
     load: Tensor
     curve: Curve | None = None
+    drawn: bool = True  # on one axis with the others
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ class System:
             answers = torch.cat([answers, torch.full_like(answers[:, :1], -1)], dim=-1)
         return System(costs, answers, targets, experts.shape[-1])
 
-    def take(self, name: str, actions: Tensor, scores: Tensor | None = None) -> Method:
+    def take(self, name: str, actions: Tensor, scores: Tensor | None = None, *, drawn: bool = True) -> Method:
         """The figures of taking these actions; the scores behind them give the curve over all thresholds as well."""
         curve = None if scores is None else cost_coverage_curve(*own_and_asked(scores, self.costs, mask=self.mask))
         # A number is close to its target or far from it; only a class is right or wrong.
@@ -80,6 +85,7 @@ class System:
             kept=kept(actions).cpu(),
             load=load(actions, 1, self.num_experts).cpu(),
             curve=curve,
+            drawn=drawn,
         )
 
     def always(self, name: str, action: int) -> Method:
@@ -110,8 +116,10 @@ class Comparison:
         columns = torch.stack(
             [torch.cat([torch.stack([m.cost, m.correct, m.kept], -1), m.load], -1).double() for m in self.methods], dim=1
         )
+        # Where one of the two has no cost the pair has none.
+        differences = self[self.reference].cost.double().unsqueeze(-1) - columns[..., 0]
+        columns = torch.cat([columns, differences.unsqueeze(-1)], dim=-1)
         means, resampled = average(columns), bootstrap(lambda weights: average(columns, weights), rows=len(columns))
-        reference = [m.name for m in self.methods].index(self.reference)
         figures = {}
         for number, method in enumerate(self.methods):
             mean, samples = means[number], resampled[:, number]
@@ -120,6 +128,6 @@ class Comparison:
                 accuracy=None if bool(mean[1].isnan()) else interval(mean[1], samples[:, 1]),
                 coverage=interval(mean[2], samples[:, 2]),
                 loads=[interval(mean[3 + j], samples[:, 3 + j]) for j in range(len(self.experts))],
-                difference=interval(means[reference, 0] - mean[0], resampled[:, reference, 0] - samples[:, 0]),
+                difference=interval(mean[-1], samples[:, -1]),
             )
         return figures

@@ -7,22 +7,29 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from deferral.baselines import compare_confidence, selective_prediction
 from deferral.calibration import fit_offsets
 from deferral.costs import error_costs, squared_costs
-from deferral.curves import Curve, augrc, aurc, excess_aurc, excess_system_aurc, own_and_asked, risk_coverage_curve, system_aurc
+from deferral.curves import (
+    Curve,
+    augrc,
+    aurc,
+    cost_coverage_curve,
+    excess_aurc,
+    excess_system_aurc,
+    own_and_asked,
+    risk_coverage_curve,
+    system_aurc,
+)
 from deferral.datasets import DataError
 from deferral.decision import decide, oracle
-from deferral.evaluation.comparison import Comparison, Method, System
+from deferral.evaluation.baselines import baselines
+from deferral.evaluation.comparison import GRID, MODEL, RESAMPLES, Comparison, Method, System
 from deferral.evaluation.outputs import Outputs, read_outputs
 from deferral.intervals import Interval, bootstrap, metric_interval
 from deferral.metrics import average
 from deferral.reliability import brier, calibration_error, debiased_calibration_error
 
-__all__ = ["GRID", "Evaluation", "evaluate"]
-
-RESAMPLES = 2_000  # of areas and curves; the table of methods has those of `Comparison`
-GRID = torch.linspace(0.02, 1, 50, dtype=torch.float64)  # coverages at which curves have their intervals
+__all__ = ["Evaluation", "evaluate"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,7 @@ class Evaluation:
     comparison: Comparison
     areas: dict[str, dict[str, Interval]]  # method: figure: interval
     risk: dict[str, tuple[Curve, Tensor, Tensor]]  # method: risk-coverage curve, low and high ends on GRID
+    cost: dict[str, tuple[Tensor, Tensor]]  # method: low and high ends of its cost-coverage curve on GRID
     calibration: dict[str, dict[str, Interval]]  # who answers: figure: interval
     probabilities: dict[str, tuple[Tensor, Tensor]]  # who answers: P(right) and whether right, on the rows that have both
 
@@ -67,42 +75,50 @@ def evaluate(
             table[number][judging], output.answers[judging], output.targets[judging], len(first.experts), output.mask[judging]
         )
 
-    def take(name: str, number: int, scores: Tensor | None, actions: Tensor | None = None) -> Method:
-        """The rule as it is, or with a threshold fitted on the calibration rows where actions are not given."""
-        if actions is None:
-            assert scores is not None
-            mask = outputs[number].mask
-            if len(fitting):
-                scores = scores + fit_offsets(scores[fitting], table[number][fitting], mask=mask[fitting])
-            actions = decide(scores, mask=mask)
+    def take(name: str, number: int, scores: Tensor | None, actions: Tensor) -> Method:
         some = scores is not None and scores.shape[-1] > 1
         return system(number).take(name, actions[judging], scores[judging] if some and scores is not None else None)
 
-    methods = []
+    def fitted(name: str, number: int, scores: Tensor, rows: Tensor) -> Method:
+        """With a threshold from those rows, where there are any."""
+        mask = outputs[number].mask
+        if len(rows):
+            scores = scores + fit_offsets(scores[rows], table[number][rows], mask=mask[rows])
+        return take(name, number, scores, decide(scores, mask=mask))
+
+    methods, of_file = [], {}
     for number, output in enumerate(outputs):
-        fitted = bool(len(fitting)) and output.scores is not None and output.scores.shape[-1] > 1
-        # One curve per method: it is the same for every threshold.
-        methods.append(take(output.name, number, None if fitted else output.scores, output.actions))
-        if fitted:
-            methods.append(take(f"{output.name}, threshold fitted", number, output.scores))
+        again = bool(len(fitting)) and output.scores is not None and output.scores.shape[-1] > 1
+        # One curve per file: it is the same for every threshold.
+        methods.append(take(output.name, number, None if again else output.scores, output.actions))
+        if again and output.scores is not None:
+            methods.append(fitted(f"{output.name}, threshold fitted", number, output.scores, fitting))
+        of_file[output.name] = methods[-1].name
     judged = system(0)
-    for name, scores in _baselines(first, table[0], price_row, abstain_cost, fitting).items():
-        methods.append(take(name, 0, scores))
+    for name, (scores, of_threshold) in baselines(first, table[0], price_row, abstain_cost, fitting).items():
+        methods.append(fitted(name, 0, scores, of_threshold))
     methods.append(judged.always("never deferring", 0))
-    methods += [judged.always(f"always {name}", 1 + j) for j, name in enumerate(first.experts)]
+    # Who answered none of these rows has no figure.
+    answered = [j for j in range(len(first.experts)) if bool(judged.mask is None or judged.mask[:, 1 + j].any())]
+    methods += [judged.always(f"always {first.experts[j]}", 1 + j) for j in answered]
     if first.abstains:
         methods.append(judged.always("always abstaining", judged.costs.shape[-1] - 1))
     methods.append(judged.take("oracle", oracle(judged.costs, mask=judged.mask)))
-    areas, risk = {}, {}
+    names = [method.name for method in methods]
+    if repeated := {name for name in names if names.count(name) > 1}:
+        raise DataError(f"two methods would be called {min(repeated)!r}; a method is called like its file: rename the file")
+    areas, risk, cost = {}, {}, {}
     for number, output in enumerate(outputs):
         if output.scores is not None:
-            areas[output.name], risk[output.name] = _areas(output.scores[judging], system(number))
+            areas[output.name], risk[output.name], band = _judged_curves(output.scores[judging], system(number))
+            if band is not None:
+                cost[of_file[output.name]] = band
     calibration, probabilities = _reliability(first, judging)
     comparison = Comparison(
         name=first.name,
         title=f"{', '.join(path.name for path in paths)}: {len(judging)} rows"
         + (f", thresholds fitted on {len(fitting)} others" if len(fitting) else ""),
-        reference=methods[1].name if methods[1].name == f"{first.name}, threshold fitted" else first.name,
+        reference=of_file[first.name],
         methods=methods,
         experts=first.experts,
         classes=first.labels or [],
@@ -116,7 +132,7 @@ def evaluate(
         },
         notes=[] if first.labels else ["Costs are squared errors in the unit of the targets; there is no accuracy."],
     )
-    return Evaluation(comparison, areas, risk, calibration, probabilities)
+    return Evaluation(comparison, areas, risk, cost, calibration, probabilities)
 
 
 def _check(
@@ -141,6 +157,10 @@ def _check(
         raise DataError(f"price of {strange[0]!r}: there is no such expert; the file has {', '.join(first.experts) or 'none'}")
     if any(not 0 <= price < float("inf") for price in prices.values()):
         raise DataError(f"prices: expected numbers >= 0, got {dict(prices)}")
+    if abstain_cost is not None and not first.abstains:
+        raise DataError(
+            f"the cost of abstaining, {abstain_cost:g}, fits no file: {paths[0]} has no score_abstain and no row abstains"
+        )
     if first.abstains and (abstain_cost is None or not 0 <= abstain_cost < float("inf")):
         raise DataError(f"the file abstains: expected the cost of abstaining, a number >= 0, got {abstain_cost}")
     if not 0 <= calibration_share < 1:
@@ -166,28 +186,10 @@ def _costs(output: Outputs, prices: list[float], abstain_cost: float | None) -> 
     return costs
 
 
-def _baselines(
-    output: Outputs, costs: Tensor, prices: list[float], abstain_cost: float | None, fitting: Tensor
-) -> dict[str, Tensor]:
-    """Scores of the rules that are hard to beat, where the file has the probabilities that they need."""
-    own_known = output.probabilities is not None and not bool(output.probabilities[:, 0].isnan().any())
-    if output.probabilities is None or not own_known or output.labels is None:
-        return {}
-    own, asked = output.probabilities[:, :1], 1 + len(prices)
-    baselines = {}
-    if prices and not bool((output.probabilities.isnan() & output.mask[:, :asked]).any()):
-        scores = compare_confidence(own, output.probabilities[:, 1:].nan_to_num(0.0), price=torch.tensor(prices).double())
-        abstain = [torch.full_like(own, 1 - abstain_cost)] if output.abstains and abstain_cost is not None else []
-        baselines["compare-confidence"] = torch.cat([scores, *abstain], dim=-1)
-    if len(fitting) and output.mask.shape[-1] > 1:
-        # An expert who answered none of these rows is never asked.
-        means = average(costs[fitting].where(output.mask[fitting], torch.nan))[1:].nan_to_num(torch.inf)
-        baselines["selective prediction"] = selective_prediction(own, means)
-    return baselines
-
-
-def _areas(scores: Tensor, system: System) -> tuple[dict[str, Interval], tuple[Curve, Tensor, Tensor]]:
-    """Areas with intervals, and the risk-coverage curve with its ends on GRID."""
+def _judged_curves(
+    scores: Tensor, system: System
+) -> tuple[dict[str, Interval], tuple[Curve, Tensor, Tensor], tuple[Tensor, Tensor] | None]:
+    """Areas with intervals, the risk-coverage curve with its ends on GRID, and the ends of the cost-coverage curve."""
     deferring = scores.shape[-1] > 1
     if deferring:
         margin, own, asked = own_and_asked(scores, system.costs, mask=system.mask)
@@ -196,6 +198,11 @@ def _areas(scores: Tensor, system: System) -> tuple[dict[str, Interval], tuple[C
 
     def figure(metric: Callable[[Tensor], Tensor]) -> Interval:
         return metric_interval(metric, len(own), resamples=RESAMPLES)
+
+    def band(metric: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        curves = bootstrap(metric, len(own), resamples=RESAMPLES)
+        low, high = torch.nanquantile(curves, torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
+        return low, high
 
     areas = {
         "AURC": figure(lambda weights: aurc(-margin, own, weights)),
@@ -206,16 +213,16 @@ def _areas(scores: Tensor, system: System) -> tuple[dict[str, Interval], tuple[C
         areas["system AURC"] = figure(lambda weights: system_aurc(margin, own, asked, weights))
     if deferring and not bool(asked.isnan().any()):
         areas["excess system AURC"] = figure(lambda weights: excess_system_aurc(margin, own, asked, weights))
-    curves = bootstrap(lambda weights: risk_coverage_curve(-margin, own, weights).at(GRID), len(own), resamples=RESAMPLES)
-    low, high = torch.quantile(curves, torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
-    return areas, (risk_coverage_curve(-margin, own), low, high)
+    risk = risk_coverage_curve(-margin, own), *band(lambda weights: risk_coverage_curve(-margin, own, weights).at(GRID))
+    cost = band(lambda weights: cost_coverage_curve(margin, own, asked, weights).at(GRID)) if deferring else None
+    return areas, risk, cost
 
 
 def _reliability(output: Outputs, judging: Tensor) -> tuple[dict[str, dict[str, Interval]], dict[str, tuple[Tensor, Tensor]]]:
     if output.probabilities is None or output.labels is None:
         return {}, {}
     figures, rows = {}, {}
-    for column, name in enumerate(["the model", *output.experts]):
+    for column, name in enumerate([MODEL, *output.experts]):
         probability, known = output.probabilities[judging, column], output.mask[judging, column]
         usable = known & ~probability.isnan()
         if int(usable.sum()) < 2:

@@ -11,9 +11,9 @@ Columns, of which `target` and `answer` must be there:
     probability, probability_NAME   P(the answer is right), for reliability and for the baseline compare-confidence
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,18 +21,14 @@ from torch import Tensor
 
 from deferral.datasets import DataError
 from deferral.decision import decide
-
-try:
-    import pyarrow as pa
-    import pyarrow.compute as pc
-    import pyarrow.csv
-    import pyarrow.parquet
-except ModuleNotFoundError as error:
-    raise ImportError("reading tables of outputs needs pyarrow: pip install 'deferral[evaluate]'") from error
+from deferral.evaluation.comparison import MODEL
+from deferral.evaluation.table import Table
 
 __all__ = ["Outputs", "read_outputs"]
 
 OWN, ABSTAIN = "own", "abstain"
+_RESERVED = (OWN, ABSTAIN, MODEL, "abstaining", "")
+_NUMBER = re.compile(r"-?\d+(\.\d+)?")
 
 
 @dataclass(frozen=True)
@@ -53,18 +49,12 @@ class Outputs:
 
 def read_outputs(path: Path, *, regression: bool = False) -> Outputs:
     """Read a .csv or .parquet file with the columns above.  DataError names the row (the first is 1) and the column."""
-    table = _Table(path)
+    table = Table(path)
     experts = [name.removeprefix("answer_") for name in table.names if name.startswith("answer_")]
-    if OWN in experts or ABSTAIN in experts:
-        raise DataError(f"{path}: an expert cannot be called {OWN!r} or {ABSTAIN!r}; rename the column")
-    known = {"target", "answer", "action", "score", "score_abstain", "probability"}
-    per_expert = {f"{kind}_{name}" for kind in ("answer", "score", "probability") for name in experts}
-    if strange := sorted(set(table.names) - known - per_expert):
-        raise DataError(
-            f"{path}: column {strange[0]!r} is not one of {', '.join(sorted(known | per_expert))}; "
-            "rename it, or leave it out (an expert needs a column answer_NAME)"
-        )
-    abstains = "score_abstain" in table.names or ("action" in table.names and ABSTAIN in set(table.text("action")))
+    if reserved := [name for name in experts if name in _RESERVED]:
+        raise DataError(f"{path}: an expert cannot be called {reserved[0]!r}; rename the column 'answer_{reserved[0]}'")
+    _check_names(table, experts)
+    abstains = "score_abstain" in table.names or ("action" in table.names and ABSTAIN in table.text("action"))
     answer_columns = ["answer", *(f"answer_{name}" for name in experts)]
     labels: list[str] | None = None
     if regression:
@@ -90,91 +80,58 @@ def read_outputs(path: Path, *, regression: bool = False) -> Outputs:
     return Outputs(path.stem, experts, abstains, labels, targets, answers, mask, scores, actions, _probabilities(table, experts))
 
 
-class _Table:
-    """The file's columns as text, so that an error can name the cell as it was written."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            if path.suffix == ".parquet":
-                table = pa.parquet.read_table(path)
-            elif path.suffix == ".csv":
-                table = pa.csv.read_csv(path, convert_options=_as_text(path))
-            else:
-                raise DataError(f"{path}: expected a name that ends in .csv or .parquet")
-        except (pa.ArrowInvalid, pa.ArrowKeyError, UnicodeDecodeError) as error:
-            raise DataError(f"{path}: cannot be read as {path.suffix[1:]}: {error}") from error
-        self.names: list[str] = table.column_names
-        if repeated := {name for name in self.names if self.names.count(name) > 1}:
-            raise DataError(f"{path}: column {min(repeated)!r} is there twice")
-        if missing := [name for name in ("target", "answer") if name not in self.names]:
-            raise DataError(f"{path}: there is no column {missing[0]!r}; the columns are {', '.join(self.names)}")
-        if len(table) == 0:
-            raise DataError(f"{path}: expected at least one row below the names of the columns")
-        self._columns: dict[str, Any] = dict(zip(self.names, table.columns, strict=True))
-
-    def text(self, name: str) -> list[str]:
-        """The cells as written, "" where empty."""
-        column = self._columns[name]
-        try:
-            text = pc.cast(column, pa.string())
-        except (pa.ArrowNotImplementedError, pa.ArrowInvalid) as error:
-            raise DataError(f"{self.path}: column {name!r}: expected text or numbers, got {column.type}") from error
-        return [(cell or "").strip() for cell in text.to_pylist()]
-
-    def numbers(self, name: str, *, empty: bool = False) -> np.ndarray:
-        """The column as float64; empty cells are NaN where they are allowed."""
-        cells = self.text(name)
-        numbers = np.empty(len(cells))
-        for row, cell in enumerate(cells):
-            try:
-                numbers[row] = float(cell) if cell else np.nan
-            except ValueError:
-                raise self.bad(row, name, "a number") from None
-        wrong = ~np.isfinite(numbers) & ~(np.isnan(numbers) if empty else False)
-        if name.startswith("score"):
-            wrong &= ~np.isneginf(numbers)
-        if wrong.any():
-            raise self.bad(int(wrong.argmax()), name, "a finite number")
-        return numbers
-
-    def bad(self, row: int, name: str, expected: str) -> DataError:
-        return DataError(f"{self.path}: row {row + 1}, column {name!r}: expected {expected}, got {self.text(name)[row]!r}")
+def _check_names(table: Table, experts: list[str]) -> None:
+    if missing := [name for name in ("target", "answer") if name not in table.names]:
+        raise DataError(f"{table.path}: there is no column {missing[0]!r}; the columns are {', '.join(table.names)}")
+    known = {"target", "answer", "action", "score", "score_abstain", "probability"}
+    known |= {f"{kind}_{name}" for kind in ("answer", "score", "probability") for name in experts}
+    if strange := sorted(set(table.names) - known):
+        raise DataError(
+            f"{table.path}: column {strange[0]!r} is not one of {', '.join(sorted(known))}; "
+            "rename it, or leave it out (an expert needs a column answer_NAME)"
+        )
 
 
-def _as_text(path: Path) -> Any:
-    with pa.csv.open_csv(path) as reader:
-        names = reader.schema.names
-    return pa.csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False)
-
-
-def _labels(table: _Table, columns: list[str]) -> tuple[list[str], Tensor]:
-    """Labels as indices (N, columns), -1 where an expert's cell is empty.  1 and 1.0 are one label: a tool wrote the second
-    because a cell of the column was empty."""
-    cells = [table.text(name) for name in columns]
+def _labels(table: Table, columns: list[str]) -> tuple[list[str], Tensor]:
+    """The names of the labels, and their indices (N, columns), -1 where an expert's cell is empty."""
+    cells = [table.labels(name) for name in columns]
     for name in ("target", "answer"):
         if "" in (column := cells[columns.index(name)]):
             raise table.bad(column.index(""), name, "a label")
-    try:
-        numbers = [[float(cell) if cell else None for cell in column] for column in cells]
-        labels = sorted({number for column in numbers for number in column if number is not None})
-        order: dict[Any, int] = {label: index for index, label in enumerate(labels)} | {None: -1}
-        indices = [[order[number] for number in column] for column in numbers]
-        return [f"{label:g}" for label in labels], torch.tensor(indices).T.contiguous()
-    except ValueError:
-        names = sorted({cell for column in cells for cell in column if cell})
-        order = {name: index for index, name in enumerate(names)} | {"": -1}
-        return names, torch.tensor([[order[cell] for cell in column] for column in cells]).T.contiguous()
+    truth = set(cells[0])
+    for name, column in zip(columns[1:], cells[1:], strict=True):
+        given = set(column) - {""}
+        # 0 and 1 beside false and true: written by another hand, and all wrong if taken as they are.
+        if given and not given & truth and _numeric(given) != _numeric(truth):
+            raise DataError(
+                f"{table.path}: column {name!r}: expected labels like those of the target ({_some(truth)}), got {_some(given)}"
+            )
+    names = sorted({cell for column in cells for cell in column if cell}, key=_by_number)
+    order = {name: index for index, name in enumerate(names)} | {"": -1}
+    return names, torch.tensor([[order[cell] for cell in column] for column in cells]).T.contiguous()
 
 
-def _scores(table: _Table, experts: list[str], abstains: bool, mask: Tensor) -> Tensor | None:
+def _numeric(labels: set[str]) -> bool:
+    return all(_NUMBER.fullmatch(label) for label in labels)
+
+
+def _some(labels: set[str]) -> str:
+    return ", ".join(sorted(labels, key=_by_number)[:3]) + (", .." if len(labels) > 3 else "")
+
+
+def _by_number(label: str) -> tuple[float, str]:
+    return (float(label) if _NUMBER.fullmatch(label) else float("inf"), label)
+
+
+def _scores(table: Table, experts: list[str], abstains: bool, mask: Tensor) -> Tensor | None:
     columns = ["score", *(f"score_{name}" for name in experts), *(["score_abstain"] if abstains else [])]
     if not any(name.startswith("score") for name in table.names):
         return None
     if missing := [name for name in columns if name not in table.names]:
         raise DataError(f"{table.path}: there is no column {missing[0]!r}; every action needs a score, or none has one")
+    own = ("score", "score_abstain")
     scores = torch.stack(
-        [torch.from_numpy(table.numbers(name, empty=name not in ("score", "score_abstain"))) for name in columns], dim=-1
+        [torch.from_numpy(table.numbers(name, empty=name not in own, closed=name not in own)) for name in columns], dim=-1
     )
     bad = (scores.isnan() & mask).nonzero()
     if len(bad):
@@ -183,7 +140,7 @@ def _scores(table: _Table, experts: list[str], abstains: bool, mask: Tensor) -> 
     return scores.nan_to_num(nan=-torch.inf, neginf=-torch.inf)
 
 
-def _actions(table: _Table, names: list[str], mask: Tensor) -> Tensor:
+def _actions(table: Table, names: list[str], mask: Tensor) -> Tensor:
     number = {name: index for index, name in enumerate(names)}
     cells = table.text("action")
     for row, cell in enumerate(cells):
@@ -194,7 +151,7 @@ def _actions(table: _Table, names: list[str], mask: Tensor) -> Tensor:
     return torch.tensor([number[cell] for cell in cells])
 
 
-def _probabilities(table: _Table, experts: list[str]) -> Tensor | None:
+def _probabilities(table: Table, experts: list[str]) -> Tensor | None:
     columns = ["probability", *(f"probability_{name}" for name in experts)]
     if not any(name in table.names for name in columns):
         return None

@@ -4,44 +4,47 @@ import json
 import platform
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import deferral
-from deferral.evaluation.comparison import Comparison
-from deferral.evaluation.evaluate import RESAMPLES, Evaluation
+from deferral.evaluation.comparison import RESAMPLES, Comparison
 from deferral.intervals import Interval
+
+if TYPE_CHECKING:
+    from deferral.evaluation.evaluate import Evaluation
 
 __all__ = ["save", "save_evaluation", "show", "show_evaluation"]
 
 
 def show(comparison: Comparison) -> None:
     """Print the table, the paired differences and the notes."""
-    table = Table(title=comparison.title, title_justify="left", box=None, header_style="bold", pad_edge=False)
+    table = Table(title=escape(comparison.title), title_justify="left", box=None, header_style="bold", pad_edge=False)
     table.add_column("method", no_wrap=True)
     shares = ("accuracy %", "coverage %", *(f"to {name} %" for name in comparison.experts))
     for heading in ("cost", *shares, f"cost of {comparison.reference} minus it"):
-        table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column(escape(heading), justify="right", no_wrap=True)
     for name, figures in comparison.figures.items():
         percentages = (figures.accuracy, figures.coverage, *figures.loads)
         cells = [_plus_minus(figures.cost, digits=3), *(_plus_minus(share, digits=1, scale=100) for share in percentages)]
         gap = figures.difference
         mark = "" if gap.excludes_zero() else "  tie"
         versus = "" if name == comparison.reference else f"{gap.estimate:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]{mark:5}"
-        table.add_row(name, *cells, versus, style="bold" if name == comparison.reference else None)
+        table.add_row(escape(name), *cells, versus, style="bold" if name == comparison.reference else None)
     _print(table)
     legend = (
         "cost: per row, prices included, in units of one error.  accuracy: of the rows that get an answer.  ±: half the 95%",
         f"bootstrap interval.  last column: paired over the test rows; below 0, {comparison.reference} is cheaper than the row.",
     )
     for note in (*legend, *comparison.notes):
-        Console().print(note, highlight=False, soft_wrap=True)
+        Console().print(note, highlight=False, markup=False, soft_wrap=True)
 
 
-def show_evaluation(evaluation: Evaluation) -> None:
+def show_evaluation(evaluation: "Evaluation") -> None:
     """Print the table of methods, the areas under their curves, and how far the probabilities can be believed."""
     show(evaluation.comparison)
     for title, rows in (("areas under the curves of the own loss", evaluation.areas), ("calibration", evaluation.calibration)):
@@ -51,24 +54,24 @@ def show_evaluation(evaluation: Evaluation) -> None:
         table = Table(title=f"\n{title}, ± half the 95% interval of {RESAMPLES} resamples", title_justify="left", box=None)
         table.add_column("", no_wrap=True)
         for heading in headings:
-            table.add_column(heading, justify="right", no_wrap=True)
+            table.add_column(escape(heading), justify="right", no_wrap=True)
         for name, figures in rows.items():
-            table.add_row(name, *(_plus_minus(figures.get(heading), digits=4) for heading in headings))
+            table.add_row(escape(name), *(_plus_minus(figures.get(heading), digits=4) for heading in headings))
         _print(table)
 
 
 def save(comparison: Comparison, folder: Path) -> Path:
     """All figures with their intervals, settings and versions, as JSON."""
-    return _write(_record(comparison), folder / f"{comparison.name}.json")
+    return _write(_record(comparison), folder / (comparison.name + ".json"))
 
 
-def save_evaluation(evaluation: Evaluation, folder: Path) -> Path:
+def save_evaluation(evaluation: "Evaluation", folder: Path) -> Path:
     """The same, with the areas and the calibration."""
     named = {
         kind: {name: {figure: asdict(interval) for figure, interval in figures.items()} for name, figures in rows.items()}
         for kind, rows in (("areas", evaluation.areas), ("calibration", evaluation.calibration))
     }
-    return _write(_record(evaluation.comparison) | named, folder / f"{evaluation.comparison.name}.json")
+    return _write(_record(evaluation.comparison) | named, folder / (evaluation.comparison.name + ".json"))
 
 
 def _record(comparison: Comparison) -> dict[str, Any]:

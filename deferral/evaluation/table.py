@@ -1,0 +1,114 @@
+"""A table in a file, cell by cell as it was written, so that whatever is wrong with it can be named by row and column."""
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deferral.datasets import DataError
+
+try:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.csv
+    import pyarrow.parquet
+except ModuleNotFoundError as error:
+    raise ImportError("reading tables of outputs needs pyarrow: pip install 'deferral[evaluate]'") from error
+
+__all__ = ["Table"]
+
+_WHOLE = re.compile(r"(-?\d+)\.0+")
+_EMPTY = {"", "nan", "NaN", "NA", "null", "None"}
+
+
+class Table:
+    """A .csv file with a header, or a .parquet file.  Rows are counted from 1, the header of a CSV file is none."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        readers = {".csv": _read_csv, ".parquet": _read_parquet}
+        if path.suffix.lower() not in readers:
+            raise DataError(f"{path}: expected a name that ends in .csv or .parquet")
+        table = readers[path.suffix.lower()](path)
+        self.names = [name.strip() for name in table.column_names]
+        if repeated := {name for name in self.names if self.names.count(name) > 1}:
+            raise DataError(f"{path}: column {min(repeated)!r} is there twice")
+        if len(table) == 0:
+            raise DataError(f"{path}: expected at least one row below the names of the columns")
+        self._columns = dict(zip(self.names, table.columns, strict=True))
+        self._text: dict[str, list[str]] = {}
+
+    def text(self, name: str) -> list[str]:
+        """The cells as text, "" where there is none (empty, null or NaN)."""
+        if name not in self._text:
+            column = self._columns[name]
+            try:
+                cells = pc.cast(column, pa.string()).to_pylist()
+            except (pa.ArrowNotImplementedError, pa.ArrowInvalid) as error:
+                raise DataError(f"{self.path}: column {name!r}: expected text or numbers, got {column.type}") from error
+            stripped = [(cell or "").strip() for cell in cells]
+            self._text[name] = ["" if cell in _EMPTY else cell for cell in stripped]
+        return self._text[name]
+
+    def labels(self, name: str) -> list[str]:
+        """The cells as labels: 1.0 is 1, which tools write where another cell of the column was empty."""
+        return [match[1] if (match := _WHOLE.fullmatch(cell)) else cell for cell in self.text(name)]
+
+    def numbers(self, name: str, *, empty: bool = False, closed: bool = False) -> np.ndarray:
+        """The column as float64.  NaN for an empty cell where those are allowed, -inf where actions may be closed."""
+        numbers = np.empty(len(self.text(name)))
+        for row, cell in enumerate(self.text(name)):
+            try:
+                numbers[row] = float(cell) if cell else math.nan
+            except ValueError:
+                raise self.bad(row, name, "a number") from None
+        wrong = np.isinf(numbers) & ~(np.isneginf(numbers) & closed) | (np.isnan(numbers) & (not empty))
+        if wrong.any():
+            raise self.bad(int(wrong.argmax()), name, "a finite number")
+        return numbers
+
+    def bad(self, row: int, name: str, expected: str) -> DataError:
+        """The error about one cell; rows from 0 here."""
+        cell = self._columns[name][row].as_py()
+        return DataError(
+            f"{self.path}: row {row + 1}, column {name!r}: expected {expected}, got {'' if cell is None else cell!r}"
+        )
+
+
+def _read_csv(path: Path) -> Any:
+    content = path.read_bytes().removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n") + b"\n"
+    try:
+        content.decode()
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start)
+        raise DataError(f"{path}: row {line} is not UTF-8 ({error.reason}); save the file as UTF-8") from error
+    ragged: list[Any] = []
+
+    def note(row: Any) -> str:
+        ragged.append(row)
+        return "error"
+
+    parse = pa.csv.ParseOptions(invalid_row_handler=note, ignore_empty_lines=False)
+    # One thread: only then is the number of a ragged row known.
+    read = pa.csv.ReadOptions(use_threads=False)
+    try:
+        header = pa.csv.read_csv(pa.BufferReader(content.split(b"\n", 1)[0] + b"\n"), parse_options=parse).column_names
+        convert = pa.csv.ConvertOptions(column_types=dict.fromkeys(header, pa.string()), strings_can_be_null=False)
+        return pa.csv.read_csv(pa.BufferReader(content), read_options=read, parse_options=parse, convert_options=convert)
+    except pa.ArrowInvalid as error:
+        if ragged:
+            row = ragged[0]
+            raise DataError(
+                f"{path}: row {row.number - 1}: expected {row.expected_columns} cells, as in the header, got "
+                f"{row.actual_columns}: {row.text!r}"
+            ) from error
+        raise DataError(f"{path}: cannot be read as csv: {error}") from error
+
+
+def _read_parquet(path: Path) -> Any:
+    try:
+        return pa.parquet.read_table(path)
+    except (pa.ArrowInvalid, pa.ArrowKeyError, OSError) as error:
+        raise DataError(f"{path}: cannot be read as parquet: {error}") from error
