@@ -9,6 +9,7 @@ import sklearn
 import torch
 from scipy.sparse import csr_array
 from sklearn.base import clone
+from sklearn.compose import ColumnTransformer
 from sklearn.dummy import DummyRegressor
 from sklearn.ensemble import HistGradientBoostingClassifier, RandomForestClassifier, RandomForestRegressor
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -16,8 +17,10 @@ from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import LinearRegression, LogisticRegression, RidgeClassifier
 from sklearn.model_selection import (
     GridSearchCV,
+    GroupKFold,
     KFold,
     LeaveOneOut,
+    PredefinedSplit,
     ShuffleSplit,
     StratifiedKFold,
     TimeSeriesSplit,
@@ -41,7 +44,8 @@ from deferral.estimators import (
 from deferral.estimators.answers import as_labels
 from deferral.estimators.rejector import fit_cost_model, fit_cost_offsets
 
-EVERY = [cls(l2=10.0) for cls in (AbstainingClassifier, DeferralClassifier, AbstainingRegressor, DeferralRegressor)]
+CLASSES = (AbstainingClassifier, DeferralClassifier, AbstainingRegressor, DeferralRegressor)
+EVERY = [cls(l2=10.0) for cls in CLASSES]
 EXPECTED_FAILURES = {
     AbstainingClassifier: {
         "check_classifiers_train": "predict marks abstentions, which are no column of predict_proba, whose argmax it compares"
@@ -49,7 +53,14 @@ EXPECTED_FAILURES = {
 }
 
 
-@pytest.mark.parametrize("estimator", EVERY, ids=lambda e: type(e).__name__)
+def checked_estimators() -> list:
+    """The defaults take twice as long, and choose their penalty: the fast tests hold one, the slow ones the rest."""
+    fast = [DeferralRegressor() if cls is DeferralRegressor else cls(l2=10.0) for cls in CLASSES]
+    slow = [pytest.param(cls(), marks=pytest.mark.slow) for cls in CLASSES if cls is not DeferralRegressor]
+    return [*fast, *slow]
+
+
+@pytest.mark.parametrize("estimator", checked_estimators(), ids=lambda e: f"{type(e).__name__}-{e.l2}")
 def test_scikit_learns_own_checks(estimator) -> None:
     expected = EXPECTED_FAILURES.get(type(estimator), {})
     with warnings.catch_warnings():
@@ -112,6 +123,10 @@ def test_the_decision_is_the_least_expected_cost_less_its_offset(asked) -> None:
     assert (expected <= [1, 1.1, 1]).all()
     assert (asked.decision(X, available=np.array([False, False])) == 0).all()
     assert not (asked.decision(X, available=np.array([False, True])) == 1).any()
+    few, y, answers = half_known(100, seed=4)
+    one = DeferralClassifier(l2=10.0).fit(few, y, answers[:, 0])
+    there = np.arange(200) % 2 == 0
+    np.testing.assert_array_equal(one.decision(X, available=there), np.where(there, one.decision(X), 0))
     dearer = DeferralClassifier(price=[0.1, 0.0]).fit(*half_known(600, seed=0)).set_params(price=[0.3, 0.0])
     np.testing.assert_allclose(dearer.expected_cost(X) - expected, np.tile([0, 0.2, 0], (200, 1)), atol=1e-12)
 
@@ -230,11 +245,12 @@ def test_every_way_to_leave_an_answer_out_is_the_same() -> None:
     listed = [
         [None if gap else int(answer) for gap, answer in zip(*pair, strict=True)] for pair in zip(gaps, answers, strict=True)
     ]
-    for given in (as_float, frame, listed):
+    masked = np.ma.array(answers, mask=gaps), np.ma.array(answers.astype(float), mask=gaps)
+    for given in (as_float, frame, listed, *masked):
         np.testing.assert_array_equal(DeferralClassifier(l2=10.0).fit(X, y, given).expected_cost(X), base)
     words = np.array(["no", "yes"])
     texts = [[np.nan if answer is None else words[answer] for answer in row] for row in listed]
-    for given in (texts, pd.DataFrame(texts), np.array(texts, dtype=object)):
+    for given in (texts, pd.DataFrame(texts), np.array(texts, dtype=object), np.ma.array(words[answers], mask=gaps)):
         np.testing.assert_array_equal(DeferralClassifier(l2=10.0).fit(X, words[y], given).expected_cost(X), base)
 
 
@@ -242,6 +258,8 @@ def test_an_answer_outside_the_classes_is_wrong() -> None:
     labels, known = as_labels(np.array(["maybe", "no"]), np.array(["no", "yes"]))
     assert labels.tolist() == [["maybe"], ["no"]]
     assert known.all()
+    # Empty text, and text that spells a missing number, are text.
+    assert as_labels(np.array(["", "nan"]), np.array(["no", "yes"]))[1].all()
     X, y, _ = half_known(100, seed=0)
     model = DeferralClassifier().fit(X, y, np.full(100, 7))
     assert (model.expected_cost(X)[:, 1] > 0.9).all()
@@ -281,6 +299,13 @@ def test_frames_pipelines_sparse_tables_and_text() -> None:
     np.testing.assert_allclose(by_name.expected_cost(frame), base.expected_cost(X))
     with pytest.raises(ValueError, match="feature names"):
         by_name.predict(frame[["b", "a", "c"]])
+
+    # A base that selects by name would go on, and the second stage goes by place.
+    by_column = make_pipeline(ColumnTransformer([("numbers", StandardScaler(), ["a", "b", "c"])]), LogisticRegression())
+    selecting = AbstainingClassifier(by_column, cost=0.3).fit(frame, y)
+    for ask in (selecting.decision, selecting.predict, selecting.expected_cost, selecting.predict_proba):
+        with pytest.raises(ValueError, match="feature names"):
+            ask(frame[["c", "b", "a"]])
 
     inside = make_pipeline(StandardScaler(), DeferralClassifier(LogisticRegression()))
     inside.fit(frame, y, deferralclassifier__expert_answers=answers)
@@ -330,9 +355,43 @@ def test_a_frozen_predictor_on_its_own_training_rows_warns() -> None:
     assert (held_out.decision(X) == 1).mean() > 0.3
     # Fitted here, the same predictor is cross-fitted: its perfect training rows are never used.
     assert (DeferralClassifier(KNeighborsClassifier(1), price=0.1).fit(X, y, answers).decision(X) == 1).mean() > 0.3
-    numbers = X[:, 0] + 1
-    with pytest.warns(TrainingRowsWarning):
-        AbstainingRegressor(FrozenEstimator(LinearRegression().fit(X, numbers))).fit(X, numbers)
+
+
+def steep(rows: int, noise: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    generator = np.random.default_rng(seed)
+    X = generator.normal(size=(rows, 5))
+    return X, X[:, 0] + noise * generator.normal(size=rows)
+
+
+def test_rows_look_seen_by_what_a_clone_would_make_of_them() -> None:
+    """A forest halves its error on rows it has seen without coming near 0; a linear model may come near 0 on fresh ones."""
+    forest = RandomForestRegressor(20, random_state=0)
+    seen, fresh = steep(400, 0.9, seed=0), steep(400, 0.9, seed=1)
+    with pytest.warns(TrainingRowsWarning, match=r"mean error on these 400 rows is 0\.0[6-9]"):
+        AbstainingRegressor(FrozenEstimator(clone(forest).fit(*seen))).fit(*seen)
+    # Warnings are errors here.
+    AbstainingRegressor(FrozenEstimator(clone(forest).fit(*seen))).fit(*fresh)
+    AbstainingRegressor(FrozenEstimator(clone(forest).fit(*steep(4000, 0.9, seed=2)))).fit(*fresh)
+    for noise in (0.03, 0.0):
+        line = LinearRegression().fit(*steep(400, noise, seed=0))
+        good = AbstainingRegressor(FrozenEstimator(line)).fit(*steep(400, noise, seed=1))
+        assert good.expected_cost(fresh[0])[:, 0].mean() < 0.005
+
+
+def test_without_clones_only_an_error_near_zero_is_noticed() -> None:
+    X, y = steep(100, 0.0, seed=0)
+    module = nn.Linear(5, 1)
+    with torch.no_grad():
+        module.weight.copy_(torch.eye(5)[:1])
+        module.bias.zero_()
+    with pytest.warns(TrainingRowsWarning, match="can be ignored") as caught:
+        AbstainingRegressor(module).fit(X, y)
+    assert caught[0].filename == __file__
+    AbstainingRegressor(module).fit(X, y + 0.1 * np.sign(X[:, 1]))
+    # One label alone: a clone cannot be fitted, and the caller is not troubled by that.
+    sure = FrozenEstimator(LogisticRegression().fit(X, y > 0))
+    with pytest.warns(TrainingRowsWarning, match="can be ignored"):
+        AbstainingClassifier(sure).fit(X[y > 0.5], y[y > 0.5] > 0)
 
 
 def linear_module(model: LogisticRegression) -> nn.Module:
@@ -364,6 +423,15 @@ def test_a_torch_module_is_a_frozen_predictor() -> None:
             return images.flatten(1)[:, :2]
 
     assert AbstainingClassifier(Flat()).fit(X.reshape(300, 1, 3, 1), y).cost_model_.mean.shape == (4,)
+
+    class Last(nn.Module):
+        def forward(self, sequences: torch.Tensor) -> torch.Tensor:
+            return sequences[:, -1, :2]
+
+    sequences = torch.tensor(X).reshape(300, 1, 3)
+    reader = AbstainingClassifier(Last()).fit(sequences, y)
+    longer = torch.cat([torch.zeros(300, 4, 3), sequences], dim=1)
+    np.testing.assert_array_equal(reader.expected_cost(longer), reader.expected_cost(sequences))
     regressor = AbstainingRegressor(nn.Linear(3, 1), cost=0.5).fit(X, X[:, 0] * 2)
     assert regressor.predict(X).shape == (300,)
     with pytest.raises(ValueError, match=r"labels in 0\.\.1"):
@@ -382,6 +450,8 @@ def test_saved_and_loaded_it_decides_the_same_and_holds_no_pickle(estimator, tmp
     again = type(estimator).load(tmp_path / "model.skops")
     np.testing.assert_array_equal(again.expected_cost(frame), model.expected_cost(frame))
     np.testing.assert_array_equal(again.predict(frame), model.predict(frame))
+    price = {"price": 0.3} if extra else {"cost": 0.05}
+    np.testing.assert_array_equal(again.set_params(**price).offsets_, clone(again).fit(frame, y, *extra).offsets_)
     assert {Path(name).suffix for name in zipfile.ZipFile(tmp_path / "model.skops").namelist()} == {".json", ".npy"}
     other = AbstainingRegressor if type(estimator) is DeferralRegressor else DeferralRegressor
     with pytest.raises(ValueError, match=f"expected a {other.__name__}, got a {type(estimator).__name__}"):
@@ -444,6 +514,15 @@ def test_the_regressor_abstains_iff_the_variance_exceeds_the_cost() -> None:
     assert (scaled.decision(fresh) == model.decision(fresh)).mean() > 0.999
 
 
+def test_a_constant_is_answered() -> None:
+    X, _, _ = noisy_to_the_left(100, seed=0)
+    # Its standard deviation is 3e-17.
+    model = AbstainingRegressor().fit(X, np.full(100, 0.1))
+    assert model.y_scale_ == 1
+    assert (model.decision(X) == 0).all()
+    assert AbstainingRegressor().fit(X, 1e-9 * X[:, 0]).y_scale_ == pytest.approx(1e-9 * X[:, 0].std())
+
+
 def test_the_regressor_asks_where_the_expert_errs_less() -> None:
     X, y, expert = noisy_to_the_left(1500, seed=0)
     fresh, truth, answers = noisy_to_the_left(4000, seed=1)
@@ -470,6 +549,81 @@ def test_splitters() -> None:
     seeded = KFold(4, shuffle=True, random_state=3)
     first, second = (AbstainingRegressor(cv=seeded).fit(X, X[:, 0] ** 2).expected_cost(X) for _ in range(2))
     assert np.array_equal(first, second)
+
+
+def test_prices_turned_after_fit_are_those_of_a_refit() -> None:
+    """The threshold too: fitted at .45, it has an offset that at .1 would abstain on every row."""
+    X, y, answers = half_known(600, seed=0)
+    model = AbstainingClassifier(cost=0.45, l2=10.0).fit(X, y)
+    assert model.offsets_[1] > 0.1
+    refit = AbstainingClassifier(cost=0.1, l2=10.0).fit(X, y)
+    state = dict(vars(model))
+    model.cost = 0.1
+    np.testing.assert_array_equal(model.offsets_, refit.offsets_)
+    np.testing.assert_array_equal(model.decision(X), refit.decision(X))
+    assert model.decision(X).mean() < 1
+    model.cost = 0.45
+    # Asking does not change it, and turning back brings back what fit found.
+    assert state.keys() == vars(model).keys()
+    assert all(vars(model)[name] is value for name, value in state.items())
+    for change in ({"price": 0.3}, {"alpha": [0.5, 2.0]}, {"alpha": 1.2, "price": [0.1, 0.0]}):
+        asks = DeferralRegressor(price=0.05, l2=10.0).fit(X, X[:, 0], answers)
+        again = clone(asks).set_params(**change).fit(X, X[:, 0], answers)
+        np.testing.assert_array_equal(asks.set_params(**change).decision(X), again.decision(X))
+        np.testing.assert_array_equal(asks.offsets_, again.offsets_)
+
+
+def test_prices_are_checked_after_fit_too() -> None:
+    X, y, answers = half_known(60, seed=0)
+    for model, name, wrong in (
+        (AbstainingClassifier().fit(X, y), "cost", (2.0, -5.0, np.nan)),
+        (AbstainingRegressor().fit(X, X[:, 0]), "cost", (-5.0, np.inf)),
+        (DeferralClassifier().fit(X, y, answers), "price", (-1.0, [0.1], np.inf)),
+        (DeferralRegressor().fit(X, y, answers), "alpha", (-1.0, [1.0, 1.0, 1.0])),
+    ):
+        for value in wrong:
+            setattr(model, name, value)
+            for ask in (model.decision, model.predict, model.expected_cost):
+                with pytest.raises(ValueError, match=f"{name}: expected"):
+                    ask(X)
+
+
+def test_a_row_of_weight_two_is_two_rows() -> None:
+    X, y, answers = half_known(150, seed=0)
+    generator = np.random.default_rng(0)
+    answers = np.where(generator.random(answers.shape) < 0.2, -1, answers)
+    weights, part = generator.integers(0, 4, 150), np.arange(150) % 3
+    counts = part.repeat(weights)
+    repeated = X.repeat(weights, axis=0), y.repeat(weights), answers.repeat(weights, axis=0)
+    for model in (DeferralClassifier(price=0.1), DeferralRegressor(LinearRegression(), price=0.1, l2=10.0)):
+        once = clone(model).set_params(cv=PredefinedSplit(part)).fit(X, y, answers, sample_weight=weights)
+        often = clone(model).set_params(cv=PredefinedSplit(counts)).fit(*repeated)
+        np.testing.assert_allclose(once.expected_cost(X), often.expected_cost(X), atol=1e-5)
+        np.testing.assert_allclose(once.offsets_, often.offsets_, atol=1e-5)
+        assert once.score(X, y, answers, sample_weight=weights) == pytest.approx(often.score(*repeated), abs=1e-6)
+        assert abs(once.expected_cost(X) - clone(model).fit(X, y, answers).expected_cost(X)).max() > 0.01
+    # A frozen predictor is not refitted, and its errors are weighted.
+    base = FrozenEstimator(LogisticRegression().fit(*half_known(100, seed=5)[:2]))
+    once = AbstainingClassifier(base, cv=PredefinedSplit(part), l2=10.0).fit(X, y, sample_weight=weights)
+    often = AbstainingClassifier(base, cv=PredefinedSplit(counts), l2=10.0).fit(*repeated[:2])
+    np.testing.assert_allclose(once.expected_cost(X), often.expected_cost(X), atol=1e-5)
+    for wrong, said in ((-weights, "[Nn]egative"), (0 * weights, "positive|zero"), (weights[:-1], "shape|inconsistent")):
+        with pytest.raises(ValueError, match=said):
+            AbstainingClassifier().fit(X, y, sample_weight=wrong)
+    with pytest.raises(TypeError, match="sample_weight"):
+        AbstainingClassifier(KNeighborsClassifier()).fit(X, y, sample_weight=weights)
+
+
+def test_groups_stay_together() -> None:
+    """Every row four times, with coin flips for labels: who has seen a row's twin is never wrong, and knows nothing."""
+    generator = np.random.default_rng(0)
+    groups = np.arange(200).repeat(4)
+    X, y = generator.normal(size=(200, 2))[groups], generator.integers(0, 2, 200)[groups]
+    together = AbstainingClassifier(KNeighborsClassifier(1), cost=0.4, cv=GroupKFold(4)).fit(X, y, groups=groups)
+    assert together.expected_cost(X)[:, 0].mean() == pytest.approx(0.5, abs=0.1)
+    assert AbstainingClassifier(KNeighborsClassifier(1), cost=0.4).fit(X, y).expected_cost(X)[:, 0].mean() < 0.1
+    with pytest.raises(ValueError, match="groups"):
+        AbstainingClassifier(cv=GroupKFold(4)).fit(X, y)
 
 
 @pytest.mark.parametrize(

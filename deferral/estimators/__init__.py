@@ -12,6 +12,6 @@ except ModuleNotFoundError as error:
 
 from deferral.estimators.classification import AbstainingClassifier, DeferralClassifier
 from deferral.estimators.regression import AbstainingRegressor, DeferralRegressor
-from deferral.estimators.two_stage import TrainingRowsWarning
+from deferral.estimators.training_rows import TrainingRowsWarning
 
 __all__ = ["AbstainingClassifier", "AbstainingRegressor", "DeferralClassifier", "DeferralRegressor", "TrainingRowsWarning"]

@@ -14,17 +14,24 @@ __all__ = ["Abstaining", "Deferring"]
 
 
 class Abstaining(TwoStage):
-    """Two actions: answer, or abstain at `cost`.  `cost` may be changed after `fit`: the learned costs do not depend on it."""
+    """Two actions: answer, or abstain at `cost`.
+
+    `cost` may be changed after `fit`: the learned errors do not depend on it, and the threshold follows (O(N log N) in every
+    call, until `fit`).
+    """
 
     cost: float
 
-    def fit(self, X: Any, y: Any) -> Self:
-        """Fit the predictor, the cost of its answers on rows it did not see, and the threshold.  -> self"""
-        if not self.cost >= 0:
-            raise ValueError(f"cost: expected a non-negative number, got {self.cost}")
-        targets = self._record(X, y)
+    def fit(self, X: Any, y: Any, *, sample_weight: Any = None, groups: Any = None) -> Self:
+        """Fit the predictor, the cost of its answers on rows it did not see, and the threshold.  -> self
+
+        A row of weight 2 counts as two rows, in all three (a frozen predictor stays as it is).  `groups` (N,) are for a splitter
+        such as GroupKFold in `cv`.
+        """
+        self._require_cost()
+        targets, sample_weight = self._record(X, y, sample_weight)
         nobody = np.empty((len(targets), 0))
-        return self._fit(X, targets, nobody.astype(targets.dtype), nobody.astype(bool))
+        return self._fit(X, targets, nobody.astype(targets.dtype), nobody.astype(bool), sample_weight, groups)
 
     def decision(self, X: Any) -> np.ndarray:
         """0 where the predictor answers, 1 where it abstains.  -> (N,)"""
@@ -35,7 +42,7 @@ class Abstaining(TwoStage):
         own, expected = self._judge(X)
         return self._marked(own, self._decide(expected).numpy() > 0)
 
-    def score(self, X: Any, y: Any) -> float:
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
         """1 - the mean cost of the actions taken: an error (squared and standardised in regression), or `cost`.
 
         Compare settings of the predictor by it, not values of `cost`.
@@ -44,28 +51,39 @@ class Abstaining(TwoStage):
         targets = self._read_targets(y)
         check_consistent_length(own, targets)
         costs = self._costs(self._errors(own[:, None], np.ones((len(own), 1), dtype=bool), targets))
-        return 1 - float(costs.gather(-1, self._decide(expected).unsqueeze(-1)).mean())
+        taken = costs.gather(-1, self._decide(expected).unsqueeze(-1))[:, 0]
+        return 1 - float(np.average(taken.numpy(), weights=sample_weight))
+
+    def _require_cost(self) -> None:
+        if not 0 <= self.cost < float("inf"):
+            raise ValueError(f"cost: expected a non-negative number, got {self.cost}")
 
     def _costs(self, errors: Tensor) -> Tensor:
+        self._require_cost()
         return torch.cat([errors, torch.full_like(errors[:, :1], self.cost)], dim=-1)
 
 
 class Deferring(TwoStage):
     """1 + E actions: answer, or ask expert j at `alpha_j * error + price_j`.
 
-    `alpha` and `price` may be changed after `fit`: the learned errors do not depend on them.
+    `alpha` and `price` may be changed after `fit`: the learned errors do not depend on them, and the threshold follows
+    (O(N log N) in every call, until `fit`).
     """
 
     alpha: float | Sequence[float]
     price: float | Sequence[float]
 
-    def fit(self, X: Any, y: Any, expert_answers: Any = None) -> Self:
+    def fit(self, X: Any, y: Any, expert_answers: Any = None, *, sample_weight: Any = None, groups: Any = None) -> Self:
         """Fit the predictor, the costs of all answers on rows it did not see, and the threshold.  -> self
 
-        `expert_answers` (N, E) or (N,): NaN, None and pandas' NA mean no answer, and so does -1 among integer labels that do not
-        hold it.  Without experts this is the predictor alone.
+        `expert_answers` (N, E) or (N,): masked, NaN, None and pandas' NA mean no answer, and so does -1 among integer labels
+        that do not hold it.  The texts "" and "nan" are answers, and wrong ones unless they are classes: read a file so that
+        its gaps become NaN.  Without experts this is the predictor alone.
+
+        A row of weight 2 counts as two rows, everywhere (a frozen predictor stays as it is).  `groups` (N,) are for a splitter
+        such as GroupKFold in `cv`.
         """
-        targets = self._record(X, y)
+        targets, sample_weight = self._record(X, y, sample_weight)
         if expert_answers is None:
             expert_answers = np.empty((len(targets), 0)).astype(targets.dtype)
         experts, known = self._read_answers(expert_answers)
@@ -75,17 +93,19 @@ class Deferring(TwoStage):
         if len(silent):
             raise ValueError(f"expert_answers: expected an answer in every column, got none in {silent.tolist()}; drop them")
         self._costs(torch.zeros(1, 1 + self.n_experts_, dtype=torch.float64))
-        return self._fit(X, targets, experts, known)
+        return self._fit(X, targets, experts, known, sample_weight, groups)
 
     def decision(self, X: Any, available: Any = None) -> np.ndarray:
         """0 where the predictor answers, j where expert j is asked (from 1).  -> (N,)
 
-        `available`: who can be asked, bool, (E,) or (N, E).
+        `available`: who can be asked, bool, (E,) or (N, E); of one expert (N,) as well.
         """
         expected = self._judge(X)[1]
         if available is None:
             return self._decide(expected).numpy()
         mask = np.asarray(available)
+        if self.n_experts_ == 1 and mask.shape == (len(expected),):
+            mask = mask[:, None]
         if mask.dtype != bool or mask.shape not in ((self.n_experts_,), (len(expected), self.n_experts_)):
             raise ValueError(
                 f"available: expected bool of shape ({self.n_experts_},) or {(len(expected), self.n_experts_)}, True = can be "
@@ -107,7 +127,7 @@ class Deferring(TwoStage):
         actions = self._decide(expected, _with_own(known)).numpy()
         return np.take_along_axis(np.column_stack([own, experts]), actions[:, None], axis=-1)[:, 0]
 
-    def score(self, X: Any, y: Any, expert_answers: Any = None) -> float:
+    def score(self, X: Any, y: Any, expert_answers: Any = None, sample_weight: Any = None) -> float:
         """1 - the mean cost of the actions taken: the system's accuracy where asking is free and alpha is 1.
 
         With `expert_answers` an expert costs what its answer costs, and one without an answer cannot be asked; otherwise what
@@ -125,7 +145,7 @@ class Deferring(TwoStage):
             actions, costs = self._decide(expected), torch.cat([errors, expected[:, 1:]], dim=-1)
         else:
             actions, costs = self._decide(expected, _with_own(known)), self._costs(errors)
-        return 1 - float(costs.gather(-1, actions.unsqueeze(-1)).mean())
+        return 1 - float(np.average(costs.gather(-1, actions.unsqueeze(-1))[:, 0].numpy(), weights=sample_weight))
 
     def _read_given(self, expert_answers: Any, rows: int) -> tuple[np.ndarray, np.ndarray]:
         experts, known = self._read_answers(expert_answers)

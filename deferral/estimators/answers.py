@@ -8,7 +8,10 @@ __all__ = ["as_labels", "as_numbers", "free_label"]
 
 
 def as_labels(answers: Any, classes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Labels (N, E) of the classes' type, and which are known.  Missing: NaN, None, NA, and -1 if no class is -1."""
+    """Labels (N, E) of the classes' type, and which are known.  Missing: masked, NaN, None, NA, and -1 if no class is -1.
+
+    The texts "" and "nan" are answers.
+    """
     expected = f"expert_answers: expected labels such as {classes[:3].tolist()} (missing: NaN, None or, among numbers, -1)"
     values, known = _table(answers)
     numeric = classes.dtype.kind in "biuf"
@@ -31,7 +34,7 @@ def as_labels(answers: Any, classes: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 
 def as_numbers(answers: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers (N, E), and which are known.  Missing: NaN, None, NA."""
+    """Numbers (N, E), and which are known.  Missing: masked, NaN, None, NA."""
     values, known = _table(answers)
     try:
         numbers = np.where(known, values, 0.0).astype(np.float64)
@@ -61,6 +64,7 @@ def _table(answers: Any) -> tuple[np.ndarray, np.ndarray]:
         known = ~((values == np.array(None)) | (values != values)).astype(bool)
     else:
         known = np.full(values.shape, True) if values.dtype.kind != "f" else ~np.isnan(values)
+    known &= ~np.ma.getmaskarray(answers) if isinstance(answers, np.ma.MaskedArray) else True
     if values.ndim not in (1, 2):
         raise ValueError(f"expert_answers: expected shape (N,) or (N, E), one column per expert, got {values.shape}")
     return (values[:, None], known[:, None]) if values.ndim == 1 else (values, known)

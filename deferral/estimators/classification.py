@@ -12,7 +12,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.metaestimators import available_if
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import check_array, check_is_fitted, column_or_1d
+from sklearn.utils.validation import check_array, column_or_1d
 from torch import Tensor, nn
 
 from deferral.costs import error_costs
@@ -42,7 +42,7 @@ class _Classification(ClassifierMixin, TwoStage):
     @available_if(_gives_probabilities)
     def predict_proba(self, X: Any) -> np.ndarray:
         """The predictor's own class probabilities, whoever answers.  -> (N, K)"""
-        check_is_fitted(self)
+        self._require_same_columns(X)
         model = self.estimator_
         return softmax(module_outputs(model, X), axis=-1) if isinstance(model, nn.Module) else model.predict_proba(X)
 
@@ -54,7 +54,7 @@ class _Classification(ClassifierMixin, TwoStage):
         check_classification_targets(labels)
         return labels
 
-    def _learn_targets(self, X: Any, y: np.ndarray) -> None:
+    def _learn_targets(self, X: Any, y: np.ndarray, sample_weight: np.ndarray | None) -> None:
         if isinstance(self.estimator, nn.Module):
             self.classes_ = _classes_of_columns(module_outputs(self.estimator, X[:1]), y)
         else:
@@ -97,12 +97,12 @@ class AbstainingClassifier(Abstaining, _Classification):
 
     `estimator` is any scikit-learn classifier (default: standardised logistic regression), fitted on all rows; the second stage
     learns from its cross-fitted answers.  A `FrozenEstimator` or a torch module (K scores a row) is used as it is: then fit
-    on rows that it has not seen.  `predict` marks abstentions with `abstain_label_`: `abstain_label` if given, else -1 (or,
-    where -1 is a class, one below the smallest), or "abstain" among text labels.
+    on rows that it has not seen (`TrainingRowsWarning` says what of this can be noticed).  `predict` marks abstentions with
+    `abstain_label_`: `abstain_label` if given, else -1 (or, where -1 is a class, one below the smallest), or "abstain" among
+    text labels.
 
-    `cost` in [0, 1] is in units of one error; `cv` a number of folds or a splitter; `l2` the penalty of the second
-    stage, by default chosen from 1, 10, 100 by cross-fitting.
-    Columns of `expected_cost`: [answer, abstain].
+    `cost` in [0, 1] is in units of one error; `cv` a number of folds or a splitter; `l2` the penalty of the second stage, by
+    default chosen from 1, 10, 100 by cross-fitting.  Columns of `expected_cost`: [answer, abstain].
     """
 
     _mark = "abstain"
@@ -116,9 +116,8 @@ class AbstainingClassifier(Abstaining, _Classification):
         self.l2 = l2
         self.abstain_label = abstain_label
 
-    def _learn_targets(self, X: Any, y: np.ndarray) -> None:
+    def _require_cost(self) -> None:
         require_cost_range(self.cost)
-        super()._learn_targets(X, y)
 
 
 class DeferralClassifier(Deferring, _Classification):

@@ -17,6 +17,7 @@ _OURS = (
     "deferral.estimators.regression.AbstainingRegressor",
     "deferral.estimators.regression.DeferralRegressor",
     "deferral.estimators.rejector.CostModel",
+    "deferral.estimators.rejector.HeldOut",
 )
 
 

@@ -6,10 +6,14 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.sparse import issparse
+from sklearn import get_config
+from sklearn.base import clone
 from sklearn.frozen import FrozenEstimator
+from sklearn.pipeline import Pipeline
+from sklearn.utils.validation import has_fit_parameter
 from torch import nn
 
-__all__ = ["classes_of", "is_frozen", "log_scores", "module_digest", "module_outputs", "table_of_numbers"]
+__all__ = ["classes_of", "fit_clone", "is_frozen", "log_scores", "module_digest", "module_outputs", "table_of_numbers"]
 
 _BATCH = 4096
 # Forests say exactly 0 and 1: their log-odds stop here.
@@ -19,6 +23,19 @@ _SMALLEST = 1e-6
 def is_frozen(estimator: Any) -> bool:
     """True for what is used as it is, without fitting: a torch module, or scikit-learn's FrozenEstimator."""
     return isinstance(estimator, nn.Module | FrozenEstimator)
+
+
+def fit_clone(estimator: Any, X: Any, y: np.ndarray, sample_weight: np.ndarray | None) -> Any:
+    """A fitted clone.  In a pipeline the predictor gets the weights, and so does every step before it that takes them."""
+    model = clone(estimator)
+    if sample_weight is None:
+        return model.fit(X, y)
+    # With metadata routing the steps themselves say what they take.
+    if not isinstance(model, Pipeline) or get_config()["enable_metadata_routing"]:
+        return model.fit(X, y, sample_weight=sample_weight)
+    *before, (last, _) = model.steps
+    taking = [name for name, step in before if hasattr(step, "fit") and has_fit_parameter(step, "sample_weight")]
+    return model.fit(X, y, **{f"{name}__sample_weight": sample_weight for name in [*taking, last]})
 
 
 def module_outputs(module: nn.Module, X: Any) -> np.ndarray:

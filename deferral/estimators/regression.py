@@ -38,9 +38,11 @@ class _Regression(RegressorMixin, TwoStage):
     def _read_targets(self, y: Any) -> np.ndarray:
         return column_or_1d(check_array(y, ensure_2d=False, dtype=np.float64, input_name="y"), warn=True)
 
-    def _learn_targets(self, X: Any, y: np.ndarray) -> None:
-        deviation = float(y.std())
-        self.y_scale_ = deviation if deviation > 0 else 1.0
+    def _learn_targets(self, X: Any, y: np.ndarray, sample_weight: np.ndarray | None) -> None:
+        mean = np.average(y, weights=sample_weight)
+        deviation = float(np.average((y - mean) ** 2, weights=sample_weight)) ** 0.5
+        # A constant y deviates from its mean by rounding.
+        self.y_scale_ = deviation if deviation > 1e-12 * abs(y).max() else 1.0
 
     def _read_answers(self, expert_answers: Any) -> tuple[np.ndarray, np.ndarray]:
         return as_numbers(expert_answers)
@@ -67,9 +69,9 @@ class AbstainingRegressor(Abstaining, _Regression):
 
     `estimator` is any scikit-learn regressor (default: standardised ridge regression), fitted on all rows; the second stage
     learns from its cross-fitted predictions.  A `FrozenEstimator` or a torch module (one number a row) is used as it is: then
-    fit on rows that it has not seen.  `cost` is in units of the training variance of y (`y_scale_` squared); squared errors
-    count as at most 10 of them.  `cv` is a number of folds or a splitter; `l2` the penalty of the second
-    stage, by default chosen from 1, 10, 100 by cross-fitting.
+    fit on rows that it has not seen (`TrainingRowsWarning` says what of this can be noticed).  `cost` is in units of the
+    training variance of y (`y_scale_` squared); squared errors count as at most 10 of them.  `cv` is a number of folds or a
+    splitter; `l2` the penalty of the second stage, by default chosen from 1, 10, 100 by cross-fitting.
 
     Columns of `expected_cost`: [answer, abstain].  The rule Var(y|x) >= cost: Mao, Mohri, Zhong, "Regression with Multi-Expert
     Deferral" (ICML 2024).
@@ -88,7 +90,7 @@ class DeferralRegressor(Deferring, _Regression):
     fit(X, y, expert_answers), predict(X) or predict(X, expert_answers).
 
     `estimator`, `cv`, `l2` and the unit of costs as in `AbstainingRegressor`; `alpha` and `price` are numbers, or one per
-    expert.  Missing answers (NaN) are left out.  `predict` gives NaN where it defers and no answers are handed over, and
+    expert.  Missing answers (masked, NaN) are left out.  `predict` gives NaN where it defers and no answers are handed over, and
     `decision` says whom to ask.  Columns of `expected_cost`: [own, expert 1, ..., expert E].
 
     Mao, Mohri, Zhong, "Regression with Multi-Expert Deferral" (ICML 2024), two-stage form.

@@ -4,6 +4,7 @@ One model per action, rather than one softmax over all of them: each is then a c
 is in units of cost, and an answer that is missing for one expert says nothing about another.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +16,7 @@ from deferral.costs import pick
 from deferral.decision import decide
 from deferral.losses import two_stage_deferral
 
-__all__ = ["CostModel", "fit_cost_model", "fit_cost_offsets"]
+__all__ = ["CostModel", "HeldOut", "fit_cost_model", "fit_cost_offsets"]
 
 # Standardised features are cut here: far outside the training rows a line must not run on.
 _FARTHEST = 5.0
@@ -45,6 +46,27 @@ class CostModel:
         return self.ceiling * torch.sigmoid(-(z @ torch.tensor(self.weights) + torch.tensor(self.intercepts)))
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """What the threshold rests on, kept so that prices may change: errors (N, 1+E) as expected from other folds and as found.
+
+    `known` (N, 1+E) says which were found, `weights` (N,) as how many rows each row counts.
+    """
+
+    expected: np.ndarray
+    found: np.ndarray
+    known: np.ndarray
+    weights: np.ndarray
+
+    def offsets(self, price: Callable[[Tensor], Tensor]) -> np.ndarray:
+        """`fit_cost_offsets` at the costs (N, A) that `price` makes of errors (N, 1+E).  -> (A,)"""
+        expected, costs = price(torch.tensor(self.expected).double()), price(torch.tensor(self.found).double())
+        known = torch.tensor(self.known)
+        # Abstaining needs nobody's answer.
+        mask = torch.cat([known, known.new_ones(len(known), costs.shape[-1] - known.shape[-1])], dim=-1)
+        return fit_cost_offsets(expected, costs, mask, torch.tensor(self.weights)).numpy()
+
+
 def fit_cost_model(
     features: np.ndarray,
     errors: Tensor,
@@ -52,6 +74,7 @@ def fit_cost_model(
     fold: np.ndarray,
     *,
     ceiling: float,
+    sample_weight: np.ndarray | None = None,
     l2: float | None = None,
     leading: int = 0,
     squares: bool = False,
@@ -61,51 +84,61 @@ def fit_cost_model(
     Minimises sum two_stage_deferral([z w, 0], [error, ceiling - error]) + l2/2 |w|^2: each action is set against its
     complement, so that at the optimum softmax = [1 - E[error|x] / ceiling, E[error|x] / ceiling] (the logistic surrogate,
     mu = 1).  Errors lie in [0, ceiling]; those that are not `known` are left out.  `l2=None` takes the one of 1, 10, 100 of
-    least cross-fitted loss.  The first `leading` features are penalised 100 times less.  Convex, full batch, float64: no seed.
+    least cross-fitted loss.  The first `leading` features are penalised 100 times less.  A row of weight 2 counts as two rows.
+    Convex, full batch, float64: no seed.
     """
+    weights = np.ones(len(features)) if sample_weight is None else sample_weight
     present = ~np.isnan(features)
-    rows = present.sum(axis=0).clip(min=1)
-    mean = np.where(present, features, 0.0).sum(axis=0) / rows
-    scale = np.sqrt(np.where(present, (features - mean) ** 2, 0.0).sum(axis=0) / rows)
+    rows = weights @ present
+    rows = np.where(rows > 0, rows, 1.0)
+    mean = weights @ np.where(present, features, 0.0) / rows
+    scale = np.sqrt(weights @ np.where(present, (features - mean) ** 2, 0.0) / rows)
     # A column that is constant up to rounding stays out.
     scale = np.where(scale > 1e-9 * np.abs(mean) + 1e-300, scale, np.inf)
     z = _standardised(features, mean, scale, squares)
     penalty = torch.ones(z.shape[-1], 1, dtype=torch.float64)
     penalty[:leading] = _LEADING_PENALTY
 
-    errors = errors.where(known, 0.0)
+    errors, counted = errors.where(known, 0.0), known * torch.tensor(weights).unsqueeze(-1)
     # Leaving out one row at a time would make as many problems as rows: folds are joined to a few parts.
     part = torch.tensor(np.unique(fold, return_inverse=True)[1] % _PARTS)
     parts = int(part.max()) + 1
-    elsewhere = known & (part != torch.arange(parts).unsqueeze(-1)).unsqueeze(-1)
+    elsewhere = counted * (part != torch.arange(parts).unsqueeze(-1)).unsqueeze(-1)
     start = torch.zeros(parts, z.shape[-1] + 1, errors.shape[-1], dtype=torch.float64)
     tried = []
     # From the strongest penalty down, each starting where the last one ended.
     for candidate in _PENALTIES if l2 is None else (float(l2),):
         start = _minimise(start, z, errors, elsewhere, candidate * penalty, ceiling)
         right = (z @ start[:, :-1] + start[:, -1:])[part, torch.arange(len(z))]
-        tried.append((float(_losses(right, errors, ceiling).where(known, 0.0).sum()), candidate, right))
+        tried.append((float((_losses(right, errors, ceiling) * counted).sum()), candidate, right))
     _, best, right = min(tried, key=lambda trial: trial[0])
     expected = ceiling * torch.sigmoid(-right)
-    fitted = _minimise(start.mean(dim=0, keepdim=True), z, errors, known.unsqueeze(0), best * penalty, ceiling)[0].numpy()
+    fitted = _minimise(start.mean(dim=0, keepdim=True), z, errors, counted.unsqueeze(0), best * penalty, ceiling)[0].numpy()
     return CostModel(mean, scale, fitted[:-1].copy(), fitted[-1].copy(), ceiling, squares), expected
 
 
-def fit_cost_offsets(expected: Tensor, costs: Tensor, mask: Tensor) -> Tensor:
-    """`fit_offsets` on scores -expected, or 0 where it saves less than one standard error.  (N, A) x 3 -> (A,)
+def fit_cost_offsets(expected: Tensor, costs: Tensor, mask: Tensor, weights: Tensor | None = None) -> Tensor:
+    """`fit_offsets` on scores -expected, or 0 where it saves less than one standard error.  (N, A) x 3, (N,) -> (A,)
 
     The expected costs are calibrated, so that their natural threshold is 0; on few rows the best threshold is mostly noise.
+    A row of weight 2 counts as two rows.
     """
     scores = -expected
     if scores.shape[-1] == 1:
         return torch.zeros(1, dtype=torch.float64)
-    offsets = fit_offsets(scores, costs, mask=mask)
+    weights = costs.new_ones(len(costs)) if weights is None else weights
+    offsets = fit_offsets(scores, costs * weights.unsqueeze(-1), mask=mask)
     saved = pick(costs, decide(scores, mask=mask)) - pick(costs, decide(scores, offsets, mask=mask))
-    return offsets if saved.mean() > saved.std() / len(saved) ** 0.5 else torch.zeros_like(offsets)
+    rows = weights.sum()
+    mean = (weights * saved).sum() / rows
+    # One row tells nothing of the spread: 0 / 0 is NaN, and the threshold stays.
+    variance = (weights * (saved - mean).square()).sum() / (rows - 1).clamp(min=0)
+    return offsets if mean > (variance / rows).sqrt() else torch.zeros_like(offsets)
 
 
-def _minimise(start: Tensor, z: Tensor, errors: Tensor, known: Tensor, penalty: Tensor, ceiling: float) -> Tensor:
-    """Weights and, last, intercepts of G problems over the same rows, of which each knows its own.  (G, D+1, A), (G, N, A)"""
+def _minimise(start: Tensor, z: Tensor, errors: Tensor, counted: Tensor, penalty: Tensor, ceiling: float) -> Tensor:
+    """Weights and, last, intercepts of G problems over the same rows, which each counts as its own.  (G, D+1, A), (G, N, A)"""
+    rows = counted.amax(dim=(0, 2)).sum()
     parameters = start.clone().requires_grad_()
     # The intercept of an action that was never wrong is held by next to nothing.
     held = torch.cat([penalty, penalty.new_full((1, 1), _INTERCEPT_PENALTY)])
@@ -117,7 +150,7 @@ def _minimise(start: Tensor, z: Tensor, errors: Tensor, known: Tensor, penalty: 
         optimizer.zero_grad()
         right = z @ parameters[:, :-1] + parameters[:, -1:]
         losses = _losses(right, errors, ceiling)
-        mean = (losses.where(known, 0.0).sum() + (held * parameters.square()).sum() / 2) / len(z)
+        mean = ((losses * counted).sum() + (held * parameters.square()).sum() / 2) / rows
         mean.backward()
         return mean
 

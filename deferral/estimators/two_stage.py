@@ -1,31 +1,24 @@
 """What the four estimators share: fit the predictor, learn the costs on rows it did not see, fit the threshold, decide."""
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import torch
-from sklearn.base import BaseEstimator, clone
+from sklearn.base import BaseEstimator
 from sklearn.model_selection import KFold, StratifiedKFold, check_cv
 from sklearn.utils import _safe_indexing, get_tags, indexable
-from sklearn.utils.validation import check_consistent_length, check_is_fitted, validate_data
+from sklearn.utils.validation import _check_sample_weight, check_consistent_length, check_is_fitted, validate_data
 from torch import Tensor, nn
 
 from deferral.decision import decide
 from deferral.estimators.persistence import load, save
-from deferral.estimators.predictor import is_frozen, table_of_numbers
-from deferral.estimators.rejector import fit_cost_model, fit_cost_offsets
+from deferral.estimators.predictor import fit_clone, is_frozen, table_of_numbers
+from deferral.estimators.rejector import HeldOut, fit_cost_model
+from deferral.estimators.training_rows import warn_of_training_rows
 
-__all__ = ["TrainingRowsWarning", "TwoStage"]
-
-# A frozen predictor whose mean error is below this on the rows handed to fit has probably seen them.
-_TOO_GOOD = 0.005
-
-
-class TrainingRowsWarning(UserWarning):
-    """The predictor is (nearly) never wrong on the rows of the second stage: mean error below 0.005."""
+__all__ = ["TwoStage"]
 
 
 class TwoStage(BaseEstimator):
@@ -49,7 +42,7 @@ class TwoStage(BaseEstimator):
     def _read_targets(self, y: Any) -> np.ndarray:
         raise NotImplementedError
 
-    def _learn_targets(self, X: Any, y: np.ndarray) -> None:
+    def _learn_targets(self, X: Any, y: np.ndarray, sample_weight: np.ndarray | None) -> None:
         raise NotImplementedError
 
     def _read_answers(self, expert_answers: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -68,10 +61,15 @@ class TwoStage(BaseEstimator):
 
     # What abstaining and deferring define.
     def _costs(self, errors: Tensor) -> Tensor:
+        """The costs (N, A) of errors (N, 1+E) at the present prices, which are checked."""
         raise NotImplementedError
 
-    def _fit(self, X: Any, y: np.ndarray, experts: np.ndarray, known: np.ndarray) -> Self:
-        own, outputs, fold = self._unseen_outputs(*indexable(X, y))
+    def _fit(
+        self, X: Any, y: np.ndarray, experts: np.ndarray, known: np.ndarray, sample_weight: np.ndarray | None, groups: Any
+    ) -> Self:
+        X, y = indexable(X, y)
+        own, outputs, fold = self._unseen_outputs(X, y, sample_weight, groups)
+        weights = np.ones(len(y)) if sample_weight is None else sample_weight
         # A splitter such as TimeSeriesSplit tests only some rows: the second stage takes those.
         rows = np.flatnonzero(fold >= 0)
         table = self._with_inputs(outputs, X)[rows]
@@ -86,31 +84,48 @@ class TwoStage(BaseEstimator):
             l2=self.l2,
             leading=self._leading,
             squares=self._squares,
+            sample_weight=weights[rows],
         )
-        costs, expected = self._costs(errors), self._costs(unseen)
-        # Abstaining needs nobody's answer.
-        can_be_taken = torch.cat([mask, mask.new_ones(len(mask), costs.shape[-1] - mask.shape[-1])], dim=-1)
-        self.offsets_ = fit_cost_offsets(expected, costs, can_be_taken).numpy()
+        self.held_out_ = HeldOut(unseen.float().numpy(), errors.float().numpy(), known, weights[rows])
+        self._offsets_of_fit, self._tariff_of_fit = self.held_out_.offsets(self._costs), self._tariff()
         return self
 
-    def _unseen_outputs(self, X: Any, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    @property
+    def offsets_(self) -> np.ndarray:
+        """What is taken off each action's expected cost, fitted at the present prices on the held-out errors.  (A,)"""
+        check_is_fitted(self)
+        same = np.array_equal(self._tariff(), self._tariff_of_fit)
+        return self._offsets_of_fit if same else self.held_out_.offsets(self._costs)
+
+    def _tariff(self) -> np.ndarray:
+        """What every action costs without an error and with one: all that costs depend on.  (2, A)"""
+        columns = self.held_out_.found.shape[-1]
+        return self._costs(torch.tensor([0.0, 1.0], dtype=torch.float64).unsqueeze(-1).expand(2, columns)).numpy()
+
+    def _unseen_outputs(
+        self, X: Any, y: np.ndarray, sample_weight: np.ndarray | None, groups: Any
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Fit the predictor; its answers (N,) and outputs (N, D) where it was not fitted, and the fold of every row (N,)."""
         base = self._default() if self.estimator is None else self.estimator
         frozen = is_frozen(base)
-        self.estimator_ = base if frozen else clone(base).fit(X, y)
+        self.estimator_ = base if frozen else fit_clone(base, X, y, sample_weight)
         parts, fold = [], np.full(len(y), -1)
-        for number, (train, test) in enumerate(self._splitter(y).split(np.empty(len(y)), y)):
+        for number, (train, test) in enumerate(self._splitter(y).split(np.empty(len(y)), y, groups)):
             if (fold[test] >= 0).any():
                 raise ValueError("cv: expected every row in at most one test part; use a splitter such as KFold")
             fold[test] = number
             if not frozen:
-                model = clone(base).fit(_safe_indexing(X, train), y[train])
+                weights = None if sample_weight is None else sample_weight[train]
+                model = fit_clone(base, _safe_indexing(X, train), y[train], weights)
                 parts.append((test, *self._outputs(model, _safe_indexing(X, test))))
-        if fold.max() < 1:
+        if sample_weight is not None:
+            # A row that counts nothing is not there.
+            fold[sample_weight == 0] = -1
+        if len(np.unique(fold[fold >= 0])) < 2:
             raise ValueError("cv: expected at least two test parts, since the threshold is cross-fitted too")
         if frozen:
             parts = [(np.arange(len(y)), *self._outputs(base, X))]
-            self._warn_if_too_good(parts[0][1], y)
+            warn_of_training_rows(base, X, y, parts[0][1], self._own_errors, level=4)
         own = np.zeros(len(y), dtype=np.result_type(*(answers for _, answers, _ in parts)))
         outputs = np.zeros((len(y), parts[0][2].shape[-1]))
         for test, answers, features in parts:
@@ -136,9 +151,15 @@ class TwoStage(BaseEstimator):
 
     def _judge(self, X: Any) -> tuple[np.ndarray, Tensor]:
         """The own answers (N,) and the expected costs (N, A), from one pass of the predictor."""
-        check_is_fitted(self)
+        self._require_same_columns(X)
         own, outputs = self._outputs(self.estimator_, X)
         return own, self._costs(self.cost_model_(self._with_inputs(outputs, X)))
+
+    def _require_same_columns(self, X: Any) -> None:
+        check_is_fitted(self)
+        # Of images and sequences the second axis is none of columns, and may be longer than in fit.
+        if getattr(X, "ndim", 2) == 2:
+            validate_data(self, X=X, reset=False, skip_check_array=True)
 
     def _decide(self, expected: Tensor, mask: Tensor | None = None) -> Tensor:
         return decide(-expected, torch.tensor(self.offsets_), mask=mask)
@@ -149,30 +170,28 @@ class TwoStage(BaseEstimator):
         inputs = table_of_numbers(X)
         return outputs if inputs is None else np.column_stack([outputs, inputs])
 
-    def _record(self, X: Any, y: Any) -> np.ndarray:
+    def _own_errors(self, answers: np.ndarray, y: np.ndarray) -> np.ndarray:
+        return self._errors(answers[:, None], np.ones((len(y), 1), dtype=bool), y)[:, 0].numpy()
+
+    def _record(self, X: Any, y: Any, sample_weight: Any) -> tuple[np.ndarray, np.ndarray | None]:
+        """The targets and the weights, checked; what is to be known of X and the targets is stored."""
         if self.l2 is not None and not self.l2 >= 0:
             raise ValueError(f"l2: expected a non-negative number, or None to choose one, got {self.l2}")
         validate_data(self, X=X, y=y, skip_check_array=True)
         targets = self._read_targets(y)
         check_consistent_length(X, targets)
-        self._learn_targets(X, targets)
-        return targets
+        if sample_weight is not None:
+            sample_weight = _check_sample_weight(sample_weight, targets, dtype=np.float64, ensure_non_negative=True)
+            if not sample_weight.any():
+                raise ValueError("sample_weight: expected a positive weight in some row, got none")
+        self._learn_targets(X, targets, sample_weight)
+        return targets, sample_weight
 
     def _splitter(self, y: np.ndarray) -> Any:
         if isinstance(self.cv, int):
             # Shuffled, since tables are often sorted; with a fixed seed, so that fit is a function of its arguments.
             return (StratifiedKFold if self._stratified else KFold)(self.cv, shuffle=True, random_state=0)
         return check_cv(self.cv, y, classifier=self._stratified)
-
-    def _warn_if_too_good(self, own: np.ndarray, y: np.ndarray) -> None:
-        mean = float(self._errors(own[:, None], np.ones((len(y), 1), dtype=bool), y).mean())
-        if mean < _TOO_GOOD:
-            warnings.warn(
-                f"the frozen predictor's mean error on these {len(y)} rows is {mean:.4f}, below {_TOO_GOOD}: they look like its "
-                "training rows, on which a rejector learns never to defer; fit on rows that it has not seen",
-                TrainingRowsWarning,
-                stacklevel=5,
-            )
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
