@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +156,12 @@ def bench(arguments: tuple[str, ...]) -> None:
     # The caller's folder stays the working one: paths in the arguments are relative to it.
     path = os.pathsep.join([str(checkout), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-m", "benchmarks", *arguments]
-    sys.exit(subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=False).returncode)
+    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}) as process:
+        while process.poll() is None:
+            # Ctrl-C reaches the script too, which ends at its own pace and says how to continue.
+            with suppress(KeyboardInterrupt):
+                process.wait()
+    sys.exit(process.returncode)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -15,7 +15,8 @@ from benchmarks.harness.heads import Head, at, fit
 from benchmarks.harness.images import augment
 from benchmarks.harness.judging import Judged, Outputs, figures, fixed, judge, single_stage
 from benchmarks.harness.networks import NETWORKS
-from benchmarks.harness.training import Diverged, OutOfTime, Recipe, Watch, outputs_of, train
+from benchmarks.harness.progress import Display
+from benchmarks.harness.training import Diverged, OutOfTime, Recipe, Watch, _utilisation, outputs_of, train
 from deferral.costs import single_stage_costs
 from deferral.datasets import Images
 from deferral.decision import decide
@@ -78,6 +79,27 @@ def test_a_claim_keeps_others_out_until_it_ends(tmp_path: Path) -> None:
             assert other
     with results.claim("cell") as again:
         assert again
+
+
+def test_the_time_left_comes_from_all_cells_however_long_they_take(capsys: pytest.CaptureFixture[str]) -> None:
+    display, clock = Display(quiet=True), [0.0]
+    display._progress.get_time = lambda: clock[0]
+    display.start([CELL] * 6, done=1)
+    for minutes in (10, 30, 50):  # the first cell counts from the second on
+        clock[0] = 60.0 * minutes
+        display.finished(CELL, {"parts": [{"cost": {"estimate": 0.1, "low": 0.0, "high": 0.2}}], "wall_seconds": 1200.0})
+    (cells,) = display._progress.tasks
+    assert cells.time_remaining == 60 * 40
+    for epoch, minute in enumerate((60, 61, 62), start=1):
+        clock[0] = 60.0 * minute
+        display.epoch("first network", epoch, 5, 0.1)
+    assert display._progress.tasks[1].time_remaining == 60 * 2
+    display.epoch("second network", 1, 3, 0.1)
+    assert display._progress.tasks[1].completed == 1
+    assert display._progress.tasks[1].time_remaining is None
+    assert len(capsys.readouterr().err.splitlines()) == 3
+    Display(quiet=False, silent=True).say("nothing")
+    assert capsys.readouterr().err == ""
 
 
 # ----------------------------------------------------------------------------------------------------------- images
@@ -256,6 +278,24 @@ def test_what_is_not_finite_stops_before_the_step_and_says_where(tmp_path: Path,
     state = torch.load(tmp_path / "network.pt", weights_only=True)
     assert state["epoch"] == 1
     assert all(bool(value.isfinite().all()) for value in state["model"].values())
+
+
+def test_a_gpu_that_cannot_be_asked_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_bindings(device: torch.device) -> int:
+        raise ModuleNotFoundError("pynvml does not seem to be installed or it can't be imported.")
+
+    monkeypatch.setattr(torch.cuda, "utilization", without_bindings)
+    assert _utilisation(torch.device("cuda:0")) == []
+    monkeypatch.setattr(torch.cuda, "utilization", lambda device: 87)
+    assert _utilisation(torch.device("cuda:0")) == [87]
+    assert _utilisation(torch.device("cpu")) == []
+
+
+@pytest.mark.cuda
+def test_a_network_on_a_gpu_tells_its_memory(tmp_path: Path) -> None:
+    speed = train(lambda: NETWORKS["small"](10), synthetic().to("cuda"), cross_entropy, RECIPE, tmp_path / "n.pt", seed=0)[1]
+    assert speed["peak_memory_mebibytes"] > 0
+    assert 0 <= speed.get("gpu_utilisation_percent", 0) <= 100
 
 
 PROGRAM = """

@@ -1,23 +1,31 @@
 """The scripts of the published tables: what they promise of their problems, the page, and two tiny cells of each."""
 
+import hashlib
 import json
+import re
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from scipy.io import loadmat, savemat
 
 from benchmarks import multi_expert, people, predictor_rejector, realizable, regression, report, score_based, two_stage
 from benchmarks.harness import simulated
 from benchmarks.harness.asking import ALWAYS, METHODS, NEVER, Asked, Task
-from benchmarks.harness.cells import Results
+from benchmarks.harness.cells import Cell, Results
 from benchmarks.harness.running import RESULTS
 from benchmarks.harness.stage1 import Rows
-from deferral.datasets import RegressionTable
+from deferral.datasets import RegressionTable, svhn
+from deferral.torchvision_compat import import_torchvision
 
 IMAGE_SCRIPTS = [score_based, predictor_rejector, multi_expert, two_stage, people]
 SCRIPTS = [*IMAGE_SCRIPTS, regression, realizable]
@@ -183,6 +191,80 @@ def test_realizable_cells_are_skipped_when_they_are_finished(tmp_path: Path) -> 
 def test_no_time_is_a_clean_end(tmp_path: Path) -> None:
     run(realizable, "--seeds", "1", "--budget-minutes", "0", "--out", str(tmp_path))
     assert not list(tmp_path.rglob("*.json"))
+
+
+def test_an_interrupt_ends_cleanly_and_says_how_to_continue(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(realizable, "baselines", interrupt)
+    result = CliRunner().invoke(realizable.command, ["--preset", "tiny", "--quiet", "--out", str(tmp_path)])
+    assert result.exit_code == 130
+    assert result.stderr == "stopped; the same command continues from the last checkpoint\n"
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def mirror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder that a server of this machine gives out, with a small SVHN that torchvision takes for the real one."""
+    folder = tmp_path / "mirror"
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    with ThreadingHTTPServer(("localhost", 0), partial(Quiet, directory=str(folder))) as server:
+        files = {}
+        for split, rows in (("train", 600), ("test", 200)):
+            name = f"{split}_32x32.mat"
+            pixels = generator.integers(0, 256, (32, 32, 3, rows), dtype=np.uint8)
+            savemat(folder / name, {"X": pixels, "y": generator.integers(1, 11, (rows, 1), dtype=np.uint8)})
+            md5 = hashlib.md5((folder / name).read_bytes()).hexdigest()
+            files[split] = [f"http://localhost:{server.server_port}/{name}", name, md5]
+        monkeypatch.setattr(import_torchvision().datasets.SVHN, "split_list", files)
+        monkeypatch.setenv("no_proxy", "*")
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield folder
+        server.shutdown()
+        thread.join()
+
+
+def test_svhn_is_downloaded_checked_and_run(mirror: Path, tmp_path: Path) -> None:
+    root, out = tmp_path / "data", tmp_path / "cells"
+    arguments = ["--data", "svhn", "--seeds", "1", "--root", str(root), "--out", str(out), "--cells", "5"]
+    run(score_based, "--download", *arguments)
+    records = {record["cell"]["method"]: record for record in Results(out).read_all("abstention")}
+    assert len(records) == 5
+    assert records["always abstain"]["parts"][0]["cost"]["estimate"] == pytest.approx(0.2)
+    single = records["Mozannar-Sontag (mu=1)"]["settings"]
+    assert single["speed"]["images_per_second"] > 0
+    cell = Cell(**records["two-stage score-based"]["cell"])
+    assert len(Results(out).samples(cell)["cost0"]) == 200
+    # The loader: digit 0 is written as 10, and channels come last but one.
+    written = loadmat(mirror / "train_32x32.mat")
+    data = svhn(root, train=True)
+    assert torch.equal(data.labels, torch.from_numpy(written["y"].astype(np.int64)).flatten() % 10)
+    assert torch.equal(data.images[7, 2], torch.from_numpy(written["X"][:, :, 2, 7]))
+    # What is there is not loaded again.
+    for file in mirror.iterdir():
+        file.unlink()
+    run(score_based, "--download", *arguments[:-1], "1")
+
+
+@pytest.mark.parametrize("fault", ["no network", "another file"])
+def test_a_download_that_fails_says_what_to_do(mirror: Path, tmp_path: Path, fault: str) -> None:
+    if fault == "no network":
+        import_torchvision().datasets.SVHN.split_list["train"][0] = "http://localhost:1/train_32x32.mat"  # nobody listens there
+    else:
+        (mirror / "train_32x32.mat").write_bytes(b"another file")
+    arguments = ["--preset", "tiny", "--quiet", "--data", "svhn", "--download", "--root", str(tmp_path), "--out", str(tmp_path)]
+    result = CliRunner().invoke(score_based.command, arguments)
+    assert result.exit_code == 1
+    reason = {"no network": r"<urlopen error .*>", "another file": "File not found or corrupted."}[fault]
+    what_to_do = r"without a network, copy the unpacked files there and leave --download out"
+    assert re.search(rf"Error: svhn: could not be downloaded to .* \({reason}\); {what_to_do}", result.stderr)
 
 
 @pytest.mark.ci_slow

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.harness.cells import Cell
 from benchmarks.harness.heads import Head, fit
-from benchmarks.harness.images import CLASSES, load
+from benchmarks.harness.images import CLASSES
 from benchmarks.harness.judging import Judged, Outputs, fixed, judge
 from benchmarks.harness.networks import NETWORKS
 from benchmarks.harness.running import Finding, Part, Run, settings_of
@@ -53,7 +53,7 @@ def run_cells(run: Run, methods: Sequence[str], data_sets: Sequence[str]) -> Non
         for cost in run.preset.costs[data]
     ]
     stage = cache(partial(first_stage, run))
-    images = cache(lambda data: load(data, run.data_root, run.device))
+    images = cache(run.images)
 
     def work(cell: Cell) -> Finding:
         cost = float(cell.cost.removeprefix("c="))

@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deferral.datasets import Images, cifar10, cifar100, svhn
+from deferral.datasets import DataError, Images, cifar10, cifar100, svhn
+from deferral.torchvision_compat import import_torchvision
 
-__all__ = ["CLASSES", "augment", "load"]
+__all__ = ["CLASSES", "augment", "fetch", "load"]
 
 READERS = {"cifar10": cifar10, "cifar100": cifar100, "svhn": svhn}
 CLASSES = {"cifar10": 10, "cifar100": 100, "svhn": 10}
@@ -18,6 +19,22 @@ def load(data: str, root: Path, device: torch.device) -> tuple[Images, Images]:
     """Training and test images of a data set, on the device."""
     reader = READERS[data]
     return reader(root, train=True).to(device), reader(root, train=False).to(device)
+
+
+def fetch(data: str, root: Path) -> None:
+    """Download by torchvision's loaders what is not in the folder yet, md5 of every file checked.  Raises DataError."""
+    datasets = import_torchvision().datasets
+    try:
+        if data == "svhn":
+            for split in ("train", "test"):
+                datasets.SVHN(str(root), split=split, download=True)
+        else:
+            {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[data](str(root), download=True)
+    except (OSError, RuntimeError) as error:
+        raise DataError(
+            f"{data}: could not be downloaded to {root} ({error}); without a network, copy the unpacked files there and leave "
+            "--download out"
+        ) from error
 
 
 def augment(images: Tensor, generator: torch.Generator, *, pad: int = 4) -> Tensor:

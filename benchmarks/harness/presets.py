@@ -33,7 +33,7 @@ PRESETS = {
         2_000,
         dict.fromkeys(PAPER_NETWORK, "small"),
         Recipe(epochs=8, batch=64, learning_rate=0.05, clip=1.0),
-        {"cifar10": (0.2, 0.3), "cifar100": (0.2, 0.3)},
+        {"cifar10": (0.2, 0.3), "cifar100": (0.2, 0.3), "svhn": (0.2, 0.3)},
         experts=(1, 4, 16),
     ),
     "fast": Preset(
@@ -61,7 +61,7 @@ PRESETS = {
         100,
         dict.fromkeys(PAPER_NETWORK, "small"),
         Recipe(epochs=3, batch=100, learning_rate=0.02, clip=1.0),
-        {"cifar10": (0.2,), "cifar100": (0.2,)},
+        {"cifar10": (0.2,), "cifar100": (0.2,), "svhn": (0.2,)},
         head_steps=20,
         test_rows=200,
         experts=(1, 2),

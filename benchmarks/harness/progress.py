@@ -12,15 +12,16 @@ __all__ = ["Display"]
 
 
 class Display:
-    """Two bars, the cells and the epochs of the network in training, on stderr."""
+    """Two bars, the cells and the epochs of the network in training, on stderr; nothing at all if `silent`."""
 
-    def __init__(self, quiet: bool) -> None:
-        self.quiet = quiet
+    def __init__(self, quiet: bool, *, silent: bool = False) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._console = Console(stderr=True, highlight=False)
-        self._progress = Progress(*columns, console=self._console, disable=quiet)
+        self._console = Console(stderr=True, highlight=False, quiet=silent)
+        # The time left comes from all that was done: a cell may take longer than any shorter memory.
+        self._progress = Progress(*columns, console=self._console, disable=quiet or silent, speed_estimate_period=float("inf"))
         self._cells: TaskID | None = None
         self._epochs: TaskID | None = None
+        self._network = ""
 
     def __enter__(self) -> "Display":
         self._progress.start()
@@ -42,7 +43,10 @@ class Display:
         """An epoch of a network is over."""
         if self._epochs is None:
             self._epochs = self._progress.add_task("", total=epochs)
-        self._progress.update(self._epochs, total=epochs, completed=epoch, description=f"  {what}, loss {loss:.4f}")
+        if what != self._network:
+            self._progress.reset(self._epochs, total=epochs)
+            self._network = what
+        self._progress.update(self._epochs, completed=epoch, description=f"  {what}, loss {loss:.4f}")
 
     def finished(self, cell: Cell, record: dict[str, Any]) -> None:
         """A cell has its figures."""

@@ -4,7 +4,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,12 +15,14 @@ import numpy as np
 import torch
 
 import deferral
+from benchmarks.harness import ranks
 from benchmarks.harness.cells import Cell, Results
+from benchmarks.harness.images import fetch, load
 from benchmarks.harness.judging import Judged, figures
 from benchmarks.harness.presets import PRESETS, Preset
 from benchmarks.harness.progress import Display
 from benchmarks.harness.training import Diverged, OutOfTime, Recipe, Watch
-from deferral.datasets import DataError
+from deferral.datasets import DataError, Images
 
 __all__ = ["RESULTS", "Finding", "Part", "Run", "image_options", "options", "running", "settings_of"]
 
@@ -58,6 +60,7 @@ class Run:
     deadline: float
     bfloat16: bool
     compiled: bool
+    download: bool
 
     @property
     def preset(self) -> Preset:
@@ -76,6 +79,19 @@ class Run:
             raise click.UsageError("name the folder of the data with --root, or set DEFERRAL_DATA")
         return self.root
 
+    def images(self, data: str) -> tuple[Images, Images]:
+        """Training and test images of a data set, on this run's device."""
+        if self.download and ranks.first():
+            fetch(data, self.data_root)
+        ranks.meet()
+        return load(data, self.data_root, self.device)
+
+    @contextmanager
+    def claim(self, name: str, *, wait: bool = False) -> Iterator[bool]:
+        """The lock of that name as in `Results.claim`, held by the first rank for all."""
+        with self.results.claim(name, wait=wait) if ranks.first() else nullcontext(False) as mine:
+            yield bool(ranks.agree(mine))
+
     def watch(self, what: str, epochs: int) -> Watch:
         """Shows a training's epochs and stops it at the deadline."""
         return Watch(lambda epoch, loss: self.display.epoch(what, epoch, epochs, loss), self.deadline)
@@ -88,26 +104,29 @@ class Run:
         done, diverged = 0, 0
         self.display.start(cells, len([cell for cell in cells if self.results.finished(cell)]))
         for cell in cells:
-            if self.results.finished(cell):
+            if ranks.agree(self.results.finished(cell)):
                 continue
             if done == self.most_cells:
                 break
-            if time.monotonic() > self.deadline:
+            if ranks.agree(time.monotonic() > self.deadline):
                 raise OutOfTime
-            with self.results.claim(f"{cell.table}-{cell.preset}-{cell.name}") as mine:
+            with self.claim(f"{cell.table}-{cell.preset}-{cell.name}") as mine:
                 # Another process may have finished it since.
-                if not mine or self.results.finished(cell):
+                if not mine or ranks.agree(self.results.finished(cell)):
                     continue
                 self.display.cell(cell)
                 started = time.monotonic()
+                finding = None
                 try:
                     finding = work(cell)
                 except Diverged as error:
                     self.display.say(f"diverged: {cell.table}, {cell.name}: {error}")
+                if finding is not None and ranks.first():
+                    self._finish(cell, finding, time.monotonic() - started)
+                if ranks.agree(finding is not None):
+                    done += 1
+                else:
                     diverged += 1
-                    continue
-                self._finish(cell, finding, time.monotonic() - started)
-                done += 1
         if diverged:
             raise click.ClickException(f"{diverged} cells diverged and are left open")
 
@@ -140,6 +159,7 @@ class Run:
             "numpy": np.__version__,
             "python": platform.python_version(),
             "commit": _commit(),
+            **({"ranks": str(ranks.count())} if ranks.count() > 1 else {}),
         }
 
 
@@ -150,7 +170,9 @@ def options(*, presets: Sequence[str] = tuple(PRESETS), seeds: int = 3) -> Calla
         shared = [
             click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=RESULTS, help="Folder of the cells."),
             click.option("--seeds", type=click.IntRange(min=1), default=seeds, show_default=True, help="Seeds 0 .. N-1."),
-            click.option("--device", default="cpu", show_default=True, help="A torch device: cpu, cuda, cuda:1."),
+            click.option(
+                "--device", default="cpu", show_default=True, help="A torch device: cpu, cuda, cuda:1; with torchrun cpu or cuda."
+            ),
             click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="CPU threads of torch."),
             click.option(
                 "--root",
@@ -181,7 +203,8 @@ def image_options(function: Callable[..., None]) -> Callable[..., None]:
         help="auto: bfloat16 on CUDA and on a CPU with matrix units for it.",
     )
     compiled = click.option("--compile", "compiled", is_flag=True, help="Compile the network by inductor.")
-    return precision(compiled(function))
+    download = click.option("--download", is_flag=True, help="Download images that --root does not have, by torchvision.")
+    return precision(compiled(download(function)))
 
 
 @contextmanager
@@ -198,12 +221,12 @@ def running(
     preset_name: str = "laptop",
     precision: str = "float32",
     compiled: bool = False,
+    download: bool = False,
 ) -> Iterator[Run]:
     """A run from its options; being out of time is an end like any other, and errors are told without a traceback."""
     torch.set_num_threads(threads)
-    target = torch.device(device)
     deadline = float("inf") if budget_minutes is None else time.monotonic() + 60 * budget_minutes
-    with Display(quiet) as display:
+    with ranks.group(torch.device(device)) as target, Display(quiet, silent=not ranks.first()) as display:
         run = Run(
             results=Results(out),
             display=display,
@@ -215,11 +238,15 @@ def running(
             deadline=deadline,
             bfloat16=precision == "bfloat16" or (precision == "auto" and _fast_bfloat16(target)),
             compiled=compiled,
+            download=download,
         )
         try:
             yield run
         except OutOfTime:
             display.say("the time budget is spent; the same command continues from the last checkpoint")
+        except KeyboardInterrupt:
+            display.say("stopped; the same command continues from the last checkpoint")
+            raise SystemExit(130) from None
         except (DataError, ImportError) as error:
             raise click.ClickException(str(error)) from error
 

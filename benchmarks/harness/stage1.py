@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.harness import ranks
 from benchmarks.harness.cells import write_whole
-from benchmarks.harness.images import CLASSES, load
+from benchmarks.harness.images import CLASSES
 from benchmarks.harness.networks import NETWORKS
 from benchmarks.harness.running import Run
 from benchmarks.harness.training import Recipe, outputs_of, train
@@ -85,8 +86,8 @@ def first_stage(run: Run, data: str, seed: int) -> FirstStage:
     made_by = (preset.network[data], preset.predictor_rows, preset.stage2_rows, preset.calibration_rows, recipe_for(run, data))
     name = f"stage1-{run.preset_name}-{data}-seed{seed}-{hashlib.sha256(repr(made_by).encode()).hexdigest()[:8]}"
     path = run.results.work / f"{name}.npz"
-    with run.results.claim(name, wait=True):
-        if not path.is_file():
+    with run.claim(name, wait=True):
+        if ranks.agree(not path.is_file()):
             _write_tables(run, data, seed, path)
     with np.load(path, allow_pickle=False) as arrays:
         tables = {key: torch.from_numpy(arrays[key]) for key in arrays.files}
@@ -98,7 +99,7 @@ def first_stage(run: Run, data: str, seed: int) -> FirstStage:
 
 
 def _write_tables(run: Run, data: str, seed: int, path: Path) -> None:
-    train_images, test_images = load(data, run.data_root, run.device)
+    train_images, test_images = run.images(data)
     predictor, stage2, calibration = rows_by_purpose(run, len(train_images), seed)
     test = torch.arange(len(test_images))[: run.preset.test_rows]
     model, speed = train(
@@ -126,9 +127,11 @@ def _write_tables(run: Run, data: str, seed: int, path: Path) -> None:
             ("scores", scores.log_softmax(-1)),
         ):
             arrays[f"{part}_{column}"] = values.cpu().numpy()
-    with write_whole(path) as partial:
-        np.savez(partial, **arrays)
-    path.with_suffix(".pt").unlink(missing_ok=True)
+    if ranks.first():
+        with write_whole(path) as partial:
+            np.savez(partial, **arrays)
+        path.with_suffix(".pt").unlink(missing_ok=True)
+    ranks.meet()
 
 
 def recipe_for(run: Run, data: str) -> Recipe:

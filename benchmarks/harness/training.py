@@ -1,7 +1,8 @@
 """Train a network on images: SGD with Nesterov's momentum and a cosine schedule, a checkpoint after every epoch.
 
 Resuming gives what not stopping would have given, on a CPU to the bit: the checkpoint holds the generator that draws rows and
-crops, beside model, optimizer and schedule.  A loss or gradient that is not finite stops the run before the step.
+crops, beside model, optimizer and schedule.  A loss or gradient that is not finite stops the run before the step.  Under torchrun
+all ranks train one network; the first writes its checkpoints.
 """
 
 import hashlib
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from benchmarks.harness import ranks
 from benchmarks.harness.cells import write_whole
 from benchmarks.harness.images import augment
 from benchmarks.harness.networks import Network
@@ -83,14 +85,21 @@ def train(
     # A checkpoint of other images or another recipe must not be continued.
     identity = {**asdict(recipe), "seed": seed, "rows": len(data), "data": _fingerprint(data), "weights": _shapes(model)}
     done, seconds = _resume(checkpoint, parts, generator, identity, device)
-    stepping = torch.compile(model) if recipe.compiled else model
+    if ranks.agree(done) != done:
+        raise RuntimeError(f"{checkpoint}: expected one folder that all ranks see, but they found different checkpoints in it")
+    stepping = ranks.together(model)
+    if recipe.compiled:
+        stepping = torch.compile(stepping)
+    busy: list[int] = []
     for epoch in range(done, recipe.epochs):
         started = time.monotonic()
         mean = _epoch(stepping, parts, data, loss, recipe, generator, epoch)
+        busy += _utilisation(device)
         seconds += time.monotonic() - started
-        _save(checkpoint, parts, generator, identity, epoch + 1, seconds)
+        if ranks.first():
+            _save(checkpoint, parts, generator, identity, epoch + 1, seconds)
         watch.on_epoch(epoch + 1, mean)
-        if time.monotonic() > watch.deadline and epoch + 1 < recipe.epochs:
+        if ranks.agree(time.monotonic() > watch.deadline) and epoch + 1 < recipe.epochs:
             raise OutOfTime
     final = model if average is None else average.module
     speed = {
@@ -100,6 +109,10 @@ def train(
     }
     if device.type == "cuda":
         speed["peak_memory_mebibytes"] = round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
+    if busy:
+        speed["gpu_utilisation_percent"] = round(sum(busy) / len(busy), 1)
+    # The first rank may now remove the checkpoint, which all have read.
+    ranks.meet()
     return final.eval().requires_grad_(False), speed
 
 
@@ -116,30 +129,37 @@ def outputs_of(model: nn.Module, images: Tensor, *, bfloat16: bool, batch: int =
 
 
 def take_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, loss: Loss, recipe: Recipe
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    images: Tensor,
+    labels: Tensor,
+    loss: Loss,
+    recipe: Recipe,
+    *,
+    weight: float = 1.0,
 ) -> Tensor:
-    """One step of the optimizer on a batch.  -> the losses (B,), detached
+    """One step of the optimizer on a batch, or on this rank's share of one at its weight.  -> the mean loss of the batch
 
-    Raises Diverged before the step where loss or gradient is not finite.
+    Raises Diverged, on all ranks alike, before the step where loss or gradient is not finite.
     """
     with _precision(images.device, recipe.bfloat16):
         scores = model(images)
-    losses = loss(scores, labels)
+    mean = loss(scores, labels).mean() * weight
     optimizer.zero_grad()
-    losses.mean().backward()
-    losses = losses.detach()
+    mean.backward()
+    mean = ranks.average(mean.detach())
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     size = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-    if not bool(torch.isfinite(losses.sum() + size)):
+    if not bool(torch.isfinite(mean + size)):
         raise Diverged(
-            f"the loss is {float(losses.mean()):g}, the size of its gradient {float(size):g}; stopped before the step.  The "
+            f"the loss is {float(mean):g}, the size of its gradient {float(size):g}; stopped before the step.  The "
             f"largest score is {float(scores.detach().abs().max()):g}: lower the learning rate ({recipe.learning_rate:g}), or "
             "look for what is not finite in the loss"
         )
     if recipe.clip < float("inf"):
         torch.nn.utils.clip_grads_with_norm_(parameters, recipe.clip, size)
     optimizer.step()
-    return losses
+    return mean
 
 
 def _epoch(
@@ -157,20 +177,32 @@ def _epoch(
     total = torch.zeros((), device=device)
     for step, rows in enumerate(torch.randperm(len(data), generator=generator).split(recipe.batch)):
         batch = data[rows.to(device)]
+        # Drawn for the whole batch on every rank: their generators stay alike.
         images = augment(batch.images, generator) if recipe.augmented else batch.images
+        mine, weight = ranks.share(len(rows))
         try:
-            losses = take_step(model, parts["optimizer"], images, batch.labels, loss, recipe)
+            mean = take_step(model, parts["optimizer"], images[mine], batch.labels[mine], loss, recipe, weight=weight)
         except Diverged as error:
             raise Diverged(f"epoch {epoch + 1}, step {step + 1}: {error}") from None
         schedule.step()
         if average is not None:
             average.update_parameters(parts["model"])
-        total += losses.sum()
+        total += mean * len(rows)
     return float(total) / len(data)
 
 
 def _precision(device: torch.device, bfloat16: bool) -> Any:
     return torch.autocast(device.type, torch.bfloat16) if bfloat16 else nullcontext()
+
+
+def _utilisation(device: torch.device) -> list[int]:
+    """The share in % of the last second in which the GPU was at work; nothing where that cannot be asked."""
+    if device.type != "cuda":
+        return []
+    try:
+        return [torch.cuda.utilization(device)]
+    except Exception:  # it needs NVML's bindings and a driver that answers, and fails by errors of either
+        return []
 
 
 def _resume(
