@@ -3,6 +3,9 @@
 Each function returns offsets (A,), float64, for `decide(scores, offsets)`; what it says of the rows it was given holds there
 exactly, ties included, and on new rows up to sampling.  For a promise on new rows see `deferral.certified`, for a capacity of
 each expert `deferral.capacity`.  The first `num_own` actions (K in the single stage, 1 in two stages) are the own ones.
+
+To close an action give a mask or -inf.  A number such as finfo.min is a score like any other; but an offset that would lift it
+would round away what the other experts differ by, so that of several experts none is lifted so far.
 """
 
 import math
@@ -14,20 +17,28 @@ from torch import Tensor
 
 from deferral.costs import pick
 from deferral.curves import own_and_asked
-from deferral.decision import decide, deferral_margin
+from deferral.decision import decide, margin_levels
+from deferral.metrics import check_weights
 from deferral.validation import action_mask, check_costs, check_mask, check_scores, require_actions
 
 __all__ = ["budget_offsets", "coverage_offsets", "deferral_rate_offsets", "fit_offsets", "fit_temperature"]
 
 
 def fit_offsets(
-    scores: Tensor, costs: Tensor, *, num_own: int = 1, mask: Tensor | None = None, per_expert: bool = False
+    scores: Tensor,
+    costs: Tensor,
+    *,
+    num_own: int = 1,
+    mask: Tensor | None = None,
+    weights: Tensor | None = None,
+    per_expert: bool = False,
 ) -> Tensor:
     """Offsets that minimise the mean cost of `decide(scores, offsets)` on these rows, exactly.  (N, A), (N, A) -> (A,)
 
     The first `num_own` actions get 0, all experts one common number: who is the best expert stays the scores' choice, whether
     to defer is fitted.  Use rows that the scores were not trained on.  The threshold lies half way between two rows; among
-    equally cheap ones it takes the one that defers least.  float64, O(N log N).
+    equally cheap ones it takes the one that defers least.  `weights` (N,) count rows: weight 2 is the row twice.  float64,
+    O(N log N).
 
     With `per_expert=True` every expert gets its own number: from the common one on, each in turn is moved to its best place
     given the others, until none can gain.  Never dearer than the common number on these rows, but a local optimum; E numbers
@@ -37,10 +48,15 @@ def fit_offsets(
     require_actions(scores, costs)
     check_costs(costs, ceiling=None, mask=mask)
     costs = costs.double().expand_as(scores)
-    offsets = torch.zeros(scores.shape[-1], dtype=torch.float64, device=scores.device)
-    margin, own, asked = own_and_asked(known, costs, num_own=num_own, mask=mask)
+    if weights is not None:
+        if not isinstance(weights, Tensor):
+            raise TypeError(f"weights: expected a torch tensor, got {type(weights).__name__}; convert it with torch.from_numpy")
+        if weights.shape != scores.shape[:1]:
+            raise ValueError(f"weights: expected one per row, shape ({len(scores)},), got {tuple(weights.shape)}")
+        costs = costs * check_weights(weights, scores).unsqueeze(-1)
+    _, own, asked = own_and_asked(known, costs, num_own=num_own, mask=mask)
     # Where nobody can be asked the cost of asking is NaN, and does not matter.
-    offsets[num_own:] = -_Sweep.of(margin, known).cheapest(own, asked.nan_to_num(0.0))
+    offsets = _common_offset(_sweep_experts(known, num_own).cheapest(own, asked.nan_to_num(0.0)), scores, num_own)
     if per_expert:
         _move_one_at_a_time(offsets, known, costs, num_own)
     return offsets
@@ -73,14 +89,14 @@ def budget_offsets(scores: Tensor, prices: Tensor, budget: float, *, num_own: in
     """
     known, mask = _known_scores(scores, num_own, mask)
     require_actions(scores, prices, name="prices")
-    given, prices = prices.dtype, prices.double().expand_as(scores)
-    check_costs(prices, ceiling=None, mask=mask, name="prices")
-    margin, own, asked = own_and_asked(known, prices, num_own=num_own, mask=mask)
-    sweep = _Sweep.of(margin, known)
-    spent = (own.sum() + sweep.sums_over_deferred(asked - own)) / len(scores)
     # 0.1 in float32 is a little more than a tenth, and a budget may itself have been summed from prices.
-    rounding = max(1e-12, torch.finfo(given).eps) * float(spent.abs().max())
-    affordable = spent <= budget + rounding
+    rounding = torch.finfo(torch.float32).eps if prices.dtype == torch.float32 else 1e-12
+    prices = prices.double().expand_as(scores)
+    check_costs(prices, ceiling=None, mask=mask, name="prices")
+    _, own, asked = own_and_asked(known, prices, num_own=num_own, mask=mask)
+    sweep = _sweep_experts(known, num_own)
+    spent = (sweep.sums_over_kept(own) + sweep.sums_over_deferred(asked)) / len(scores)
+    affordable = spent <= budget * (1 + rounding)
     if not bool(affordable.any()):
         raise ValueError(
             f"budget: expected at least {float(spent.min()):g} a row, the least that any threshold spends on these rows "
@@ -138,35 +154,50 @@ def fit_temperature(loss: Callable[[Tensor], Tensor], scores: Tensor) -> float:
 
 @dataclass(frozen=True)
 class _Sweep:
-    """Every set of rows that a threshold on a margin can defer, from none of them to all that have a margin.
+    """Every set of rows that a threshold on asked - own can defer, from none of them to all that can be.
 
-    `thresholds` (L+1,) fall; the i-th defers the rows whose `level` is below i.  Rows of margin -inf have level L.
+    `thresholds` (L+1,) fall; the i-th defers the rows whose `level` is below i.  Rows that none defers have level L.
     """
 
     thresholds: Tensor
     level: Tensor
 
     @staticmethod
-    def of(margin: Tensor, scores: Tensor) -> "_Sweep":
-        """Margins that differ by rounding alone, measured by the scores they come from, are one level."""
-        asks = ~margin.isneginf()
-        level = torch.zeros(len(margin), dtype=torch.int64, device=margin.device)
-        falling, order = margin[asks].sort(descending=True)
-        if len(falling) == 0:
-            return _Sweep(margin.new_zeros(1), level)
-        size = scores[scores.isfinite()].abs().max()
-        drops = falling[:-1] - falling[1:] > 4 * torch.finfo(torch.float64).eps * size
-        rank = torch.cat([drops.new_zeros(1).long(), drops.long().cumsum(0)])
-        level[asks] = torch.empty_like(rank).index_copy(0, order, rank)
-        level[~asks] = rank[-1] + 1
-        spread = (falling[0] - falling[-1]).clamp(min=1.0) + 1e-6 * size
-        between = (falling[:-1] / 2 + falling[1:] / 2)[drops]
-        return _Sweep(torch.cat([falling[:1] + spread, between, falling[-1:] - spread]), level)
+    def of(asked: Tensor, own: Tensor, lead: float = math.inf) -> "_Sweep":
+        """From the two scores that are compared in each row: -inf where nobody can be asked.  (N,), (N,)
+
+        `lead` is how far the best expert lies before the next in nearly every row.  A threshold so low that lifting the
+        experts by it would round that away tells nobody apart, and is left out.
+        """
+        asks = ~asked.isneginf()
+        if not bool(asks.any()):
+            return _Sweep(asked.new_zeros(1), torch.zeros_like(asks, dtype=torch.int64))
+        margin, size = (asked - own)[asks], torch.maximum(asked.abs(), own.abs())[asks]
+        rank = margin_levels(margin, size)
+        lowest, highest = (
+            margin.new_empty(int(rank.max()) + 1).scatter_reduce(0, rank, margin, reduce, include_self=False)
+            for reduce in ("amin", "amax")
+        )
+        upper, lower, step = lowest[:-1], highest[1:], float(size.median()) or 1.0
+        # Far from everything (a mask by finfo.min) half way would be far too: one step from the end that is nearer to 0.
+        beside = (upper - step).where((upper - step).abs() < (lower + step).abs(), lower + step)
+        between = (upper / 2 + lower / 2).where(upper - lower < 1e6 * step, beside)
+        none, every = (margin + 1e-12 * size).max() + step, (margin - 1e-12 * size).min() - step
+        lower_ones = torch.cat([between, every[None]])
+        apart = torch.finfo(torch.float64).eps * lower_ones.abs() <= lead
+        thresholds = torch.cat([none[None], lower_ones[apart]])
+        return _Sweep(thresholds, _first_to_defer(thresholds, asked, own) - 1)
 
     def sums_over_deferred(self, values: Tensor) -> Tensor:
         """The sum of the values of the rows that each threshold defers.  (N,) -> (L+1,)"""
-        per_level = values.new_zeros(len(self.thresholds)).index_add(0, self.level, values)
-        return torch.cat([values.new_zeros(1), per_level[:-1].cumsum(0)])
+        return torch.cat([values.new_zeros(1), self._per_level(values)[:-1].cumsum(0)])
+
+    def sums_over_kept(self, values: Tensor) -> Tensor:
+        """The sum of the values of the rows that each threshold keeps.  (N,) -> (L+1,)"""
+        return self._per_level(values).flip(0).cumsum(0).flip(0)
+
+    def _per_level(self, values: Tensor) -> Tensor:
+        return values.new_zeros(len(self.thresholds)).index_add(0, self.level, values)
 
     def cheapest(self, kept_cost: Tensor, deferred_cost: Tensor) -> Tensor:
         """The threshold of least total cost; sums in another order differ by rounding: within it, the one that defers least."""
@@ -174,19 +205,44 @@ class _Sweep:
         return self.thresholds[(saved >= saved.max() - _rounding(kept_cost, deferred_cost)).int().argmax()]
 
 
+def _first_to_defer(thresholds: Tensor, asked: Tensor, own: Tensor) -> Tensor:
+    """The index of the first of the falling thresholds at which `decide` defers, L+1 where none does.  (L+1,), (N,), (N,) -> (N,)
+
+    By bisection with the arithmetic of `decide` itself, so that no rounding parts what is counted from what is decided.
+    """
+    count = len(thresholds)
+    keep = torch.zeros(len(asked), dtype=torch.int64, device=asked.device)
+    for power in reversed(range(count.bit_length())):
+        more = keep + 2**power
+        keeps = (more <= count) & ~(asked - thresholds[(more - 1).clamp(max=count - 1)] >= own)
+        keep = more.where(keeps, keep)
+    return keep
+
+
 def _rounding(*costs: Tensor) -> float:
-    """How far apart two sums of the same costs may be: each number is at most the largest, or 1."""
-    return 1e-12 * len(costs[0]) * max(1.0, *(float(cost.abs().max()) for cost in costs))
+    """How far apart two sums of the same costs may be."""
+    return 1e-12 * sum(float(cost.abs().sum()) for cost in costs)
+
+
+def _sweep_experts(known: Tensor, num_own: int) -> _Sweep:
+    """All experts together against the own actions."""
+    best = known[:, num_own:].topk(min(2, known.shape[-1] - num_own), dim=-1).values
+    first, last = best[:, 0], best[:, -1]
+    leads = (first - last)[last.isfinite()]
+    leads = leads[leads > 4 * torch.finfo(torch.float64).eps * first[last.isfinite()].abs()].sort().values
+    return _Sweep.of(first, known[:, :num_own].amax(dim=-1), float(leads[len(leads) // 10]) if len(leads) else math.inf)
 
 
 def _known_scores(scores: Tensor, num_own: int, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Checked scores in float64, -inf where the mask is False, and the mask with one column per action."""
+    check_scores(scores)
     if scores.dim() != 2 or len(scores) == 0:
         raise ValueError(f"scores: expected at least one row and shape (N, A), got {tuple(scores.shape)}")
-    check_scores(scores)
+    if not 0 < num_own < scores.shape[-1]:
+        raise ValueError(f"num_own: expected 1..{scores.shape[-1] - 1} for scores {tuple(scores.shape)}, got {num_own}")
     if bool(scores[:, :num_own].isneginf().any()):
         raise ValueError("scores: expected finite scores of the own actions, got -inf; an own action can always be taken")
-    known = scores.double()
+    known = scores.detach().double()
     if mask is not None:
         mask = action_mask(scores, mask, num_own)
         check_mask(mask, num_own, scores.shape[-1])
@@ -204,10 +260,12 @@ def _move_one_at_a_time(offsets: Tensor, known: Tensor, costs: Tensor, num_own: 
             others = known.clone()
             others[:, expert] = -torch.inf
             instead = decide(others, offsets)
-            margin = known[:, expert] - pick(others + offsets, instead)
-            asked = costs[:, expert].where(~margin.isneginf(), 0.0)
+            rival = pick(others + offsets, instead)
+            # Ties go to the last action: against a later one the expert needs more than a tie.
+            rival = rival.nextafter(torch.full_like(rival, torch.inf)).where(instead > expert, rival)
+            asked = costs[:, expert].where(~known[:, expert].isneginf(), 0.0)
             trial = offsets.clone()
-            trial[expert] = -_Sweep.of(margin, known).cheapest(pick(costs, instead), asked)
+            trial[expert] = -_Sweep.of(known[:, expert], rival).cheapest(pick(costs, instead), asked)
             trial_total = pick(costs, decide(known, trial)).sum()
             if trial_total < total - _rounding(costs.where(~known.isneginf(), 0.0)):
                 offsets[expert], total, moved = trial[expert], trial_total, True
@@ -215,7 +273,7 @@ def _move_one_at_a_time(offsets: Tensor, known: Tensor, costs: Tensor, num_own: 
 
 def _defer_at_most(rows: int, scores: Tensor, num_own: int, mask: Tensor | None) -> Tensor:
     known, _ = _known_scores(scores, num_own, mask)
-    sweep = _Sweep.of(deferral_margin(known, num_own), known)
+    sweep = _sweep_experts(known, num_own)
     deferred = sweep.sums_over_deferred(torch.ones(len(scores), dtype=torch.float64, device=scores.device))
     return _common_offset(sweep.thresholds[(deferred <= rows).nonzero().max()], scores, num_own)
 

@@ -20,6 +20,8 @@ __all__ = ["Assignment", "fit_capacities"]
 
 # HiGHS stops at violations of 1e-10 in absolute terms; gains of this size make that a part in 10^13.
 _LARGEST_GAIN = 1e3
+# Scores that differ by less than this part of the largest gain are worth the same.
+_TIE = 1e-9
 _EXACT = {"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10}
 
 
@@ -27,10 +29,13 @@ _EXACT = {"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1
 class Assignment:
     """The best assignment of some rows under capacities, and what it teaches about others.
 
-    `actions` (N,) is the assignment itself.  `prices` (E,) are dual: what one more answer of each expert would gain, in units
-    of the scores, 0 where capacity is left over.  `offsets` (A,) = -prices is the online rule `decide(scores, offsets)`, which
-    needs no other row.  On the rows it comes from it takes the same actions wherever the best assignment is unique; rows that
-    are worth the same all go to the last tied action, the expert, so that among tied scores it may exceed a capacity.
+    `actions` (N,) is the assignment itself.  `prices` (E,) are supporting dual prices, in units of the scores: each expert's lies
+    between what one more answer would gain and what one fewer would lose, and is 0 where capacity is left over.
+
+    `offsets` (A,) is the online rule `decide(scores, offsets)`, which needs no other row: -prices, and on the rows it comes from
+    the same actions, wherever every row prefers what it was assigned.  A rule cannot part rows that are worth the same.  Where
+    such a tie would exceed a capacity the expert is priced above it, so that on its own rows the rule never exceeds a capacity,
+    but may leave some unused.
     """
 
     actions: Tensor
@@ -55,12 +60,12 @@ def fit_capacities(
     (Birkhoff; solved by HiGHS).  Among the dual prices that support the assignment, the ones returned leave
     every row a gap to its next best action, where there is one to be had.
     """
+    check_scores(scores)
     if scores.dim() != 2 or len(scores) == 0:
         raise ValueError(f"scores: expected at least one row and shape (N, A), got {tuple(scores.shape)}")
     num_experts = scores.shape[-1] - num_own
     if num_own < 1 or num_experts < 1:
         raise ValueError(f"num_own: expected 1..{scores.shape[-1] - 1} for scores {tuple(scores.shape)}, got {num_own}")
-    check_scores(scores)
     known = scores.detach().double().cpu()
     if bool(known[:, :num_own].isneginf().any()):
         raise ValueError("scores: expected finite scores of the own actions, got -inf; an own action can always be taken")
@@ -72,13 +77,37 @@ def fit_capacities(
 
     best_own = known[:, :num_own].amax(dim=-1, keepdim=True)
     gain = (known[:, num_own:] - best_own).numpy()
+    # What loses more than anybody can gain binds no price (-inf, or a mask by finfo.min).
+    gain = np.where(gain < -2 * gain.max(initial=0.0), -np.inf, gain)
     expert = _assign(gain, limits)
     actions = decide(known[:, :num_own])
     asked = torch.from_numpy(expert >= 0)
     actions = (torch.from_numpy(expert) + num_own).where(asked, actions)
-    prices = torch.from_numpy(_prices(gain, expert, limits))
-    offsets = torch.cat([torch.zeros(num_own, dtype=torch.float64), 0.0 - prices])
-    return Assignment(*(part.to(scores.device) for part in (actions, prices, offsets)))
+    # A price below the rounding of the scores would be none.
+    least = 1e-9 * float(best_own.abs().max()) or 1.0
+    prices = _prices(gain, expert, limits, least)
+    offsets = _rule(known, gain, limits, prices, least)
+    return Assignment(*(part.to(scores.device) for part in (actions, torch.from_numpy(prices), offsets)))
+
+
+def _rule(known: Tensor, gain: np.ndarray, limits: np.ndarray, prices: np.ndarray, least: float) -> Tensor:
+    """Offsets with which `decide` keeps within the limits: where a tie would exceed one, at the price of fewer rows."""
+    num_own = known.shape[-1] - len(limits)
+    room = limits
+    while True:
+        offsets = torch.cat([torch.zeros(num_own, dtype=torch.float64), 0.0 - torch.from_numpy(prices)])
+        actions = decide(known, offsets)
+        loads = torch.bincount(actions, minlength=known.shape[-1])[num_own:].numpy()
+        if (loads <= limits).all():
+            return offsets
+        if not room[loads > limits].any():
+            raise RuntimeError("no prices were found that keep the rule within the capacities")
+        # Those who prefer the expert by more than a tie remain; a price between them and the tie is one for fewer rows.
+        best, second = (known + offsets).topk(2, dim=-1).values.unbind(-1)
+        clear = best - second > _TIE * np.abs(gain[np.isfinite(gain)]).max()
+        remaining = torch.bincount(actions[clear], minlength=known.shape[-1])[num_own:].numpy()
+        room = np.where(loads > limits, np.minimum(remaining, room - 1), room).clip(min=0)
+        prices = _prices(gain, _assign(gain, room), room, least)
 
 
 def _row_counts(capacities: Sequence[int] | Sequence[float] | Tensor, rows: int, num_experts: int) -> np.ndarray:
@@ -130,11 +159,12 @@ def _assign(gain: np.ndarray, limits: np.ndarray) -> np.ndarray:
     raise RuntimeError(f"the assignment was not solved: {solution.message}")
 
 
-def _prices(gain: np.ndarray, expert: np.ndarray, limits: np.ndarray) -> np.ndarray:
+def _prices(gain: np.ndarray, expert: np.ndarray, limits: np.ndarray, least: float) -> np.ndarray:
     """Prices under which every row prefers what it was assigned, by the widest gap.  (N, E), (N,), (E,) -> (E,)
 
     With the own answer as node 0 at price 0, the prices that support an assignment are those with
     price_k - price_j <= loss[k, j], the least that any row at k loses by going to j instead.
+    They are found in units of a thousandth of the largest gain, or of `least` where that is more.
     """
     nodes = gain.shape[1] + 1
     worth = np.concatenate([np.zeros((len(gain), 1)), gain], axis=1)
@@ -145,7 +175,7 @@ def _prices(gain: np.ndarray, expert: np.ndarray, limits: np.ndarray) -> np.ndar
         loss[node] = (here[at == node] - worth[at == node]).min(axis=0)
     np.fill_diagonal(loss, np.inf)
 
-    unit = max(np.abs(gain[np.isfinite(gain)]).max(initial=0.0), np.finfo(np.float64).tiny) / _LARGEST_GAIN
+    unit = max(np.abs(gain[np.isfinite(gain)]).max(initial=0.0), least) / _LARGEST_GAIN
     of, to = np.nonzero(np.isfinite(loss))
     differences = np.zeros((len(of), nodes + 1))
     differences[np.arange(len(of)), of] += 1

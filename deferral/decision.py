@@ -6,7 +6,7 @@ from torch import Tensor
 from deferral.numerics import lift
 from deferral.validation import action_mask, require_floating
 
-__all__ = ["chow_scores", "decide", "decide_pair", "deferral_margin", "oracle"]
+__all__ = ["chow_scores", "decide", "decide_pair", "deferral_margin", "margin_levels", "oracle"]
 
 
 def decide(scores: Tensor, offsets: Tensor | float = 0.0, *, mask: Tensor | None = None) -> Tensor:
@@ -49,17 +49,42 @@ def decide_pair(scores: Tensor, rejector: Tensor, offset: float = 0.0) -> Tensor
 def deferral_margin(scores: Tensor, num_own: int, *, mask: Tensor | None = None) -> Tensor:
     """Best expert score minus best own score; `decide` defers iff it is >= 0.  (..., A) -> (...,)
 
-    `num_own` is K in the single stage and 1 in the two-stage form.
+    `num_own` is K in the single stage and 1 in the two-stage form.  -inf where the mask leaves nobody to be asked.
     """
     if not 0 < num_own < scores.shape[-1]:
         raise ValueError(f"num_own: expected 1..{scores.shape[-1] - 1} for scores {tuple(scores.shape)}, got {num_own}")
     values = lift(scores)
     values = values.where(~values.isnan(), -torch.inf)
     if mask is not None:
-        values = values.where(action_mask(scores, mask, num_own), -torch.inf)
+        mask = action_mask(scores, mask, num_own)
+        values = values.where(mask, -torch.inf)
     margin = values[..., num_own:].amax(dim=-1) - values[..., :num_own].amax(dim=-1)
     # -inf on both sides is a tie.
-    return margin.where(~margin.isnan(), 0.0)
+    margin = margin.where(~margin.isnan(), 0.0)
+    return margin if mask is None else margin.where(mask[..., num_own:].any(dim=-1), -torch.inf)
+
+
+def margin_levels(margin: Tensor, size: Tensor | None = None) -> Tensor:
+    """The rank of every margin, 0 for the largest; margins that differ by float64 rounding alone share one.  (N,), (N,) -> (N,)
+
+    0.8 - 0.7 and 0.3 - 0.2 are one margin.  `size` is how large the scores are that each margin is the difference of: two
+    margins are one level within 2 eps times the sum of their sizes.  Without it the size is |margin|, but the median at least.
+    A level starts at its largest margin and reaches no further than that, however many margins lie close together in a row.
+    """
+    margin = margin.double()
+    finite = margin.isfinite()
+    if size is None:
+        size = margin.abs().where(finite, 0.0)
+        size = size.clamp(min=float(size[finite].median())) if bool(finite.any()) else size
+    falling, order = margin.sort(descending=True)
+    rounding = 2 * torch.finfo(torch.float64).eps * size.double()[order]
+    starts = torch.ones_like(falling, dtype=torch.bool)
+    starts[1:] = falling[:-1] - falling[1:] > rounding[:-1] + rounding[1:]
+    first = torch.arange(len(falling), device=falling.device).where(starts, 0).cummax(dim=0).values
+    steps = ((falling[first] - falling) / (rounding[first] + rounding)).nan_to_num(0.0).floor()
+    starts[1:] |= steps[1:] != steps[:-1]
+    rank = starts.long().cumsum(dim=0) - 1
+    return torch.empty_like(rank).index_copy(0, order, rank)
 
 
 def oracle(costs: Tensor, *, mask: Tensor | None = None) -> Tensor:

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -5,6 +7,7 @@ from torch import Tensor, nn
 
 from deferral import decide, error_costs, fit_offsets, pick, two_stage_deferral
 from deferral.calibration import budget_offsets, coverage_offsets, deferral_rate_offsets, fit_temperature
+from deferral.decision import margin_levels
 
 
 def best_by_search(scores: Tensor, costs: Tensor, num_own: int, mask: Tensor | None = None) -> float:
@@ -182,6 +185,130 @@ def test_the_rows_promised_are_the_rows_decided_in_every_dtype(dtype: torch.dtyp
     assert (decide(near, deferral_rate_offsets(near, 0.5)) == 0).all()
 
 
+FAR = torch.finfo(torch.float32).min
+
+
+def extreme_scores(kind: str, num_own: int, experts: int, generator: torch.Generator) -> Tensor:
+    """Scores that rounding or one number of another size could spoil."""
+    scores = torch.randn(60, num_own + experts, generator=generator, dtype=torch.float64)
+    if kind == "tenths":
+        return (scores * 10).round() / 10
+    if kind == "one row of 1e17":
+        scores[7] += 1e17
+    elif kind == "half the rows at 1e17":
+        scores[::2] = 1e17 + 16 * scores[::2].round()
+    elif kind == "neighbouring numbers":
+        scores = 1 + 2.0**-52 * scores.round()
+    elif kind == "closed by finfo.min":
+        closed = torch.rand(60, experts, generator=generator) < 0.3
+        closed[0] = True
+        scores[:, num_own:] = scores[:, num_own:].masked_fill(closed, FAR)
+    return scores
+
+
+EXTREMES = ["tenths", "one row of 1e17", "half the rows at 1e17", "neighbouring numbers", "closed by finfo.min"]
+
+
+def rules_between_levels(scores: Tensor, num_own: int) -> list[Tensor]:
+    """The actions half way between any two margins that differ by more than the rounding of their own two scores."""
+    own, asked = scores[:, :num_own].amax(-1), scores[:, num_own:].amax(-1)
+    level = margin_levels(asked - own, torch.maximum(asked.abs(), own.abs()))
+    parts = [(asked - own)[level == number] for number in range(int(level.max()) + 1)]
+    rules = [decide(scores[:, :num_own])]
+    for upper, lower in pairwise(parts):
+        offsets = torch.zeros(scores.shape[-1], dtype=torch.float64)
+        between = float(upper.min() / 2 + lower.max() / 2)
+        # To lift experts by 1e38 is to forget who is the best.
+        offsets[num_own:] = 1 - float(upper.min()) if between < FAR / 4 else -between
+        rules.append(decide(scores, offsets))
+    return rules
+
+
+@pytest.mark.parametrize("kind", EXTREMES)
+@pytest.mark.parametrize(("num_own", "experts"), [(1, 1), (2, 2)])
+def test_extreme_scores_spoil_no_count(kind: str, num_own: int, experts: int) -> None:
+    """At every share: never more rows than it allows, and as many as a threshold between two levels can defer."""
+    scores = extreme_scores(kind, num_own, experts, torch.Generator().manual_seed(0))
+    reachable = {int((actions >= num_own).sum()) for actions in rules_between_levels(scores, num_own)}
+    assert len(reachable) > (1 if kind == "neighbouring numbers" else 15)
+    for rows in range(61):
+        deferred = int((decide(scores, deferral_rate_offsets(scores, rows / 60, num_own=num_own)) >= num_own).sum())
+        assert max(number for number in reachable if number <= rows) <= deferred <= rows
+        kept = int((decide(scores, coverage_offsets(scores, rows / 60, num_own=num_own)) < num_own).sum())
+        assert rows <= kept <= min(60 - number for number in reachable if 60 - number >= rows)
+
+
+@pytest.mark.parametrize("kind", EXTREMES)
+def test_extreme_scores_spoil_no_fit(kind: str) -> None:
+    for seed in range(10):
+        generator = torch.Generator().manual_seed(seed)
+        scores = extreme_scores(kind, 1, 1, generator)
+        costs = torch.rand(60, 2, generator=generator, dtype=torch.float64)
+        fitted = pick(costs, decide(scores, fit_offsets(scores, costs))).mean().item()
+        assert fitted <= min(pick(costs, actions).mean().item() for actions in rules_between_levels(scores, 1)) + 1e-9
+
+
+def test_one_row_closed_by_a_large_number_leaves_the_fit_of_the_others() -> None:
+    generator = torch.Generator().manual_seed(0)
+    costs = torch.rand(1000, 3, generator=generator, dtype=torch.float64)
+    scores = -costs + 0.1 * torch.randn(1000, 3, generator=generator)
+    convention, closed = scores.clone(), scores.clone()
+    convention[0, 1:], closed[0, 1:] = FAR, -torch.inf
+    costs[0, 0] = 1.0  # deferring it would look better than keeping it
+    torch.testing.assert_close(fit_offsets(convention, costs), fit_offsets(closed, costs))
+    for share in (0.0, 0.3, 0.8):
+        torch.testing.assert_close(coverage_offsets(convention, share), coverage_offsets(closed, share))
+
+
+def test_levels_join_what_rounding_parts_and_no_chain_joins_all() -> None:
+    votes = torch.arange(11).double() / 10
+    margin = (votes - votes[:, None]).flatten()
+    level = margin_levels(margin, torch.maximum(votes, votes[:, None]).flatten())
+    assert len(margin.unique()) > 21
+    assert torch.equal(level, 10 - (10 * margin).round().long())
+    assert torch.equal(margin_levels(margin), level)
+    # A thousand neighbours: any two that follow each other are within rounding, the first and the last are not.
+    chain = 1 + 2.0**-52 * torch.arange(1000, dtype=torch.float64)
+    level = margin_levels(chain)
+    assert 100 < int(level.max()) < 999
+    for number in range(int(level.max()) + 1):
+        members = chain[level == number]
+        assert members.max() - members.min() <= 8 * 2.0**-52
+    # One row of another size joins nothing but itself.
+    large = margin_levels(torch.arange(10).double(), torch.tensor([1.0] * 9 + [1e17]))
+    assert len(large.unique()) >= 9
+    assert margin_levels(torch.tensor([-torch.inf, 1.0, -torch.inf, 2.0])).tolist() == [2, 1, 2, 0]
+    assert margin_levels(torch.tensor([])).tolist() == []
+
+
+@pytest.mark.parametrize("per_expert", [False, True])
+def test_weights_count_rows(per_expert: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores, costs = torch.randn(2, 50, 3, generator=generator, dtype=torch.float64).unbind()
+    costs, times = costs.abs(), torch.randint(0, 4, (50,), generator=generator)
+    weighted = fit_offsets(scores, costs, weights=times.double(), per_expert=per_expert)
+    repeated = fit_offsets(scores.repeat_interleave(times, 0), costs.repeat_interleave(times, 0), per_expert=per_expert)
+    actions = [decide(scores, offsets)[times > 0] for offsets in (weighted, repeated)]
+    assert torch.equal(*actions)
+    assert not torch.equal(actions[0], decide(scores, fit_offsets(scores, costs, per_expert=per_expert))[times > 0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_a_small_budget_is_kept_to_whatever_the_prices_are_stored_in(dtype: torch.dtype) -> None:
+    scores = torch.randn(20_000, 3, generator=torch.Generator().manual_seed(0))
+    prices = torch.tensor([0.0, 1.0, 100.0], dtype=dtype)
+    for budget in (0.0, 0.001, 0.01):
+        actions = decide(scores, budget_offsets(scores, prices, budget))
+        spent = pick(prices.double().expand(20_000, 3), actions).mean().item()
+        assert spent <= budget * (1 + 1e-6)
+    assert spent > 0
+    # An own price is no reason for slack either: the mean of exact tenths is a budget that they meet.
+    tenth = torch.full((20_000, 3), 0.1, dtype=torch.float64)
+    assert (decide(scores, budget_offsets(scores, tenth, 0.1)) > 0).all()
+    with pytest.raises(ValueError, match="least that any threshold spends"):
+        budget_offsets(scores, tenth, 0.1 - 1e-9)
+
+
 def test_a_known_temperature_is_found() -> None:
     generator = torch.Generator().manual_seed(0)
     logits = 2 * torch.randn(20_000, 5, generator=generator)
@@ -241,6 +368,17 @@ def test_bad_input() -> None:
         fit_offsets(torch.randn(3, 2), torch.full((3, 2), torch.nan))
     with pytest.raises(ValueError, match="one cost per action"):
         fit_offsets(torch.randn(3, 2), torch.rand(3, 3))
+    with pytest.raises(ValueError, match=r"weights: expected one per row, shape \(3,\)"):
+        fit_offsets(torch.randn(3, 2), torch.rand(3, 2), weights=torch.ones(2))
+    with pytest.raises(TypeError, match="weights: expected a torch tensor, got ndarray"):
+        fit_offsets(torch.randn(3, 2), torch.rand(3, 2), weights=torch.ones(3).numpy())
+    with pytest.raises(ValueError, match="not all 0"):
+        fit_offsets(torch.randn(3, 2), torch.rand(3, 2), weights=torch.zeros(3))
+    with pytest.raises(ValueError, match="num_own"):
+        coverage_offsets(torch.randn(3, 2), 0.5, num_own=2)
+    for call in (lambda s: fit_offsets(s, torch.rand(3, 2)), lambda s: coverage_offsets(s, 0.5)):
+        with pytest.raises(TypeError, match="scores: expected a torch tensor, got ndarray"):
+            call(torch.randn(3, 2).numpy())
 
 
 def train(model: nn.Module, loss, x: Tensor, steps: int = 400) -> None:

@@ -42,10 +42,53 @@ def test_small_assignments_are_optimal_and_priced(seed: int, num_own: int, ties:
 
     # Strong duality: rows at their best price-adjusted score plus what the capacities are worth is the optimum.
     assert (found.prices >= 0).all()
-    assert (known + found.offsets).amax(-1).sum().item() + float(found.prices @ limits.double()) == pytest.approx(total)
+    priced = known - torch.cat([torch.zeros(num_own).double(), found.prices])
+    assert priced.amax(-1).sum().item() + float(found.prices @ limits.double()) == pytest.approx(total)
     assert (found.prices[loads < limits] == 0).all()
     if not ties:
+        assert torch.equal(found.offsets[num_own:], -found.prices)
         assert torch.equal(decide(scores, found.offsets, mask=mask), found.actions)
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.1, 1000.1])  # tenths are no binary numbers
+def test_among_ties_the_online_rule_stays_within_every_capacity(shift: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    assigned = decided = 0.0
+    for trial in range(40):
+        experts, num_own = 1 + trial % 3, 1 + trial % 2
+        scores = torch.randint(-3, 4, (30, num_own + experts), generator=generator).double() / 10 + shift
+        if trial % 5 == 0:
+            scores = scores[torch.randint(0, 3, (30,), generator=generator)]  # three rows, ten times each
+        mask = torch.rand(30, experts, generator=generator) < 0.8 if trial % 4 == 0 else None
+        capacities = torch.randint(0, 15, (experts,), generator=generator)
+        found = fit_capacities(scores, capacities, num_own=num_own, mask=mask)
+        actions = decide(scores, found.offsets, mask=mask)
+        assert (torch.bincount(actions, minlength=num_own + experts)[num_own:] <= capacities).all()
+        own = scores[:, :num_own].amax(-1).sum().item()
+        assigned += pick(scores, found.actions).sum().item() - own
+        decided += pick(scores, actions).sum().item() - own
+    assert 0.6 * assigned < decided < assigned
+
+
+def test_a_tie_that_exceeds_the_capacity_is_priced_out_just_above() -> None:
+    """Confidences in tenths against 0.85: a tenth of the rows are worth the same, and a rule asks about all of them or none."""
+    votes = torch.arange(1000).remainder(10).double() / 10
+    scores = torch.stack([votes, torch.full_like(votes, 0.85)], -1)
+    for capacity, asked in ((50, 0), (100, 100), (150, 100), (299, 200), (1000, 900)):
+        found = fit_capacities(scores, [capacity])
+        assert int(found.actions.sum()) == min(capacity, 900)
+        deferred = decide(scores, found.offsets) == 1
+        assert int(deferred.sum()) == asked
+        assert torch.equal(deferred, votes < asked / 1000 - 0.05)
+
+
+def test_a_finite_number_that_stands_for_a_mask_moves_no_price() -> None:
+    scores = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
+    masked, convention = scores.clone(), scores.clone()
+    masked[:5, 1:], convention[:5, 1:] = -torch.inf, torch.finfo(torch.float32).min
+    expected, found = fit_capacities(masked, [30, 40]), fit_capacities(convention, [30, 40])
+    assert torch.equal(found.actions, expected.actions)
+    torch.testing.assert_close(found.prices, expected.prices)
 
 
 @pytest.mark.parametrize("experts", [1, 4])
@@ -71,7 +114,7 @@ def test_the_online_rule_is_the_assignment_and_keeps_the_loads_on_new_rows(exper
     assert pick(fitted, found.actions).sum() > pick(fitted, shuffled).sum() + 500
 
 
-def test_the_price_is_what_one_more_answer_is_worth() -> None:
+def test_the_price_lies_between_the_gain_of_one_more_and_the_loss_of_one_fewer() -> None:
     generator = torch.Generator().manual_seed(1)
     scores = torch.randn(60, 3, generator=generator).double() + torch.tensor([0.0, 1.0, 1.0])
 
@@ -81,6 +124,11 @@ def test_the_price_is_what_one_more_answer_is_worth() -> None:
     price = fit_capacities(scores, [10, 15]).prices[0].item()
     assert total(11) - total(10) <= price <= total(10) - total(9)
     assert total(11) > total(10)
+    # Gains of 1, 5 and 3: a second answer would gain 3, losing the first costs 5, and no row moves between.
+    few = torch.tensor([[0.0, 1.0], [0.0, 5.0], [0.0, 3.0]])
+    found = fit_capacities(few, [1])
+    assert found.prices.item() == pytest.approx(4.0)
+    assert decide(few, found.offsets).tolist() == found.actions.tolist() == [0, 1, 0]
 
 
 def test_capacities_that_bind_nobody_change_nothing() -> None:
@@ -94,6 +142,7 @@ def test_capacities_that_bind_nobody_change_nothing() -> None:
     assert (decide(scores, closed.offsets) == 0).all()
     all_equal = fit_capacities(torch.zeros(6, 3), [1, 2])
     assert (torch.bincount(all_equal.actions, minlength=3)[1:] <= torch.tensor([1, 2])).all()
+    assert (decide(torch.zeros(6, 3), all_equal.offsets) == 0).all()
 
 
 @pytest.mark.parametrize("size", [1e-20, 1.0, 1e20])
@@ -128,3 +177,5 @@ def test_bad_input() -> None:
         fit_capacities(scores.fill_(torch.nan), [1, 1])
     with pytest.raises(ValueError, match="at least one row"):
         fit_capacities(torch.randn(0, 3), [1, 1])
+    with pytest.raises(TypeError, match="torch tensor, got ndarray"):
+        fit_capacities(torch.randn(6, 3).numpy(), [1, 1])

@@ -15,7 +15,7 @@ LAYERS = [
     ["arrays", "metrics", "curves", "reliability", "intervals", "experts", "testing"],
     ["calibration", "capacity", "certified", "baselines"],
     ["plots", "torchvision_compat", "datasets", "estimators"],
-    ["evaluation"],
+    ["evaluation", "routing"],
     ["demo"],
     ["cli"],
 ]

@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
-from deferral.certified.risks import DeferralRate, SystemRisk, checked_risks
+from deferral.certified.risks import DeferralRate, Risk, SystemRisk, check_groups, checked_risks, of_rows
+from deferral.certified.thresholds import level_edges
 
-__all__ = ["conformal_risk_control"]
+__all__ = ["conformal_risk_control", "conformal_risk_control_by_group"]
 
 
 def conformal_risk_control(margin: Tensor, risk: SystemRisk | DeferralRate) -> tuple[float, bool]:
@@ -19,31 +20,53 @@ def conformal_risk_control(margin: Tensor, risk: SystemRisk | DeferralRate) -> t
     never worse; deferred_cost = 0 counts the errors among kept rows over all rows).  ValueError elsewhere: use `certify`.
     A selective risk is a ratio, and not of this form.  Conformal risk control, theorem 1.
     """
+    return _controlled(margin, _checked_monotone(margin, risk))
+
+
+def conformal_risk_control_by_group(
+    margin: Tensor, risk: SystemRisk | DeferralRate, groups: Tensor, *, num_groups: int
+) -> tuple[Tensor, Tensor]:
+    """(thresholds, holds) of the groups 0..G-1, each from its own rows.  (N,), (N,) -> (G,), (G,)
+
+    The expected risk on a new row of a group is at most `at_most` in every group whose `holds` is True; a group without rows
+    is promised nothing.  For new rows: `decide_at(scores, thresholds[groups], num_own=num_own)`.
+    """
+    checked = _checked_monotone(margin, risk)
+    check_groups(groups, margin, num_groups)
+    members = [groups == group for group in range(num_groups)]
+    thresholds, holds = zip(*(_controlled(margin[rows], of_rows(checked, rows)) for rows in members), strict=True)
+    return torch.tensor(thresholds, dtype=torch.float64), torch.tensor(holds)
+
+
+def _checked_monotone(margin: Tensor, risk: SystemRisk | DeferralRate) -> Risk:
     if not isinstance(risk, SystemRisk | DeferralRate):
         raise TypeError(
             f"risk: expected SystemRisk or DeferralRate, got {type(risk).__name__}; a selective risk is a ratio, which "
             "conformal risk control does not bound: use certify"
         )
     (checked,) = checked_risks(margin, risk)
-    levels, level, sizes = margin.detach().double().cpu().unique(return_inverse=True, return_counts=True)
-    # edges[k] keeps the k lowest levels; half way to the next, so that rounding decides about no row.
-    edges = torch.cat([levels.new_tensor([-torch.inf]), (levels[1:] + levels[:-1]) / 2, levels.new_tensor([torch.inf])])
-    zero = torch.zeros(1, dtype=torch.float64)
-    if not isinstance(checked, SystemRisk):
-        ceiling, safe_end = 1.0, torch.inf
-        deferred_rows = len(margin) - torch.cat([zero, sizes.cumsum(0).double()])
-        total = deferred_rows.clamp(max=float((levels > -torch.inf).double() @ sizes.double()))
-    else:
-        ceiling, safe_end = checked.ceiling, -torch.inf
-        own, deferred = checked.own_cost.double(), checked.deferred_cost.double()
-        worse = own < deferred
+    if isinstance(checked, SystemRisk):
+        worse = checked.own_cost.double() < checked.deferred_cost.double()
         if bool(worse.any()):
             raise ValueError(
                 f"risk: in {int(worse.sum())} of {len(worse)} rows deferring costs more than the own answer, so that the risk "
                 "is not monotone in the threshold and conformal risk control promises nothing; use certify"
             )
-        excess = torch.zeros(len(levels), dtype=torch.float64).index_add(0, level, own - deferred)
-        total = deferred.sum() + torch.cat([zero, excess.cumsum(0)])
+    return checked
+
+
+def _controlled(margin: Tensor, risk: Risk) -> tuple[float, bool]:
+    """`conformal_risk_control` on checked rows; there may be none."""
+    level, edges = level_edges(margin)
+    if isinstance(risk, SystemRisk):
+        ceiling, safe_end = risk.ceiling, -torch.inf
+        own, deferred = risk.own_cost.double(), risk.deferred_cost.double()
+    else:
+        ceiling, safe_end = 1.0, torch.inf
+        own, deferred = torch.zeros(len(margin), dtype=torch.float64), (~margin.cpu().isneginf()).double()
+    kept, asked = (torch.zeros(len(edges) - 1, dtype=torch.float64).index_add(0, level, cost) for cost in (own, deferred))
+    zero = torch.zeros(1, dtype=torch.float64)
+    total = torch.cat([zero, kept.cumsum(0)]) + torch.cat([asked.flip(0).cumsum(0).flip(0), zero])
     passed = edges[(total + ceiling) / (len(margin) + 1) <= risk.at_most]
     if len(passed) == 0:
         return safe_end, False

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deferral.certified.risks import DeferralRate, Risk, SelectiveRisk, checked_risks, of_rows
+from deferral.certified.risks import DeferralRate, Risk, SelectiveRisk, check_groups, checked_risks, of_rows
+from deferral.validation import require_floating
 
 try:
     from scipy.special import bdtr, rel_entr
@@ -72,24 +73,19 @@ def certify_by_group(
     thresholds: Tensor | Sequence[Tensor],
     groups: Tensor,
     *,
+    num_groups: int,
     delta: float = 0.05,
     method: Literal["fixed_sequence", "bonferroni"] = "fixed_sequence",
 ) -> list[Certificate]:
     """One certificate per group 0..G-1, all of them right at once with probability 1 - delta.  (N,), (T,), (N,) -> G
 
     Each group is certified on its own rows at delta / G (union bound), from the same thresholds or from one set per group.
-    `groups` (N,) are indices; a group without rows is promised nothing.  For new rows:
-    `threshold_offsets(torch.tensor([c.threshold for c in certificates])[groups], num_own, num_experts)`.
+    `groups` (N,) are indices below `num_groups`; a group without rows is promised nothing.  For new rows:
+    `thresholds = torch.tensor([c.threshold for c in certificates], dtype=torch.float64)`, and then
+    `decide_at(scores, thresholds[groups], num_own=num_own)`.
     """
     risks = checked_risks(margin, risks)
-    if groups.is_floating_point() or groups.dtype == torch.bool or groups.shape != margin.shape:
-        raise ValueError(
-            f"groups: expected one integer index per row, shape {tuple(margin.shape)}, got {groups.dtype} of shape "
-            f"{tuple(groups.shape)}"
-        )
-    if bool((groups < 0).any()):
-        raise ValueError(f"groups: expected indices from 0, got {int(groups.min())}")
-    num_groups = int(groups.max()) + 1
+    check_groups(groups, margin, num_groups)
     candidates = [thresholds] * num_groups if isinstance(thresholds, Tensor) else list(thresholds)
     if len(candidates) != num_groups:
         raise ValueError(f"thresholds: expected one set for all groups or one for each of {num_groups}, got {len(candidates)}")
@@ -184,6 +180,7 @@ def _p_values(total: np.ndarray, size: np.ndarray, level: float, *, exact: bool)
 
 
 def _checked_thresholds(thresholds: Tensor) -> Tensor:
+    require_floating("thresholds", thresholds)
     thresholds = thresholds.detach().double().cpu()
     if thresholds.dim() != 1 or len(thresholds) == 0 or bool(thresholds.isnan().any()):
         raise ValueError(f"thresholds: expected at least one number, shape (T,), got {tuple(thresholds.shape)} or a NaN")

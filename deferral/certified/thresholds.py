@@ -1,37 +1,87 @@
-"""Candidates for a certificate, and what it takes to decide by one."""
+"""Candidates for a certificate, and the rule that is served with it."""
+
+from numbers import Real
 
 import torch
 from torch import Tensor
 
 from deferral.certified.risks import check_margin
+from deferral.decision import decide, deferral_margin, margin_levels
+from deferral.validation import action_mask, check_mask, require_floating
 
-__all__ = ["threshold_grid", "threshold_offsets"]
+__all__ = ["decide_at", "level_edges", "threshold_grid"]
+
+
+def decide_at(scores: Tensor, threshold: float | Tensor, *, num_own: int, mask: Tensor | None = None) -> Tensor:
+    """Defer iff `deferral_margin(scores.double(), num_own, mask=mask)` >= threshold, what a certificate is about.  -> (...,)
+
+    (..., A), float or (...,) -> (...,).  Deferred rows ask the best expert, the others take the best own action, with the ties
+    of `decide`.  A row where nobody can be asked (masked, or every expert at -inf) keeps its own answer at every threshold,
+    -inf included.  One threshold per row, float64, serves groups: `thresholds[groups]`.
+    """
+    require_floating("scores", scores)
+    margin = deferral_margin(scores.double(), num_own, mask=mask)
+    experts = None
+    if mask is not None:
+        mask = action_mask(scores, mask, num_own)
+        check_mask(mask, num_own, scores.shape[-1])
+        experts = mask.expand(scores.shape)[..., num_own:]
+    deferred = (margin >= _checked_threshold(threshold, margin)) & ~margin.isneginf()
+    return (decide(scores[..., num_own:], mask=experts) + num_own).where(deferred, decide(scores[..., :num_own]))
 
 
 def threshold_grid(margin: Tensor, size: int, *, coverage: tuple[float, float] = (0.1, 1.0)) -> Tensor:
     """Rising thresholds that keep evenly spaced shares of some OTHER rows than those to be certified.  (M,) -> (T,)
 
-    Each lies half way between two margins; at most `size`, fewer where margins tie.  A share of 1 is +inf, never deferring.
-    A selective risk needs a lowest coverage at which enough rows are kept; see `certify`.
+    Each lies half way between two margins that differ by more than rounding; at most `size`, fewer where margins tie.  A share
+    of 1 is +inf, never deferring.  A selective risk needs a lowest coverage at which enough rows are kept; see `certify`.
     """
     check_margin(margin)
     if not 0.0 < coverage[0] <= coverage[1] <= 1.0 or size < 1:
         raise ValueError(f"expected size >= 1 and 0 < lowest <= highest coverage <= 1, got {size} and {coverage}")
-    levels, sizes = margin.detach().double().cpu().unique(return_counts=True)
-    keeps = sizes.cumsum(0).double() / len(margin)
-    edges = torch.cat([(levels[1:] + levels[:-1]) / 2, levels.new_tensor([torch.inf])])
+    level, edges = level_edges(margin)
+    keeps = level.bincount().cumsum(0).double() / len(margin)
     wanted = torch.linspace(*coverage, size, dtype=torch.float64)
-    return edges[torch.searchsorted(keeps, wanted - 1e-9).clamp(max=len(edges) - 1)].unique()
+    return edges[1:][torch.searchsorted(keeps, wanted - 1e-9).clamp(max=len(keeps) - 1)].unique()
 
 
-def threshold_offsets(threshold: float | Tensor, num_own: int, num_experts: int) -> Tensor:
-    """Offsets with which `decide` defers iff `deferral_margin` >= threshold.  float or (N,) -> (A,) or (N, A), float64
+def level_edges(margin: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row's level by rising margin, and rising thresholds: the k-th keeps exactly the k lowest levels.  -> (N,), (L+1,)
 
-    -inf closes the own actions instead of lifting the experts, so that who is the best expert stays the scores' choice.
+    On the CPU.  Half way between two levels, from -inf to +inf.
     """
-    value = torch.as_tensor(threshold, dtype=torch.float64)
+    margin = margin.detach().double().cpu()
+    falling = margin_levels(margin)
+    count = int(falling.max()) + 1 if len(margin) else 0
+    level = count - 1 - falling
+    lowest, highest = (
+        margin.new_empty(count).scatter_reduce(0, level, margin, reduce, include_self=False) for reduce in ("amin", "amax")
+    )
+    below, above = highest[:-1], lowest[1:]
+    between = below / 2 + above / 2
+    # Between neighbouring numbers half way is one of them; a threshold that equals a margin defers it.
+    between = between.where((between > below) | below.isneginf(), above)
+    ends = margin.new_tensor([-torch.inf, torch.inf])
+    return level, torch.cat([ends[:1], between, ends[1:]])[: count + 1]
+
+
+def _checked_threshold(threshold: float | Tensor, margin: Tensor) -> Tensor:
+    if isinstance(threshold, Tensor):
+        if threshold.dtype != torch.float64:
+            raise TypeError(
+                f"threshold: expected a number or a float64 tensor, got {threshold.dtype}; a rounded threshold is another one: "
+                "torch.tensor(thresholds, dtype=torch.float64)"
+            )
+        if threshold.shape not in ((), margin.shape):
+            raise ValueError(
+                f"threshold: expected one number, or one per row of shape {tuple(margin.shape)}, got {tuple(threshold.shape)}"
+            )
+    elif not isinstance(threshold, Real):
+        raise TypeError(
+            f"threshold: expected a number or a float64 tensor, got {type(threshold).__name__}; convert an array with "
+            "torch.from_numpy"
+        )
+    value = torch.as_tensor(threshold, dtype=torch.float64, device=margin.device)
     if bool(value.isnan().any()):
         raise ValueError("threshold: expected a number or an infinity, got NaN")
-    own = torch.zeros_like(value).masked_fill(value == -torch.inf, -torch.inf).unsqueeze(-1)
-    experts = (-value).masked_fill(value == -torch.inf, 0.0).unsqueeze(-1)
-    return torch.cat([own.expand(*value.shape, num_own), experts.expand(*value.shape, num_experts)], dim=-1)
+    return value
