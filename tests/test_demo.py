@@ -74,10 +74,12 @@ def test_figures_are_consistent(comparison: Comparison) -> None:
     assert always_a.cost.estimate == pytest.approx(1 - always_a.accuracy.estimate + 0.15)
 
 
+@pytest.mark.ci_slow
 def test_the_same_seed_gives_the_same_table(comparison: Comparison) -> None:
     assert run(0).figures == comparison.figures
 
 
+@pytest.mark.ci_slow
 def test_a_useless_expert_is_hardly_asked() -> None:
     useless = run(0, useless_expert=True)
     assert useless.experts == ["A", "B", "C", "D"]

@@ -1,0 +1,38 @@
+"""Which expert should answer a query: learned from a log of outcomes, for any trade-off of quality against price.
+
+router = Router(price_of_error=0.02).fit(read_log("outcomes.jsonl"))
+router.route("prove that the limit is prime").expert
+"""
+
+try:
+    import scipy  # noqa: F401
+    import sklearn  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ImportError("the router needs SciPy and scikit-learn: pip install 'deferral[router]'") from error
+
+from deferral.routing.constraints import Abilities, Needs
+from deferral.routing.decisions import Decision, Decisions
+from deferral.routing.encoders import CachedEncoder
+from deferral.routing.log_files import read_log, write_log
+from deferral.routing.outcomes import Log, Outcome, Table, cost_table, log_of_table
+from deferral.routing.prices import PriceModel, list_prices
+from deferral.routing.router import Plan, Router
+
+__all__ = [
+    "Abilities",
+    "CachedEncoder",
+    "Decision",
+    "Decisions",
+    "Log",
+    "Needs",
+    "Outcome",
+    "Plan",
+    "PriceModel",
+    "Router",
+    "Table",
+    "cost_table",
+    "list_prices",
+    "log_of_table",
+    "read_log",
+    "write_log",
+]

@@ -1,0 +1,73 @@
+"""What a router answers: whom to ask, what is expected of everyone, and why."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+__all__ = ["Decision", "Decisions"]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Whom to ask.  quality, price and cost (in errors) are what is expected of each expert."""
+
+    expert: str
+    quality: dict[str, float]
+    price: dict[str, float]
+    cost: dict[str, float]
+    propensity: float
+    fallback: bool
+    similarity: float
+    why: str
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """Decisions for N queries; `decisions[i]` is one of them."""
+
+    experts: list[str]
+    actions: np.ndarray  # (N,) indices into the experts
+    quality: np.ndarray  # (N, E)
+    price: np.ndarray  # (N, E) dollars
+    cost: np.ndarray  # (N, E) errors, inf where the expert may not be asked
+    propensity: np.ndarray  # (N,) probability of the expert that was drawn
+    fallback: np.ndarray  # (N,) bool, the static mix decided
+    similarity: np.ndarray  # (N,) to the log
+    price_of_error: float
+    why_fallback: str  # of all rows, or "" where the learned policy is used
+
+    def __len__(self) -> int:
+        return len(self.actions)
+
+    @property
+    def names(self) -> list[str]:
+        """The expert of each query."""
+        return [self.experts[action] for action in self.actions]
+
+    def __getitem__(self, row: int) -> Decision:
+        def named(values: np.ndarray) -> dict[str, float]:
+            return dict(zip(self.experts, values.tolist(), strict=True))
+
+        return Decision(
+            self.experts[self.actions[row]],
+            named(np.clip(self.quality[row], 0, 1)),
+            named(self.price[row]),
+            named(self.cost[row]),
+            float(self.propensity[row]),
+            bool(self.fallback[row]),
+            float(self.similarity[row]),
+            self._why(row),
+        )
+
+    def _why(self, row: int) -> str:
+        action = self.actions[row]
+        name = self.experts[action]
+        if self.fallback[row]:
+            reason = self.why_fallback or f"the query is unlike the log (similarity {self.similarity[row]:.2f})"
+            return f"{name} by the static mix: {reason}"
+        others = np.delete(self.cost[row], action)
+        best = f", the next {others.min():.3f}" if np.isfinite(others).any() else ""
+        return (
+            f"{name}: expected quality {min(max(self.quality[row, action], 0), 1):.2f} for ${self.price[row, action]:.3g}, cost "
+            f"{self.cost[row, action]:.3f} errors{best}, at ${self.price_of_error:.3g} an error"
+        )

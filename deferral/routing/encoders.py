@@ -1,0 +1,257 @@
+"""Queries become vectors.  The embedded encoder needs no weights; any function from texts to an array is welcome.
+
+`Vectors` has up to three parts: `dense`, unit rows for distances; `extra`, a few standardised numbers such as the length; and
+`wide`, the TF-IDF row itself, on which a linear model beats one on the reduced vectors.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.sparse import csr_matrix
+from sklearn.utils.extmath import randomized_svd
+
+from deferral.routing.ngrams import BITS, hashed_ngrams, shortened
+
+__all__ = ["CachedEncoder", "FunctionEncoder", "NgramEncoder", "Vectors", "Wide"]
+
+Arrays = dict[str, np.ndarray]
+MOST_ROWS_OF_SVD = 20_000
+_COLUMNS = 60_000
+
+
+@dataclass(frozen=True)
+class Wide:
+    """Sparse rows: row i has values[starts[i]:starts[i+1]] in the columns indices[starts[i]:starts[i+1]]."""
+
+    indices: np.ndarray
+    values: np.ndarray
+    starts: np.ndarray
+    columns: int
+
+    def times(self, matrix: np.ndarray) -> np.ndarray:
+        """The product with a dense matrix.  (columns, K) -> (N, K)"""
+        if len(self.starts) == 2:
+            return (self.values @ matrix[self.indices])[None]
+        return self.sparse() @ matrix
+
+    def sparse(self) -> Any:
+        """As a SciPy matrix in CSR format."""
+        return csr_matrix((self.values, self.indices, self.starts), shape=(len(self.starts) - 1, self.columns))
+
+    def rows(self, rows: np.ndarray) -> "Wide":
+        taken = self.sparse()[rows]
+        return Wide(taken.indices, taken.data, taken.indptr, self.columns)
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """N encoded queries."""
+
+    dense: np.ndarray  # (N, D) float32, rows of length 1, or 0 where nothing of the query is known
+    extra: np.ndarray  # (N, C) float32
+    wide: Wide | None = None
+
+    def __len__(self) -> int:
+        return len(self.dense)
+
+    def rows(self, rows: np.ndarray) -> "Vectors":
+        """Some of the rows, by their indices."""
+        return Vectors(self.dense[rows], self.extra[rows], None if self.wide is None else self.wide.rows(rows))
+
+
+class NgramEncoder:
+    """TF-IDF of hashed n-grams (present or not), reduced by a truncated SVD fitted on the log, and cheap features.
+
+    Deerwester et al., "Indexing by Latent Semantic Analysis" (1990).  An n-gram counts if at least two queries of the log have
+    it; the 60,000 most frequent are kept.  A query of which nothing is known has the vector 0.
+    """
+
+    kind = "ngrams"
+
+    def __init__(self, *, dimensions: int = 128, seed: int = 0) -> None:
+        self.dimensions, self.seed = dimensions, seed
+        self.arrays: Arrays = {}
+        self._column = np.empty(0, np.int32)
+
+    def fit(self, queries: Sequence[str]) -> Vectors:
+        """Learn the columns, their weights and the reduction; the vectors of these queries."""
+        found = [hashed_ngrams(query) for query in queries]
+        starts = np.concatenate([[0], np.cumsum([len(one) for one in found])])
+        buckets = np.concatenate(found)
+        frequency = np.bincount(buckets, minlength=1 << BITS)
+        # In more than half of the queries, an n-gram tells nothing.
+        usable = np.flatnonzero((frequency >= 2) & (frequency <= len(queries) / 2 + 1))
+        if len(usable) > _COLUMNS:
+            usable = np.sort(usable[np.argsort(-frequency[usable], kind="stable")[:_COLUMNS]])
+        weights = np.log((1 + len(queries)) / (1 + frequency[usable])) + 1
+        features = np.stack([_cheap(query) for query in queries])
+        spread = features.std(0)
+        self.arrays = {
+            "buckets": usable.astype(np.int32),
+            "weights": weights.astype(np.float32),
+            "center": features.mean(0),
+            "scale": (1 / np.where(spread > 1e-6, spread, 1.0)).astype(np.float32),
+        }
+        self._index()
+        wide = self._wide(buckets, starts)
+        self.arrays["projection"] = self._reduction(wide)
+        return self._vectors(wide, features)
+
+    def __call__(self, queries: Sequence[str]) -> Vectors:
+        """The vectors of queries.  N -> Vectors"""
+        if not self.arrays:
+            raise ValueError("the encoder is not fitted; call fit first")
+        if len(queries) == 1:
+            buckets = hashed_ngrams(queries[0])
+            return self._vectors(self._wide(buckets, np.array([0, len(buckets)])), _cheap(queries[0])[None])
+        found = [hashed_ngrams(query) for query in queries]
+        starts = np.concatenate([[0], np.cumsum([len(one) for one in found])]).astype(np.int64)
+        wide = self._wide(np.concatenate(found) if found else np.empty(0, np.int32), starts)
+        features = np.stack([_cheap(query) for query in queries]) if found else np.empty((0, len(self.arrays["center"])))
+        return self._vectors(wide, features)
+
+    def restore(self, arrays: Arrays) -> "NgramEncoder":
+        """The encoder that had these arrays."""
+        self.arrays = arrays
+        self.dimensions = arrays["projection"].shape[1]
+        self._index()
+        return self
+
+    def _index(self) -> None:
+        self._column = np.full(1 << BITS, -1, np.int32)
+        self._column[self.arrays["buckets"]] = np.arange(len(self.arrays["buckets"]))
+
+    def _wide(self, buckets: np.ndarray, starts: np.ndarray) -> Wide:
+        column = self._column[buckets]
+        known = column >= 0
+        indices = column[known]
+        values = self.arrays["weights"][indices]
+        columns = len(self.arrays["weights"])
+        if len(starts) == 2:
+            # Its own few rows of the projection are all that one query needs.
+            length = np.sqrt(values @ values) or 1.0
+            return Wide(indices, values / length, np.array([0, len(indices)]), columns)
+        starts = np.concatenate([[0], np.cumsum(known)])[starts]
+        lengths = np.sqrt(np.add.reduceat(np.append(values**2, 0), starts[:-1]) * (np.diff(starts) > 0))
+        return Wide(indices, values / np.repeat(np.maximum(lengths, 1e-12), np.diff(starts)).astype(np.float32), starts, columns)
+
+    def _reduction(self, wide: Wide) -> np.ndarray:
+        size = min(self.dimensions, len(wide.starts) - 2, wide.columns - 1)
+        if size < 1:
+            return np.zeros((wide.columns, 1), np.float32)
+        rows = len(wide.starts) - 1
+        matrix = wide.sparse()
+        if rows > MOST_ROWS_OF_SVD:
+            matrix = matrix[np.sort(np.random.default_rng(self.seed).choice(rows, MOST_ROWS_OF_SVD, replace=False))]
+        _, _, directions = randomized_svd(matrix, size, n_iter=2, random_state=self.seed)
+        return np.ascontiguousarray(directions.T, np.float32)
+
+    def _vectors(self, wide: Wide, features: np.ndarray) -> Vectors:
+        extra = _standardised(features, self.arrays)
+        return Vectors(_unit(wide.times(self.arrays["projection"])), extra, wide)
+
+
+class FunctionEncoder:
+    """Any function from texts to an array: `encode(list of N texts) -> (N, D)`, a sentence encoder say.
+
+    The function itself is not saved with the router: pass it again when the router is loaded.
+    """
+
+    kind = "function"
+
+    def __init__(self, encode: Callable[[list[str]], Any]) -> None:
+        self.encode = encode
+        self.arrays: Arrays = {}
+
+    def fit(self, queries: Sequence[str]) -> Vectors:
+        """The vectors of the queries, from now on around their mean."""
+        vectors = self._encoded(queries)
+        features = np.stack([_cheap(query) for query in queries])
+        spread = features.std(0)
+        self.arrays = {
+            "mean": vectors.mean(0),
+            "center": features.mean(0),
+            "scale": (1 / np.where(spread > 1e-6, spread, 1.0)).astype(np.float32),
+        }
+        return self(queries)
+
+    def __call__(self, queries: Sequence[str]) -> Vectors:
+        """The vectors of queries.  N -> Vectors"""
+        if not self.arrays:
+            raise ValueError("the encoder is not fitted; call fit first")
+        features = np.stack([_cheap(query) for query in queries])
+        extra = _standardised(features, self.arrays)
+        return Vectors(_unit(self._encoded(queries) - self.arrays["mean"]), extra)
+
+    def restore(self, arrays: Arrays) -> "FunctionEncoder":
+        """The encoder that had these arrays."""
+        self.arrays = arrays
+        return self
+
+    def _encoded(self, queries: Sequence[str]) -> np.ndarray:
+        vectors = np.asarray(self.encode([shortened(query) for query in queries]), np.float32)
+        if vectors.ndim != 2 or len(vectors) != len(queries) or vectors.shape[1] == 0:
+            raise ValueError(f"encoder: expected an array of shape ({len(queries)}, D), got {vectors.shape}")
+        if not np.isfinite(vectors).all():
+            row = int((~np.isfinite(vectors)).any(1).argmax())
+            raise ValueError(f"encoder: expected finite numbers, got NaN or infinity for query {row + 1}: {queries[row][:60]!r}")
+        return vectors
+
+
+class CachedEncoder:
+    """A slow function from texts to vectors whose results are kept on disk, by the content of the text.
+
+    `name` is the encoder's: vectors of different encoders must not meet in one folder.  `FunctionEncoder(CachedEncoder(...))`.
+    """
+
+    def __init__(self, encode: Callable[[list[str]], Any], folder: str | Path, name: str) -> None:
+        self.encode = encode
+        self.folder = Path(folder) / hashlib.sha256(name.encode()).hexdigest()[:16]
+
+    def __call__(self, queries: list[str]) -> np.ndarray:
+        """One row per text; only texts that are not on disk are encoded.  N -> (N, D)"""
+        paths = [self.folder / f"{hashlib.sha256(query.encode('utf-8', 'replace')).hexdigest()}.npy" for query in queries]
+        missing = {path: query for path, query in zip(paths, queries, strict=True) if not path.exists()}
+        if missing:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for path, vector in zip(missing, np.asarray(self.encode(list(missing.values()))), strict=True):
+                partial = path.with_name(f"{path.stem}.{os.getpid()}.partial.npy")
+                np.save(partial, vector)
+                os.replace(partial, path)
+        return np.stack([np.load(path, allow_pickle=False) for path in paths])
+
+
+def _standardised(features: np.ndarray, arrays: Arrays) -> np.ndarray:
+    # np.clip takes several times as long on one row.
+    return np.minimum(np.maximum((features - arrays["center"]) * arrays["scale"], -3), 3).astype(np.float32)
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    length = np.sqrt(np.einsum("nd,nd->n", vectors, vectors))[:, None]
+    return (vectors / np.maximum(length, 1e-12)).astype(np.float32)
+
+
+_DIGIT, _UPPER, _SIGN, _COMMA, _ASKED, _LINE, _OTHER, _SPACE, _REST = range(9)
+_CLASS = np.full(256, _REST, np.uint8)
+_CLASS[128:] = _OTHER
+_CLASS[list(range(ord("0"), ord("9") + 1))] = _DIGIT
+_CLASS[list(range(ord("A"), ord("Z") + 1))] = _UPPER
+_CLASS[list(b"+-*/=^<>{}[]()\\$_|&%;")] = _SIGN
+for _byte, _kind in ((b",", _COMMA), (b"?", _ASKED), (b"\n", _LINE), (b" ", _SPACE)):
+    _CLASS[_byte[0]] = _kind
+_MARKS = (" not ", "return", "Statement", "___", "__", "how many", "```")
+
+
+def _cheap(query: str) -> np.ndarray:
+    """Length, kinds of characters, and marks of code, logic and counting.  -> (17,) float32"""
+    read = shortened(query)
+    text = np.frombuffer(read.encode("utf-8", "replace"), np.uint8)
+    counts = np.bincount(_CLASS[text], minlength=9)
+    shares = counts[: _SPACE + 1] / (len(text) + 1)
+    logs = np.log1p([len(query), counts[_LINE]])
+    return np.array([*logs, *shares, *(mark in read for mark in _MARKS)], np.float32)

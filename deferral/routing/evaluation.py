@@ -1,0 +1,218 @@
+"""Judge routers: cost-quality curves and their hulls, and the figures that others report.
+
+A curve is made of decisions: one point of mean price and mean quality per setting of the trade-off.  Weights (..., N) count
+rows, so that `deferral.intervals.bootstrap` gives any figure its interval: see `intervals_of`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from deferral.intervals import Interval, bootstrap, interval
+
+__all__ = [
+    "Curve",
+    "aiq",
+    "apgr",
+    "best_expert",
+    "cpt",
+    "curve",
+    "hull",
+    "intervals_of",
+    "routability",
+    "saving",
+    "static_curve",
+    "trade_offs",
+]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Which price and quality every row got at each setting.  A static mix has one setting per expert."""
+
+    price: np.ndarray  # (S, N) dollars
+    quality: np.ndarray  # (S, N)
+
+    def points(self, weights: np.ndarray | None = None) -> np.ndarray:
+        """(mean price, mean quality) of each setting.  (..., N) -> (..., S, 2)"""
+        if weights is None:
+            return np.stack([self.price.mean(1), self.quality.mean(1)], -1)
+        total = weights.sum(-1, keepdims=True)
+        return np.stack([weights @ self.price.T / total, weights @ self.quality.T / total], -1)
+
+
+def trade_offs(price: np.ndarray, count: int = 60) -> np.ndarray:
+    """Prices of an error that take every decision from cheapest to best: inf, log-spaced, all but 0.  (N, E) -> (count + 2,)"""
+    means = np.sort(price.mean(0))
+    gaps = np.diff(means)
+    smallest = gaps[gaps > 0].min() if (gaps > 0).any() else max(float(means[-1]), 1e-12)
+    largest = float(means[-1] - means[0]) or smallest
+    return np.concatenate([[np.inf], np.geomspace(1000 * largest, smallest / 2, count), [1e-6 * smallest]])
+
+
+def curve(estimate: np.ndarray, price: np.ndarray, quality: np.ndarray, errors: np.ndarray | None = None) -> Curve:
+    """Decisions argmax(estimate - price / price_of_error) for each price of an error.  (N, E), (N, E), (N, E) -> Curve
+
+    Ties go to the cheaper expert (the first of equal price).
+    """
+    if not estimate.shape == price.shape == quality.shape:
+        raise ValueError(f"expected three tables of one shape, got {estimate.shape}, {price.shape} and {quality.shape}")
+    errors = trade_offs(price) if errors is None else errors
+    rows = np.arange(len(price))
+    order = np.argsort(price.mean(0), kind="stable")
+    estimate, price, quality = estimate[:, order], price[:, order], quality[:, order]
+    chosen = [(estimate - price / error).argmax(1) for error in errors]
+    return Curve(np.stack([price[rows, one] for one in chosen]), np.stack([quality[rows, one] for one in chosen]))
+
+
+def static_curve(price: np.ndarray, quality: np.ndarray) -> Curve:
+    """Always one expert: the hull of these points are the static mixes, the "zero router" of RouterBench.  (N, E), (N, E)"""
+    return Curve(price.T, quality.T)
+
+
+def hull(points: np.ndarray) -> np.ndarray:
+    """The corners of the highest concave, rising line over the points, cheapest first.  (S, 2) -> (H, 2)
+
+    Mixing two settings at random reaches every point between them.  Hu et al., "RouterBench" (2024), section 3.
+    """
+    corners: list[np.ndarray] = []
+    for point in points[np.lexsort((-points[:, 1], points[:, 0]))]:
+        if corners and point[1] <= corners[-1][1]:
+            continue
+        while len(corners) > 1 and _falls(corners[-2], corners[-1], point):
+            corners.pop()
+        corners.append(point)
+    return np.array(corners)
+
+
+def aiq(points: np.ndarray, low: float, high: float) -> float:
+    """Average quality of the hull over the prices from `low` to `high`, those of the cheapest and the dearest expert.
+
+    Left of its first corner the hull is continued at that corner's quality, to the right of the last one too.
+    RouterBench, section 3.2.
+    """
+    corners = hull(points)
+    if not high > low:
+        return float(corners[-1, 1])
+    inside = corners[(corners[:, 0] > low) & (corners[:, 0] < high), 0]
+    prices = np.concatenate([[low], inside, [high]])
+    return float(np.trapezoid(np.interp(prices, corners[:, 0], corners[:, 1]), prices) / (high - low))
+
+
+def saving(points: np.ndarray, quality: float, price: float, share: float = 1.0) -> float:
+    """1 - (price on the hull of share * quality) / price: what is saved at that share of an expert's quality.
+
+    NaN where the hull does not reach the quality.
+    """
+    corners = hull(points)
+    wanted = share * quality
+    if corners[-1, 1] < wanted:
+        return float("nan")
+    return float(1 - np.interp(wanted, corners[:, 1], corners[:, 0]) / price)
+
+
+def apgr(score: np.ndarray, gain: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+    """The average performance gap recovered of two experts, over all shares of calls to the strong one.  (N,), (N,) -> (...)
+
+    `score` is higher where the strong expert should be asked, `gain` its quality less that of the other.  0.5 is random, rows
+    of equal score are called together, in equal parts.  NaN where the strong expert is not better.
+    Ong et al., "RouteLLM" (2024), section 3.
+    """
+    called, recovered = _recovered(score, gain, weights)
+    return np.trapezoid(recovered, called, axis=-1)
+
+
+def cpt(score: np.ndarray, gain: np.ndarray, share: float, weights: np.ndarray | None = None) -> np.ndarray:
+    """The least share of calls to the strong expert that recovers `share` of the gap.  (N,), (N,) -> (...)
+
+    RouteLLM (2024), section 3.
+    """
+    called, recovered = _recovered(score, gain, weights)
+    # The first segment whose end lies above; before it the curve may have been higher nowhere.
+    flat_called, flat = called.reshape(-1, called.shape[-1]), recovered.reshape(-1, recovered.shape[-1])
+    results = []
+    for shares, line in zip(flat_called, flat, strict=True):
+        above = int(np.argmax(line >= share - 1e-12))
+        if above == 0:
+            results.append(shares[0] if line[0] >= share else np.nan)
+            continue
+        rise = line[above] - line[above - 1]
+        results.append(shares[above - 1] + (share - line[above - 1]) / rise * (shares[above] - shares[above - 1]))
+    return np.array(results).reshape(called.shape[:-1])
+
+
+def best_expert(quality: np.ndarray, price: np.ndarray) -> int:
+    """The expert of the highest mean quality, the cheaper of two equals.  (N, E), (N, E) -> index"""
+    means, prices = quality.mean(0), price.mean(0)
+    return int(np.lexsort((prices, -means))[0])
+
+
+def intervals_of(
+    figure: Callable[[np.ndarray], np.ndarray], rows: int, *, resamples: int = 1000, seed: int = 0
+) -> list[Interval]:
+    """Figures with their 95% intervals over the rows.  `figure` maps weights (N,) to several numbers (F,) -> F intervals"""
+
+    def many(weights: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(np.stack([np.asarray(figure(one), float) for one in weights.numpy()]))
+
+    resampled = bootstrap(many, rows, resamples=resamples, seed=seed)
+    estimates = np.asarray(figure(np.ones(rows)), float)
+    return [interval(float(estimate), resampled[:, place]) for place, estimate in enumerate(estimates)]
+
+
+@dataclass(frozen=True)
+class Routability:
+    """Whether a pool of experts can gain from routing at all, in average quality over prices (AIQ)."""
+
+    static_mix: float
+    predicted: float
+    oracle: float
+
+    @property
+    def room(self) -> float:
+        """Oracle less static mix: what a router that knows the future would gain."""
+        return self.oracle - self.static_mix
+
+    @property
+    def predictable(self) -> float:
+        """The share of that room that the held-out estimates recover; 0 if there is no room."""
+        return (self.predicted - self.static_mix) / self.room if self.room > 0 else 0.0
+
+    def __str__(self) -> str:
+        line = (
+            f"static mix {self.static_mix:.3f}, routed {self.predicted:.3f}, oracle {self.oracle:.3f}: "
+            f"{100 * self.predictable:.0f}% of the room of {self.room:.3f} is predictable"
+        )
+        return line if self.room > 0.01 else f"{line}; these experts are not complementary, routing among them cannot gain"
+
+
+def routability(estimate: np.ndarray, price: np.ndarray, quality: np.ndarray) -> Routability:
+    """The room between static mix and oracle, and how much of it held-out estimates recover.  (N, E), (N, E), (N, E)"""
+    low, high = float(price.mean(0).min()), float(price.mean(0).max())
+    static, routed = static_curve(price, quality).points(), curve(estimate, price, quality).points()
+    perfect = curve(quality, price, quality).points()
+    return Routability(aiq(static, low, high), aiq(routed, low, high), aiq(np.concatenate([perfect, static]), low, high))
+
+
+def _falls(first: np.ndarray, second: np.ndarray, third: np.ndarray) -> bool:
+    """True if the second point lies on or below the line from the first to the third."""
+    return (second[1] - first[1]) * (third[0] - first[0]) <= (third[1] - first[1]) * (second[0] - first[0])
+
+
+def _recovered(score: np.ndarray, gain: np.ndarray, weights: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """(share of calls, share of the gap recovered) at the ends of every group of equal scores, from 0.  -> (..., G + 1) twice"""
+    if score.shape != gain.shape or score.ndim != 1 or len(score) == 0:
+        raise ValueError(f"score, gain: expected two vectors of one length, got {score.shape} and {gain.shape}")
+    if not np.isfinite(score).all():
+        raise ValueError("score: expected finite numbers, got NaN or infinity")
+    order = np.argsort(-score, kind="stable")
+    ends = np.append(np.flatnonzero(np.diff(score[order])), len(score) - 1)
+    weights = np.ones(len(score)) if weights is None else np.asarray(weights, float)
+    weights = weights[..., order]
+    mass, gained = weights.cumsum(-1)[..., ends], (weights * gain[order]).cumsum(-1)[..., ends]
+    nothing = np.zeros((*mass.shape[:-1], 1))
+    total = gained[..., -1:]
+    gained = gained / np.where(total > 0, total, np.nan)
+    return np.concatenate([nothing, mass / mass[..., -1:]], -1), np.concatenate([nothing, gained], -1)

@@ -1,0 +1,396 @@
+"""What a router has learned, and how it is put together from a table."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from deferral.routing.encoders import Vectors
+from deferral.routing.evaluation import routability
+from deferral.routing.outcomes import Table
+from deferral.routing.policies import Neighbours, Policy, expert_means
+from deferral.routing.prices import PriceModel, fit_prices
+from deferral.routing.training import (
+    HeldOut,
+    Judged,
+    blend,
+    completed,
+    error_range,
+    full_price,
+    grid,
+    held_out,
+    judged,
+    mean_and_half,
+    mixed,
+    observed,
+    random_folds,
+    shifted_folds,
+    trust_of,
+)
+
+__all__ = ["Fitted", "fitted"]
+
+# Cross-fitting more rows would not narrow the intervals enough to be waited for.
+_MOST_HELD_OUT = 40_000
+_KEPT_ROWS = 4000
+_FEWEST_ROWS = 40
+_TEXT = 200
+_PRIOR = 5.0
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The state of a router.  E0 experts were learned; `extension` (E0, E) makes the E experts of today out of them."""
+
+    experts: tuple[str, ...]
+    means: np.ndarray  # (E,)
+    prices: PriceModel
+    mean_price: np.ndarray  # (E,)
+    latency: np.ndarray  # (E,), NaN where not known
+    extension: np.ndarray  # (E0, E)
+    policies: tuple[Policy, ...]  # those of positive weight, in the order of the weights
+    weights: tuple[float, ...]
+    memory: Neighbours
+    texts: tuple[str, ...]
+    trust: tuple[np.ndarray, np.ndarray]  # knots of similarity and trust
+    judged: Judged | None
+    winner: str
+    held_costs: dict[str, float]
+    held_quality: np.ndarray  # (M, E) outcomes of rows held out
+    held_estimate: np.ndarray  # (M, E)
+    held_price: np.ndarray  # (M, E)
+    room: str
+
+    @property
+    def cheapest_first(self) -> np.ndarray:
+        """Experts by their mean price.  -> (E,)"""
+        return np.argsort(self.mean_price, kind="stable")
+
+    def estimate(self, vectors: Vectors) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Expected quality of every expert, likeness to the log, and how far the query is trusted.  -> (N, E), (N,), (N,)"""
+        nearby, similarity = self.memory.look_up(vectors)
+        total = np.zeros_like(nearby)
+        for policy, weight in zip(self.policies, self.weights, strict=True):
+            total += np.float32(weight) * (nearby if isinstance(policy, Neighbours) else policy.deviations(vectors))
+        trust = np.interp(similarity, *self.trust)
+        return self.means + trust[:, None].astype(np.float32) * (total @ self.extension), similarity, trust
+
+    def why_not(self, error: float) -> str:
+        """Why the learned policy is not used at this price of an error; "" if it is."""
+        if self.judged is None:
+            return "there is too little to learn from"
+        errors, better = self.judged.errors, self.judged.better
+        place = int(np.searchsorted(errors, error))
+        around = np.array([max(place - 1, 0), min(place, len(errors) - 1)])
+        if better[around].all():
+            return ""
+        worst = int(around[(self.judged.gain - self.judged.half_width)[around].argmin()])
+        gain, half = self.judged.gain[worst], self.judged.half_width[worst]
+        return f"on held-out queries routing saved {gain:.4f} ± {half:.4f} errors a query at ${error:.3g} an error: maybe nothing"
+
+    def quick_enough(self, mask: np.ndarray, most: float) -> np.ndarray:
+        """The experts whose mean latency is at most this.  (E,) bool -> (E,) bool"""
+        quick = mask & (self.latency <= most)
+        if not quick.any():
+            known = ", ".join(f"{name} {time:.3g} s" for name, time in zip(self.experts, self.latency, strict=True))
+            raise ValueError(f"max_latency: no expert that may be asked answers within {most:g} s on average ({known})")
+        return quick
+
+    def error_at_price(self, mask: np.ndarray, most: float) -> float:
+        """The largest price of an error at which the held-out rows cost at most this on average."""
+        return self._search(mask, lambda price, quality: price <= most, largest=True)
+
+    def error_at_quality(self, mask: np.ndarray, least: float) -> float:
+        """The smallest price of an error at which the held-out rows have at least this mean quality."""
+        best = self._means_at(mask, self._ends()[1])[1]
+        if best < least:
+            best = max(best, float(self.means[mask].max()))
+            if best < least:
+                raise ValueError(f"min_quality: at most {best:.3f} was reached on held-out queries, got {least}")
+        return self._search(mask, lambda price, quality: quality >= least, largest=False)
+
+    def report(self, error: float) -> str:
+        """What was held out, what won, and what it is worth at this price of an error."""
+        if self.judged is None:
+            return "Too little to learn from: the static mix is used."
+        place = int(np.abs(np.log(self.judged.errors / error)).argmin())
+        at = self.judged
+        lines = [
+            f"Held-out cost over all trade-offs: {', '.join(f'{name} {cost:.4f}' for name, cost in self.held_costs.items())}; "
+            f"used: {self.winner}{', since none alone is cheaper with confidence' if self.winner == 'blend' else ''}.",
+            f"At ${at.errors[place]:.3g} an error: routed {at.learned[place]:.4f}, best single expert {at.static[place]:.4f}, "
+            f"random {at.random[place]:.4f}, oracle {at.oracle[place]:.4f} errors a query; saved {at.gain[place]:.4f} ± "
+            f"{at.half_width[place]:.4f} (95%).",
+            f"Routability: {self.room}.",
+        ]
+        why = self.why_not(error)
+        return "\n".join([*lines, *([f"The static mix is used: {why}."] if why else [])])
+
+    def with_outcomes(self, table: Table, vectors: Vectors) -> "Fitted":
+        """One expert more, from its outcomes on some queries: its deviation is a ridge combination of the others'."""
+        self._check_new(table.experts[0])
+        nearby, _ = self.memory.look_up(vectors)
+        basis = np.zeros_like(nearby)
+        for policy, weight in zip(self.policies, self.weights, strict=True):
+            basis += np.float32(weight) * (nearby if isinstance(policy, Neighbours) else policy.deviations(vectors))
+        quality = table.quality[:, 0].astype(np.float64)
+        mean = (quality.sum() + _PRIOR * self.means.mean()) / (len(quality) + _PRIOR)
+        size = basis.shape[1]
+        common = np.full(size, 1 / size)
+        # Noise of a quality (about 0.2) over the variance expected of a coefficient (about 1 / E).
+        penalty = 0.2 * size
+        slope = np.linalg.solve(basis.T @ basis + penalty * np.eye(size), basis.T @ (quality - mean - basis @ common))
+        prices = fit_prices(table)
+        latency = float(np.nanmean(table.latency)) if not np.isnan(table.latency).all() else np.nan
+        return self._with(table.experts[0], mean, prices, latency, common + slope)
+
+    def with_description(self, name: str, quality: float, price: float, per_character: float) -> "Fitted":
+        """One expert more, of which its mean quality and price are known."""
+        self._check_new(name)
+        if not 0 <= quality <= 1 or not (0 <= price < np.inf and 0 <= per_character < np.inf):
+            raise ValueError(
+                f"expected a quality in [0, 1] and prices that are not negative, got {quality}, {price}, {per_character}"
+            )
+        size = len(self.extension)
+        prices = PriceModel(np.array([price]), np.array([per_character]))
+        return self._with(name, quality, prices, np.nan, np.full(size, 1 / size))
+
+    def without(self, name: str) -> "Fitted":
+        """One expert less."""
+        if name not in self.experts:
+            raise ValueError(f"{name!r} is no expert of this router; it has {', '.join(self.experts)}")
+        if len(self.experts) == 1:
+            raise ValueError(f"{name!r} is the only expert left; add another first")
+        kept = np.array([place for place, expert in enumerate(self.experts) if expert != name])
+        return self._columns(kept)
+
+    def _columns(self, kept: np.ndarray) -> "Fitted":
+        return replace(
+            self,
+            experts=tuple(self.experts[place] for place in kept),
+            means=self.means[kept],
+            prices=PriceModel(self.prices.base[kept], self.prices.per_character[kept]),
+            mean_price=self.mean_price[kept],
+            latency=self.latency[kept],
+            extension=self.extension[:, kept],
+            held_quality=self.held_quality[:, kept],
+            held_estimate=self.held_estimate[:, kept],
+            held_price=self.held_price[:, kept],
+        )
+
+    def _with(self, name: str, mean: float, prices: PriceModel, latency: float, combination: np.ndarray) -> "Fitted":
+        # Held-out rows were not answered by a newcomer: what is expected of it stands in for its outcomes.
+        off = (self.held_estimate - self.means) @ np.linalg.pinv(self.extension) @ combination
+        expected = (mean + off)[:, None].astype(np.float32)
+        mean_price = prices.base + prices.per_character * self._mean_length()
+
+        def widened(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+            return np.concatenate([left, right], axis=-1).astype(left.dtype)
+
+        return replace(
+            self,
+            experts=(*self.experts, name),
+            means=widened(self.means, np.array([mean])),
+            prices=PriceModel(widened(self.prices.base, prices.base), widened(self.prices.per_character, prices.per_character)),
+            mean_price=widened(self.mean_price, mean_price),
+            latency=widened(self.latency, np.array([latency])),
+            extension=widened(self.extension, combination[:, None]),
+            held_quality=widened(self.held_quality, expected),
+            held_estimate=widened(self.held_estimate, expected),
+            held_price=widened(self.held_price, np.broadcast_to(mean_price, (len(self.held_price), 1))),
+        )
+
+    def _mean_length(self) -> float:
+        """Characters of a logged query, as far as texts are kept."""
+        return float(np.mean([len(text) for text in self.texts])) if self.texts else 0.0
+
+    def _check_new(self, name: str) -> None:
+        if name in self.experts:
+            raise ValueError(f"{name!r} is an expert already; remove it first, or fit the router on all outcomes")
+
+    def _ends(self) -> tuple[float, float]:
+        low, high = error_range(self.held_price) if len(self.held_price) else (1e-6, 1e6)
+        return low / 1e3, high * 1e3
+
+    def _means_at(self, mask: np.ndarray, error: float) -> tuple[float, float]:
+        """Mean price and quality of the held-out rows at a price of an error."""
+        order = self.cheapest_first
+        order = order[mask[order]]
+        chosen = order[(self.held_estimate[:, order] - self.held_price[:, order] / error).argmax(1)]
+        rows = np.arange(len(chosen))
+        return float(self.held_price[rows, chosen].mean()), float(self.held_quality[rows, chosen].mean())
+
+    def _search(self, mask: np.ndarray, holds: Callable[[float, float], bool], *, largest: bool) -> float:
+        if len(self.held_price) == 0:
+            return self._ends()[0 if largest else 1]
+        errors = np.geomspace(*self._ends(), 400)
+        met = np.array([holds(*self._means_at(mask, error)) for error in errors])
+        if largest:
+            # The first that breaks it ends the search: price rises with the price of an error.
+            return float(errors[max(int(np.argmin(met)) - 1, 0) if not met.all() else -1])
+        return float(errors[int(np.argmax(met)) if met.any() else -1])
+
+
+def fitted(
+    table: Table,
+    vectors: Vectors,
+    policies: Sequence[Callable[[], Policy]],
+    *,
+    prices: PriceModel | None = None,
+    seed: int = 0,
+) -> Fitted:
+    """Learn from a table: hold out, blend, judge, then fit the winner on all rows."""
+    if prices is not None and prices.base.shape != (len(table.experts),):
+        raise ValueError(f"prices: expected one per expert, {len(table.experts)}, got {prices.base.shape}")
+    weights = observed(table)
+    quality = np.where(table.mask, table.quality, 0).astype(np.float32)
+    means = expert_means(quality, weights)
+    model = fit_prices(table) if prices is None else prices
+    price = full_price(table, model) if prices is None else model(np.array([len(text) for text in table.queries], float))
+    rows, experts = quality.shape
+    memory = Neighbours()
+    memory.fit(vectors, quality, weights, means, seed=seed)
+    state = Fitted(
+        experts=tuple(table.experts),
+        means=means,
+        prices=model,
+        mean_price=price.mean(0),
+        latency=_mean_latency(table),
+        extension=np.eye(experts, dtype=np.float32),
+        policies=(),
+        weights=(),
+        memory=memory,
+        texts=tuple(text[:_TEXT] for text in table.queries),
+        trust=(np.array([0.0]), np.array([1.0])),
+        judged=None,
+        winner="static mix",
+        held_costs={},
+        held_quality=np.empty((0, experts), np.float32),
+        held_estimate=np.empty((0, experts), np.float32),
+        held_price=np.empty((0, experts)),
+        room="",
+    )
+    if rows < _FEWEST_ROWS or experts < 2:
+        return state
+    return _learned(state, vectors, quality, weights, price, policies, seed)
+
+
+def _learned(
+    state: Fitted,
+    vectors: Vectors,
+    quality: np.ndarray,
+    weights: np.ndarray,
+    price: np.ndarray,
+    policies: Sequence[Callable[[], Policy]],
+    seed: int,
+) -> Fitted:
+    some = np.arange(len(quality))
+    if len(some) > _MOST_HELD_OUT:
+        some = np.sort(np.random.default_rng(seed).choice(len(some), _MOST_HELD_OUT, replace=False))
+    part, q, w, p = vectors.rows(some), quality[some], weights[some], price[some]
+    held = held_out(policies, part, q, w, random_folds(len(some), seed=seed), seed=seed)
+    errors = grid(p)
+    names = list(held.deviations)
+    candidates = {name: _weights_without_fold(held, q, w, [name]) for name in names}
+    if len(names) > 1:
+        candidates["blend"] = _weights_without_fold(held, q, w, names)
+    estimates = {name: held.means + _by_fold(held, by_fold) for name, by_fold in candidates.items()}
+    truth = completed(q, estimates["blend" if len(names) > 1 else names[0]], w)
+    verdicts = {name: judged(_decider(estimate, p), held.means, p, truth, errors) for name, estimate in estimates.items()}
+    costs = {name: float(verdict.learned.mean()) for name, verdict in verdicts.items()}
+    winner = min(costs, key=lambda name: costs[name])
+    if "blend" in verdicts and winner != "blend":
+        # Among estimators this much alike, the cheapest on a few thousand rows is often not the best: it must win clearly.
+        gain, half = mean_and_half(verdicts["blend"].rows - verdicts[winner].rows)
+        winner = winner if gain > half else "blend"
+    final = blend(_only(held, names if winner == "blend" else [winner]), q, w)
+    trust = _trust(part, q, w, policies, held, final, seed)
+    used = [make for make in policies if final.get(make().kind, 0) > 0]
+    learned = tuple(
+        state.memory if isinstance(make(), Neighbours) else make().fit(vectors, quality, weights, state.means, seed=seed)
+        for make in used
+    )
+    shown = np.random.default_rng(seed).permutation(len(some))[:_KEPT_ROWS]
+    alike = np.interp(held.similarity, *trust)[:, None].astype(np.float32)
+    trusted = held.means + alike * (estimates[winner] - held.means)
+    return replace(
+        state,
+        policies=learned,
+        weights=tuple(final[policy.kind] for policy in learned),
+        trust=trust,
+        judged=judged(_decider(trusted, p), held.means, p, truth, errors),
+        winner=winner,
+        held_costs=costs,
+        held_quality=truth[shown].astype(np.float32),
+        held_estimate=trusted[shown].astype(np.float32),
+        held_price=p[shown],
+        room=str(routability(trusted.astype(np.float64), p, truth)),
+    )
+
+
+def _trust(
+    vectors: Vectors,
+    quality: np.ndarray,
+    weights: np.ndarray,
+    policies: Sequence[Callable[[], Policy]],
+    held: HeldOut,
+    final: dict[str, float],
+    seed: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """How far to trust a deviation, from random folds and from folds that are whole clusters."""
+    used = [make for make in policies if final.get(make().kind, 0) > 0]
+    if not used:
+        return np.array([0.0]), np.array([0.0])
+    rows, fold = shifted_folds(vectors, seed=seed)
+    parts = [_differences(held, quality, weights, final)]
+    if len(np.unique(fold)) > 1:
+        shifted = held_out(used, vectors.rows(rows), quality[rows], weights[rows], fold, seed=seed)
+        parts.append(_differences(shifted, quality[rows], weights[rows], final))
+    return trust_of(parts)
+
+
+def _differences(
+    held: HeldOut, quality: np.ndarray, weights: np.ndarray, final: dict[str, float]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    estimate = mixed(held.deviations, {name: weight for name, weight in final.items() if weight > 0})
+    truth = np.where(weights > 0, quality - held.means, np.nan)
+    if (weights > 0).all():
+        estimate, truth = estimate - estimate.mean(1, keepdims=True), truth - truth.mean(1, keepdims=True)
+    return held.similarity, estimate, truth
+
+
+def _only(held: HeldOut, names: Sequence[str]) -> HeldOut:
+    return replace(held, deviations={name: held.deviations[name] for name in names})
+
+
+def _weights_without_fold(held: HeldOut, quality: np.ndarray, weights: np.ndarray, names: Sequence[str]) -> dict[int, dict]:
+    """For each fold, blending weights that its rows had no part in."""
+    result = {}
+    for number in np.unique(held.fold):
+        rest = held.fold != number
+        others = HeldOut(
+            {name: held.deviations[name][rest] for name in names}, held.means[rest], held.similarity[rest], held.fold[rest]
+        )
+        result[int(number)] = blend(others, quality[rest], weights[rest])
+    return result
+
+
+def _by_fold(held: HeldOut, by_fold: dict[int, dict]) -> np.ndarray:
+    result = np.zeros_like(held.means)
+    for number, weights in by_fold.items():
+        rows = held.fold == number
+        result[rows] = mixed({name: held.deviations[name][rows] for name in weights}, weights)
+    return result
+
+
+def _decider(estimate: np.ndarray, price: np.ndarray) -> Callable[[float], np.ndarray]:
+    order = np.argsort(price.mean(0), kind="stable")
+    sorted_estimate, sorted_price = estimate[:, order], price[:, order]
+    return lambda error: order[(sorted_estimate - sorted_price / error).argmax(1)]
+
+
+def _mean_latency(table: Table) -> np.ndarray:
+    known = ~np.isnan(table.latency)
+    count = known.sum(0)
+    sums = np.where(known, table.latency, 0).sum(0)
+    return np.where(count > 0, sums / np.maximum(count, 1), np.nan)

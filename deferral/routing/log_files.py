@@ -1,0 +1,137 @@
+"""Logs in files: JSON Lines and Parquet, read and written in a stream.
+
+One outcome a line or row, with the fields of `Outcome`.  query, expert, quality and price must be there; a number that is not
+known is left out, null or NaN.  Fields of other names are an error, so that a misspelt one is not lost.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deferral.datasets import DataError
+from deferral.routing.outcomes import NUMBERS, Log, Outcome, check_number, check_text
+
+__all__ = ["read_log", "write_log"]
+
+_FIELDS = ("query", "expert", *NUMBERS, "tags")
+_CHUNK = 20_000
+
+
+def read_log(path: str | Path) -> Log:
+    """Read a log from a file that ends in .jsonl or .parquet.  DataError names the file, the row (the first is 1) and the field.
+
+    A last line of JSON that was cut off is an error too: it says how many whole rows stand before it.
+    """
+    path = Path(path)
+    rows = {".jsonl": _read_jsonl, ".parquet": _read_parquet}.get(path.suffix)
+    if rows is None:
+        raise DataError(f"{path}: expected a name that ends in .jsonl or .parquet")
+    log = Log()
+    for number, row in enumerate(rows(path), start=1):
+        try:
+            _add(log, number, row)
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from None
+    if len(log) == 0:
+        raise DataError(f"{path}: the log holds no outcome; expected at least one row")
+    return log
+
+
+def write_log(log: Log, path: str | Path) -> None:
+    """Write a log to a file that ends in .jsonl or .parquet; a file that is there is replaced when all is written."""
+    path = Path(path)
+    write = {".jsonl": _write_jsonl, ".parquet": _write_parquet}.get(path.suffix)
+    if write is None:
+        raise DataError(f"{path}: expected a name that ends in .jsonl or .parquet")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        write(log, partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _add(log: Log, number: int, row: dict) -> None:
+    for name in ("query", "expert", "quality", "price"):
+        if row.get(name) is None:
+            raise DataError(f"row {number}, {name}: it is missing")
+    if strange := [name for name in row if name not in _FIELDS]:
+        raise DataError(f"row {number}, {strange[0]}: expected only the fields {', '.join(_FIELDS)}")
+    tags = row.get("tags") or ()
+    if not isinstance(tags, list | tuple) or not all(isinstance(tag, str) for tag in tags):
+        raise DataError(f"row {number}, tags: expected a list of texts, got {tags!r}")
+    numbers = {name: check_number(number, name, row.get(name)) for name in NUMBERS}
+    log._add(check_text(number, "query", row["query"]), check_text(number, "expert", row["expert"]), numbers, tuple(tags))
+
+
+def _read_jsonl(path: Path) -> Iterator[dict]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                row = json.loads(line)
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                if line.endswith(b"\n"):
+                    raise DataError(f"{path}: row {number}: expected one JSON object, {error}") from None
+                raise DataError(
+                    f"{path}: row {number}: the last line is cut off; the {number - 1} rows before it are whole.  Remove it "
+                    "if the writer was stopped"
+                ) from None
+            if not isinstance(row, dict):
+                raise DataError(f"{path}: row {number}: expected a JSON object, got {line[:60]!r}")
+            yield row
+
+
+def _read_parquet(path: Path) -> Iterator[dict]:
+    pa = _pyarrow()
+    try:
+        with pa.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=_CHUNK):
+                yield from batch.to_pylist()
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{path}: cannot be read as Parquet: {error}") from error
+
+
+def _rows(log: Log) -> Iterator[dict]:
+    for number in range(len(log)):
+        yield _row(log[number])
+
+
+def _row(outcome: Outcome) -> dict:
+    values = {name: getattr(outcome, name) for name in NUMBERS}
+    known = {name: _shortest(name, value) for name, value in values.items() if not np.isnan(value)}
+    return {"query": outcome.query, "expert": outcome.expert, **known, **({"tags": list(outcome.tags)} if outcome.tags else {})}
+
+
+def _shortest(name: str, value: float) -> float:
+    """0.3 was stored in 32 bits: the shortest decimal that stands for it, not 0.30000001192092896."""
+    return value if name in ("price", "time") else float(str(np.float32(value)))
+
+
+def _write_jsonl(log: Log, path: Path) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for row in _rows(log):
+            # Lone surrogates, which UTF-8 cannot hold, are written as escapes.
+            file.write(json.dumps(row) + "\n")
+
+
+def _write_parquet(log: Log, path: Path) -> None:
+    pa = _pyarrow()
+    numbers = [(name, pa.float64() if name in ("price", "time") else pa.float32()) for name in NUMBERS]
+    schema = pa.schema([("query", pa.string()), ("expert", pa.string()), *numbers, ("tags", pa.list_(pa.string()))])
+    with pa.parquet.ParquetWriter(path, schema) as writer:
+        for start in range(0, len(log), _CHUNK):
+            rows = [_row(log[number]) for number in range(start, min(start + _CHUNK, len(log)))]
+            writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))
+
+
+def _pyarrow() -> Any:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ModuleNotFoundError as error:
+        raise ImportError("logs in Parquet need pyarrow: pip install 'deferral[router]'") from error
+    return pyarrow

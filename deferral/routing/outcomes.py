@@ -1,0 +1,245 @@
+"""What happened: which expert was asked what, how good the answer was, and what it cost."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deferral.datasets import DataError
+
+__all__ = ["NUMBERS", "Log", "Outcome", "Table", "cost_table", "log_of_table"]
+
+# The columns of numbers of a log, and the range of each.
+NUMBERS = {
+    "quality": (0.0, 1.0),
+    "price": (0.0, np.inf),
+    "input_tokens": (0.0, np.inf),
+    "output_tokens": (0.0, np.inf),
+    "latency_s": (0.0, np.inf),
+    "propensity": (0.0, 1.0),
+    "time": (-np.inf, np.inf),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One answer of one expert.  NaN marks a number that is not known; quality and price must be.
+
+    `quality` in [0, 1], 1 a right answer; `price` in dollars; `propensity` the probability with which this expert was asked;
+    `time` in seconds since 1970.
+    """
+
+    query: str
+    expert: str
+    quality: float
+    price: float
+    input_tokens: float = np.nan
+    output_tokens: float = np.nan
+    latency_s: float = np.nan
+    propensity: float = np.nan
+    time: float = np.nan
+    tags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Table:
+    """A log with one row per query and one column per expert.  What was not observed is False in the mask, and 0.
+
+    `propensity` is NaN where it is not known.
+    """
+
+    queries: list[str]
+    experts: list[str]
+    quality: np.ndarray  # (N, E) float32
+    price: np.ndarray  # (N, E) float64, dollars
+    mask: np.ndarray  # (N, E) bool, True = observed
+    latency: np.ndarray  # (N, E) float32, seconds, NaN where not known
+    propensity: np.ndarray  # (N, E) float32
+
+    @property
+    def full(self) -> bool:
+        """True if every expert answered every query."""
+        return bool(self.mask.all())
+
+    def rows(self, rows: np.ndarray) -> "Table":
+        """The same table for some of the queries, by their indices."""
+        arrays = (self.quality, self.price, self.mask, self.latency, self.propensity)
+        return Table([self.queries[row] for row in rows], self.experts, *(array[rows] for array in arrays))
+
+
+class Log:
+    """Outcomes in columns: texts are kept once, a row is some 60 bytes beside them.  Grows by `append` and `extend`."""
+
+    def __init__(self, outcomes: Iterable[Outcome] = ()) -> None:
+        self.queries: list[str] = []
+        self.experts: list[str] = []
+        self.tag_sets: list[tuple[str, ...]] = [()]
+        self._codes: tuple[dict, dict, dict] = ({}, {}, {(): 0})
+        self._query, self._expert, self._tags = _Column(np.int32), _Column(np.int32), _Column(np.int32)
+        self._numbers = {name: _Column(np.float64 if name in ("price", "time") else np.float32) for name in NUMBERS}
+        self.extend(outcomes)
+
+    def __len__(self) -> int:
+        return len(self._query)
+
+    def append(self, outcome: Outcome) -> None:
+        """Add one outcome; DataError names its row and field."""
+        self.extend([outcome])
+
+    def extend(self, outcomes: Iterable[Outcome]) -> None:
+        """Add outcomes; DataError names the row (the first is 1) and the field.  Nothing after that row is added."""
+        for outcome in outcomes:
+            row = len(self) + 1
+            numbers = {name: check_number(row, name, getattr(outcome, name)) for name in NUMBERS}
+            self._add(check_text(row, "query", outcome.query), check_text(row, "expert", outcome.expert), numbers, outcome.tags)
+
+    def _add(self, query: str, expert: str, numbers: dict[str, float], tags: tuple[str, ...] = ()) -> None:
+        by_query, by_expert, by_tags = self._codes
+        self._query.add(_code(by_query, self.queries, query))
+        self._expert.add(_code(by_expert, self.experts, expert))
+        self._tags.add(_code(by_tags, self.tag_sets, tuple(tags)))
+        for name, column in self._numbers.items():
+            column.add(numbers[name])
+
+    def __getitem__(self, row: int) -> Outcome:
+        """The outcome of a row, as it was added."""
+        numbers = {name: float(column.values[row]) for name, column in self._numbers.items()}
+        query, expert = self.queries[self._query.values[row]], self.experts[self._expert.values[row]]
+        return Outcome(query, expert, **numbers, tags=self.tag_sets[self._tags.values[row]])
+
+    def column(self, name: str) -> np.ndarray:
+        """A column of numbers, or the codes of the column query, expert or tags.  -> (rows,), read-only"""
+        column = {"query": self._query, "expert": self._expert, "tags": self._tags, **self._numbers}.get(name)
+        if column is None:
+            raise ValueError(f"expected one of query, expert, tags, {', '.join(NUMBERS)}; got {name!r}")
+        view = column.values
+        view.flags.writeable = False
+        return view
+
+    def table(self, experts: Sequence[str] | None = None) -> Table:
+        """One row per query, one column per expert, in their order of appearance; repeated outcomes are averaged."""
+        if len(self) == 0:
+            raise DataError("the log holds no outcome; expected at least one")
+        names = list(self.experts if experts is None else experts)
+        if len(set(names)) != len(names) or not names:
+            raise ValueError(f"experts: expected different names, at least one, got {names}")
+        if unknown := [name for name in names if name not in self.experts]:
+            raise ValueError(f"experts: {unknown[0]!r} has no outcome in the log; it holds {', '.join(self.experts)}")
+        place = np.full(len(self.experts), -1)
+        place[[self.experts.index(name) for name in names]] = np.arange(len(names))
+        column = place[self.column("expert")]
+        kept = np.flatnonzero(column >= 0)
+        cell = self.column("query")[kept].astype(np.int64) * len(names) + column[kept]
+        shape, size = (len(self.queries), len(names)), len(self.queries) * len(names)
+        count = np.bincount(cell, minlength=size)
+
+        def mean(name: str) -> np.ndarray:
+            sums = np.bincount(cell, weights=self.column(name)[kept], minlength=size)
+            return (sums / np.maximum(count, 1)).reshape(shape)
+
+        mask = (count > 0).reshape(shape)
+        unknown_where = np.where(mask, 0.0, np.nan)
+        table = Table(
+            self.queries,
+            names,
+            mean("quality").astype(np.float32),
+            mean("price"),
+            mask,
+            (mean("latency_s") + unknown_where).astype(np.float32),
+            (mean("propensity") + unknown_where).astype(np.float32),
+        )
+        answered = mask.any(1)
+        return table if answered.all() else table.rows(np.flatnonzero(answered))
+
+
+def log_of_table(
+    queries: Sequence[str],
+    experts: Sequence[str],
+    quality: np.ndarray,
+    price: np.ndarray,
+    mask: np.ndarray | None = None,
+    propensity: np.ndarray | None = None,
+) -> Log:
+    """A log of every observed cell, row after row.  N, E, (N, E), (N, E) or (E,), (N, E) -> Log"""
+    shape = (len(queries), len(experts))
+    quality, price = np.asarray(quality, float), np.broadcast_to(np.asarray(price, float), shape)
+    known = np.ones(shape, bool) if mask is None else np.asarray(mask, bool)
+    if quality.shape != shape or known.shape != shape:
+        raise ValueError(f"quality, mask: expected shape {shape}, queries by experts; got {quality.shape} and {known.shape}")
+    chance = np.full(shape, np.nan) if propensity is None else np.broadcast_to(propensity, shape)
+    return Log(
+        Outcome(queries[row], experts[column], quality[row, column], price[row, column], propensity=chance[row, column])
+        for row, column in zip(*np.nonzero(known), strict=True)
+    )
+
+
+def cost_table(table: Table, price_of_error: float) -> tuple[Tensor, Tensor]:
+    """(1 - quality) + price / price_of_error, in units of one error, and what of it is known.  -> (N, E), (N, E) bool
+
+    `price_of_error` is what one wrong answer is worth, in dollars.  An unknown cost is 0 and False in the mask, as the losses
+    of `deferral.losses` take it.
+    """
+    check_price_of_error(price_of_error)
+    costs = np.where(table.mask, 1 - table.quality + table.price / price_of_error, 0.0)
+    return torch.from_numpy(costs), torch.from_numpy(table.mask)
+
+
+def check_price_of_error(price_of_error: float) -> None:
+    if not isinstance(price_of_error, float | int) or isinstance(price_of_error, bool) or not 0 < price_of_error < np.inf:
+        raise ValueError(f"price_of_error: expected what a wrong answer is worth, in dollars, above 0, got {price_of_error!r}")
+
+
+def check_number(row: int | str, name: str, value: object) -> float:
+    """The value as a float; DataError with the row and field where it is not a number in range."""
+    low, high = NUMBERS[name]
+    required = name in ("quality", "price")
+    if value is None and not required:
+        return np.nan
+    if not isinstance(value, int | float | np.integer | np.floating) or isinstance(value, bool):
+        raise DataError(f"row {row}, {name}: expected a number, got {value!r}")
+    number = float(value)
+    if np.isnan(number) and not required:
+        return number
+    if not low <= number <= high or np.isinf(number):
+        bounds = f"in [{low:g}, {high:g}]" if np.isfinite(high) else "that is finite and not negative" if low == 0 else ""
+        raise DataError(f"row {row}, {name}: expected a number {bounds}, got {number:g}".replace("  ", " ").replace(" ,", ","))
+    if name == "propensity" and number == 0:
+        raise DataError(f"row {row}, propensity: expected a probability above 0, got 0; what cannot happen did not happen")
+    return number
+
+
+def check_text(row: int | str, name: str, value: object) -> str:
+    if not isinstance(value, str) or (name == "expert" and not value.strip()):
+        raise DataError(f"row {row}, {name}: expected {'a name' if name == 'expert' else 'text'}, got {value!r}")
+    return value
+
+
+class _Column:
+    """A typed column that doubles as it grows."""
+
+    def __init__(self, dtype: type) -> None:
+        self._array: np.ndarray = np.empty(64, dtype)
+        self._size = 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    def add(self, value: float) -> None:
+        if self._size == len(self._array):
+            self._array = np.concatenate([self._array, np.empty_like(self._array)])
+        self._array[self._size] = value
+        self._size += 1
+
+    @property
+    def values(self) -> np.ndarray:
+        return self._array[: self._size]
+
+
+def _code(codes: dict, values: list, value: object) -> int:
+    code = codes.get(value)
+    if code is None:
+        code = codes[value] = len(values)
+        values.append(value)
+    return code

@@ -1,0 +1,167 @@
+"""A router in a folder: state.safetensors and router.json.  Loading reads numbers and names, and executes nothing."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from deferral.datasets import DataError
+from deferral.routing.constraints import Abilities
+from deferral.routing.encoders import NgramEncoder
+from deferral.routing.fitting import Fitted
+from deferral.routing.policies import Clusters, Factors, Heads, Linear, Neighbours
+from deferral.routing.prices import PriceModel
+from deferral.routing.training import Judged
+
+if TYPE_CHECKING:
+    from deferral.routing.router import Router
+
+__all__ = ["FORMAT", "load", "save"]
+
+FORMAT = 1
+_NUMBERS, _NAMES = "state.safetensors", "router.json"
+_POLICIES = {policy.kind: policy for policy in (Linear, Neighbours, Clusters, Heads, Factors)}
+_JUDGED = ("errors", "learned", "static", "random", "oracle", "gain", "half_width", "overall", "rows")
+_ARRAYS = ("means", "mean_price", "latency", "extension", "held_quality", "held_estimate", "held_price")
+
+
+def save(router: "Router", folder: Path) -> None:
+    """Write beside the folder, then put it in its place: a router that is there stays whole until then."""
+    from safetensors.numpy import save_file
+
+    state = router.fitted
+    if unknown := [policy.kind for policy in state.policies if policy.kind not in _POLICIES]:
+        raise ValueError(f"a policy of your own ({unknown[0]}) cannot be saved; expected one of {', '.join(_POLICIES)}")
+    if folder.exists() and not (folder / _NAMES).is_file() and any(folder.iterdir() if folder.is_dir() else [folder]):
+        raise DataError(f"{folder}: it is there, and is no router; expected a new name, an empty folder or a router's folder")
+    arrays = {f"encoder/{name}": array for name, array in router.encoder.arrays.items()}
+    arrays |= {f"memory/{name}": array for name, array in state.memory.arrays.items()}
+    for policy in state.policies:
+        if policy is not state.memory:
+            arrays |= {f"{policy.kind}/{name}": array for name, array in policy.arrays.items()}
+    arrays |= {f"state/{name}": getattr(state, name) for name in _ARRAYS}
+    arrays |= {"trust/similarity": state.trust[0], "trust/trust": state.trust[1]}
+    arrays |= {"prices/base": state.prices.base, "prices/per_character": state.prices.per_character}
+    if state.judged is not None:
+        arrays |= {f"judged/{name}": getattr(state.judged, name) for name in _JUDGED}
+    names = {
+        "format": FORMAT,
+        "encoder": router.encoder.kind,
+        "price_of_error": router.price_of_error,
+        "explore": router.explore,
+        "seed": router.seed,
+        "salt": router.salt,
+        "abilities": {name: asdict(ability) for name, ability in router.abilities.items()},
+        "experts": list(state.experts),
+        "policies": [policy.kind for policy in state.policies],
+        "weights": list(state.weights),
+        "winner": state.winner,
+        "held_costs": state.held_costs,
+        "room": state.room,
+        "texts": list(state.texts),
+    }
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
+    try:
+        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, partial / _NUMBERS)
+        names["sha256"] = sha256((partial / _NUMBERS).read_bytes()).hexdigest()
+        (partial / _NAMES).write_text(json.dumps(names), encoding="utf-8")
+        _replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def load(folder: Path, encode: Callable[[list[str]], Any] | None) -> "Router":
+    """The router of a folder; DataError where it is missing, corrupted or newer than this version."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    from deferral.routing.router import Router
+
+    names = _names(folder)
+    if names.get("format") != FORMAT:
+        raise DataError(
+            f"{folder}: expected format {FORMAT}, got {names.get('format')!r}; a newer deferral wrote it: update deferral"
+        )
+    try:
+        if sha256((folder / _NUMBERS).read_bytes()).hexdigest() != names["sha256"]:
+            raise DataError(
+                f"{folder}: {_NUMBERS} is not what {_NAMES} says; it is corrupted, or the two are of different routers"
+            )
+        arrays = load_file(folder / _NUMBERS)
+        if (names["encoder"] == NgramEncoder.kind) != (encode is None):
+            wanted = "no encoder of yours" if encode is not None else "the function from texts to vectors that it was fitted with"
+            raise ValueError(f"encoder: this router needs {wanted}; pass it to Router.load as encoder=")
+        abilities = {name: Abilities(**values) for name, values in names["abilities"].items()}
+        router = Router(
+            names["price_of_error"], encoder=encode, abilities=abilities, explore=names["explore"], seed=names["seed"]
+        )
+        router.salt = names["salt"]
+        router.encoder.restore(_part(arrays, "encoder"))
+        router._fitted = _state(names, arrays)
+    except (KeyError, TypeError, SafetensorError, OSError) as error:
+        raise DataError(f"{folder}: the router cannot be read, {type(error).__name__}: {error}; fit and save it again") from error
+    return router
+
+
+def _state(names: dict, arrays: dict[str, np.ndarray]) -> Fitted:
+    memory = Neighbours()
+    memory.arrays = _part(arrays, "memory")
+    policies = []
+    for kind in names["policies"]:
+        policy = memory if kind == Neighbours.kind else _POLICIES[kind]()
+        if policy is not memory:
+            policy.arrays = _part(arrays, kind)
+        policies.append(policy)
+    judged = _part(arrays, "judged")
+    return Fitted(
+        experts=tuple(names["experts"]),
+        prices=PriceModel(**_part(arrays, "prices")),
+        policies=tuple(policies),
+        weights=tuple(names["weights"]),
+        memory=memory,
+        texts=tuple(names["texts"]),
+        trust=(arrays["trust/similarity"], arrays["trust/trust"]),
+        judged=Judged(**judged) if judged else None,
+        winner=names["winner"],
+        held_costs=names["held_costs"],
+        room=names["room"],
+        **{name: arrays[f"state/{name}"] for name in _ARRAYS},
+    )
+
+
+def _part(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    return {name.partition("/")[2]: array for name, array in arrays.items() if name.partition("/")[0] == prefix}
+
+
+def _names(folder: Path) -> dict:
+    try:
+        names = json.loads((folder / _NAMES).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{folder}: there is no router; expected a folder with {_NAMES} and {_NUMBERS}") from None
+    except (ValueError, OSError) as error:
+        raise DataError(f"{folder}: {_NAMES} cannot be read, {error}; fit and save the router again") from error
+    if not isinstance(names, dict):
+        raise DataError(f"{folder}: {_NAMES} is no description of a router")
+    return names
+
+
+def _replace(partial: Path, folder: Path) -> None:
+    """Put a folder in the place of another; a folder cannot be replaced in one step, so the old one steps aside first."""
+    aside = partial.with_suffix(".old")
+    if folder.exists():
+        os.rename(folder, aside)
+    try:
+        os.rename(partial, folder)
+    except OSError:
+        if aside.exists():
+            os.rename(aside, folder)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)

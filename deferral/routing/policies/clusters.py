@@ -1,0 +1,44 @@
+"""The mean of every expert in the query's cluster, over several clusterings."""
+
+import numpy as np
+
+from deferral.routing.encoders import Arrays, Vectors
+from deferral.routing.policies.centres import nearest_centre, spherical_centres
+from deferral.routing.policies.policy import centred
+
+__all__ = ["Clusters"]
+
+
+class Clusters:
+    """sum over the cluster of (quality - mean) / (its size + prior), averaged over `repeats` clusterings from other starts."""
+
+    kind = "clusters"
+
+    def __init__(self, *, count: int = 64, repeats: int = 4, prior: float = 5.0) -> None:
+        self.count, self.repeats, self.prior = count, repeats, prior
+        self.arrays: Arrays = {}
+
+    def fit(self, vectors: Vectors, quality: np.ndarray, weights: np.ndarray, means: np.ndarray, *, seed: int = 0) -> "Clusters":
+        gain = centred(quality, weights, means)
+        count = max(1, min(self.count, len(gain) // 10))
+        centres, values = [], []
+        for repeat in range(self.repeats):
+            found = spherical_centres(vectors.dense, count, seed=seed * self.repeats + repeat)
+            member = nearest_centre(vectors.dense, found)
+            sums, sizes = np.zeros((2, len(found), gain.shape[1]))
+            np.add.at(sums, member, gain)
+            np.add.at(sizes, member, weights)
+            centres.append(found)
+            values.append(sums / (sizes + self.prior))
+        self.arrays = {"centres": np.stack(centres), "gain": np.stack(values).astype(np.float32)}
+        return self
+
+    def deviations(self, vectors: Vectors) -> np.ndarray:
+        """Expected quality above the expert's mean.  -> (N, E)"""
+        centres, gain = self.arrays["centres"], self.arrays["gain"]
+        if len(vectors) > 1:
+            each = [values[nearest_centre(vectors.dense, found)] for found, values in zip(centres, gain, strict=True)]
+            return np.sum(each, axis=0) / np.float32(len(gain))
+        # One product for all clusterings of one query.
+        nearest = (centres.reshape(-1, centres.shape[-1]) @ vectors.dense[0]).reshape(len(gain), -1).argmax(1)
+        return gain[np.arange(len(gain)), nearest].sum(0, keepdims=True) / np.float32(len(gain))

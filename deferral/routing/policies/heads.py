@@ -1,0 +1,115 @@
+"""A small network with one head per expert: the probability that its answer is right."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deferral.routing.encoders import Arrays, Vectors
+
+__all__ = ["Factors", "Heads", "inputs", "trained"]
+
+_ROWS_SEEN = 600_000
+_BATCH = 128
+_FEWEST_STEPS = 300
+
+
+class Heads:
+    """P(right) of every expert from a shared hidden layer, by the logistic loss of the known outcomes."""
+
+    kind = "heads"
+
+    def __init__(self, *, hidden: int = 64, dropout: float = 0.5) -> None:
+        self.hidden, self.dropout = hidden, dropout
+        self.arrays: Arrays = {}
+
+    def fit(self, vectors: Vectors, quality: np.ndarray, weights: np.ndarray, means: np.ndarray, *, seed: int = 0) -> "Heads":
+        x = torch.from_numpy(inputs(vectors))
+        # Where nothing is known of an input, the answer is the expert's mean.
+        start = torch.logit(torch.from_numpy(means).float(), eps=1e-3)
+        targets, known = torch.from_numpy(quality).float(), torch.from_numpy(weights).float()
+
+        def loss(logits: Tensor, rows: Tensor) -> Tensor:
+            each = F.binary_cross_entropy_with_logits(logits + start, targets[rows], reduction="none")
+            return (each * known[rows]).sum(-1)
+
+        def network() -> nn.Sequential:
+            return nn.Sequential(
+                nn.Dropout(self.dropout / 2), nn.Linear(x.shape[1], self.hidden), self._activation(),
+                nn.Dropout(self.dropout), nn.Linear(self.hidden, len(means)),
+            )  # fmt: skip
+
+        self.arrays = {**trained(network, x, loss, seed=seed), "start": start.numpy(), "means": means}
+        return self
+
+    def deviations(self, vectors: Vectors) -> np.ndarray:
+        """Expected quality above the expert's mean.  -> (N, E)"""
+        logits = self._hidden(inputs(vectors) @ self.arrays["1.weight"] + self.arrays["1.bias"]) @ self.arrays["4.weight"]
+        return 1 / (1 + np.exp(-(logits + self.arrays["4.bias"] + self.arrays["start"]))) - self.arrays["means"]
+
+    def _activation(self) -> nn.Module:
+        return nn.ReLU()
+
+    def _hidden(self, values: np.ndarray) -> np.ndarray:
+        return np.maximum(values, 0)
+
+
+class Factors(Heads):
+    """Matrix factorisation: P(right) = sigmoid(u(query) . v_expert + b_expert) with u linear in the query's vector.
+
+    Ong et al., "RouteLLM: Learning to Route LLMs with Preference Data" (2024), section 4.2, here trained on outcomes.
+    """
+
+    kind = "factors"
+
+    def __init__(self, *, hidden: int = 16, dropout: float = 0.5) -> None:
+        super().__init__(hidden=hidden, dropout=dropout)
+
+    def _activation(self) -> nn.Module:
+        return nn.Identity()
+
+    def _hidden(self, values: np.ndarray) -> np.ndarray:
+        return values
+
+
+def inputs(vectors: Vectors) -> np.ndarray:
+    """Vectors and cheap features, each number of about unit size.  -> (N, D + C)"""
+    return np.concatenate([float(vectors.dense.shape[1] ** 0.5) * vectors.dense, 0.5 * vectors.extra], axis=1)
+
+
+def trained(
+    network: Callable[[], nn.Sequential],
+    x: Tensor,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    *,
+    seed: int,
+    batch: Callable[[Tensor], Tensor] | None = None,
+) -> Arrays:
+    """The weights of a network after AdamW with one cycle; matrices are transposed, ready for x @ weight.
+
+    `loss(outputs, rows)` is one number per row of the batch, `batch(rows)` its inputs if they are not x[rows].
+    Passes over the rows: as many as make 600,000 rows, 2 to 30, and at
+    least 300 batches.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    # Initial weights and dropout draw from the global generator; it is put back as it was.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = network().train()
+        # Without a signal, what is learned is the means.
+        for values in model[-1].parameters():
+            nn.init.zeros_(values)
+        batches = -(-len(x) // _BATCH)
+        epochs = max(min(30, max(2, _ROWS_SEEN // len(x))), -(-_FEWEST_STEPS // batches))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-2)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=epochs * batches + 1)
+        for _ in range(epochs):
+            for rows in torch.randperm(len(x), generator=generator).split(_BATCH):
+                optimizer.zero_grad()
+                loss(model(x[rows] if batch is None else batch(rows)), rows).mean().backward()
+                optimizer.step()
+                schedule.step()
+    weights = {name: value.detach().numpy() for name, value in model.state_dict().items()}
+    return {name: np.ascontiguousarray(value.T) for name, value in weights.items()}

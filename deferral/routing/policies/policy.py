@@ -1,0 +1,43 @@
+"""What every estimator of quality has in common: fitted on a weighted table, it says how far from the mean a query is."""
+
+from typing import Protocol
+
+import numpy as np
+
+from deferral.routing.encoders import Arrays, Vectors
+
+__all__ = ["Policy", "centred", "expert_means"]
+
+_PRIOR = 5.0
+
+
+class Policy(Protocol):
+    """An estimator of every expert's quality.  `arrays` is all that it has learned."""
+
+    kind: str
+    arrays: Arrays
+
+    def fit(self, vectors: Vectors, quality: np.ndarray, weights: np.ndarray, means: np.ndarray, *, seed: int = 0) -> "Policy":
+        """Learn from N queries.  Vectors, (N, E), (N, E), (E,) -> self
+
+        A cell of weight 0 is not known; known cells weigh 1, or the inverse of their propensity.
+        """
+        ...
+
+    def deviations(self, vectors: Vectors) -> np.ndarray:
+        """Expected quality above the expert's mean.  -> (N, E)"""
+        ...
+
+
+def expert_means(quality: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The mean quality of each expert, shrunk to that of all by five outcomes' worth.  (N, E), (N, E) -> (E,) float32"""
+    mass = weights.sum(0, dtype=np.float64)
+    sums = np.where(weights > 0, quality * weights, 0).sum(0, dtype=np.float64)
+    # A table without gaps needs no borrowing.
+    prior = 0.0 if (weights > 0).all() else _PRIOR
+    return ((sums + prior * sums.sum() / max(mass.sum(), 1e-12)) / np.maximum(mass + prior, 1e-12)).astype(np.float32)
+
+
+def centred(quality: np.ndarray, weights: np.ndarray, means: np.ndarray) -> np.ndarray:
+    """weight * (quality - mean), 0 where nothing is known.  (N, E), (N, E), (E,) -> (N, E) float32"""
+    return np.where(weights > 0, weights * (quality - means), 0).astype(np.float32)

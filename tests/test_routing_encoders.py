@@ -1,0 +1,142 @@
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from deferral.routing import CachedEncoder
+from deferral.routing.encoders import FunctionEncoder, NgramEncoder, Wide
+from deferral.routing.ngrams import BITS, hashed_ngrams
+
+TEXTS = [
+    "What is the capital of France?",
+    "What is the capital of Spain?",
+    "def f(x):\n    return x + 1",
+    "def g(y):\n    return y - 1",
+    "Solve x^2 = 4 for x, not for y.",
+    "Solve y^2 = 9 for y, not for x.",
+    "",
+    "日本語のテキスト 🎉",
+]
+_MIX, _PAIR, _P, _ALL = 0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53, 0x9E3779B97F4A7C15, (1 << 64) - 1
+
+
+def by_definition(text: str) -> list[int]:
+    """Words, pairs of words and runs of five bytes, hashed one by one with Python's integers."""
+
+    def polynomial(part: bytes) -> int:
+        return sum((byte + 1) * pow(_P, place, 1 << 64) for place, byte in enumerate(part)) & _ALL
+
+    data = f" {text.lower()} ".encode()
+    words: list[bytes] = []
+    for byte, before in zip(data, b" " + data, strict=False):
+        if byte > 127 or chr(byte).isalnum():
+            words = [*words[:-1], words[-1] + bytes([byte])] if before > 127 or chr(before).isalnum() else [*words, bytes([byte])]
+    hashes = [polynomial(word) for word in words]
+    pairs = [(one * _PAIR + other) & _ALL for one, other in pairwise(hashes)]
+    runs = [(polynomial(data[start : start + 5]) + 5) & _ALL for start in range(len(data) - 4)]
+    return sorted({((value * _MIX) & _ALL) >> (64 - BITS) for value in (*hashes, *pairs, *runs)})
+
+
+@pytest.mark.parametrize("text", [text for text in TEXTS if text])
+def test_ngrams_are_those_of_the_definition(text: str) -> None:
+    assert hashed_ngrams(text).tolist() == by_definition(text)
+
+
+def test_where_a_word_stands_does_not_matter() -> None:
+    assert set(hashed_ngrams("apple")) <= set(hashed_ngrams("the red apple fell"))
+
+
+@pytest.mark.parametrize("text", ["", " ", "\n\t", "!", "\ud800", "x" * 100_000, "🎉" * 100_000, "İ" * 50_000, "\x00" * 10])
+def test_any_text_has_ngrams(text: str) -> None:
+    buckets = hashed_ngrams(text)
+    assert buckets.dtype == np.int32
+    assert (np.diff(buckets) > 0).all()
+    assert (len(buckets) == 0) or (buckets.min() >= 0 and buckets.max() < 1 << BITS)
+
+
+def test_of_a_long_query_the_beginning_and_the_end_are_read() -> None:
+    middle = hashed_ngrams("a" * 1500 + "secret" * 100 + "b" * 500)
+    assert not set(hashed_ngrams("secret")) & set(middle)
+
+
+def test_one_query_and_many_have_the_same_vectors() -> None:
+    encoder = NgramEncoder(dimensions=4)
+    fitted = encoder.fit(TEXTS)
+    together = encoder(TEXTS)
+    np.testing.assert_allclose(fitted.dense, together.dense, atol=1e-6)
+    for row, text in enumerate(TEXTS):
+        one = encoder([text])
+        np.testing.assert_allclose(one.dense[0], together.dense[row], atol=1e-6)
+        np.testing.assert_array_equal(one.extra[0], together.extra[row])
+        np.testing.assert_allclose(one.wide.sparse().toarray()[0], together.wide.sparse()[row].toarray()[0], atol=1e-6)
+
+
+def test_vectors_have_length_one_or_nothing_is_known() -> None:
+    encoder = NgramEncoder(dimensions=4)
+    encoder.fit(TEXTS)
+    vectors = encoder([*TEXTS, "zzzzzz qqqqqq"])
+    lengths = np.linalg.norm(vectors.dense, axis=1)
+    # Blank, of another script that only one query has, unknown.
+    np.testing.assert_allclose(lengths, [1, 1, 1, 1, 1, 1, 0, 0, 0], atol=1e-5)
+
+
+def test_texts_alike_have_vectors_alike() -> None:
+    dense = NgramEncoder(dimensions=4).fit(TEXTS).dense
+    similarity = dense[:6] @ dense[:6].T - 2 * np.eye(6)
+    np.testing.assert_array_equal(similarity.argmax(1), [1, 0, 3, 2, 5, 4])
+
+
+def test_a_restored_encoder_is_the_same_to_the_bit() -> None:
+    encoder = NgramEncoder(dimensions=4)
+    encoder.fit(TEXTS)
+    other = NgramEncoder().restore({name: array.copy() for name, array in encoder.arrays.items()})
+    np.testing.assert_array_equal(encoder(TEXTS).dense, other(TEXTS).dense)
+
+
+@pytest.mark.parametrize("texts", [["only one"], ["", ""], ["a b c"] * 5])
+def test_logs_too_poor_for_vectors_give_finite_ones(texts: list[str]) -> None:
+    encoder = NgramEncoder()
+    vectors = encoder.fit(texts)
+    assert np.isfinite(vectors.dense).all()
+    assert np.isfinite(vectors.extra).all()
+    assert len(encoder([])) == 0
+
+
+def test_sparse_rows_times_a_matrix() -> None:
+    wide = Wide(np.array([0, 2, 1]), np.array([1.0, 2.0, 3.0], np.float32), np.array([0, 2, 2, 3]), 3)
+    dense = np.array([[1.0, 0, 2], [0, 0, 0], [0, 3, 0]])
+    matrix = np.arange(6.0).reshape(3, 2)
+    np.testing.assert_allclose(wide.times(matrix), dense @ matrix)
+    np.testing.assert_allclose(wide.rows(np.array([0])).times(matrix), dense[:1] @ matrix)
+
+
+def test_an_encoder_of_ones_own() -> None:
+    encoder = FunctionEncoder(lambda texts: [[len(text), text.count("x"), 1] for text in texts])
+    vectors = encoder.fit(TEXTS)
+    np.testing.assert_allclose(np.linalg.norm(vectors.dense, axis=1), 1, atol=1e-5)
+    for bad, message in (
+        (lambda texts: [1.0] * len(texts), r"expected an array of shape \(8, D\)"),
+        (lambda texts: [[np.nan]] * len(texts), "query 1"),
+        (lambda texts: [[1.0]], "got"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            FunctionEncoder(bad).fit(TEXTS)
+    with pytest.raises(ValueError, match="not fitted"):
+        NgramEncoder()(["x"])
+
+
+def test_a_cached_encoder_encodes_every_text_once(tmp_path: Path) -> None:
+    seen: list[str] = []
+
+    def encode(texts: list[str]) -> np.ndarray:
+        seen.extend(texts)
+        return np.array([[len(text), 1.0] for text in texts])
+
+    first = CachedEncoder(encode, tmp_path, "lengths")(["a", "bb", "a"])
+    again = CachedEncoder(encode, tmp_path, "lengths")(["bb", "ccc"])
+    np.testing.assert_array_equal(first, [[1, 1], [2, 1], [1, 1]])
+    np.testing.assert_array_equal(again, [[2, 1], [3, 1]])
+    assert seen == ["a", "bb", "ccc"]
+    CachedEncoder(encode, tmp_path, "another")(["a"])
+    assert seen[-1] == "a"

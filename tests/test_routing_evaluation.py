@@ -1,0 +1,175 @@
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from deferral.intervals import bootstrap
+from deferral.routing.evaluation import (
+    aiq,
+    apgr,
+    best_expert,
+    cpt,
+    curve,
+    hull,
+    intervals_of,
+    routability,
+    saving,
+    static_curve,
+    trade_offs,
+)
+from deferral.routing.static import draws, mix_at_error, mix_at_price, mix_at_quality
+
+
+def tables(rows: int = 200, experts: int = 4) -> tuple[np.ndarray, np.ndarray]:
+    """Qualities and prices; the dearer expert is better on average."""
+    generator = np.random.default_rng(0)
+    price = np.arange(1, experts + 1) * (0.5 + generator.random((rows, 1)))
+    quality = (generator.random((rows, experts)) < 0.3 + 0.12 * np.arange(experts)).astype(float)
+    return quality, price
+
+
+def test_apgr_is_the_mean_of_the_recovered_gap_over_all_shares_of_calls() -> None:
+    generator = np.random.default_rng(0)
+    score, gain = generator.normal(size=30), generator.choice([-1.0, 0.0, 1.0], 30) + 0.4
+    recovered = [0.0, *np.cumsum(gain[np.argsort(-score)]) / gain.sum()]
+    expected = np.mean([(a + b) / 2 for a, b in itertools.pairwise(recovered)])
+    assert apgr(score, gain) == pytest.approx(expected)
+
+
+def test_a_score_that_says_nothing_recovers_half_the_gap() -> None:
+    gain = np.random.default_rng(0).normal(size=50) + 1
+    assert apgr(np.zeros(50), gain) == pytest.approx(0.5)
+    assert cpt(np.zeros(50), gain, 0.8) == pytest.approx(0.8)
+
+
+def test_ties_are_called_in_equal_parts() -> None:
+    generator = np.random.default_rng(0)
+    score, gain = generator.integers(0, 3, 12).astype(float), generator.normal(size=12) + 1
+    orders = [generator.permutation(12) for _ in range(4000)]
+    # The mean over random orders of the tied rows.
+    shuffled = np.mean([apgr(score + 1e-6 * np.argsort(order), gain) for order in orders])
+    assert apgr(score, gain) == pytest.approx(shuffled, abs=1e-2)
+    order = orders[0]
+    assert apgr(score[order], gain[order]) == pytest.approx(apgr(score, gain))
+
+
+def test_weights_count_rows() -> None:
+    generator = np.random.default_rng(0)
+    score, gain = generator.integers(0, 6, 40).astype(float), generator.normal(size=40) + 0.5
+    counts = generator.integers(0, 3, (5, 40))
+    for row, one in enumerate(counts):
+        again = np.repeat(score, one), np.repeat(gain, one)
+        assert apgr(score, gain, counts)[row] == pytest.approx(apgr(*again))
+        assert cpt(score, gain, 0.5, counts)[row] == pytest.approx(cpt(*again, 0.5))
+    quality, price = tables()
+    weights = generator.integers(0, 3, (2, 200))
+    points = static_curve(price, quality).points(weights)
+    again = np.repeat(np.arange(200), weights[1])
+    np.testing.assert_allclose(points[1], static_curve(price[again], quality[again]).points())
+
+
+def test_cpt_is_the_first_share_of_calls_that_recovers_enough() -> None:
+    score, gain = np.arange(10.0)[::-1], np.array([3.0, 1, 1, 0, 0, 0, 0, 0, 0, -1])
+    # Recovered after k calls: 0, .75, 1, 1.25, ...
+    assert cpt(score, gain, 0.5) == pytest.approx(0.1 * 0.5 / 0.75)
+    assert cpt(score, gain, 0.8) == pytest.approx(0.1 + 0.1 * 0.05 / 0.25)
+    assert np.isnan(apgr(score, -gain))
+
+
+def test_the_hull_is_what_mixing_two_settings_can_reach() -> None:
+    points = np.random.default_rng(0).random((30, 2))
+    corners = hull(points)
+    for price in np.linspace(points[:, 0].min() + 1e-9, 1, 50):
+        reach = points[points[:, 0] <= price][:, 1].max()
+        for a, b in itertools.permutations(points, 2):
+            if a[0] <= price < b[0]:
+                reach = max(reach, a[1] + (price - a[0]) / (b[0] - a[0]) * (b[1] - a[1]))
+        assert np.interp(price, corners[:, 0], corners[:, 1]) == pytest.approx(reach)
+
+
+def test_aiq_and_saving_of_a_line() -> None:
+    points = np.array([[1.0, 0.4], [3.0, 0.8], [2.0, 0.1], [3.0, 0.5]])
+    assert aiq(points, 1.0, 3.0) == pytest.approx(0.6)
+    assert aiq(points, 1.0, 5.0) == pytest.approx((0.6 * 2 + 0.8 * 2) / 4)
+    assert aiq(points, 2.0, 2.0) == pytest.approx(0.8)
+    assert saving(points, 0.6, 4.0) == pytest.approx(1 - 2 / 4)
+    assert saving(points, 0.75, 4.0, 0.8) == pytest.approx(0.5)
+    assert np.isnan(saving(points, 0.9, 4.0))
+
+
+def test_a_curve_goes_from_the_cheapest_expert_to_the_best_estimate() -> None:
+    quality, price = tables()
+    estimate = np.random.default_rng(1).random(quality.shape)
+    points = curve(estimate, price, quality).points()
+    rows = np.arange(len(price))
+    np.testing.assert_allclose(points[0], [price[rows, estimate.argmax(1)].mean(), quality[rows, estimate.argmax(1)].mean()])
+    np.testing.assert_allclose(points[-1], [price[:, 0].mean(), quality[:, 0].mean()])
+    assert (np.diff(points[:, 0]) <= 1e-12).all()
+    assert len(trade_offs(price)) == len(points)
+
+
+def test_a_router_without_information_is_the_static_mix_and_one_that_knows_is_the_oracle() -> None:
+    quality, price = tables()
+    means = np.broadcast_to(quality.mean(0), quality.shape)
+    flat = routability(means, np.broadcast_to(price.mean(0), price.shape), quality)
+    assert flat.predicted == pytest.approx(flat.static_mix, abs=1e-9)
+    known = routability(quality, price, quality)
+    assert known.predictable == pytest.approx(1, abs=1e-6)
+    assert known.room > 0.1
+    same = routability(means[:, :1].repeat(4, 1), price, quality[:, :1].repeat(4, 1))
+    assert same.room == pytest.approx(0, abs=1e-9)
+    assert "not complementary" in str(same)
+
+
+def test_the_best_expert_is_the_cheaper_of_two_equals() -> None:
+    assert best_expert(np.array([[1.0, 0, 1]]), np.array([[3.0, 1, 2]])) == 2
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
+    covered = 0
+    for seed in range(150):
+        values = np.random.default_rng(seed).random(100) < 0.3
+
+        def mean(weights: np.ndarray, values: np.ndarray = values) -> np.ndarray:
+            return np.array([weights @ values / weights.sum()])
+
+        (found,) = intervals_of(mean, 100, resamples=300)
+        covered += found.low <= 0.3 <= found.high
+    assert 0.88 < covered / 150 < 0.99
+    assert bootstrap(lambda weights: weights.sum(-1), 3, resamples=4).eq(3).all()
+
+
+def test_the_static_mix_is_optimal_among_mixes() -> None:
+    generator = np.random.default_rng(0)
+    mixes = generator.dirichlet(np.full(5, 0.3), 20_000)
+    for _ in range(5):
+        quality, price = generator.random(5), generator.random(5)
+        mask = np.array([True, True, True, True, False])
+        allowed = mixes[:, :4].copy()
+        allowed /= allowed.sum(1, keepdims=True)
+        level = price[:4].min() + 0.5 * np.ptp(price[:4])
+        mix = mix_at_price(quality, price, mask, level)
+        assert mix.sum() == pytest.approx(1)
+        assert mix[4] == 0
+        assert mix @ price <= level + 1e-12
+        affordable = allowed[allowed @ price[:4] <= level]
+        assert mix @ quality >= (affordable @ quality[:4]).max() - 1e-9
+        cheapest = mix_at_quality(quality, price, mask, float(mix @ quality))
+        assert cheapest @ price == pytest.approx(mix @ price, abs=1e-9)
+        single = mix_at_error(quality, price, mask, 0.5)
+        assert single.argmax() == np.argmin(np.where(mask, 1 - quality + price / 0.5, np.inf))
+    with pytest.raises(ValueError, match="the cheapest expert costs"):
+        mix_at_price(np.ones(2), np.ones(2), np.ones(2, bool), 0.5)
+
+
+def test_draws_are_uniform_and_the_same_for_the_same_query_and_salt() -> None:
+    queries = [f"query {number}" for number in range(4000)]
+    drawn = draws(queries, "salt")
+    np.testing.assert_array_equal(drawn, draws(queries, "salt"))
+    other = draws(queries, "another")
+    assert abs(np.corrcoef(drawn, other)[0, 1]) < 0.05
+    assert drawn.min() >= 0
+    assert drawn.max() < 1
+    assert np.abs(np.sort(drawn) - np.linspace(0, 1, 4000)).max() < 1.63 / np.sqrt(4000)  # Kolmogorov-Smirnov, 1%
+    assert torch.tensor(drawn).dtype == torch.float64

@@ -1,0 +1,169 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from deferral.datasets import DataError
+from deferral.routing import Log, Outcome, cost_table, list_prices, log_of_table, read_log, write_log
+from deferral.routing.prices import fit_prices
+
+
+def some_log() -> Log:
+    return Log(
+        [
+            Outcome("what is 2 + 2?", "small", 1.0, 0.001, input_tokens=7, output_tokens=3, latency_s=0.25, tags=("maths",)),
+            Outcome("what is 2 + 2?", "large", 1.0, 0.02, propensity=0.3),
+            Outcome("prove it \U0001f389 日本語", "large", 0.3, 0.04, time=1.7e9, tags=("maths", "proof")),
+            Outcome("what is 2 + 2?", "small", 0.0, 0.003),
+            Outcome("", "small", 0.5, 0.0),
+        ]
+    )
+
+
+def same(one: Outcome, other: Outcome) -> bool:
+    return all(
+        a == pytest.approx(b, rel=1e-6, nan_ok=True) if isinstance(a, float) else a == b
+        for a, b in ((getattr(one, name), getattr(other, name)) for name in Outcome.__slots__)
+    )
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", "log.parquet"])
+def test_a_log_comes_back_from_a_file(tmp_path: Path, name: str) -> None:
+    log = some_log()
+    write_log(log, tmp_path / name)
+    back = read_log(tmp_path / name)
+    assert len(back) == len(log)
+    assert all(same(back[row], log[row]) for row in range(len(log)))
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_numbers_that_were_stored_in_32_bits_are_written_as_they_were_given(tmp_path: Path) -> None:
+    write_log(Log([Outcome("q", "a", 0.3, 0.1 + 0.2)]), tmp_path / "log.jsonl")
+    assert json.loads((tmp_path / "log.jsonl").read_text()) == {"query": "q", "expert": "a", "quality": 0.3, "price": 0.1 + 0.2}
+
+
+def test_a_table_holds_the_mean_of_every_cell() -> None:
+    generator = np.random.default_rng(0)
+    rows = [
+        (f"q{generator.integers(20)}", f"e{generator.integers(4)}", generator.random(), generator.random()) for _ in range(300)
+    ]
+    table = Log(Outcome(*row) for row in rows).table()
+    for i, query in enumerate(table.queries):
+        for j, expert in enumerate(table.experts):
+            here = [row for row in rows if row[:2] == (query, expert)]
+            assert table.mask[i, j] == bool(here)
+            if here:
+                assert table.quality[i, j] == pytest.approx(np.mean([row[2] for row in here]), rel=1e-6)
+                assert table.price[i, j] == pytest.approx(np.mean([row[3] for row in here]))
+    assert np.isnan(table.latency).all()
+
+
+def test_a_table_of_some_experts_leaves_out_queries_that_none_of_them_answered() -> None:
+    table = some_log().table(["large"])
+    assert table.queries == ["what is 2 + 2?", "prove it \U0001f389 日本語"]
+    assert table.full
+    with pytest.raises(ValueError, match="'huge' has no outcome"):
+        some_log().table(["huge"])
+    with pytest.raises(ValueError, match="different names"):
+        some_log().table(["large", "large"])
+
+
+def test_a_log_of_a_table_is_that_table_again() -> None:
+    generator = np.random.default_rng(0)
+    quality, price, mask = generator.random((10, 3)), generator.random((10, 3)), generator.random((10, 3)) < 0.6
+    mask[:, 0] = True
+    table = log_of_table([f"q{i}" for i in range(10)], ["a", "b", "c"], quality, price, mask).table(["a", "b", "c"])
+    np.testing.assert_array_equal(table.mask, mask)
+    np.testing.assert_allclose(table.quality, np.where(mask, quality, 0), rtol=1e-6)
+    np.testing.assert_allclose(table.price, np.where(mask, price, 0))
+
+
+def test_costs_are_errors_plus_prices_in_units_of_one_error() -> None:
+    costs, mask = cost_table(some_log().table(["small", "large"]), 0.02)
+    torch.testing.assert_close(
+        costs, torch.tensor([[0.5 + 0.1, 1.0], [0.0, 0.7 + 2.0], [0.5, 0.0]], dtype=torch.float64), atol=1e-6, rtol=0
+    )
+    assert mask.tolist() == [[True, True], [False, True], [True, False]]
+    for bad in (0, -1.0, float("nan"), float("inf"), True):
+        with pytest.raises(ValueError, match="price_of_error"):
+            cost_table(some_log().table(), bad)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"quality": float("nan")}, "row 2, quality"),
+        ({"quality": 1.2}, r"row 2, quality: expected a number in \[0, 1\], got 1.2"),
+        ({"quality": True}, "row 2, quality"),
+        ({"quality": "good"}, "row 2, quality"),
+        ({"price": -0.1}, "row 2, price: expected a number that is finite and not negative, got -0.1"),
+        ({"price": float("inf")}, "row 2, price"),
+        ({"propensity": 0.0}, "row 2, propensity"),
+        ({"expert": " "}, "row 2, expert"),
+        ({"query": None}, "row 2, query"),
+    ],
+)
+def test_a_bad_outcome_is_named_by_row_and_field(change: dict, message: str) -> None:
+    good = {"query": "q", "expert": "a", "quality": 1.0, "price": 0.0}
+    log = Log([Outcome(**good)])
+    with pytest.raises(DataError, match=message):
+        log.append(Outcome(**{**good, **change}))
+    assert len(log) == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"query": "q", "expert": "a", "quality": 1, "pri', "row 2: the last line is cut off; the 1 rows before it are whole"),
+        ('{"query": "q"\n', "row 2: expected one JSON object"),
+        ("[1]\n", "row 2: expected a JSON object"),
+        ('{"query": "q", "expert": "a", "quality": 1}\n', "row 2, price: it is missing"),
+        ('{"query": "q", "expert": "a", "quality": NaN, "price": 1}\n', "row 2, quality"),
+        ('{"query": "q", "expert": "a", "quality": 1, "price": 1, "cost": 2}\n', "row 2, cost: expected only the fields"),
+        ('{"query": "q", "expert": "a", "quality": 1, "price": 1, "tags": "x"}\n', "row 2, tags"),
+    ],
+)
+def test_a_bad_line_is_named_by_file_row_and_field(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"query": "q", "expert": "a", "quality": 1, "price": 0.5}\n' + line)
+    with pytest.raises(DataError, match=message) as caught:
+        read_log(path)
+    assert str(path) in str(caught.value)
+
+
+def test_files_that_are_no_log(tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "text.parquet").write_text("not parquet")
+    for name, message in (("empty.jsonl", "no outcome"), ("text.parquet", "cannot be read as Parquet"), ("log.csv", "ends in")):
+        with pytest.raises(DataError, match=message):
+            read_log(tmp_path / name)
+    with pytest.raises(DataError, match="at least one"):
+        Log().table()
+
+
+def test_fitted_prices_are_the_line_that_made_them() -> None:
+    generator = np.random.default_rng(0)
+    queries = ["x" * length for length in range(1, 60)]
+    base, slope = np.array([1e-4, 0.0, 2e-3]), np.array([2e-6, 3e-6, 0.0])
+    price = base + np.array([[len(query)] for query in queries]) * slope
+    mask = generator.random(price.shape) < 0.7
+    model = fit_prices(log_of_table(queries, ["a", "b", "c"], np.zeros(price.shape), price, mask).table(["a", "b", "c"]))
+    np.testing.assert_allclose(model.base, base, atol=1e-12)
+    np.testing.assert_allclose(model.per_character, slope, atol=1e-12)
+
+
+def test_fitted_prices_are_never_negative_nor_falling() -> None:
+    queries = ["x", "x" * 50, "x" * 100]
+    price = np.array([[0.3, 0.0], [0.2, 0.0], [0.1, 0.9]])
+    model = fit_prices(log_of_table(queries, ["falling", "steep"], np.zeros((3, 2)), price).table())
+    assert model.per_character[0] == 0
+    assert (model(np.array([0.0, 1.0, 1000.0])) >= 0).all()
+
+
+def test_list_prices_count_tokens_of_four_characters() -> None:
+    model = list_prices([0.5, 30.0], [1.5, 60.0], [100, 200])
+    np.testing.assert_allclose(model(np.array([400.0])), [[(100 * 0.5 + 100 * 1.5) / 1e6, (100 * 30 + 200 * 60) / 1e6]])
+    with pytest.raises(ValueError, match="per_million_output"):
+        list_prices([1.0], [-1.0], 100)

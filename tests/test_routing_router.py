@@ -1,0 +1,337 @@
+import json
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from deferral.datasets import DataError
+from deferral.routing import Abilities, Log, Needs, Outcome, Router, list_prices, log_of_table
+from deferral.routing.policies import Clusters, Linear, Neighbours
+
+pytestmark = pytest.mark.ci_slow
+
+QUICK = (Linear, Neighbours, Clusters)
+SUBJECTS = {
+    "maths": ["integral", "derivative", "equation", "polynomial", "matrix", "theorem", "sum", "root", "prime", "limit"],
+    "history": ["emperor", "treaty", "revolution", "century", "dynasty", "war", "parliament", "colony", "crown", "empire"],
+    "code": ["function", "return", "loop", "array", "pointer", "compile", "string", "class", "import", "variable"],
+}
+
+
+def queries(rows: int, seed: int = 0) -> tuple[list[str], np.ndarray]:
+    generator = np.random.default_rng(seed)
+    subject = generator.integers(0, 3, rows)
+    words = list(SUBJECTS.values())
+    texts = [f"{' '.join(generator.choice(words[kind], 6))} {number}" for number, kind in enumerate(subject)]
+    return texts, subject
+
+
+def world(rows: int, seed: int = 0) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
+    """small knows history, coder code, large everything but is dear; nobody is right in a tenth of the cases."""
+    texts, subject = queries(rows, seed)
+    chance = np.where(np.stack([subject == 1, subject == 2, subject >= 0], -1), 0.9, 0.2)
+    quality = (np.random.default_rng(seed + 100).random(chance.shape) < chance).astype(float)
+    return texts, subject, quality, np.tile([[0.001, 0.002, 0.02]], (rows, 1))
+
+
+EXPERTS = ["small", "coder", "large"]
+
+
+@cache
+def router() -> Router:
+    texts, _, quality, price = world(600)
+    return Router(0.1, policies=QUICK).fit(log_of_table(texts, EXPERTS, quality, price))
+
+
+def test_every_subject_goes_to_the_cheapest_expert_who_knows_it() -> None:
+    texts, subject, quality, price = world(300, seed=1)
+    decisions = router().route_batch(texts)
+    assert (decisions.actions == np.array([2, 0, 1])[subject]).mean() > 0.97
+    rows = np.arange(300)
+    cost = (1 - quality + price / 0.1)[rows, decisions.actions].mean()
+    assert cost < 0.75 * (1 - quality + price / 0.1).mean(0).min()
+    assert not decisions.fallback.any()
+
+
+def test_one_query_is_decided_like_many() -> None:
+    texts, *_ = world(20, seed=2)
+    together = router().route_batch(texts)
+    for row, text in enumerate(texts):
+        one, same = router().route(text), together[row]
+        assert one.expert == same.expert == together.names[row]
+        assert list(one.cost.values()) == pytest.approx(list(same.cost.values()), abs=1e-5)
+
+
+def test_the_cost_is_what_the_formula_says_and_the_least_is_chosen() -> None:
+    decision = router().route("treaty of the emperor", price_of_error=0.05)
+    for name in EXPERTS:
+        assert decision.cost[name] == pytest.approx(1 - decision.quality[name] + decision.price[name] / 0.05, abs=1e-5)
+    assert decision.expert == min(decision.cost, key=lambda name: decision.cost[name])
+    assert decision.propensity == 1
+    assert "expected quality" in decision.why
+
+
+def test_the_price_of_an_error_is_turned_at_serving_time() -> None:
+    texts, *_ = world(200, seed=3)
+    spent = [
+        np.mean([row["price"][row["expert"]] for row in map(vars, router().route_batch(texts, price_of_error=error))])
+        for error in (1e-5, 0.02, 0.1, 1.0)
+    ]
+    assert (np.diff(spent) >= 0).all()
+    assert spent[0] == pytest.approx(0.001)
+    assert spent[-1] > 0.008
+
+
+def test_a_budget_is_kept_and_a_floor_reached() -> None:
+    texts, _, quality, price = world(2000, seed=4)
+    rows = np.arange(2000)
+    for budget in (1.5, 4.0, 8.0):
+        actions = router().route_batch(texts, budget=budget).actions
+        assert 1000 * price[rows, actions].mean() <= 1.15 * budget
+    for floor in (0.5, 0.7, 0.85):
+        actions = router().route_batch(texts, min_quality=floor).actions
+        assert quality[rows, actions].mean() >= floor - 0.04
+    with pytest.raises(ValueError, match="the cheapest expert costs"):
+        router().plan(budget=0.1)
+    with pytest.raises(ValueError, match="at most"):
+        router().plan(min_quality=0.99)
+    with pytest.raises(ValueError, match="one of price_of_error, budget and min_quality"):
+        router().plan(budget=1.0, min_quality=0.5)
+
+
+def test_without_anything_to_learn_the_static_mix_decides_and_says_so() -> None:
+    texts, *_ = world(400)
+    noise = (np.random.default_rng(0).random((400, 3)) < [0.4, 0.5, 0.9]).astype(float)
+    flat = Router(0.1, policies=QUICK).fit(log_of_table(texts, EXPERTS, noise, np.tile([[0.001, 0.002, 0.02]], (400, 1))))
+    decision = flat.route(texts[0])
+    assert decision.fallback
+    assert decision.expert == "large"
+    assert "maybe nothing" in decision.why
+    assert "The static mix is used" in flat.report
+    assert "static mix is used" not in router().report
+
+
+def test_equal_qualities_one_expert_and_short_logs_are_the_cheapest_best_expert() -> None:
+    texts, *_ = world(60)
+    price = np.tile([[0.02, 0.001]], (60, 1))
+    equal = Router(0.1, policies=QUICK).fit(log_of_table(texts, ["dear", "cheap"], np.ones((60, 2)), price))
+    assert equal.route("anything").expert == "cheap"
+    alone = Router(0.1, policies=QUICK).fit(log_of_table(texts, ["only"], np.ones((60, 1)), price[:, :1]))
+    assert alone.route("anything").expert == "only"
+    short = Router(0.1).fit(Log([Outcome("a", "x", 1.0, 0.1), Outcome("b", "y", 1.0, 0.01)]))
+    assert short.route("").expert == "y"
+    assert "too little" in short.route("").why
+
+
+@pytest.mark.parametrize("query", ["", "\n", "x" * 100_000, "🎉" * 3000, "日本語のテキスト", "\ud800"])
+def test_any_text_gets_an_answer_and_unlike_ones_the_static_mix(query: str) -> None:
+    decision = router().route(query)
+    assert decision.expert in EXPERTS
+    assert all(np.isfinite(value) for value in decision.cost.values())
+
+
+def test_a_mix_is_drawn_as_often_as_it_says_and_the_same_query_is_answered_alike() -> None:
+    texts, *_ = world(3000, seed=5)
+    plan = router().plan(budget=9.0, learned=False)
+    assert (plan.mix > 0).sum() == 2
+    decisions = router().route_batch(texts, budget=9.0, learned=False)
+    shares = np.bincount(decisions.actions, minlength=3) / 3000
+    np.testing.assert_allclose(shares, plan.mix, atol=0.03)
+    np.testing.assert_allclose(decisions.propensity, plan.mix[decisions.actions])
+    np.testing.assert_array_equal(decisions.actions, router().route_batch(texts, budget=9.0, learned=False).actions)
+
+
+def test_exploration_is_as_frequent_as_its_propensity() -> None:
+    texts, _, quality, price = world(300)
+    curious = Router(0.1, policies=QUICK, explore=0.3).fit(log_of_table(texts, EXPERTS, quality, price))
+    curious.salt = "the same draws in every run"
+    decisions = curious.route_batch(world(3000, seed=6)[0])
+    best = decisions.cost.argmin(1)
+    np.testing.assert_allclose(decisions.propensity, np.where(decisions.actions == best, 0.7 + 0.1, 0.1))
+    assert (decisions.actions == best).mean() == pytest.approx(0.8, abs=0.03)
+    # Inverse propensities count every expert as often as there are queries.
+    for expert in range(3):
+        assert (1 / decisions.propensity)[decisions.actions == expert].sum() / 3000 == pytest.approx(1, abs=0.2)
+
+
+def test_constraints_come_before_any_score() -> None:
+    texts, _, quality, price = world(100)
+    abilities = {"small": Abilities(context_tokens=100, tools=False, region="eu"), "large": Abilities(images=False, region="us")}
+    limited = Router(0.1, policies=QUICK, abilities=abilities).fit(log_of_table(texts, EXPERTS, quality, price))
+    history = "emperor treaty revolution century"
+    for needs, allowed in (
+        (Needs.of(tokens=1000), {"coder", "large"}),
+        (Needs.of(tools=True, images=True), {"coder"}),
+        (Needs.of(regions=["us"], deny=["coder"]), {"large"}),
+        (Needs.of(allow=["small"]), {"small"}),
+    ):
+        decision = limited.route(history, needs=needs)
+        assert decision.expert in allowed
+        assert {name for name, cost in decision.cost.items() if np.isfinite(cost)} == allowed
+    with pytest.raises(
+        ValueError, match=r"no expert is left: small: it takes no tools; coder: not allowed; large: it takes no images"
+    ):
+        limited.route(history, needs=Needs.of(tools=True, images=True, deny=["coder"]))
+    with pytest.raises(ValueError, match="'huge' is no expert"):
+        limited.route(history, needs=Needs.of(allow=["huge"]))
+    with pytest.raises(TypeError, match="put it in a list"):
+        Needs.of(allow="small")
+    with pytest.raises(ValueError, match="'huge' has no outcome"):
+        Router(0.1, abilities={"huge": Abilities()}).fit(log_of_table(texts, EXPERTS, quality, price))
+
+
+def test_a_latency_cap() -> None:
+    texts, _, quality, price = world(60)
+    outcomes = [
+        Outcome(text, name, quality[i, j], price[i, j], latency_s=[0.2, 0.4, 3.0][j])
+        for i, text in enumerate(texts) for j, name in enumerate(EXPERTS)
+    ]  # fmt: skip
+    timed = Router(0.1, policies=QUICK).fit(Log(outcomes))
+    assert "large" not in timed.route_batch(texts, max_latency=1.0).names
+    with pytest.raises(ValueError, match="answers within"):
+        timed.route(texts[0], max_latency=0.1)
+    with pytest.raises(ValueError, match="nan"):
+        router().route(texts[0], max_latency=1.0)
+
+
+def test_a_new_expert_from_a_hundred_outcomes_is_asked_where_it_is_good() -> None:
+    texts, subject, quality, price = world(100, seed=7)
+    known = (np.random.default_rng(8).random(100) < np.where(subject == 1, 0.95, 0.1)).astype(float)[:, None]
+    texts_of_fit, _, quality_of_fit, price_of_fit = world(600)
+    wider = Router(0.1, policies=QUICK).fit(log_of_table(texts_of_fit, EXPERTS, quality_of_fit, price_of_fit))
+    before = wider.route_batch(texts).quality
+    wider.add_expert(log_of_table(texts, ["tiny"], known, np.full((100, 1), 1e-4)))
+    assert wider.experts == [*EXPERTS, "tiny"]
+    queries_after, subject_after, *_ = world(300, seed=9)
+    decisions = wider.route_batch(queries_after)
+    assert (decisions.actions[subject_after == 1] == 3).mean() > 0.9
+    assert (decisions.actions[subject_after != 1] == 3).mean() < 0.1
+    np.testing.assert_allclose(wider.route_batch(texts).quality[:, :3], before, atol=1e-6)
+    wider.plan(budget=2.0)
+    with pytest.raises(ValueError, match="an expert already"):
+        wider.add_expert(log_of_table(texts, ["tiny"], known, np.full((100, 1), 1e-4)))
+    with pytest.raises(ValueError, match="outcomes of one new expert"):
+        wider.add_expert(log_of_table(texts, EXPERTS, quality, price))
+    wider.remove_expert("tiny")
+    np.testing.assert_allclose(wider.route_batch(texts).quality, before, atol=1e-6)
+
+
+def test_experts_come_by_description_and_go() -> None:
+    texts, _, quality, price = world(200)
+    some = Router(0.1, policies=QUICK).fit(log_of_table(texts, EXPERTS, quality, price))
+    some.describe_expert("perfect", quality=1.0, price=0.0, abilities=Abilities(images=False))
+    assert set(some.route_batch(texts).names) == {"perfect"}
+    assert some.route(texts[0], needs=Needs.of(images=True)).expert != "perfect"
+    for name in ("perfect", "large", "coder"):
+        some.remove_expert(name)
+    assert set(some.route_batch(texts).names) == {"small"}
+    for name, message in (("small", "only expert left"), ("huge", "no expert of this router")):
+        with pytest.raises(ValueError, match=message):
+            some.remove_expert(name)
+
+
+def test_new_prices_need_no_refitting() -> None:
+    texts, _, quality, price = world(300)
+    some = Router(0.1, policies=QUICK).fit(log_of_table(texts, EXPERTS, quality, price))
+    some.with_prices(list_prices([0, 0, 0], [1.0, 1.0, 1.0], 10))
+    assert (some.route_batch(texts).actions == 2).mean() > 0.3
+    with pytest.raises(ValueError, match="one per expert"):
+        some.with_prices(list_prices([0], [1.0], 10))
+
+
+def test_an_explanation_names_the_nearest_logged_queries() -> None:
+    texts, *_ = world(600)
+    decision, nearest = router().explain(texts[17], count=3)
+    assert decision == router().route(texts[17])
+    assert nearest[0] == (texts[17], pytest.approx(1, abs=1e-5))
+    assert len(nearest) == 3
+
+
+def test_a_saved_router_decides_the_same_to_the_bit(tmp_path: Path) -> None:
+    texts, *_ = world(200, seed=10)
+    router().save(tmp_path / "router")
+    back = Router.load(tmp_path / "router")
+    for setting in ({}, {"budget": 9.0}, {"budget": 9.0, "learned": False}, {"price_of_error": 0.02}):
+        one, other = router().route_batch(texts, **setting), back.route_batch(texts, **setting)
+        for name in ("actions", "quality", "price", "cost", "propensity", "fallback", "similarity"):
+            np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+    assert back.report == router().report
+    assert back.explain(texts[0]) == router().explain(texts[0])
+    program = f"""
+from deferral.routing import Router
+print(Router.load({str(tmp_path / "router")!r}).route({texts[3]!r}).cost)
+"""
+    printed = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
+    assert printed.strip() == str(router().route(texts[3]).cost)
+    router().save(tmp_path / "router")
+    assert [path.name for path in tmp_path.iterdir()] == ["router"]
+
+
+def test_a_bad_folder_is_a_clear_error_and_a_good_one_is_not_lost(tmp_path: Path) -> None:
+    folder = tmp_path / "router"
+    with pytest.raises(DataError, match="there is no router"):
+        Router.load(folder)
+    router().save(folder)
+    names, numbers = folder / "router.json", folder / "state.safetensors"
+    good, whole = names.read_text(), numbers.read_bytes()
+    for text, message in (
+        (good[:100], "cannot be read"),
+        (json.dumps({**json.loads(good), "format": 2}), "a newer deferral wrote it"),
+        (json.dumps({key: value for key, value in json.loads(good).items() if key != "experts"}), "KeyError: 'experts'"),
+        ("[]", "no description"),
+    ):
+        names.write_text(text)
+        with pytest.raises(DataError, match=message):
+            Router.load(folder)
+    names.write_text(good)
+    numbers.write_bytes(whole[:-10])
+    with pytest.raises(DataError, match="corrupted"):
+        Router.load(folder)
+    numbers.write_bytes(whole)
+    assert Router.load(folder).experts == EXPERTS
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    with pytest.raises(DataError, match="is no router"):
+        router().save(tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
+
+
+def test_an_encoder_of_ones_own_is_given_again_when_loading(tmp_path: Path) -> None:
+    texts, _, quality, price = world(200)
+
+    def encode(texts: list[str]) -> np.ndarray:
+        return np.array([[sum(word in text for word in words) for words in SUBJECTS.values()] for text in texts], float)
+
+    own = Router(0.1, encoder=encode, policies=QUICK).fit(log_of_table(texts, EXPERTS, quality, price))
+    own.save(tmp_path / "router")
+    back = Router.load(tmp_path / "router", encoder=encode)
+    np.testing.assert_array_equal(own.route_batch(texts).cost, back.route_batch(texts).cost)
+    with pytest.raises(ValueError, match="the function from texts to vectors"):
+        Router.load(tmp_path / "router")
+
+
+def test_a_partial_log_is_learned_from() -> None:
+    texts, _, quality, price = world(1500)
+    asked = np.random.default_rng(0).random((1500, 3)) < 0.34
+    asked[~asked.any(1), 0] = True
+    partial = Router(0.1, policies=QUICK).fit(log_of_table(texts, EXPERTS, quality, price, asked))
+    new, subject, *_ = world(300, seed=1)
+    decisions = partial.route_batch(new)
+    assert (np.array(decisions.names) == np.array(["large", "small", "coder"])[subject]).mean() > 0.9
+
+
+def test_wrong_arguments() -> None:
+    for bad in (0, -1, float("nan"), True, "1"):
+        with pytest.raises(ValueError, match="price_of_error"):
+            Router(bad)
+    with pytest.raises(ValueError, match="explore"):
+        Router(0.1, explore=1.0)
+    with pytest.raises(ValueError, match="not fitted"):
+        Router(0.1).fitted  # noqa: B018
+    with pytest.raises(TypeError, match="use route for one query"):
+        router().route_batch("text")
+    with pytest.raises(TypeError, match="row 2"):
+        router().route_batch(["a", None])
