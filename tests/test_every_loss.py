@@ -129,6 +129,7 @@ def test_float16_at_ten_thousand_is_finite(case: Case) -> None:
         assert scores.grad.isfinite().all()
 
 
+@pytest.mark.ci_slow
 @every_loss
 def test_compiled_equals_eager_in_one_graph(case: Case) -> None:
     scores, rows = example(case.setting, dtype=torch.float32)

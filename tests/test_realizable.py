@@ -46,6 +46,7 @@ def system_error(case: Case, problem, *, start: Tensor | None = None, steps: int
 LOGARITHMIC = next(case for case in CASES if case.name == "realizable_family[q=0.0]")
 
 
+@pytest.mark.ci_slow
 def test_the_claimed_reach_zero(problem) -> None:
     """The members with q > 0 and mu = 2 are not convex: they are started from q = 0, as the docstrings say."""
     error, start = system_error(LOGARITHMIC, problem)
