@@ -1,10 +1,10 @@
 """Judge: figures over every threshold.  Risk, accuracy, cost and spending against coverage, and the areas under them.
 
 Rows are ordered by a confidence (keep the highest first) or by the deferral margin (keep the lowest first).  A threshold cannot
-tell rows of equal confidence apart, so within such a tie every curve is the one of picking from it at random: the mean over all
-orders of the tied rows, whatever the order they came in.  Weights count rows, as in `deferral.metrics`; leading dimensions of
-the weights become leading dimensions of the result, which makes `deferral.intervals.bootstrap` quick.  All are O(N log N), in
-float64, NumPy or torch in and out.
+tell rows of equal confidence apart, nor margins that differ by float64 rounding alone, so within such a tie every curve is the
+one of picking from it at random: the mean over all orders of the tied rows, whatever the order they came in.  Weights count
+rows, as in `deferral.metrics`; leading dimensions of the weights become leading dimensions of the result, which makes
+`deferral.intervals.bootstrap` quick.  All are O(N log N), in float64, NumPy or torch in and out.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from deferral.arrays import numpy_or_torch
 from deferral.costs import pick
-from deferral.decision import decide, deferral_margin
+from deferral.decision import decide, deferral_margin, margin_levels
 from deferral.metrics import check_weights
 from deferral.validation import action_mask, require_actions
 
@@ -135,7 +135,12 @@ def budget_curve(
     if bool((price < own_price).any()):
         raise ValueError("price: expected at least the own price in every row; spending would fall as rows are deferred")
     steps, (own, deferred, own_price, price) = _steps(
-        -_row("margin", margin), weights, own_cost=own_cost, deferred_cost=deferred_cost, own_price=own_price, price=price
+        margin_levels(_row("margin", margin)),
+        weights,
+        own_cost=own_cost,
+        deferred_cost=deferred_cost,
+        own_price=own_price,
+        price=price,
     )
     rows = steps.sum(-1, keepdim=True)
     spend = _cumulative(steps * (price - own_price)) + (steps * own_price).sum(-1, keepdim=True)
@@ -238,7 +243,7 @@ def own_and_asked(
     -inf and deferred_cost NaN.
     """
     require_actions(scores, costs)
-    margin = deferral_margin(scores, num_own, mask=mask)
+    margin = deferral_margin(scores.double(), num_own, mask=mask)
     experts = None if mask is None else action_mask(scores, mask, num_own).expand(scores.shape)[..., num_own:]
     asked = decide(scores[..., num_own:], mask=experts)
     own_cost = pick(costs, decide(scores[..., :num_own]))
@@ -283,7 +288,7 @@ def _system(margin: Tensor, own_cost: Tensor, deferred_cost: Tensor, weights: Te
     """Share of the rows kept, total cost of those answered, their number: at every number of rows kept.  (..., N+1) each"""
     answered = ~deferred_cost.isnan()
     steps, (own, deferred, answered) = _steps(
-        _row("margin", margin),
+        -margin_levels(_row("margin", margin)),
         weights,
         own_cost=own_cost,
         deferred_cost=deferred_cost.double().where(answered, 0.0),

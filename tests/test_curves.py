@@ -160,6 +160,21 @@ def test_a_row_that_nobody_can_be_asked_about_costs_and_spends_its_own_at_every_
     torch.testing.assert_close(curve.value[-1] * ROWS, deferred[rest].sum() + own[2])
 
 
+def test_margins_that_differ_by_rounding_are_one_level() -> None:
+    """Scores in tenths: .8 - .7 and .3 - .2 are one margin, as they are for a threshold."""
+    generator = torch.Generator().manual_seed(0)
+    tenths = torch.randint(0, 11, (400, 2), generator=generator)
+    costs = torch.rand(400, 2, generator=generator, dtype=torch.float64)
+    own, asked = costs.unbind(-1)
+    exact = system_aurc(tenths[:, 1] - tenths[:, 0], own, asked)
+    rounded = own_and_asked(tenths.double() / 10, costs)
+    assert len(rounded[0].unique()) > 21
+    torch.testing.assert_close(system_aurc(*rounded), exact)
+    torch.testing.assert_close(
+        budget_curve(*rounded, asked).at(0.2), budget_curve(tenths[:, 1] - tenths[:, 0], own, asked, asked).at(0.2)
+    )
+
+
 def test_handing_over_to_nobody_is_abstaining() -> None:
     margin, loss = torch.rand(2, 40, dtype=torch.float64)
     nobody = torch.full((40,), torch.nan)
