@@ -1,11 +1,12 @@
 """The `deferral` command: parses and prints, decides nothing."""
 
+import importlib
 import os
 import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 try:
     import click
@@ -22,7 +23,31 @@ from deferral.datasets import DataError
 __all__ = ["main"]
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Commands(click.Group):
+    """Commands of the extras are imported when they are called: `deferral --help` must not need a web server."""
+
+    later: ClassVar = {
+        "gateway": ("deferral.gateway.commands", "Keys, record, retraining and status of a gateway."),
+        "route": ("deferral.routing.commands", "Learn from a log which language model should answer."),
+        "serve": ("deferral.gateway.commands", "An OpenAI-compatible gateway around a router."),
+    }
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return sorted([*super().list_commands(context), *self.later])
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        if name in self.later:
+            return getattr(importlib.import_module(self.later[name][0]), name)
+        return super().get_command(context, name)
+
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        helps = {name: command.get_short_help_str(80) for name, command in self.commands.items()}
+        helps |= {name: text for name, (_, text) in self.later.items()}
+        with formatter.section("Commands"):
+            formatter.write_dl(sorted(helps.items()))
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(deferral.__version__, prog_name="deferral")
 def commands() -> None:
     """Systems that know when not to answer: abstain at a known cost, or defer to experts."""

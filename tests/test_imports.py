@@ -16,6 +16,7 @@ LAYERS = [
     ["calibration", "capacity", "certified", "baselines"],
     ["plots", "torchvision_compat", "datasets", "estimators"],
     ["evaluation", "routing"],
+    ["gateway"],
     ["demo"],
     ["cli"],
 ]
