@@ -1,16 +1,26 @@
-"""How often and for how much a key may ask: rate limits and budgets."""
+"""How often and for how much a key may ask: rate limits, and budgets over calendar windows."""
 
+import math
+import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
+from types import TracebackType
 
 from deferral.gateway.keys import Key
 from deferral.gateway.record import Record
+from deferral.gateway.windows import Span, span, time_zone
 
 __all__ = ["Hold", "Limits", "Refused"]
 
+_MINUTE = 60.0
+_PLENTY = 0.5
+_LEAST_THRIFT = 1e-6
+
 
 class Refused(Exception):
-    """A request that is turned away."""
+    """A request that is turned away: HTTP status, code of the error body, message, seconds until it makes sense to come back."""
 
     def __init__(self, status: int, code: str, message: str, retry_after: float | None = None) -> None:
         super().__init__(message)
@@ -18,20 +28,147 @@ class Refused(Exception):
 
 
 class Hold:
-    """Dollars set aside for a request in flight; `settle` exactly once."""
+    """Dollars set aside for a request in flight; `settle` exactly once.
 
-    def settle(self, actual: float) -> None: ...
+    As a context manager it is settled with 0 where nobody has settled it.
+    """
+
+    def __init__(self, account: "_Account | None", dollars: float, lock: threading.Lock) -> None:
+        self._account, self._dollars, self._lock = account, dollars, lock
+        self.settled = False
+
+    def settle(self, actual: float) -> None:
+        """What the request cost in the end."""
+        if self.settled:
+            raise RuntimeError("a hold is settled once; this one is")
+        if not 0 <= actual < math.inf:
+            raise ValueError(f"actual: expected dollars, not negative, got {actual}")
+        self.settled = True
+        if self._account is not None:
+            with self._lock:
+                account = self._account
+                account.flying -= 1
+                # Sums of floats leave dust: with nothing in flight nothing is held.
+                account.held = account.held - self._dollars if account.flying else 0.0
+                account.spent += actual
+
+    def __enter__(self) -> "Hold":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if not self.settled:
+            self.settle(0.0)
+
+
+class _Account:
+    """What a key has spent and set aside in one window.  A request belongs to the window that it was held in."""
+
+    __slots__ = ("flying", "held", "span", "spent")
+
+    def __init__(self, span: Span, spent: float) -> None:
+        self.span, self.spent, self.held, self.flying = span, spent, 0.0, 0
 
 
 class Limits:
-    """Rate limits and budgets."""
+    """Rate limits and budgets of keys.  What was spent in a window is read from the record once, then counted.
 
-    def __init__(self, record: Record, clock: Callable[[], float] = time.time) -> None: ...
+    In every window spending stays within the budget but for what requests in flight cost beyond what was expected of them.
+    """
 
-    def admit(self, key: Key) -> None: ...
+    def __init__(self, record: Record, clock: Callable[[], float] = time.time) -> None:
+        self._record, self._clock = record, clock
+        self._lock = threading.Lock()
+        self._times: dict[str, deque[float]] = {}
+        self._accounts: dict[str, _Account] = {}
 
-    def left(self, key: Key) -> float | None: ...
+    def load(self, keys: Iterable[Key]) -> None:
+        """Read what these keys have spent; else that waits for their first request."""
+        for key in keys:
+            if key.budget is not None:
+                self._account(key)
 
-    def thrift(self, key: Key) -> float: ...
+    def admit(self, key: Key) -> None:
+        """Count a request.  Refused: the key asks too often, its budget is spent, or the record cannot take another row.
 
-    def hold(self, key: Key, dollars: float) -> Hold: ...
+        In any 60 seconds at most `requests_per_minute` are admitted.
+        """
+        if self._record.full:
+            raise Refused(503, "record_unavailable", "requests are not taken while their record cannot be written", 1.0)
+        if key.budget is not None and self.left(key) == 0:
+            raise self._spent(key)
+        if key.requests_per_minute is None:
+            return
+        now = self._clock()
+        with self._lock:
+            times = self._times.setdefault(key.id, deque())
+            if times and now < times[-1]:
+                # The clock was set back: what it said before cannot be compared.
+                times.clear()
+            while times and now - times[0] >= _MINUTE:
+                times.popleft()
+            if len(times) >= key.requests_per_minute:
+                wait = times[len(times) - key.requests_per_minute] + _MINUTE - now
+                message = f"this key may ask {key.requests_per_minute} times a minute; try again in {math.ceil(wait)} s"
+                raise Refused(429, "rate_limit_exceeded", message, wait)
+            times.append(now)
+
+    def left(self, key: Key) -> float | None:
+        """Dollars that are neither spent nor set aside in the key's window; None without a budget."""
+        if key.budget is None:
+            return None
+        account = self._account(key)
+        return max(key.budget - account.spent - account.held, 0.0)
+
+    def thrift(self, key: Key) -> float:
+        """A factor in (0, 1] on the price of an error, so that a budget that runs low is stretched before it ends.
+
+        With f the share of the budget that is left and g the share of the window: 1 where f >= min(g, 1/2), else
+        f / min(g, 1/2).  Whoever spends slower than the clock, or has half left, is routed as usual.
+        """
+        left = self.left(key)
+        if left is None or key.budget is None:
+            return 1.0
+        account = self._account(key)
+        ahead = (account.span.end - self._clock()) / (account.span.end - account.span.start)
+        wanted = min(max(ahead, 0.0), _PLENTY)
+        share = left / key.budget
+        return 1.0 if share >= wanted else max(share / wanted, _LEAST_THRIFT)
+
+    def hold(self, key: Key, dollars: float) -> Hold:
+        """Set aside what a request is expected to cost.  Refused where that is more than is left."""
+        if not 0 <= dollars < math.inf:
+            raise ValueError(f"dollars: expected a price, not negative, got {dollars}")
+        if key.budget is None:
+            return Hold(None, dollars, self._lock)
+        account = self._account(key)
+        with self._lock:
+            left = key.budget - account.spent - account.held
+            if left <= 0 or dollars > left:
+                raise self._spent(key, account)
+            account.held += dollars
+            account.flying += 1
+        return Hold(account, dollars, self._lock)
+
+    def _spent(self, key: Key, account: _Account | None = None) -> Refused:
+        window = (account or self._account(key)).span
+        again = datetime.fromtimestamp(window.end, UTC).strftime("%Y-%m-%d %H:%M UTC")
+        message = (
+            f"the budget of ${key.budget:g} a {key.window} does not cover this request; the next {key.window} begins {again}"
+        )
+        return Refused(429, "insufficient_quota", message, max(window.end - self._clock(), 0.0))
+
+    def _account(self, key: Key) -> _Account:
+        """The account of the present window."""
+        now = self._clock()
+        account = self._accounts.get(key.id)
+        if account is not None and now in account.span:
+            return account
+        window = span(key.window, now, time_zone(key.zone))
+        # A window that has begun while this process was counting holds nothing yet.
+        fresh = account is not None and account.span.end == window.start
+        opened = _Account(window, 0.0 if fresh else self._record.spent(key.id, window.start))
+        with self._lock:
+            account = self._accounts.get(key.id)
+            if account is None or now not in account.span:
+                self._accounts[key.id] = account = opened
+            return account

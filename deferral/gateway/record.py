@@ -1,60 +1,400 @@
-"""The record: every decision and what became of it, and the feedback on it."""
+"""The record: every decision and what became of it, and the feedback on it.
 
+One thread writes, in batches.  `add` only appends to a queue; a row is in the database at most some 50 ms later.
+"""
+
+import asyncio
+import json
+import logging
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from math import nan
+from functools import lru_cache
+from typing import Any
+
+from sqlalchemy import Connection, bindparam, delete, func, or_, select
+from sqlalchemy.exc import DataError as ValueRefused
+from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
+
+from deferral.gateway.database import connect, decisions, durable, feedback, forget, insert_rows, prepare, texts
 
 __all__ = ["DecisionRow", "Record"]
+
+_log = logging.getLogger("deferral.gateway.record")
+
+_BATCH = 200
+_LONGEST_WAIT = 0.05
+_MOST_WAITING = 10_000
+_MOST_CHARACTERS = 32_000_000
+_FIRST_RETRY, _LAST_RETRY = 0.05, 1.0
+_LOOK_AGAIN = 0.2
+_FEEDBACK_TIMEOUT = 10.0
+_CLEANING = 60.0
+_CLEANED_AT_ONCE = 1000
+_MOST_TOKENS = 2**53
 
 
 @dataclass(frozen=True, slots=True)
 class DecisionRow:
-    """One request: who was chosen and why, who answered, and what it cost."""
+    """One request: who was chosen and why, who answered, and what it cost.  Times in seconds, prices in dollars."""
 
     id: str
-    time: float
-    key: str
-    requested: str
-    expert: str
-    chosen: str
+    time: float  # of arrival, since 1970
+    key: str  # the key's id, "" without keys
+    requested: str  # "auto" or an expert's name
+    expert: str  # who answered, "" if nobody
+    chosen: str  # whom the decision named first
     reason: str
-    propensity: float
+    propensity: float  # of `chosen`
     expected_quality: dict[str, float]
     expected_price: dict[str, float]
-    expected_cost: dict[str, float]
+    expected_cost: dict[str, float]  # inf or left out where the expert may not be asked
     price_of_error: float
     price: float
-    estimated: bool
+    estimated: bool  # the price is an estimate
     input_tokens: int
     output_tokens: int
     first_byte_s: float
     latency_s: float
-    status: int
-    outcome: str
+    status: int  # to the client
+    outcome: str  # "ok", "error", "cancelled", "refused", "truncated"
     attempts: int
     streamed: bool
-    fast_path: bool
-    query: str | None
-    reply_id: str = ""
-    best_price: float = nan
+    fast_path: bool  # the deadline passed and the fast path decided
+    query: str | None  # kept only where storing is switched on
+    reply_id: str = ""  # the id inside the upstream's reply
+    best_price: float = math.nan  # expected of the expert that is best on the mean
+
+
+@dataclass(frozen=True, slots=True)
+class _Feedback:
+    id: str
+    quality: float
+    key: str
+    time: float
+    answer: Callable[[bool], None]
+
+
+@dataclass(slots=True)
+class _Passed:
+    """What entered and what left, each counted by one thread."""
+
+    entered: int = 0
+    left: int = 0
+
+    @property
+    def inside(self) -> int:
+        return self.entered - self.left
 
 
 class Record:
-    """Writes decisions and feedback from one thread, in batches."""
+    """Decisions and feedback in a database.  Between `start` and `close` a thread of its own writes them.
 
-    def __init__(self, url: str, *, store_text: bool = False, retention_days: float | None = None) -> None: ...
+    `url` is an SQLAlchemy URL or the path of an SQLite file.  Queries are kept only with `store_text`, and then for
+    `retention_days`; that time is kept for texts of earlier runs too.
+    """
 
-    def start(self) -> None: ...
+    def __init__(
+        self,
+        url: str,
+        *,
+        store_text: bool = False,
+        retention_days: float | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        if retention_days is not None and not 0 < retention_days < math.inf:
+            raise ValueError(f"retention_days: expected days above 0, got {retention_days}")
+        if store_text and retention_days is None:
+            raise ValueError("store_text: expected retention_days as well; text is not kept without an end")
+        self.store_text, self.retention_days, self._clock = store_text, retention_days, clock
+        self.engine = connect(url)
+        self._waiting: deque[DecisionRow | _Feedback] = deque()
+        self._characters = _Passed()
+        self._something, self._urgent = threading.Event(), threading.Event()
+        self._thread: threading.Thread | None = None
+        self._closing = False
+        self._give_up_at = math.inf
+        self._trouble = ""
+        self._warned_at = -math.inf
+        self._clean_at = 0.0
+        self._to_forget = False
 
-    async def close(self) -> None: ...
+    def start(self) -> None:
+        """Open the database, create its tables and begin to write; DataError where that cannot be done."""
+        prepare(self.engine)
+        self._thread = threading.Thread(target=self._run, name="record", daemon=True)
+        self._thread.start()
 
-    def add(self, row: DecisionRow) -> None: ...
+    async def close(self, timeout: float = 10.0) -> None:
+        """Write what is waiting, then end.  A database that fails for `timeout` seconds more is given up, and the log says so."""
+        await asyncio.to_thread(self.stop, timeout)
 
-    async def feedback(self, response_id: str, quality: float, *, source_key: str) -> bool: ...
-
-    def spent(self, key: str, since: float) -> float: ...
+    def stop(self, timeout: float = 10.0) -> None:
+        """What `close` does, for callers without an event loop."""
+        if self._thread is not None:
+            self._give_up_at = time.monotonic() + timeout
+            self._closing = True
+            self._something.set()
+            self._urgent.set()
+            self._thread.join()
+            self._thread = None
+        self.engine.dispose()
 
     @property
-    def full(self) -> bool: ...
+    def trouble(self) -> str:
+        """Why rows cannot be written at present; "" if they can."""
+        if self._thread is not None and not self._thread.is_alive():
+            return "the writer has ended"
+        return self._trouble
 
     @property
-    def trouble(self) -> str: ...
+    def full(self) -> bool:
+        """The database has failed for so long that no more rows can be kept in memory: take no request."""
+        return len(self._waiting) >= _MOST_WAITING or self._characters.inside >= _MOST_CHARACTERS
+
+    def add(self, row: DecisionRow) -> None:
+        """Keep a row.  Never blocks, and never drops one: callers look at `full` before they take a request."""
+        self._append(row)
+
+    async def feedback(self, response_id: str, quality: float, *, source_key: str) -> bool:
+        """Keep how good a response was, in [0, 1]; later feedback of the same key replaces it.
+
+        True when it is committed, also against power failure; False where the key (or anybody, if it is "") has no such
+        response, by the gateway's id or by the reply's own.  TimeoutError where the database fails.
+        """
+        if isinstance(quality, bool) or not isinstance(quality, int | float) or not 0 <= quality <= 1:
+            raise ValueError(f"quality: expected a number in [0, 1], got {quality!r}")
+        if await self._ask(response_id, float(quality), source_key):
+            return True
+        # A reply can be faster than its row, which another process may be writing.
+        await asyncio.sleep(_LOOK_AGAIN)
+        return await self._ask(response_id, float(quality), source_key)
+
+    def spent(self, key: str, since: float) -> float:
+        """Dollars that the requests of a key have cost that arrived at `since` or later, as far as they are written."""
+        total = select(func.coalesce(func.sum(decisions.c.price), 0.0))
+        with self.engine.connect() as connection:
+            return float(connection.execute(total.where(decisions.c.key == key, decisions.c.time >= since)).scalar_one())
+
+    async def _ask(self, response_id: str, quality: float, key: str) -> bool:
+        if self.full:
+            raise TimeoutError("the feedback was not kept: the database fails, and too much is waiting for it")
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[bool] = loop.create_future()
+
+        def resolve(known: bool) -> None:
+            if not future.done():
+                future.set_result(known)
+
+        def answer(known: bool) -> None:
+            with suppress(RuntimeError):  # The loop may be closed by now.
+                loop.call_soon_threadsafe(resolve, known)
+
+        self._append(_Feedback(response_id, quality, key, self._clock(), answer))
+        self._urgent.set()
+        try:
+            return await asyncio.wait_for(future, _FEEDBACK_TIMEOUT)
+        except TimeoutError:
+            raise TimeoutError(f"the feedback was not confirmed within {_FEEDBACK_TIMEOUT:.0f} s; send it again") from None
+
+    def _append(self, item: DecisionRow | _Feedback) -> None:
+        if self._closing:
+            _log.error("a row came after the record was closed, and is lost")
+        self._characters.entered += _characters(item)
+        self._waiting.append(item)
+        if not self._something.is_set():
+            self._something.set()
+        if len(self._waiting) >= _BATCH and not self._urgent.is_set():
+            self._urgent.set()
+
+    def _run(self) -> None:
+        while not (self._closing and not self._waiting):
+            if self._something.wait(max(0.0, self._clean_at - time.monotonic())):
+                self._urgent.wait(_LONGEST_WAIT)
+            # Cleared before the queue is read: whatever comes later sets them again.
+            self._something.clear()
+            self._urgent.clear()
+            if not self._write_some():
+                _log.error("%d rows are lost: the database still fails at the end, %s", len(self._waiting), self._trouble)
+                return
+            if self._waiting:
+                self._something.set()
+            if time.monotonic() >= self._clean_at:
+                self._clean_at = time.monotonic() + self._clean()
+
+    def _write_some(self) -> bool:
+        """Write full batches and the first that is not; more will come to what is left.  False if that is given up."""
+        while True:
+            batch = [self._waiting[place] for place in range(min(_BATCH, len(self._waiting)))]
+            if batch and not self._write(batch):
+                return False
+            # Only now: what is being written counts as waiting.
+            for item in batch:
+                self._waiting.popleft()
+                self._characters.left += _characters(item)
+            if len(self._waiting) < _BATCH:
+                return True
+
+    def _write(self, batch: Sequence[DecisionRow | _Feedback]) -> bool:
+        """Commit a batch, however long that takes; a row that cannot be written is left out, alone."""
+        wait = _FIRST_RETRY
+        while True:
+            try:
+                answers = self._transaction(batch)
+                break
+            except (SQLAlchemyError, MemoryError) as error:
+                if not isinstance(error, IntegrityError | ValueRefused):
+                    self._note(str(error.orig) if isinstance(error, DBAPIError) else str(error))
+                    if time.monotonic() > self._give_up_at:
+                        return False
+                    time.sleep(wait)
+                    wait = min(2 * wait, _LAST_RETRY)
+                    continue
+                fault: Exception = error
+            except Exception as error:
+                fault = error
+            if len(batch) > 1:
+                half = len(batch) // 2
+                return self._write(batch[:half]) and self._write(batch[half:])
+            _log.error("a row is left out, it cannot be written (or is there already): %s", fault)
+            answers = []
+            break
+        if self._trouble:
+            _log.warning("the database takes rows again; %d are waiting", len(self._waiting))
+            self._trouble, self._warned_at = "", -math.inf
+        for item, known in answers:
+            item.answer(known)
+        return True
+
+    def _transaction(self, batch: Sequence[DecisionRow | _Feedback]) -> list[tuple[_Feedback, bool]]:
+        rows = [item for item in batch if isinstance(item, DecisionRow)]
+        said = [item for item in batch if isinstance(item, _Feedback)]
+        with self.engine.connect() as connection:
+            durable(connection, bool(said))
+            insert_rows(connection, decisions, [_values(row) for row in rows])
+            if self.store_text:
+                insert_rows(connection, texts, list(self._texts(rows)))
+            answers = _kept(connection, said) if said else []
+            connection.commit()
+        return answers
+
+    def _texts(self, rows: Sequence[DecisionRow]) -> Iterator[tuple]:
+        kept_for = 86400 * (self.retention_days or 0)
+        for row in rows:
+            if row.query is not None:
+                yield row.id, _text(row.query), row.time, row.time + kept_for
+
+    def _clean(self) -> float:
+        """Delete some texts whose time is over.  -> seconds until there is more to do"""
+        now = self._clock()
+        over = texts.c.expires <= now
+        if self.retention_days is not None:
+            # A retention time that was shortened holds for older texts too.
+            over = or_(over, texts.c.time <= now - 86400 * self.retention_days)
+        try:
+            with self.engine.connect() as connection:
+                found = connection.execute(select(texts.c.decision).where(over).limit(_CLEANED_AT_ONCE)).scalars().all()
+                if found:
+                    connection.execute(delete(texts).where(texts.c.decision.in_(found)))
+                    connection.commit()
+                    self._to_forget = True
+                if self._to_forget and len(found) < _CLEANED_AT_ONCE:
+                    self._to_forget = not forget(connection)
+        except SQLAlchemyError as error:
+            self._note(f"texts whose time is over cannot be deleted, {error}")
+            return _LAST_RETRY
+        return 0.0 if len(found) == _CLEANED_AT_ONCE else _CLEANING
+
+    def _note(self, trouble: str) -> None:
+        self._trouble = trouble
+        if time.monotonic() - self._warned_at > 30:
+            self._warned_at = time.monotonic()
+            _log.error("the database fails and is tried again: %s; %d rows are waiting", trouble, len(self._waiting))
+
+
+def _characters(item: DecisionRow | _Feedback) -> int:
+    return len(item.query) if isinstance(item, DecisionRow) and item.query is not None else 0
+
+
+def _kept(connection: Connection, said: Sequence[_Feedback]) -> list[tuple[_Feedback, bool]]:
+    """Write feedback whose decision is there.  -> each, and whether it was"""
+    ids = {item.id for item in said}
+    columns = select(decisions.c.id, decisions.c.reply_id, decisions.c.key)
+    by_id = {row.id: row for row in connection.execute(columns.where(decisions.c.id.in_(ids)))}
+    by_reply: dict[str, list] = {}
+    if missing := ids - by_id.keys() - {""}:
+        for row in connection.execute(columns.where(decisions.c.reply_id.in_(missing))):
+            by_reply.setdefault(row.reply_id, []).append(row)
+    answers, kept = [], {}
+    for item in said:
+        found = [by_id[item.id]] if item.id in by_id else by_reply.get(item.id, [])
+        found = [row for row in found if item.key in ("", row.key)]
+        # An upstream that gives the same id to several replies leaves open which is meant.
+        if known := len(found) == 1:
+            kept[found[0].id, item.key] = item
+        answers.append((item, known))
+    if kept:
+        same = (feedback.c.decision == bindparam("one")) & (feedback.c.key == bindparam("by"))
+        connection.execute(delete(feedback).where(same), [{"one": one, "by": by} for one, by in kept])
+        insert_rows(connection, feedback, [(one, by, item.quality, item.time) for (one, by), item in kept.items()])
+    return answers
+
+
+def _values(row: DecisionRow) -> tuple[Any, ...]:
+    """A row in the order of the columns, of the types and lengths that every database takes."""
+    return (
+        row.id[:64],
+        _text(row.reply_id)[:200],
+        row.time,
+        row.key,
+        _text(row.requested)[:200],
+        row.expert,
+        row.chosen,
+        _text(row.reason),
+        _known(row.propensity),
+        _expected(row),
+        _known(row.price_of_error),
+        _known(row.best_price),
+        row.price if row.price >= 0 else 0.0,
+        bool(row.estimated),
+        min(max(int(row.input_tokens), 0), _MOST_TOKENS),
+        min(max(int(row.output_tokens), 0), _MOST_TOKENS),
+        _known(row.first_byte_s),
+        _known(row.latency_s),
+        row.status,
+        row.outcome,
+        row.attempts,
+        bool(row.streamed),
+        bool(row.fast_path),
+    )
+
+
+def _expected(row: DecisionRow) -> str:
+    """{expert: [quality, price, cost]} as JSON, in half the time of json.dumps."""
+    price, cost = row.expected_price, row.expected_cost
+    entries = [
+        f"{_quoted(name)}: [{_number(quality)}, {_number(price.get(name, math.nan))}, {_number(cost.get(name, math.nan))}]"
+        for name, quality in row.expected_quality.items()
+    ]
+    return f"{{{', '.join(entries)}}}"
+
+
+_quoted = lru_cache(1024)(json.dumps)
+
+
+def _number(value: float) -> str:
+    return f"{value:.7g}" if -math.inf < value < math.inf else "null"
+
+
+def _known(value: float) -> float | None:
+    """None for NaN and infinity, which JSON and some databases do not have."""
+    return float(value) if math.isfinite(value) else None
+
+
+def _text(text: str) -> str:
+    """Without lone surrogates, which UTF-8 cannot hold, and zeros, which PostgreSQL does not take."""
+    return text if text.isascii() and "\0" not in text else text.encode("utf-8", "replace").decode().replace("\0", "\ufffd")
