@@ -29,7 +29,7 @@ from sqlalchemy import (
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 
-from deferral.datasets import DataError
+from deferral.errors import DataError
 
 __all__ = ["VERSION", "connect", "decisions", "durable", "feedback", "forget", "insert_rows", "keys", "prepare", "texts"]
 
