@@ -3,23 +3,19 @@
 Price (`error_costs`), train (`deferral.losses`), decide (`decide`), judge (`deferral.metrics`); needs torch and numpy only.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from deferral.calibration import fit_offsets
-    from deferral.costs import error_costs, pick, single_stage_costs, squared_costs
-    from deferral.decision import chow_scores, decide, decide_pair, deferral_margin, oracle
-    from deferral.intervals import Interval, mean_interval, paired_difference
-    from deferral.losses import (
-        Criterion,
-        predictor_rejector_abstention,
-        score_based_abstention,
-        single_stage_deferral,
-        two_stage_abstention,
-        two_stage_deferral,
-    )
-    from deferral.validation import check_targets
+from deferral.calibration import fit_offsets
+from deferral.costs import error_costs, pick, single_stage_costs, squared_costs
+from deferral.decision import chow_scores, decide, decide_pair, deferral_margin, oracle
+from deferral.intervals import Interval, mean_interval, paired_difference
+from deferral.losses import (
+    Criterion,
+    predictor_rejector_abstention,
+    score_based_abstention,
+    single_stage_deferral,
+    two_stage_abstention,
+    two_stage_deferral,
+)
+from deferral.validation import check_targets
 
 __version__ = "0.1.0"
 
@@ -45,20 +41,3 @@ __all__ = [
     "two_stage_abstention",
     "two_stage_deferral",
 ]
-
-_MODULES = ("calibration", "costs", "decision", "intervals", "losses", "validation")
-
-
-def __getattr__(name: str) -> Any:
-    # Torch is loaded when a name is asked for: a gateway that serves a router has no use for its 250 MB.
-    if name in _MODULES:
-        return import_module(f"deferral.{name}")
-    if name in __all__:
-        for module in map(import_module, (f"deferral.{module}" for module in _MODULES)):
-            if name in module.__all__:
-                return globals().setdefault(name, getattr(module, name))
-    raise AttributeError(f"module 'deferral' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_MODULES})

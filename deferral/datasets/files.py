@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deferral.errors import DataError
+__all__ = ["DataError", "existing", "numbers", "read_array", "read_columns"]
 
-__all__ = ["existing", "numbers", "read_array", "read_columns"]
+
+class DataError(ValueError):
+    """Data that is missing, corrupted or not what its name says."""
 
 
 def existing(path: Path, what: str, how: str = "with --people or DEFERRAL_DATA") -> Path:

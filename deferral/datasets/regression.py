@@ -6,8 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from deferral.datasets.files import existing, numbers, read_columns
-from deferral.errors import DataError
+from deferral.datasets.files import DataError, existing, numbers, read_columns
 
 __all__ = ["UCI", "RegressionTable", "uci"]
 

@@ -4,11 +4,11 @@ router = Router(price_of_error=0.02).fit(read_log("outcomes.jsonl"))
 router.route("prove that the limit is prime").expert
 """
 
-from importlib.util import find_spec
-
-# Looked for, not loaded: what serves a router needs neither them nor torch, which are 350 MB and seconds of a start.
-if not (find_spec("scipy") and find_spec("sklearn")):
-    raise ImportError("the router needs SciPy and scikit-learn: pip install 'deferral[router]'")
+try:
+    import scipy  # noqa: F401
+    import sklearn  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ImportError("the router needs SciPy and scikit-learn: pip install 'deferral[router]'") from error
 
 from deferral.routing.constraints import Abilities, Needs
 from deferral.routing.decisions import Decision, Decisions

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.sparse import csr_matrix
+from sklearn.utils.extmath import randomized_svd
 
 from deferral.routing.ngrams import BITS, hashed_ngrams, shortened
 
@@ -39,8 +41,6 @@ class Wide:
 
     def sparse(self) -> Any:
         """As a SciPy matrix in CSR format."""
-        from scipy.sparse import csr_matrix
-
         return csr_matrix((self.values, self.indices, self.starts), shape=(len(self.starts) - 1, self.columns))
 
     def rows(self, rows: np.ndarray) -> "Wide":
@@ -141,8 +141,6 @@ class NgramEncoder:
         return Wide(indices, values / np.repeat(np.maximum(lengths, 1e-12), np.diff(starts)).astype(np.float32), starts, columns)
 
     def _reduction(self, wide: Wide) -> np.ndarray:
-        from sklearn.utils.extmath import randomized_svd
-
         size = min(self.dimensions, len(wide.starts) - 2, wide.columns - 1)
         if size < 1:
             return np.zeros((wide.columns, 1), np.float32)

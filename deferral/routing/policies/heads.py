@@ -1,14 +1,13 @@
 """A small network with one head per expert: the probability that its answer is right."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from deferral.routing.encoders import Arrays, Vectors
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
 
 __all__ = ["Factors", "Heads", "inputs", "trained"]
 
@@ -27,10 +26,6 @@ class Heads:
         self.arrays: Arrays = {}
 
     def fit(self, vectors: Vectors, quality: np.ndarray, weights: np.ndarray, means: np.ndarray, *, seed: int = 0) -> "Heads":
-        import torch
-        import torch.nn.functional as F
-        from torch import Tensor, nn
-
         x = torch.from_numpy(inputs(vectors))
         # Where nothing is known of an input, the answer is the expert's mean.
         start = torch.logit(torch.from_numpy(means).float(), eps=1e-3)
@@ -54,9 +49,7 @@ class Heads:
         logits = self._hidden(inputs(vectors) @ self.arrays["1.weight"] + self.arrays["1.bias"]) @ self.arrays["4.weight"]
         return 1 / (1 + np.exp(-(logits + self.arrays["4.bias"] + self.arrays["start"]))) - self.arrays["means"]
 
-    def _activation(self) -> "nn.Module":
-        from torch import nn
-
+    def _activation(self) -> nn.Module:
         return nn.ReLU()
 
     def _hidden(self, values: np.ndarray) -> np.ndarray:
@@ -74,9 +67,7 @@ class Factors(Heads):
     def __init__(self, *, hidden: int = 16, dropout: float = 0.5) -> None:
         super().__init__(hidden=hidden, dropout=dropout)
 
-    def _activation(self) -> "nn.Module":
-        from torch import nn
-
+    def _activation(self) -> nn.Module:
         return nn.Identity()
 
     def _hidden(self, values: np.ndarray) -> np.ndarray:
@@ -89,12 +80,12 @@ def inputs(vectors: Vectors) -> np.ndarray:
 
 
 def trained(
-    network: "Callable[[], nn.Sequential]",
-    x: "Tensor",
-    loss: "Callable[[Tensor, Tensor], Tensor]",
+    network: Callable[[], nn.Sequential],
+    x: Tensor,
+    loss: Callable[[Tensor, Tensor], Tensor],
     *,
     seed: int,
-    batch: "Callable[[Tensor], Tensor] | None" = None,
+    batch: Callable[[Tensor], Tensor] | None = None,
 ) -> Arrays:
     """The weights of a network after AdamW with one cycle; matrices are transposed, ready for x @ weight.
 
@@ -102,9 +93,6 @@ def trained(
     Passes over the rows: as many as make 600,000 rows, 2 to 30, and at
     least 300 batches.
     """
-    import torch
-    from torch import nn
-
     generator = torch.Generator().manual_seed(seed)
     # Initial weights and dropout draw from the global generator; it is put back as it was.
     with torch.random.fork_rng(devices=[]):
