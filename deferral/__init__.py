@@ -3,19 +3,23 @@
 Price (`error_costs`), train (`deferral.losses`), decide (`decide`), judge (`deferral.metrics`); needs torch and numpy only.
 """
 
-from deferral.calibration import fit_offsets
-from deferral.costs import error_costs, pick, single_stage_costs, squared_costs
-from deferral.decision import chow_scores, decide, decide_pair, deferral_margin, oracle
-from deferral.intervals import Interval, mean_interval, paired_difference
-from deferral.losses import (
-    Criterion,
-    predictor_rejector_abstention,
-    score_based_abstention,
-    single_stage_deferral,
-    two_stage_abstention,
-    two_stage_deferral,
-)
-from deferral.validation import check_targets
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from deferral.calibration import fit_offsets
+    from deferral.costs import error_costs, pick, single_stage_costs, squared_costs
+    from deferral.decision import chow_scores, decide, decide_pair, deferral_margin, oracle
+    from deferral.intervals import Interval, mean_interval, paired_difference
+    from deferral.losses import (
+        Criterion,
+        predictor_rejector_abstention,
+        score_based_abstention,
+        single_stage_deferral,
+        two_stage_abstention,
+        two_stage_deferral,
+    )
+    from deferral.validation import check_targets
 
 __version__ = "0.1.0"
 
@@ -41,3 +45,33 @@ __all__ = [
     "two_stage_abstention",
     "two_stage_deferral",
 ]
+
+# Imported when first used: whoever only routes need not hold torch in memory.
+_HOMES = {
+    "calibration": ["fit_offsets"],
+    "costs": ["error_costs", "pick", "single_stage_costs", "squared_costs"],
+    "decision": ["chow_scores", "decide", "decide_pair", "deferral_margin", "oracle"],
+    "intervals": ["Interval", "mean_interval", "paired_difference"],
+    "losses": [
+        "Criterion",
+        "predictor_rejector_abstention",
+        "score_based_abstention",
+        "single_stage_deferral",
+        "two_stage_abstention",
+        "two_stage_deferral",
+    ],
+    "validation": ["check_targets"],
+}
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"deferral.{home}"), name)
+        if name == home:
+            return import_module(f"deferral.{home}")
+    raise AttributeError(f"module 'deferral' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 try:
     import click
@@ -15,10 +15,11 @@ try:
 except ModuleNotFoundError as error:
     sys.exit(f"the command line needs {error.name}: pip install 'deferral[cli]'")
 
-import torch
-
 import deferral
-from deferral.datasets import DataError
+from deferral.errors import DataError
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["main"]
 
@@ -82,7 +83,9 @@ def demo(data: str, seed: int, device: str, out: Path, useless_expert: bool, roo
     digits: handwritten digits and three simulated experts, under a minute.  cifar10: real photographs and real people's
     answers, some ten minutes; stopped and started again, it continues at the last epoch.
     """
-    # Imported here: `deferral --help` must not wait for scikit-learn.
+    # Imported here: `deferral --help` must not wait for torch and scikit-learn, nor a gateway hold them.
+    import torch
+
     from deferral.demo import cifar10, digits
     from deferral.evaluation.pictures import draw
     from deferral.evaluation.report import save, show
@@ -222,7 +225,9 @@ def _progress() -> Progress:
     return Progress(*columns, console=Console(stderr=True))
 
 
-def _device(name: str) -> torch.device:
+def _device(name: str) -> "torch.device":
+    import torch
+
     try:
         device = torch.device(name)
         torch.zeros(1, device=device, dtype=torch.float64).item()

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
+import deferral
+
 PACKAGE = Path(__file__).parent.parent / "deferral"
 # From the bottom up; a module may import from its own layer and those before it.
 LAYERS = [
-    ["numerics", "validation"],
+    ["errors", "numerics", "validation"],
     ["losses", "costs", "decision"],
     ["arrays", "metrics", "curves", "reliability", "intervals", "experts", "testing"],
     ["calibration", "capacity", "certified", "baselines"],
@@ -33,9 +35,22 @@ class Blocked:
             raise ModuleNotFoundError(name)
 allowed = {{name.partition(".")[0] for name in sys.modules}} | set(sys.stdlib_module_names) | {{"deferral"}}
 sys.meta_path.insert(0, Blocked())
-import {module}
+from {module} import *
 """
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_whoever_only_routes_holds_neither_torch_nor_scikit_learn_in_memory() -> None:
+    program = "import sys, deferral.cli, deferral.routing; sys.exit(' '.join({'torch', 'sklearn', 'pyarrow'} & set(sys.modules)) or None)"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_every_public_name_is_there_when_asked_for() -> None:
+    named = [name for names in deferral._HOMES.values() for name in names]
+    assert sorted(named) == deferral.__all__
+    assert all(getattr(deferral, name).__name__ == name for name in deferral.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'decides'"):
+        deferral.decides  # noqa: B018
 
 
 def imported(path: Path) -> set[str]:

@@ -4,7 +4,6 @@
 regression tables; the readers of these two take that folder.  Nothing here downloads or unpickles anything of its own.
 """
 
-from deferral.datasets.files import DataError
 from deferral.datasets.images import Images, cifar10, cifar100, digits, svhn
 from deferral.datasets.people import (
     Pathologists,
@@ -16,6 +15,7 @@ from deferral.datasets.people import (
     hate_speech,
 )
 from deferral.datasets.regression import UCI, RegressionTable, uci
+from deferral.errors import DataError
 
 __all__ = [
     "UCI",

@@ -10,11 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["DataError", "existing", "numbers", "read_array", "read_columns"]
+from deferral.errors import DataError
 
-
-class DataError(ValueError):
-    """Data that is missing, corrupted or not what its name says."""
+__all__ = ["existing", "numbers", "read_array", "read_columns"]
 
 
 def existing(path: Path, what: str, how: str = "with --people or DEFERRAL_DATA") -> Path:

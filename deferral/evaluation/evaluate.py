@@ -20,8 +20,8 @@ from deferral.curves import (
     risk_coverage_curve,
     system_aurc,
 )
-from deferral.datasets import DataError
 from deferral.decision import decide, oracle
+from deferral.errors import DataError
 from deferral.evaluation.baselines import baselines
 from deferral.evaluation.comparison import GRID, MODEL, RESAMPLES, Comparison, Method, System
 from deferral.evaluation.outputs import Outputs, read_outputs

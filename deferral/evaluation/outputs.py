@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deferral.datasets import DataError
 from deferral.decision import decide
+from deferral.errors import DataError
 from deferral.evaluation.comparison import MODEL
 from deferral.evaluation.table import Table
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from deferral.datasets import DataError
+from deferral.errors import DataError
 
 try:
     import pyarrow as pa

@@ -4,11 +4,11 @@ router = Router(price_of_error=0.02).fit(read_log("outcomes.jsonl"))
 router.route("prove that the limit is prime").expert
 """
 
-try:
-    import scipy  # noqa: F401
-    import sklearn  # noqa: F401
-except ModuleNotFoundError as error:
-    raise ImportError("the router needs SciPy and scikit-learn: pip install 'deferral[router]'") from error
+from importlib.util import find_spec
+
+# Found, not imported: what only learning needs takes more memory than a gateway does.
+if missing := [name for name in ("scipy", "sklearn", "safetensors") if find_spec(name) is None]:
+    raise ImportError(f"the router needs {', '.join(missing)}: pip install 'deferral[router]'")
 
 from deferral.routing.constraints import Abilities, Needs
 from deferral.routing.decisions import Decision, Decisions

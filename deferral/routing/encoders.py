@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 from scipy.sparse import csr_matrix
-from sklearn.utils.extmath import randomized_svd
 
 from deferral.routing.ngrams import BITS, hashed_ngrams, shortened
 
@@ -141,6 +140,9 @@ class NgramEncoder:
         return Wide(indices, values / np.repeat(np.maximum(lengths, 1e-12), np.diff(starts)).astype(np.float32), starts, columns)
 
     def _reduction(self, wide: Wide) -> np.ndarray:
+        # scikit-learn takes 140 MB, which whoever only routes need not hold.
+        from sklearn.utils.extmath import randomized_svd
+
         size = min(self.dimensions, len(wide.starts) - 2, wide.columns - 1)
         if size < 1:
             return np.zeros((wide.columns, 1), np.float32)

@@ -6,11 +6,12 @@ rows, so that `deferral.intervals.bootstrap` gives any figure its interval: see 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
-from deferral.intervals import Interval, bootstrap, interval
+if TYPE_CHECKING:
+    from deferral.intervals import Interval
 
 __all__ = [
     "Curve",
@@ -151,8 +152,12 @@ def best_expert(quality: np.ndarray, price: np.ndarray) -> int:
 
 def intervals_of(
     figure: Callable[[np.ndarray], np.ndarray], rows: int, *, resamples: int = 1000, seed: int = 0
-) -> list[Interval]:
+) -> "list[Interval]":
     """Figures with their 95% intervals over the rows.  `figure` maps weights (N,) to several numbers (F,) -> F intervals"""
+
+    import torch
+
+    from deferral.intervals import bootstrap, interval
 
     def many(weights: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(np.stack([np.asarray(figure(one), float) for one in weights.numpy()]))

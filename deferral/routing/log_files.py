@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from deferral.datasets import DataError
+from deferral.errors import DataError
 from deferral.routing.outcomes import NUMBERS, Log, Outcome, check_number, check_text
 
 __all__ = ["read_log", "write_log"]

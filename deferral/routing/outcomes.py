@@ -2,12 +2,14 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from deferral.datasets import DataError
+from deferral.errors import DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["NUMBERS", "Log", "Outcome", "Table", "cost_table", "log_of_table"]
 
@@ -175,12 +177,14 @@ def log_of_table(
     )
 
 
-def cost_table(table: Table, price_of_error: float) -> tuple[Tensor, Tensor]:
+def cost_table(table: Table, price_of_error: float) -> "tuple[Tensor, Tensor]":
     """(1 - quality) + price / price_of_error, in units of one error, and what of it is known.  -> (N, E), (N, E) bool
 
     `price_of_error` is what one wrong answer is worth, in dollars.  An unknown cost is 0 and False in the mask, as the losses
     of `deferral.losses` take it.
     """
+    import torch
+
     check_price_of_error(price_of_error)
     costs = np.where(table.mask, 1 - table.quality + table.price / price_of_error, 0.0)
     return torch.from_numpy(costs), torch.from_numpy(table.mask)

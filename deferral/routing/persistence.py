@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from deferral.datasets import DataError
+from deferral.errors import DataError
 from deferral.routing.constraints import Abilities
 from deferral.routing.encoders import NgramEncoder
 from deferral.routing.fitting import Fitted

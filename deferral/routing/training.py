@@ -8,8 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import nnls
-from sklearn.isotonic import IsotonicRegression
 
 from deferral.routing.encoders import Vectors
 from deferral.routing.outcomes import Table
@@ -128,6 +126,8 @@ def blend(held: HeldOut, quality: np.ndarray, weights: np.ndarray) -> dict[str, 
     Few rows cannot tell estimators apart that agree: the weights are shrunk towards equal ones, as if those were known up to a
     deviation of 0.1.  Breiman, "Stacked Regressions" (1996).
     """
+    from scipy.optimize import nnls
+
     names = list(held.deviations)
     columns = np.stack([held.deviations[name] for name in names], -1).astype(np.float64)
     target = (quality - held.means).astype(np.float64)
@@ -164,6 +164,8 @@ def trust_of(parts: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> tupl
     Each part is (similarity (N,), estimated deviation (N, E), true deviation (N, E), NaN where not known).  In every bin of
     similarity the slope of the true on the estimated deviation; then isotonic in similarity.
     """
+    from sklearn.isotonic import IsotonicRegression
+
     bins = 12
     similarity = np.concatenate([part[0] for part in parts])
     edges = np.unique(np.quantile(similarity, np.linspace(0, 1, bins + 1)[1:-1]))

@@ -1,13 +1,14 @@
 """A small network with one head per expert: the probability that its answer is right."""
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
 from deferral.routing.encoders import Arrays, Vectors
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 __all__ = ["Factors", "Heads", "inputs", "trained"]
 
@@ -20,12 +21,18 @@ class Heads:
     """P(right) of every expert from a shared hidden layer, by the logistic loss of the known outcomes."""
 
     kind = "heads"
+    _activation = "ReLU"
 
     def __init__(self, *, hidden: int = 64, dropout: float = 0.5) -> None:
         self.hidden, self.dropout = hidden, dropout
         self.arrays: Arrays = {}
 
     def fit(self, vectors: Vectors, quality: np.ndarray, weights: np.ndarray, means: np.ndarray, *, seed: int = 0) -> "Heads":
+        # Whoever only routes need not hold torch in memory: it is imported where something is trained.
+        import torch
+        import torch.nn.functional as F
+        from torch import Tensor, nn
+
         x = torch.from_numpy(inputs(vectors))
         # Where nothing is known of an input, the answer is the expert's mean.
         start = torch.logit(torch.from_numpy(means).float(), eps=1e-3)
@@ -37,7 +44,7 @@ class Heads:
 
         def network() -> nn.Sequential:
             return nn.Sequential(
-                nn.Dropout(self.dropout / 2), nn.Linear(x.shape[1], self.hidden), self._activation(),
+                nn.Dropout(self.dropout / 2), nn.Linear(x.shape[1], self.hidden), getattr(nn, self._activation)(),
                 nn.Dropout(self.dropout), nn.Linear(self.hidden, len(means)),
             )  # fmt: skip
 
@@ -48,9 +55,6 @@ class Heads:
         """Expected quality above the expert's mean.  -> (N, E)"""
         logits = self._hidden(inputs(vectors) @ self.arrays["1.weight"] + self.arrays["1.bias"]) @ self.arrays["4.weight"]
         return 1 / (1 + np.exp(-(logits + self.arrays["4.bias"] + self.arrays["start"]))) - self.arrays["means"]
-
-    def _activation(self) -> nn.Module:
-        return nn.ReLU()
 
     def _hidden(self, values: np.ndarray) -> np.ndarray:
         return np.maximum(values, 0)
@@ -63,12 +67,10 @@ class Factors(Heads):
     """
 
     kind = "factors"
+    _activation = "Identity"
 
     def __init__(self, *, hidden: int = 16, dropout: float = 0.5) -> None:
         super().__init__(hidden=hidden, dropout=dropout)
-
-    def _activation(self) -> nn.Module:
-        return nn.Identity()
 
     def _hidden(self, values: np.ndarray) -> np.ndarray:
         return values
@@ -80,12 +82,12 @@ def inputs(vectors: Vectors) -> np.ndarray:
 
 
 def trained(
-    network: Callable[[], nn.Sequential],
-    x: Tensor,
-    loss: Callable[[Tensor, Tensor], Tensor],
+    network: "Callable[[], nn.Sequential]",
+    x: "Tensor",
+    loss: "Callable[[Tensor, Tensor], Tensor]",
     *,
     seed: int,
-    batch: Callable[[Tensor], Tensor] | None = None,
+    batch: "Callable[[Tensor], Tensor] | None" = None,
 ) -> Arrays:
     """The weights of a network after AdamW with one cycle; matrices are transposed, ready for x @ weight.
 
@@ -93,6 +95,9 @@ def trained(
     Passes over the rows: as many as make 600,000 rows, 2 to 30, and at
     least 300 batches.
     """
+    import torch
+    from torch import nn
+
     generator = torch.Generator().manual_seed(seed)
     # Initial weights and dropout draw from the global generator; it is put back as it was.
     with torch.random.fork_rng(devices=[]):

@@ -1,10 +1,7 @@
 """The rejector trained by the two-stage deferral loss: it takes the trade-off and the prices as inputs."""
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
-from deferral.losses import two_stage_deferral
 from deferral.routing.encoders import Arrays, Vectors
 from deferral.routing.policies.heads import inputs, trained
 
@@ -29,6 +26,11 @@ class Rejector:
         self, vectors: Vectors, quality: np.ndarray, weights: np.ndarray, price: np.ndarray, errors: np.ndarray, *, seed: int = 0
     ) -> "Rejector":
         """Learn from N queries, for prices of an error between the ends of `errors`.  (N, E), (N, E), (N, E), (2,) -> self"""
+        import torch
+        from torch import Tensor, nn
+
+        from deferral.losses import two_stage_deferral
+
         x = torch.from_numpy(inputs(vectors))
         wrong = torch.from_numpy(1 - quality).float()
         dollars, known = torch.from_numpy(price).float(), torch.from_numpy(weights > 0)
@@ -41,7 +43,8 @@ class Rejector:
         def widened(rows: Tensor) -> Tensor:
             errors = torch.exp(low + (high - low) * torch.rand(len(rows), 1, generator=generator))
             drawn["errors"] = errors
-            return torch.cat([x[rows], _setting(dollars[rows], errors)], dim=-1)
+            setting = _setting(dollars[rows].numpy(), errors.numpy())
+            return torch.cat([x[rows], torch.from_numpy(setting)], dim=-1)
 
         def loss(scores: Tensor, rows: Tensor) -> Tensor:
             costs = wrong[rows] + dollars[rows] / drawn["errors"]
@@ -64,14 +67,14 @@ class Rejector:
 
     def scores(self, vectors: Vectors, price: np.ndarray, price_of_error: float) -> np.ndarray:
         """Higher is preferred.  -> (N, E)"""
-        setting = _setting(torch.from_numpy(np.asarray(price, np.float32)), torch.full((len(vectors), 1), price_of_error)).numpy()
+        setting = _setting(np.asarray(price, np.float32), np.full((len(vectors), 1), price_of_error, np.float32))
         values = np.concatenate([inputs(vectors), setting], axis=1) @ self.arrays["1.weight"] + self.arrays["1.bias"]
         if "4.weight" not in self.arrays:
             return values
         return np.maximum(values, 0) @ self.arrays["4.weight"] + self.arrays["4.bias"]
 
 
-def _setting(price: Tensor, errors: Tensor) -> Tensor:
+def _setting(price: np.ndarray, errors: np.ndarray) -> np.ndarray:
     """What the trade-off looks like: prices in units of one error, and their size in decades.  (N, E), (N, 1) -> (N, E + 1)"""
     relative = price / errors
-    return torch.cat([relative.clamp(max=2.0), (relative.mean(-1, keepdim=True) + 1e-4).log10()], dim=-1)
+    return np.concatenate([relative.clip(max=2.0), np.log10(relative.mean(-1, keepdims=True) + np.float32(1e-4))], axis=-1)
