@@ -1,10 +1,220 @@
-"""The commands `deferral gateway` and `deferral serve`."""
+"""The commands `deferral gateway` and `deferral serve`: they parse and print, and decide nothing."""
+
+import json
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
 
 import click
+from rich.console import Console
+from rich.table import Table
+
+from deferral.gateway.database import connect, prepare
+from deferral.gateway.keys import Issued, Keys
+from deferral.gateway.windows import WINDOWS
 
 __all__ = ["gateway"]
+
+_database = click.option(
+    "--database",
+    default="sqlite:///deferral-gateway.db",
+    show_default=True,
+    envvar="DEFERRAL_DATABASE",
+    help="The gateway's database: the path of an SQLite file, or an SQLAlchemy URL.",
+)
+_assumed = click.option(
+    "--assume-quality",
+    type=click.FloatRange(0, 1),
+    help="Quality of answers that nobody judged.  [default: they are left out]",
+)
 
 
 @click.group()
 def gateway() -> None:
     """Keys, record, retraining and status of a gateway."""
+
+
+@gateway.group()
+def keys() -> None:
+    """Who may ask: create, list and revoke API keys."""
+
+
+@keys.command()
+@click.argument("name")
+@click.option("--expert", "experts", multiple=True, help="Only this expert; may be given several times.")
+@click.option("--requests-per-minute", type=click.IntRange(min=1), help="At most so many in any 60 seconds.")
+@click.option("--budget", type=click.FloatRange(min=0, min_open=True), help="Dollars in each window.")
+@click.option("--window", type=click.Choice(WINDOWS), default="month", show_default=True, help="The budget's calendar window.")
+@click.option("--zone", default="UTC", show_default=True, help="The time zone in which windows begin, as Europe/Berlin.")
+@click.option("--admin", is_flag=True, help="For the admin endpoints, and for nothing else.")
+@_database
+def create(
+    name: str,
+    experts: tuple[str, ...],
+    requests_per_minute: int | None,
+    budget: float | None,
+    window: Any,
+    zone: str,
+    admin: bool,
+    database: str,
+) -> None:
+    """Make a key for NAME, and print it: this once, since only its hash is kept."""
+    token, key = _with_keys(
+        database,
+        lambda store: store.create(
+            name,
+            experts=experts or None,
+            requests_per_minute=requests_per_minute,
+            budget=budget,
+            window=window,
+            zone=zone,
+            admin=admin,
+        ),
+    )
+    click.echo(f"key {key.id} for {name}; it is valid within two seconds, and shown this once:", err=True)
+    click.echo(token)
+
+
+@keys.command("list")
+@_database
+def list_keys(database: str) -> None:
+    """All keys that ever were."""
+    table = Table("id", "name", "experts", "a minute", "budget", "created", "revoked")
+    for issued in _with_keys(database, lambda store: store.list(), create=False):
+        table.add_row(*_cells(issued))
+    Console().print(table)
+
+
+@keys.command()
+@click.argument("id")
+@_database
+def revoke(id: str, database: str) -> None:
+    """End the key ID; a running gateway refuses it within two seconds."""
+    if not _with_keys(database, lambda store: store.revoke(id), create=False):
+        raise click.BadParameter(f"{id!r} is no valid key; see `deferral gateway keys list`", param_hint="ID")
+    click.echo(f"{id} is revoked")
+
+
+@gateway.command()
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--since", type=click.DateTime(), help="Requests that arrived then or later (UTC).")
+@click.option("--until", type=click.DateTime(), help="Requests that arrived before then (UTC).")
+@_assumed
+@_database
+def export(file: Path, since: datetime | None, until: datetime | None, assume_quality: float | None, database: str) -> None:
+    """Write the router's log, with propensities, to FILE (.jsonl or .parquet)."""
+    from deferral.gateway.export import export as write
+
+    times = {name: _seconds(value) for name, value in (("since", since), ("until", until)) if value is not None}
+    click.echo(write(_existing(database), file, assumed_quality=assume_quality, **times))
+    click.echo(f"wrote {file}")
+
+
+@gateway.command()
+@click.argument("router", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option(
+    "--log",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="The log that the router was fitted on, to learn from as well.",
+)
+@click.option("--dry-run", is_flag=True, help="Judge, and change nothing.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the intervals.")
+@_assumed
+@_database
+def retrain(router: Path, log: Path | None, dry_run: bool, seed: int, assume_quality: float | None, database: str) -> None:
+    """Learn a new router from the record; it replaces ROUTER (a folder) only if it is better with confidence.
+
+    Exit status 0 if it does, 3 if not.  A running gateway takes it on SIGHUP, or on POST /admin/reload.
+    """
+    from deferral.gateway.retrain import retrain as learn
+    from deferral.routing import read_log
+
+    with Console(stderr=True).status("learning, and judging both routers"):
+        verdict = learn(
+            _existing(database),
+            router,
+            old_log=None if log is None else read_log(log),
+            assumed_quality=assume_quality,
+            dry_run=dry_run,
+            seed=seed,
+        )
+    click.echo(verdict)
+    if not verdict.promoted:
+        raise click.exceptions.Exit(3)
+    click.echo(f"{router} is the new router, {router}.previous the old one; send the gateway SIGHUP, or POST /admin/reload")
+
+
+@gateway.command()
+@click.option("--hours", type=click.FloatRange(min=0, min_open=True), default=24.0, show_default=True, help="How far back.")
+@click.option("--json", "as_json", is_flag=True, help="The figures as JSON.")
+@click.option("--url", help="Also ask the gateway that runs there, http://127.0.0.1:8080 say.")
+@click.option("--admin-key", envvar="DEFERRAL_ADMIN_KEY", help="For /metrics at --url.  [default: $DEFERRAL_ADMIN_KEY]")
+@_database
+def status(hours: float, as_json: bool, url: str | None, admin_key: str | None, database: str) -> None:
+    """What the gateway did: requests, experts' shares, cost and saving, errors, feedback, budgets."""
+    from deferral.gateway.probe import probe
+    from deferral.gateway.status import status as read
+
+    now = time.time()
+    found = _with_keys(database, lambda store: read(store.engine, list(store), since=now - 3600 * hours, now=now), create=False)
+    running = None if url is None else probe(url, admin_key)
+    if as_json:
+        click.echo(json.dumps({**found.as_json(), **({} if running is None else {"running": running})}))
+        return
+    console = Console()
+    for table in found.tables():
+        console.print(table)
+    click.echo(found.summary(hours))
+    if running is not None:
+        click.echo(f"{url}: {running['ready']}")
+        for name, value in running["metrics"].items():
+            click.echo(f"  {name} {value:g}")
+
+
+def _with_keys(database: str, use: Callable[[Keys], Any], *, create: bool = True) -> Any:
+    store = Keys(_url(database))
+    try:
+        prepare(store.engine, create=create)
+        store.refresh()
+        return use(store)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    finally:
+        store.close()
+
+
+def _existing(database: str) -> Any:
+    engine = connect(_url(database))
+    prepare(engine, create=False)
+    return engine
+
+
+def _url(database: str) -> str:
+    try:
+        connect(database).dispose()
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--database") from None
+    return database
+
+
+def _cells(issued: Issued) -> list[str]:
+    key = issued.key
+    return [
+        key.id,
+        key.name + (" (admin)" if key.admin else ""),
+        "all" if key.experts is None else ", ".join(sorted(key.experts)),
+        "" if key.requests_per_minute is None else str(key.requests_per_minute),
+        "" if key.budget is None else f"${key.budget:g} a {key.window}, {key.zone}",
+        _day(issued.created),
+        "" if issued.revoked is None else _day(issued.revoked),
+    ]
+
+
+def _day(time: float) -> str:
+    return datetime.fromtimestamp(time, UTC).strftime("%Y-%m-%d")
+
+
+def _seconds(moment: datetime) -> float:
+    return moment.replace(tzinfo=UTC).timestamp()

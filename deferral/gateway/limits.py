@@ -88,14 +88,12 @@ class Limits:
                 self._account(key)
 
     def admit(self, key: Key) -> None:
-        """Count a request.  Refused: the key asks too often, its budget is spent, or the record cannot take another row.
+        """Count a request.  Refused: the key asks too often, or the record cannot take another row.
 
         In any 60 seconds at most `requests_per_minute` are admitted.
         """
         if self._record.full:
             raise Refused(503, "record_unavailable", "requests are not taken while their record cannot be written", 1.0)
-        if key.budget is not None and self.left(key) == 0:
-            raise self._spent(key)
         if key.requests_per_minute is None:
             return
         now = self._clock()
@@ -149,8 +147,8 @@ class Limits:
             account.flying += 1
         return Hold(account, dollars, self._lock)
 
-    def _spent(self, key: Key, account: _Account | None = None) -> Refused:
-        window = (account or self._account(key)).span
+    def _spent(self, key: Key, account: _Account) -> Refused:
+        window = account.span
         again = datetime.fromtimestamp(window.end, UTC).strftime("%Y-%m-%d %H:%M UTC")
         message = (
             f"the budget of ${key.budget:g} a {key.window} does not cover this request; the next {key.window} begins {again}"

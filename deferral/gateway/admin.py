@@ -1,0 +1,107 @@
+"""What an operator asks a running gateway for, behind the admin key: keys, and what happened."""
+
+import asyncio
+import json
+import time
+from typing import TYPE_CHECKING, Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from deferral.gateway.keys import Issued, Key, Keys
+from deferral.gateway.problems import Problem
+from deferral.gateway.status import status
+from deferral.gateway.wire import header_map, read_body
+
+if TYPE_CHECKING:
+    from deferral.gateway.app import Gateway
+
+__all__ = ["create_key", "routes", "shown"]
+
+_MOST_BYTES = 1 << 16
+_SETTINGS = ("name", "experts", "requests_per_minute", "budget", "window", "zone", "admin")
+
+
+def routes(gateway: "Gateway") -> list[Route]:
+    """POST and GET /keys, DELETE /keys/ID, GET /status?hours=24."""
+
+    async def keys(request: Request) -> Response:
+        if request.method == "GET":
+            issued = await asyncio.to_thread(gateway.keys.list)
+            return JSONResponse({"object": "list", "data": [shown(one) for one in issued]})
+        body = await read_body(request.receive, header_map(request.scope), _MOST_BYTES)
+        return JSONResponse(await asyncio.to_thread(create_key, gateway.keys, body), 201)
+
+    async def revoke(request: Request) -> Response:
+        identity = request.path_params["id"]
+        if not await asyncio.to_thread(gateway.keys.revoke, identity):
+            raise Problem(404, "key_not_found", f"{identity[:100]!r} is no valid key")
+        return JSONResponse({"id": identity, "object": "key", "revoked": True})
+
+    async def happened(request: Request) -> Response:
+        now = time.time()
+        since = now - 3600 * _hours(request.query_params.get("hours", "24"))
+        found = await asyncio.to_thread(status, gateway.record.engine, list(gateway.keys), since=since, now=now)
+        return JSONResponse(found.as_json())
+
+    return [
+        Route("/keys", keys, methods=["GET", "POST"]),
+        Route("/keys/{id}", revoke, methods=["DELETE"]),
+        Route("/status", happened),
+    ]
+
+
+def create_key(keys: Keys, body: bytes) -> dict[str, Any]:
+    """A key from the JSON of its settings.  -> it, and its token, which is shown this once"""
+    try:
+        wanted = json.loads(body)
+    except (ValueError, RecursionError):
+        wanted = None
+    if not isinstance(wanted, dict) or "name" not in wanted:
+        raise Problem(400, "invalid_json", 'the body: expected the settings of a key, {"name": ..., "budget": ...}')
+    if strange := [name for name in wanted if name not in _SETTINGS]:
+        raise Problem(
+            400, "invalid_key", f"expected only {', '.join(_SETTINGS)}, got {strange[0][:100]!r}", param=strange[0][:100]
+        )
+    if not isinstance(wanted.get("experts"), list | None) or not isinstance(wanted.get("admin", False), bool):
+        raise Problem(400, "invalid_key", "expected a list of names as experts, and true or false as admin")
+    try:
+        token, key = keys.create(**wanted)
+    except (ValueError, TypeError) as error:
+        raise Problem(400, "invalid_key", str(error)) from None
+    return {**_settings(key), "object": "key", "token": token}
+
+
+def shown(issued: Issued) -> dict[str, Any]:
+    """A key as it is listed: never its token."""
+    return {
+        **_settings(issued.key),
+        "object": "key",
+        "prefix": issued.prefix,
+        "created": issued.created,
+        "revoked": issued.revoked,
+    }
+
+
+def _settings(key: Key) -> dict[str, Any]:
+    return {
+        "id": key.id,
+        "name": key.name,
+        "experts": None if key.experts is None else sorted(key.experts),
+        "requests_per_minute": key.requests_per_minute,
+        "budget": key.budget,
+        "window": key.window,
+        "zone": key.zone,
+        "admin": key.admin,
+    }
+
+
+def _hours(text: str) -> float:
+    try:
+        hours = float(text)
+    except ValueError:
+        hours = 0.0
+    if not 0 < hours <= 1e6:
+        raise Problem(400, "invalid_hours", f"hours: expected a number above 0, got {text[:100]!r}", param="hours")
+    return hours

@@ -1,0 +1,161 @@
+"""The router's log out of the record: what was asked, who was drawn with which probability, and how good the answer was."""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from sqlalchemy import Connection, Engine, Row, and_, or_, select
+
+from deferral.errors import DataError
+from deferral.gateway.database import decisions, feedback, texts
+from deferral.routing import Log, Outcome, write_log
+
+__all__ = ["Exported", "Logged", "export", "logged", "nothing_left"]
+
+_PAGE = 2000
+_AUTO = "auto"
+
+# In the order in which a row is looked at: each is counted under the first that holds.
+NAMED = "a client asked for the expert by name"
+FAILED = "there was no whole answer"
+FELL_BACK = "another expert answered than was drawn"
+NO_CHANCE = "the probability of the draw is not known"
+NO_TEXT = "the query was not stored"
+NO_QUALITY = "nobody said how good the answer was"
+
+
+@dataclass(frozen=True, slots=True)
+class Logged:
+    """One draw of the router and what came of it: who else could have been drawn, at which price of an error."""
+
+    outcome: Outcome
+    allowed: tuple[str, ...]
+    price_of_error: float
+
+
+@dataclass(frozen=True)
+class Exported:
+    """How many rows were written, and why the others were left out."""
+
+    rows: int
+    left_out: dict[str, int]
+    assumed: int  # rows whose quality is the stated default
+
+    def __str__(self) -> str:
+        lines = [f"{self.rows} rows written" + (f", {self.assumed} of them with the assumed quality" if self.assumed else "")]
+        lines += [f"{count} left out: {reason}" for reason, count in self.left_out.items()]
+        return "\n".join(lines)
+
+
+def export(
+    engine: Engine,
+    path: str | Path,
+    *,
+    since: float = -math.inf,
+    until: float = math.inf,
+    assumed_quality: float | None = None,
+) -> Exported:
+    """Write the log to a file that ends in .jsonl or .parquet, for `deferral.routing.read_log`.
+
+    Times are those of arrival, in seconds since 1970: since <= time < until.  `assumed_quality` stands in where there was no
+    feedback; such rows have the tag "assumed".  DataError where no row is left.
+    """
+    left_out: Counter[str] = Counter()
+    log = Log(row.outcome for row in logged(engine, left_out, since=since, until=until, assumed_quality=assumed_quality))
+    if len(log) == 0:
+        raise DataError(nothing_left(left_out))
+    write_log(log, path)
+    assumed = sum(bool(log.tag_sets[code]) for code in log.column("tags").tolist())
+    return Exported(len(log), dict(left_out.most_common()), assumed)
+
+
+def logged(
+    engine: Engine,
+    left_out: Counter[str],
+    *,
+    since: float = -math.inf,
+    until: float = math.inf,
+    assumed_quality: float | None = None,
+) -> Iterator[Logged]:
+    """The rows that a router can learn from, oldest first; `left_out` counts the others by reason.
+
+    Read in pages, each for itself: a long transaction would keep the writer's journal from being emptied.
+    """
+    if assumed_quality is not None and not 0 <= assumed_quality <= 1:
+        raise ValueError(f"assumed_quality: expected a number in [0, 1], got {assumed_quality}")
+    when, last = max(since, -1e300), ""
+    while True:
+        # The first row after the last one that was read.
+        later = or_(decisions.c.time > when, and_(decisions.c.time == when, decisions.c.id > last))
+        wanted = select(decisions).where(later).order_by(decisions.c.time, decisions.c.id).limit(_PAGE)
+        if until < math.inf:
+            wanted = wanted.where(decisions.c.time < until)
+        with engine.connect() as connection:
+            page = connection.execute(wanted).all()
+            ids = [row.id for row in page]
+            asked = dict(
+                connection.execute(select(texts.c.decision, texts.c.query).where(texts.c.decision.in_(ids))).tuples().all()
+            )
+            said = _latest(connection, ids)
+        for row in page:
+            quality = said.get(row.id, assumed_quality)
+            reason = _why_not(row, asked.get(row.id), quality)
+            if reason:
+                left_out[reason] += 1
+            else:
+                yield _logged(row, asked[row.id], float(quality), row.id not in said)  # type: ignore[arg-type]
+        if len(page) < _PAGE:
+            return
+        when, last = page[-1].time, page[-1].id
+
+
+def nothing_left(left_out: Counter[str]) -> str:
+    """Why a log would be empty, and what to do."""
+    if not left_out:
+        return "the record holds no request in that time; expected at least one"
+    reasons = "; ".join(f"{count} rows: {reason}" for reason, count in left_out.most_common())
+    return (
+        f"no row of the record can be used ({reasons}).  A router learns from queries that are stored (serve with "
+        "--store-text and --retention-days) and judged (POST /v1/feedback, or an assumed quality)"
+    )
+
+
+def _latest(connection: Connection, ids: list[str]) -> dict[str, float]:
+    """The quality of each answer; of two opinions the later."""
+    found = select(feedback.c.decision, feedback.c.quality).where(feedback.c.decision.in_(ids)).order_by(feedback.c.time)
+    return dict(connection.execute(found).tuples().all())
+
+
+def _why_not(row: Row, query: str | None, quality: float | None) -> str:
+    if row.requested != _AUTO:
+        return NAMED
+    if row.outcome != "ok" or not row.expert:
+        return FAILED
+    if row.expert != row.chosen:
+        return FELL_BACK
+    if row.propensity is None or not 0 < row.propensity <= 1:
+        return NO_CHANCE
+    if query is None:
+        return NO_TEXT
+    return "" if quality is not None else NO_QUALITY
+
+
+def _logged(row: Row, query: str, quality: float, assumed: bool) -> Logged:
+    outcome = Outcome(
+        query,
+        row.expert,
+        quality,
+        row.price,
+        row.input_tokens,
+        row.output_tokens,
+        math.nan if row.latency_s is None else row.latency_s,
+        row.propensity,
+        row.time,
+        ("assumed",) if assumed else (),
+    )
+    costs = {name: cost for name, (_, _, cost) in json.loads(row.expected).items()}
+    allowed = tuple(name for name, cost in costs.items() if cost is not None or name == row.chosen)
+    return Logged(outcome, allowed or (row.chosen,), row.price_of_error or math.nan)

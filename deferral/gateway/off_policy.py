@@ -1,0 +1,106 @@
+"""What a router would have cost on requests that another one decided, from the draws that were logged.
+
+A logged row is a draw of one action with a known probability.  Of a policy that would have taken that action the row says the
+truth, of another nothing; weighting by the inverse of the probability makes up for the latter.  Rows of one group (the same
+query, asked again) are drawn together in the intervals.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from deferral.intervals import Interval, bootstrap, interval
+
+__all__ = ["Comparison", "Draws", "compare", "doubly_robust", "self_normalised"]
+
+_RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Draws:
+    """N logged draws among A actions."""
+
+    action: np.ndarray  # (N,) what was drawn
+    propensity: np.ndarray  # (N,) its probability
+    cost: np.ndarray  # (N,) what it cost
+    estimate: np.ndarray  # (N, A) cost of every action, by a model that did not see these rows
+    group: np.ndarray  # (N,) integers from 0
+
+    def weight(self, actions: np.ndarray) -> np.ndarray:
+        """1 / propensity where a policy takes the action that was drawn, else 0.  (N,) -> (N,)"""
+        return np.where(actions == self.action, 1 / self.propensity, 0.0)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Mean cost of two deterministic policies on the same draws, and what changing from one to the other gains."""
+
+    rows: int
+    differ: int  # rows on which they differ
+    seen: tuple[int, int]  # of those, the rows that drew the old one's action, and the new one's
+    old: Interval  # doubly robust
+    new: Interval
+    gain: Interval  # old - new, doubly robust
+    gain_weighted: Interval  # old - new, self-normalised inverse propensity
+
+
+def compare(draws: Draws, old: np.ndarray, new: np.ndarray, *, seed: int = 0) -> Comparison:
+    """Judge two policies by the actions they take.  Draws, (N,), (N,) -> Comparison"""
+    differ = old != new
+    before, after = doubly_robust(draws, old), doubly_robust(draws, new)
+    ones = np.ones(len(differ))
+    return Comparison(
+        rows=len(differ),
+        differ=int(differ.sum()),
+        seen=(int((differ & (old == draws.action)).sum()), int((differ & (new == draws.action)).sum())),
+        old=_ratio(draws, [before], [ones], seed),
+        new=_ratio(draws, [after], [ones], seed),
+        gain=_ratio(draws, [before - after], [ones], seed),
+        gain_weighted=self_normalised(draws, old, new, seed=seed),
+    )
+
+
+def doubly_robust(draws: Draws, actions: np.ndarray) -> np.ndarray:
+    """estimate(a) + 1[a was drawn] / propensity * (cost - estimate(a)); its mean is the policy's cost.  (N,) -> (N,)
+
+    Right on average if the propensities are, whatever the estimate; the better that is, the narrower.
+    Dudík, Langford, Li, "Doubly Robust Policy Evaluation and Learning" (2011), eq. 2.
+    """
+    expected = draws.estimate[np.arange(len(actions)), actions]
+    return expected + draws.weight(actions) * np.where(actions == draws.action, draws.cost - expected, 0.0)
+
+
+def self_normalised(draws: Draws, old: np.ndarray, new: np.ndarray, *, seed: int = 0) -> Interval:
+    """The gain old - new where weights are divided by their sum.  Draws, (N,), (N,) -> Interval
+
+    On rows on which the two agree it is 0, so only the others are weighted: share of those * (mean cost of old - of new).
+    NaN where one of the two was never drawn there.  Swaminathan, Joachims, "The Self-Normalized Estimator for
+    Counterfactual Learning" (2015), section 4.
+    """
+    differ = (old != new).astype(float)
+    before, after = differ * draws.weight(old), differ * draws.weight(new)
+    parts = [differ, np.ones(len(differ)), before * draws.cost, before, after * draws.cost, after]
+
+    def gain(sums: np.ndarray) -> np.ndarray:
+        share, all_rows, cost_old, weight_old, cost_new, weight_new = sums
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.where(share == 0, 0.0, share / all_rows * (cost_old / weight_old - cost_new / weight_new))
+
+    return _interval(draws, parts, gain, seed)
+
+
+def _ratio(draws: Draws, numerator: list[np.ndarray], denominator: list[np.ndarray], seed: int) -> Interval:
+    return _interval(draws, numerator + denominator, lambda sums: sums[0] / sums[1], seed)
+
+
+def _interval(draws: Draws, columns: list[np.ndarray], figure, seed: int) -> Interval:  # type: ignore[no-untyped-def]
+    """A figure of column sums, with the interval of resampled groups."""
+    groups = int(draws.group.max()) + 1
+    sums = torch.from_numpy(np.stack([np.bincount(draws.group, column, groups) for column in columns], 1))
+
+    def figure_of(weights: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(np.asarray(figure((weights @ sums).numpy().T), float))
+
+    estimate = float(figure_of(torch.ones(1, groups, dtype=torch.float64))[0])
+    return interval(estimate, bootstrap(figure_of, groups, resamples=_RESAMPLES, seed=seed))

@@ -1,0 +1,182 @@
+"""A new router from the gateway's own traffic, put in the place of the old one only if it is better with confidence."""
+
+import shutil
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sqlalchemy import Engine
+
+from deferral.errors import DataError
+from deferral.gateway.export import Logged, logged, nothing_left
+from deferral.gateway.off_policy import Comparison, Draws, compare
+from deferral.routing import Log, Needs, Outcome, Router
+
+__all__ = ["Verdict", "choices", "draws_of", "learned", "retrain"]
+
+_HELD_OUT = 0.3
+_FEWEST_ROWS = 100
+_FEWEST_SEEN = 20
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether the new router took the old one's place, and what speaks for and against it."""
+
+    promoted: bool
+    why: str
+    trained_on: int
+    comparison: Comparison | None
+    left_out: dict[str, int]
+
+    def __str__(self) -> str:
+        lines = [f"learned from {self.trained_on} rows"]
+        if (judged := self.comparison) is not None:
+            lines += [
+                f"judged on {judged.rows} others; the routers differ on {judged.differ}, of which {judged.seen[0]} had drawn the "
+                f"old one's choice and {judged.seen[1]} the new one's",
+                f"cost in errors a query (95%): old {_shown(judged.old)}, new {_shown(judged.new)}",
+                f"gain: {_shown(judged.gain)} (doubly robust), {_shown(judged.gain_weighted)} (self-normalised weights)",
+            ]
+        lines += [f"{count} rows left out: {reason}" for reason, count in self.left_out.items()]
+        return "\n".join([*lines, f"{'promoted' if self.promoted else 'not promoted'}: {self.why}"])
+
+
+def retrain(
+    engine: Engine,
+    folder: str | Path,
+    *,
+    old_log: Log | None = None,
+    assumed_quality: float | None = None,
+    dry_run: bool = False,
+    load: Callable[[Path], Router] = Router.load,
+    seed: int = 0,
+) -> Verdict:
+    """Fit a router on most of the record, and on the log that the old one was fitted on; judge both on the rest.
+
+    Three queries in ten are held out, always the same ones, so that no router of this gateway has seen them.  The new router
+    replaces the folder if the 95% interval of its gain lies above 0; what was there is kept beside it, as FOLDER.previous.
+    A router with an encoder of your own needs a `load` that passes it.
+    """
+    folder = Path(folder)
+    old, new = load(folder), load(folder)
+    left_out: Counter[str] = Counter()
+    train, judge = [], []
+    for row in logged(engine, left_out, assumed_quality=assumed_quality):
+        if not set(row.allowed) <= set(old.experts):
+            left_out["it was drawn among experts that the router does not have"] += 1
+        elif not _is_held_out(row.outcome.query):
+            train.append(row.outcome)
+        elif row.outcome.propensity == 1 and len(row.allowed) > 1:
+            left_out["held out, but the draw was certain: nothing can be said of the others (explore was 0)"] += 1
+        elif not row.price_of_error > 0:
+            left_out["held out, but the price of an error is not known"] += 1
+        else:
+            judge.append(row)
+    reasons = dict(left_out.most_common())
+    if not train and not judge:
+        raise DataError(nothing_left(left_out))
+    if len(judge) < _FEWEST_ROWS or not train:
+        why = f"{len(judge)} rows to judge by are too few, expected at least {_FEWEST_ROWS}"
+        return Verdict(False, why, len(train), None, reasons)
+    learned(new, train, old_log, unseen={row.outcome.query for row in judge})
+    draws = draws_of(new, judge)
+    comparison = compare(draws, choices(old, judge), choices(new, judge), seed=seed)
+    why = _why_not(comparison)
+    if not why and not dry_run:
+        _promote(new, folder)
+    better = why or f"it saves {_shown(comparison.gain)} errors a query"
+    return Verdict(not why and not dry_run, better + (" (dry run)" if dry_run else ""), len(train), comparison, reasons)
+
+
+def learned(router: Router, outcomes: Sequence[Outcome], old_log: Log | None = None, unseen: Collection[str] = ()) -> Router:
+    """Fit the router again, for the experts that it has, on new outcomes and an old log, but for the queries in `unseen`."""
+    log = Log(outcomes)
+    if old_log is not None:
+        # In a table without gaps nobody was drawn: every cell was certain to be seen.
+        certain = {"propensity": 1.0} if old_log.table().full else {}
+        old_rows = (replace(old_log[row], **certain) for row in range(len(old_log)))
+        log.extend(row for row in old_rows if row.query not in unseen)
+    if missing := [name for name in router.experts if name not in log.experts]:
+        raise DataError(
+            f"no usable row of the record was answered by {', '.join(missing)}; pass the log that the router was fitted on as "
+            "well, or remove the expert from the router"
+        )
+    return router.fit(log.table(router.experts))
+
+
+def choices(router: Router, rows: Sequence[Logged]) -> np.ndarray:
+    """Whom the router would ask, exploration left out, each row under its own constraints and price of an error.  -> (N,)"""
+    vectors = router.encoder([row.outcome.query for row in rows])
+    groups: dict[tuple, list[int]] = {}
+    for place, row in enumerate(rows):
+        groups.setdefault((row.price_of_error, row.allowed), []).append(place)
+    explore, router.explore = router.explore, 0.0
+    actions = np.empty(len(rows), int)
+    try:
+        for (price_of_error, allowed), places in groups.items():
+            # What the query needed was looked at when it was decided: whoever was allowed was able.
+            plan = router.plan(price_of_error=price_of_error, needs=Needs.of(allow=allowed))
+            some = np.array(places)
+            queries = [rows[place].outcome.query for place in places]
+            actions[some] = router.decide(plan, vectors.rows(some), queries).actions
+    finally:
+        router.explore = explore
+    return actions
+
+
+def draws_of(model: Router, rows: Sequence[Logged]) -> Draws:
+    """The rows as draws, with the cost in errors that `model` expects of every expert.  It must not have seen them."""
+    experts, queries = model.experts, [row.outcome.query for row in rows]
+    error = np.array([row.price_of_error for row in rows])
+    quality = np.array([row.outcome.quality for row in rows])
+    price = np.array([row.outcome.price for row in rows])
+    expected, _, _ = model.fitted.estimate(model.encoder(queries))
+    prices = model.fitted.prices(np.array([len(query) for query in queries], float))
+    _, group = np.unique(queries, return_inverse=True)
+    return Draws(
+        action=np.array([experts.index(row.outcome.expert) for row in rows]),
+        propensity=np.array([row.outcome.propensity for row in rows]),
+        cost=1 - quality + price / error,
+        estimate=1 - np.clip(expected, 0, 1) + prices / error[:, None],
+        group=group,
+    )
+
+
+def _why_not(judged: Comparison) -> str:
+    """Why the new router may not be better; "" if it is."""
+    if judged.differ == 0:
+        return "it decides every held-out query as the old one does"
+    if min(judged.seen) < _FEWEST_SEEN:
+        return (
+            f"where the two differ, too few queries had drawn the choice of one of them ({judged.seen[0]} and {judged.seen[1]}; "
+            f"expected at least {_FEWEST_SEEN} of each): wait for more traffic, or explore more"
+        )
+    if judged.gain.low <= 0:
+        return f"the gain of {_shown(judged.gain)} errors a query may be nothing"
+    if not judged.gain_weighted.estimate > 0:
+        return f"the two estimates disagree: {_shown(judged.gain)} and {_shown(judged.gain_weighted)}"
+    return ""
+
+
+def _promote(router: Router, folder: Path) -> None:
+    previous = folder.with_name(f"{folder.name}.previous")
+    partial = folder.with_name(f".{folder.name}.previous.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(folder, partial)
+    shutil.rmtree(previous, ignore_errors=True)
+    partial.rename(previous)
+    router.save(folder)
+
+
+def _is_held_out(query: str) -> bool:
+    digest = blake2b(query.encode("utf-8", "replace"), digest_size=8, person=b"held out").digest()
+    return int.from_bytes(digest, "big") < _HELD_OUT * 2**64
+
+
+def _shown(interval: Any) -> str:
+    return f"{interval.estimate:.4f} [{interval.low:.4f}, {interval.high:.4f}]"

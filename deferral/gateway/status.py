@@ -1,0 +1,188 @@
+"""What the gateway did: requests, experts' shares, cost and saving, errors, feedback, budgets."""
+
+import math
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import Engine, case, distinct, func, select
+
+from deferral.gateway.database import decisions, feedback
+from deferral.gateway.keys import Key
+from deferral.gateway.windows import span, time_zone
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["Budget", "Share", "Status", "status"]
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one expert answered; "" is nobody.  Means are None where there is nothing to average."""
+
+    expert: str
+    requests: int
+    price: float
+    failed: int
+    mean_latency_s: float | None
+    judged: int
+    mean_quality: float | None
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a key has spent in its present window, and when that ends, in seconds since 1970."""
+
+    key: str
+    name: str
+    budget: float
+    window: str
+    spent: float
+    ends: float
+
+
+@dataclass(frozen=True)
+class Status:
+    """Of the requests that arrived at `since` or later.  Prices in dollars.
+
+    `saving` is what always asking the router's best expert was expected to cost, less what was paid, over `saving_requests`
+    routed requests that were answered.
+    """
+
+    since: float
+    requests: int
+    routed: int
+    streamed: int
+    estimated: int  # requests whose price is an estimate
+    fast_path: int
+    price: float
+    saving: float
+    saving_requests: int
+    outcomes: dict[str, int]
+    shares: tuple[Share, ...]
+    judged: int
+    mean_quality: float | None
+    budgets: tuple[Budget, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """The same as plain values."""
+        return asdict(self)
+
+    def summary(self, hours: float) -> str:
+        """In words."""
+        lines = [f"{self.requests} requests in {hours:g} hours, {self.routed} of them routed, {self.streamed} streamed"]
+        if self.outcomes:
+            lines.append(", ".join(f"{count} {outcome}" for outcome, count in self.outcomes.items()))
+        lines.append(f"${self.price:.4f} spent" + (f" ({self.estimated} prices are estimates)" if self.estimated else ""))
+        if self.saving_requests:
+            lines.append(f"${self.saving:.4f} saved against always the best expert, over {self.saving_requests} routed answers")
+        if self.fast_path:
+            lines.append(f"{self.fast_path} decided by the static mix, since the encoder took too long")
+        if self.mean_quality is not None:
+            lines.append(f"{self.judged} answers judged, mean quality {self.mean_quality:.3f}")
+        return "\n".join(lines)
+
+    def tables(self) -> "list[Table]":
+        """For a terminal: the experts, and the budgets where there are any."""
+        from rich.table import Table
+
+        experts = Table("expert", "share", "requests", "failed", "price", "latency", "judged", "quality")
+        for share in self.shares:
+            experts.add_row(
+                share.expert or "(nobody)",
+                f"{share.requests / self.requests:.1%}",
+                str(share.requests),
+                str(share.failed),
+                f"${share.price:.4f}",
+                "" if share.mean_latency_s is None else f"{share.mean_latency_s:.2f} s",
+                str(share.judged),
+                "" if share.mean_quality is None else f"{share.mean_quality:.3f}",
+            )
+        budgets = Table("key", "name", "spent", "budget", "window ends")
+        for budget in self.budgets:
+            ends = datetime.fromtimestamp(budget.ends, UTC).strftime("%Y-%m-%d %H:%M UTC")
+            wanted = f"${budget.budget:g} a {budget.window}"
+            budgets.add_row(budget.key, budget.name, f"${budget.spent:.4f}", wanted, ends)
+        return [table for table in (experts, budgets) if table.row_count]
+
+
+def status(engine: Engine, keys: Iterable[Key], *, since: float = 0.0, now: float | None = None) -> Status:
+    """Read it from the record."""
+    now = time.time() if now is None else now
+    d, recent = decisions.c, decisions.c.time >= since
+    paired = (d.requested == "auto") & (d.outcome == "ok") & d.best_price.is_not(None)
+    ones = func.count()
+    failed = func.sum(case((d.outcome == "error", 1), else_=0))
+    with engine.connect() as connection:
+        total = connection.execute(
+            select(
+                ones,
+                _count(d.requested == "auto"),
+                _count(d.streamed),
+                _count(d.estimated),
+                _count(d.fast_path),
+                func.coalesce(func.sum(d.price), 0.0),
+                func.coalesce(func.sum(case((paired, d.best_price - d.price), else_=0.0)), 0.0),
+                _count(paired),
+            ).where(recent)
+        ).one()
+        outcomes = (
+            connection.execute(select(d.outcome, ones).where(recent).group_by(d.outcome).order_by(ones.desc())).tuples().all()
+        )
+        experts = (
+            connection.execute(
+                select(d.expert, ones, func.sum(d.price), failed, func.avg(d.latency_s))
+                .where(recent)
+                .group_by(d.expert)
+                .order_by(ones.desc(), d.expert)
+            )
+            .tuples()
+            .all()
+        )
+        # The mean of a decision's opinions, then the mean over decisions.
+        opinion = (
+            select(feedback.c.decision, func.avg(feedback.c.quality).label("quality")).group_by(feedback.c.decision).subquery()
+        )
+        judged = (
+            connection.execute(
+                select(d.expert, func.count(distinct(d.id)), func.sum(opinion.c.quality))
+                .join(opinion, opinion.c.decision == d.id)
+                .where(recent)
+                .group_by(d.expert)
+            )
+            .tuples()
+            .all()
+        )
+        budgets = tuple(_budget(connection, key, now) for key in keys if key.budget is not None)
+    quality = {expert: (count, float(total)) for expert, count, total in judged}
+    judgements = sum(count for count, _ in quality.values())
+    return Status(
+        since,
+        *total,
+        outcomes=dict(outcomes),
+        shares=tuple(
+            Share(expert, count, float(price), int(bad), latency, *_judged(quality.get(expert)))
+            for expert, count, price, bad, latency in experts
+        ),
+        judged=judgements,
+        mean_quality=sum(total for _, total in quality.values()) / judgements if judgements else None,
+        budgets=budgets,
+    )
+
+
+def _count(condition):  # type: ignore[no-untyped-def]
+    return func.coalesce(func.sum(case((condition, 1), else_=0)), 0)
+
+
+def _judged(found: tuple[int, float] | None) -> tuple[int, float | None]:
+    return (found[0], found[1] / found[0]) if found else (0, None)
+
+
+def _budget(connection, key: Key, now: float) -> Budget:  # type: ignore[no-untyped-def]
+    window = span(key.window, now, time_zone(key.zone))
+    spent = select(func.coalesce(func.sum(decisions.c.price), 0.0))
+    spent = spent.where(decisions.c.key == key.id, decisions.c.time >= window.start)
+    return Budget(key.id, key.name, key.budget or math.inf, key.window, float(connection.execute(spent).scalar_one()), window.end)
