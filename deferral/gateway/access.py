@@ -1,0 +1,87 @@
+"""Who is asking: the key of a request."""
+
+import hmac
+from collections.abc import Mapping
+
+from deferral.gateway.keys import ANYONE, Key, Keys
+from deferral.gateway.limits import Refused
+from deferral.gateway.problems import Problem
+from deferral.gateway.settings import Settings, is_loopback
+
+__all__ = ["Access", "must_have_key", "problem_of"]
+
+
+class Access:
+    """A gateway that only this machine can reach, and that never had a key, is open.  Any other wants one.
+
+    Admin endpoints want the admin key of the settings, or a key made for them; where there is neither, they are closed.
+    """
+
+    def __init__(self, keys: Keys, settings: Settings) -> None:
+        self._keys = keys
+        self._open = is_loopback(settings.host)
+        self._admin_key = None if settings.admin_key is None else settings.admin_key.encode()
+
+    def started(self) -> None:
+        """Call once the keys are loaded: a gateway that ever had a key does not open when the last one is revoked."""
+        if self._open and any(True for _ in self._keys.list()):
+            self._open = False
+
+    @property
+    def open(self) -> bool:
+        """Whether a request needs no key."""
+        if self._open and len(self._keys) > 0:
+            self._open = False
+        return self._open
+
+    def client(self, headers: Mapping[bytes, bytes]) -> Key:
+        """Problem 401 without a valid key, 403 with a key for the admin endpoints."""
+        if self.open:
+            return ANYONE
+        token = _bearer(headers)
+        if not token:
+            raise Problem(401, "missing_api_key", "expected a key of this gateway: Authorization: Bearer KEY")
+        key = self._keys.find(token)
+        if key is None:
+            raise Problem(401, "invalid_api_key", "the API key is not one of this gateway, or it was revoked")
+        if key.admin:
+            raise Problem(403, "admin_key", "this key is for the admin endpoints; requests want another")
+        return key
+
+    def admin(self, headers: Mapping[bytes, bytes]) -> None:
+        """Problem 401 or 403 for whoever is no admin."""
+        token = _bearer(headers)
+        if self._admin_key is not None and hmac.compare_digest(token.encode("utf-8", "surrogatepass"), self._admin_key):
+            return
+        key = self._keys.find(token) if token else None
+        if key is not None and key.admin:
+            return
+        if not token:
+            raise Problem(401, "missing_admin_key", "expected the admin key: Authorization: Bearer KEY")
+        raise Problem(403, "invalid_admin_key", "the key is no admin key of this gateway")
+
+
+def must_have_key(settings: Settings) -> None:
+    """ValueError where other machines could reach a gateway that has no key."""
+    if is_loopback(settings.host):
+        return
+    keys = Keys(settings.database)
+    keys.start()
+    try:
+        if not any(not key.admin for key in keys):
+            raise ValueError(
+                f"{settings.host}: other machines could reach this gateway, and it has no key; make one with "
+                "`deferral gateway keys create`, or bind to 127.0.0.1"
+            )
+    finally:
+        keys.close()
+
+
+def problem_of(refused: Refused) -> Problem:
+    """A refusal of the limits, for the client."""
+    return Problem(refused.status, refused.code, refused.message, retry_after=refused.retry_after)
+
+
+def _bearer(headers: Mapping[bytes, bytes]) -> str:
+    scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
+    return token.strip().decode("latin-1") if scheme.lower() == b"bearer" else ""

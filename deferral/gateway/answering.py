@@ -1,0 +1,168 @@
+"""An answer from somebody: the chosen expert, once more where that is safe, then the next best."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from time import monotonic
+
+from deferral.gateway.breaker import Breaker
+from deferral.gateway.experts_file import Expert
+from deferral.gateway.metrics import Metrics
+from deferral.gateway.problems import Problem
+from deferral.gateway.requests import Asked
+from deferral.gateway.retries import RetryBudget, backoff
+from deferral.gateway.slots import Full, Slots
+from deferral.gateway.upstream import Failure, Reply, Upstream
+
+__all__ = ["Answerers", "Call", "Unanswered"]
+
+_log = logging.getLogger("deferral.gateway")
+
+# An expert that asks for more patience than this is not waited for.
+_PATIENCE = 2.0
+
+
+class Standing:
+    """How an expert is doing: its breaker, its slots and its queue."""
+
+    def __init__(self, expert: Expert) -> None:
+        self.address = (expert.base_url, expert.model)
+        self.breaker = Breaker()
+        self.slots = Slots(expert.max_concurrent, expert.max_waiting)
+
+
+class Call:
+    """A reply under way.  It holds a slot, and the breaker waits for its outcome: `end` it, once."""
+
+    __slots__ = ("_began", "_standing", "_ticket", "attempts", "expert", "reply")
+
+    def __init__(self, expert: Expert, reply: Reply, standing: Standing, ticket: int, began: float, attempts: int) -> None:
+        self.expert, self.reply, self.attempts = expert, reply, attempts
+        self._standing, self._ticket, self._began = standing, ticket, began
+
+    def end(self, good: bool | None) -> None:
+        """The expert did well, did not, or (None) nothing can be said."""
+        breaker = self._standing.breaker
+        if good is None:
+            breaker.leave(self._ticket)
+        elif good:
+            breaker.success(self._ticket)
+        else:
+            breaker.failure(self._ticket)
+        self.reply.close()
+        self._standing.slots.give_back(monotonic() - self._began)
+
+
+class Unanswered(Problem):
+    """Nobody answered.  `attempts` were made."""
+
+    def __init__(self, attempts: int, status: int, code: str, message: str, retry_after: float | None) -> None:
+        super().__init__(status, code, message, retry_after=retry_after)
+        self.attempts = attempts
+
+
+class Answerers:
+    """The experts as they are doing, over all reloads."""
+
+    def __init__(self, upstream: Upstream, metrics: Metrics, *, retry_share: float) -> None:
+        self.upstream, self.metrics = upstream, metrics
+        self.budget = RetryBudget(retry_share)
+        self.standings: dict[str, Standing] = {}
+
+    def update(self, experts: Mapping[str, Expert]) -> None:
+        """Experts of another file.  One that is where it was goes on as it was."""
+        before, self.standings = self.standings, {}
+        for name, expert in experts.items():
+            standing = before.get(name)
+            if standing is None or standing.address != (expert.base_url, expert.model):
+                standing = Standing(expert)
+            standing.slots.resize(expert.max_concurrent, expert.max_waiting)
+            self.standings[name] = standing
+
+    def down(self) -> dict[str, float]:
+        """The experts that may not be asked now, and for how many seconds."""
+        return {name: each.breaker.wait for name, each in self.standings.items() if each.breaker.down}
+
+    async def answer(
+        self,
+        ranking: Sequence[Expert],
+        path: str,
+        body_for: Callable[[Expert], bytes],
+        headers: Mapping[str, str],
+        asked: Asked,
+    ) -> Call:
+        """The first reply that can be used; Unanswered where there is none."""
+        self.budget.request()
+        failures: list[tuple[Expert, Failure]] = []
+        attempts = 0
+        for expert in ranking:
+            standing = self.standings.get(expert.name)
+            if standing is None:
+                # Taken out of the experts file since the decision; what is under way goes on.
+                standing = Standing(expert)
+            body = body_for(expert)
+            for again in (True, False):
+                try:
+                    ticket = await _entered(standing, expert)
+                    attempts += 1
+                    return await self._call(expert, standing, ticket, path, body, headers, asked, attempts)
+                except Failure as failure:
+                    failures.append((expert, failure))
+                    self.metrics.failed(expert.name, failure.code)
+                    _log.warning("%s %s (%s)", expert.name, failure.message, failure.code)
+                    patient = failure.rest is None or failure.rest <= _PATIENCE
+                    if not (again and failure.again and patient and self.budget.take()):
+                        break
+                    self.metrics.retried(expert.name)
+                    await asyncio.sleep(max(backoff(1), failure.rest or 0.0))
+        raise _nobody(failures, attempts)
+
+    async def _call(
+        self,
+        expert: Expert,
+        standing: Standing,
+        ticket: int,
+        path: str,
+        body: bytes,
+        headers: Mapping[str, str],
+        asked: Asked,
+        attempts: int,
+    ) -> Call:
+        began = monotonic()
+        try:
+            reply = await self.upstream.ask(expert, path, body, headers, asked)
+        except BaseException as error:
+            blamed = isinstance(error, Failure) and error.blame
+            was = standing.breaker.state
+            if blamed:
+                standing.breaker.failure(ticket)
+            elif isinstance(error, Failure) and error.rest is not None:
+                standing.breaker.rest(error.rest, ticket)
+            else:
+                standing.breaker.leave(ticket)
+            if standing.breaker.state != was:
+                _log.warning("%s is left alone for %.0f s", expert.name, standing.breaker.wait)
+            standing.slots.give_back(monotonic() - began)
+            raise
+        return Call(expert, reply, standing, ticket, began, attempts)
+
+
+async def _entered(standing: Standing, expert: Expert) -> int:
+    """A slot, and a ticket of the breaker."""
+    try:
+        await standing.slots.take(expert.first_byte_s)
+    except Full as full:
+        raise Failure(429, "queue_full", "has more requests waiting than it takes", blame=False, rest=full.retry_after) from None
+    ticket = standing.breaker.enter()
+    if ticket is None:
+        standing.slots.give_back(0.0)
+        raise Failure(503, "experts_down", "is down", blame=False, rest=standing.breaker.wait)
+    return ticket
+
+
+def _nobody(failures: Sequence[tuple[Expert, Failure]], attempts: int) -> Unanswered:
+    """One problem out of the failures of all who were asked: the last of the chosen one says what kind it is."""
+    chosen = failures[0][0]
+    last = [failure for expert, failure in failures if expert is chosen][-1]
+    message = "; ".join(f"{expert.name} {failure.message}" for expert, failure in failures)
+    return Unanswered(attempts, last.status, last.code, message, last.rest)

@@ -1,0 +1,212 @@
+"""The gateway: a router, its experts, and everything that keeps them in service, as a Starlette app."""
+
+import asyncio
+import logging
+import signal
+import threading
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+
+from starlette.applications import Starlette
+from starlette.routing import Mount, Route
+
+from deferral.errors import DataError
+from deferral.gateway.access import Access
+from deferral.gateway.answering import Answerers
+from deferral.gateway.deciding import Decider
+from deferral.gateway.endpoints import Admin, error_handlers, routes
+from deferral.gateway.experts_file import Expert, read_experts
+from deferral.gateway.keys import Keys
+from deferral.gateway.limits import Limits
+from deferral.gateway.metrics import Metrics
+from deferral.gateway.proxying import Proxy
+from deferral.gateway.record import Record
+from deferral.gateway.settings import Settings
+from deferral.gateway.upstream import Upstream
+from deferral.routing.router import Router
+
+__all__ = ["Gateway", "Generation", "gateway", "load_router"]
+
+_log = logging.getLogger("deferral.gateway")
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A router and its experts, from one reload to the next; a request keeps the one it began with."""
+
+    router: Router
+    experts: Mapping[str, Expert]
+    decider: Decider
+
+
+class Gateway:
+    """What the requests share."""
+
+    answerers: Answerers
+
+    def __init__(self, router: Router, experts: Mapping[str, Expert], settings: Settings) -> None:
+        self.settings = settings
+        self.current = generation(router, experts, settings)
+        self.record = Record(settings.database, store_text=settings.store_text, retention_days=settings.retention_days)
+        self.keys = Keys(settings.database)
+        self.limits = Limits(self.record)
+        self.access = Access(self.keys, settings)
+        self.metrics = Metrics()
+        self.draining = False
+        self._reloading = asyncio.Lock()
+
+    @property
+    def trouble(self) -> str:
+        """Why no request should be sent here; "" if there is no reason."""
+        if self.draining:
+            return "it is shutting down"
+        if self.record.full:
+            return f"the record cannot be written: {self.record.trouble}"
+        down = self.answerers.down()
+        return "all experts are down" if all(name in down for name in self.current.experts) else ""
+
+    async def start(self) -> None:
+        """Open the database and the connections."""
+        await asyncio.to_thread(self._open_database)
+        upstream = Upstream(max_reply_bytes=self.settings.max_reply_bytes)
+        self.answerers = Answerers(upstream, self.metrics, retry_share=self.settings.retry_share)
+        self.answerers.update(self.current.experts)
+        self.metrics.watch(
+            lambda: {name: each.breaker.state for name, each in self.answerers.standings.items()},
+            lambda: {name: each.slots.queued for name, each in self.answerers.standings.items()},
+        )
+
+    async def stop(self) -> None:
+        """Everything is written before this returns."""
+        await self.answerers.upstream.close()
+        self.current.decider.close()
+        await self.record.close()
+        await asyncio.to_thread(self.keys.close)
+
+    async def reload(self) -> str:
+        """Read the router folder and the experts file again.  -> what is in force now
+
+        DataError or ValueError where one of them is bad; then both stay as they were.
+        """
+        settings = self.settings
+        if settings.router_folder is None and settings.experts_file is None:
+            raise ValueError("reload: this gateway was not made from files")
+        async with self._reloading:
+            fresh = await asyncio.to_thread(self._read)
+            # From here on in one step: no request sees half of it.
+            before, self.current = self.current, fresh
+            self.answerers.update(fresh.experts)
+            before.decider.close()
+        message = f"experts {', '.join(fresh.experts)}; router of {', '.join(fresh.router.experts)}"
+        _log.info("reloaded: %s", message)
+        return message
+
+    def _read(self) -> Generation:
+        settings, now = self.settings, self.current
+        router = now.router if settings.router_folder is None else load_router(settings)
+        experts = now.experts if settings.experts_file is None else read_experts(settings.experts_file)
+        return generation(router, experts, settings)
+
+    def _open_database(self) -> None:
+        self.record.start()
+        self.keys.start()
+        self.access.started()
+        self.limits.load(list(self.keys))
+
+
+def gateway(router: Router, experts: Mapping[str, Expert], *, settings: Settings | None = None) -> Starlette:
+    """An OpenAI-compatible app around a router; `app.state.gateway` is its `Gateway`.
+
+    ValueError where the experts are not those of the router.
+    """
+    state = Gateway(router, experts, settings or Settings())
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        await state.start()
+        remove = _on_hangup(state)
+        try:
+            yield
+        finally:
+            state.draining = True
+            remove()
+            await state.stop()
+
+    app = Starlette(
+        routes=[
+            Route("/v1/chat/completions", Proxy(state, "chat"), methods=["POST"]),
+            Route("/v1/completions", Proxy(state, "completions"), methods=["POST"]),
+            Route("/v1/embeddings", Proxy(state, "embeddings"), methods=["POST"]),
+            *routes(state),
+            Mount("/admin", Admin(state, _admin_routes(state))),
+        ],
+        exception_handlers=error_handlers(),
+        lifespan=lifespan,
+    )
+    app.state.gateway = state
+    return app
+
+
+def generation(router: Router, experts: Mapping[str, Expert], settings: Settings) -> Generation:
+    """ValueError where an expert is not known to the router, or none of the router's is left."""
+    known = set(router.experts)
+    if unknown := [name for name, expert in experts.items() if expert.route and name not in known]:
+        raise ValueError(
+            f"experts: the router does not know {unknown[0]!r}, it knows {', '.join(router.experts)}; correct the name, or say "
+            "route = false for an expert that is reached by its name only"
+        )
+    served = [name for name in router.experts if name in experts and experts[name].route]
+    if not served:
+        raise ValueError(f"experts: none of the router's is there; expected at least one of {', '.join(router.experts)}")
+    if missing := sorted(known - set(served)):
+        _log.warning("out of service, since the experts file does not have them: %s", ", ".join(missing))
+    if settings.explore is not None:
+        router.explore = settings.explore
+    return Generation(router, dict(experts), Decider(router, experts, deadline_s=settings.deadline_s))
+
+
+def load_router(settings: Settings) -> Router:
+    """The router of the settings' folder."""
+    assert settings.router_folder is not None
+    with suppress(DataError):
+        return Router.load(settings.router_folder)
+    # One that is being replaced is not there for a moment.
+    threading.Event().wait(0.1)
+    return Router.load(settings.router_folder)
+
+
+def _on_hangup(state: Gateway) -> Callable[[], None]:
+    """SIGHUP reloads, where there are signals and this is the thread that gets them.  -> what undoes it"""
+    hangup = getattr(signal, "SIGHUP", None)
+    if hangup is None or threading.current_thread() is not threading.main_thread():
+        return lambda: None
+    loop = asyncio.get_running_loop()
+    tasks: set[asyncio.Task] = set()
+
+    async def reload() -> None:
+        try:
+            await state.reload()
+        except (DataError, ValueError) as error:
+            _log.error("not reloaded, all stays as it was: %s", error)
+        except Exception:
+            _log.exception("not reloaded, all stays as it was")
+
+    def begin() -> None:
+        task = loop.create_task(reload())
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+
+    def remove() -> None:
+        loop.remove_signal_handler(hangup)
+
+    loop.add_signal_handler(hangup, begin)
+    return remove
+
+
+def _admin_routes(state: Gateway) -> list:
+    try:
+        from deferral.gateway import admin
+    except ImportError:
+        return []
+    return admin.routes(state)

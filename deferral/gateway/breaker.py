@@ -1,0 +1,92 @@
+"""A circuit breaker: an expert that fails again and again is left alone for a while, then tried with one request."""
+
+import time
+from collections import deque
+from collections.abc import Callable
+
+__all__ = ["Breaker"]
+
+_CALLS = 20
+_FAILURES = 5
+_FIRST_PAUSE, _LONGEST_PAUSE = 10.0, 300.0
+# An upstream may ask for more rest than anybody wants to give it.
+_LONGEST_REST = 300.0
+
+
+class Breaker:
+    """closed: calls go through.  open: none does, for `pause` seconds.  half-open: one does, and its outcome decides.
+
+    It opens when at least 5 of the last 20 calls, and half of them, failed; each time the one call fails, the pause doubles.
+    `rest` leaves the expert alone without blaming it.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._calls: deque[bool] = deque(maxlen=_CALLS)
+        self._until = 0.0  # of an open breaker, or of a rest
+        self._pause = _FIRST_PAUSE
+        self._open = False
+        self._probing = False
+        self._epoch = 0
+
+    @property
+    def state(self) -> str:
+        """ "closed", "open" or "half-open"."""
+        if not self._open:
+            return "closed"
+        return "half-open" if self._clock() >= self._until else "open"
+
+    @property
+    def down(self) -> bool:
+        """Whether a call would be refused now."""
+        return self._probing or (self._until > 0 and self._clock() < self._until)
+
+    @property
+    def wait(self) -> float:
+        """Seconds until a call may be tried again."""
+        return max(self._until - self._clock(), 1.0 if self._probing else 0.0)
+
+    def enter(self) -> int | None:
+        """A ticket for one call, to be given back to `success`, `failure` or `leave`; None where the call is refused."""
+        if self.down:
+            return None
+        self._probing = self._open
+        return self._epoch
+
+    def success(self, ticket: int) -> None:
+        """The call was answered.  A call that began before the breaker opened decides nothing."""
+        if ticket != self._epoch:
+            return
+        if self._open:
+            self._change(opened=False)
+        self._calls.append(True)
+
+    def failure(self, ticket: int) -> None:
+        """The expert failed the call."""
+        if ticket != self._epoch:
+            return
+        if self._open:
+            self._pause = min(2 * self._pause, _LONGEST_PAUSE)
+            self._change(opened=True)
+            return
+        self._calls.append(False)
+        failures = self._calls.count(False)
+        if failures >= _FAILURES and 2 * failures >= len(self._calls):
+            self._pause = _FIRST_PAUSE
+            self._change(opened=True)
+
+    def leave(self, ticket: int) -> None:
+        """The call ended without telling anything about the expert: the client left, say."""
+        if ticket == self._epoch:
+            self._probing = False
+
+    def rest(self, seconds: float, ticket: int) -> None:
+        """The expert asked to be left alone for a while (429 with Retry-After)."""
+        self.leave(ticket)
+        self._until = max(self._until, self._clock() + min(seconds, _LONGEST_REST))
+
+    def _change(self, *, opened: bool) -> None:
+        self._open, self._probing = opened, False
+        self._epoch += 1
+        self._calls.clear()
+        self._until = self._clock() + self._pause if opened else 0.0

@@ -1,0 +1,214 @@
+"""Whom to ask: hard constraints first, then the router; never on the time of others."""
+
+import asyncio
+import dataclasses
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from deferral.gateway.experts_file import Expert
+from deferral.gateway.problems import Problem
+from deferral.gateway.requests import Asked, Hints
+from deferral.routing.constraints import Abilities, Needs
+from deferral.routing.decisions import Decisions
+from deferral.routing.encoders import NgramEncoder
+from deferral.routing.router import Plan, Router
+from deferral.routing.static import draws
+
+__all__ = ["Choice", "Decider", "Limited", "refusal"]
+
+_PLANS = 256
+# Queries that wait for the worker; the next one is decided by the static mix at once.
+_MOST_WAITING = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Whom to ask, and after whose failure whom: `ranking` begins with the chosen one and goes on by expected cost.
+
+    quality, price and cost (in errors) of every expert that might be asked; propensity of the chosen one; `best_price` what
+    the expert that is best on the mean would cost.
+    """
+
+    ranking: tuple[str, ...]
+    reason: str
+    propensity: float
+    quality: Mapping[str, float]
+    price: Mapping[str, float]
+    cost: Mapping[str, float]
+    price_of_error: float
+    best_price: float
+    fast_path: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Limited:
+    """What the key and the state of the experts leave open.  `left` in dollars; `down` has the seconds to wait for each."""
+
+    allow: Collection[str] | None = None
+    left: float | None = None
+    thrift: float = 1.0
+    down: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+
+class Decider:
+    """One router with the experts of one experts file.  `close` ends its worker.
+
+    With the n-gram encoder, whose work is bounded by its 2,000 characters, a query is decided where it is: a thread would
+    compete for the same interpreter lock.  Any other encoder runs in one worker thread, and after `deadline_s` the static mix
+    decides instead.
+    """
+
+    def __init__(self, router: Router, experts: Mapping[str, Expert], *, deadline_s: float) -> None:
+        self.router, self.deadline_s = router, deadline_s
+        names = [name for name in router.experts if name in experts and experts[name].route]
+        self.experts = {name: _merged(experts[name], router.abilities.get(name)) for name in names}
+        self._place = {name: place for place, name in enumerate(router.experts)}
+        self._best = int(router.fitted.means.argmax())
+        self._at_once = isinstance(router.encoder, NgramEncoder)
+        self._plans: dict[Any, Plan] = {}
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="decide")
+        self._waiting = 0
+
+    async def choose(self, asked: Asked, hints: Hints, limited: Limited) -> Choice:
+        """Problem 4xx where a constraint leaves nobody or a hint cannot be met, 503 where all who may answer are down."""
+        plan = await self._plan(self._allowed(asked, hints, limited), hints, limited.thrift)
+        query = asked.query
+        if self._at_once:
+            return self._choice(self._decided(plan, query), plan, fast=False)
+        decisions = await self._in_worker(lambda: self._decided(plan, query), self.deadline_s)
+        return self._choice(decisions or self._by_mix(plan, query), plan, fast=decisions is None)
+
+    def close(self) -> None:
+        """Whoever waits is still decided."""
+        self._worker.shutdown(wait=False)
+
+    def _allowed(self, asked: Asked, hints: Hints, limited: Limited) -> frozenset[str]:
+        reasons = {name: refusal(expert, asked, hints, limited.allow) for name, expert in self.experts.items()}
+        names = [name for name, reason in reasons.items() if not reason]
+        if not names:
+            shown = [f"{name}: {reason}" for name, reason in reasons.items() if limited.allow is None or name in limited.allow]
+            why = "; ".join(shown) or "none is allowed for this key"
+            raise Problem(400, "no_expert_left", f"no expert may answer this request: {why}")
+        up = [name for name in names if name not in limited.down]
+        if not up:
+            wait = min(limited.down[name] for name in names)
+            raise Problem(503, "experts_down", f"all who may answer are down: {', '.join(names)}", retry_after=wait)
+        if limited.left is not None:
+            price = self.router.fitted.prices(np.array([len(asked.query)], float))[0]
+            affordable = [name for name in up if price[self._place[name]] <= limited.left]
+            # Where nobody is affordable, the budget refuses the cheapest, and says when it begins anew.
+            up = affordable or [min(up, key=lambda name: price[self._place[name]])]
+        return frozenset(up)
+
+    async def _plan(self, allow: frozenset[str], hints: Hints, thrift: float) -> Plan:
+        # A factor of two digits keeps the plans few.
+        factor = max(round(thrift, 2), 0.01)
+        key = (allow, hints.setting, factor)
+        plan = self._plans.get(key)
+        if plan is not None:
+            return plan
+        needs = Needs(allow=allow)
+        try:
+            if hints.budget is None and hints.min_quality is None:
+                plan = self.router.plan(needs=needs, **hints.setting_by_name)
+            else:
+                # This searches the held-out rows, long enough to be felt by others.
+                plan = await self._in_worker(lambda: self.router.plan(needs=needs, **hints.setting_by_name), None)
+                if plan is None:
+                    raise Problem(503, "busy", "too many new settings at the same time; send it again", retry_after=1)
+            if factor < 1:
+                error = plan.price_of_error * factor
+                plan = self.router.plan(needs=needs, price_of_error=error, max_latency=hints.max_latency)
+        except ValueError as error_of_plan:
+            raise Problem(400, "setting_cannot_be_met", str(error_of_plan)) from None
+        if len(self._plans) >= _PLANS:
+            self._plans.clear()
+        self._plans[key] = plan
+        return plan
+
+    async def _in_worker(self, work: Callable[[], Any], deadline: float | None) -> Any:
+        """The result; None where the worker is too busy or the deadline passed."""
+        if self._waiting >= _MOST_WAITING:
+            return None
+        self._waiting += 1
+        future = asyncio.get_running_loop().run_in_executor(self._worker, work)
+        future.add_done_callback(self._done)
+        done, _ = await asyncio.wait([future], timeout=deadline)
+        if not done:
+            # What has not begun never will.
+            future.cancel()
+            return None
+        return future.result()
+
+    def _done(self, future: asyncio.Future) -> None:
+        self._waiting -= 1
+        if not future.cancelled():
+            # A result that nobody waited for may be an error; it would be reported as never retrieved.
+            future.exception()
+
+    def _decided(self, plan: Plan, query: str) -> Decisions:
+        return self.router.decide(plan, self.router.encoder([query]), [query])
+
+    def _by_mix(self, plan: Plan, query: str) -> Decisions:
+        """Without looking at more of the query than its length."""
+        state = self.router.fitted
+        price = state.prices(np.array([len(query)], float))
+        cost = np.where(plan.mask, 1 - state.means + price / plan.price_of_error, np.inf)
+        drawn = draws([query], self.router.salt)
+        action = np.minimum(np.searchsorted(np.cumsum(plan.mix), drawn, side="right"), np.flatnonzero(plan.mix)[-1])
+        why = f"the encoder took longer than {1000 * self.deadline_s:.0f} ms"
+        return Decisions(
+            self.router.experts, action, state.means[None], price, cost, plan.mix[action], np.array([True]), np.zeros(1),
+            plan.price_of_error, why,
+        )  # fmt: skip
+
+    def _choice(self, decisions: Decisions, plan: Plan, *, fast: bool) -> Choice:
+        decision = decisions[0]
+        allowed = [name for name, place in self._place.items() if plan.mask[place]]
+        others = sorted((name for name in allowed if name != decision.expert), key=lambda name: decision.cost[name])
+        return Choice(
+            (decision.expert, *others),
+            decision.why,
+            decision.propensity,
+            {name: decision.quality[name] for name in allowed},
+            {name: decision.price[name] for name in allowed},
+            {name: decision.cost[name] for name in allowed},
+            plan.price_of_error,
+            float(decisions.price[0, self._best]),
+            fast,
+        )
+
+
+def refusal(expert: Expert, asked: Asked, hints: Hints, allow: Collection[str] | None) -> str:
+    """Why an expert may not answer; "" if it may."""
+    if allow is not None and expert.name not in allow:
+        return "not allowed for this key"
+    if expert.context_tokens is not None and asked.tokens + asked.output_tokens > expert.context_tokens:
+        return (
+            f"about {asked.tokens} tokens and {asked.output_tokens} for the answer exceed its window of {expert.context_tokens}"
+        )
+    if asked.tools and not expert.tools:
+        return "it takes no tools"
+    if asked.images and not expert.images:
+        return "it takes no images"
+    if hints.regions is not None and expert.region is not None and expert.region not in hints.regions:
+        return f"it is in {expert.region}"
+    return ""
+
+
+def _merged(expert: Expert, can: Abilities | None) -> Expert:
+    """What both the file and the router say that an expert can do."""
+    if can is None:
+        return expert
+    windows = [window for window in (expert.context_tokens, can.context_tokens) if window is not None]
+    return dataclasses.replace(
+        expert,
+        context_tokens=min(windows, default=None),
+        tools=expert.tools and can.tools,
+        images=expert.images and can.images,
+        region=expert.region or can.region,
+    )

@@ -1,0 +1,158 @@
+"""The small endpoints: models, feedback, health, metrics, and the door to the admin ones."""
+
+import json
+import math
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Route, Router
+from starlette.types import Receive, Scope, Send
+
+from deferral.errors import DataError
+from deferral.gateway.access import problem_of
+from deferral.gateway.keys import Key
+from deferral.gateway.limits import Refused
+from deferral.gateway.metrics import CONTENT_TYPE
+from deferral.gateway.problems import Problem
+from deferral.gateway.wire import Left, header_map, read_body, send_problem
+
+if TYPE_CHECKING:
+    from deferral.gateway.app import Gateway
+
+__all__ = ["Admin", "error_handlers", "routes"]
+
+_FEEDBACK_BYTES = 1 << 16
+_THUMBS = {"up": 1.0, "down": 0.0}
+
+
+def routes(gateway: "Gateway") -> list[Route]:
+    """All but the three paths that are passed through."""
+
+    async def models(request: Request) -> Response:
+        names = _visible(gateway, gateway.access.client(header_map(request.scope)))
+        return JSONResponse({"object": "list", "data": [_model(name) for name in names]})
+
+    async def model(request: Request) -> Response:
+        name = request.path_params["name"]
+        if name not in _visible(gateway, gateway.access.client(header_map(request.scope))):
+            raise Problem(404, "model_not_found", f"{name[:100]!r} is no model that this key may ask", param="model")
+        return JSONResponse(_model(name))
+
+    async def feedback(request: Request) -> Response:
+        key = gateway.access.client(header_map(request.scope))
+        gateway.limits.admit(key)
+        body = await read_body(request.receive, header_map(request.scope), _FEEDBACK_BYTES)
+        identity, quality = _feedback(body)
+        try:
+            known = await gateway.record.feedback(identity, quality, source_key=key.id)
+        except TimeoutError as error:
+            raise Problem(503, "record_unavailable", str(error), retry_after=1) from None
+        if not known:
+            message = (
+                f"id: there is no response {identity[:100]!r} of this key; expected the header x-deferral-id or the reply's id"
+            )
+            raise Problem(404, "response_not_found", message, param="id")
+        return JSONResponse({"id": identity, "object": "feedback", "quality": quality})
+
+    async def health(request: Request) -> Response:
+        return JSONResponse({"status": "ok"})
+
+    async def ready(request: Request) -> Response:
+        trouble = gateway.trouble
+        return JSONResponse({"status": trouble or "ready"}, 503 if trouble else 200)
+
+    async def metrics(request: Request) -> Response:
+        # Who may ask without a key may see what it costs.
+        if not gateway.access.open or gateway.settings.admin_key is not None:
+            gateway.access.admin(header_map(request.scope))
+        return Response(gateway.metrics.text(), headers={"content-type": CONTENT_TYPE})
+
+    return [
+        Route("/v1/models", models),
+        Route("/v1/models/{name:path}", model),
+        Route("/v1/feedback", feedback, methods=["POST"]),
+        Route("/health", health),
+        Route("/ready", ready),
+        Route("/metrics", metrics),
+    ]
+
+
+class Admin:
+    """What is behind the admin key: the given routes, and POST /reload."""
+
+    def __init__(self, gateway: "Gateway", own: Sequence[BaseRoute]) -> None:
+        async def reload(request: Request) -> Response:
+            try:
+                return JSONResponse({"reloaded": await gateway.reload()})
+            except (DataError, ValueError) as error:
+                raise Problem(409, "not_reloaded", f"all stays as it was: {error}") from None
+
+        self._gateway = gateway
+        self._router = Router([*own, Route("/reload", reload, methods=["POST"])])
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """401 or 403 before anything is looked at."""
+        try:
+            self._gateway.access.admin(header_map(scope))
+        except Problem as problem:
+            await send_problem(send, problem)
+            return
+        await self._router(scope, receive, send)
+
+
+def error_handlers() -> dict[Any, Callable[[Request, Any], Awaitable[Response]]]:
+    """Every error in the shape that OpenAI's clients understand."""
+
+    async def problem(request: Request, error: Problem) -> Response:
+        return Response(error.body, error.status, {"content-type": "application/json", **error.headers})
+
+    async def refused(request: Request, error: Refused) -> Response:
+        return await problem(request, problem_of(error))
+
+    async def http(request: Request, error: HTTPException) -> Response:
+        what = f"{request.method} {request.url.path[:100]}"
+        shown = Problem(
+            error.status_code, "not_found" if error.status_code == 404 else "invalid_request", f"{what}: {error.detail}"
+        )
+        return await problem(request, Problem(shown.status, shown.code, shown.message, headers=error.headers))
+
+    async def left(request: Request, error: Left) -> Response:
+        return Response(status_code=400)
+
+    return {Problem: problem, Refused: refused, HTTPException: http, Left: left}
+
+
+def _visible(gateway: "Gateway", key: Key) -> list[str]:
+    experts = gateway.current.experts
+    mine = [name for name in experts if key.experts is None or name in key.experts]
+    return ["auto", *mine] if any(experts[name].route for name in mine) else mine
+
+
+def _model(name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "deferral"}
+
+
+def _feedback(body: bytes) -> tuple[str, float]:
+    try:
+        said = json.loads(body)
+    except (ValueError, RecursionError):
+        said = None
+    if not isinstance(said, dict):
+        raise Problem(400, "invalid_json", 'the body: expected {"id": ..., "quality": 0..1} or {"id": ..., "thumbs": "up"}')
+    identity, thumbs = said.get("id"), said.get("thumbs")
+    quality: Any = said.get("quality")
+    if not isinstance(identity, str) or not identity:
+        raise Problem(400, "invalid_id", "id: expected the header x-deferral-id of a response, or its own id", param="id")
+    if (quality is None) == (thumbs is None):
+        raise Problem(400, "invalid_feedback", "expected one of quality and thumbs", param="quality")
+    if thumbs is not None:
+        if thumbs not in ("up", "down"):
+            raise Problem(400, "invalid_feedback", 'thumbs: expected "up" or "down"', param="thumbs")
+        return identity, _THUMBS[thumbs]
+    number = isinstance(quality, int | float) and not isinstance(quality, bool)
+    if not number or not math.isfinite(quality) or not 0 <= quality <= 1:
+        raise Problem(400, "invalid_feedback", "quality: expected a number in [0, 1]", param="quality")
+    return identity, float(quality)

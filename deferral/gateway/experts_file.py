@@ -1,0 +1,191 @@
+"""The experts file: where each expert is reached, what it can do, what it costs, and how long it may take."""
+
+import math
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from deferral.errors import DataError
+
+__all__ = ["AUTO", "Expert", "read_experts"]
+
+# Names of a model that ask the router.
+AUTO = frozenset({"auto", "deferral/auto"})
+_NAME = re.compile(r"[ -~]{1,100}")
+_HEADER_VALUE = re.compile(r"[!-~]+")
+_SECTION = re.compile(r"""\s*\[\s*experts\s*\.\s*(?:"([^"]*)"|'([^']*)'|([\w-]+))\s*\]""")
+_LOOKS_LIKE_A_KEY = frozenset({"key", "api_key", "apikey", "token", "secret", "password", "authorization"})
+
+
+@dataclass(frozen=True)
+class Expert:
+    """An OpenAI-compatible server.  Prices in dollars per million tokens, times in seconds.
+
+    `model` is its name there; `key` comes from an environment variable and is never shown.  `context_tokens=None` is no limit,
+    `region=None` anywhere.  `first_byte_s` is the longest wait for the first byte, and between two.  Beyond `max_concurrent`
+    requests wait, at most `max_waiting` of them.  With `route=False` it is reached by its name only.
+    """
+
+    name: str
+    base_url: str
+    model: str = ""
+    key: str | None = field(default=None, repr=False)
+    input_price: float = 0.0
+    output_price: float = 0.0
+    context_tokens: int | None = None
+    tools: bool = True
+    images: bool = True
+    region: str | None = None
+    connect_s: float = 5.0
+    first_byte_s: float = 60.0
+    total_s: float = 600.0
+    max_concurrent: int = 256
+    max_waiting: int = 1024
+    route: bool = True
+
+    def __post_init__(self) -> None:
+        for check in (_check_name, _check_url, _check_key, _check_numbers, _check_flags):
+            check(self)
+        object.__setattr__(self, "base_url", self.base_url.rstrip("/"))
+        object.__setattr__(self, "model", self.model or self.name)
+
+    def price(self, input_tokens: float, output_tokens: float) -> float:
+        """Dollars."""
+        return (input_tokens * self.input_price + output_tokens * self.output_price) / 1e6
+
+
+class _FieldError(ValueError):
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field}: {message}")
+        self.field = field
+
+
+def read_experts(path: str | Path, environ: Mapping[str, str] = os.environ) -> dict[str, Expert]:
+    """The experts of a TOML file, one table [experts.NAME] each; DataError names the line.
+
+    Fields are those of `Expert`, but for the key: `key_env` names the environment variable that holds it.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: the experts file cannot be read, {error}") from error
+    try:
+        tables = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        # The message of tomllib ends with the line.
+        raise DataError(f"{path}: expected TOML; {error}") from error
+    if unknown := sorted(set(tables) - {"experts"}):
+        raise DataError(f"{_at(path, text, unknown[0])}: expected tables [experts.NAME], got {unknown[0]!r}")
+    experts = tables.get("experts")
+    if not isinstance(experts, dict) or not experts:
+        raise DataError(f"{path}: expected at least one table [experts.NAME] with a base_url")
+    result = {}
+    for name, table in experts.items():
+        if not isinstance(table, dict):
+            raise DataError(f"{_at(path, text, name)}: expected a table [experts.{name}], got {type(table).__name__}")
+        try:
+            result[name] = _expert(name, table, environ)
+        except _FieldError as error:
+            raise DataError(f"{_at(path, text, error.field, name)}: expert {name!r}, {error}") from None
+    return result
+
+
+def _expert(name: str, table: dict[str, Any], environ: Mapping[str, str]) -> Expert:
+    known = [each.name for each in fields(Expert) if each.name not in ("name", "key")]
+    for given in table:
+        if given == "key_env":
+            continue
+        # The value is never repeated: it may be a key.
+        if given.lower() in _LOOKS_LIKE_A_KEY:
+            raise _FieldError(given, "keys are not read from files; put it in an environment variable and name that in key_env")
+        if given not in known:
+            raise _FieldError(given, f"unknown; expected one of {', '.join([*known, 'key_env'])}")
+    if "base_url" not in table:
+        raise _FieldError("base_url", "missing; expected the server's address, http://127.0.0.1:8001/v1 say")
+    values = {given: value for given, value in table.items() if given != "key_env"}
+    variable = table.get("key_env")
+    if variable is not None:
+        if not isinstance(variable, str) or not re.fullmatch(r"[A-Za-z_]\w*", variable):
+            raise _FieldError("key_env", "expected the name of an environment variable, not a key")
+        if not environ.get(variable):
+            raise _FieldError("key_env", f"the environment variable {variable} is not set; export it, or leave key_env out")
+        values["key"] = environ[variable].strip()
+    return Expert(name, **values)
+
+
+def _check_name(expert: Expert) -> None:
+    if not _NAME.fullmatch(expert.name) or expert.name != expert.name.strip():
+        raise _FieldError("name", "expected 1 to 100 printable ASCII characters")
+    if expert.name in AUTO:
+        raise _FieldError("name", f"{expert.name!r} asks the router; call the expert otherwise")
+    if not isinstance(expert.model, str) or not all(character.isprintable() for character in expert.model):
+        raise _FieldError("model", "expected the name of the model at the server")
+    if expert.region is not None and (not isinstance(expert.region, str) or not expert.region):
+        raise _FieldError("region", f"expected a text, got {expert.region!r}")
+
+
+def _check_url(expert: Expert) -> None:
+    if not isinstance(expert.base_url, str):
+        raise _FieldError("base_url", f"expected a text, got {type(expert.base_url).__name__}")
+    try:
+        parts = urlsplit(expert.base_url)
+        secret = bool(parts.username or parts.password or parts.query or parts.fragment)
+        wrong = parts.scheme not in ("http", "https") or not parts.hostname or (parts.port == 0)
+    except ValueError:
+        secret, wrong = False, True
+    if secret:
+        raise _FieldError("base_url", "expected no user, password, query or fragment; a key goes into key_env")
+    if wrong or not _HEADER_VALUE.fullmatch(expert.base_url):
+        raise _FieldError("base_url", f"expected http:// or https:// with a host, got {expert.base_url!r}")
+
+
+def _check_key(expert: Expert) -> None:
+    if expert.key is not None and not _HEADER_VALUE.fullmatch(expert.key):
+        raise _FieldError("key_env", "its variable holds characters that no key has (spaces, line ends or non-ASCII)")
+
+
+def _check_numbers(expert: Expert) -> None:
+    for name in ("input_price", "output_price", "connect_s", "first_byte_s", "total_s"):
+        value = getattr(expert, name)
+        least = "0 or more" if name.endswith("price") else "above 0"
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise _FieldError(name, f"expected a number, {least}, got {value!r}")
+        if value < 0 or (value == 0 and least == "above 0"):
+            raise _FieldError(name, f"expected a number, {least}, got {value!r}")
+    for name, fewest in (("context_tokens", 1), ("max_concurrent", 1), ("max_waiting", 0)):
+        value = getattr(expert, name)
+        if value is None and name == "context_tokens":
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < fewest:
+            raise _FieldError(name, f"expected a whole number, {fewest} or more, got {value!r}")
+
+
+def _check_flags(expert: Expert) -> None:
+    for name in ("tools", "images", "route"):
+        if not isinstance(getattr(expert, name), bool):
+            raise _FieldError(name, f"expected true or false, got {getattr(expert, name)!r}")
+
+
+def _at(path: Path, text: str, key: str, expert: str | None = None) -> str:
+    """FILE:LINE of a key, in the table of an expert; of the table where the key is not there."""
+    section, table_line = None, None
+    for number, line in enumerate(text.splitlines(), 1):
+        if found := _SECTION.match(line):
+            section = next(group for group in found.groups() if group is not None)
+            if section == expert:
+                table_line = number
+        elif line.lstrip().startswith("["):
+            section = None
+            if expert is None and re.match(rf"\s*\[+\s*[\"']?{re.escape(key)}\b", line):
+                return f"{path}:{number}"
+        if section == expert and re.match(rf"\s*[\"']?{re.escape(key)}[\"']?\s*=", line):
+            return f"{path}:{number}"
+        if table_line is None and re.match(rf"\s*[\"']?{re.escape(expert or key)}[\"']?\s*=", line):
+            table_line = number
+    return f"{path}:{table_line}" if table_line else str(path)

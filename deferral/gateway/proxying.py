@@ -1,0 +1,296 @@
+"""The three paths that are passed through: decide, ask, hand on, put on record."""
+
+import asyncio
+import logging
+import math
+import os
+from collections.abc import Mapping
+from time import perf_counter, time
+from typing import TYPE_CHECKING
+
+from starlette.types import Receive, Scope, Send
+
+from deferral.gateway.access import problem_of
+from deferral.gateway.answering import Call, Unanswered
+from deferral.gateway.deciding import Choice, Limited, refusal
+from deferral.gateway.experts_file import AUTO
+from deferral.gateway.keys import ANYONE, Key
+from deferral.gateway.limits import Hold, Refused
+from deferral.gateway.problems import Problem, error_body
+from deferral.gateway.record import DecisionRow
+from deferral.gateway.requests import Asked, Hints, Kind, hints, parse, with_model
+from deferral.gateway.upstream import FORWARDED, Failure
+from deferral.gateway.usage import StreamMeter, Usage
+from deferral.gateway.wire import Left, header_map, read_body, send_problem, send_whole
+
+if TYPE_CHECKING:
+    from deferral.gateway.app import Gateway, Generation
+
+__all__ = ["Proxy"]
+
+_log = logging.getLogger("deferral.gateway")
+
+_PATHS: dict[Kind, str] = {"chat": "/chat/completions", "completions": "/completions", "embeddings": "/embeddings"}
+# A request is watched for its client's leaving once it has taken this long: most are over by then.
+_WATCH_AFTER = 0.05
+# Without a word from the client, an answer is expected to be this long.
+_OUTPUT_TOKENS = 256
+_CLOSED_BY_CLIENT = 499
+# Beyond the time that an expert has for a reply: what its client may take to read the end of it.
+_LONGER = 60.0
+_PRINTABLE = bytes(byte if 32 <= byte < 127 else 32 for byte in range(256))
+
+
+class Proxy:
+    """One of the paths, as an ASGI app."""
+
+    def __init__(self, gateway: "Gateway", kind: Kind) -> None:
+        self.gateway, self.kind, self.path = gateway, kind, _PATHS[kind]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """From the first byte of a request to the last of its reply; no error leaves it."""
+        await Exchange(self, receive, send).run(header_map(scope))
+
+
+class Exchange:
+    """One request and its reply."""
+
+    def __init__(self, proxy: Proxy, receive: Receive, send: Send) -> None:
+        self.gateway, self.kind, self.path = proxy.gateway, proxy.kind, proxy.path
+        self.receive, self.send = receive, send
+        self.id = f"dfr-{os.urandom(12).hex()}"
+        self.arrived, self.began = time(), perf_counter()
+        self.key: Key = ANYONE
+        self.asked: Asked | None = None
+        self.choice: Choice | None = None
+        # started: the client has the first bytes; over: it needs no watching any more; gone: it left.
+        self.started = self.over = self.gone = self.kept = False
+        self.status = 500
+        self.watcher: asyncio.Task | None = None
+
+    async def run(self, headers: Mapping[bytes, bytes]) -> None:
+        """No error leaves it."""
+        gateway = self.gateway
+        gateway.metrics.began()
+        task = asyncio.current_task()
+        assert task is not None
+        timer: asyncio.TimerHandle | None = None
+        try:
+            try:
+                self.key = gateway.access.client(headers)
+                gateway.limits.admit(self.key)
+                body = await read_body(self.receive, headers, gateway.settings.max_request_bytes)
+                timer = asyncio.get_running_loop().call_later(_WATCH_AFTER, self._watch, task)
+                await self._serve(body, headers)
+            except Refused as refused:
+                raise problem_of(refused) from None
+        except Problem as problem:
+            await self._refuse(problem)
+        except Left:
+            self.status = _CLOSED_BY_CLIENT
+        except asyncio.CancelledError:
+            self.status = _CLOSED_BY_CLIENT
+            self._keep("", Usage(0, 0, True, ""), "cancelled")
+            if not self.gone:
+                raise
+        except Exception:
+            _log.exception("a request failed in the gateway itself (%s)", self.id)
+            await self._refuse(Problem(500, "internal_error", f"the gateway failed; its log has the reason, under {self.id}"))
+        finally:
+            self.over = True
+            if timer is not None:
+                timer.cancel()
+            if self.watcher is not None:
+                self.watcher.cancel()
+            gateway.metrics.ended(self.kind, self.status)
+
+    async def _serve(self, body: bytes, headers: Mapping[bytes, bytes]) -> None:
+        gateway, now = self.gateway, self.gateway.current
+        asked = self.asked = parse(self.kind, body)
+        began = perf_counter()
+        choice = self.choice = await self._choose(now, asked, hints(headers))
+        if asked.model in AUTO:
+            gateway.metrics.decided(choice.ranking[0], perf_counter() - began, fast=choice.fast_path)
+        ranking = [now.experts[name] for name in choice.ranking]
+        forwarded = {name.decode(): value.decode("latin-1") for name, value in headers.items() if name in FORWARDED}
+        with gateway.limits.hold(self.key, choice.price[choice.ranking[0]]) as hold:
+            call = await gateway.answerers.answer(
+                ranking, self.path, lambda expert: with_model(body, expert.model), forwarded, asked
+            )
+            await self._hand_on(call, asked, choice, hold)
+
+    async def _choose(self, now: "Generation", asked: Asked, wanted: Hints) -> Choice:
+        key = self.key
+        if asked.model in AUTO:
+            if self.kind == "embeddings":
+                message = "model: embeddings of different models do not compare; name an expert"
+                raise Problem(400, "auto_not_possible", message, param="model")
+            limits, budgeted = self.gateway.limits, key.budget is not None
+            left, thrift = (limits.left(key), limits.thrift(key)) if budgeted else (None, 1.0)
+            return await now.decider.choose(asked, wanted, Limited(key.experts, left, thrift, self.gateway.answerers.down()))
+        expert = now.experts.get(asked.model)
+        if expert is None or (key.experts is not None and expert.name not in key.experts):
+            message = f"model: {asked.model[:100]!r} is no expert that this key may ask; GET /v1/models lists them"
+            raise Problem(404, "model_not_found", message, param="model")
+        if reason := refusal(expert, asked, wanted, key.experts):
+            raise Problem(400, "expert_not_able", f"{expert.name} may not answer this request: {reason}")
+        price = expert.price(asked.tokens, 0 if self.kind == "embeddings" else asked.output_tokens or _OUTPUT_TOKENS)
+        return Choice((expert.name,), "asked for by name", 1.0, {}, {expert.name: price}, {}, math.nan, math.nan, False)
+
+    async def _hand_on(self, call: Call, asked: Asked, choice: Choice, hold: Hold) -> None:
+        """The reply of an expert, to the client and on record."""
+        reply, expert = call.reply, call.expert
+        first_byte_s = perf_counter() - self.began
+        headers = [*reply.headers, *self._headers(call, choice)]
+        self.status = reply.status
+        usage, outcome, good = reply.usage, "cancelled", None
+        meter = StreamMeter()
+        try:
+            if reply.streamed:
+                outcome = await self._stream(call, headers, meter)
+                good = outcome == "ok"
+            else:
+                outcome, good = "ok" if reply.status < 300 else "error", True
+        finally:
+            call.end(good)
+            if reply.streamed:
+                usage = meter.usage(asked.tokens)
+            price = expert.price(usage.input_tokens, usage.output_tokens) if reply.status < 300 else 0.0
+            hold.settle(price)
+            self._keep(expert.name, usage, outcome, price=price, first_byte_s=first_byte_s, attempts=call.attempts)
+        self.over = True
+        if reply.streamed:
+            await self.send({"type": "http.response.body", "body": b"", "more_body": False})
+        else:
+            self.started = True
+            await send_whole(self.send, reply.status, headers, reply.body)
+
+    async def _stream(self, call: Call, headers: list[tuple[bytes, bytes]], meter: StreamMeter) -> str:
+        """Bytes as they come.  -> the outcome"""
+        send, chunk = self.send, call.reply.body
+        self.started = True
+        # A client that does not read would hold its expert for ever.
+        task = asyncio.current_task()
+        assert task is not None
+        limit = asyncio.get_running_loop().call_later(call.expert.total_s + _LONGER, self._give_up, task)
+        try:
+            await send({"type": "http.response.start", "status": call.reply.status, "headers": headers})
+            meter.feed(chunk)
+            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            async for chunk in call.reply.rest():
+                meter.feed(chunk)
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        except Failure as failure:
+            name = call.expert.name
+            self.gateway.metrics.failed(name, failure.code)
+            _log.warning("%s %s (%s, %s)", name, failure.message, failure.code, self.id)
+            event = error_body(failure.status, failure.code, f"{name} {failure.message}")
+            # The blank line ends an event that was cut in half.
+            await send({"type": "http.response.body", "body": b"\n\ndata: " + event + b"\n\n", "more_body": True})
+            return "truncated"
+        finally:
+            limit.cancel()
+        return "ok" if meter.finished else "truncated"
+
+    def _headers(self, call: Call, choice: Choice) -> list[tuple[bytes, bytes]]:
+        name = call.expert.name
+        reason = choice.reason
+        if name != choice.ranking[0]:
+            reason = f"{name} in place of {choice.ranking[0]}, which failed; {reason}"
+        headers = [
+            (b"x-deferral-id", self.id.encode()),
+            (b"x-deferral-expert", name.encode()),
+            (b"x-deferral-expected-price", b"%.6g" % choice.price.get(name, math.nan)),
+            (b"x-deferral-propensity", b"%.6g" % choice.propensity),
+            (b"x-deferral-attempts", b"%d" % call.attempts),
+            # Headers are ASCII, and a line of them ends where the line ends.
+            (b"x-deferral-reason", reason.replace("±", "+-").encode("ascii", "replace").translate(_PRINTABLE)),
+        ]
+        if name in choice.cost:
+            headers.append((b"x-deferral-expected-cost", b"%.6g" % choice.cost[name]))
+        return headers
+
+    async def _refuse(self, problem: Problem) -> None:
+        self.status, self.over = problem.status, True
+        attempts = problem.attempts if isinstance(problem, Unanswered) else 0
+        outcome = "error" if attempts or problem.status == 500 else "refused"
+        if outcome == "refused":
+            self.gateway.metrics.refused(problem.code)
+        self._keep("", Usage(0, 0, True, ""), outcome, attempts=attempts)
+        if not self.started:
+            self.started = True
+            own = [(b"x-deferral-id", self.id.encode()), (b"x-deferral-attempts", b"%d" % attempts)]
+            await send_problem(self.send, problem, own)
+
+    def _keep(
+        self,
+        expert: str,
+        usage: Usage,
+        outcome: str,
+        *,
+        price: float = 0.0,
+        first_byte_s: float = math.nan,
+        attempts: int = 0,
+    ) -> None:
+        """Put it on record, once; a request that was refused before it was understood has nothing to keep."""
+        asked, choice, gateway = self.asked, self.choice, self.gateway
+        if asked is None or self.kept:
+            return
+        self.kept = True
+        latency = perf_counter() - self.began
+        routed = choice is not None and asked.model in AUTO
+        best_price = choice.best_price if choice is not None else math.nan
+        gateway.record.add(
+            DecisionRow(
+                id=self.id,
+                time=self.arrived,
+                key=self.key.id,
+                requested="auto" if asked.model in AUTO else asked.model,
+                expert=expert,
+                chosen=choice.ranking[0] if choice else "",
+                reason=choice.reason if choice else "",
+                propensity=choice.propensity if choice else math.nan,
+                expected_quality=dict(choice.quality) if choice else {},
+                expected_price=dict(choice.price) if choice else {},
+                expected_cost=dict(choice.cost) if choice else {},
+                price_of_error=choice.price_of_error if choice else math.nan,
+                price=price,
+                estimated=usage.estimated,
+                input_tokens=usage.input_tokens,
+                output_tokens=usage.output_tokens,
+                first_byte_s=first_byte_s,
+                latency_s=latency,
+                status=self.status,
+                outcome=outcome,
+                attempts=attempts,
+                streamed=asked.stream,
+                fast_path=choice.fast_path if choice else False,
+                query=asked.query if gateway.settings.store_text else None,
+                reply_id=usage.reply_id,
+                best_price=best_price,
+            )
+        )
+        if expert:
+            gateway.metrics.answered(
+                expert,
+                outcome,
+                price=price,
+                best_price=best_price if routed else math.nan,
+                input_tokens=usage.input_tokens,
+                output_tokens=usage.output_tokens,
+                first_byte_s=first_byte_s,
+                latency_s=latency,
+            )
+
+    def _watch(self, task: asyncio.Task) -> None:
+        self.watcher = asyncio.get_running_loop().create_task(self._left(task))
+
+    async def _left(self, task: asyncio.Task) -> None:
+        while (await self.receive())["type"] != "http.disconnect":
+            pass
+        if not self.over:
+            self._give_up(task)
+
+    def _give_up(self, task: asyncio.Task) -> None:
+        self.gone = True
+        task.cancel()

@@ -1,0 +1,203 @@
+"""A request as far as the gateway has to understand it: who is meant, what is asked, what it needs."""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from deferral.gateway.problems import Problem
+
+__all__ = ["Asked", "Hints", "Kind", "hints", "parse", "with_model"]
+
+Kind = Literal["chat", "completions", "embeddings"]
+
+# A rule of thumb of English text in today's tokenizers; in other scripts a character has more bytes and more tokens.
+_BYTES_PER_TOKEN = 4
+_IMAGE_TOKENS = 1000
+_MODEL = re.compile(rb'"model"\s*:\s*("[^"\\]*(?:\\.[^"\\]*)*")', re.DOTALL)
+_TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[{}\[\]:,]', re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """`tokens` is estimated, `output_tokens` what the client allows (0: not said)."""
+
+    model: str
+    query: str
+    tokens: int
+    output_tokens: int
+    tools: bool
+    images: bool
+    stream: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Hints:
+    """Settings of the trade-off for one request, and where it may be answered."""
+
+    price_of_error: float | None = None
+    budget: float | None = None
+    max_latency: float | None = None
+    min_quality: float | None = None
+    regions: frozenset[str] | None = None
+
+    @property
+    def setting(self) -> tuple[float | None, float | None, float | None, float | None]:
+        """price_of_error, budget, max_latency, min_quality."""
+        return (self.price_of_error, self.budget, self.max_latency, self.min_quality)
+
+    @property
+    def setting_by_name(self) -> dict[str, Any]:
+        """As `Router.plan` takes it."""
+        return dict(zip(_SETTING, self.setting, strict=True))
+
+
+_SETTING = ("price_of_error", "budget", "max_latency", "min_quality")
+NO_HINTS = Hints()
+_HINTS = {
+    b"x-deferral-price-of-error": "price_of_error",
+    b"x-deferral-budget": "budget",
+    b"x-deferral-max-latency": "max_latency",
+    b"x-deferral-min-quality": "min_quality",
+}
+
+
+def parse(kind: Kind, body: bytes) -> Asked:
+    """Problem 400 where the body is no request."""
+    try:
+        request = json.loads(body.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else _short(error)
+        raise Problem(400, "invalid_json", f"the body: expected a JSON object in UTF-8; {reason}") from None
+    if not isinstance(request, dict):
+        raise Problem(400, "invalid_json", f"the body: expected a JSON object, got {_kind(request)}")
+    model = request.get("model")
+    if not isinstance(model, str) or not model:
+        raise Problem(400, "invalid_model", f"model: expected auto or the name of an expert, got {_kind(model)}", param="model")
+    stream = request.get("stream")
+    if stream is not None and not isinstance(stream, bool):
+        raise Problem(400, "invalid_type", f"stream: expected true or false, got {_kind(stream)}", param="stream")
+    if kind == "chat":
+        query, tools, images, image_bytes = _messages(request.get("messages"))
+        tools = tools or bool(request.get("tools")) or bool(request.get("functions"))
+    else:
+        name = "prompt" if kind == "completions" else "input"
+        query, tools, images, image_bytes = _text(request.get(name)), False, 0, 0
+    tokens = (len(body) - image_bytes) // _BYTES_PER_TOKEN + images * _IMAGE_TOKENS
+    allowed = request.get("max_completion_tokens", request.get("max_tokens"))
+    output = allowed if isinstance(allowed, int) and not isinstance(allowed, bool) and 0 < allowed < 1 << 31 else 0
+    return Asked(model, query, tokens, output, tools, images > 0, stream is True)
+
+
+def with_model(body: bytes, model: str) -> bytes:
+    """The body of a parsed request with another value of the top-level "model"; every other byte as it was."""
+    value = json.dumps(model).encode()
+    found = _MODEL.finditer(body)
+    first = next(found, None)
+    # A key may be spelled with \u escapes, and objects inside may have a model as well: then the body is read token by token.
+    if first is not None and next(found, None) is None and b"\\u006" not in body:
+        start, end = first.span(1)
+        return b"".join((body[:start], value, body[end:]))
+    return _with_top_level_model(body, value)
+
+
+def hints(headers: Mapping[bytes, bytes]) -> Hints:
+    """Problem 400 where a hint is no number."""
+    values: dict[str, Any] = {}
+    for header, name in _HINTS.items():
+        text = headers.get(header)
+        if text is None:
+            continue
+        try:
+            values[name] = float(text)
+        except ValueError:
+            values[name] = math.nan
+        if not math.isfinite(values[name]) or values[name] < 0 or (values[name] == 0 and name != "min_quality"):
+            shown = header.decode()
+            raise Problem(400, "invalid_hint", f"{shown}: expected a number above 0, got {_shown(text)}", param=shown)
+    if regions := headers.get(b"x-deferral-regions"):
+        values["regions"] = frozenset(region.strip() for region in regions.decode("latin-1").split(","))
+    return Hints(**values) if values else NO_HINTS
+
+
+def _messages(messages: Any) -> tuple[str, bool, int, int]:
+    """Text of the last message of the user, whether tools are in use, images, and the bytes of these."""
+    if not isinstance(messages, list):
+        raise Problem(400, "invalid_messages", f"messages: expected a list, got {_kind(messages)}", param="messages")
+    query: str | None = None
+    fallback = ""
+    tools, images, image_bytes = False, 0, 0
+    for message in reversed(messages):
+        if not isinstance(message, dict):
+            continue
+        role, content = message.get("role"), message.get("content")
+        if role == "tool" or role == "function" or "tool_calls" in message:
+            tools = True
+        if isinstance(content, list):
+            for part in content:
+                if isinstance(part, dict) and "image" in str(part.get("type")):
+                    images += 1
+                    image_bytes += _length(part)
+        if query is None and role == "user":
+            query = _text(content)
+        elif not fallback:
+            fallback = _text(content)
+    return fallback if query is None else query, tools, images, image_bytes
+
+
+def _text(content: Any) -> str:
+    """Of a content, a prompt or an input: a text, or a list of texts and parts."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        return ""
+    texts = (part if isinstance(part, str) else part.get("text") if isinstance(part, dict) else None for part in content)
+    return "\n".join(text for text in texts if isinstance(text, str))
+
+
+def _length(part: dict[str, Any]) -> int:
+    image = part.get("image_url", part.get("image"))
+    url = image.get("url") if isinstance(image, dict) else image
+    return len(url) if isinstance(url, str) else 0
+
+
+def _with_top_level_model(body: bytes, value: bytes) -> bytes:
+    pieces, copied = [], 0
+    depth, key, after_colon = 0, b"", False
+    for token in _TOKEN.finditer(body):
+        text = token.group()
+        if text in b"{[":
+            depth += 1
+        elif text in b"}]":
+            depth -= 1
+        elif depth != 1:
+            continue
+        elif text == b":":
+            after_colon = True
+        elif text == b",":
+            after_colon = False
+        elif not after_colon:
+            key = text
+        elif json.loads(key) == "model":
+            pieces += [body[copied : token.start()], value]
+            copied = token.end()
+        if depth != 1 or text in b"}]":
+            after_colon = False
+    return b"".join([*pieces, body[copied:]])
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "nothing"
+    return {dict: "an object", list: "a list", str: "a text", bool: "true or false"}.get(type(value), "a number")
+
+
+def _short(error: ValueError) -> str:
+    # json's messages name the place, and never quote the body; those about UTF-8 quote bytes.
+    return str(error)[:100] if isinstance(error, json.JSONDecodeError) else "it is not"
+
+
+def _shown(text: bytes) -> str:
+    return repr(text[:20].decode("ascii", "replace"))

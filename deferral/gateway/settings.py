@@ -1,0 +1,54 @@
+"""What an operator sets for a gateway, beside its router, its experts and its keys."""
+
+import ipaddress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+__all__ = ["Settings", "is_loopback"]
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Times in seconds, sizes in bytes.
+
+    `explore` is the share of the queries that go to an expert drawn at random (None: the router's own); `deadline_s` is how
+    long a slow encoder may take before the static mix decides; `retry_share` bounds retries as a share of the requests;
+    `router_folder` and `experts_file` are what a reload reads.
+    """
+
+    database: str = "sqlite:///deferral-gateway.db"
+    host: str = "127.0.0.1"
+    port: int = 8080
+    explore: float | None = None
+    store_text: bool = False
+    retention_days: float | None = None
+    admin_key: str | None = field(default=None, repr=False)
+    max_request_bytes: int = 10 * MIB
+    max_reply_bytes: int = 32 * MIB
+    deadline_s: float = 0.025
+    retry_share: float = 0.2
+    router_folder: Path | None = None
+    experts_file: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.explore is not None and not 0 <= self.explore < 1:
+            raise ValueError(f"explore: expected a share of the queries in [0, 1), got {self.explore}")
+        if self.admin_key is not None and len(self.admin_key) < 16:
+            raise ValueError("admin_key: expected at least 16 characters; make one with `openssl rand -hex 32`")
+        if not 0 <= self.retry_share <= 1:
+            raise ValueError(f"retry_share: expected a share of the requests in [0, 1], got {self.retry_share}")
+        for name in ("max_request_bytes", "max_reply_bytes", "deadline_s"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: expected a number above 0, got {getattr(self, name)}")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address to bind to."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,214 @@
+"""One attempt: a request goes to an expert, and a reply comes back whole, or begins, or it is a failure of a known kind."""
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from time import time
+
+import aiohttp
+from yarl import URL
+
+from deferral.gateway.experts_file import Expert
+from deferral.gateway.requests import Asked
+from deferral.gateway.usage import Usage, usage_of
+
+__all__ = ["Failure", "Reply", "Upstream"]
+
+# Of a request: everything else, cookies and the client's own key above all, stays here.
+FORWARDED = frozenset({b"openai-beta", b"idempotency-key", b"user-agent", b"x-request-id", b"traceparent", b"tracestate"})
+# Of a reply: what belongs to one connection, to its exact length, or to the account at the upstream.
+_OWN = frozenset(
+    {
+        b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"te", b"trailer", b"trailers",
+        b"transfer-encoding", b"upgrade", b"content-length", b"date", b"server", b"set-cookie", b"alt-svc",
+        b"strict-transport-security", b"openai-organization", b"openai-project", b"www-authenticate",
+    }
+)  # fmt: skip
+_MISCONFIGURED = frozenset({401, 402, 403, 404, 405})
+_OVERLOADED = frozenset({408, 425, 429})
+
+
+class Failure(Exception):
+    """An attempt that gave the client nothing.
+
+    `again`: the same expert may be asked once more; `blame`: the breaker counts it; `rest`: seconds for which the expert wants
+    to be left alone.  `status` and `code` are for the client, if nobody else answers.  The message never quotes the upstream,
+    which may repeat a key.
+    """
+
+    def __init__(
+        self, status: int, code: str, message: str, *, again: bool = False, blame: bool = True, rest: float | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status, self.code, self.message = status, code, message
+        self.again, self.blame, self.rest = again, blame, rest
+
+
+@dataclass(slots=True)
+class Reply:
+    """What an expert answered.  `body` is whole, or, if `response` is there, only the beginning of a stream."""
+
+    status: int
+    headers: list[tuple[bytes, bytes]]
+    body: bytes
+    usage: Usage  # of a whole body
+    response: aiohttp.ClientResponse | None = None
+
+    @property
+    def streamed(self) -> bool:
+        return self.response is not None
+
+    async def rest(self) -> AsyncIterator[bytes]:
+        """What follows the first bytes of a stream; Failure where it breaks off."""
+        assert self.response is not None
+        read = self.response.content.readany
+        try:
+            while chunk := await read():
+                yield chunk
+        except TimeoutError as error:
+            raise Failure(504, "upstream_timeout", "stopped in the middle of the stream") from error
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            raise Failure(502, "upstream_bad_reply", "broke off in the middle of the stream") from error
+
+    def close(self) -> None:
+        """End it; a stream that is not over ends at the upstream as well."""
+        if self.response is not None:
+            self.response.close()
+
+
+class Upstream:
+    """The connections to all experts: one session for the life of the app.  To be made in its event loop."""
+
+    def __init__(self, *, max_reply_bytes: int) -> None:
+        self._most = max_reply_bytes
+        # How many requests an expert gets at a time is decided before this.
+        connector = aiohttp.TCPConnector(limit=0, ttl_dns_cache=30, keepalive_timeout=30)
+        self._session = aiohttp.ClientSession(
+            connector=connector, auto_decompress=False, cookie_jar=aiohttp.DummyCookieJar(), raise_for_status=False
+        )
+        self._prepared: dict[tuple[Expert, str], tuple[URL, dict[str, str], aiohttp.ClientTimeout]] = {}
+
+    async def close(self) -> None:
+        await self._session.close()
+
+    async def ask(self, expert: Expert, path: str, body: bytes, headers: Mapping[str, str], asked: Asked) -> Reply:
+        """One attempt; Failure if it gave nothing that a client could use."""
+        url, own, timeout = self._prepared.get((expert, path)) or self._prepare(expert, path)
+        try:
+            response = await self._session.post(
+                url, data=body, headers={**headers, **own}, timeout=timeout, allow_redirects=False
+            )
+        except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
+            raise _unanswered(error) from error
+        try:
+            return await self._reply(response, asked)
+        except BaseException:
+            response.close()
+            raise
+
+    async def _reply(self, response: aiohttp.ClientResponse, asked: Asked) -> Reply:
+        status = response.status
+        if status in _MISCONFIGURED or status >= 500 or status in _OVERLOADED or 300 <= status < 400 or status < 200:
+            raise _refused(status, _retry_after(response.headers.get("Retry-After")))
+        kind = response.headers.get("Content-Type", "").lower()
+        events = kind.startswith("text/event-stream")
+        if status < 300 and not (kind.startswith("application/json") or (events and asked.stream)):
+            raise Failure(502, "upstream_bad_reply", f"answered neither JSON nor a stream that was asked for: {_shown(kind)}")
+        headers = [(name.lower(), value) for name, value in response.raw_headers if _handed_on(name.lower())]
+        unknown = Usage(asked.tokens, 0, True, "")
+        try:
+            if events and status < 300:
+                first = await response.content.readany()
+                if not first:
+                    raise Failure(502, "upstream_bad_reply", "ended its stream before the first byte", again=True)
+                return Reply(status, headers, first, unknown, response)
+            body = await self._whole(response)
+        except TimeoutError as error:
+            raise Failure(504, "upstream_timeout", "did not go on with its reply in time") from error
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            raise Failure(502, "upstream_bad_reply", "broke off its reply") from error
+        if status >= 300 or response.headers.get("Content-Encoding", "identity").lower() != "identity":
+            return Reply(status, headers, body, unknown)
+        usage = usage_of(body, asked.tokens)
+        if usage is None:
+            raise Failure(502, "upstream_bad_reply", "answered with JSON that cannot be read")
+        return Reply(status, headers, body, usage)
+
+    async def _whole(self, response: aiohttp.ClientResponse) -> bytes:
+        read = response.content.readany
+        parts, size = [], 0
+        while part := await read():
+            size += len(part)
+            if size > self._most:
+                raise Failure(502, "upstream_bad_reply", f"answered more than {self._most} bytes")
+            parts.append(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _prepare(self, expert: Expert, path: str) -> tuple[URL, dict[str, str], aiohttp.ClientTimeout]:
+        if len(self._prepared) > 1000:
+            # Left over from experts files of earlier days.
+            self._prepared.clear()
+        # Compressed replies could not be looked at without another copy.
+        own = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+        if expert.key is not None:
+            own["Authorization"] = f"Bearer {expert.key}"
+        timeout = aiohttp.ClientTimeout(
+            total=expert.total_s, sock_connect=expert.connect_s, sock_read=expert.first_byte_s, ceil_threshold=60
+        )
+        self._prepared[expert, path] = prepared = (URL(expert.base_url + path), own, timeout)
+        return prepared
+
+
+def _handed_on(name: bytes) -> bool:
+    return name not in _OWN and not name.startswith(b"x-deferral-")
+
+
+def _unanswered(error: Exception) -> Failure:
+    """Nothing of a reply has come."""
+    if isinstance(error, aiohttp.ConnectionTimeoutError):
+        return Failure(504, "upstream_timeout", "could not be reached in time")
+    if isinstance(error, TimeoutError | asyncio.TimeoutError):
+        return Failure(504, "upstream_timeout", "did not answer in time")
+    if isinstance(error, aiohttp.ClientSSLError | aiohttp.ServerFingerprintMismatch):
+        return Failure(502, "upstream_unreachable", "has no certificate that can be trusted")
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return Failure(502, "upstream_unreachable", "cannot be reached", again=True)
+    if isinstance(error, aiohttp.ServerDisconnectedError | aiohttp.ClientOSError | ConnectionError):
+        # Most often a connection that the server had closed while it was idle.
+        return Failure(502, "upstream_bad_reply", "closed the connection before it answered", again=True)
+    return Failure(502, "upstream_bad_reply", "answered something that is no HTTP")
+
+
+def _refused(status: int, retry_after: float | None) -> Failure:
+    if status in _MISCONFIGURED:
+        return Failure(
+            502, "upstream_misconfigured", f"refused the gateway with status {status}; its key, model or address is wrong"
+        )
+    if status == 429:
+        return Failure(
+            429, "upstream_rate_limited", "asks for fewer requests", blame=False, rest=1.0 if retry_after is None else retry_after
+        )
+    if status >= 500 or status in _OVERLOADED:
+        return Failure(
+            502, "upstream_error", f"failed with status {status}", again=retry_after is None or retry_after <= 0, rest=retry_after
+        )
+    return Failure(502, "upstream_bad_reply", f"answered with status {status}")
+
+
+def _retry_after(text: str | None) -> float | None:
+    """Seconds of a Retry-After header: a number, or a date."""
+    if not text:
+        return None
+    try:
+        return (
+            min(max(float(text), 0.0), 86_400.0)
+            if text.replace(".", "", 1).isdigit()
+            else max(parsedate_to_datetime(text).timestamp() - time(), 0.0)
+        )
+    except (ValueError, OverflowError):
+        return None
+
+
+def _shown(kind: str) -> str:
+    return repr(kind[:60]) if kind else "no content type"

@@ -1,0 +1,95 @@
+"""How many tokens a reply took: what the upstream reports, else an estimate from the characters.  The bytes are only read."""
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["StreamMeter", "Usage", "usage_of"]
+
+_CHARACTERS_PER_TOKEN = 4
+_READ_WHOLE = 1 << 17
+_TAIL = 4096
+_TEXT = re.compile(rb'"(?:content|reasoning_content|text|arguments)"\s*:\s*"([^"\\]*(?:\\.[^"\\]*)*)"')
+_ID = re.compile(rb'"id"\s*:\s*"([^"\\]{1,200})"')
+_USAGE = re.compile(rb'"usage"\s*:\s*(\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})')
+_FINISHED = re.compile(rb'"finish_reason"\s*:\s*"')
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of a reply, and its own id ("" where it has none)."""
+
+    input_tokens: int
+    output_tokens: int
+    estimated: bool
+    reply_id: str
+
+
+def usage_of(body: bytes, input_tokens: int) -> Usage | None:
+    """The usage of a whole JSON reply, `input_tokens` being the estimate; None where it is no JSON object."""
+    if len(body) > _READ_WHOLE:
+        # Vectors by the thousand: reading them would hold everybody up for the sake of three numbers.
+        stripped = body.strip()
+        if not (stripped.startswith(b"{") and stripped.endswith(b"}")):
+            return None
+        return _usage(_last_usage(body[:_TAIL]) or _last_usage(body[-_TAIL:]), body[:_TAIL], input_tokens, 0)
+    try:
+        reply = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(reply, dict):
+        return None
+    usage = reply.get("usage")
+    characters = 0 if isinstance(usage, dict) else sum(map(len, _TEXT.findall(body)))
+    return _usage(usage, body[:_TAIL], input_tokens, characters)
+
+
+class StreamMeter:
+    """What passes by of a stream of events."""
+
+    __slots__ = ("_characters", "_head", "_tail")
+
+    def __init__(self) -> None:
+        self._characters = 0
+        self._head = b""
+        self._tail = b""
+
+    def feed(self, chunk: bytes) -> None:
+        """The next bytes.  A text that two chunks share counts for nothing: this is an estimate."""
+        if not self._head:
+            self._head = chunk[:_TAIL]
+        self._tail = (self._tail + chunk)[-_TAIL:]
+        for text in _TEXT.findall(chunk):
+            self._characters += len(text)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the end of the answer has been seen, and not only of the bytes."""
+        return b"[DONE]" in self._tail or _FINISHED.search(self._tail) is not None
+
+    def usage(self, input_tokens: int) -> Usage:
+        """Tokens so far, `input_tokens` being the estimate."""
+        return _usage(_last_usage(self._tail), self._head, input_tokens, self._characters)
+
+
+def _last_usage(text: bytes) -> Any:
+    found = _USAGE.findall(text)
+    try:
+        return json.loads(found[-1]) if found else None
+    except ValueError:
+        return None
+
+
+def _usage(reported: Any, head: bytes, input_tokens: int, characters: int) -> Usage:
+    found = _ID.search(head)
+    reply_id = found.group(1).decode("utf-8", "replace") if found else ""
+    if isinstance(reported, dict):
+        into, out = reported.get("prompt_tokens"), reported.get("completion_tokens", 0)
+        if _is_count(into) and _is_count(out):
+            return Usage(into, out, False, reply_id)
+    return Usage(input_tokens, -(-characters // _CHARACTERS_PER_TOKEN), True, reply_id)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 31
