@@ -2,7 +2,8 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ from typing import Any
 import click
 from rich.console import Console
 from rich.table import Table
+from sqlalchemy.exc import SQLAlchemyError
 
-from deferral.gateway.database import connect, prepare
+from deferral.errors import DataError
+from deferral.gateway.database import prepare
 from deferral.gateway.keys import Issued, Keys
 from deferral.gateway.windows import WINDOWS
 
@@ -61,18 +64,19 @@ def create(
     database: str,
 ) -> None:
     """Make a key for NAME, and print it: this once, since only its hash is kept."""
-    token, key = _with_keys(
-        database,
-        lambda store: store.create(
-            name,
-            experts=experts or None,
-            requests_per_minute=requests_per_minute,
-            budget=budget,
-            window=window,
-            zone=zone,
-            admin=admin,
-        ),
-    )
+    with _opened(database, create=True) as store:
+        try:
+            token, key = store.create(
+                name,
+                experts=experts or None,
+                requests_per_minute=requests_per_minute,
+                budget=budget,
+                window=window,
+                zone=zone,
+                admin=admin,
+            )
+        except ValueError as error:
+            raise click.UsageError(str(error)) from None
     click.echo(f"key {key.id} for {name}; it is valid within two seconds, and shown this once:", err=True)
     click.echo(token)
 
@@ -82,8 +86,9 @@ def create(
 def list_keys(database: str) -> None:
     """All keys that ever were."""
     table = Table("id", "name", "experts", "a minute", "budget", "created", "revoked")
-    for issued in _with_keys(database, lambda store: store.list(), create=False):
-        table.add_row(*_cells(issued))
+    with _opened(database) as store:
+        for issued in store.list():
+            table.add_row(*_cells(issued))
     Console().print(table)
 
 
@@ -92,7 +97,9 @@ def list_keys(database: str) -> None:
 @_database
 def revoke(id: str, database: str) -> None:
     """End the key ID; a running gateway refuses it within two seconds."""
-    if not _with_keys(database, lambda store: store.revoke(id), create=False):
+    with _opened(database) as store:
+        known = store.revoke(id)
+    if not known:
         raise click.BadParameter(f"{id!r} is no valid key; see `deferral gateway keys list`", param_hint="ID")
     click.echo(f"{id} is revoked")
 
@@ -108,7 +115,8 @@ def export(file: Path, since: datetime | None, until: datetime | None, assume_qu
     from deferral.gateway.export import export as write
 
     times = {name: _seconds(value) for name, value in (("since", since), ("until", until)) if value is not None}
-    click.echo(write(_existing(database), file, assumed_quality=assume_quality, **times))
+    with _opened(database) as store:
+        click.echo(write(store.engine, file, assumed_quality=assume_quality, **times))
     click.echo(f"wrote {file}")
 
 
@@ -131,9 +139,9 @@ def retrain(router: Path, log: Path | None, dry_run: bool, seed: int, assume_qua
     from deferral.gateway.retrain import retrain as learn
     from deferral.routing import read_log
 
-    with Console(stderr=True).status("learning, and judging both routers"):
+    with _opened(database) as store, Console(stderr=True).status("learning, and judging both routers"):
         verdict = learn(
-            _existing(database),
+            store.engine,
             router,
             old_log=None if log is None else read_log(log),
             assumed_quality=assume_quality,
@@ -158,7 +166,8 @@ def status(hours: float, as_json: bool, url: str | None, admin_key: str | None, 
     from deferral.gateway.status import status as read
 
     now = time.time()
-    found = _with_keys(database, lambda store: read(store.engine, list(store), since=now - 3600 * hours, now=now), create=False)
+    with _opened(database) as store:
+        found = read(store.engine, list(store), since=now - 3600 * hours, now=now)
     running = None if url is None else probe(url, admin_key)
     if as_json:
         click.echo(json.dumps({**found.as_json(), **({} if running is None else {"running": running})}))
@@ -173,30 +182,21 @@ def status(hours: float, as_json: bool, url: str | None, admin_key: str | None, 
             click.echo(f"  {name} {value:g}")
 
 
-def _with_keys(database: str, use: Callable[[Keys], Any], *, create: bool = True) -> Any:
-    store = Keys(_url(database))
+@contextmanager
+def _opened(database: str, *, create: bool = False) -> Iterator[Keys]:
+    """The keys of a database, and with them its engine."""
+    try:
+        store = Keys(database)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--database") from None
     try:
         prepare(store.engine, create=create)
         store.refresh()
-        return use(store)
-    except ValueError as error:
-        raise click.UsageError(str(error)) from None
+        yield store
+    except SQLAlchemyError as error:
+        raise DataError(f"the database fails: {getattr(error, 'orig', None) or error}") from error
     finally:
         store.close()
-
-
-def _existing(database: str) -> Any:
-    engine = connect(_url(database))
-    prepare(engine, create=False)
-    return engine
-
-
-def _url(database: str) -> str:
-    try:
-        connect(database).dispose()
-    except ValueError as error:
-        raise click.BadParameter(str(error), param_hint="--database") from None
-    return database
 
 
 def _cells(issued: Issued) -> list[str]:

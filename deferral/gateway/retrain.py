@@ -98,9 +98,9 @@ def learned(router: Router, outcomes: Sequence[Outcome], old_log: Log | None = N
     log = Log(outcomes)
     if old_log is not None:
         # In a table without gaps nobody was drawn: every cell was certain to be seen.
-        certain = {"propensity": 1.0} if old_log.table().full else {}
-        old_rows = (replace(old_log[row], **certain) for row in range(len(old_log)))
-        log.extend(row for row in old_rows if row.query not in unseen)
+        certain = old_log.table().full
+        old_rows = (old_log[row] for row in range(len(old_log)))
+        log.extend(replace(row, propensity=1.0) if certain else row for row in old_rows if row.query not in unseen)
     if missing := [name for name in router.experts if name not in log.experts]:
         raise DataError(
             f"no usable row of the record was answered by {', '.join(missing)}; pass the log that the router was fitted on as "
