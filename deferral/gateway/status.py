@@ -119,14 +119,14 @@ def status(engine: Engine, keys: Iterable[Key], *, since: float = 0.0, now: floa
     with engine.connect() as connection:
         total = connection.execute(
             select(
-                ones,
-                _count(d.requested == "auto"),
-                _count(d.streamed),
-                _count(d.estimated),
-                _count(d.fast_path),
-                func.coalesce(func.sum(d.price), 0.0),
-                func.coalesce(func.sum(case((paired, d.best_price - d.price), else_=0.0)), 0.0),
-                _count(paired),
+                ones.label("requests"),
+                _count(d.requested == "auto").label("routed"),
+                _count(d.streamed).label("streamed"),
+                _count(d.estimated).label("estimated"),
+                _count(d.fast_path).label("fast_path"),
+                func.coalesce(func.sum(d.price), 0.0).label("price"),
+                func.coalesce(func.sum(case((paired, d.best_price - d.price), else_=0.0)), 0.0).label("saving"),
+                _count(paired).label("saving_requests"),
             ).where(recent)
         ).one()
         outcomes = (
@@ -157,18 +157,18 @@ def status(engine: Engine, keys: Iterable[Key], *, since: float = 0.0, now: floa
             .all()
         )
         budgets = tuple(_budget(connection, key, now) for key in keys if key.budget is not None)
-    quality = {expert: (count, float(total)) for expert, count, total in judged}
+    quality = {expert: (count, float(summed)) for expert, count, summed in judged}
     judgements = sum(count for count, _ in quality.values())
     return Status(
-        since,
-        *total,
+        since=since,
+        **total._mapping,
         outcomes=dict(outcomes),
         shares=tuple(
             Share(expert, count, float(price), int(bad), latency, *_judged(quality.get(expert)))
             for expert, count, price, bad, latency in experts
         ),
         judged=judgements,
-        mean_quality=sum(total for _, total in quality.values()) / judgements if judgements else None,
+        mean_quality=sum(summed for _, summed in quality.values()) / judgements if judgements else None,
         budgets=budgets,
     )
 
