@@ -30,7 +30,7 @@ class _Commands(click.Group):
     later: ClassVar = {
         "gateway": ("deferral.gateway.commands", "Keys, record, retraining and status of a gateway."),
         "route": ("deferral.routing.commands", "Learn from a log which language model should answer."),
-        "serve": ("deferral.gateway.commands", "An OpenAI-compatible gateway around a router."),
+        "serve": ("deferral.gateway.serve", "An OpenAI-compatible gateway around a router."),
     }
 
     def list_commands(self, context: click.Context) -> list[str]:

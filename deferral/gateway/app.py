@@ -12,6 +12,7 @@ from starlette.applications import Starlette
 from starlette.routing import Mount, Route
 
 from deferral.errors import DataError
+from deferral.gateway import admin
 from deferral.gateway.access import Access
 from deferral.gateway.answering import Answerers
 from deferral.gateway.deciding import Decider
@@ -139,7 +140,7 @@ def gateway(router: Router, experts: Mapping[str, Expert], *, settings: Settings
             Route("/v1/completions", Proxy(state, "completions"), methods=["POST"]),
             Route("/v1/embeddings", Proxy(state, "embeddings"), methods=["POST"]),
             *routes(state),
-            Mount("/admin", Admin(state, _admin_routes(state))),
+            Mount("/admin", Admin(state, admin.routes(state))),
         ],
         exception_handlers=error_handlers(),
         lifespan=lifespan,
@@ -202,11 +203,3 @@ def _on_hangup(state: Gateway) -> Callable[[], None]:
 
     loop.add_signal_handler(hangup, begin)
     return remove
-
-
-def _admin_routes(state: Gateway) -> list:
-    try:
-        from deferral.gateway import admin
-    except ImportError:
-        return []
-    return admin.routes(state)

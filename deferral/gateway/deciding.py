@@ -72,6 +72,8 @@ class Decider:
         self._plans: dict[Any, Plan] = {}
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="decide")
         self._waiting = 0
+        # The first decision loads what later ones find loaded.
+        self._decided(router.plan(needs=Needs(allow=frozenset(names))), "a first query")
 
     async def choose(self, asked: Asked, hints: Hints, limited: Limited) -> Choice:
         """Problem 4xx where a constraint leaves nobody or a hint cannot be met, 503 where all who may answer are down."""

@@ -1,8 +1,11 @@
-"""A gateway as a process: bound to an address, until it is told to end."""
+"""A gateway as a process, and the command `deferral serve`."""
 
 import logging
+import os
 import signal
+from pathlib import Path
 
+import click
 import uvicorn
 
 from deferral.gateway.access import must_have_key
@@ -11,11 +14,12 @@ from deferral.gateway.experts_file import read_experts
 from deferral.gateway.logs import logging_to
 from deferral.gateway.settings import Settings
 
-__all__ = ["run"]
+__all__ = ["run", "serve"]
 
 _log = logging.getLogger("deferral.gateway")
 # Clients keep connections for later; one that the server closes first may lose a request on its way.
 _KEEP_ALIVE = 75
+_ADMIN_KEY = "DEFERRAL_ADMIN_KEY"
 
 
 def run(settings: Settings, *, log_level: str = "info") -> None:
@@ -24,26 +28,98 @@ def run(settings: Settings, *, log_level: str = "info") -> None:
     ValueError where it would be reachable from other machines without any key.
     """
     assert settings.experts_file is not None
-    router, experts = load_router(settings), read_experts(settings.experts_file)
     must_have_key(settings)
-    app = gateway(router, experts, settings=settings)
-    # A reply ends by itself within its expert's time.
-    patience = int(max(expert.total_s for expert in experts.values())) + 30
-    config = uvicorn.Config(
-        app,
-        host=settings.host,
-        port=settings.port,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        lifespan="on",
-        timeout_keep_alive=_KEEP_ALIVE,
-        timeout_graceful_shutdown=patience,
-        backlog=4096,
-    )
+    router, experts = load_router(settings), read_experts(settings.experts_file)
     # When all is done, uvicorn raises the signal that ended it once more, for whoever was there before.
     for ending in (signal.SIGTERM, signal.SIGINT):
         signal.signal(ending, lambda *_: None)
     with logging_to(level=log_level):
+        app = gateway(router, experts, settings=settings)
+        config = uvicorn.Config(
+            app,
+            host=settings.host,
+            port=settings.port,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            lifespan="on",
+            timeout_keep_alive=_KEEP_ALIVE,
+            # A reply ends by itself within its expert's time.
+            timeout_graceful_shutdown=int(max(expert.total_s for expert in experts.values())) + 30,
+            backlog=4096,
+        )
         _log.info("serving %s at %s:%d", ", ".join(experts), settings.host, settings.port)
         uvicorn.Server(config).run()
+
+
+@click.command()
+@click.argument("router", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option(
+    "--experts",
+    required=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="TOML file: where each expert is reached, what it can do, what it costs.",
+)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to bind to; others than loopback need a key.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True)
+@click.option(
+    "--database",
+    default="sqlite:///deferral-gateway.db",
+    show_default=True,
+    envvar="DEFERRAL_DATABASE",
+    help="For keys and the record: the path of an SQLite file, or an SQLAlchemy URL.",
+)
+@click.option(
+    "--explore",
+    type=click.FloatRange(0, 1, max_open=True),
+    help="Share of the queries that go to an expert drawn at random.  [default: the router's own]",
+)
+@click.option("--store-text", is_flag=True, help="Keep the text of queries, which retraining needs; wants --retention-days.")
+@click.option("--retention-days", type=click.FloatRange(min=0, min_open=True), help="How long texts are kept.")
+@click.option(
+    "--deadline-ms",
+    type=click.FloatRange(min=0, min_open=True),
+    default=25.0,
+    show_default=True,
+    help="Time of a slow encoder for a query; past it the static mix decides.",
+)
+@click.option(
+    "--max-request-mb", type=click.FloatRange(min=0, min_open=True), default=10.0, show_default=True, help="Longest request."
+)
+@click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info", show_default=True)
+def serve(
+    router: Path,
+    experts: Path,
+    host: str,
+    port: int,
+    database: str,
+    explore: float | None,
+    store_text: bool,
+    retention_days: float | None,
+    deadline_ms: float,
+    max_request_mb: float,
+    log_level: str,
+) -> None:
+    """Serve an OpenAI-compatible API around the router in the folder ROUTER.
+
+    SIGHUP reads ROUTER and the experts file again, without dropping a request; SIGTERM ends when all is answered.  The admin
+    endpoints want the key in the environment variable DEFERRAL_ADMIN_KEY, or one made by `deferral gateway keys create --admin`.
+    """
+    try:
+        settings = Settings(
+            database=database,
+            host=host,
+            port=port,
+            explore=explore,
+            store_text=store_text,
+            retention_days=retention_days,
+            admin_key=os.environ.get(_ADMIN_KEY) or None,
+            max_request_bytes=int(max_request_mb * (1 << 20)),
+            deadline_s=deadline_ms / 1000,
+            router_folder=router,
+            experts_file=experts,
+        )
+        run(settings, log_level=log_level)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None

@@ -3,7 +3,7 @@
 import json
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 __all__ = ["StreamMeter", "Usage", "usage_of"]
 
@@ -91,5 +91,5 @@ def _usage(reported: Any, head: bytes, input_tokens: int, characters: int) -> Us
     return Usage(input_tokens, -(-characters // _CHARACTERS_PER_TOKEN), True, reply_id)
 
 
-def _is_count(value: Any) -> bool:
+def _is_count(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 31
