@@ -1,0 +1,199 @@
+"""Breaker, retry budget and slots, on a clock of the test's."""
+
+import asyncio
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deferral.gateway.breaker import Breaker
+from deferral.gateway.retries import RetryBudget, backoff
+from deferral.gateway.slots import Full, Slots
+
+
+class Clock:
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def fail(breaker: Breaker, times: int = 1) -> None:
+    for _ in range(times):
+        ticket = breaker.enter()
+        assert ticket is not None
+        breaker.failure(ticket)
+
+
+def test_five_failures_open_it_and_one_success_closes_it_again(clock: Clock) -> None:
+    breaker = Breaker(clock)
+    fail(breaker, 4)
+    assert breaker.state == "closed"
+    fail(breaker)
+    assert (breaker.state, breaker.down, breaker.wait, breaker.enter()) == ("open", True, 10, None)
+    clock.now += 10
+    assert (breaker.state, breaker.down) == ("half-open", False)
+    probe = breaker.enter()
+    assert probe is not None
+    assert breaker.enter() is None, "one at a time"
+    breaker.success(probe)
+    assert (breaker.state, breaker.down) == ("closed", False)
+
+
+def test_each_failed_trial_doubles_the_pause(clock: Clock) -> None:
+    breaker = Breaker(clock)
+    fail(breaker, 5)
+    for pause in (10, 20, 40, 80, 160, 300, 300):
+        assert breaker.wait == pause
+        clock.now += pause
+        fail(breaker)
+    clock.now += 300
+    probe = breaker.enter()
+    assert probe is not None
+    breaker.success(probe)
+    fail(breaker, 5)
+    assert breaker.wait == 10
+
+
+def test_few_failures_among_many_successes_do_not_open_it(clock: Clock) -> None:
+    breaker = Breaker(clock)
+    for number in range(200):
+        ticket = breaker.enter()
+        assert ticket is not None
+        (breaker.failure if number % 3 == 0 else breaker.success)(ticket)
+    assert breaker.state == "closed"
+
+
+def test_calls_from_before_it_opened_decide_nothing(clock: Clock) -> None:
+    breaker = Breaker(clock)
+    early = [breaker.enter() for _ in range(3)]
+    fail(breaker, 5)
+    breaker.success(early[0])  # type: ignore[arg-type]
+    assert breaker.state == "open"
+    clock.now += 10
+    breaker.failure(early[1])  # type: ignore[arg-type]
+    assert breaker.state == "half-open"
+    breaker.leave(early[2])  # type: ignore[arg-type]
+
+
+def test_a_trial_whose_client_left_makes_room_for_another(clock: Clock) -> None:
+    breaker = Breaker(clock)
+    fail(breaker, 5)
+    clock.now += 10
+    probe = breaker.enter()
+    assert probe is not None
+    breaker.leave(probe)
+    assert breaker.enter() is not None
+
+
+def test_rest_is_no_failure_and_ends(clock: Clock) -> None:
+    breaker = Breaker(clock)
+    ticket = breaker.enter()
+    assert ticket is not None
+    breaker.rest(7, ticket)
+    assert (breaker.state, breaker.down, breaker.wait) == ("closed", True, 7)
+    clock.now += 7
+    assert not breaker.down
+    ticket = breaker.enter()
+    assert ticket is not None
+    breaker.rest(1e9, ticket)
+    assert breaker.wait == 300, "nobody rests for ever"
+
+
+@settings(max_examples=30)
+@given(share=st.sampled_from([0.0, 0.1, 0.2, 1.0]), requests=st.integers(0, 500), greed=st.integers(0, 4))
+def test_retries_are_a_share_of_the_requests(share: float, requests: int, greed: int) -> None:
+    budget = RetryBudget(share)
+    retries = 0
+    for _ in range(requests):
+        budget.request()
+        retries += sum(budget.take() for _ in range(greed))
+    assert retries <= 10 * (share > 0) + share * requests + 1e-6
+
+
+def test_backoff_is_anything_up_to_a_doubling_bound() -> None:
+    assert [backoff(attempt, 1.0) for attempt in range(1, 8)] == [0.1, 0.2, 0.4, 0.8, 1.6, 2.0, 2.0]
+    assert backoff(3, 0.0) == 0
+    random.seed(0)
+    assert len({backoff(1) for _ in range(10)}) == 10
+
+
+def test_slots_are_handed_on_in_order_and_a_full_queue_says_when_to_come_back() -> None:
+    async def run() -> None:
+        slots = Slots(2, 3)
+        await slots.take(1)
+        await slots.take(1)
+        order: list[int] = []
+
+        async def wait(number: int) -> None:
+            await slots.take(5)
+            order.append(number)
+
+        tasks = [asyncio.create_task(wait(number)) for number in range(3)]
+        await asyncio.sleep(0)
+        assert slots.queued == 3
+        with pytest.raises(Full) as full:
+            await slots.take(1)
+        assert full.value.retry_after >= 1
+        tasks[1].cancel()
+        await asyncio.sleep(0)
+        slots.give_back(0.1)
+        slots.give_back(0.1)
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert order == [0, 2]
+        assert slots.taken == 2
+        slots.give_back(0.1)
+        slots.give_back(0.1)
+        assert (slots.taken, slots.queued) == (0, 0)
+
+    asyncio.run(run())
+
+
+def test_a_slot_that_comes_too_late_is_not_lost() -> None:
+    async def run() -> None:
+        slots = Slots(1, 5)
+        await slots.take(1)
+        with pytest.raises(Full):
+            await slots.take(0.01)
+        assert slots.queued == 0
+        slots.give_back(0.0)
+        await slots.take(0.01)
+        assert slots.taken == 1
+        # Handed over and cancelled in the same moment: the next one gets it.
+        first, second = asyncio.create_task(slots.take(5)), asyncio.create_task(slots.take(5))
+        await asyncio.sleep(0)
+        slots.give_back(0.0)
+        first.cancel()
+        await asyncio.gather(first, second, return_exceptions=True)
+        assert second.exception() is None
+        slots.give_back(0.0)
+        assert slots.taken == 0
+
+    asyncio.run(run())
+
+
+def test_other_limits_let_those_in_who_wait() -> None:
+    async def run() -> None:
+        slots = Slots(1, 5)
+        await slots.take(1)
+        waiting = [asyncio.create_task(slots.take(5)) for _ in range(3)]
+        await asyncio.sleep(0)
+        slots.resize(3, 5)
+        await asyncio.sleep(0.01)
+        assert (slots.taken, slots.queued, sum(task.done() for task in waiting)) == (3, 1, 2)
+        slots.resize(1, 5)
+        for _ in range(2):
+            slots.give_back(0.0)
+        assert (slots.taken, slots.queued) == (1, 1)
+        slots.give_back(0.0)
+        await asyncio.gather(*waiting)
+        slots.give_back(0.0)
+        assert slots.taken == 0
+
+    asyncio.run(run())

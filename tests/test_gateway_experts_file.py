@@ -1,0 +1,104 @@
+"""The experts file: what it holds, and errors that name the line."""
+
+from pathlib import Path
+
+import pytest
+
+from deferral.errors import DataError
+from deferral.gateway.experts_file import Expert, read_experts
+
+GOOD = """\
+# two servers
+[experts.small]
+base_url = "http://127.0.0.1:8001/v1/"
+input_price = 0.1
+output_price = 0.4
+
+[experts."the large-one"]
+base_url = "https://api.example.com/v1"
+model = "large-2"
+key_env = "LARGE_KEY"
+context_tokens = 8192
+tools = false
+region = "eu"
+"""
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "experts.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_the_file_is_read(tmp_path: Path) -> None:
+    experts = read_experts(write(tmp_path, GOOD), {"LARGE_KEY": "sk-very-secret"})
+    small, large = experts.values()
+    assert (small.name, small.model, small.base_url, small.key) == ("small", "small", "http://127.0.0.1:8001/v1", None)
+    assert (large.name, large.model, large.key, large.region, large.tools) == (
+        "the large-one",
+        "large-2",
+        "sk-very-secret",
+        "eu",
+        False,
+    )
+    assert small.price(1_000_000, 500_000) == pytest.approx(0.3)
+    assert "sk-very-secret" not in repr(experts)
+
+
+@pytest.mark.parametrize(
+    ("line", "replacement", "number", "words"),
+    [
+        ("input_price = 0.1", "input_price = -1", 4, "expected a number, 0 or more, got -1"),
+        ("input_price = 0.1", 'input_price = "cheap"', 4, "expected a number"),
+        ("input_price = 0.1", "input_prise = 0.1", 4, "unknown; expected one of"),
+        ("input_price = 0.1", "input_price = ", 4, "line 4"),
+        ("input_price = 0.1", "total_s = 0", 4, "above 0"),
+        ("input_price = 0.1", "max_concurrent = 1.5", 4, "whole number"),
+        ("tools = false", "tools = 1", 12, "true or false"),
+        ("context_tokens = 8192", "context_tokens = 0", 11, "whole number"),
+        ("[experts.small]", "[expert.small]", 2, "expected tables [experts.NAME]"),
+        ("[experts.small]", "[experts.auto]", 2, "asks the router"),
+        ('base_url = "http://127.0.0.1:8001/v1/"', "", 2, "missing"),
+        ('"https://api.example.com/v1"', '"https://me:hunter2@api.example.com"', 8, "no user, password"),
+        ('"https://api.example.com/v1"', '"api.example.com"', 8, "http:// or https://"),
+        ('"https://api.example.com/v1"', '"https://api.example.com:99999/"', 8, "http:// or https://"),
+        ('key_env = "LARGE_KEY"', 'key_env = "OTHER_KEY"', 10, "OTHER_KEY is not set"),
+        ('key_env = "LARGE_KEY"', 'key_env = "sk-proj-hunter2"', 10, "the name of an environment variable"),
+        ('key_env = "LARGE_KEY"', 'api_key = "sk-proj-hunter2"', 10, "keys are not read from files"),
+    ],
+)
+def test_errors_name_the_line_and_show_no_secret(tmp_path: Path, line: str, replacement: str, number: int, words: str) -> None:
+    path = write(tmp_path, GOOD.replace(line, replacement))
+    with pytest.raises(DataError) as caught:
+        read_experts(path, {"LARGE_KEY": "sk-very-secret"})
+    message = str(caught.value)
+    assert words in message
+    assert f"{path}:{number}:" in message or f"line {number}," in message
+    assert "hunter2" not in message
+    assert "very-secret" not in message
+
+
+@pytest.mark.parametrize("key", ["two words", "line\nend", "ключ"])
+def test_a_key_that_no_header_can_hold_is_refused_unseen(tmp_path: Path, key: str) -> None:
+    with pytest.raises(DataError) as caught:
+        read_experts(write(tmp_path, GOOD), {"LARGE_KEY": key})
+    assert key not in str(caught.value)
+    assert ":10:" in str(caught.value)
+
+
+def test_a_file_that_is_missing_empty_or_no_text(tmp_path: Path) -> None:
+    for text in ("", "experts = 3", "[experts]"):
+        with pytest.raises(DataError, match="at least one table"):
+            read_experts(write(tmp_path, text), {})
+    with pytest.raises(DataError, match="cannot be read"):
+        read_experts(tmp_path / "nothing.toml", {})
+    (tmp_path / "experts.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(DataError, match="cannot be read"):
+        read_experts(tmp_path / "experts.toml", {})
+
+
+def test_an_expert_made_in_code_is_checked_as_well() -> None:
+    with pytest.raises(ValueError, match="base_url"):
+        Expert("small", "file:///etc/passwd")
+    with pytest.raises(ValueError, match="first_byte_s"):
+        Expert("small", "http://localhost", first_byte_s=float("nan"))

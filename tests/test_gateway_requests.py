@@ -1,0 +1,170 @@
+"""What is read of a request and of a reply, and that nothing else of them changes."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deferral.gateway.problems import Problem
+from deferral.gateway.requests import hints, parse, with_model
+from deferral.gateway.usage import StreamMeter, usage_of
+
+TEXT = st.text(max_size=12) | st.sampled_from(["model", '"model": "x"', "\\", '"', "ł", "\n", "auto"])
+LEAVES = st.none() | st.integers(-9, 9) | TEXT
+VALUES: Any = (
+    LEAVES | st.lists(LEAVES, max_size=2) | st.dictionaries(TEXT, LEAVES | st.dictionaries(TEXT, LEAVES, max_size=2), max_size=2)
+)
+
+
+def chat(**fields: Any) -> bytes:
+    return json.dumps({"model": "auto", "messages": [{"role": "user", "content": "hello"}]} | fields).encode()
+
+
+@given(
+    before=st.dictionaries(TEXT, VALUES, max_size=3), after=st.dictionaries(TEXT, VALUES, max_size=3), ascii_only=st.booleans()
+)
+def test_only_the_top_level_model_is_replaced(before: dict, after: dict, ascii_only: bool) -> None:
+    before.pop("model", None)
+    after.pop("model", None)
+    request = {**before, "model": "auto", **{name: value for name, value in after.items() if name not in before}}
+    text = json.dumps(request, ensure_ascii=ascii_only)
+    try:
+        body = text.encode()
+    except UnicodeEncodeError:
+        return
+    changed = with_model(body, 'up"stream')
+    assert json.loads(changed) == {**request, "model": 'up"stream'}
+    # One place differs, and around it all is as it was.
+    same_start = next((i for i, (a, b) in enumerate(zip(body, changed, strict=False)) if a != b), 0)
+    assert body[:same_start] == changed[:same_start]
+    assert len(changed) - len(body) == len(json.dumps('up"stream')) - len('"auto"')
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"metadata": {"model": "mine"}, "model": "auto"}',
+        b'{"messages": [{"model": "mine"}], "model" : "auto", "tools": [{"model": "mine"}]}',
+        b'{"mod\\u0065l": "auto", "metadata": {"model": "mine"}}',
+        b'{"model": "first", "metadata": {"model": "mine"}, "model": "auto"}',
+        b'{"prompt": "say \\"model\\": \\"auto\\"", "model": "auto"}',
+    ],
+)
+def test_objects_inside_keep_their_model(body: bytes) -> None:
+    changed = json.loads(with_model(body, "upstream"))
+    expected = json.loads(body)
+    assert changed == {**expected, "model": "upstream"}
+
+
+def test_the_query_is_the_last_message_of_the_user() -> None:
+    messages = [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "first"},
+        {"role": "assistant", "content": None, "tool_calls": []},
+        {"role": "user", "content": [{"type": "text", "text": "look"}, {"type": "image_url", "image_url": {"url": "x" * 4000}}]},
+        {"role": "tool", "content": "42"},
+    ]
+    asked = parse("chat", chat(messages=messages, stream=True, max_tokens=50))
+    assert (asked.query, asked.tools, asked.images, asked.stream, asked.output_tokens) == ("look", True, True, True, 50)
+    assert 1000 < asked.tokens < 1200, "an image counts as an image, not as its bytes"
+    assert parse("chat", chat(tools=[{"type": "function"}])).tools
+    assert not parse("chat", chat()).tools
+
+
+def test_prompts_and_inputs_are_queries_too() -> None:
+    assert parse("completions", b'{"model": "auto", "prompt": ["a", "b"]}').query == "a\nb"
+    assert parse("completions", b'{"model": "auto", "prompt": [1, 2]}').query == ""
+    assert parse("embeddings", b'{"model": "e", "input": "text"}').query == "text"
+
+
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        (b"", "invalid_json"),
+        (b"\xff\xfe", "invalid_json"),
+        (b"\xef\xbb\xbf{}", "invalid_json"),
+        (b"[" * 100_000, "invalid_json"),
+        (b"[]", "invalid_json"),
+        (b'{"model": 1' + b"0" * 5000 + b"}", "invalid_json"),
+        (b"{}", "invalid_model"),
+        (b'{"model": ""}', "invalid_model"),
+        (b'{"model": ["auto"]}', "invalid_model"),
+        (b'{"model": "auto"}', "invalid_messages"),
+        (b'{"model": "auto", "messages": {}}', "invalid_messages"),
+        (b'{"model": "auto", "messages": [], "stream": "yes"}', "invalid_type"),
+    ],
+)
+def test_what_is_no_request_is_refused(body: bytes, code: str) -> None:
+    with pytest.raises(Problem) as caught:
+        parse("chat", body)
+    assert (caught.value.status, caught.value.code) == (400, code)
+    assert set(json.loads(caught.value.body)["error"]) == {"message", "type", "param", "code"}
+
+
+def test_an_error_never_repeats_the_body() -> None:
+    with pytest.raises(Problem) as caught:
+        parse("chat", b'{"model": "auto", "secret-prompt')
+    assert "secret-prompt" not in caught.value.message
+
+
+def test_hints_are_numbers_above_zero() -> None:
+    found = hints({b"x-deferral-price-of-error": b"0.5", b"x-deferral-regions": b"eu, us", b"x-other": b"1"})
+    assert found.setting == (0.5, None, None, None)
+    assert found.regions == {"eu", "us"}
+    for text in (b"", b"nan", b"inf", b"-1", b"0", b"1 2", b"\xff"):
+        with pytest.raises(Problem) as caught:
+            hints({b"x-deferral-budget": text})
+        assert caught.value.status == 400
+
+
+def test_usage_is_what_the_upstream_says_or_an_estimate() -> None:
+    reported = b'{"id": "chatcmpl-7", "choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 6, "x": {"y": 1}}}'
+    found = usage_of(reported, 99)
+    assert found is not None
+    assert (found.input_tokens, found.output_tokens, found.estimated, found.reply_id) == (5, 6, False, "chatcmpl-7")
+    guessed = usage_of(b'{"choices": [{"message": {"content": "12345678 a\\"b"}}], "usage": null}', 99)
+    assert guessed is not None
+    assert (guessed.input_tokens, guessed.output_tokens, guessed.estimated) == (99, 4, True)
+    for strange in (b'{"prompt_tokens": -1}', b'{"prompt_tokens": 1e9}', b'{"prompt_tokens": true}', b"[]", b'"many"'):
+        found = usage_of(b'{"usage": ' + strange + b"}", 99)
+        assert found is not None
+        assert found.estimated
+    assert usage_of(b"[]", 1) is None
+    assert usage_of(b'{"choices": [', 1) is None
+    assert usage_of(b"[" * 100_000, 1) is None
+
+
+def test_usage_of_a_reply_that_is_too_long_to_be_read() -> None:
+    vectors = b'{"data": [' + b"0.25," * 40_000 + b'0], "usage": {"prompt_tokens": 8, "total_tokens": 8}}'
+    found = usage_of(vectors, 99)
+    assert found is not None
+    assert (found.input_tokens, found.output_tokens, found.estimated) == (8, 0, False)
+    assert usage_of(vectors[:-2], 99) is None
+
+
+@settings(max_examples=40)
+@given(cuts=st.lists(st.integers(1, 40), max_size=30))
+def test_a_stream_is_metered_however_it_is_cut(cuts: list[int]) -> None:
+    usage = b'data: {"id": "c-1", "choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 6}}\n\n'
+    whole = b'data: {"id": "c-1", "choices": [{"delta": {"content": "hi"}}]}\n\n' + usage + b"data: [DONE]\n\n"
+    meter, rest = StreamMeter(), whole
+    for cut in cuts:
+        meter.feed(rest[:cut])
+        rest = rest[cut:]
+    meter.feed(rest)
+    found = meter.usage(99)
+    assert meter.finished
+    assert (found.input_tokens, found.output_tokens, found.estimated) == (5, 6, False)
+
+
+def test_a_stream_without_usage_is_estimated_from_its_text() -> None:
+    meter = StreamMeter()
+    for _ in range(10):
+        meter.feed(b'data: {"id": "c-1", "choices": [{"delta": {"content": "word "}, "finish_reason": null}]}\n\n')
+    assert not meter.finished
+    meter.feed(b'data: {"choices": [{"delta": {}, "finish_reason": "stop"}]}\n\n')
+    assert meter.finished
+    found = meter.usage(99)
+    assert (found.input_tokens, found.output_tokens, found.estimated, found.reply_id) == (99, 13, True, "c-1")
