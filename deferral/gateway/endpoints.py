@@ -61,8 +61,9 @@ def routes(gateway: "Gateway") -> list[Route]:
         return JSONResponse({"status": "ok"})
 
     async def ready(request: Request) -> Response:
-        trouble = gateway.trouble
-        return JSONResponse({"status": trouble or "ready"}, 503 if trouble else 200)
+        trouble, record = gateway.trouble, gateway.record.trouble
+        said = {"status": trouble or "ready"} | ({"record": record} if record else {})
+        return JSONResponse(said, 503 if trouble else 200)
 
     async def metrics(request: Request) -> Response:
         # Who may ask without a key may see what it costs.

@@ -1,0 +1,153 @@
+"""Hard constraints, hints, and what happens when a decision takes too long."""
+
+import asyncio
+import time
+
+import numpy as np
+import pytest
+
+from deferral.gateway.deciding import Choice, Decider, Limited
+from deferral.gateway.experts_file import Expert
+from deferral.gateway.problems import Problem
+from deferral.gateway.requests import Asked, Hints
+from deferral.routing import Abilities, Router
+from tests.running_gateway import EASY, HARD, small_router
+
+EXPERTS = {
+    "small": Expert("small", "http://127.0.0.1:1", context_tokens=1000, tools=False, images=False, region="eu"),
+    "large": Expert("large", "http://127.0.0.1:1", region="us"),
+}
+
+
+@pytest.fixture(scope="module")
+def router() -> Router:
+    return small_router()
+
+
+@pytest.fixture(scope="module")
+def decider(router: Router) -> Decider:
+    return Decider(router, EXPERTS, deadline_s=1.0)
+
+
+def asked(query: str = EASY, **needs) -> Asked:
+    return Asked(
+        **(
+            {"model": "auto", "query": query, "tokens": 10, "output_tokens": 0, "tools": False, "images": False, "stream": False}
+            | needs
+        )
+    )
+
+
+def choose(decider: Decider, request: Asked, limited: Limited | None = None, **hints) -> Choice:
+    return asyncio.run(decider.choose(request, Hints(**hints), limited or Limited()))
+
+
+def test_the_cheapest_expected_cost_is_asked_first_and_the_others_after_it(decider: Decider, router: Router) -> None:
+    for query, ranking in ((EASY, ("small", "large")), (HARD, ("large", "small"))):
+        choice = choose(decider, asked(query))
+        expected = router.route(query)
+        assert choice.ranking == ranking
+        assert choice.ranking[0] == expected.expert
+        assert (dict(choice.cost), choice.propensity, choice.price_of_error) == (expected.cost, 1.0, 0.05)
+        assert choice.best_price == pytest.approx(expected.price["large"])
+        assert not choice.fast_path
+
+
+@pytest.mark.parametrize("needs", [{"tools": True}, {"images": True}, {"tokens": 999, "output_tokens": 2}])
+def test_what_the_small_one_cannot_do_the_large_one_does(decider: Decider, needs: dict) -> None:
+    choice = choose(decider, asked(**needs))
+    assert choice.ranking == ("large",)
+    assert set(choice.cost) == {"large"}
+
+
+def test_what_router_and_file_say_of_an_expert_holds_together(router: Router) -> None:
+    router.abilities = {"large": Abilities(context_tokens=50)}
+    try:
+        decider = Decider(router, EXPERTS, deadline_s=1.0)
+    finally:
+        router.abilities = {}
+    assert choose(decider, asked(HARD, tokens=51)).ranking == ("small",)
+    with pytest.raises(Problem, match="exceed its window of 50"):
+        choose(decider, asked(tokens=51, tools=True))
+
+
+def test_an_empty_mask_is_a_clear_400(decider: Decider) -> None:
+    for request, limited, hints, words in (
+        (asked(tools=True), Limited(allow={"small"}), {}, "small: it takes no tools"),
+        (asked(), Limited(allow={"another"}), {}, "none is allowed for this key"),
+        (asked(), Limited(), {"regions": frozenset({"mars"})}, "small: it is in eu; large: it is in us"),
+        (asked(), Limited(), {"max_latency": 0.01}, "no expert that may be asked answers within 0.01 s"),
+        (asked(), Limited(), {"budget": 0.001}, "the cheapest expert costs"),
+        (asked(), Limited(), {"budget": 1.0, "price_of_error": 1.0}, "expected one of"),
+    ):
+        with pytest.raises(Problem) as caught:
+            choose(decider, request, limited, **hints)
+        assert caught.value.status == 400
+        assert words in caught.value.message
+        assert "large" not in caught.value.message or limited.allow is None, "a key is not told of experts it may not ask"
+
+
+def test_who_is_down_is_not_asked_and_if_all_are_the_client_is_told_when_to_come_back(decider: Decider) -> None:
+    assert choose(decider, asked(EASY), Limited(down={"small": 9.0})).ranking == ("large",)
+    with pytest.raises(Problem) as caught:
+        choose(decider, asked(EASY), Limited(down={"small": 9.0, "large": 3.2}))
+    assert (caught.value.status, caught.value.headers["retry-after"]) == (503, "4")
+
+
+def test_the_trade_off_is_turned_by_hints_and_by_a_budget_that_runs_low(decider: Decider) -> None:
+    assert choose(decider, asked(HARD)).ranking[0] == "large"
+    assert choose(decider, asked(HARD), price_of_error=0.001).ranking[0] == "small"
+    thrifty = choose(decider, asked(HARD), Limited(thrift=0.02))
+    assert thrifty.ranking[0] == "small"
+    assert thrifty.price_of_error == pytest.approx(0.001)
+    assert choose(decider, asked(HARD), max_latency=0.5).ranking == ("small",)
+    assert choose(decider, asked(HARD), Limited(left=0.005)).ranking == ("small",)
+    assert choose(decider, asked(HARD), Limited(left=0.0)).ranking == ("small",), "the budget itself refuses"
+    assert choose(decider, asked(HARD), min_quality=0.99).ranking[0] == "large"
+
+
+def test_past_the_deadline_the_static_mix_decides_and_says_so() -> None:
+    slow = 0.0
+
+    def encode(texts: list[str]) -> np.ndarray:
+        time.sleep(slow)
+        return np.array([[len(text), text.count("e"), "prove" in text, 1.0] for text in texts], float)
+
+    router = small_router(encoder=encode)
+    decider = Decider(router, EXPERTS, deadline_s=0.05)
+    in_time = choose(decider, asked(EASY))
+    slow = 0.4
+    began = time.perf_counter()
+    late = choose(decider, asked(EASY))
+    assert time.perf_counter() - began < 0.35, "nobody waits for the encoder"
+    slow = 0.0
+    decider.close()
+    assert not in_time.fast_path
+    assert late.fast_path
+    assert "the encoder took longer than 50 ms" in late.reason
+    assert set(late.ranking) == {"small", "large"}
+    assert late.propensity == router.plan().mix[router.experts.index(late.ranking[0])]
+
+
+def test_a_worker_with_too_much_to_do_is_not_waited_for(router: Router) -> None:
+    decider = Decider(router, EXPERTS, deadline_s=5.0)
+
+    async def run() -> list:
+        return await asyncio.gather(*(decider._in_worker(lambda: time.sleep(0.002) or 1, None) for _ in range(50)))
+
+    results = asyncio.run(run())
+    decider.close()
+    assert results.count(1) == 32
+    assert results.count(None) == 18
+
+
+def test_exploration_has_the_propensity_that_it_says(router: Router) -> None:
+    router.explore, before = 0.2, router.explore
+    try:
+        decider = Decider(router, EXPERTS, deadline_s=1.0)
+        choices = [choose(decider, asked(f"{EASY} {number}")) for number in range(150)]
+    finally:
+        router.explore = before
+    weights = [1 / choice.propensity for choice in choices]
+    assert {round(choice.propensity, 3) for choice in choices} == {0.1, 0.9}
+    assert sum(weights) / 2 == pytest.approx(150, rel=0.25), "every expert is drawn as often as its propensity says"
