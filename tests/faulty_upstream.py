@@ -25,6 +25,7 @@ __all__ = ["CHUNKS", "FAULTS", "OVERSIZED", "Seen", "Upstream", "closed_port"]
 
 CHUNKS = 40  # of a streamed answer, each one word
 OVERSIZED = 80 << 20  # bytes of the reply that is too long
+_TLS = b"\x16"  # what a client begins with that has been told https://
 _BEFORE_THE_FAULT = 3  # chunks of a stream that fails on its way
 
 
@@ -295,7 +296,11 @@ class Upstream:
 
     async def _one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         try:
-            head = await reader.readuntil(b"\r\n\r\n")
+            head = await reader.readexactly(1)
+            if head == _TLS:
+                writer.write(b"HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\n\r\n")
+                return False
+            head += await reader.readuntil(b"\r\n\r\n")
         except asyncio.IncompleteReadError:
             return False
         first, *lines = head.decode("latin-1").split("\r\n")[:-2]

@@ -1,0 +1,45 @@
+"""An expert that fails: every cell of the matrix, as it was written down."""
+
+import json
+from collections.abc import Iterator
+
+import pytest
+
+from tests.fault_matrix import CASES, MATRIX, Bench, Cell, bench, seen_by_the_client
+from tests.faulty_upstream import FAULTS
+
+pytestmark = pytest.mark.ci_slow
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    with bench(tmp_path_factory.mktemp("faults")) as found:
+        yield found
+
+
+def test_no_fault_of_the_upstream_is_left_out() -> None:
+    assert set(FAULTS) | {"refused", "tls"} == set(MATRIX)
+
+
+@pytest.mark.parametrize(
+    ("fault", "model", "stream", "expected"),
+    CASES,
+    ids=lambda value: {True: "stream", False: "whole"}.get(value, str(value)) if not isinstance(value, Cell) else "",
+)
+def test_cell(running: Bench, fault: str, model: str, stream: bool, expected: Cell) -> None:
+    found, details = seen_by_the_client(running, fault, model, stream)
+    assert found == expected
+    assert details["rows"] == 1
+    assert details["row"]["status"] == found.status
+    assert details["row"]["chosen"] == "small"
+    if fault not in ("refused", "tls"):
+        assert details["asked_small"] == expected.attempts - (expected.expert == "large")
+    headers = details["headers"]
+    assert headers["x-deferral-attempts"] == str(expected.attempts)
+    assert headers.get("x-deferral-expert", "") == expected.expert
+    if expected.ending == "error" and not stream:
+        assert set(json.loads(details["body"])["error"]) == {"message", "type", "param", "code"}
+    if found.status == 429:
+        assert headers["retry-after"] == "1"
+    if fault in ("status-401", "status-500"):
+        assert b"as asked" not in details["body"], "an upstream's own words may repeat a key"
