@@ -96,9 +96,7 @@ def logged(
         with engine.connect() as connection:
             page = connection.execute(wanted).all()
             ids = [row.id for row in page]
-            asked = dict(
-                connection.execute(select(texts.c.decision, texts.c.query).where(texts.c.decision.in_(ids))).tuples().all()
-            )
+            asked = dict(connection.execute(select(texts.c.decision, texts.c.query).where(texts.c.decision.in_(ids))).all())
             said = _latest(connection, ids)
         for row in page:
             quality = said.get(row.id, assumed_quality)
@@ -126,7 +124,7 @@ def nothing_left(left_out: Counter[str]) -> str:
 def _latest(connection: Connection, ids: list[str]) -> dict[str, float]:
     """The quality of each answer; of two opinions the later."""
     found = select(feedback.c.decision, feedback.c.quality).where(feedback.c.decision.in_(ids)).order_by(feedback.c.time)
-    return dict(connection.execute(found).tuples().all())
+    return dict(connection.execute(found).all())
 
 
 def _why_not(row: Row, query: str | None, quality: float | None) -> str:

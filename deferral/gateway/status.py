@@ -115,7 +115,7 @@ def status(engine: Engine, keys: Iterable[Key], *, since: float = 0.0, now: floa
     d, recent = decisions.c, decisions.c.time >= since
     paired = (d.requested == "auto") & (d.outcome == "ok") & d.best_price.is_not(None)
     ones = func.count()
-    failed = func.sum(case((d.outcome == "error", 1), else_=0))
+    failed = func.sum(case((d.outcome.in_(("error", "truncated")), 1), else_=0))
     with engine.connect() as connection:
         total = connection.execute(
             select(
@@ -129,33 +129,23 @@ def status(engine: Engine, keys: Iterable[Key], *, since: float = 0.0, now: floa
                 _count(paired).label("saving_requests"),
             ).where(recent)
         ).one()
-        outcomes = (
-            connection.execute(select(d.outcome, ones).where(recent).group_by(d.outcome).order_by(ones.desc())).tuples().all()
-        )
-        experts = (
-            connection.execute(
-                select(d.expert, ones, func.sum(d.price), failed, func.avg(d.latency_s))
-                .where(recent)
-                .group_by(d.expert)
-                .order_by(ones.desc(), d.expert)
-            )
-            .tuples()
-            .all()
-        )
+        outcomes = connection.execute(select(d.outcome, ones).where(recent).group_by(d.outcome).order_by(ones.desc())).all()
+        experts = connection.execute(
+            select(d.expert, ones, func.sum(d.price), failed, func.avg(d.latency_s))
+            .where(recent)
+            .group_by(d.expert)
+            .order_by(ones.desc(), d.expert)
+        ).all()
         # The mean of a decision's opinions, then the mean over decisions.
         opinion = (
             select(feedback.c.decision, func.avg(feedback.c.quality).label("quality")).group_by(feedback.c.decision).subquery()
         )
-        judged = (
-            connection.execute(
-                select(d.expert, func.count(distinct(d.id)), func.sum(opinion.c.quality))
-                .join(opinion, opinion.c.decision == d.id)
-                .where(recent)
-                .group_by(d.expert)
-            )
-            .tuples()
-            .all()
-        )
+        judged = connection.execute(
+            select(d.expert, func.count(distinct(d.id)), func.sum(opinion.c.quality))
+            .join(opinion, opinion.c.decision == d.id)
+            .where(recent)
+            .group_by(d.expert)
+        ).all()
         budgets = tuple(_budget(connection, key, now) for key in keys if key.budget is not None)
     quality = {expert: (count, float(summed)) for expert, count, summed in judged}
     judgements = sum(count for count, _ in quality.values())

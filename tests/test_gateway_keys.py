@@ -1,0 +1,184 @@
+import hmac
+from pathlib import Path
+
+import pytest
+from sqlalchemy import event
+
+from deferral.errors import DataError
+from deferral.gateway.database import connect, prepare
+from deferral.gateway.keys import Key, Keys
+
+
+@pytest.fixture
+def keys(tmp_path: Path):
+    store = Keys(str(tmp_path / "gateway.db"))
+    prepare(store.engine)
+    yield store
+    store.close()
+
+
+def test_a_token_opens_what_it_was_made_for(keys: Keys) -> None:
+    assert len(keys) == 0
+    token, key = keys.create(
+        "bob", experts=["b", "a"], requests_per_minute=60, budget=2, window="week", zone="Europe/Berlin", admin=True
+    )
+    assert key == Key(key.id, "bob", frozenset({"a", "b"}), 60, 2.0, "week", "Europe/Berlin", True)
+    other, plain = keys.create("eve")
+    assert plain == Key(plain.id, "eve")
+    assert keys.find(token) == key
+    assert keys.find(other) == plain
+    assert list(keys) == [key, plain]
+    assert token.startswith(f"dk-{key.id}-")
+
+
+def test_only_the_whole_token_opens(keys: Keys) -> None:
+    token, key = keys.create("bob")
+    other, _ = keys.create("eve")
+    mixed = f"dk-{key.id}-{other.split('-', 2)[2]}"
+    changed = token[:-1] + ("A" if token[-1] != "A" else "B")
+    for wrong in (
+        mixed,
+        changed,
+        token[:-1],
+        token + "x",
+        token.upper(),
+        key.id,
+        f"dk-{key.id}",
+        "",
+        "-",
+        "--",
+        "dk--",
+        "é\ud800",
+    ):
+        assert keys.find(wrong) is None
+
+
+def test_tokens_are_compared_in_constant_time(keys: Keys, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hash that is compared byte by byte until the first difference would tell how near a guess is."""
+    token, key = keys.create("bob")
+    compared = []
+    compare = hmac.compare_digest
+    monkeypatch.setattr("hmac.compare_digest", lambda *pair: (compared.append(pair), compare(*pair))[1])
+    assert keys.find(token) == key
+    assert keys.find(f"dk-{key.id}-guess") is None
+    assert keys.find("dk-nobody-guess") is None
+    assert len(compared) == 3
+
+
+def test_a_revoked_key_opens_nothing_and_stays_on_the_list(keys: Keys) -> None:
+    token, key = keys.create("bob")
+    _, other = keys.create("eve")
+    assert keys.revoke(f"dk-{key.id}")
+    assert keys.find(token) is None
+    assert not keys.revoke(key.id)
+    assert not keys.revoke("nobody")
+    listed = keys.list()
+    assert [issued.key for issued in listed] == [key, other]
+    assert [issued.revoked is None for issued in listed] == [False, True]
+    assert listed[0].prefix == f"dk-{key.id}"
+
+
+def test_no_file_holds_a_token_or_its_secret(keys: Keys, tmp_path: Path) -> None:
+    token, _ = keys.create("bob")
+    secret = token.split("-", 2)[2].encode()
+    files = list(tmp_path.iterdir())
+    assert sum(b"bob" in path.read_bytes() for path in files) >= 1
+    assert not any(secret in path.read_bytes() for path in files)
+    assert all(path.stat().st_mode & 0o077 == 0 for path in files)
+    assert token not in repr(keys.list())
+
+
+def test_another_process_sees_new_and_revoked_keys(keys: Keys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deferral.gateway.keys._REFRESH", 0.01)
+    serving = Keys(str(tmp_path / "gateway.db"))
+    serving.start()
+    try:
+        token, key = keys.create("bob")
+        refreshed = _count_reads(serving)
+        refreshed.acquire_after(3)
+        assert serving.find(token) == key
+        keys.revoke(key.id)
+        refreshed.acquire_after(3)
+        assert serving.find(token) is None
+    finally:
+        serving.close()
+
+
+def test_keys_stay_valid_while_the_database_is_away(keys: Keys, caplog: pytest.LogCaptureFixture) -> None:
+    token, key = keys.create("bob")
+    with keys.engine.begin() as connection:
+        connection.exec_driver_sql("ALTER TABLE keys RENAME TO away")
+    rounds = iter([False, False, True])
+    keys._end.wait = lambda seconds: next(rounds)  # type: ignore[method-assign]
+    keys._run()
+    assert keys.find(token) == key
+    assert len(caplog.records) == 1
+
+
+WRONG = [
+    ({"name": ""}, "name: expected up to 200 printable"),
+    ({"name": "a\nb"}, "name: expected up to 200 printable"),
+    ({"name": "x" * 201}, "name: expected up to 200 printable"),
+    ({"experts": "small"}, "experts: expected names"),
+    ({"experts": [1]}, "experts: expected names"),
+    ({"experts": []}, "experts: expected at least one"),
+    ({"requests_per_minute": 0}, "requests_per_minute: expected a whole"),
+    ({"requests_per_minute": True}, "requests_per_minute: expected a whole"),
+    ({"requests_per_minute": 1.5}, "requests_per_minute: expected a whole"),
+    ({"budget": 0.0}, "budget: expected dollars above 0"),
+    ({"budget": float("nan")}, "budget: expected dollars above 0"),
+    ({"budget": float("inf")}, "budget: expected dollars above 0"),
+    ({"window": "year"}, "window: expected one of hour, day, week, month"),
+    ({"zone": "Mars/Olympus"}, "time zone: expected a name"),
+]
+
+
+def test_settings_that_make_no_sense_are_refused(keys: Keys) -> None:
+    for settings, message in WRONG:
+        with pytest.raises(ValueError, match=message):
+            keys.create(**{"name": "bob", **settings})
+    assert keys.list() == []
+
+
+def test_what_is_no_database_is_said_so(tmp_path: Path) -> None:
+    for url in (
+        "sqlite://",
+        "sqlite:///:memory:",
+        "sqlite:///file:x?mode=memory",
+        "nonsense://x",
+        "mysql+nothing://u:secret@h/x",
+    ):
+        with pytest.raises(ValueError, match="database: expected the path of a file") as error:
+            connect(url)
+        assert "secret" not in str(error.value)
+    (tmp_path / "text").write_text("no database, but text that is long enough to be looked at\n" * 20)
+    with pytest.raises(DataError, match="file is not a database"):
+        prepare(connect(str(tmp_path / "text")))
+    with pytest.raises(DataError, match="create it first"):
+        prepare(connect(str(tmp_path / "nowhere" / "gateway.db")))
+    with pytest.raises(DataError, match="there is no database"):
+        prepare(connect(str(tmp_path / "misspelt.db")), create=False)
+    assert not (tmp_path / "misspelt.db").exists()
+
+
+def test_tables_of_another_version_are_left_alone(keys: Keys, tmp_path: Path) -> None:
+    with keys.engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE schema_version SET version = 99")
+    with pytest.raises(DataError, match="expected tables of version 1, got 99"):
+        prepare(connect(str(tmp_path / "gateway.db")))
+
+
+class _count_reads:
+    """Waits for refreshes that began after it was asked."""
+
+    def __init__(self, store: Keys) -> None:
+        import threading
+
+        self._read = threading.Semaphore(0)
+        event.listen(store.engine, "after_cursor_execute", lambda *_: self._read.release())
+
+    def acquire_after(self, count: int) -> None:
+        while self._read.acquire(blocking=False):
+            pass
+        for _ in range(count):
+            assert self._read.acquire(timeout=10)

@@ -1,0 +1,222 @@
+import threading
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deferral.gateway.keys import ANYONE, Key
+from deferral.gateway.limits import Limits, Refused
+from deferral.gateway.record import Record
+from deferral.gateway.windows import WINDOWS, Span, span, time_zone
+from tests.gateway_rows import row
+
+NOON = datetime(2026, 6, 17, 12, tzinfo=UTC).timestamp()
+
+
+class Clock:
+    def __init__(self, now: float = NOON) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class NothingSpent:
+    full = False
+
+    def spent(self, key: str, since: float) -> float:
+        return 0.0
+
+
+def limits(clock: Clock) -> Limits:
+    return Limits(NothingSpent(), clock)  # type: ignore[arg-type]
+
+
+def at(text: str, zone: str) -> float:
+    return datetime.fromisoformat(text).replace(tzinfo=time_zone(zone)).timestamp()
+
+
+@pytest.mark.parametrize(
+    ("window", "zone", "time", "start", "end", "hours"),
+    [
+        ("hour", "Asia/Kolkata", "2026-06-17T12:31", "2026-06-17T12:00", "2026-06-17T13:00", 1),
+        ("day", "Europe/Berlin", "2026-03-29T12:00", "2026-03-29T00:00", "2026-03-30T00:00", 23),
+        ("day", "Europe/Berlin", "2026-10-25T12:00", "2026-10-25T00:00", "2026-10-26T00:00", 25),
+        # Clocks go from midnight to one: the day begins at one.
+        ("day", "Asia/Beirut", "2026-03-29T12:00", "2026-03-29T01:00", "2026-03-30T00:00", 23),
+        # Midnight comes twice: the day begins with the first.
+        ("day", "America/Havana", "2026-11-01T12:00", "2026-11-01T00:00", "2026-11-02T00:00", 25),
+        ("week", "America/New_York", "2026-03-08T12:00", "2026-03-02T00:00", "2026-03-09T00:00", 7 * 24 - 1),
+        ("week", "UTC", "2026-06-15T00:00", "2026-06-15T00:00", "2026-06-22T00:00", 7 * 24),
+        ("month", "UTC", "2026-01-31T23:59", "2026-01-01T00:00", "2026-02-01T00:00", 31 * 24),
+        ("month", "UTC", "2028-02-29T23:59", "2028-02-01T00:00", "2028-03-01T00:00", 29 * 24),
+        ("month", "Europe/Berlin", "2026-10-31T23:59", "2026-10-01T00:00", "2026-11-01T00:00", 31 * 24 + 1),
+        ("month", "UTC", "2026-12-31T23:59", "2026-12-01T00:00", "2027-01-01T00:00", 31 * 24),
+    ],
+)
+def test_windows_are_those_of_the_calendar(window, zone, time, start, end, hours) -> None:
+    found = span(window, at(time, zone), time_zone(zone))
+    assert found == Span(at(start, zone), at(end, zone))
+    assert found.end - found.start == 3600 * hours
+
+
+def test_an_hour_that_comes_twice_is_two_windows() -> None:
+    zone = time_zone("Europe/Berlin")
+    first = datetime(2026, 10, 25, 0, 30, tzinfo=UTC).timestamp()
+    assert [span("hour", time, zone) for time in (first, first + 3600)] == [
+        Span(first - 1800, first + 1800),
+        Span(first + 1800, first + 5400),
+    ]
+
+
+@given(
+    st.sampled_from(WINDOWS),
+    st.sampled_from(["UTC", "Europe/Berlin", "America/Havana", "Asia/Kathmandu", "Asia/Beirut", "Pacific/Apia"]),
+    st.floats(9.4e8, 2.1e9),
+)
+def test_windows_follow_each_other_without_gap_or_overlap(window, zone, time) -> None:
+    zone = time_zone(zone)
+    found = span(window, time, zone)
+    assert time in found
+    assert span(window, found.start, zone) == found
+    after = span(window, found.end, zone)
+    assert after.start == found.end
+    assert span(window, found.start - 1, zone).end == found.start
+
+
+def test_a_zone_that_is_none_is_named() -> None:
+    for name in ("Europe/Berln", "", "../etc/passwd"):
+        with pytest.raises(ValueError, match="time zone: expected a name such as UTC"):
+            time_zone(name)
+
+
+def test_in_any_minute_at_most_so_many_requests() -> None:
+    clock = Clock()
+    gate, key = limits(clock), Key("k", "k", requests_per_minute=3)
+    admitted, refusals = [], []
+    for _ in range(400):
+        try:
+            gate.admit(key)
+            admitted.append(clock.now)
+        except Refused as refused:
+            refusals.append((refused.status, refused.code, round(clock.now + refused.retry_after - admitted[-3], 3)))
+        clock.now += 0.7
+    assert set(refusals) == {(429, "rate_limit_exceeded", 60.0)}
+    assert all(later - earlier >= 60 - 1e-6 for earlier, later in zip(admitted, admitted[3:], strict=False))
+    assert len(admitted) == 3 * 5
+    clock.now = NOON - 3600
+    gate.admit(key)  # a clock that was set back locks nobody out
+    gate.admit(ANYONE)
+
+
+def test_no_request_is_taken_whose_row_could_not_be_kept() -> None:
+    record = NothingSpent()
+    record.full = True
+    with pytest.raises(Refused, match="record") as refused:
+        Limits(record, Clock()).admit(ANYONE)  # type: ignore[arg-type]
+    assert refused.value.status == 503
+
+
+def test_a_budget_is_held_then_settled_then_refused_until_its_window_ends() -> None:
+    clock = Clock()
+    gate, key = limits(clock), Key("k", "k", budget=1.0, window="day")
+    first = gate.hold(key, 0.375)
+    assert gate.left(key) == 0.625
+    with pytest.raises(Refused, match="budget of \\$1 a day") as refused:
+        gate.hold(key, 0.7)
+    assert (refused.value.status, refused.value.code) == (429, "insufficient_quota")
+    assert refused.value.retry_after == 12 * 3600
+    first.settle(0.875)
+    assert gate.left(key) == 0.125
+    with pytest.raises(RuntimeError, match="settled once"):
+        first.settle(0.875)
+    with pytest.raises(ValueError, match="not negative"):
+        gate.hold(key, -1.0)
+    with gate.hold(key, 0.125):
+        assert gate.left(key) == 0
+    assert gate.left(key) == 0.125
+    gate.hold(key, 0.05).settle(0.5)  # dearer than expected: spent is spent
+    assert gate.left(key) == 0
+    with pytest.raises(Refused):
+        gate.hold(key, 0.0)
+    clock.now = NOON + 12 * 3600 - 1e-3
+    assert gate.left(key) == 0
+    clock.now = NOON + 12 * 3600
+    assert gate.left(key) == 1.0
+    assert gate.left(ANYONE) is None
+    gate.hold(ANYONE, 5.0).settle(7.0)
+
+
+def test_what_was_held_before_midnight_is_of_the_day_before() -> None:
+    clock = Clock(NOON + 12 * 3600 - 1)
+    gate, key = limits(clock), Key("k", "k", budget=1.0, window="day")
+    flying = gate.hold(key, 0.8)
+    clock.now += 2
+    assert gate.left(key) == 1.0
+    flying.settle(0.8)
+    assert gate.left(key) == 1.0
+
+
+def test_thrift_stretches_what_is_left() -> None:
+    clock = Clock(NOON - 12 * 3600)
+    gate, key = limits(clock), Key("k", "k", budget=1.0, window="day")
+    assert gate.thrift(key) == 1.0
+    gate.hold(key, 0.5).settle(0.5)
+    assert gate.thrift(key) == 1.0
+    gate.hold(key, 0.25).settle(0.25)
+    assert gate.thrift(key) == pytest.approx(0.5)
+    clock.now += 12 * 3600
+    assert gate.thrift(key) == pytest.approx(0.5)
+    clock.now += 6 * 3600  # a quarter is left of both: as planned
+    assert gate.thrift(key) == pytest.approx(1.0)
+    gate.hold(key, 0.25).settle(0.25)
+    assert 0 < gate.thrift(key) < 1e-3
+    assert gate.thrift(ANYONE) == 1.0
+
+
+def test_holds_of_many_threads_never_exceed_the_budget() -> None:
+    """Every request costs twice what was expected, and only requests in flight overspend."""
+    gate, key = limits(Clock()), Key("k", "k", budget=1.0)
+    lock, bought, threads = threading.Lock(), [], 8
+
+    def ask() -> None:
+        for _ in range(300):
+            try:
+                hold = gate.hold(key, 0.01)
+            except Refused:
+                continue
+            with lock:
+                bought.append(0.02)
+            hold.settle(0.02)
+
+    running = [threading.Thread(target=ask) for _ in range(threads)]
+    for thread in running:
+        thread.start()
+    for thread in running:
+        thread.join()
+    assert sum(bought) >= 1.0 - 1e-9
+    assert sum(bought) <= 1.0 + threads * 0.02 + 1e-9
+    account = gate._accounts["k"]
+    assert account.spent == pytest.approx(sum(bought))
+    assert (account.held, account.flying) == (0.0, 0)
+
+
+def test_a_budget_holds_across_restarts(tmp_path: Path) -> None:
+    key = Key("k", "k", budget=1.0, window="day", zone="Europe/Berlin")
+    midnight = at("2026-06-17T00:00", "Europe/Berlin")
+    record = Record(str(tmp_path / "gateway.db"))
+    record.start()
+    for number, (time, name, price) in enumerate(
+        [(midnight - 1, "k", 0.5), (midnight, "k", 0.25), (midnight + 5, "other", 0.5), (midnight + 9, "k", 0.125)]
+    ):
+        record.add(row(number, time=time, key=name, price=price))
+    record.stop()
+    again = Record(str(tmp_path / "gateway.db"))
+    again.start()
+    gate = Limits(again, Clock())
+    gate.load([key, ANYONE])
+    assert gate.left(key) == 0.625
+    again.stop()
+    assert gate.left(key) == 0.625  # counted from here on, without the database

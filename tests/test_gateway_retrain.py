@@ -1,0 +1,223 @@
+import asyncio
+import math
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deferral.errors import DataError
+from deferral.gateway.database import connect
+from deferral.gateway.export import FAILED, FELL_BACK, NAMED, NO_CHANCE, NO_QUALITY, NO_TEXT, export, logged
+from deferral.gateway.off_policy import Draws, compare, doubly_robust
+from deferral.gateway.record import DecisionRow, Record
+from deferral.gateway.retrain import retrain
+from deferral.routing import Log, Outcome, Router, log_of_table, read_log
+from deferral.routing.policies import Linear
+from tests.gateway_rows import row
+
+
+async def recorded(path: Path, rows: list[DecisionRow], quality: dict[str, float]) -> None:
+    record = Record(str(path), store_text=True, retention_days=1e6)
+    record.start()
+    for one in rows:
+        record.add(one)
+    answers = [record.feedback(one, good, source_key="") for one, good in quality.items()]
+    assert all(await asyncio.gather(*answers))
+    await record.close()
+
+
+WORDS = ["limit", "prime", "graph", "field", "ring", "matrix", "kernel", "measure", "lattice", "tensor", "group", "norm"]
+PRICES = np.array([1e-4, 1e-3])
+ERROR = 0.002
+
+
+def traffic(count: int, *, seed: int) -> tuple[list[str], np.ndarray]:
+    """Sums, which the small expert knows, and proofs, which it does not.  -> queries, P(right) (N, 2)"""
+    rng = np.random.default_rng(seed)
+    hard = rng.random(count) < 0.5
+    numbers, words = rng.integers(0, 1000, (count, 2)), rng.choice(WORDS, (count, 3))
+    queries = [
+        f"prove that the {one} of the {two} is a {three}" if proof else f"add {first} and {second}"
+        for proof, (first, second), (one, two, three) in zip(hard, numbers, words, strict=True)
+    ]
+    return queries, np.stack([np.where(hard, 0.1, 0.95), np.full(count, 0.95)], 1)
+
+
+def full_log(count: int, *, seed: int, swapped: bool = False) -> Log:
+    queries, chance = traffic(count, seed=seed)
+    if swapped:
+        chance = np.stack([1.05 - chance[:, 0], chance[:, 1]], 1)
+    quality = np.random.default_rng(seed).random(chance.shape) < chance
+    return log_of_table(queries, ["small", "large"], quality, PRICES)
+
+
+def served(router: Router, count: int, *, seed: int) -> tuple[list[DecisionRow], dict[str, float]]:
+    """What a gateway writes down that draws from `router`."""
+    queries, chance = traffic(count, seed=seed)
+    decisions = router.route_batch(queries)
+    right = np.random.default_rng(seed + 1).random(chance.shape) < chance
+    rows, quality = [], {}
+    for place, query in enumerate(queries):
+        one = decisions[place]
+        action = ["small", "large"].index(one.expert)
+        drawn = {"expert": one.expert, "chosen": one.expert, "propensity": one.propensity, "price": float(PRICES[action])}
+        rows.append(row(place, query=query, price_of_error=ERROR, expected_cost=one.cost, **drawn))
+        quality[f"id-{place}"] = float(right[place, action])
+    return rows, quality
+
+
+def linear(folder: Path) -> Router:
+    router = Router.load(folder)
+    router.policies = (Linear,)
+    return router
+
+
+def test_the_log_of_the_record_is_read_back(tmp_path: Path) -> None:
+    rows = [
+        row(0, query="a \ud800 b", propensity=0.25, price=0.5),
+        row(1, expert="large", chosen="large", expected_cost={"small": 0.5, "large": math.inf}),
+        row(2, requested="small"),
+        row(3, outcome="error", expert=""),
+        row(4, expert="large"),
+        row(5, propensity=math.nan),
+        row(6, query=None),
+        row(7),
+        row(8, expected_cost={"small": 0.5}),
+    ]
+    asyncio.run(recorded(tmp_path / "gateway.db", rows, {"id-0": 0.5, "id-1": 1.0, "id-2": 1.0, "id-4": 1.0, "id-8": 0.0}))
+    engine = connect(str(tmp_path / "gateway.db"))
+    for name in ("log.jsonl", "log.parquet"):
+        found = export(engine, tmp_path / name)
+        assert (found.rows, found.assumed) == (3, 0)
+        assert found.left_out == dict.fromkeys((NAMED, FAILED, FELL_BACK, NO_CHANCE, NO_TEXT, NO_QUALITY), 1)
+        log = read_log(tmp_path / name)
+        assert log[0] == Outcome("a ? b", "small", 0.5, 0.5, 10, 20, 0.25, 0.25, 1000.0)
+        assert [log[place].expert for place in range(3)] == ["small", "large", "small"]
+    assert "1 left out: the query was not stored" in str(found)
+    assert [one.allowed for one in logged(engine, Counter())] == [("small", "large"), ("small", "large"), ("small",)]
+    found = export(engine, tmp_path / "log.jsonl", assumed_quality=1.0, since=1001.0, until=1008.0)
+    assert (found.rows, found.assumed) == (2, 1)
+    assert read_log(tmp_path / "log.jsonl")[1].tags == ("assumed",)
+    with pytest.raises(DataError, match=r"no row of the record can be used.*the query was not stored"):
+        export(engine, tmp_path / "none.jsonl", since=1006.0, until=1007.0)
+    with pytest.raises(DataError, match="holds no request"):
+        export(engine, tmp_path / "none.jsonl", since=5000.0)
+    assert not (tmp_path / "none.jsonl").exists()
+
+
+def test_pages_leave_no_row_out_and_take_none_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [row(number, time=1000.0 + number // 5) for number in range(20)]
+    asyncio.run(recorded(tmp_path / "gateway.db", rows, {}))
+    monkeypatch.setattr("deferral.gateway.export._PAGE", 4)
+    read = [one.outcome.query for one in logged(connect(str(tmp_path / "gateway.db")), Counter(), assumed_quality=1.0)]
+    assert sorted(read) == sorted(one.query for one in rows)
+
+
+@settings(max_examples=25)
+@given(st.integers(0, 10_000))
+def test_doubly_robust_is_right_on_average_whatever_the_estimate(seed: int) -> None:
+    """The sum over all draws, each times its probability, is the cost of the policy's action: exactly."""
+    rng = np.random.default_rng(seed)
+    chances, cost, estimate = rng.dirichlet(np.ones(3)), rng.normal(size=3), rng.normal(size=(3, 3))
+    estimate[:] = estimate[0]
+    every = Draws(np.arange(3), chances, cost, estimate, np.arange(3))
+    for action in range(3):
+        values = doubly_robust(every, np.full(3, action))
+        assert chances @ values == pytest.approx(cost[action])
+
+
+def test_estimates_agree_with_the_truth_of_a_simulated_log() -> None:
+    rng = np.random.default_rng(0)
+    rows = 1000
+    cost_of = rng.random((rows, 3)) ** 2
+    seen = cost_of + rng.normal(0, 0.3, (rows, 3))
+    chances = rng.dirichlet(np.full(3, 2.0), rows) * 0.85 + 0.05
+    action = (chances.cumsum(1) > rng.random(rows)[:, None]).argmax(1)
+    every = np.arange(rows)
+    for estimate in (np.zeros((rows, 3)), cost_of):
+        draws = Draws(action, chances[every, action], seen[every, action], estimate, every)
+        old, new = np.zeros(rows, int), cost_of.argmin(1)
+        truth = cost_of[:, 0].mean() - cost_of.min(1).mean()
+        judged = compare(draws, old, new)
+        assert judged.gain.low < truth < judged.gain.high
+        assert judged.gain_weighted.low < truth < judged.gain_weighted.high
+        assert judged.old.low < cost_of[:, 0].mean() < judged.old.high
+        assert judged.new.low < cost_of.min(1).mean() < judged.new.high
+        assert judged.gain.half_width < 0.2
+    assert judged.differ == (old != new).sum()
+    assert judged.seen[0] == ((old != new) & (action == 0)).sum()
+
+
+def test_policies_that_agree_gain_nothing_and_repeated_queries_count_as_one_draw() -> None:
+    rng = np.random.default_rng(0)
+    action, cost = rng.integers(0, 2, 200), rng.random(200)
+    draws = Draws(action, np.full(200, 0.5), cost, np.zeros((200, 2)), np.arange(200))
+    same = compare(draws, action, action)
+    assert (same.gain.low, same.gain.estimate, same.gain.high) == (0, 0, 0)
+    assert (same.gain_weighted.estimate, same.differ) == (0, 0)
+    other = compare(draws, np.zeros(200, int), np.ones(200, int))
+    fourfold = Draws(*(np.repeat(column, 4, 0) for column in (action, draws.propensity, cost, draws.estimate, draws.group)))
+    again = compare(fourfold, np.zeros(800, int), np.ones(800, int))
+    assert again.gain.estimate == pytest.approx(other.gain.estimate)
+    assert again.gain.half_width == pytest.approx(other.gain.half_width)
+    assert again.gain_weighted.half_width == pytest.approx(other.gain_weighted.half_width)
+
+
+@pytest.fixture(scope="module")
+def old_router() -> Router:
+    """Learned from a log in which the small expert knew proofs and no sums; the world has changed since."""
+    return Router(ERROR, explore=0.3, policies=(Linear,)).fit(full_log(300, seed=0, swapped=True))
+
+
+@pytest.mark.ci_slow
+def test_a_better_router_is_promoted_and_an_equal_one_is_not(tmp_path: Path, old_router: Router) -> None:
+    folder = tmp_path / "router"
+    old_router.save(folder)
+    asyncio.run(recorded(tmp_path / "gateway.db", *served(old_router, 1500, seed=5)))
+    engine = connect(str(tmp_path / "gateway.db"))
+    tried = retrain(engine, folder, dry_run=True, load=linear)
+    assert not tried.promoted
+    assert "dry run" in str(tried)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["router"]
+    verdict = retrain(engine, folder, load=linear)
+    assert verdict.promoted
+    queries, chance = traffic(3000, seed=77)
+    price = PRICES / ERROR
+
+    def true_cost(router: Router) -> float:
+        router.explore = 0.0
+        return float((1 - chance + price)[np.arange(3000), router.route_batch(queries).actions].mean())
+
+    promoted, before = Router.load(folder), Router.load(tmp_path / "router.previous")
+    assert (promoted.explore, promoted.salt) == (0.3, old_router.salt)
+    assert verdict.comparison is not None
+    gain = true_cost(before) - true_cost(promoted)
+    assert verdict.comparison.gain.low < gain < verdict.comparison.gain.high
+    assert verdict.comparison.gain_weighted.low < gain < verdict.comparison.gain_weighted.high
+    again = retrain(engine, folder, load=linear)
+    assert not again.promoted
+    assert again.comparison is not None
+    assert again.comparison.gain.low <= 0
+
+
+@pytest.mark.ci_slow
+def test_what_was_not_explored_promotes_nobody(tmp_path: Path, old_router: Router) -> None:
+    folder = tmp_path / "router"
+    old_router.save(folder)
+    certain = Router.load(folder)
+    certain.explore = 0.0
+    rows, quality = served(certain, 500, seed=5)
+    asyncio.run(recorded(tmp_path / "gateway.db", rows, quality))
+    verdict = retrain(connect(str(tmp_path / "gateway.db")), folder, load=linear)
+    assert not verdict.promoted
+    assert "too few" in verdict.why
+    assert any("explore was 0" in reason for reason in verdict.left_out)
+    always = [row(number, query=one.query, propensity=0.5) for number, one in enumerate(rows)]
+    asyncio.run(recorded(tmp_path / "small.db", always, quality))
+    with pytest.raises(DataError, match=r"no usable row of the record was answered by large; pass the log"):
+        retrain(connect(str(tmp_path / "small.db")), folder, load=linear)
+    verdict = retrain(connect(str(tmp_path / "small.db")), folder, load=linear, old_log=full_log(300, seed=0, swapped=True))
+    assert not verdict.promoted
