@@ -1,15 +1,18 @@
 """The gateway: a router, its experts, and everything that keeps them in service, as a Starlette app."""
 
 import asyncio
+import gc
 import logging
 import signal
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.routing import Mount, Route
+from starlette.types import Receive, Scope, Send
 
 from deferral.errors import DataError
 from deferral.gateway import admin
@@ -21,7 +24,7 @@ from deferral.gateway.experts_file import Expert, read_experts
 from deferral.gateway.keys import Keys
 from deferral.gateway.limits import Limits
 from deferral.gateway.metrics import Metrics
-from deferral.gateway.proxying import Proxy
+from deferral.gateway.proxying import KINDS, Proxy
 from deferral.gateway.record import Record
 from deferral.gateway.settings import Settings
 from deferral.gateway.upstream import Upstream
@@ -116,6 +119,18 @@ class Gateway:
         self.limits.load(list(self.keys))
 
 
+class _App(Starlette):
+    """Requests to be passed through take the short way: a proxy answers all errors itself, and its path is a plain text."""
+
+    def __init__(self, proxies: Mapping[str, Proxy], **options: Any) -> None:
+        super().__init__(**options)
+        self._proxies = proxies
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        proxy = self._proxies.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
+        await (proxy or super().__call__)(scope, receive, send)
+
+
 def gateway(router: Router, experts: Mapping[str, Expert], *, settings: Settings | None = None) -> Starlette:
     """An OpenAI-compatible app around a router; `app.state.gateway` is its `Gateway`.
 
@@ -127,6 +142,9 @@ def gateway(router: Router, experts: Mapping[str, Expert], *, settings: Settings
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         await state.start()
         remove = _on_hangup(state)
+        # What is there now stays: looking through it again and again for garbage takes time from requests.
+        gc.collect()
+        gc.freeze()
         try:
             yield
         finally:
@@ -134,11 +152,11 @@ def gateway(router: Router, experts: Mapping[str, Expert], *, settings: Settings
             remove()
             await state.stop()
 
-    app = Starlette(
+    proxies = {f"/v1{proxy.path}": proxy for proxy in (Proxy(state, kind) for kind in KINDS)}
+    app = _App(
+        proxies,
         routes=[
-            Route("/v1/chat/completions", Proxy(state, "chat"), methods=["POST"]),
-            Route("/v1/completions", Proxy(state, "completions"), methods=["POST"]),
-            Route("/v1/embeddings", Proxy(state, "embeddings"), methods=["POST"]),
+            *(Route(path, proxy, methods=["POST"]) for path, proxy in proxies.items()),
             *routes(state),
             Mount("/admin", Admin(state, admin.routes(state))),
         ],

@@ -1,85 +1,108 @@
-"""What Prometheus is told."""
+"""What Prometheus is told.  Plain numbers, written in the event loop only: locks and labels would cost more than the counting."""
 
-from collections.abc import Callable, Iterable
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
 __all__ = ["CONTENT_TYPE", "Metrics"]
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
-_OVERHEAD = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1)
+_DECIDING = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1)
+_STATES = {"closed": 0.0, "half-open": 0.5, "open": 1.0}
+
+_Labels = tuple[str, ...]
 
 
-class _States(Collector):
-    def __init__(self, states: Callable[[], dict[str, str]], queued: Callable[[], dict[str, int]]) -> None:
-        self._states, self._queued = states, queued
+class _Counts:
+    """A counter: a number for each combination of labels."""
 
-    def collect(self) -> Iterable[GaugeMetricFamily]:
-        breakers = GaugeMetricFamily("deferral_breaker_open", "1: left alone, 0.5: on trial, 0: asked.", labels=["expert"])
-        for name, state in self._states().items():
-            breakers.add_metric([name], {"closed": 0.0, "half-open": 0.5, "open": 1.0}[state])
-        queues = GaugeMetricFamily("deferral_queue_length", "Requests that wait for a slot of an expert.", labels=["expert"])
-        for name, length in self._queued().items():
-            queues.add_metric([name], length)
-        return [breakers, queues]
+    def __init__(self, name: str, text: str, labels: Sequence[str] = ()) -> None:
+        self.name, self.text, self.labels = name, text, labels
+        self.values: defaultdict[_Labels, float] = defaultdict(float)
+
+    def family(self) -> CounterMetricFamily:
+        family = CounterMetricFamily(self.name, self.text, labels=self.labels)
+        for labels, value in list(self.values.items()):
+            family.add_metric(labels, value)
+        return family
 
 
-class Metrics:
+class _Times:
+    """A histogram of seconds: how many are in each bucket, and their sum."""
+
+    def __init__(self, name: str, text: str, labels: Sequence[str], bounds: Sequence[float]) -> None:
+        self.name, self.text, self.labels, self.bounds = name, text, labels, bounds
+        self.values: dict[_Labels, list[float]] = {}
+
+    def add(self, labels: _Labels, seconds: float) -> None:
+        values = self.values.get(labels)
+        if values is None:
+            values = self.values[labels] = [0.0] * (len(self.bounds) + 2)
+        values[bisect_left(self.bounds, seconds)] += 1
+        values[-1] += seconds
+
+    def family(self) -> HistogramMetricFamily:
+        family = HistogramMetricFamily(self.name, self.text, labels=self.labels)
+        for labels, values in list(self.values.items()):
+            below, buckets = 0.0, []
+            for bound, count in zip([*map(str, self.bounds), "+Inf"], values[:-1], strict=True):
+                below += count
+                buckets.append((bound, below))
+            family.add_metric(labels, buckets, values[-1])
+        return family
+
+
+class Metrics(Collector):
     """Of one gateway, in a registry of its own."""
 
     def __init__(self) -> None:
+        self._requests = _Counts("deferral_requests", "Requests, by path and status.", ("path", "status"))
+        self._refused = _Counts("deferral_refused", "Requests turned away, by reason.", ("code",))
+        self._decisions = _Counts("deferral_decisions", "Experts that the router chose.", ("expert", "path"))
+        self._answers = _Counts("deferral_answers", "Answers, by expert and outcome.", ("expert", "outcome"))
+        self._failures = _Counts("deferral_upstream_failures", "Failed attempts, by expert and kind.", ("expert", "kind"))
+        self._retries = _Counts("deferral_retries", "Attempts at the same expert once more.", ("expert",))
+        self._price = _Counts("deferral_price_dollars", "What answers cost.", ("expert",))
+        self._tokens = _Counts("deferral_tokens", "Tokens, by expert and direction.", ("expert", "direction"))
+        self._best = _Counts("deferral_best_price_dollars", "What routed answers would have cost by the best expert.")
+        self._latency = _Times("deferral_latency_seconds", "To the last byte.", ("expert",), _SECONDS)
+        self._first = _Times("deferral_first_byte_seconds", "To the first byte.", ("expert",), _SECONDS)
+        self._deciding = _Times("deferral_decision_seconds", "Time of a decision.", (), _DECIDING)
+        self._flying = 0
+        self._saving = 0.0
+        self._states: Callable[[], Mapping[str, str]] = dict
+        self._queued: Callable[[], Mapping[str, int]] = dict
         self.registry = CollectorRegistry()
-        registry = self.registry
-        self._requests = Counter("deferral_requests", "Requests, by path and status.", ["path", "status"], registry=registry)
-        self._decisions = Counter("deferral_decisions", "Experts that the router chose.", ["expert", "path"], registry=registry)
-        self._answers = Counter("deferral_answers", "Answers by expert and outcome.", ["expert", "outcome"], registry=registry)
-        self._failures = Counter(
-            "deferral_upstream_failures", "Failed attempts by expert and kind.", ["expert", "kind"], registry=registry
-        )
-        self._retries = Counter("deferral_retries", "Attempts at the same expert once more.", ["expert"], registry=registry)
-        self._price = Counter("deferral_price_dollars", "What answers cost.", ["expert"], registry=registry)
-        self._tokens = Counter("deferral_tokens", "Tokens by expert and direction.", ["expert", "direction"], registry=registry)
-        self._best = Counter(
-            "deferral_best_price_dollars", "What routed answers would have cost by the best expert.", registry=registry
-        )
-        self._saving = Gauge("deferral_saving_dollars", "Saved against always asking the best expert.", registry=registry)
-        self._latency = Histogram(
-            "deferral_latency_seconds", "To the last byte.", ["expert"], buckets=_SECONDS, registry=registry
-        )
-        self._first = Histogram(
-            "deferral_first_byte_seconds", "To the first byte.", ["expert"], buckets=_SECONDS, registry=registry
-        )
-        self._deciding = Histogram("deferral_decision_seconds", "Time of a decision.", buckets=_OVERHEAD, registry=registry)
-        self._flying = Gauge("deferral_requests_in_flight", "Requests under way.", registry=registry)
-        self._refused = Counter("deferral_refused", "Requests turned away, by reason.", ["code"], registry=registry)
-        self._children: dict[tuple, tuple] = {}
+        self.registry.register(self)
 
-    def watch(self, states: Callable[[], dict[str, str]], queued: Callable[[], dict[str, int]]) -> None:
+    def watch(self, states: Callable[[], Mapping[str, str]], queued: Callable[[], Mapping[str, int]]) -> None:
         """Also show how the experts are doing whenever somebody looks."""
-        self.registry.register(_States(states, queued))
+        self._states, self._queued = states, queued
 
     def began(self) -> None:
-        self._flying.inc()
+        self._flying += 1
 
     def ended(self, path: str, status: int) -> None:
-        self._flying.dec()
-        self._requests.labels(path, str(status)).inc()
+        self._flying -= 1
+        self._requests.values[path, str(status)] += 1
 
     def refused(self, code: str) -> None:
-        self._refused.labels(code).inc()
+        self._refused.values[code,] += 1
 
     def decided(self, expert: str, seconds: float, *, fast: bool) -> None:
-        self._decisions.labels(expert, "fast" if fast else "full").inc()
-        self._deciding.observe(seconds)
+        self._decisions.values[expert, "fast" if fast else "full"] += 1
+        self._deciding.add((), seconds)
 
     def failed(self, expert: str, kind: str) -> None:
-        self._failures.labels(expert, kind).inc()
+        self._failures.values[expert, kind] += 1
 
     def retried(self, expert: str) -> None:
-        self._retries.labels(expert).inc()
+        self._retries.values[expert,] += 1
 
     def answered(
         self,
@@ -94,31 +117,31 @@ class Metrics:
         latency_s: float,
     ) -> None:
         """`best_price` is NaN where the router did not choose."""
-        children = self._children.get((expert, outcome)) or self._bound(expert, outcome)
-        answers, dollars, into, out, first, whole = children
-        answers.inc()
-        dollars.inc(price)
-        into.inc(input_tokens)
-        out.inc(output_tokens)
-        first.observe(first_byte_s)
-        whole.observe(latency_s)
+        self._answers.values[expert, outcome] += 1
+        self._price.values[expert,] += price
+        self._tokens.values[expert, "input"] += input_tokens
+        self._tokens.values[expert, "output"] += output_tokens
+        self._first.add((expert,), first_byte_s)
+        self._latency.add((expert,), latency_s)
         if best_price == best_price:
-            self._best.inc(best_price)
-            self._saving.inc(best_price - price)
+            self._best.values[()] += best_price
+            self._saving += best_price - price
+
+    def collect(self) -> Iterable[CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily]:
+        """For a scraper."""
+        counts = (self._requests, self._refused, self._decisions, self._answers, self._failures, self._retries)
+        for each in (*counts, self._price, self._tokens, self._best, self._latency, self._first, self._deciding):
+            yield each.family()
+        yield GaugeMetricFamily("deferral_saving_dollars", "Saved against always asking the best expert.", self._saving)
+        yield GaugeMetricFamily("deferral_requests_in_flight", "Requests under way.", self._flying)
+        breakers = GaugeMetricFamily("deferral_breaker_open", "1: left alone, 0.5: on trial, 0: asked.", labels=["expert"])
+        for name, state in self._states().items():
+            breakers.add_metric([name], _STATES[state])
+        queues = GaugeMetricFamily("deferral_queue_length", "Requests that wait for a slot of an expert.", labels=["expert"])
+        for name, length in self._queued().items():
+            queues.add_metric([name], length)
+        yield from (breakers, queues)
 
     def text(self) -> bytes:
-        """For a scraper."""
+        """All of it, in the format of Prometheus."""
         return generate_latest(self.registry)
-
-    def _bound(self, expert: str, outcome: str) -> tuple:
-        # Looking a label up costs more than counting.
-        children = (
-            self._answers.labels(expert, outcome),
-            self._price.labels(expert),
-            self._tokens.labels(expert, "input"),
-            self._tokens.labels(expert, "output"),
-            self._first.labels(expert),
-            self._latency.labels(expert),
-        )
-        self._children[expert, outcome] = children
-        return children

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import math
 import os
+import random
 from collections.abc import Mapping
 from time import perf_counter, time
 from typing import TYPE_CHECKING
@@ -26,11 +27,12 @@ from deferral.gateway.wire import Left, header_map, read_body, send_problem, sen
 if TYPE_CHECKING:
     from deferral.gateway.app import Gateway, Generation
 
-__all__ = ["Proxy"]
+__all__ = ["KINDS", "Proxy"]
 
 _log = logging.getLogger("deferral.gateway")
 
 _PATHS: dict[Kind, str] = {"chat": "/chat/completions", "completions": "/completions", "embeddings": "/embeddings"}
+KINDS = tuple(_PATHS)
 # A request is watched for its client's leaving once it has taken this long: most are over by then.
 _WATCH_AFTER = 0.05
 # Without a word from the client, an answer is expected to be this long.
@@ -38,6 +40,8 @@ _OUTPUT_TOKENS = 256
 _CLOSED_BY_CLIENT = 499
 # Beyond the time that an expert has for a reply: what its client may take to read the end of it.
 _LONGER = 60.0
+# Ids need no two alike, and are no secret: a key may judge its own responses only.
+_ids = random.Random(os.urandom(32))
 _PRINTABLE = bytes(byte if 32 <= byte < 127 else 32 for byte in range(256))
 
 
@@ -58,7 +62,7 @@ class Exchange:
     def __init__(self, proxy: Proxy, receive: Receive, send: Send) -> None:
         self.gateway, self.kind, self.path = proxy.gateway, proxy.kind, proxy.path
         self.receive, self.send = receive, send
-        self.id = f"dfr-{os.urandom(12).hex()}"
+        self.id = f"dfr-{_ids.getrandbits(96):024x}"
         self.arrived, self.began = time(), perf_counter()
         self.key: Key = ANYONE
         self.asked: Asked | None = None
