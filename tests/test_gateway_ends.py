@@ -1,0 +1,177 @@
+"""How a gateway ends under load, by SIGTERM and by SIGKILL, and what it remembers when it is started again."""
+
+import asyncio
+import json
+import signal
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from deferral.gateway.database import prepare
+from deferral.gateway.keys import Keys
+from tests.faulty_upstream import Upstream
+from tests.running_gateway import EASY, small_router
+from tests.serving_process import Serving, serving
+
+pytestmark = pytest.mark.ci_slow
+
+CLIENTS = 12
+# The promise is 100 ms; a busy machine may keep the writer waiting as long again.
+UNWRITTEN = 0.2
+DEAR = 1000.0  # dollars per million tokens
+
+
+@pytest.fixture
+def folder(tmp_path: Path, upstream: Upstream) -> Path:
+    small_router().save(tmp_path / "router")
+    experts = "".join(
+        f'[experts.{name}]\nbase_url = "{upstream.url}"\ninput_price = {price}\noutput_price = {price}\n'
+        for name, price in (("small", 0.1), ("large", DEAR))
+    )
+    (tmp_path / "experts.toml").write_text(experts)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def upstream() -> Iterator[Upstream]:
+    with Upstream(first_byte_s=0.05, chunk_s=0.002) as found:
+        yield found
+
+
+@dataclass
+class Load:
+    """What clients saw who asked one question after the other, each on a connection of its own, until the gateway was gone."""
+
+    whole: dict[str, tuple[str, float]] = field(default_factory=dict)  # id: the question, when its answer was whole
+    broken: list[tuple[str, str]] = field(default_factory=list)  # the question, what was wrong with its answer
+    acknowledged: dict[str, float] = field(default_factory=dict)  # id: quality
+    refused: int = 0  # with status 429
+
+    async def client(self, url: str, number: int, *, feedback: bool = False, token: str = "", **fields: Any) -> None:
+        count = 0
+        timeout, connector = aiohttp.ClientTimeout(total=30), aiohttp.TCPConnector(force_close=True)
+        headers = {"authorization": f"Bearer {token}"} if token else {}
+        async with aiohttp.ClientSession(connector=connector, timeout=timeout, headers=headers) as session:
+            while True:
+                count += 1
+                question = f"{EASY} {number}-{count}"
+                stream = count % 2 == 0
+                body = {"model": "auto", "messages": [{"role": "user", "content": question}], "stream": stream} | fields
+                began = False
+                try:
+                    async with session.post(f"{url}/chat/completions", json=body) as reply:
+                        began = True
+                        text = await reply.read()
+                except (aiohttp.ClientError, OSError, TimeoutError) as error:
+                    if began:
+                        self.broken.append((question, repr(error)))
+                    return
+                if reply.status == 429:
+                    self.refused += 1
+                    return
+                if reply.status != 200 or not (text.rstrip().endswith(b"[DONE]") if stream else json.loads(text)):
+                    self.broken.append((question, f"{reply.status} {text!r}"))
+                    return
+                decision = reply.headers["x-deferral-id"]
+                self.whole[decision] = question, time.monotonic()
+                if feedback:
+                    await self._tell(session, url, decision, quality=(count % 5) / 4)
+
+    async def _tell(self, session: aiohttp.ClientSession, url: str, decision: str, quality: float) -> None:
+        try:
+            async with session.post(f"{url}/feedback", json={"id": decision, "quality": quality}) as reply:
+                if reply.status == 200:
+                    self.acknowledged[decision] = quality
+        except (aiohttp.ClientError, OSError):
+            pass
+
+
+def rows(database: Path, query: str) -> list[tuple]:
+    with closing(sqlite3.connect(database)) as connection:
+        assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        return connection.execute(query).fetchall()
+
+
+def under_load(gateway: Serving, ending: int, seconds: float, **options: Any) -> tuple[Load, float, int]:
+    """Clients ask for some time, then the signal comes.  -> what they saw, when the signal was sent, the exit status"""
+    load = Load()
+
+    async def run() -> tuple[float, int]:
+        clients = [asyncio.create_task(load.client(gateway.url, number, **options)) for number in range(CLIENTS)]
+        await asyncio.sleep(seconds)
+        sent = time.monotonic()
+        status = await asyncio.to_thread(gateway.end, ending)
+        await asyncio.gather(*clients)
+        return sent, status
+
+    return load, *asyncio.run(run())
+
+
+def test_after_sigterm_no_accepted_request_is_lost_and_every_row_is_there(folder: Path, upstream: Upstream) -> None:
+    upstream.seen.clear()
+    with serving(folder) as gateway:
+        load, _, status = under_load(gateway, signal.SIGTERM, 1.5)
+    assert status == 0, gateway.log
+    assert load.broken == []
+    answered = {question for question, _ in load.whole.values()}
+    assert len(answered) > CLIENTS
+    assert {seen.json["messages"][0]["content"] for seen in upstream.seen} == answered
+    assert {id for (id,) in rows(gateway.database, "select id from decisions where outcome = 'ok'")} == set(load.whole)
+    assert rows(gateway.database, "select count(*) from decisions") == [(len(load.whole),)]
+
+
+def test_after_sigkill_what_was_acknowledged_is_there_and_the_gateway_starts_again(folder: Path) -> None:
+    with serving(folder) as gateway:
+        load, killed, _ = under_load(gateway, signal.SIGKILL, 1.5, feedback=True)
+    assert load.acknowledged
+    found = dict(rows(gateway.database, "select decision, quality from feedback"))
+    assert {id: found.get(id) for id in load.acknowledged} == load.acknowledged
+    written = {id for (id,) in rows(gateway.database, "select id from decisions")}
+    missing = {id: killed - when for id, (_, when) in load.whole.items() if id not in written}
+    assert all(age < UNWRITTEN for age in missing.values()), missing
+    assert not set(load.acknowledged) - written, "whatever was judged is on record"
+    with serving(folder) as again:
+        more, _, status = under_load(again, signal.SIGTERM, 0.5)
+    assert status == 0
+    assert {id for (id,) in rows(again.database, "select id from decisions")} == written | set(more.whole)
+
+
+def test_a_budget_is_not_overspent_by_more_than_the_requests_in_flight_and_holds_across_a_kill(folder: Path) -> None:
+    price = (7 + 40) * DEAR / 1e6
+    budget = 30.5 * price
+    store = Keys(str(folder / "gateway.db"))
+    prepare(store.engine, create=True)
+    token, key = store.create("poor", experts=["large"], budget=budget, window="month")
+    store.close()
+    fields = {"model": "large", "max_tokens": 40, "stream_options": {"include_usage": True}}
+    with serving(folder) as gateway:
+        load = asyncio.run(spend(gateway.url, token, **fields))
+        time.sleep(UNWRITTEN)
+        gateway.end(signal.SIGKILL)
+    [(spent, count)] = rows(
+        gateway.database, f"select sum(price), count(*) from decisions where key = '{key.id}' and status = 200"
+    )
+    assert load.broken == []
+    assert load.refused == CLIENTS
+    assert count == len(load.whole)
+    assert budget - CLIENTS * price < spent <= budget + CLIENTS * price
+    with serving(folder) as again:
+        after = asyncio.run(spend(again.url, token, **fields))
+        again.end(signal.SIGTERM)
+    assert after.refused == CLIENTS
+    assert spent + len(after.whole) * price <= budget + CLIENTS * price
+
+
+async def spend(url: str, token: str, **fields: Any) -> Load:
+    """Ask until nobody is answered any more."""
+    load = Load()
+    load_with_key = [load.client(url, number, token=token, **fields) for number in range(CLIENTS)]
+    await asyncio.gather(*load_with_key)
+    return load
