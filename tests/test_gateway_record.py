@@ -97,7 +97,7 @@ def test_closing_writes_all_that_is_waiting(path: Path) -> None:
 
 
 def test_a_row_that_cannot_be_written_takes_no_other_with_it(path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    made = Record(str(path))
+    made = Record(str(path), store_text=True, retention_days=1e6)
     for number in [*range(7), 3, *range(7, 12)]:
         made.add(row(number))
     made.add(row(12, price="much"))
@@ -106,6 +106,7 @@ def test_a_row_that_cannot_be_written_takes_no_other_with_it(path: Path, caplog:
     made.stop()
     assert len(rows_of(path)) == 13
     assert sum("a row is left out" in entry.message for entry in caplog.records) == 2
+    assert "question" not in caplog.text
 
 
 def test_feedback_is_of_the_response_and_the_key_that_asked(record: Record, path: Path) -> None:

@@ -108,10 +108,11 @@ def connect(url: str) -> Engine:
     try:
         parsed = make_url(url if "://" in url else f"sqlite:///{url}")
         if parsed.get_backend_name() != "sqlite":
-            return create_engine(parsed, pool_pre_ping=True)
+            return create_engine(parsed, pool_pre_ping=True, hide_parameters=True)
         if parsed.database in (None, "", ":memory:") or str(parsed.database).startswith("file:"):
             raise ValueError(f"database: expected the path of a file, got {parsed.database!r}; what is in memory is lost")
-        engine = create_engine(parsed)
+        # What clients asked must not get into messages of errors.
+        engine = create_engine(parsed, hide_parameters=True)
     except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
         # The URL itself may hold a password.
         raise ValueError(

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from types import TracebackType
 
+from sqlalchemy.exc import SQLAlchemyError
+
 from deferral.gateway.keys import Key
 from deferral.gateway.record import Record
 from deferral.gateway.windows import Span, span, time_zone
@@ -147,6 +149,13 @@ class Limits:
             account.flying += 1
         return Hold(account, dollars, self._lock)
 
+    def _spent_since(self, key: Key, start: float) -> float:
+        try:
+            return self._record.spent(key.id, start)
+        except SQLAlchemyError as error:
+            message = "what this key has spent cannot be read: the database fails"
+            raise Refused(503, "record_unavailable", message, 1.0) from error
+
     def _spent(self, key: Key, account: _Account) -> Refused:
         window = account.span
         again = datetime.fromtimestamp(window.end, UTC).strftime("%Y-%m-%d %H:%M UTC")
@@ -164,7 +173,7 @@ class Limits:
         window = span(key.window, now, time_zone(key.zone))
         # A window that has begun while this process was counting holds nothing yet.
         fresh = account is not None and account.span.end == window.start
-        opened = _Account(window, 0.0 if fresh else self._record.spent(key.id, window.start))
+        opened = _Account(window, 0.0 if fresh else self._spent_since(key, window.start))
         with self._lock:
             account = self._accounts.get(key.id)
             if account is None or now not in account.span:

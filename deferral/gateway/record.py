@@ -248,7 +248,7 @@ class Record:
                 break
             except (SQLAlchemyError, MemoryError) as error:
                 if not isinstance(error, IntegrityError | ValueRefused):
-                    self._note(str(error.orig) if isinstance(error, DBAPIError) else str(error))
+                    self._note(_reason(error))
                     if time.monotonic() > self._give_up_at:
                         return False
                     time.sleep(wait)
@@ -260,7 +260,7 @@ class Record:
             if len(batch) > 1:
                 half = len(batch) // 2
                 return self._write(batch[:half]) and self._write(batch[half:])
-            _log.error("a row is left out, it cannot be written (or is there already): %s", fault)
+            _log.error("a row is left out, it cannot be written (or is there already): %s", _reason(fault))
             answers = []
             break
         if self._trouble:
@@ -305,7 +305,7 @@ class Record:
                 if self._to_forget and len(found) < _CLEANED_AT_ONCE:
                     self._to_forget = not forget(connection)
         except SQLAlchemyError as error:
-            self._note(f"texts whose time is over cannot be deleted, {error}")
+            self._note(f"texts whose time is over cannot be deleted, {_reason(error)}")
             return _LAST_RETRY
         return 0.0 if len(found) == _CLEANED_AT_ONCE else _CLEANING
 
@@ -314,6 +314,12 @@ class Record:
         if time.monotonic() - self._warned_at > 30:
             self._warned_at = time.monotonic()
             _log.error("the database fails and is tried again: %s; %d rows are waiting", trouble, len(self._waiting))
+
+
+def _reason(error: Exception) -> str:
+    """The first line alone: others may quote what was to be written."""
+    cause = error.orig if isinstance(error, DBAPIError) else error
+    return f"{type(cause).__name__}: {cause}".splitlines()[0]
 
 
 def _characters(item: DecisionRow | _Feedback) -> int:

@@ -21,6 +21,7 @@ __all__ = ["Verdict", "choices", "draws_of", "learned", "retrain"]
 _HELD_OUT = 0.3
 _FEWEST_ROWS = 100
 _FEWEST_SEEN = 20
+_MOST_STAKE = 10.0
 
 
 @dataclass(frozen=True)
@@ -130,9 +131,14 @@ def choices(router: Router, rows: Sequence[Logged]) -> np.ndarray:
 
 
 def draws_of(model: Router, rows: Sequence[Logged]) -> Draws:
-    """The rows as draws, with the cost in errors that `model` expects of every expert.  It must not have seen them."""
+    """The rows as draws, with the cost that `model` expects of every expert.  It must not have seen them.
+
+    (e (1 - quality) + price) / the router's price of an error, with e the row's own: dollars, said in errors.  A client's e
+    counts up to ten times the router's, so that nobody's setting outweighs all others.
+    """
     experts, queries = model.experts, [row.outcome.query for row in rows]
-    error = np.array([row.price_of_error for row in rows])
+    unit = model.price_of_error
+    error = np.minimum(np.array([row.price_of_error for row in rows]) / unit, _MOST_STAKE)
     quality = np.array([row.outcome.quality for row in rows])
     price = np.array([row.outcome.price for row in rows])
     expected, _, _ = model.fitted.estimate(model.encoder(queries))
@@ -141,8 +147,8 @@ def draws_of(model: Router, rows: Sequence[Logged]) -> Draws:
     return Draws(
         action=np.array([experts.index(row.outcome.expert) for row in rows]),
         propensity=np.array([row.outcome.propensity for row in rows]),
-        cost=1 - quality + price / error,
-        estimate=1 - np.clip(expected, 0, 1) + prices / error[:, None],
+        cost=error * (1 - quality) + price / unit,
+        estimate=error[:, None] * (1 - np.clip(expected, 0, 1)) + prices / unit,
         group=group,
     )
 
