@@ -1,12 +1,21 @@
 import hmac
+import json
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from sqlalchemy import event
+from starlette.applications import Starlette
+from starlette.testclient import TestClient
 
+from deferral.cli import main
 from deferral.errors import DataError
+from deferral.gateway.admin import routes
 from deferral.gateway.database import connect, prepare
+from deferral.gateway.endpoints import error_handlers
 from deferral.gateway.keys import Key, Keys
+from deferral.gateway.record import Record
 
 
 @pytest.fixture
@@ -172,8 +181,6 @@ class _count_reads:
     """Waits for refreshes that began after it was asked."""
 
     def __init__(self, store: Keys) -> None:
-        import threading
-
         self._read = threading.Semaphore(0)
         event.listen(store.engine, "after_cursor_execute", lambda *_: self._read.release())
 
@@ -182,3 +189,80 @@ class _count_reads:
             pass
         for _ in range(count):
             assert self._read.acquire(timeout=10)
+
+
+def test_keys_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    database = ["--database", str(tmp_path / "gateway.db")]
+
+    def run(*arguments: str) -> str:
+        main(["gateway", *arguments, *database])
+        return capsys.readouterr().out
+
+    with pytest.raises(SystemExit):
+        run("keys", "list")
+    assert "there is no database" in capsys.readouterr().err
+    token = run(
+        "keys", "create", "bob", "--budget", "2.5", "--window", "day", "--zone", "Asia/Tokyo", "--expert", "small"
+    ).strip()
+    keys = Keys(str(tmp_path / "gateway.db"))
+    keys.refresh()
+    key = keys.find(token)
+    assert key is not None
+    assert (key.name, key.budget, key.window, key.zone, key.experts) == ("bob", 2.5, "day", "Asia/Tokyo", frozenset({"small"}))
+    listed = run("keys", "list")
+    assert key.id in listed
+    assert "$2.5 a day, Asia/Tokyo" in listed
+    assert token not in listed
+    assert "bob" in run("status")
+    assert "revoked" in run("keys", "revoke", key.id)
+    with pytest.raises(SystemExit) as ended:
+        run("keys", "revoke", key.id)
+    assert ended.value.code == 2
+    with pytest.raises(SystemExit):
+        run("keys", "create", "eve", "--zone", "Mars/Olympus")
+    assert "time zone: expected a name" in capsys.readouterr().err
+    assert json.loads(run("status", "--json"))["requests"] == 0
+    with pytest.raises(SystemExit):
+        run("status", "--url", "http://127.0.0.1:9")
+    assert "no gateway answers" in capsys.readouterr().err
+
+
+def test_admin_endpoints_make_and_end_keys(tmp_path: Path) -> None:
+    record, store = Record(str(tmp_path / "gateway.db")), Keys(str(tmp_path / "gateway.db"))
+    record.start()
+    store.start()
+    app = Starlette(routes=routes(SimpleNamespace(record=record, keys=store)), exception_handlers=error_handlers())  # type: ignore[arg-type]
+    with TestClient(app) as client:
+        made = client.post("/keys", json={"name": "bob", "budget": 2, "experts": ["small"]})
+        assert made.status_code == 201
+        key = store.find(made.json()["token"])
+        assert key is not None
+        assert (key.id, key.budget, key.experts) == (made.json()["id"], 2.0, frozenset({"small"}))
+        (listed,) = client.get("/keys").json()["data"]
+        assert (listed["name"], listed["revoked"], "token" in listed) == ("bob", None, False)
+        (budget,) = client.get("/status", params={"hours": 1}).json()["budgets"]
+        assert (budget["key"], budget["spent"]) == (key.id, 0.0)
+        assert client.delete(f"/keys/{key.id}").status_code == 200
+        assert client.delete(f"/keys/{key.id}").status_code == 404
+        assert store.find(made.json()["token"]) is None
+        wrong = [
+            b"",
+            b"[]",
+            b"{",
+            b"[" * 50_000,
+            b'{"budget": 1}',
+            b'{"name": "x", "color": 1}',
+            b'{"name": 5}',
+            b'{"name": "x", "zone": 5}',
+        ]
+        wrong += [b'{"name": "x", "experts": "small"}', b'{"name": "x", "admin": "yes"}', b'{"name": "x", "budget": NaN}']
+        wrong += [b'{"name": "x", "window": ["day"]}', b'{"name": "\\ud800"}']
+        for body in wrong:
+            answer = client.post("/keys", content=body)
+            assert answer.status_code == 400, body
+            assert answer.json()["error"]["message"]
+        for hours in ("0", "-1", "nan", "x", "1e9"):
+            assert client.get("/status", params={"hours": hours}).status_code == 400
+    store.close()
+    record.stop()

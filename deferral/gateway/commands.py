@@ -1,6 +1,7 @@
 """The commands `deferral gateway` and `deferral serve`: they parse and print, and decide nothing."""
 
 import json
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -150,7 +151,7 @@ def retrain(router: Path, log: Path | None, dry_run: bool, seed: int, assume_qua
         )
     click.echo(verdict)
     if not verdict.promoted:
-        raise click.exceptions.Exit(3)
+        sys.exit(3)
     click.echo(f"{router} is the new router, {router}.previous the old one; send the gateway SIGHUP, or POST /admin/reload")
 
 
