@@ -4,6 +4,7 @@ import importlib
 import os
 import subprocess
 import sys
+import threading
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -54,7 +55,7 @@ def commands() -> None:
     """Systems that know when not to answer: abstain at a known cost, or defer to experts."""
 
 
-@commands.command()
+@commands.group(invoke_without_command=True)
 @click.option("--data", type=click.Choice(["digits", "cifar10"]), default="digits", show_default=True)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--device", default="cpu", show_default=True, help="A torch device: cpu, cuda, cuda:1.")
@@ -77,12 +78,24 @@ def commands() -> None:
     type=click.Path(path_type=Path),
     help="cifar10: the folder with cifar10n.npz and cifar10h_counts.npy.  [default: ROOT/l2d]",
 )
-def demo(data: str, seed: int, device: str, out: Path, useless_expert: bool, root: Path | None, people: Path | None) -> None:
+@click.pass_context
+def demo(
+    context: click.Context,
+    data: str,
+    seed: int,
+    device: str,
+    out: Path,
+    useless_expert: bool,
+    root: Path | None,
+    people: Path | None,
+) -> None:
     """A model decides what to answer and what to hand to whom, and what that saves.
 
     digits: handwritten digits and three simulated experts, under a minute.  cifar10: real photographs and real people's
     answers, some ten minutes; stopped and started again, it continues at the last epoch.
     """
+    if context.invoked_subcommand is not None:
+        return
     # Imported here: `deferral --help` must not wait for torch and scikit-learn, nor a gateway hold them.
     import torch
 
@@ -109,6 +122,36 @@ def demo(data: str, seed: int, device: str, out: Path, useless_expert: bool, roo
         show(comparison)
         files = [*draw(comparison, out), save(comparison, out)]
         click.echo("\n".join(f"wrote {path}" for path in files) + "\n")
+
+
+@demo.command("gateway")
+@click.option("--questions", "count", type=click.IntRange(min=50), default=1000, show_default=True, help="How many are asked.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for the models and the router; what is there is used again.  [default: in the user's cache]",
+)
+@click.option("--serve", "stay", is_flag=True, help="Stay up afterwards, until Ctrl-C.")
+@click.option("--port", type=click.IntRange(0, 65535), default=0, help="Of the gateway.  [default: one that is free]")
+def demo_gateway(count: int, seed: int, out: Path | None, stay: bool, port: int) -> None:
+    """Two tiny language models, a router and the gateway: what routing saves.
+
+    The models are trained on this machine, in some minutes; the next run finds them.  Nothing is downloaded.
+    """
+    from deferral.demo import gateway
+    from deferral.demo.routed import how_to_call, show
+
+    with (
+        _progress() as progress,
+        gateway.running(out or gateway.cache_folder(), count, seed, progress, port=port) as (result, url),
+    ):
+        progress.stop()
+        show(result)
+        if stay:
+            click.echo(how_to_call(url))
+            with suppress(KeyboardInterrupt):
+                threading.Event().wait()
 
 
 @commands.command()

@@ -37,6 +37,9 @@ class Access:
     def client(self, headers: Mapping[bytes, bytes]) -> Key:
         """Problem 401 without a valid key, 403 with a key for the admin endpoints."""
         if self.open:
+            # Any page in a browser may send requests to this machine, but not without saying where it is from.
+            if b"origin" in headers:
+                raise Problem(403, "pages_need_a_key", "a gateway without keys takes no requests of web pages; make a key")
             return ANYONE
         token = _bearer(headers)
         if not token:

@@ -30,6 +30,20 @@ class Standing:
         self.breaker = Breaker()
         self.slots = Slots(expert.max_concurrent, expert.max_waiting)
 
+    def blame(self, error: BaseException, ticket: int, name: str) -> None:
+        """What an attempt that ended with an error says of the expert."""
+        breaker = self.breaker
+        if not isinstance(error, Failure):
+            breaker.leave(ticket)
+            return
+        was = breaker.state
+        if error.blame:
+            breaker.failure(ticket)
+        if error.rest is not None:
+            breaker.rest(error.rest, ticket)
+        if breaker.state != was:
+            _log.warning("%s is left alone for %.0f s", name, breaker.wait)
+
 
 class Call:
     """A reply under way.  It holds a slot, and the breaker waits for its outcome: `end` it, once."""
@@ -132,16 +146,7 @@ class Answerers:
         try:
             reply = await self.upstream.ask(expert, path, body, headers, asked)
         except BaseException as error:
-            blamed = isinstance(error, Failure) and error.blame
-            was = standing.breaker.state
-            if blamed:
-                standing.breaker.failure(ticket)
-            elif isinstance(error, Failure) and error.rest is not None:
-                standing.breaker.rest(error.rest, ticket)
-            else:
-                standing.breaker.leave(ticket)
-            if standing.breaker.state != was:
-                _log.warning("%s is left alone for %.0f s", expert.name, standing.breaker.wait)
+            standing.blame(error, ticket, expert.name)
             standing.slots.give_back(monotonic() - began)
             raise
         return Call(expert, reply, standing, ticket, began, attempts)

@@ -5,6 +5,7 @@ import gc
 import logging
 import signal
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from deferral.gateway.proxying import KINDS, Proxy
 from deferral.gateway.record import Record
 from deferral.gateway.settings import Settings
 from deferral.gateway.upstream import Upstream
+from deferral.routing.encoders import FunctionEncoder
 from deferral.routing.router import Router
 
 __all__ = ["Gateway", "Generation", "gateway", "load_router"]
@@ -99,16 +101,17 @@ class Gateway:
         async with self._reloading:
             fresh = await asyncio.to_thread(self._read)
             # From here on in one step: no request sees half of it.
-            before, self.current = self.current, fresh
+            self.current = fresh
             self.answerers.update(fresh.experts)
-            before.decider.close()
         message = f"experts {', '.join(fresh.experts)}; router of {', '.join(fresh.router.experts)}"
         _log.info("reloaded: %s", message)
         return message
 
     def _read(self) -> Generation:
         settings, now = self.settings, self.current
-        router = now.router if settings.router_folder is None else load_router(settings)
+        encoder = now.router.encoder
+        encode = encoder.encode if isinstance(encoder, FunctionEncoder) else None
+        router = now.router if settings.router_folder is None else load_router(settings, encode)
         experts = now.experts if settings.experts_file is None else read_experts(settings.experts_file)
         return generation(router, experts, settings)
 
@@ -185,14 +188,14 @@ def generation(router: Router, experts: Mapping[str, Expert], settings: Settings
     return Generation(router, dict(experts), Decider(router, experts, deadline_s=settings.deadline_s))
 
 
-def load_router(settings: Settings) -> Router:
+def load_router(settings: Settings, encode: Callable[[list[str]], Any] | None = None) -> Router:
     """The router of the settings' folder."""
     assert settings.router_folder is not None
     with suppress(DataError):
-        return Router.load(settings.router_folder)
+        return Router.load(settings.router_folder, encoder=encode)
     # One that is being replaced is not there for a moment.
-    threading.Event().wait(0.1)
-    return Router.load(settings.router_folder)
+    time.sleep(0.1)
+    return Router.load(settings.router_folder, encoder=encode)
 
 
 def _on_hangup(state: Gateway) -> Callable[[], None]:

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from yarl import URL
+
 from deferral.errors import DataError
 
 __all__ = ["AUTO", "Expert", "read_experts"]
@@ -135,6 +137,7 @@ def _check_url(expert: Expert) -> None:
         raise _FieldError("base_url", f"expected a text, got {type(expert.base_url).__name__}")
     try:
         parts = urlsplit(expert.base_url)
+        URL(expert.base_url)
         secret = bool(parts.username or parts.password or parts.query or parts.fragment)
         wrong = parts.scheme not in ("http", "https") or not parts.hostname or (parts.port == 0)
     except ValueError:

@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import random
+import re
 from collections.abc import Mapping
 from time import perf_counter, time
 from typing import TYPE_CHECKING
@@ -42,6 +43,8 @@ _CLOSED_BY_CLIENT = 499
 _LONGER = 60.0
 # Ids need no two alike, and are no secret: a key may judge its own responses only.
 _ids = random.Random(os.urandom(32))
+# A header that the upstream connection would not take must not look like a fault of the upstream.
+_PLAIN = re.compile(rb"[ -~]*")
 _PRINTABLE = bytes(byte if 32 <= byte < 127 else 32 for byte in range(256))
 
 
@@ -116,7 +119,9 @@ class Exchange:
         if asked.model in AUTO:
             gateway.metrics.decided(choice.ranking[0], perf_counter() - began, fast=choice.fast_path)
         ranking = [now.experts[name] for name in choice.ranking]
-        forwarded = {name.decode(): value.decode("latin-1") for name, value in headers.items() if name in FORWARDED}
+        forwarded = {
+            name.decode(): value.decode() for name, value in headers.items() if name in FORWARDED and _PLAIN.fullmatch(value)
+        }
         with gateway.limits.hold(self.key, choice.price[choice.ranking[0]]) as hold:
             call = await gateway.answerers.answer(
                 ranking, self.path, lambda expert: with_model(body, expert.model), forwarded, asked

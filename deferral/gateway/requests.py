@@ -17,7 +17,8 @@ Kind = Literal["chat", "completions", "embeddings"]
 _BYTES_PER_TOKEN = 4
 _IMAGE_TOKENS = 1000
 _MODEL = re.compile(rb'"model"\s*:\s*("[^"\\]*(?:\\.[^"\\]*)*")', re.DOTALL)
-_TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[{}\[\]:,]', re.DOTALL)
+_SPACE, _COLON, _COMMA = (re.compile(rf"[ \t\n\r]*{sign}[ \t\n\r]*") for sign in ("", ":", ",?"))
+_DECODER = json.JSONDecoder()
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,11 +97,11 @@ def with_model(body: bytes, model: str) -> bytes:
     value = json.dumps(model).encode()
     found = _MODEL.finditer(body)
     first = next(found, None)
-    # A key may be spelled with \u escapes, and objects inside may have a model as well: then the body is read token by token.
+    # A key may be spelled with \u escapes, and objects inside may have a model as well: then the body is read once more.
     if first is not None and next(found, None) is None and b"\\u006" not in body:
         start, end = first.span(1)
         return b"".join((body[:start], value, body[end:]))
-    return _with_top_level_model(body, value)
+    return _with_top_level_model(body.decode(), value.decode()).encode()
 
 
 def hints(headers: Mapping[bytes, bytes]) -> Hints:
@@ -163,29 +164,24 @@ def _length(part: dict[str, Any]) -> int:
     return len(url) if isinstance(url, str) else 0
 
 
-def _with_top_level_model(body: bytes, value: bytes) -> bytes:
+def _with_top_level_model(text: str, value: str) -> str:
     pieces, copied = [], 0
-    depth, key, after_colon = 0, b"", False
-    for token in _TOKEN.finditer(body):
-        text = token.group()
-        if text in b"{[":
-            depth += 1
-        elif text in b"}]":
-            depth -= 1
-        elif depth != 1:
-            continue
-        elif text == b":":
-            after_colon = True
-        elif text == b",":
-            after_colon = False
-        elif not after_colon:
-            key = text
-        elif json.loads(key) == "model":
-            pieces += [body[copied : token.start()], value]
-            copied = token.end()
-        if depth != 1 or text in b"}]":
-            after_colon = False
-    return b"".join([*pieces, body[copied:]])
+    place = _match_end(_SPACE, text, text.index("{") + 1)
+    while text[place] == '"':
+        key, end = _DECODER.raw_decode(text, place)
+        start = _match_end(_COLON, text, end)
+        _, stop = _DECODER.raw_decode(text, start)
+        if key == "model":
+            pieces += [text[copied:start], value]
+            copied = stop
+        place = _match_end(_COMMA, text, stop)
+    return "".join([*pieces, text[copied:]])
+
+
+def _match_end(pattern: re.Pattern[str], text: str, start: int) -> int:
+    found = pattern.match(text, start)
+    assert found is not None
+    return found.end()
 
 
 def _kind(value: Any) -> str:

@@ -19,6 +19,7 @@ __all__ = ["run", "serve"]
 _log = logging.getLogger("deferral.gateway")
 # Clients keep connections for later; one that the server closes first may lose a request on its way.
 _KEEP_ALIVE = 75
+_CONNECTIONS = 65_536
 _ADMIN_KEY = "DEFERRAL_ADMIN_KEY"
 
 
@@ -30,6 +31,7 @@ def run(settings: Settings, *, log_level: str = "info") -> None:
     assert settings.experts_file is not None
     must_have_key(settings)
     router, experts = load_router(settings), read_experts(settings.experts_file)
+    _allow_many_connections()
     # When all is done, uvicorn raises the signal that ended it once more, for whoever was there before.
     for ending in (signal.SIGTERM, signal.SIGINT):
         signal.signal(ending, lambda *_: None)
@@ -43,6 +45,7 @@ def run(settings: Settings, *, log_level: str = "info") -> None:
             access_log=False,
             server_header=False,
             proxy_headers=False,
+            ws="none",
             lifespan="on",
             timeout_keep_alive=_KEEP_ALIVE,
             # A reply ends by itself within its expert's time.
@@ -51,6 +54,18 @@ def run(settings: Settings, *, log_level: str = "info") -> None:
         )
         _log.info("serving %s at %s:%d", ", ".join(experts), settings.host, settings.port)
         uvicorn.Server(config).run()
+
+
+def _allow_many_connections() -> None:
+    """Each request under way has two; the limit that processes start with is often 1,024."""
+    try:
+        import resource
+    except ImportError:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _CONNECTIONS if hard == resource.RLIM_INFINITY else min(hard, _CONNECTIONS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 @click.command()

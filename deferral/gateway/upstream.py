@@ -87,17 +87,21 @@ class Upstream:
         self._session = aiohttp.ClientSession(
             connector=connector, auto_decompress=False, cookie_jar=aiohttp.DummyCookieJar(), raise_for_status=False
         )
-        self._prepared: dict[tuple[Expert, str], tuple[URL, dict[str, str], aiohttp.ClientTimeout]] = {}
+        self._prepared: dict[tuple[str, str], _Prepared] = {}
 
     async def close(self) -> None:
         await self._session.close()
 
     async def ask(self, expert: Expert, path: str, body: bytes, headers: Mapping[str, str], asked: Asked) -> Reply:
         """One attempt; Failure if it gave nothing that a client could use."""
-        url, own, timeout = self._prepared.get((expert, path)) or self._prepare(expert, path)
+        prepared = self._prepared.get((expert.name, path))
+        if prepared is None or prepared.expert is not expert:
+            prepared = self._prepared[expert.name, path] = _prepared(expert, path)
+        sent = {**headers, **prepared.headers} if headers else prepared.headers
         try:
+            # A redirect would take the key to another place.
             response = await self._session.post(
-                url, data=body, headers={**headers, **own}, timeout=timeout, allow_redirects=False
+                prepared.url, data=body, headers=sent, timeout=prepared.timeout, allow_redirects=False
             )
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
             raise _unanswered(error) from error
@@ -145,19 +149,24 @@ class Upstream:
             parts.append(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    def _prepare(self, expert: Expert, path: str) -> tuple[URL, dict[str, str], aiohttp.ClientTimeout]:
-        if len(self._prepared) > 1000:
-            # Left over from experts files of earlier days.
-            self._prepared.clear()
-        # Compressed replies could not be looked at without another copy.
-        own = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
-        if expert.key is not None:
-            own["Authorization"] = f"Bearer {expert.key}"
-        timeout = aiohttp.ClientTimeout(
-            total=expert.total_s, sock_connect=expert.connect_s, sock_read=expert.first_byte_s, ceil_threshold=60
-        )
-        self._prepared[expert, path] = prepared = (URL(expert.base_url + path), own, timeout)
-        return prepared
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """What all requests to one path of an expert have in common."""
+
+    expert: Expert
+    url: URL
+    headers: dict[str, str]
+    timeout: aiohttp.ClientTimeout
+
+
+def _prepared(expert: Expert, path: str) -> _Prepared:
+    # Compressed replies could not be looked at without another copy.
+    headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+    if expert.key is not None:
+        headers["Authorization"] = f"Bearer {expert.key}"
+    timeout = aiohttp.ClientTimeout(total=expert.total_s, sock_connect=expert.connect_s, sock_read=expert.first_byte_s)
+    return _Prepared(expert, URL(expert.base_url + path), headers, timeout)
 
 
 def _handed_on(name: bytes) -> bool:
