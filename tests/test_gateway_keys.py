@@ -173,8 +173,11 @@ def test_what_is_no_database_is_said_so(tmp_path: Path) -> None:
 def test_tables_of_another_version_are_left_alone(keys: Keys, tmp_path: Path) -> None:
     with keys.engine.begin() as connection:
         connection.exec_driver_sql("UPDATE schema_version SET version = 99")
+        connection.exec_driver_sql("DROP TABLE texts")
     with pytest.raises(DataError, match="expected tables of version 1, got 99"):
         prepare(connect(str(tmp_path / "gateway.db")))
+    with keys.engine.connect() as connection:
+        assert not connection.dialect.has_table(connection, "texts")
 
 
 class _count_reads:
@@ -203,18 +206,24 @@ def test_keys_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtur
         run("keys", "list")
     assert "there is no database" in capsys.readouterr().err
     token = run(
-        "keys", "create", "bob", "--budget", "2.5", "--window", "day", "--zone", "Asia/Tokyo", "--expert", "small"
+        "keys", "create", "bob [/red]", "--budget", "2.5", "--window", "day", "--zone", "Asia/Tokyo", "--expert", "small"
     ).strip()
     keys = Keys(str(tmp_path / "gateway.db"))
     keys.refresh()
     key = keys.find(token)
     assert key is not None
-    assert (key.name, key.budget, key.window, key.zone, key.experts) == ("bob", 2.5, "day", "Asia/Tokyo", frozenset({"small"}))
+    assert (key.name, key.budget, key.window, key.zone, key.experts) == (
+        "bob [/red]",
+        2.5,
+        "day",
+        "Asia/Tokyo",
+        frozenset({"small"}),
+    )
     listed = run("keys", "list")
     assert key.id in listed
     assert "$2.5 a day, Asia/Tokyo" in listed
     assert token not in listed
-    assert "bob" in run("status")
+    assert "bob [/red]" in run("status")
     assert "revoked" in run("keys", "revoke", key.id)
     with pytest.raises(SystemExit) as ended:
         run("keys", "revoke", key.id)

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -135,7 +136,7 @@ def export(file: Path, since: datetime | None, until: datetime | None, assume_qu
 def retrain(router: Path, log: Path | None, dry_run: bool, seed: int, assume_quality: float | None, database: str) -> None:
     """Learn a new router from the record; it replaces ROUTER (a folder) only if it is better with confidence.
 
-    Exit status 0 if it does, 3 if not.  A running gateway takes it on SIGHUP, or on POST /admin/reload.
+    Exit status 0 if it is better, 3 if not.  A running gateway takes it on SIGHUP, or on POST /admin/reload.
     """
     from deferral.gateway.retrain import retrain as learn
     from deferral.routing import read_log
@@ -150,9 +151,10 @@ def retrain(router: Path, log: Path | None, dry_run: bool, seed: int, assume_qua
             seed=seed,
         )
     click.echo(verdict)
-    if not verdict.promoted:
+    if not verdict.better:
         sys.exit(3)
-    click.echo(f"{router} is the new router, {router}.previous the old one; send the gateway SIGHUP, or POST /admin/reload")
+    if not dry_run:
+        click.echo(f"{router} is the new router, {router}.previous the old one; send the gateway SIGHUP, or POST /admin/reload")
 
 
 @gateway.command()
@@ -204,8 +206,8 @@ def _cells(issued: Issued) -> list[str]:
     key = issued.key
     return [
         key.id,
-        key.name + (" (admin)" if key.admin else ""),
-        "all" if key.experts is None else ", ".join(sorted(key.experts)),
+        escape(key.name) + (" (admin)" if key.admin else ""),
+        "all" if key.experts is None else escape(", ".join(sorted(key.experts))),
         "" if key.requests_per_minute is None else str(key.requests_per_minute),
         "" if key.budget is None else f"${key.budget:g} a {key.window}, {key.zone}",
         _day(issued.created),

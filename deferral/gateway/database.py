@@ -27,13 +27,14 @@ from sqlalchemy import (
     select,
 )
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, OperationalError
 
 from deferral.errors import DataError
 
 __all__ = ["VERSION", "connect", "decisions", "durable", "feedback", "forget", "insert_rows", "keys", "prepare", "texts"]
 
 VERSION = 1
+_BUSY_MS = 5000
 
 tables = MetaData()
 decisions = Table(
@@ -145,11 +146,14 @@ def prepare(engine: Engine, *, create: bool = True) -> None:
 
 def _created(engine: Engine) -> int:
     with engine.begin() as connection:
-        tables.create_all(connection)
+        version.create(connection, checkfirst=True)
         found = connection.execute(select(version.c.version)).scalars().all()
+        if found and max(found) != VERSION:
+            return max(found)
+        tables.create_all(connection)
         if not found:
             connection.execute(insert(version).values(version=VERSION))
-        return max(found, default=VERSION)
+    return VERSION
 
 
 def insert_rows(connection: Connection, table: Table, rows: Sequence[tuple]) -> None:
@@ -172,9 +176,16 @@ def durable(connection: Connection, wanted: bool) -> None:
 
 def forget(connection: Connection) -> bool:
     """Deleted text leaves the journal as well.  False where a reader still needs it: try again later."""
-    if connection.dialect.name == "sqlite":
+    if connection.dialect.name != "sqlite":
+        return True
+    # It must not wait for readers: rows are waiting for the writer.
+    connection.exec_driver_sql("PRAGMA busy_timeout = 0")
+    try:
         return connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()[0][0] == 0
-    return True
+    except OperationalError:
+        return False
+    finally:
+        connection.exec_driver_sql(f"PRAGMA busy_timeout = {_BUSY_MS}")
 
 
 @cache
@@ -185,7 +196,7 @@ def _insert(table: Table, dialect: Dialect) -> str:
 def _set_pragmas(connection: Any, _: object) -> None:
     cursor = connection.cursor()
     # secure_delete overwrites deleted rows: text whose time is over must not be found in free pages.
-    for pragma in ("busy_timeout = 5000", "journal_mode = WAL", "synchronous = FULL", "secure_delete = ON"):
+    for pragma in (f"busy_timeout = {_BUSY_MS}", "journal_mode = WAL", "synchronous = FULL", "secure_delete = ON"):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
 

@@ -168,6 +168,7 @@ class Record:
         """
         if isinstance(quality, bool) or not isinstance(quality, int | float) or not 0 <= quality <= 1:
             raise ValueError(f"quality: expected a number in [0, 1], got {quality!r}")
+        response_id = _text(response_id)
         if await self._ask(response_id, float(quality), source_key):
             return True
         # A reply can be faster than its row, which another process may be writing.
@@ -261,7 +262,7 @@ class Record:
                 half = len(batch) // 2
                 return self._write(batch[:half]) and self._write(batch[half:])
             _log.error("a row is left out, it cannot be written (or is there already): %s", _reason(fault))
-            answers = []
+            answers = [(item, False) for item in batch if isinstance(item, _Feedback)]
             break
         if self._trouble:
             _log.warning("the database takes rows again; %d are waiting", len(self._waiting))

@@ -26,8 +26,9 @@ _MOST_STAKE = 10.0
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether the new router took the old one's place, and what speaks for and against it."""
+    """Whether the new router is better with confidence, whether it took the old one's place, and why."""
 
+    better: bool
     promoted: bool
     why: str
     trained_on: int
@@ -44,7 +45,8 @@ class Verdict:
                 f"gain: {_shown(judged.gain)} (doubly robust), {_shown(judged.gain_weighted)} (self-normalised weights)",
             ]
         lines += [f"{count} rows left out: {reason}" for reason, count in self.left_out.items()]
-        return "\n".join([*lines, f"{'promoted' if self.promoted else 'not promoted'}: {self.why}"])
+        end = "promoted" if self.promoted else "it would be promoted" if self.better else "not promoted"
+        return "\n".join([*lines, f"{end}: {self.why}"])
 
 
 def retrain(
@@ -83,15 +85,15 @@ def retrain(
         raise DataError(nothing_left(left_out))
     if len(judge) < _FEWEST_ROWS or not train:
         why = f"{len(judge)} rows to judge by are too few, expected at least {_FEWEST_ROWS}"
-        return Verdict(False, why, len(train), None, reasons)
+        return Verdict(False, False, why, len(train), None, reasons)
     learned(new, train, old_log, unseen={row.outcome.query for row in judge})
     draws = draws_of(new, judge)
     comparison = compare(draws, choices(old, judge), choices(new, judge), seed=seed)
     why = _why_not(comparison)
     if not why and not dry_run:
         _promote(new, folder)
-    better = why or f"it saves {_shown(comparison.gain)} errors a query"
-    return Verdict(not why and not dry_run, better + (" (dry run)" if dry_run else ""), len(train), comparison, reasons)
+    saves = f"it saves {_shown(comparison.gain)} errors a query"
+    return Verdict(not why, not why and not dry_run, why or saves, len(train), comparison, reasons)
 
 
 def learned(router: Router, outcomes: Sequence[Outcome], old_log: Log | None = None, unseen: Collection[str] = ()) -> Router:

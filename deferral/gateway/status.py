@@ -87,12 +87,13 @@ class Status:
 
     def tables(self) -> "list[Table]":
         """For a terminal: the experts, and the budgets where there are any."""
+        from rich.markup import escape
         from rich.table import Table
 
         experts = Table("expert", "share", "requests", "failed", "price", "latency", "judged", "quality")
         for share in self.shares:
             experts.add_row(
-                share.expert or "(nobody)",
+                escape(share.expert) or "(nobody)",
                 f"{share.requests / self.requests:.1%}",
                 str(share.requests),
                 str(share.failed),
@@ -105,7 +106,7 @@ class Status:
         for budget in self.budgets:
             ends = datetime.fromtimestamp(budget.ends, UTC).strftime("%Y-%m-%d %H:%M UTC")
             wanted = f"${budget.budget:g} a {budget.window}"
-            budgets.add_row(budget.key, budget.name, f"${budget.spent:.4f}", wanted, ends)
+            budgets.add_row(budget.key, escape(budget.name), f"${budget.spent:.4f}", wanted, ends)
         return [table for table in (experts, budgets) if table.row_count]
 
 

@@ -53,4 +53,7 @@ def time_zone(name: str) -> tzinfo:
     try:
         return ZoneInfo(name)
     except (ZoneInfoNotFoundError, ValueError, OSError) as error:
-        raise ValueError(f"time zone: expected a name such as UTC or Europe/Berlin, got {name!r}") from error
+        raise ValueError(
+            f"time zone: expected a name such as UTC or Europe/Berlin, got {name!r}; a system without time zones needs "
+            "`pip install tzdata`"
+        ) from error
