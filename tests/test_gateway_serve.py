@@ -1,0 +1,149 @@
+"""Where a gateway may be bound, what it logs, and its life as a process: reloads, and an end that finishes streams."""
+
+import contextlib
+import http.client
+import io
+import json
+import logging
+import os
+import re
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from deferral.gateway.access import must_have_key
+from deferral.gateway.keys import Keys
+from deferral.gateway.logs import logging_to
+from deferral.gateway.settings import Settings, is_loopback
+from tests.faulty_upstream import CHUNKS, Upstream
+from tests.running_gateway import EASY, small_router
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [("127.0.0.1", True), ("127.8.8.8", True), ("localhost", True), ("::1", True), ("0.0.0.0", False), ("::", False),
+     ("", False), ("example.com", False), ("10.0.0.1", False)],
+)  # fmt: skip
+def test_what_is_loopback(host: str, expected: bool) -> None:
+    assert is_loopback(host) is expected
+
+
+def test_a_gateway_without_a_key_is_bound_to_loopback_only(tmp_path: Path) -> None:
+    database = str(tmp_path / "gateway.db")
+    must_have_key(Settings(database=database))
+    assert not (tmp_path / "gateway.db").exists()
+    wide = Settings(database=database, host="0.0.0.0")
+    with pytest.raises(ValueError, match="it has no key; make one"):
+        must_have_key(wide)
+    keys = Keys(database)
+    keys.create("operator", admin=True)
+    with pytest.raises(ValueError, match="it has no key"):
+        must_have_key(wide)
+    keys.create("client")
+    keys.close()
+    must_have_key(wide)
+
+
+def test_settings_are_checked_and_keep_the_admin_key_to_themselves() -> None:
+    assert "0123456789abcdef" not in repr(Settings(admin_key="0123456789abcdef"))
+    for wrong in ({"admin_key": "short"}, {"explore": 1.0}, {"retry_share": 2.0}, {"deadline_s": 0.0}, {"max_request_bytes": 0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            Settings(**wrong)  # type: ignore[arg-type]
+
+
+def test_logs_are_json_lines_without_keys() -> None:
+    stream = io.StringIO()
+    with logging_to(stream, "info"):
+        log = logging.getLogger("deferral.gateway")
+        log.info("a key %s and\na line", "sk-proj-abcdefghijklmnop")
+        log.warning("Authorization: Bearer dk-abcdefgh-0123456789abcdef")
+        log.debug("not this")
+        try:
+            raise ValueError("dk-abcdefgh-0123456789abcdef")
+        except ValueError:
+            log.exception("it failed")
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [line["level"] for line in lines] == ["info", "warning", "error"]
+    assert lines[0]["message"] == "a key sk-*** and\na line"
+    assert "ValueError" in lines[2]["error"]
+    assert "0123456789" not in stream.getvalue()
+    assert "abcdefghijkl" not in stream.getvalue()
+
+
+@pytest.mark.ci_slow
+def test_a_gateway_as_a_process(tmp_path: Path) -> None:
+    small_router().save(tmp_path / "router")
+    file, log = tmp_path / "experts.toml", tmp_path / "log"
+    with socket.socket() as free, Upstream(chunk_s=0.03) as upstream:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+        good = "".join(f'[experts.{name}]\nbase_url = "{upstream.url}"\n' for name in ("small", "large"))
+        file.write_text(good, encoding="utf-8")
+        command = [sys.executable, "-m", "deferral.cli", "serve", "router", "--experts", "experts.toml", "--port", str(port)]
+        with log.open("w") as stderr:
+            process = subprocess.Popen(command, cwd=tmp_path, stderr=stderr, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        try:
+            logged(log, "running on")
+            status, page = ask(port, "chat", origin="https://example.com")
+            assert (status, json.loads(page)["error"]["code"]) == (403, "pages_need_a_key")
+            # A bad file changes nothing, and a good one everything.
+            file.write_text(good + "[experts.large]\n", encoding="utf-8")
+            process.send_signal(signal.SIGHUP)
+            assert "all stays as it was" in logged(log, "not reloaded")
+            assert ask(port, "chat")[0] == 200
+            file.write_text(good + '[experts.third]\nroute = false\nbase_url = "http://127.0.0.1:1"\n', encoding="utf-8")
+            process.send_signal(signal.SIGHUP)
+            assert "third" in logged(log, "reloaded: experts")
+            maps = Path(f"/proc/{process.pid}/maps")
+            if maps.exists():
+                held = {name for name in ("torch", "sklearn", "scipy", "pandas", "pyarrow") if f"/{name}/" in maps.read_text()}
+                assert not held, "serving needs none of them, and they take more memory than all the rest"
+            # A stream that is under way is finished; then it ends by itself.
+            streams: list[tuple[int, bytes]] = []
+            thread = threading.Thread(target=lambda: streams.append(ask(port, "chat", stream=True)))
+            thread.start()
+            time.sleep(0.5)
+            process.send_signal(signal.SIGTERM)
+            thread.join(20)
+            assert process.wait(20) == 0
+        finally:
+            process.kill()
+            process.wait()
+    [(status, stream)] = streams
+    assert status == 200
+    assert stream.count(b'"content": "word') == CHUNKS
+    assert stream.endswith(b"data: [DONE]\n\n")
+    assert "Finished server process" in log.read_text()
+    assert all(json.loads(line) for line in log.read_text().splitlines())
+    with contextlib.closing(sqlite3.connect(tmp_path / "deferral-gateway.db")) as connection:
+        rows = connection.execute("select outcome, streamed from decisions order by time").fetchall()
+    assert rows == [("ok", 0), ("ok", 1)]
+
+
+def ask(port: int, kind: str, *, stream: bool = False, **headers: str) -> tuple[int, bytes]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    body = {"model": "auto", "stream": stream, "messages": [{"role": "user", "content": EASY}]}
+    try:
+        connection.request("POST", f"/v1/{kind}/completions", json.dumps(body), headers)
+        reply = connection.getresponse()
+        return reply.status, reply.read()
+    finally:
+        connection.close()
+
+
+def logged(log: Path, words: str) -> str:
+    """The line of the log with these words, once it is there."""
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        if found := re.search(rf".*{re.escape(words)}.*", log.read_text()):
+            return found.group()
+        time.sleep(0.05)
+    raise AssertionError(f"{words!r} is not in the log: {log.read_text()}")
