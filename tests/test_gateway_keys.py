@@ -1,11 +1,12 @@
 import hmac
 import json
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from sqlalchemy import event
+from sqlalchemy import Engine, event
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
@@ -168,6 +169,20 @@ def test_what_is_no_database_is_said_so(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="there is no database"):
         prepare(connect(str(tmp_path / "misspelt.db")), create=False)
     assert not (tmp_path / "misspelt.db").exists()
+
+
+def test_many_may_open_a_new_database_at_once(tmp_path: Path) -> None:
+    engines = [connect(str(tmp_path / "gateway.db")) for _ in range(8)]
+    barrier = threading.Barrier(len(engines))
+
+    def open_it(engine: Engine) -> None:
+        barrier.wait()
+        prepare(engine)
+
+    with ThreadPoolExecutor(len(engines)) as pool:
+        assert list(pool.map(open_it, engines)) == [None] * len(engines)
+    for engine in engines:
+        engine.dispose()
 
 
 def test_tables_of_another_version_are_left_alone(keys: Keys, tmp_path: Path) -> None:

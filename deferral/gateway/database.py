@@ -1,6 +1,7 @@
 """The tables of the gateway, and a database to hold them.  What only SQLite understands is in this file."""
 
 import os
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
@@ -35,6 +36,7 @@ __all__ = ["VERSION", "connect", "decisions", "durable", "feedback", "forget", "
 
 VERSION = 1
 _BUSY_MS = 5000
+_TRIES = 10
 
 tables = MetaData()
 decisions = Table(
@@ -132,14 +134,15 @@ def prepare(engine: Engine, *, create: bool = True) -> None:
     name = engine.url.render_as_string(hide_password=True)
     if engine.dialect.name == "sqlite":
         _check_file(Path(str(engine.url.database)), create)
-    try:
+    for tries_left in reversed(range(_TRIES)):
         try:
             found = _created(engine)
-        except DBAPIError:
-            # Two processes may create the same tables at the same time; the one that was late then finds them.
-            found = _created(engine)
-    except DBAPIError as error:
-        raise DataError(f"{name}: the database cannot be opened, {error.orig}") from error
+            break
+        except DBAPIError as error:
+            # Another process may be creating the same tables; whoever was late finds them soon.
+            if not tries_left:
+                raise DataError(f"{name}: the database cannot be opened, {error.orig}") from error
+            time.sleep(0.02)
     if found != VERSION:
         raise DataError(f"{name}: expected tables of version {VERSION}, got {found}; use the deferral that wrote them")
 
