@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.sparse import csr_matrix
 
 from deferral.routing.ngrams import BITS, hashed_ngrams, shortened
 
@@ -40,6 +39,9 @@ class Wide:
 
     def sparse(self) -> Any:
         """As a SciPy matrix in CSR format."""
+        # One query at a time needs none of it, nor its memory.
+        from scipy.sparse import csr_matrix
+
         return csr_matrix((self.values, self.indices, self.starts), shape=(len(self.starts) - 1, self.columns))
 
     def rows(self, rows: np.ndarray) -> "Wide":
