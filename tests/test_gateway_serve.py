@@ -14,14 +14,20 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import fields
 from pathlib import Path
 
+import click
 import pytest
 
 from deferral.gateway.access import must_have_key
+from deferral.gateway.commands import gateway
+from deferral.gateway.experts_file import Expert, read_experts
 from deferral.gateway.keys import Keys
 from deferral.gateway.logs import logging_to
+from deferral.gateway.serve import serve
 from deferral.gateway.settings import Settings, is_loopback
+from deferral.routing import Router, read_log
 from tests.faulty_upstream import CHUNKS, Upstream
 from tests.running_gateway import EASY, small_router
 
@@ -75,6 +81,30 @@ def test_logs_are_json_lines_without_keys() -> None:
     assert "ValueError" in lines[2]["error"]
     assert "0123456789" not in stream.getvalue()
     assert "abcdefghijkl" not in stream.getvalue()
+
+
+def test_the_guide_shows_files_and_commands_that_exist(tmp_path: Path) -> None:
+    guide = (Path(__file__).parent.parent / "docs" / "gateway.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```(\w+)\n(.*?)```", guide, flags=re.DOTALL)
+    [experts] = [text for kind, text in blocks if kind == "toml"]
+    (tmp_path / "experts.toml").write_text(experts, encoding="utf-8")
+    assert list(read_experts(tmp_path / "experts.toml", {"LARGE_KEY": "a-key"})) == ["small", "large"]
+    [log] = [text for kind, text in blocks if kind == "json"]
+    (tmp_path / "outcomes.jsonl").write_text(log, encoding="utf-8")
+    assert Router(price_of_error=0.02).fit(read_log(tmp_path / "outcomes.jsonl")).route("hello").expert == "large"
+    names = {line.split("=")[0].strip("# ") for line in experts.splitlines() if "=" in line}
+    rows = set(re.findall(r"`(\w+)`", guide[guide.index("| field |") : guide.index("The expected price of a query")]))
+    assert names <= rows
+    assert {field.name for field in fields(Expert)} - {"name", "key"} <= rows
+    commands = [line[2:] for kind, text in blocks if kind == "console" for line in text.splitlines() if "$ deferral" in line]
+    for command in commands:
+        words = command.split()[1:]
+        found: click.Command = gateway if words[0] == "gateway" else serve
+        for word in words[1:]:
+            if isinstance(found, click.Group):
+                found = found.commands[word]
+            elif word.startswith("--"):
+                assert any(word in parameter.opts for parameter in found.params), command
 
 
 @pytest.mark.ci_slow
