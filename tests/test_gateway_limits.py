@@ -3,7 +3,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deferral.gateway.keys import ANYONE, Key
@@ -220,3 +220,40 @@ def test_a_budget_holds_across_restarts(tmp_path: Path) -> None:
     assert gate.left(key) == 0.625
     again.stop()
     assert gate.left(key) == 0.625  # counted from here on, without the database
+
+
+def test_a_database_that_fails_refuses_and_does_not_guess(tmp_path: Path) -> None:
+    record = Record(str(tmp_path / "nothing" / "gateway.db"))
+    with pytest.raises(Refused, match="cannot be read") as refused:
+        Limits(record, Clock()).hold(Key("k", "k", budget=1.0), 0.1)
+    assert refused.value.status == 503
+
+
+@settings(max_examples=50)
+@given(
+    st.sampled_from(WINDOWS),
+    st.lists(st.tuples(st.floats(0, 40_000), st.floats(0, 0.6), st.floats(0, 1), st.booleans()), min_size=1, max_size=60),
+)
+def test_no_window_ever_spends_more_than_its_budget(window, requests) -> None:
+    """Requests that cost at most what was expected, some of them settled long after; an own ledger of what was bought when."""
+    clock = Clock()
+    gate, key = limits(clock), Key("k", "k", budget=1.0, window=window, zone="America/New_York")
+    zone, bought, flying = time_zone(key.zone), {}, []
+    for wait, expected, share, at_once in requests:
+        clock.now += wait
+        try:
+            hold = gate.hold(key, expected)
+        except Refused as refused:
+            assert refused.retry_after == span(window, clock.now, zone).end - clock.now  # noqa: PT017
+            continue
+        start = span(window, clock.now, zone).start
+        bought[start] = bought.get(start, 0.0) + expected * share
+        flying.append((hold, expected * share))
+        if at_once:
+            for one, price in flying:
+                one.settle(price)
+            flying.clear()
+        left = gate.left(key)
+        assert left is not None
+        assert 0 <= left <= 1
+    assert all(spent <= 1 + 1e-9 for spent in bought.values())

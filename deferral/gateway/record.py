@@ -308,7 +308,9 @@ class Record:
         except SQLAlchemyError as error:
             self._note(f"texts whose time is over cannot be deleted, {_reason(error)}")
             return _LAST_RETRY
-        return 0.0 if len(found) == _CLEANED_AT_ONCE else _CLEANING
+        if len(found) == _CLEANED_AT_ONCE:
+            return 0.0
+        return _LAST_RETRY if self._to_forget else _CLEANING
 
     def _note(self, trouble: str) -> None:
         self._trouble = trouble
