@@ -29,8 +29,8 @@ _MOST_WAITING = 32
 class Choice:
     """Whom to ask, and after whose failure whom: `ranking` begins with the chosen one and goes on by expected cost.
 
-    quality, price and cost (in errors) of every expert that might be asked; propensity of the chosen one; `best_price` what
-    the expert that is best on the mean would cost.
+    quality, price and cost (in errors) of every expert that might be asked; propensity of the chosen one; `best` is the expert
+    of the highest mean quality, "" where the router was not asked.
     """
 
     ranking: tuple[str, ...]
@@ -40,7 +40,7 @@ class Choice:
     price: Mapping[str, float]
     cost: Mapping[str, float]
     price_of_error: float
-    best_price: float
+    best: str
     fast_path: bool
 
 
@@ -67,7 +67,7 @@ class Decider:
         names = [name for name in router.experts if name in experts and experts[name].route]
         self.experts = {name: _merged(experts[name], router.abilities.get(name)) for name in names}
         self._place = {name: place for place, name in enumerate(router.experts)}
-        self._best = int(router.fitted.means.argmax())
+        self._best = router.experts[int(router.fitted.means.argmax())]
         self._at_once = isinstance(router.encoder, NgramEncoder)
         self._plans: dict[Any, Plan] = {}
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="decide")
@@ -180,7 +180,7 @@ class Decider:
             {name: decision.price[name] for name in allowed},
             {name: decision.cost[name] for name in allowed},
             plan.price_of_error,
-            float(decisions.price[0, self._best]),
+            self._best,
             fast,
         )
 

@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 from deferral.gateway.access import problem_of
 from deferral.gateway.answering import Call, Unanswered
 from deferral.gateway.deciding import Choice, Limited, refusal
-from deferral.gateway.experts_file import AUTO
+from deferral.gateway.experts_file import AUTO, Expert
 from deferral.gateway.keys import ANYONE, Key
 from deferral.gateway.limits import Hold, Refused
 from deferral.gateway.problems import Problem, error_body
@@ -70,6 +70,7 @@ class Exchange:
         self.key: Key = ANYONE
         self.asked: Asked | None = None
         self.choice: Choice | None = None
+        self.best: Expert | None = None
         # started: the client has the first bytes; over: it needs no watching any more; gone: it left.
         self.started = self.over = self.gone = self.kept = False
         self.status = 500
@@ -116,6 +117,7 @@ class Exchange:
         asked = self.asked = parse(self.kind, body)
         began = perf_counter()
         choice = self.choice = await self._choose(now, asked, hints(headers))
+        self.best = now.experts.get(choice.best)
         if asked.model in AUTO:
             gateway.metrics.decided(choice.ranking[0], perf_counter() - began, fast=choice.fast_path)
         ranking = [now.experts[name] for name in choice.ranking]
@@ -144,7 +146,7 @@ class Exchange:
         if reason := refusal(expert, asked, wanted, key.experts):
             raise Problem(400, "expert_not_able", f"{expert.name} may not answer this request: {reason}")
         price = expert.price(asked.tokens, 0 if self.kind == "embeddings" else asked.output_tokens or _OUTPUT_TOKENS)
-        return Choice((expert.name,), "asked for by name", 1.0, {}, {expert.name: price}, {}, math.nan, math.nan, False)
+        return Choice((expert.name,), "asked for by name", 1.0, {}, {expert.name: price}, {}, math.nan, "", False)
 
     async def _hand_on(self, call: Call, asked: Asked, choice: Choice, hold: Hold) -> None:
         """The reply of an expert, to the client and on record."""
@@ -247,8 +249,9 @@ class Exchange:
             return
         self.kept = True
         latency = perf_counter() - self.began
-        routed = choice is not None and asked.model in AUTO
-        best_price = choice.best_price if choice is not None else math.nan
+        # The same tokens at the best expert's price: what it would have written instead, nobody knows.
+        best = self.best if expert and self.status < 300 else None
+        best_price = math.nan if best is None else best.price(usage.input_tokens, usage.output_tokens)
         gateway.record.add(
             DecisionRow(
                 id=self.id,
@@ -284,7 +287,7 @@ class Exchange:
                 expert,
                 outcome,
                 price=price,
-                best_price=best_price if routed else math.nan,
+                best_price=best_price,
                 input_tokens=usage.input_tokens,
                 output_tokens=usage.output_tokens,
                 first_byte_s=first_byte_s,
