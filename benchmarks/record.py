@@ -23,7 +23,8 @@ import click
 import sqlalchemy
 
 from deferral.gateway.database import connect, decisions, durable, insert_rows, prepare
-from deferral.gateway.record import DecisionRow, Record, _values
+from deferral.gateway.record import Record
+from deferral.gateway.rows import DecisionRow, values
 
 RESULTS = Path(__file__).parent / "results"
 _WAITING = 2000
@@ -112,7 +113,7 @@ def _by_row(path: Path, rows: list[DecisionRow]) -> tuple[float, float]:
         durable(connection, False)
         wall, cpu = time.perf_counter(), time.process_time()
         for row in rows:
-            insert_rows(connection, decisions, [_values(row)])
+            insert_rows(connection, decisions, [values(row)])
             connection.commit()
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     engine.dispose()
@@ -123,7 +124,7 @@ def _by_driver(path: Path, rows: list[DecisionRow]) -> tuple[float, float]:
     engine = connect(str(path))
     prepare(engine)
     engine.dispose()
-    ready = [_values(row) for row in rows]
+    ready = [values(row) for row in rows]
     connection = sqlite3.connect(path)
     connection.execute("PRAGMA synchronous = NORMAL")
     marks = ", ".join("?" * len(ready[0]))

@@ -184,6 +184,17 @@ def test_a_full_disk_loses_nothing_and_is_told(path: Path, monkeypatch: pytest.M
     assert {found.id for found in rows_of(path)} == {f"id-{number}" for number in range(sent)}
 
 
+def test_a_writer_that_has_failed_takes_no_more_requests(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Record(str(path))
+    monkeypatch.setattr(made, "_clean", lambda: 1 / 0)
+    made.start()
+    until(lambda: made.full)
+    assert made.trouble == "the writer has ended"
+    with pytest.raises(TimeoutError, match="not kept"):
+        asyncio.run(made.feedback("id-1", 1.0, source_key=""))
+    made.stop()
+
+
 def test_a_locked_database_that_stays_locked_is_given_up_at_the_end(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     made = Record(str(path))
     event.listen(made.engine, "checkout", lambda connection, *_: connection.execute("PRAGMA busy_timeout = 0").close())

@@ -67,7 +67,7 @@ decisions = Table(
     Column("fast_path", Boolean, nullable=False),
     Index("decisions_by_time", "time"),
     Index("decisions_by_key", "key", "time", "price"),
-    Index("decisions_by_reply", "reply_id"),
+    Index("decisions_by_reply", "reply_id", "key"),
 )
 feedback = Table(
     "feedback",

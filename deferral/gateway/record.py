@@ -4,23 +4,21 @@ One thread writes, in batches.  `add` only appends to a queue; a row is in the d
 """
 
 import asyncio
-import json
 import logging
 import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
 
 from sqlalchemy import Connection, bindparam, delete, func, or_, select
 from sqlalchemy.exc import DataError as ValueRefused
 from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 
 from deferral.gateway.database import connect, decisions, durable, feedback, forget, insert_rows, prepare, texts
+from deferral.gateway.rows import DecisionRow, plain, values
 
 __all__ = ["DecisionRow", "Record"]
 
@@ -35,39 +33,6 @@ _LOOK_AGAIN = 0.2
 _FEEDBACK_TIMEOUT = 10.0
 _CLEANING = 60.0
 _CLEANED_AT_ONCE = 1000
-_MOST_TOKENS = 2**53
-
-
-@dataclass(frozen=True, slots=True)
-class DecisionRow:
-    """One request: who was chosen and why, who answered, and what it cost.  Times in seconds, prices in dollars."""
-
-    id: str
-    time: float  # of arrival, since 1970
-    key: str  # the key's id, "" without keys
-    requested: str  # "auto" or an expert's name
-    expert: str  # who answered, "" if nobody
-    chosen: str  # whom the decision named first
-    reason: str
-    propensity: float  # of `chosen`
-    expected_quality: dict[str, float]
-    expected_price: dict[str, float]
-    expected_cost: dict[str, float]  # inf or left out where the expert may not be asked
-    price_of_error: float
-    price: float
-    estimated: bool  # the price is an estimate
-    input_tokens: int
-    output_tokens: int
-    first_byte_s: float
-    latency_s: float
-    status: int  # to the client
-    outcome: str  # "ok", "error", "cancelled", "refused", "truncated"
-    attempts: int
-    streamed: bool
-    fast_path: bool  # the deadline passed and the fast path decided
-    query: str | None  # kept only where storing is switched on
-    reply_id: str = ""  # the id inside the upstream's reply
-    best_price: float = math.nan  # expected of the expert that is best on the mean
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,11 +87,12 @@ class Record:
         self._warned_at = -math.inf
         self._clean_at = 0.0
         self._to_forget = False
+        self._ended = False
 
     def start(self) -> None:
         """Open the database, create its tables and begin to write; DataError where that cannot be done."""
         prepare(self.engine)
-        self._thread = threading.Thread(target=self._run, name="record", daemon=True)
+        self._thread = threading.Thread(target=self._guarded, name="record", daemon=True)
         self._thread.start()
 
     async def close(self, timeout: float = 10.0) -> None:
@@ -147,14 +113,12 @@ class Record:
     @property
     def trouble(self) -> str:
         """Why rows cannot be written at present; "" if they can."""
-        if self._thread is not None and not self._thread.is_alive():
-            return "the writer has ended"
-        return self._trouble
+        return "the writer has ended" if self._ended else self._trouble
 
     @property
     def full(self) -> bool:
         """The database has failed for so long that no more rows can be kept in memory: take no request."""
-        return len(self._waiting) >= _MOST_WAITING or self._characters.inside >= _MOST_CHARACTERS
+        return self._ended or len(self._waiting) >= _MOST_WAITING or self._characters.inside >= _MOST_CHARACTERS
 
     def add(self, row: DecisionRow) -> None:
         """Keep a row.  Never blocks, and never drops one: callers look at `full` before they take a request."""
@@ -168,7 +132,7 @@ class Record:
         """
         if isinstance(quality, bool) or not isinstance(quality, int | float) or not 0 <= quality <= 1:
             raise ValueError(f"quality: expected a number in [0, 1], got {quality!r}")
-        response_id = _text(response_id)
+        response_id = plain(response_id)
         if await self._ask(response_id, float(quality), source_key):
             return True
         # A reply can be faster than its row, which another process may be writing.
@@ -211,6 +175,13 @@ class Record:
             self._something.set()
         if len(self._waiting) >= _BATCH and not self._urgent.is_set():
             self._urgent.set()
+
+    def _guarded(self) -> None:
+        try:
+            self._run()
+        except BaseException:
+            _log.exception("the writer of the record has failed; no more requests are taken")
+            self._ended = True
 
     def _run(self) -> None:
         while not (self._closing and not self._waiting):
@@ -276,7 +247,7 @@ class Record:
         said = [item for item in batch if isinstance(item, _Feedback)]
         with self.engine.connect() as connection:
             durable(connection, bool(said))
-            insert_rows(connection, decisions, [_values(row) for row in rows])
+            insert_rows(connection, decisions, [values(row) for row in rows])
             if self.store_text:
                 insert_rows(connection, texts, list(self._texts(rows)))
             answers = _kept(connection, said) if said else []
@@ -287,7 +258,7 @@ class Record:
         kept_for = 86400 * (self.retention_days or 0)
         for row in rows:
             if row.query is not None:
-                yield row.id, _text(row.query), row.time, row.time + kept_for
+                yield row.id, plain(row.query), row.time, row.time + kept_for
 
     def _clean(self) -> float:
         """Delete some texts whose time is over.  -> seconds until there is more to do"""
@@ -331,20 +302,14 @@ def _characters(item: DecisionRow | _Feedback) -> int:
 
 def _kept(connection: Connection, said: Sequence[_Feedback]) -> list[tuple[_Feedback, bool]]:
     """Write feedback whose decision is there.  -> each, and whether it was"""
-    ids = {item.id for item in said}
-    columns = select(decisions.c.id, decisions.c.reply_id, decisions.c.key)
-    by_id = {row.id: row for row in connection.execute(columns.where(decisions.c.id.in_(ids)))}
-    by_reply: dict[str, list] = {}
-    if missing := ids - by_id.keys() - {""}:
-        for row in connection.execute(columns.where(decisions.c.reply_id.in_(missing))):
-            by_reply.setdefault(row.reply_id, []).append(row)
+    columns = select(decisions.c.id, decisions.c.key)
+    by_id = {row.id: row.key for row in connection.execute(columns.where(decisions.c.id.in_({item.id for item in said})))}
     answers, kept = [], {}
     for item in said:
-        found = [by_id[item.id]] if item.id in by_id else by_reply.get(item.id, [])
-        found = [row for row in found if item.key in ("", row.key)]
+        found = _meant(connection, item, by_id)
         # An upstream that gives the same id to several replies leaves open which is meant.
         if known := len(found) == 1:
-            kept[found[0].id, item.key] = item
+            kept[found[0], item.key] = item
         answers.append((item, known))
     if kept:
         same = (feedback.c.decision == bindparam("one")) & (feedback.c.key == bindparam("by"))
@@ -353,57 +318,13 @@ def _kept(connection: Connection, said: Sequence[_Feedback]) -> list[tuple[_Feed
     return answers
 
 
-def _values(row: DecisionRow) -> tuple[Any, ...]:
-    """A row in the order of the columns, of the types and lengths that every database takes."""
-    return (
-        row.id[:64],
-        _text(row.reply_id)[:200],
-        row.time,
-        row.key,
-        _text(row.requested)[:200],
-        row.expert,
-        row.chosen,
-        _text(row.reason),
-        _known(row.propensity),
-        _expected(row),
-        _known(row.price_of_error),
-        _known(row.best_price),
-        row.price if row.price >= 0 else 0.0,
-        bool(row.estimated),
-        min(max(int(row.input_tokens), 0), _MOST_TOKENS),
-        min(max(int(row.output_tokens), 0), _MOST_TOKENS),
-        _known(row.first_byte_s),
-        _known(row.latency_s),
-        row.status,
-        row.outcome,
-        row.attempts,
-        bool(row.streamed),
-        bool(row.fast_path),
-    )
-
-
-def _expected(row: DecisionRow) -> str:
-    """{expert: [quality, price, cost]} as JSON, in half the time of json.dumps."""
-    price, cost = row.expected_price, row.expected_cost
-    entries = [
-        f"{_quoted(name)}: [{_number(quality)}, {_number(price.get(name, math.nan))}, {_number(cost.get(name, math.nan))}]"
-        for name, quality in row.expected_quality.items()
-    ]
-    return f"{{{', '.join(entries)}}}"
-
-
-_quoted = lru_cache(1024)(json.dumps)
-
-
-def _number(value: float) -> str:
-    return f"{value:.7g}" if -math.inf < value < math.inf else "null"
-
-
-def _known(value: float) -> float | None:
-    """None for NaN and infinity, which JSON and some databases do not have."""
-    return float(value) if math.isfinite(value) else None
-
-
-def _text(text: str) -> str:
-    """Without lone surrogates, which UTF-8 cannot hold, and zeros, which PostgreSQL does not take."""
-    return text if text.isascii() and "\0" not in text else text.encode("utf-8", "replace").decode().replace("\0", "\ufffd")
+def _meant(connection: Connection, item: _Feedback, by_id: Mapping[str, str]) -> Sequence[str]:
+    """Decisions of this id, else those whose reply had it; two are as good as a million."""
+    if item.id in by_id:
+        return [item.id] if item.key in ("", by_id[item.id]) else []
+    if not item.id:
+        return []
+    same = decisions.c.reply_id == item.id
+    if item.key:
+        same &= decisions.c.key == item.key
+    return connection.execute(select(decisions.c.id).where(same).limit(2)).scalars().all()
