@@ -453,7 +453,8 @@ FIELDS = st.dictionaries(
 def test_no_request_whatever_makes_a_500(running: Any, body: bytes, path: str, hint: str, name: str) -> None:
     headers = {f"x_deferral_{name}": hint} if hint.strip() else {}
     status, said, reply = running.gateway.ask("POST", f"/v1/{path}", body, key=running.key, **headers)
-    assert status < 500 or status in (502, 504), reply
+    # The upstream of the tests gives up on some requests: that is its failure, and said to be.
+    assert status < 500 or json.loads(reply)["error"]["code"] in ("upstream_bad_reply", "experts_down"), reply
     if status >= 400 and said.get("x-upstream") is None:
         assert set(json.loads(reply)["error"]) == {"message", "type", "param", "code"}
 
