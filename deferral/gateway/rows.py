@@ -40,7 +40,7 @@ class DecisionRow:
     fast_path: bool  # the deadline passed and the fast path decided
     query: str | None  # kept only where storing is switched on
     reply_id: str = ""  # the id inside the upstream's reply
-    best_price: float = math.nan  # expected of the expert that is best on the mean
+    best_price: float = math.nan  # the same tokens at the price of the expert that is best on the mean
 
 
 def values(row: DecisionRow) -> tuple[Any, ...]:

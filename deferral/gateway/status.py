@@ -48,7 +48,7 @@ class Budget:
 class Status:
     """Of the requests that arrived at `since` or later.  Prices in dollars.
 
-    `saving` is what always asking the router's best expert was expected to cost, less what was paid, over `saving_requests`
+    `saving` is what the same tokens would have cost at the router's best expert, less what was paid, over `saving_requests`
     routed requests that were answered.
     """
 
