@@ -10,6 +10,7 @@ its commit is on disk, 64 wait at a time.
 
 import asyncio
 import json
+import os
 import platform
 import secrets
 import sqlite3
@@ -70,6 +71,7 @@ def command(rows: int, rounds: int, folder: Path | None, out: Path) -> None:
         "python": platform.python_version(),
         "sqlite": sqlite3.sqlite_version,
         "sqlalchemy": sqlalchemy.__version__,
+        "load_average": round(os.getloadavg()[0], 1),
         "rows": rows,
         "rounds": rounds,
         "figures": "median, lowest, highest over rounds",
