@@ -1,0 +1,470 @@
+"""The gateway beside a bare pass-through and beside LiteLLM's proxy, everything on loopback.  python -m benchmarks gateway
+
+Claims: CPU time a request at most 1.5 times that of a bare Starlette and aiohttp pass-through, a stream of 40 events at most 1.3
+times, with a weight-free router, keys, budgets and the record on; at least 20 times the throughput of LiteLLM's proxy; added
+latency at one connection at most 1 ms (p50) and 4 ms (p99); p99 at most 10 ms at half of the highest throughput with 64 clients;
+at most 120 MB of memory, which grows by less than 5% over 200,000 requests; 1,000 streams held at the same time, none dropped;
+every cell of the fault matrix as specified.
+
+CPU time is user and system time of the server's process, from /proc, over the requests that it answered; the proxies take turns,
+and ratios are medians over the rounds.  Load comes from wrk (a compiled client: `apt-get install wrk`), except where it must
+keep to a rate or hold streams open.  LiteLLM is installed into an environment of its own, once, in the user's cache.
+"""
+
+import json
+import os
+import platform
+import random
+import re
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+import venv
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from deferral.demo.questions import questions
+from deferral.gateway.database import prepare
+from deferral.gateway.keys import Keys
+from deferral.routing import Log, Outcome, Router
+
+RESULTS = Path(__file__).parent / "results" / "gateway-cpu.json"
+CLIENTS = 64
+LITELLM = "litellm[proxy]==1.110.2"
+_LUA = """
+local bodies = {}
+for line in io.lines(os.getenv("BODIES")) do bodies[#bodies + 1] = line end
+local headers = {["content-type"] = "application/json", ["authorization"] = "Bearer " .. os.getenv("KEY")}
+local turn = 0
+request = function()
+  turn = turn + 1
+  return wrk.format("POST", nil, headers, bodies[turn % #bodies + 1])
+end
+"""
+
+
+@dataclass
+class Server:
+    """A process that answers chat completions."""
+
+    name: str
+    url: str
+    pid: int
+
+    def cpu(self) -> float:
+        """Seconds of user and system time so far."""
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def memory(self) -> dict[str, float]:
+        """Resident memory now and at most, in MB of 10^6 bytes."""
+        text = Path(f"/proc/{self.pid}/status").read_text()
+        return {
+            name: int(re.search(rf"{key}:\s+(\d+)", text)[1]) * 1024 / 1e6 for name, key in (("now", "VmRSS"), ("most", "VmHWM"))
+        }  # type: ignore[index]
+
+
+@dataclass
+class World:
+    """What the parts share: servers that are started when first asked for, files, and what has been measured."""
+
+    folder: Path
+    seconds: float
+    rounds: int
+    requests: int
+    processes: ExitStack
+    key: str = ""
+    servers: dict[str, Server] = field(default_factory=dict)
+    found: dict[str, Any] = field(default_factory=dict)
+
+    def upstream(self, *options: str) -> str:
+        """The base URL of the upstream with these options."""
+        name = " ".join(["upstream", *options])
+        if name not in self.servers:
+            command = [sys.executable, "-m", "benchmarks.serving.upstream", *options]
+            process = self.processes.enter_context(_process(command, stdout=subprocess.PIPE))
+            assert process.stdout is not None
+            self.servers[name] = Server(name, f"http://127.0.0.1:{int(process.stdout.readline())}/v1", process.pid)
+        return self.servers[name].url
+
+    def passthrough(self) -> Server:
+        """The bare pass-through."""
+        command = [sys.executable, "-m", "benchmarks.serving.passthrough", self.upstream()]
+        return self._started("bare", lambda port: [*command, str(port)], "/v1/models")
+
+    def gateway(self, name: str = "gateway", *upstream: str) -> Server:
+        """`deferral serve` with a fitted router, a key with limits and a budget, and the record on."""
+        url = self.upstream(*upstream)
+        experts = self.folder / f"{name}.toml"
+        table = 'base_url = "{}"\ninput_price = {}\noutput_price = {}\nmax_concurrent = 4096\n'
+        tables = [
+            f"[experts.{each}]\n" + table.format(url, *prices) for each, prices in (("small", (0.1, 0.4)), ("large", (2.5, 10)))
+        ]
+        experts.write_text("\n".join(tables))
+        database = self.folder / "gateway.db"
+        if not self.key:
+            self.key = _key(str(database))
+        command = [sys.executable, "-m", "deferral.cli", "serve", str(self.folder / "router"), "--experts", str(experts)]
+        command += ["--database", str(database), "--log-level", "warning"]
+        return self._started(name, lambda port: [*command, "--port", str(port)], "/ready")
+
+    def litellm(self) -> Server:
+        """LiteLLM's proxy, one worker."""
+        python = _litellm_environment()
+        config = self.folder / "litellm.yaml"
+        model = {"model": "openai/upstream", "api_base": self.upstream(), "api_key": "none"}
+        settings = {"model_list": [{"model_name": "auto", "litellm_params": model}], "litellm_settings": {"telemetry": False}}
+        config.write_text(json.dumps(settings))
+        command = [str(python.parent / "litellm"), "--config", str(config), "--host", "127.0.0.1", "--num_workers", "1"]
+        return self._started("litellm", lambda port: [*command, "--port", str(port)], "/health/liveliness")
+
+    def bodies(self, *, stream: bool = False) -> Path:
+        """Questions as request bodies, one a line."""
+        path = self.folder / f"bodies-{stream}.jsonl"
+        if not path.is_file():
+            asked = questions(500, seed=1)
+            extra = {"stream": True} if stream else {}
+            lines = [
+                json.dumps({"model": "auto", "messages": [{"role": "user", "content": each.text}], "max_tokens": 64} | extra)
+                for each in asked
+            ]
+            path.write_text("\n".join(lines) + "\n")
+        return path
+
+    def wrk(self, url: str, *, clients: int = CLIENTS, seconds: float | None = None, stream: bool = False) -> dict[str, float]:
+        """Load from wrk.  -> requests, requests a second, latencies in ms, bad replies"""
+        script = self.folder / "post.lua"
+        script.write_text(_LUA)
+        command = ["wrk", "-t1", f"-c{clients}", f"-d{max(1, round(seconds or self.seconds))}s", "--latency", "--timeout", "60s"]
+        command += ["-s", str(script), f"{url}/chat/completions"]
+        environment = {**os.environ, "BODIES": str(self.bodies(stream=stream)), "KEY": self.key or "none"}
+        text = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+        return _wrk_figures(text)
+
+    def _started(self, name: str, command: Callable[[int], list[str]], path: str) -> Server:
+        if name not in self.servers:
+            port = _free_port()
+            process = self.processes.enter_context(_process(command(port)))
+            _wait(f"http://127.0.0.1:{port}{path}", process)
+            self.servers[name] = Server(name, f"http://127.0.0.1:{port}/v1", process.pid)
+        return self.servers[name]
+
+
+def cpu(world: World, *, stream: bool = False) -> dict[str, Any]:
+    """CPU time a request and throughput with 64 clients, of the gateway and of the bare pass-through, in turns."""
+    servers = [world.passthrough(), world.gateway()]
+    taken: dict[str, list[dict[str, float]]] = {server.name: [] for server in servers}
+    for server in servers:
+        world.wrk(server.url, seconds=1, stream=stream)
+    for number in range(world.rounds):
+        for server in servers if number % 2 else reversed(servers):
+            before = server.cpu()
+            load = world.wrk(server.url, stream=stream)
+            each = (server.cpu() - before) / load["requests"]
+            taken[server.name].append({"cpu_ms": 1000 * each, "per_second": load["per_second"], "bad": load["bad"]})
+    rounds = zip(taken["gateway"], taken["bare"], strict=True)
+    return {
+        **{name: {key: _spread([one[key] for one in rows]) for key in rows[0]} for name, rows in taken.items()},
+        "cpu_ratio": _spread([mine["cpu_ms"] / theirs["cpu_ms"] for mine, theirs in rounds]),
+    }
+
+
+def sse(world: World) -> dict[str, Any]:
+    """The same with streams of 40 events."""
+    return cpu(world, stream=True)
+
+
+def latency(world: World) -> dict[str, Any]:
+    """What the gateway adds at one connection, over the upstream itself; p99 at half of its highest throughput."""
+    gateway = world.gateway()
+    added: dict[str, list[float]] = {"p50": [], "p99": []}
+    for _ in range(world.rounds):
+        direct, through = (world.wrk(url, clients=1) for url in (world.upstream(), gateway.url))
+        for name, values in added.items():
+            values.append(through[name] - direct[name])
+    most = world.wrk(gateway.url)["per_second"]
+    half = [
+        _load("rate", gateway.url, world, "--rate", str(most / 2), "--seconds", str(world.seconds)) for _ in range(world.rounds)
+    ]
+    return {
+        "added_ms": {name: _spread(values) for name, values in added.items()},
+        "most_per_second": most,
+        "half_ms": {name: _spread([1000 * one[name] for one in half]) for name in ("p50", "p90", "p99")},
+        "half_per_second": _spread([one["per_second"] for one in half]),
+        "bad": sum(one["bad"] for one in half),
+    }
+
+
+def memory(world: World) -> dict[str, Any]:
+    """Resident memory after the start, after a tenth of the requests, and after all of them."""
+    gateway = world.gateway("gateway for memory")
+    started = gateway.memory()["now"]
+    first, sent = 0.0, 0.0
+    curve = []
+    while sent < world.requests:
+        load = world.wrk(gateway.url, seconds=max(world.seconds, 5))
+        sent += load["requests"]
+        curve.append([sent, gateway.memory()["now"]])
+        if not first and sent >= world.requests / 10:
+            first = gateway.memory()["now"]
+    last = gateway.memory()
+    return {
+        "mb_started": started,
+        "mb_after_a_tenth": first,
+        "mb_after_all": last["now"],
+        "mb_most": last["most"],
+        "requests": sent,
+        "growth": last["now"] / first - 1,
+        "curve": curve,
+    }
+
+
+def held(world: World) -> dict[str, Any]:
+    """1,000 streams open at the same time, 40 events 0.25 s apart."""
+    gateway = world.gateway("gateway of slow streams", "--chunk-delay", "0.25")
+    before = gateway.memory()["now"]
+    found = _load("streams", gateway.url, world, "--clients", "1000", stream=True)
+    upstream = world.upstream("--chunk-delay", "0.25")
+    with urllib.request.urlopen(upstream.removesuffix("/v1") + "/streams", timeout=5) as reply:
+        most = json.load(reply)["most"]
+    return found | {"open_at_once": most, "mb_before": before, "mb_most": gateway.memory()["most"]}
+
+
+def litellm(world: World) -> dict[str, Any]:
+    """Throughput and CPU time a request of LiteLLM's proxy, and of the gateway, on the same upstream."""
+    servers = [world.litellm(), world.gateway()]
+    taken: dict[str, list[dict[str, float]]] = {server.name: [] for server in servers}
+    for server in servers:
+        world.wrk(server.url, seconds=2)
+    for _ in range(world.rounds):
+        for server in servers:
+            before = server.cpu()
+            load = world.wrk(server.url, seconds=max(world.seconds, 5))
+            each = (server.cpu() - before) / max(load["requests"], 1)
+            taken[server.name].append({"cpu_ms": 1000 * each, "per_second": load["per_second"], "bad": load["bad"]})
+    rounds = list(zip(taken["gateway"], taken["litellm"], strict=True))
+    return {
+        **{name: {key: _spread([one[key] for one in rows]) for key in rows[0]} for name, rows in taken.items()},
+        "throughput_ratio": _spread([mine["per_second"] / theirs["per_second"] for mine, theirs in rounds]),
+        "cpu_ratio": _spread([theirs["cpu_ms"] / mine["cpu_ms"] for mine, theirs in rounds]),
+        "litellm_mb": world.servers["litellm"].memory()["now"],
+    }
+
+
+def faults(world: World) -> dict[str, Any]:
+    """The fault matrix: what was specified, what happened."""
+    from dataclasses import asdict
+
+    from tests.fault_matrix import CASES, bench, seen_by_the_client
+
+    cells = []
+    with bench(world.folder) as running:
+        for fault, model, stream, expected in CASES:
+            found, details = seen_by_the_client(running, fault, model, stream)
+            cell = {"fault": fault, "model": model, "stream": stream, "retries": max(details["asked_small"] - 1, 0)}
+            cell |= {"rows": details["rows"], "specified": asdict(expected), "found": asdict(found)}
+            cells.append(cell | {"as_specified": found == expected and details["rows"] == 1})
+    return {"cells": cells, "as_specified": sum(cell["as_specified"] for cell in cells), "of": len(cells)}
+
+
+PARTS: dict[str, Callable[[World], dict[str, Any]]] = {
+    "cpu": cpu,
+    "sse": sse,
+    "latency": latency,
+    "litellm": litellm,
+    "held": held,
+    "faults": faults,
+    "memory": memory,
+}
+
+
+def claims(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """What was promised, what was measured, and whether that is enough."""
+
+    def claim(text: str, part: str, figure: Callable[[Any], float], most: float, *, least: bool = False) -> None:
+        if part in found:
+            value = figure(found[part])
+            met = value >= most if least else value <= most
+            result.append(
+                {"claim": text, "target": f"{'>=' if least else '<='} {most:g}", "measured": round(value, 4), "met": met}
+            )
+
+    result: list[dict[str, Any]] = []
+    claim("CPU a request / bare", "cpu", lambda part: part["cpu_ratio"]["median"], 1.5)
+    claim("CPU a stream of 40 / bare", "sse", lambda part: part["cpu_ratio"]["median"], 1.3)
+    claim("throughput / LiteLLM's", "litellm", lambda part: part["throughput_ratio"]["median"], 20, least=True)
+    claim("added p50 at one connection, ms", "latency", lambda part: part["added_ms"]["p50"]["median"], 1)
+    claim("added p99 at one connection, ms", "latency", lambda part: part["added_ms"]["p99"]["median"], 4)
+    claim("p99 at half of the highest throughput, ms", "latency", lambda part: part["half_ms"]["p99"]["median"], 10)
+    claim("resident memory, MB", "memory", lambda part: part["mb_most"], 120)
+    claim("growth of memory", "memory", lambda part: part["growth"], 0.05)
+    claim("streams whole of 1,000", "held", lambda part: part["whole"], 1000, least=True)
+    claim("streams open at once", "held", lambda part: part["open_at_once"], 1000, least=True)
+    claim("cells of the fault matrix that are not as specified", "faults", lambda part: part["of"] - part["as_specified"], 0)
+    return result
+
+
+@click.command()
+@click.option(
+    "--part", "parts", multiple=True, type=click.Choice(list(PARTS)), help="Only this part; may be given several times."
+)
+@click.option("--seconds", type=click.FloatRange(min=1), default=6.0, show_default=True, help="Of load, each time.")
+@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True)
+@click.option("--requests", default=200_000, show_default=True, help="Of the part memory.")
+@click.option(
+    "--out", type=click.Path(dir_okay=False, path_type=Path), help=f"JSON file.  [default with all parts: {RESULTS.name}]"
+)
+def command(parts: tuple[str, ...], seconds: float, rounds: int, requests: int, out: Path | None) -> None:
+    """Measure, print, and write the results."""
+    if shutil.which("wrk") is None:
+        raise click.ClickException("this benchmark needs wrk, a compiled load generator: apt-get install wrk")
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="deferral-benchmark-") as folder, ExitStack() as processes:
+        _fitted().save(Path(folder) / "router")
+        world = World(Path(folder), seconds, rounds, requests, processes)
+        world.gateway()
+        for name in parts or PARTS:
+            click.echo(f"{name}: {PARTS[name].__doc__}", err=True)
+            world.found[name] = PARTS[name](world)
+            click.echo(
+                json.dumps({key: value for key, value in world.found[name].items() if key not in ("cells", "curve")}, indent=1)
+            )
+        processes.close()
+    checked = claims(world.found)
+    for line in checked:
+        click.echo(f"{'met   ' if line['met'] else 'MISSED'} {line['claim']}: {line['measured']:g} ({line['target']})")
+    record = {
+        "versions": _versions(),
+        "machine": {"processor": _processor(), "cores": os.cpu_count(), "load_before": os.getloadavg()[2]},
+        "settings": {"seconds": seconds, "rounds": rounds, "clients": CLIENTS},
+        "minutes": (time.monotonic() - began) / 60,
+        "claims": checked,
+        "parts": world.found,
+    }
+    out = out or (None if parts else RESULTS)
+    if out is not None:
+        out.write_text(json.dumps(record, indent=1) + "\n")
+        click.echo(f"wrote {out}")
+
+
+def main(arguments: list[str]) -> None:
+    """Run from `python -m benchmarks`."""
+    command.main(arguments, prog_name="python -m benchmarks gateway")
+
+
+def _fitted() -> Router:
+    """A router with all its estimators, from outcomes by the kind of question."""
+    torch.set_num_threads(1)
+    draw = random.Random(0)
+    outcomes = []
+    for question in questions(1000, seed=0):
+        easy = question.kind in ("first letter", "last letter", "weekday", "small sum")
+        for name, chance, price in (("small", 0.9 if easy else 0.2, 1e-5), ("large", 0.95, 3e-4)):
+            outcomes.append(Outcome(question.text, name, float(draw.random() < chance), price * (1 + draw.random())))
+    return Router(0.001).fit(Log(outcomes))
+
+
+def _key(database: str) -> str:
+    store = Keys(database)
+    try:
+        prepare(store.engine, create=True)
+        token, _ = store.create("benchmark", requests_per_minute=100_000_000, budget=1e6, window="month")
+        return token
+    finally:
+        store.close()
+
+
+def _load(kind: str, url: str, world: World, *options: str, stream: bool = False) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.serving.load", kind, f"{url}/chat/completions", str(world.bodies(stream=stream))]
+    done = subprocess.run([*command, "--key", world.key, *options], check=True, capture_output=True, text=True)
+    return json.loads(done.stdout)
+
+
+def _wrk_figures(text: str) -> dict[str, float]:
+    units = {"us": 1e-3, "ms": 1.0, "s": 1e3, "m": 6e4}
+    latencies = {
+        f"p{share}": float(number) * units[unit] for share, number, unit in re.findall(r"(\d+)%\s+([\d.]+)(us|ms|s|m)\b", text)
+    }
+    requests = int(re.search(r"(\d+) requests in", text)[1])  # type: ignore[index]
+    per_second = float(re.search(r"Requests/sec:\s+([\d.]+)", text)[1])  # type: ignore[index]
+    bad = sum(int(number) for number in re.findall(r"Non-2xx or 3xx responses: (\d+)", text))
+    bad += sum(map(int, re.findall(r"\b(?:connect|read|write|timeout) (\d+)", text)))
+    return {"requests": requests, "per_second": per_second, "bad": bad} | latencies
+
+
+def _litellm_environment() -> Path:
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deferral" / "litellm"
+    python, marker = folder / "bin" / "python", folder / "installed"
+    if not marker.is_file() or marker.read_text() != LITELLM:
+        click.echo(f"installing {LITELLM} into {folder}, once", err=True)
+        venv.create(folder, with_pip=True, clear=True)
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", LITELLM], check=True)
+        marker.write_text(LITELLM)
+    return python
+
+
+@contextmanager
+def _process(command: list[str], **streams: int) -> Iterator[subprocess.Popen[str]]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    process: subprocess.Popen[str] = subprocess.Popen(command, text=True, env=environment, **streams)  # type: ignore[call-overload]
+    try:
+        yield process
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
+
+
+def _wait(url: str, process: subprocess.Popen[str]) -> None:
+    until = time.monotonic() + 120
+    while True:
+        try:
+            with urllib.request.urlopen(url, timeout=5):
+                return
+        except urllib.error.HTTPError:
+            # It answers, and that is all that is asked.
+            return
+        except OSError:
+            time.sleep(0.1)
+        if process.poll() is not None or time.monotonic() > until:
+            raise click.ClickException(f"{process.args!r} did not start; its error is above")
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        return int(listening.getsockname()[1])
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
+
+
+def _versions() -> dict[str, str]:
+    names = ("deferral", "starlette", "uvicorn", "uvloop", "httptools", "aiohttp", "sqlalchemy", "numpy")
+    found = {name: version(name) for name in names} | {"python": platform.python_version(), "litellm": LITELLM.partition("==")[2]}
+    said = subprocess.run(["wrk", "-v"], capture_output=True, text=True).stdout
+    return found | {"wrk": said.split()[1] if said else ""}
+
+
+def _processor() -> str:
+    text = Path("/proc/cpuinfo").read_text()
+    name = re.search(r"model name\s*:\s*(.+)", text)
+    return name[1] if name else platform.machine()
