@@ -65,13 +65,11 @@ class Access:
 
 
 def must_have_key(settings: Settings) -> None:
-    """ValueError where other machines could reach a gateway that has no key."""
-    if is_loopback(settings.host):
-        return
+    """ValueError where other machines could reach a gateway that has no key; DataError where its database cannot be opened."""
     keys = Keys(settings.database)
     keys.start()
     try:
-        if not any(not key.admin for key in keys):
+        if not is_loopback(settings.host) and all(key.admin for key in keys):
             raise ValueError(
                 f"{settings.host}: other machines could reach this gateway, and it has no key; make one with "
                 "`deferral gateway keys create`, or bind to 127.0.0.1"

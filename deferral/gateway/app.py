@@ -59,16 +59,13 @@ class Gateway:
         self.limits = Limits(self.record)
         self.access = Access(self.keys, settings)
         self.metrics = Metrics()
-        self.draining = False
         self._reloading = asyncio.Lock()
 
     @property
     def trouble(self) -> str:
         """Why no request should be sent here; "" if there is no reason."""
-        if self.draining:
-            return "it is shutting down"
         if self.record.full:
-            return f"the record cannot be written: {self.record.trouble}"
+            return "the record cannot be written; the log has the reason"
         down = self.answerers.down()
         return "all experts are down" if all(name in down for name in self.current.experts) else ""
 
@@ -151,7 +148,6 @@ def gateway(router: Router, experts: Mapping[str, Expert], *, settings: Settings
         try:
             yield
         finally:
-            state.draining = True
             remove()
             await state.stop()
 

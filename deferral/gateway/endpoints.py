@@ -61,8 +61,10 @@ def routes(gateway: "Gateway") -> list[Route]:
         return JSONResponse({"status": "ok"})
 
     async def ready(request: Request) -> Response:
-        trouble, record = gateway.trouble, gateway.record.trouble
-        said = {"status": trouble or "ready"} | ({"record": record} if record else {})
+        trouble = gateway.trouble
+        said = {"status": trouble or "ready"}
+        if gateway.record.trouble:
+            said["record"] = "it cannot be written at present; the log has the reason"
         return JSONResponse(said, 503 if trouble else 200)
 
     async def metrics(request: Request) -> Response:
@@ -120,10 +122,14 @@ def error_handlers() -> dict[Any, Callable[[Request, Any], Awaitable[Response]]]
         )
         return await problem(request, Problem(shown.status, shown.code, shown.message, headers=error.headers))
 
+    async def unexpected(request: Request, error: Exception) -> Response:
+        # The server logs it.
+        return await problem(request, Problem(500, "internal_error", "the gateway failed; its log has the reason"))
+
     async def left(request: Request, error: Left) -> Response:
         return Response(status_code=400)
 
-    return {Problem: problem, Refused: refused, HTTPException: http, Left: left}
+    return {Problem: problem, Refused: refused, HTTPException: http, Left: left, Exception: unexpected}
 
 
 def _visible(gateway: "Gateway", key: Key) -> list[str]:

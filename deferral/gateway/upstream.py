@@ -106,15 +106,15 @@ class Upstream:
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
             raise _unanswered(error) from error
         try:
-            return await self._reply(response, asked)
+            return await self._reply(response, asked, path)
         except BaseException:
             response.close()
             raise
 
-    async def _reply(self, response: aiohttp.ClientResponse, asked: Asked) -> Reply:
+    async def _reply(self, response: aiohttp.ClientResponse, asked: Asked, path: str) -> Reply:
         status = response.status
         if status in _MISCONFIGURED or status >= 500 or status in _OVERLOADED or 300 <= status < 400 or status < 200:
-            raise _refused(status, _retry_after(response.headers.get("Retry-After")))
+            raise _refused(status, path, _retry_after(response.headers.get("Retry-After")))
         kind = response.headers.get("Content-Type", "").lower()
         events = kind.startswith("text/event-stream")
         if status < 300 and not (kind.startswith("application/json") or (events and asked.stream)):
@@ -189,19 +189,17 @@ def _unanswered(error: Exception) -> Failure:
     return Failure(502, "upstream_bad_reply", "answered something that is no HTTP")
 
 
-def _refused(status: int, retry_after: float | None) -> Failure:
+def _refused(status: int, path: str, retry_after: float | None) -> Failure:
     if status in _MISCONFIGURED:
-        return Failure(
-            502, "upstream_misconfigured", f"refused the gateway with status {status}; its key, model or address is wrong"
-        )
+        message = f"refused the gateway with status {status}; its key, model or address is wrong"
+        # Many servers chat, and know no other path: whoever asks them for one must not take them from those who chat.
+        unknown_path = status in (404, 405) and path != "/chat/completions"
+        return Failure(502, "upstream_misconfigured", message, blame=not unknown_path)
     if status == 429:
-        return Failure(
-            429, "upstream_rate_limited", "asks for fewer requests", blame=False, rest=1.0 if retry_after is None else retry_after
-        )
+        rest = 1.0 if retry_after is None else retry_after
+        return Failure(429, "upstream_rate_limited", "asks for fewer requests", blame=False, rest=rest)
     if status >= 500 or status in _OVERLOADED:
-        return Failure(
-            502, "upstream_error", f"failed with status {status}", again=retry_after is None or retry_after <= 0, rest=retry_after
-        )
+        return Failure(502, "upstream_error", f"failed with status {status}", again=not retry_after, rest=retry_after)
     return Failure(502, "upstream_bad_reply", f"answered with status {status}")
 
 
@@ -210,11 +208,9 @@ def _retry_after(text: str | None) -> float | None:
     if not text:
         return None
     try:
-        return (
-            min(max(float(text), 0.0), 86_400.0)
-            if text.replace(".", "", 1).isdigit()
-            else max(parsedate_to_datetime(text).timestamp() - time(), 0.0)
-        )
+        if text.replace(".", "", 1).isdigit():
+            return min(float(text), 86_400.0)
+        return max(parsedate_to_datetime(text).timestamp() - time(), 0.0)
     except (ValueError, OverflowError):
         return None
 
