@@ -166,7 +166,7 @@ def _rows(count: int) -> list[DecisionRow]:
     now = time.time()
     return [
         DecisionRow(
-            id=secrets.token_hex(12),
+            id=f"dfr-{int(1000 * now) + number:012x}{secrets.token_hex(6)}",
             time=now + 1e-3 * number,
             key="k",
             requested="auto",

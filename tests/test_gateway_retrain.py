@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deferral.cli import main
 from deferral.errors import DataError
 from deferral.gateway.database import connect
 from deferral.gateway.export import FAILED, FELL_BACK, NAMED, NO_CHANCE, NO_QUALITY, NO_TEXT, export, logged
@@ -221,3 +222,26 @@ def test_what_was_not_explored_promotes_nobody(tmp_path: Path, old_router: Route
         retrain(connect(str(tmp_path / "small.db")), folder, load=linear)
     verdict = retrain(connect(str(tmp_path / "small.db")), folder, load=linear, old_log=full_log(300, seed=0, swapped=True))
     assert not verdict.promoted
+
+
+@pytest.mark.ci_slow
+def test_retraining_from_the_command_line(tmp_path: Path, old_router: Router, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, database, log = tmp_path / "router", str(tmp_path / "gateway.db"), str(tmp_path / "log.jsonl")
+    old_router.save(folder)
+    before = (folder / "router.json").read_text()
+    asyncio.run(recorded(tmp_path / "gateway.db", *served(old_router, 60, seed=5)))
+    with pytest.raises(SystemExit) as ended:
+        main(["gateway", "retrain", str(folder), "--database", database])
+    assert ended.value.code == 3
+    assert "rows to judge by are too few" in capsys.readouterr().out
+    main(["gateway", "export", log, "--database", database])
+    assert "60 rows written" in capsys.readouterr().out
+    assert len(read_log(log)) == 60
+    assert (folder / "router.json").read_text() == before
+    queries = traffic(20, seed=1)[0]
+    own = Router(ERROR, encoder=lambda texts: np.array([[len(text), 1.0] for text in texts]), policies=(Linear,))
+    own.fit(log_of_table(queries, ["small", "large"], np.ones((20, 2)), PRICES)).save(tmp_path / "own")
+    with pytest.raises(SystemExit) as ended:
+        main(["gateway", "retrain", str(tmp_path / "own"), "--database", database])
+    assert ended.value.code == 2
+    assert "this router needs the function" in capsys.readouterr().err

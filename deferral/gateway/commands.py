@@ -141,15 +141,15 @@ def retrain(router: Path, log: Path | None, dry_run: bool, seed: int, assume_qua
     from deferral.gateway.retrain import retrain as learn
     from deferral.routing import read_log
 
+    old_log = None if log is None else read_log(log)
     with _opened(database) as store, Console(stderr=True).status("learning, and judging both routers"):
-        verdict = learn(
-            store.engine,
-            router,
-            old_log=None if log is None else read_log(log),
-            assumed_quality=assume_quality,
-            dry_run=dry_run,
-            seed=seed,
-        )
+        try:
+            verdict = learn(store.engine, router, old_log=old_log, assumed_quality=assume_quality, dry_run=dry_run, seed=seed)
+        except DataError:
+            raise
+        except ValueError as error:
+            # An encoder that is a function cannot be named here.
+            raise click.UsageError(f"{error}; in Python, deferral.gateway.retrain.retrain takes it") from None
     click.echo(verdict)
     if not verdict.better:
         sys.exit(3)
