@@ -14,7 +14,7 @@ from deferral.gateway.database import connect
 from deferral.gateway.export import FAILED, FELL_BACK, NAMED, NO_CHANCE, NO_QUALITY, NO_TEXT, export, logged
 from deferral.gateway.off_policy import Draws, compare, doubly_robust
 from deferral.gateway.record import DecisionRow, Record
-from deferral.gateway.retrain import retrain
+from deferral.gateway.retrain import learned, retrain
 from deferral.routing import Log, Outcome, Router, log_of_table, read_log
 from deferral.routing.policies import Linear
 from tests.gateway_rows import row
@@ -193,6 +193,8 @@ def test_a_better_router_is_promoted_and_an_equal_one_is_not(tmp_path: Path, old
         return float((1 - chance + price)[np.arange(3000), router.route_batch(queries).actions].mean())
 
     promoted, before = Router.load(folder), Router.load(tmp_path / "router.previous")
+    assert "prove that the" not in (folder / "router.json").read_text()
+    assert "".join(promoted.fitted.texts).isspace()
     assert (promoted.explore, promoted.salt) == (0.3, old_router.salt)
     assert verdict.comparison is not None
     gain = true_cost(before) - true_cost(promoted)
@@ -220,8 +222,11 @@ def test_what_was_not_explored_promotes_nobody(tmp_path: Path, old_router: Route
     asyncio.run(recorded(tmp_path / "small.db", always, quality))
     with pytest.raises(DataError, match=r"no usable row of the record was answered by large; pass the log"):
         retrain(connect(str(tmp_path / "small.db")), folder, load=linear)
-    verdict = retrain(connect(str(tmp_path / "small.db")), folder, load=linear, old_log=full_log(300, seed=0, swapped=True))
+    old_log = full_log(300, seed=0, swapped=True)
+    verdict = retrain(connect(str(tmp_path / "small.db")), folder, load=linear, old_log=old_log)
     assert not verdict.promoted
+    texts = set(learned(linear(folder), [Outcome("mine", "small", 1.0, 1e-4)], old_log).fitted.texts)
+    assert texts == {*old_log.queries, "    "}
 
 
 @pytest.mark.ci_slow

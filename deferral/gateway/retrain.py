@@ -97,7 +97,10 @@ def retrain(
 
 
 def learned(router: Router, outcomes: Sequence[Outcome], old_log: Log | None = None, unseen: Collection[str] = ()) -> Router:
-    """Fit the router again, for the experts that it has, on new outcomes and an old log, but for the queries in `unseen`."""
+    """Fit the router again, for the experts that it has, on new outcomes and an old log, but for the queries in `unseen`.
+
+    It keeps no text of the new outcomes.
+    """
     log = Log(outcomes)
     if old_log is not None:
         # In a table without gaps nobody was drawn: every cell was certain to be seen.
@@ -109,7 +112,14 @@ def learned(router: Router, outcomes: Sequence[Outcome], old_log: Log | None = N
             f"no usable row of the record was answered by {', '.join(missing)}; pass the log that the router was fitted on as "
             "well, or remove the expert from the router"
         )
-    return router.fit(log.table(router.experts))
+    table = log.table(router.experts)
+    router.fit(table)
+    # A router shows the queries nearest to a new one.  Those of the record must not outlive their time in its folder: only their
+    # lengths stay, which prices are made of.
+    kept = set() if old_log is None else set(old_log.queries)
+    shown = [text if query in kept else " " * len(text) for text, query in zip(router.fitted.texts, table.queries, strict=True)]
+    router._fitted = replace(router.fitted, texts=tuple(shown))
+    return router
 
 
 def choices(router: Router, rows: Sequence[Logged]) -> np.ndarray:
