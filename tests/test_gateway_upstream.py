@@ -48,8 +48,11 @@ def test_what_an_exception_means() -> None:
         (aiohttp.ClientOSError(), 502, True),
         (aiohttp.ClientPayloadError(), 502, False),
     ):
-        failure = _unanswered(error)
-        assert (failure.status, failure.again, failure.blame) == (status, again, True), error
+        for fresh in (False, True):
+            failure = _unanswered(error, fresh=fresh)
+            assert (failure.status, failure.again, failure.blame) == (status, again, True), error
+            disconnected = isinstance(error, aiohttp.ServerDisconnectedError) or type(error) is aiohttp.ClientOSError
+            assert failure.stale is (disconnected and not fresh)
 
 
 def test_retry_after_is_a_number_or_a_date() -> None:

@@ -33,7 +33,7 @@ class Standing:
     def blame(self, error: BaseException, ticket: int, name: str) -> None:
         """What an attempt that ended with an error says of the expert."""
         breaker = self.breaker
-        if not isinstance(error, Failure):
+        if not isinstance(error, Failure) or error.stale:
             breaker.leave(ticket)
             return
         was = breaker.state
@@ -119,17 +119,22 @@ class Answerers:
                 try:
                     ticket = await _entered(standing, expert)
                     attempts += 1
-                    return await self._call(expert, standing, ticket, path, body, headers, asked, attempts)
+                    return await self._call(expert, standing, ticket, path, body, headers, asked, attempts, fresh=not again)
                 except Failure as failure:
                     failures.append((expert, failure))
                     self.metrics.failed(expert.name, failure.code)
-                    _log.warning("%s %s (%s)", expert.name, failure.message, failure.code)
-                    patient = failure.rest is None or failure.rest <= _PATIENCE
-                    if not (again and failure.again and patient and self.budget.take()):
+                    _log.log(_level(failure), "%s %s (%s)", expert.name, failure.message, failure.code)
+                    if not again or not self._worth_again(failure):
                         break
                     self.metrics.retried(expert.name)
-                    await asyncio.sleep(max(backoff(1), failure.rest or 0.0))
+                    await asyncio.sleep(0.0 if failure.stale else max(backoff(1), failure.rest or 0.0))
         raise _nobody(failures, attempts)
+
+    def _worth_again(self, failure: Failure) -> bool:
+        if failure.stale:
+            # Nobody is to blame, and nothing was begun: that is no retry to be counted.
+            return True
+        return failure.again and (failure.rest or 0.0) <= _PATIENCE and self.budget.take()
 
     async def _call(
         self,
@@ -141,10 +146,12 @@ class Answerers:
         headers: Mapping[str, str],
         asked: Asked,
         attempts: int,
+        *,
+        fresh: bool,
     ) -> Call:
         began = monotonic()
         try:
-            reply = await self.upstream.ask(expert, path, body, headers, asked)
+            reply = await self.upstream.ask(expert, path, body, headers, asked, fresh=fresh)
         except BaseException as error:
             standing.blame(error, ticket, expert.name)
             standing.slots.give_back(monotonic() - began)
@@ -163,6 +170,11 @@ async def _entered(standing: Standing, expert: Expert) -> int:
         standing.slots.give_back(0.0)
         raise Failure(503, "experts_down", "is down", blame=False, rest=standing.breaker.wait)
     return ticket
+
+
+def _level(failure: Failure) -> int:
+    # That an expert is down or full is told once by whoever found it so, and not again for each request.
+    return logging.DEBUG if failure.stale or failure.code in ("experts_down", "queue_full") else logging.WARNING
 
 
 def _nobody(failures: Sequence[tuple[Expert, Failure]], attempts: int) -> Unanswered:

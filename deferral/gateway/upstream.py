@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from time import time
+from typing import Any
 
 import aiohttp
 from yarl import URL
@@ -25,6 +26,8 @@ _OWN = frozenset(
         b"strict-transport-security", b"openai-organization", b"openai-project", b"www-authenticate",
     }
 )  # fmt: skip
+# Servers close idle connections; uvicorn, which many of them are built on, after 5 seconds.
+_KEEP_ALIVE = 4.0
 _MISCONFIGURED = frozenset({401, 402, 403, 404, 405})
 _OVERLOADED = frozenset({408, 425, 429})
 
@@ -33,16 +36,24 @@ class Failure(Exception):
     """An attempt that gave the client nothing.
 
     `again`: the same expert may be asked once more; `blame`: the breaker counts it; `rest`: seconds for which the expert wants
-    to be left alone.  `status` and `code` are for the client, if nobody else answers.  The message never quotes the upstream,
-    which may repeat a key.
+    to be left alone; `stale`: the connection had perhaps been closed while it was idle, and a new one is due.  `status` and
+    `code` are for the client, if nobody else answers.  The message never quotes the upstream, which may repeat a key.
     """
 
     def __init__(
-        self, status: int, code: str, message: str, *, again: bool = False, blame: bool = True, rest: float | None = None
+        self,
+        status: int,
+        code: str,
+        message: str,
+        *,
+        again: bool = False,
+        blame: bool = True,
+        rest: float | None = None,
+        stale: bool = False,
     ) -> None:
         super().__init__(message)
         self.status, self.code, self.message = status, code, message
-        self.again, self.blame, self.rest = again, blame, rest
+        self.again, self.blame, self.rest, self.stale = again, blame, rest, stale
 
 
 @dataclass(slots=True)
@@ -82,29 +93,30 @@ class Upstream:
 
     def __init__(self, *, max_reply_bytes: int) -> None:
         self._most = max_reply_bytes
-        # How many requests an expert gets at a time is decided before this.
-        connector = aiohttp.TCPConnector(limit=0, ttl_dns_cache=30, keepalive_timeout=30)
-        self._session = aiohttp.ClientSession(
-            connector=connector, auto_decompress=False, cookie_jar=aiohttp.DummyCookieJar(), raise_for_status=False
-        )
+        self._session = _session(keepalive_timeout=_KEEP_ALIVE)
+        # Never a connection that was there before.
+        self._fresh = _session(force_close=True)
         self._prepared: dict[tuple[str, str], _Prepared] = {}
 
     async def close(self) -> None:
         await self._session.close()
+        await self._fresh.close()
 
-    async def ask(self, expert: Expert, path: str, body: bytes, headers: Mapping[str, str], asked: Asked) -> Reply:
-        """One attempt; Failure if it gave nothing that a client could use."""
+    async def ask(
+        self, expert: Expert, path: str, body: bytes, headers: Mapping[str, str], asked: Asked, *, fresh: bool = False
+    ) -> Reply:
+        """One attempt, by a new connection if `fresh`; Failure if it gave nothing that a client could use."""
         prepared = self._prepared.get((expert.name, path))
         if prepared is None or prepared.expert is not expert:
             prepared = self._prepared[expert.name, path] = _prepared(expert, path)
         sent = {**headers, **prepared.headers} if headers else prepared.headers
         try:
             # A redirect would take the key to another place.
-            response = await self._session.post(
+            response = await (self._fresh if fresh else self._session).post(
                 prepared.url, data=body, headers=sent, timeout=prepared.timeout, allow_redirects=False
             )
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
-            raise _unanswered(error) from error
+            raise _unanswered(error, fresh=fresh) from error
         try:
             return await self._reply(response, asked, path)
         except BaseException:
@@ -173,7 +185,13 @@ def _handed_on(name: bytes) -> bool:
     return name not in _OWN and not name.startswith(b"x-deferral-")
 
 
-def _unanswered(error: Exception) -> Failure:
+def _session(**connections: Any) -> aiohttp.ClientSession:
+    # How many requests an expert gets at a time is decided before this.
+    connector = aiohttp.TCPConnector(limit=0, ttl_dns_cache=30, **connections)
+    return aiohttp.ClientSession(connector=connector, auto_decompress=False, cookie_jar=aiohttp.DummyCookieJar())
+
+
+def _unanswered(error: Exception, *, fresh: bool) -> Failure:
     """Nothing of a reply has come."""
     if isinstance(error, aiohttp.ConnectionTimeoutError):
         return Failure(504, "upstream_timeout", "could not be reached in time")
@@ -184,8 +202,7 @@ def _unanswered(error: Exception) -> Failure:
     if isinstance(error, aiohttp.ClientConnectorError):
         return Failure(502, "upstream_unreachable", "cannot be reached", again=True)
     if isinstance(error, aiohttp.ServerDisconnectedError | aiohttp.ClientOSError | ConnectionError):
-        # Most often a connection that the server had closed while it was idle.
-        return Failure(502, "upstream_bad_reply", "closed the connection before it answered", again=True)
+        return Failure(502, "upstream_bad_reply", "closed the connection before it answered", again=True, stale=not fresh)
     return Failure(502, "upstream_bad_reply", "answered something that is no HTTP")
 
 
