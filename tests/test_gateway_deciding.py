@@ -151,3 +151,18 @@ def test_exploration_has_the_propensity_that_it_says(router: Router) -> None:
     weights = [1 / choice.propensity for choice in choices]
     assert {round(choice.propensity, 3) for choice in choices} == {0.1, 0.9}
     assert sum(weights) / 2 == pytest.approx(150, rel=0.25), "every expert is drawn as often as its propensity says"
+
+
+def test_many_decisions_at_once_leave_the_event_loop_time_for_others(router: Router) -> None:
+    async def run() -> tuple[int, int]:
+        decider = Decider(router, EXPERTS, deadline_s=1.0)
+        choices = asyncio.gather(*(decider.choose(asked(f"{EASY} {number}"), Hints(), Limited()) for number in range(40)))
+        rounds = 0
+        while not choices.done():
+            rounds += 1
+            await asyncio.sleep(0)
+        return rounds, len(await choices)
+
+    rounds, decided = asyncio.run(run())
+    assert decided == 40
+    assert rounds >= 10, "four at a time"

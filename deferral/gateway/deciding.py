@@ -23,6 +23,7 @@ __all__ = ["Choice", "Decider", "Limited", "refusal"]
 _PLANS = 256
 # Queries that wait for the worker; the next one is decided by the static mix at once.
 _MOST_WAITING = 32
+_AT_A_TIME = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,9 @@ class Decider:
         self._best = router.experts[int(router.fitted.means.argmax())]
         self._at_once = isinstance(router.encoder, NgramEncoder)
         self._plans: dict[Any, Plan] = {}
+        # Of a thousand requests that come in the same moment, few are decided before the event loop looks after the others:
+        # it would take their replies for late.
+        self._turns = asyncio.Semaphore(_AT_A_TIME)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="decide")
         self._waiting = 0
         # The first decision loads what later ones find loaded.
@@ -80,6 +84,8 @@ class Decider:
         plan = await self._plan(self._allowed(asked, hints, limited), hints, limited.thrift)
         query = asked.query
         if self._at_once:
+            await self._turns.acquire()
+            asyncio.get_running_loop().call_soon(self._turns.release)
             return self._choice(self._decided(plan, query), plan, fast=False)
         decisions = await self._in_worker(lambda: self._decided(plan, query), self.deadline_s)
         return self._choice(decisions or self._by_mix(plan, query), plan, fast=decisions is None)
