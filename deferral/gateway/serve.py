@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 import uvicorn
 
+from deferral.errors import DataError
 from deferral.gateway.access import must_have_key
 from deferral.gateway.app import gateway, load_router
 from deferral.gateway.experts_file import read_experts
@@ -136,5 +137,7 @@ def serve(
             experts_file=experts,
         )
         run(settings, log_level=log_level)
+    except DataError:
+        raise
     except ValueError as error:
         raise click.UsageError(str(error)) from None
