@@ -8,11 +8,11 @@ import math
 import secrets
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 
-from sqlalchemy import insert, select, update
+from sqlalchemy import Row, insert, select, update
 from sqlalchemy.exc import SQLAlchemyError
 
 from deferral.gateway.database import connect, prepare
@@ -71,6 +71,7 @@ class Keys:
     def __init__(self, url: str) -> None:
         self.engine = connect(url)
         self._found: dict[str, tuple[bytes, Key]] = {}
+        self._reading = threading.Lock()
         self._end = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -93,7 +94,7 @@ class Keys:
     def __len__(self) -> int:
         return len(self._found)
 
-    def __iter__(self):  # type: ignore[no-untyped-def]
+    def __iter__(self) -> Iterator[Key]:
         return iter([key for _, key in self._found.values()])
 
     def find(self, token: str) -> Key | None:
@@ -155,9 +156,10 @@ class Keys:
 
     def refresh(self) -> None:
         """Read the keys again."""
-        with self.engine.connect() as connection:
+        # One at a time: what was read earlier must not replace what was read later.
+        with self._reading, self.engine.connect() as connection:
             rows = connection.execute(select(table).where(table.c.revoked.is_(None))).all()
-        self._found = {row.id: (bytes.fromhex(row.hash), _key(row)) for row in rows}
+            self._found = {row.id: (bytes.fromhex(row.hash), _key(row)) for row in rows}
 
     def _run(self) -> None:
         failing = False
@@ -176,7 +178,7 @@ def _digest(token: str) -> bytes:
     return sha256(token.encode("utf-8", "surrogatepass")).digest()
 
 
-def _key(row) -> Key:  # type: ignore[no-untyped-def]
+def _key(row: Row) -> Key:
     experts = None if row.experts is None else frozenset(json.loads(row.experts))
     return Key(row.id, row.name, experts, row.requests_per_minute, row.budget, row.window, row.zone, row.admin)
 

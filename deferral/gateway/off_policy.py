@@ -5,6 +5,7 @@ truth, of another nothing; weighting by the inverse of the probability makes up 
 query, asked again) are drawn together in the intervals.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -94,7 +95,7 @@ def _ratio(draws: Draws, numerator: list[np.ndarray], denominator: list[np.ndarr
     return _interval(draws, numerator + denominator, lambda sums: sums[0] / sums[1], seed)
 
 
-def _interval(draws: Draws, columns: list[np.ndarray], figure, seed: int) -> Interval:  # type: ignore[no-untyped-def]
+def _interval(draws: Draws, columns: list[np.ndarray], figure: Callable[[np.ndarray], np.ndarray], seed: int) -> Interval:
     """A figure of column sums, with the interval of resampled groups."""
     groups = int(draws.group.max()) + 1
     sums = torch.from_numpy(np.stack([np.bincount(draws.group, column, groups) for column in columns], 1))

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Engine, case, distinct, func, select
+from sqlalchemy import Connection, Engine, case, distinct, func, select
 
 from deferral.gateway.database import decisions, feedback
 from deferral.gateway.keys import Key
@@ -164,7 +164,7 @@ def status(engine: Engine, keys: Iterable[Key], *, since: float = 0.0, now: floa
     )
 
 
-def _count(condition):  # type: ignore[no-untyped-def]
+def _count(condition: Any) -> Any:
     return func.coalesce(func.sum(case((condition, 1), else_=0)), 0)
 
 
@@ -172,7 +172,7 @@ def _judged(found: tuple[int, float] | None) -> tuple[int, float | None]:
     return (found[0], found[1] / found[0]) if found else (0, None)
 
 
-def _budget(connection, key: Key, now: float) -> Budget:  # type: ignore[no-untyped-def]
+def _budget(connection: Connection, key: Key, now: float) -> Budget:
     window = span(key.window, now, time_zone(key.zone))
     spent = select(func.coalesce(func.sum(decisions.c.price), 0.0))
     spent = spent.where(decisions.c.key == key.id, decisions.c.time >= window.start)
