@@ -50,14 +50,13 @@ def compare(draws: Draws, old: np.ndarray, new: np.ndarray, *, seed: int = 0) ->
     """Judge two policies by the actions they take.  Draws, (N,), (N,) -> Comparison"""
     differ = old != new
     before, after = doubly_robust(draws, old), doubly_robust(draws, new)
-    ones = np.ones(len(differ))
     return Comparison(
         rows=len(differ),
         differ=int(differ.sum()),
         seen=(int((differ & (old == draws.action)).sum()), int((differ & (new == draws.action)).sum())),
-        old=_ratio(draws, [before], [ones], seed),
-        new=_ratio(draws, [after], [ones], seed),
-        gain=_ratio(draws, [before - after], [ones], seed),
+        old=_mean(draws, before, seed),
+        new=_mean(draws, after, seed),
+        gain=_mean(draws, before - after, seed),
         gain_weighted=self_normalised(draws, old, new, seed=seed),
     )
 
@@ -91,8 +90,8 @@ def self_normalised(draws: Draws, old: np.ndarray, new: np.ndarray, *, seed: int
     return _interval(draws, parts, gain, seed)
 
 
-def _ratio(draws: Draws, numerator: list[np.ndarray], denominator: list[np.ndarray], seed: int) -> Interval:
-    return _interval(draws, numerator + denominator, lambda sums: sums[0] / sums[1], seed)
+def _mean(draws: Draws, values: np.ndarray, seed: int) -> Interval:
+    return _interval(draws, [values, np.ones(len(values))], lambda sums: sums[0] / sums[1], seed)
 
 
 def _interval(draws: Draws, columns: list[np.ndarray], figure: Callable[[np.ndarray], np.ndarray], seed: int) -> Interval:
