@@ -20,11 +20,12 @@ from pathlib import Path
 import click
 import pytest
 
-from deferral.gateway.access import must_have_key
+from deferral.gateway.access import Access, must_have_key
 from deferral.gateway.commands import gateway
 from deferral.gateway.experts_file import Expert, read_experts
-from deferral.gateway.keys import Keys
+from deferral.gateway.keys import ANYONE, Keys
 from deferral.gateway.logs import logging_to
+from deferral.gateway.problems import Problem
 from deferral.gateway.serve import serve
 from deferral.gateway.settings import Settings, is_loopback
 from deferral.routing import Router, read_log
@@ -54,6 +55,30 @@ def test_a_gateway_without_a_key_is_bound_to_loopback_only(tmp_path: Path) -> No
     keys.create("client")
     keys.close()
     must_have_key(wide)
+
+
+def test_without_keys_only_this_machine_is_let_in_however_the_app_is_bound(tmp_path: Path) -> None:
+    settings = Settings(database=str(tmp_path / "gateway.db"))
+    keys = Keys(settings.database)
+    keys.start()
+    access = Access(keys, settings)
+    access.started()
+    for peer in (("127.0.0.1", 1), ("::1", 1), None):
+        assert access.client({"client": peer}, {}) == ANYONE
+    with pytest.raises(Problem, match="expected a key"):
+        access.client({"client": ("10.0.0.7", 1)}, {})
+    with pytest.raises(Problem, match="web pages"):
+        access.client({"client": ("127.0.0.1", 1)}, {b"origin": b"https://example.com"})
+    # Once there was a key, nobody is let in without one, also when the last is revoked.
+    token, key = keys.create("client")
+    assert access.client({}, {b"authorization": b"bearer " + token.encode()}) == key
+    keys.revoke(key.id)
+    for again in (access, Access(keys, settings)):
+        again.started()
+        with pytest.raises(Problem) as caught:
+            again.client({"client": ("127.0.0.1", 1)}, {b"authorization": b"Bearer " + token.encode()})
+        assert caught.value.status == 401
+    keys.close()
 
 
 def test_settings_are_checked_and_keep_the_admin_key_to_themselves() -> None:

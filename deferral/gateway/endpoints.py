@@ -32,17 +32,17 @@ def routes(gateway: "Gateway") -> list[Route]:
     """All but the three paths that are passed through."""
 
     async def models(request: Request) -> Response:
-        names = _visible(gateway, gateway.access.client(header_map(request.scope)))
+        names = _visible(gateway, gateway.access.client(request.scope, header_map(request.scope)))
         return JSONResponse({"object": "list", "data": [_model(name) for name in names]})
 
     async def model(request: Request) -> Response:
         name = request.path_params["name"]
-        if name not in _visible(gateway, gateway.access.client(header_map(request.scope))):
+        if name not in _visible(gateway, gateway.access.client(request.scope, header_map(request.scope))):
             raise Problem(404, "model_not_found", f"{name[:100]!r} is no model that this key may ask", param="model")
         return JSONResponse(_model(name))
 
     async def feedback(request: Request) -> Response:
-        key = gateway.access.client(header_map(request.scope))
+        key = gateway.access.client(request.scope, header_map(request.scope))
         gateway.limits.admit(key)
         body = await read_body(request.receive, header_map(request.scope), _FEEDBACK_BYTES)
         identity, quality = _feedback(body)
@@ -68,9 +68,12 @@ def routes(gateway: "Gateway") -> list[Route]:
         return JSONResponse(said, 503 if trouble else 200)
 
     async def metrics(request: Request) -> Response:
-        # Who may ask without a key may see what it costs.
-        if not gateway.access.open or gateway.settings.admin_key is not None:
-            gateway.access.admin(header_map(request.scope))
+        headers = header_map(request.scope)
+        if gateway.access.open and gateway.settings.admin_key is None:
+            # Who may ask without a key may see what it costs.
+            gateway.access.client(request.scope, headers)
+        else:
+            gateway.access.admin(headers)
         return Response(gateway.metrics.text(), headers={"content-type": CONTENT_TYPE})
 
     return [

@@ -56,7 +56,7 @@ class Proxy:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """From the first byte of a request to the last of its reply; no error leaves it."""
-        await Exchange(self, receive, send).run(header_map(scope))
+        await Exchange(self, receive, send).run(scope, header_map(scope))
 
 
 class Exchange:
@@ -76,7 +76,7 @@ class Exchange:
         self.status = 500
         self.watcher: asyncio.Task | None = None
 
-    async def run(self, headers: Mapping[bytes, bytes]) -> None:
+    async def run(self, scope: Scope, headers: Mapping[bytes, bytes]) -> None:
         """No error leaves it."""
         gateway = self.gateway
         gateway.metrics.began()
@@ -85,7 +85,7 @@ class Exchange:
         timer: asyncio.TimerHandle | None = None
         try:
             try:
-                self.key = gateway.access.client(headers)
+                self.key = gateway.access.client(scope, headers)
                 gateway.limits.admit(self.key)
                 body = await read_body(self.receive, headers, gateway.settings.max_request_bytes)
                 timer = asyncio.get_running_loop().call_later(_WATCH_AFTER, self._watch, task)
