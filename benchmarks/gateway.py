@@ -31,7 +31,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import click
 import torch
@@ -152,12 +152,18 @@ class World:
         command += ["-s", str(script), f"{url}/chat/completions"]
         environment = {**os.environ, "BODIES": str(self.bodies(stream=stream)), "KEY": self.key or "none"}
         text = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
-        return _wrk_figures(text)
+        figures = _wrk_figures(text)
+        if figures["bad"] or not figures["requests"]:
+            raise click.ClickException(
+                f"{url}: {figures['bad']:.0f} bad replies of {figures['requests']:.0f}; {_ends(self.folder)}"
+            )
+        return figures
 
     def _started(self, name: str, command: Callable[[int], list[str]], path: str) -> Server:
         if name not in self.servers:
             port = _free_port()
-            process = self.processes.enter_context(_process(command(port)))
+            log = self.processes.enter_context((self.folder / f"{name}.log").open("w"))
+            process = self.processes.enter_context(_process(command(port), stdout=log, stderr=log))
             _wait(f"http://127.0.0.1:{port}{path}", process)
             self.servers[name] = Server(name, f"http://127.0.0.1:{port}/v1", process.pid)
         return self.servers[name]
@@ -174,7 +180,7 @@ def cpu(world: World, *, stream: bool = False) -> dict[str, Any]:
             before = server.cpu()
             load = world.wrk(server.url, stream=stream)
             each = (server.cpu() - before) / load["requests"]
-            taken[server.name].append({"cpu_ms": 1000 * each, "per_second": load["per_second"], "bad": load["bad"]})
+            taken[server.name].append({"cpu_ms": 1000 * each, "per_second": load["per_second"]})
     rounds = zip(taken["gateway"], taken["bare"], strict=True)
     return {
         **{name: {key: _spread([one[key] for one in rows]) for key in rows[0]} for name, rows in taken.items()},
@@ -254,7 +260,7 @@ def litellm(world: World) -> dict[str, Any]:
             before = server.cpu()
             load = world.wrk(server.url, seconds=max(world.seconds, 5))
             each = (server.cpu() - before) / max(load["requests"], 1)
-            taken[server.name].append({"cpu_ms": 1000 * each, "per_second": load["per_second"], "bad": load["bad"]})
+            taken[server.name].append({"cpu_ms": 1000 * each, "per_second": load["per_second"]})
     rounds = list(zip(taken["gateway"], taken["litellm"], strict=True))
     return {
         **{name: {key: _spread([one[key] for one in rows]) for key in rows[0]} for name, rows in taken.items()},
@@ -381,7 +387,7 @@ def _key(database: str) -> str:
     store = Keys(database)
     try:
         prepare(store.engine, create=True)
-        token, _ = store.create("benchmark", requests_per_minute=100_000_000, budget=1e6, window="month")
+        token, _ = store.create("benchmark", requests_per_minute=1_000_000, budget=1e6, window="month")
         return token
     finally:
         store.close()
@@ -391,6 +397,12 @@ def _load(kind: str, url: str, world: World, *options: str, stream: bool = False
     command = [sys.executable, "-m", "benchmarks.serving.load", kind, f"{url}/chat/completions", str(world.bodies(stream=stream))]
     done = subprocess.run([*command, "--key", world.key, *options], check=True, capture_output=True, text=True)
     return json.loads(done.stdout)
+
+
+def _ends(folder: Path) -> str:
+    """The last lines that the servers said."""
+    said = {path.stem: path.read_text()[-500:].strip() for path in folder.glob("*.log")}
+    return "; ".join(f"{name} said: {text}" for name, text in said.items() if text)
 
 
 def _wrk_figures(text: str) -> dict[str, float]:
@@ -417,7 +429,7 @@ def _litellm_environment() -> Path:
 
 
 @contextmanager
-def _process(command: list[str], **streams: int) -> Iterator[subprocess.Popen[str]]:
+def _process(command: list[str], **streams: int | IO[str]) -> Iterator[subprocess.Popen[str]]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
     process: subprocess.Popen[str] = subprocess.Popen(command, text=True, env=environment, **streams)  # type: ignore[call-overload]
     try:
@@ -445,7 +457,7 @@ def _wait(url: str, process: subprocess.Popen[str]) -> None:
         except OSError:
             time.sleep(0.1)
         if process.poll() is not None or time.monotonic() > until:
-            raise click.ClickException(f"{process.args!r} did not start; its error is above")
+            raise click.ClickException(f"{url} did not come up: {process.args!r}")
 
 
 def _free_port() -> int:

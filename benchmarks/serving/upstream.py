@@ -47,8 +47,7 @@ class _Connection(asyncio.Protocol):
     def __init__(self) -> None:
         self.data = b""
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self.transport = transport
 
     def data_received(self, data: bytes) -> None:
@@ -77,7 +76,8 @@ class _Connection(asyncio.Protocol):
     def _stream(self, number: int) -> None:
         if self.transport.is_closing() or number == CHUNKS:
             _Connection.open -= 1
-            self.transport.write(_END)
+            if number == CHUNKS:
+                self.transport.write(_END)
             return
         self.transport.write(_EVENTS[number])
         loop = asyncio.get_running_loop()

@@ -173,12 +173,15 @@ def _messages(body: Any) -> list[dict[str, str]]:
 
 
 def _sampling(body: dict[str, Any]) -> Sampling:
-    most = body.get("max_completion_tokens") or body.get("max_tokens") or Sampling.most_tokens
-    temperature, seed = body.get("temperature") or 0.0, body.get("seed") or 0
-    alternatives = (body.get("top_logprobs") or 0) if body.get("logprobs") else 0
+    def given(default: Any, *names: str) -> Any:
+        return next((body[name] for name in names if body.get(name) is not None), default)
+
+    most = given(Sampling.most_tokens, "max_completion_tokens", "max_tokens")
+    temperature, seed = given(0.0, "temperature"), given(0, "seed")
+    alternatives = given(0, "top_logprobs") if body.get("logprobs") else 0
     if not _whole(most) or most < 1:
         raise ValueError(f"max_tokens: expected a whole number, 1 or more, got {most!r}")
-    if not isinstance(temperature, int | float) or not 0 <= temperature <= 2:
+    if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 <= temperature <= 2:
         raise ValueError(f"temperature: expected a number in [0, 2], got {temperature!r}")
     if not _whole(seed):
         raise ValueError(f"seed: expected a whole number, got {seed!r}")

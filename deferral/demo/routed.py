@@ -108,8 +108,8 @@ def show(result: Result) -> None:
     console = Console()
     for note in (
         f"Parameters: {sizes}.  List prices per million tokens in and out: {prices}.",
-        f"cost: errors and dollars together, at ${PRICE_OF_ERROR:g} an error.  ±: half the 95% bootstrap interval.  Differences have",
-        "theirs in brackets, paired over the questions; a cost below 0 means that routing is cheaper than the row.",
+        f"cost: errors and dollars together, at ${PRICE_OF_ERROR:g} an error.  ±: half the 95% bootstrap interval.  Differences",
+        "have theirs in brackets, paired over the questions; a cost below 0 means that routing is cheaper than the row.",
     ):
         console.print(note, highlight=False, soft_wrap=True)
     _print(_by_kind(result))
