@@ -41,7 +41,8 @@ from {module} import *
 
 
 def test_whoever_only_routes_holds_neither_torch_nor_scikit_learn_in_memory() -> None:
-    program = "import sys, deferral.cli, deferral.routing; sys.exit(' '.join({'torch', 'sklearn', 'pyarrow'} & set(sys.modules)) or None)"
+    heavy = {"torch", "sklearn", "scipy", "pyarrow"}
+    program = f"import sys, deferral.cli, deferral.routing; sys.exit(' '.join({heavy} & set(sys.modules)) or None)"
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
