@@ -1,6 +1,7 @@
 """Whom to ask: hard constraints first, then the router; never on the time of others."""
 
 import asyncio
+import copy
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -74,6 +75,9 @@ class Decider:
         # Of a thousand requests that come in the same moment, few are decided before the event loop looks after the others:
         # it would take their replies for late.
         self._turns = asyncio.Semaphore(_AT_A_TIME)
+        # Plans are cached by the router, and a cache that two threads fill may lose what one has just put there.
+        self._planner = copy.copy(router)
+        self._planner._plans = {}
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="decide")
         self._waiting = 0
         # The first decision loads what later ones find loaded.
@@ -125,7 +129,7 @@ class Decider:
                 plan = self.router.plan(needs=needs, **hints.setting_by_name)
             else:
                 # This searches the held-out rows, long enough to be felt by others.
-                plan = await self._in_worker(lambda: self.router.plan(needs=needs, **hints.setting_by_name), None)
+                plan = await self._in_worker(lambda: self._planner.plan(needs=needs, **hints.setting_by_name), None)
                 if plan is None:
                     raise Problem(503, "busy", "too many new settings at the same time; send it again", retry_after=1)
             if factor < 1:

@@ -159,14 +159,11 @@ class Router:
         constraints.  `learned` overrules the held-out verdict on whether to use the learned policy.
         """
         key = (price_of_error, budget, min_quality, max_latency, needs, learned)
-        plan = self._plans.get(key)
-        if plan is None:
-            plan = self._planned(*key)
+        if key not in self._plans:
             if len(self._plans) >= _PLANS:
-                # Another thread may ask at the same time: what is returned is not looked up again.
                 self._plans.clear()
-            self._plans[key] = plan
-        return plan
+            self._plans[key] = self._planned(*key)
+        return self._plans[key]
 
     def _planned(
         self,
