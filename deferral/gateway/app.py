@@ -1,7 +1,6 @@
 """The gateway: a router, its experts, and everything that keeps them in service, as a Starlette app."""
 
 import asyncio
-import gc
 import logging
 import signal
 import threading
@@ -142,9 +141,6 @@ def gateway(router: Router, experts: Mapping[str, Expert], *, settings: Settings
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         await state.start()
         remove = _on_hangup(state)
-        # What is there now stays: looking through it again and again for garbage takes time from requests.
-        gc.collect()
-        gc.freeze()
         try:
             yield
         finally:

@@ -1,5 +1,6 @@
 """A gateway as a process, and the command `deferral serve`."""
 
+import gc
 import logging
 import os
 import signal
@@ -53,6 +54,9 @@ def run(settings: Settings, *, log_level: str = "info") -> None:
             timeout_graceful_shutdown=int(max(expert.total_s for expert in experts.values())) + 30,
             backlog=4096,
         )
+        # What is there now stays: looking through it again and again for garbage would take time from requests.
+        gc.collect()
+        gc.freeze()
         _log.info("serving %s at %s:%d", ", ".join(experts), settings.host, settings.port)
         uvicorn.Server(config).run()
 
