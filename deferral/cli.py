@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -142,6 +143,8 @@ def demo_gateway(count: int, seed: int, out: Path | None, stay: bool, port: int)
     from deferral.demo import gateway
     from deferral.demo.routed import how_to_call, show
 
+    # Ended in this way, too, it leaves no server behind.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with (
         _progress() as progress,
         gateway.running(out or gateway.cache_folder(), count, seed, progress, port=port) as (result, url),

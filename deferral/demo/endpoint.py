@@ -8,11 +8,8 @@ input does, so that it never outlives the process that started it.
 import argparse
 import asyncio
 import json
-import os
 import queue
-import signal
 import socket
-import sys
 import threading
 import time
 import uuid
@@ -30,6 +27,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from deferral.demo.language import ROLES, LanguageModel, Sampling, Step, TooLong
+from deferral.demo.processes import end_with_standard_input
 
 __all__ = ["app"]
 
@@ -218,11 +216,7 @@ def main() -> None:
     served = app(model, options.name or options.folder.name)
     served.router.lifespan_context = ready
 
-    def end_with_the_parent() -> None:
-        sys.stdin.read()
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=end_with_the_parent, daemon=True).start()
+    end_with_standard_input()
     server = uvicorn.Server(uvicorn.Config(served, log_level="warning", access_log=False, timeout_graceful_shutdown=2))
     server.run(sockets=[listening])
 

@@ -1,9 +1,14 @@
-"""The servers of the gateway's demo, each a process that ends with the block that started it."""
+"""The servers of the gateway's demo: processes that end with the block that started them, even where it ends by SIGKILL.
 
+`python -m deferral.demo.processes serve ...` is `deferral serve ...` until its standard input ends.
+"""
+
+import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -14,7 +19,7 @@ from typing import IO
 
 from deferral.errors import DataError
 
-__all__ = ["endpoint", "first_line", "gateway"]
+__all__ = ["end_with_standard_input", "endpoint", "first_line", "gateway"]
 
 _WAIT = 120.0  # seconds, for a start on a busy machine
 _END = 15.0
@@ -42,13 +47,24 @@ def gateway(router: Path, experts: Path, database: Path, log: Path, *, port: int
     """`deferral serve` around a router, ready for requests.  -> its base URL"""
     port = port or _free_port()
     command = [
-        sys.executable, "-m", "deferral.cli", "serve", str(router), "--experts", str(experts),
+        sys.executable, "-m", "deferral.demo.processes", "serve", str(router), "--experts", str(experts),
         "--port", str(port), "--database", str(database),
     ]  # fmt: skip
-    with log.open("w") as lines, _process(command, stderr=lines, stdout=lines) as process:
+    with log.open("w") as lines, _process(command, stdin=subprocess.PIPE, stderr=lines, stdout=lines) as process:
         if not _comes_up(f"http://127.0.0.1:{port}/ready", process):
             raise DataError(f"the gateway did not start; its log ends with: {log.read_text()[-2000:]}")
         yield f"http://127.0.0.1:{port}/v1"
+
+
+def end_with_standard_input() -> None:
+    """End this process, in good order, when whoever holds the other end of its standard input is gone."""
+
+    def wait() -> None:
+        while os.read(0, 1):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, name="standard input", daemon=True).start()
 
 
 @contextmanager
@@ -83,3 +99,10 @@ def _comes_up(url: str, process: subprocess.Popen[str]) -> bool:
 def _free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as listening:
         return int(listening.getsockname()[1])
+
+
+if __name__ == "__main__":
+    from deferral.cli import main
+
+    end_with_standard_input()
+    main(sys.argv[1:])
