@@ -55,13 +55,15 @@ class Vectors:
     dense: np.ndarray  # (N, D) float32, rows of length 1, or 0 where nothing of the query is known
     extra: np.ndarray  # (N, C) float32
     wide: Wide | None = None
+    share: np.ndarray | None = None  # (N,) the length that the TF-IDF row keeps when it is reduced, low for new words
 
     def __len__(self) -> int:
         return len(self.dense)
 
     def rows(self, rows: np.ndarray) -> "Vectors":
         """Some of the rows, by their indices."""
-        return Vectors(self.dense[rows], self.extra[rows], None if self.wide is None else self.wide.rows(rows))
+        wide = None if self.wide is None else self.wide.rows(rows)
+        return Vectors(self.dense[rows], self.extra[rows], wide, None if self.share is None else self.share[rows])
 
 
 class NgramEncoder:
@@ -141,19 +143,15 @@ class NgramEncoder:
         return Wide(indices, values / np.repeat(np.maximum(lengths, 1e-12), np.diff(starts)).astype(np.float32), starts, columns)
 
     def _reduction(self, wide: Wide) -> np.ndarray:
-        size = min(self.dimensions, len(wide.starts) - 2, wide.columns - 1)
-        if size < 1:
-            return np.zeros((wide.columns, 1), np.float32)
         rows = len(wide.starts) - 1
         matrix = wide.sparse()
         if rows > MOST_ROWS_OF_SVD:
             matrix = matrix[np.sort(np.random.default_rng(self.seed).choice(rows, MOST_ROWS_OF_SVD, replace=False))]
-        _, _, directions = randomized_svd(matrix, size, n_iter=2, random_state=self.seed)
-        return np.ascontiguousarray(directions.T, np.float32)
+        return projection(matrix, self.dimensions, seed=self.seed)
 
     def _vectors(self, wide: Wide, features: np.ndarray) -> Vectors:
         extra = _standardised(features, self.arrays)
-        return Vectors(_unit(wide.times(self.arrays["projection"])), extra, wide)
+        return reduced(wide, self.arrays["projection"], extra)
 
 
 class FunctionEncoder:
@@ -224,6 +222,22 @@ class CachedEncoder:
                 np.save(partial, vector)
                 os.replace(partial, path)
         return np.stack([np.load(path, allow_pickle=False) for path in paths])
+
+
+def projection(matrix: Any, dimensions: int, *, seed: int) -> np.ndarray:
+    """The leading right singular vectors of a sparse matrix.  (N, columns) -> (columns, D)"""
+    size = min(dimensions, matrix.shape[0] - 1, matrix.shape[1] - 1)
+    if size < 1:
+        return np.zeros((matrix.shape[1], 1), np.float32)
+    _, _, directions = randomized_svd(matrix, size, n_iter=2, random_state=seed)
+    return np.ascontiguousarray(directions.T, np.float32)
+
+
+def reduced(wide: Wide, directions: np.ndarray, extra: np.ndarray) -> Vectors:
+    """The vectors of TF-IDF rows.  (N rows), (columns, D), (N, C) -> Vectors"""
+    kept = wide.times(directions)
+    length = np.sqrt(np.einsum("nd,nd->n", kept, kept))
+    return Vectors((kept / np.maximum(length, 1e-12)[:, None]).astype(np.float32), extra, wide, length.astype(np.float32))
 
 
 def _standardised(features: np.ndarray, arrays: Arrays) -> np.ndarray:

@@ -8,13 +8,15 @@ import numpy as np
 from deferral.routing.encoders import Vectors
 from deferral.routing.evaluation import routability
 from deferral.routing.outcomes import Table
+from deferral.routing.partial_logs import doubly_robust, observed
 from deferral.routing.policies import Neighbours, Policy, expert_means
 from deferral.routing.prices import PriceModel, fit_prices
+from deferral.routing.shift import familiarity, refitted, shifted_folds, shrinkage
 from deferral.routing.training import (
+    FOLDS,
     HeldOut,
     Judged,
     blend,
-    completed,
     error_range,
     full_price,
     grid,
@@ -22,10 +24,7 @@ from deferral.routing.training import (
     judged,
     mean_and_half,
     mixed,
-    observed,
     random_folds,
-    shifted_folds,
-    trust_of,
 )
 
 __all__ = ["Fitted", "fitted"]
@@ -49,10 +48,12 @@ class Fitted:
     latency: np.ndarray  # (E,), NaN where not known
     extension: np.ndarray  # (E0, E)
     policies: tuple[Policy, ...]  # those of positive weight, in the order of the weights
-    weights: tuple[float, ...]
+    weights: tuple[float, ...]  # for queries like those of the log
+    abroad: tuple[float, ...]  # for queries of new subjects
     memory: Neighbours
     texts: tuple[str, ...]
-    trust: tuple[np.ndarray, np.ndarray]  # knots of similarity and trust
+    familiar: tuple[np.ndarray, np.ndarray]  # knots of similarity and of the chance that a query is like those of the log
+    reliance: float  # the share of a deviation that is relied on for new subjects
     judged: Judged | None
     winner: str
     held_costs: dict[str, float]
@@ -68,12 +69,20 @@ class Fitted:
 
     def estimate(self, vectors: Vectors) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Expected quality of every expert, likeness to the log, and how far the query is trusted.  -> (N, E), (N,), (N,)"""
+        deviations, similarity, familiar = self._deviations(vectors)
+        trust = familiar + (1 - familiar) * self.reliance
+        return self.means + deviations @ self.extension, similarity, trust
+
+    def _deviations(self, vectors: Vectors) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Expected quality above the mean, likeness, chance to be like the log.  -> (N, E0), (N,), (N,)"""
         nearby, similarity = self.memory.look_up(vectors)
+        familiar = np.interp(similarity, *self.familiar)
+        near = familiar[:, None].astype(np.float32)
         total = np.zeros_like(nearby)
-        for policy, weight in zip(self.policies, self.weights, strict=True):
-            total += np.float32(weight) * (nearby if isinstance(policy, Neighbours) else policy.deviations(vectors))
-        trust = np.interp(similarity, *self.trust)
-        return self.means + trust[:, None].astype(np.float32) * (total @ self.extension), similarity, trust
+        for policy, weight, other in zip(self.policies, self.weights, self.abroad, strict=True):
+            found = nearby if isinstance(policy, Neighbours) else policy.deviations(vectors)
+            total += (near * np.float32(weight) + (1 - near) * np.float32(other)) * found
+        return total, similarity, familiar
 
     def why_not(self, error: float) -> str:
         """Why the learned policy is not used at this price of an error; "" if it is."""
@@ -129,10 +138,7 @@ class Fitted:
     def with_outcomes(self, table: Table, vectors: Vectors) -> "Fitted":
         """One expert more, from its outcomes on some queries: its deviation is a ridge combination of the others'."""
         self._check_new(table.experts[0])
-        nearby, _ = self.memory.look_up(vectors)
-        basis = np.zeros_like(nearby)
-        for policy, weight in zip(self.policies, self.weights, strict=True):
-            basis += np.float32(weight) * (nearby if isinstance(policy, Neighbours) else policy.deviations(vectors))
+        basis, _, _ = self._deviations(vectors)
         quality = table.quality[:, 0].astype(np.float64)
         mean = (quality.sum() + _PRIOR * self.means.mean()) / (len(quality) + _PRIOR)
         size = basis.shape[1]
@@ -244,12 +250,14 @@ def fitted(
         raise ValueError(f"prices: expected one per expert, {len(table.experts)}, got {prices.base.shape}")
     weights = observed(table)
     quality = np.where(table.mask, table.quality, 0).astype(np.float32)
-    means = expert_means(quality, weights)
+    outcomes = doubly_robust(vectors, quality, weights, seed=seed)
+    ones = np.ones_like(outcomes)
+    means = expert_means(outcomes, ones)
     model = fit_prices(table) if prices is None else prices
     price = full_price(table, model) if prices is None else model(np.array([len(text) for text in table.queries], float))
     rows, experts = quality.shape
     memory = Neighbours()
-    memory.fit(vectors, quality, weights, means, seed=seed)
+    memory.fit(vectors, outcomes, ones, means, seed=seed)
     state = Fitted(
         experts=tuple(table.experts),
         means=means,
@@ -259,9 +267,11 @@ def fitted(
         extension=np.eye(experts, dtype=np.float32),
         policies=(),
         weights=(),
+        abroad=(),
         memory=memory,
         texts=tuple(text[:_TEXT] for text in table.queries),
-        trust=(np.array([0.0]), np.array([1.0])),
+        familiar=(np.array([0.0]), np.array([1.0])),
+        reliance=0.0,
         judged=None,
         winner="static mix",
         held_costs={},
@@ -272,7 +282,7 @@ def fitted(
     )
     if rows < _FEWEST_ROWS or experts < 2:
         return state
-    return _learned(state, vectors, quality, weights, price, policies, seed)
+    return _learned(state, vectors, quality, weights, outcomes, price, policies, seed)
 
 
 def _learned(
@@ -280,6 +290,7 @@ def _learned(
     vectors: Vectors,
     quality: np.ndarray,
     weights: np.ndarray,
+    outcomes: np.ndarray,
     price: np.ndarray,
     policies: Sequence[Callable[[], Policy]],
     seed: int,
@@ -287,106 +298,86 @@ def _learned(
     some = np.arange(len(quality))
     if len(some) > _MOST_HELD_OUT:
         some = np.sort(np.random.default_rng(seed).choice(len(some), _MOST_HELD_OUT, replace=False))
-    part, q, w, p = vectors.rows(some), quality[some], weights[some], price[some]
-    held = held_out(policies, part, q, w, random_folds(len(some), seed=seed), seed=seed)
+    part, p = vectors.rows(some), price[some]
+    held = held_out(policies, part, quality[some], weights[some], random_folds(len(some), seed=seed), seed=seed)
     errors = grid(p)
     names = list(held.deviations)
-    candidates = {name: _weights_without_fold(held, q, w, [name]) for name in names}
+    estimates = {name: held.means + _without_own_fold(held, [name]) for name in names}
     if len(names) > 1:
-        candidates["blend"] = _weights_without_fold(held, q, w, names)
-    estimates = {name: held.means + _by_fold(held, by_fold) for name, by_fold in candidates.items()}
-    truth = completed(q, estimates["blend" if len(names) > 1 else names[0]], w)
-    verdicts = {name: judged(_decider(estimate, p), held.means, p, truth, errors) for name, estimate in estimates.items()}
+        estimates["blend"] = held.means + _without_own_fold(held, names)
+    verdicts = {name: judged(estimate, held.means, p, held.truth, errors) for name, estimate in estimates.items()}
     costs = {name: float(verdict.learned.mean()) for name, verdict in verdicts.items()}
     winner = min(costs, key=lambda name: costs[name])
     if "blend" in verdicts and winner != "blend":
         # Among estimators this much alike, the cheapest on a few thousand rows is often not the best: it must win clearly.
         gain, half = mean_and_half(verdicts["blend"].rows - verdicts[winner].rows)
         winner = winner if gain > half else "blend"
-    final = blend(_only(held, names if winner == "blend" else [winner]), q, w)
-    trust = _trust(part, q, w, policies, held, final, seed)
-    used = [make for make in policies if final.get(make().kind, 0) > 0]
+    here = blend(_only(held, names if winner == "blend" else [winner]))
+    abroad, reliance, familiar = _elsewhere(policies, part, quality[some], weights[some], held, seed)
+    used = [make for make in policies if here.get(make().kind, 0) > 0 or abroad.get(make().kind, 0) > 0]
+    ones = np.ones_like(outcomes)
     learned = tuple(
-        state.memory if isinstance(make(), Neighbours) else make().fit(vectors, quality, weights, state.means, seed=seed)
+        state.memory if isinstance(make(), Neighbours) else make().fit(vectors, outcomes, ones, state.means, seed=seed)
         for make in used
     )
+    near = np.interp(held.similarity, *familiar)[:, None].astype(np.float32)
+    judged_as = held.means + near * (estimates[winner] - held.means) + (1 - near) * mixed(held.deviations, abroad)
     shown = np.random.default_rng(seed).permutation(len(some))[:_KEPT_ROWS]
-    alike = np.interp(held.similarity, *trust)[:, None].astype(np.float32)
-    trusted = held.means + alike * (estimates[winner] - held.means)
     return replace(
         state,
         policies=learned,
-        weights=tuple(final[policy.kind] for policy in learned),
-        trust=trust,
-        judged=judged(_decider(trusted, p), held.means, p, truth, errors),
+        weights=tuple(here.get(policy.kind, 0.0) for policy in learned),
+        abroad=tuple(abroad.get(policy.kind, 0.0) for policy in learned),
+        familiar=familiar,
+        reliance=reliance,
+        judged=judged(judged_as, held.means, p, held.truth, errors),
         winner=winner,
         held_costs=costs,
-        held_quality=truth[shown].astype(np.float32),
-        held_estimate=trusted[shown].astype(np.float32),
+        held_quality=held.truth[shown].astype(np.float32),
+        held_estimate=judged_as[shown].astype(np.float32),
         held_price=p[shown],
-        room=str(routability(trusted.astype(np.float64), p, truth)),
+        room=str(routability(judged_as.astype(np.float64), p, held.truth)),
     )
 
 
-def _trust(
+def _elsewhere(
+    policies: Sequence[Callable[[], Policy]],
     vectors: Vectors,
     quality: np.ndarray,
     weights: np.ndarray,
-    policies: Sequence[Callable[[], Policy]],
     held: HeldOut,
-    final: dict[str, float],
     seed: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    """How far to trust a deviation, from random folds and from folds that are whole clusters."""
-    used = [make for make in policies if final.get(make().kind, 0) > 0]
-    if not used:
-        return np.array([0.0]), np.array([0.0])
-    rows, fold = shifted_folds(vectors, seed=seed)
-    parts = [_differences(held, quality, weights, final)]
-    if len(np.unique(fold)) > 1:
-        shifted = held_out(used, vectors.rows(rows), quality[rows], weights[rows], fold, seed=seed)
-        parts.append(_differences(shifted, quality[rows], weights[rows], final))
-    return trust_of(parts)
-
-
-def _differences(
-    held: HeldOut, quality: np.ndarray, weights: np.ndarray, final: dict[str, float]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    estimate = mixed(held.deviations, {name: weight for name, weight in final.items() if weight > 0})
-    truth = np.where(weights > 0, quality - held.means, np.nan)
-    if (weights > 0).all():
-        estimate, truth = estimate - estimate.mean(1, keepdims=True), truth - truth.mean(1, keepdims=True)
-    return held.similarity, estimate, truth
+) -> tuple[dict[str, float], float, tuple[np.ndarray, np.ndarray]]:
+    """For queries of new subjects: the estimators' weights, the share of them that is relied on, and how to know such queries."""
+    rows, cluster, fold = shifted_folds(vectors, FOLDS, seed=seed)
+    if len(np.unique(fold)) < 2:
+        return {}, 0.0, (np.array([0.0]), np.array([1.0]))
+    some, q, w = vectors.rows(rows), quality[rows], weights[rows]
+    shifted = held_out(policies, some, q, w, fold, seed=seed, new=True)
+    mass = 1 / np.bincount(cluster)[cluster]
+    found = blend(shifted, mass)
+    reliance = shrinkage(mixed(shifted.deviations, found), shifted.truth - shifted.means, cluster)
+    # Rows drawn like the log, which the encoder has not seen either.
+    own = held.fold[rows] == 0
+    memory, around = Neighbours(), refitted(some, np.flatnonzero(~own), seed=seed)
+    memory.fit(around.rows(np.flatnonzero(~own)), q[~own], np.ones_like(q[~own]), held.means[0], seed=seed)
+    _, alike = memory.look_up(around.rows(np.flatnonzero(own)))
+    familiar = familiarity(alike, shifted.similarity, cluster)
+    return {name: reliance * weight for name, weight in found.items()}, reliance, familiar
 
 
 def _only(held: HeldOut, names: Sequence[str]) -> HeldOut:
     return replace(held, deviations={name: held.deviations[name] for name in names})
 
 
-def _weights_without_fold(held: HeldOut, quality: np.ndarray, weights: np.ndarray, names: Sequence[str]) -> dict[int, dict]:
-    """For each fold, blending weights that its rows had no part in."""
-    result = {}
-    for number in np.unique(held.fold):
-        rest = held.fold != number
-        others = HeldOut(
-            {name: held.deviations[name][rest] for name in names}, held.means[rest], held.similarity[rest], held.fold[rest]
-        )
-        result[int(number)] = blend(others, quality[rest], weights[rest])
-    return result
-
-
-def _by_fold(held: HeldOut, by_fold: dict[int, dict]) -> np.ndarray:
+def _without_own_fold(held: HeldOut, names: Sequence[str]) -> np.ndarray:
+    """The blend of these estimators, with weights that a row's fold had no part in.  -> (N, E)"""
     result = np.zeros_like(held.means)
-    for number, weights in by_fold.items():
-        rows = held.fold == number
-        result[rows] = mixed({name: held.deviations[name][rows] for name in weights}, weights)
+    for number in np.unique(held.fold):
+        rows = np.flatnonzero(held.fold == number)
+        weights = blend(_only(held.rows(np.flatnonzero(held.fold != number)), names))
+        result[rows] = mixed({name: held.deviations[name][rows] for name in names}, weights)
     return result
-
-
-def _decider(estimate: np.ndarray, price: np.ndarray) -> Callable[[float], np.ndarray]:
-    order = np.argsort(price.mean(0), kind="stable")
-    sorted_estimate, sorted_price = estimate[:, order], price[:, order]
-    return lambda error: order[(sorted_estimate - sorted_price / error).argmax(1)]
 
 
 def _mean_latency(table: Table) -> np.ndarray:

@@ -16,7 +16,7 @@ from deferral.datasets import DataError
 from deferral.routing.constraints import Abilities
 from deferral.routing.encoders import NgramEncoder
 from deferral.routing.fitting import Fitted
-from deferral.routing.policies import Clusters, Factors, Heads, Linear, Neighbours
+from deferral.routing.policies import Clusters, Factors, Features, Heads, Linear, Neighbours
 from deferral.routing.prices import PriceModel
 from deferral.routing.training import Judged
 
@@ -27,7 +27,7 @@ __all__ = ["FORMAT", "load", "save"]
 
 FORMAT = 1
 _NUMBERS, _NAMES = "state.safetensors", "router.json"
-_POLICIES = {policy.kind: policy for policy in (Linear, Neighbours, Clusters, Heads, Factors)}
+_POLICIES = {policy.kind: policy for policy in (Linear, Neighbours, Clusters, Heads, Factors, Features)}
 _JUDGED = ("errors", "learned", "static", "random", "oracle", "gain", "half_width", "overall", "rows")
 _ARRAYS = ("means", "mean_price", "latency", "extension", "held_quality", "held_estimate", "held_price")
 
@@ -47,7 +47,7 @@ def save(router: "Router", folder: Path) -> None:
         if policy is not state.memory:
             arrays |= {f"{policy.kind}/{name}": array for name, array in policy.arrays.items()}
     arrays |= {f"state/{name}": getattr(state, name) for name in _ARRAYS}
-    arrays |= {"trust/similarity": state.trust[0], "trust/trust": state.trust[1]}
+    arrays |= {"familiar/similarity": state.familiar[0], "familiar/chance": state.familiar[1]}
     arrays |= {"prices/base": state.prices.base, "prices/per_character": state.prices.per_character}
     if state.judged is not None:
         arrays |= {f"judged/{name}": getattr(state.judged, name) for name in _JUDGED}
@@ -62,6 +62,8 @@ def save(router: "Router", folder: Path) -> None:
         "experts": list(state.experts),
         "policies": [policy.kind for policy in state.policies],
         "weights": list(state.weights),
+        "abroad": list(state.abroad),
+        "reliance": state.reliance,
         "winner": state.winner,
         "held_costs": state.held_costs,
         "room": state.room,
@@ -126,9 +128,11 @@ def _state(names: dict, arrays: dict[str, np.ndarray]) -> Fitted:
         prices=PriceModel(**_part(arrays, "prices")),
         policies=tuple(policies),
         weights=tuple(names["weights"]),
+        abroad=tuple(names["abroad"]),
         memory=memory,
         texts=tuple(names["texts"]),
-        trust=(arrays["trust/similarity"], arrays["trust/trust"]),
+        familiar=(arrays["familiar/similarity"], arrays["familiar/chance"]),
+        reliance=names["reliance"],
         judged=Judged(**judged) if judged else None,
         winner=names["winner"],
         held_costs=names["held_costs"],

@@ -61,7 +61,10 @@ class Neighbours:
         return self.look_up(vectors)[0]
 
     def look_up(self, vectors: Vectors) -> tuple[np.ndarray, np.ndarray]:
-        """The deviations, and how like the log the query is: its mean cosine with the ten nearest.  -> (N, E), (N,)"""
+        """The deviations, and how like the log the query is.  -> (N, E), (N,)
+
+        Likeness is the mean cosine with the ten nearest, of the TF-IDF row where there is one, before its reduction.
+        """
         result = np.zeros((len(vectors), self.arrays["gain"].shape[1]), np.float32)
         alike = np.zeros(len(vectors), np.float32)
         for block, rows, similarity in self._nearest(vectors, self.count):
@@ -73,7 +76,7 @@ class Neighbours:
                 mass = np.einsum("nk,nke->ne", closeness, self.arrays["known"][rows])
             result[block] = np.matmul(closeness[:, None], gain)[:, 0] / (mass + self.prior)
             alike[block] = np.partition(similarity, -some, axis=1)[:, -some:].mean(1)
-        return result, alike
+        return result, alike if vectors.share is None else alike * vectors.share
 
     def nearest(self, vectors: Vectors, count: int) -> tuple[np.ndarray, np.ndarray]:
         """The nearest logged rows and their similarity (the cosine), nearest first.  -> (N, count), (N, count)"""
