@@ -36,7 +36,8 @@ class Wide:
     def times(self, matrix: np.ndarray) -> np.ndarray:
         """The product with a dense matrix.  (columns, K) -> (N, K)"""
         if len(self.starts) == 2:
-            return (self.values @ matrix[self.indices])[None]
+            # `take` fetches rows in a third of the time of an index.
+            return (self.values @ matrix.take(self.indices, axis=0))[None]
         return self.sparse() @ matrix
 
     def sparse(self) -> Any:
@@ -127,10 +128,10 @@ class NgramEncoder:
         self._column[self.arrays["buckets"]] = np.arange(len(self.arrays["buckets"]))
 
     def _wide(self, buckets: np.ndarray, starts: np.ndarray) -> Wide:
-        column = self._column[buckets]
+        column = self._column.take(buckets)
         known = column >= 0
         indices = column[known]
-        values = self.arrays["weights"][indices]
+        values = self.arrays["weights"].take(indices)
         columns = len(self.arrays["weights"])
         if len(starts) == 2:
             # Its own few rows of the projection are all that one query needs.

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -61,7 +62,7 @@ class Fitted:
     held_price: np.ndarray  # (M, E)
     room: str
 
-    @property
+    @cached_property
     def cheapest_first(self) -> np.ndarray:
         """Experts by their mean price.  -> (E,)"""
         return np.argsort(self.mean_price, kind="stable")

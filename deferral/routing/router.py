@@ -113,34 +113,35 @@ class Router:
         state = self.fitted
         quality, similarity, trust = state.estimate(vectors)
         price = state.prices(np.array([len(query) for query in queries], float))
-        cost = np.where(plan.mask, 1 - quality + price / plan.price_of_error, np.inf)
+        cost = 1 - quality + price / plan.price_of_error
+        if not plan.mask.all():
+            cost[:, ~plan.mask] = np.inf
         # Ties go to the cheaper expert.
         order = state.cheapest_first
-        actions = order[cost[:, order].argmin(1)]
+        best = order[cost[:, order].argmin(1)]
         fallback = np.full(len(queries), True) if plan.why_fallback else trust < _LEAST_TRUST
-        propensity = np.ones(len(queries))
-        random = (plan.mix > 0).sum() > 1 and bool(fallback.any())
-        drawn = draws(queries, self.salt) if random or self.explore > 0 else np.full(len(queries), 0.5)
+        actions, propensity = best, np.ones(len(queries))
         if fallback.any():
-            chances = np.cumsum(plan.mix)
-            picked = np.minimum(np.searchsorted(chances, drawn, side="right"), np.flatnonzero(plan.mix)[-1])
-            actions = np.where(fallback, picked, actions)
+            actions = np.where(fallback, self._drawn_from(plan.mix, queries), best)
             propensity = np.where(fallback, plan.mix[actions], 1.0)
         if self.explore > 0:
             allowed = np.flatnonzero(plan.mask)
             curious = draws(queries, self.salt + "explore")
-            there = curious < self.explore
             picked = allowed[np.minimum((curious / self.explore * len(allowed)).astype(int), len(allowed) - 1)]
-            actions = np.where(there, picked, actions)
-            usual = np.where(fallback, plan.mix[actions], 1.0)
-            if there.any():
-                best = order[cost[:, order].argmin(1)]
-                usual = np.where(fallback, plan.mix[actions], (actions == best).astype(float))
+            actions = np.where(curious < self.explore, picked, actions)
+            usual = np.where(fallback, plan.mix[actions], actions == best)
             propensity = (1 - self.explore) * usual + self.explore / len(allowed)
         return Decisions(
             list(state.experts), actions, quality, price, cost, propensity, fallback, similarity, plan.price_of_error,
             plan.why_fallback,
         )  # fmt: skip
+
+    def _drawn_from(self, mix: np.ndarray, queries: Sequence[str]) -> np.ndarray:
+        """The expert of each query that its draw picks from the mix.  (E,), N -> (N,)"""
+        members = np.flatnonzero(mix)
+        if len(members) == 1:
+            return np.full(len(queries), members[0])
+        return np.minimum(np.searchsorted(np.cumsum(mix), draws(queries, self.salt), side="right"), members[-1])
 
     def plan(
         self,
