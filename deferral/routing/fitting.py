@@ -110,6 +110,13 @@ class Fitted:
                 raise ValueError(f"min_quality: at most {best:.3f} was reached on held-out queries, got {least}")
         return self._search(mask, lambda price, quality: quality >= least, largest=False)
 
+    def errors_from_best(self, mask: np.ndarray, count: int = 60) -> np.ndarray:
+        """Falling prices of an error, from the one at which the held-out rows have the highest quality.  (E,) bool -> (G,)"""
+        errors = np.geomspace(*self._ends(), count)[::-1]
+        if len(self.held_price) == 0:
+            return errors
+        return errors[int(np.argmax([self._means_at(mask, error)[1] for error in errors])) :]
+
     def report(self, error: float) -> str:
         """What was held out, what won, and what it is worth at this price of an error."""
         if self.judged is None:

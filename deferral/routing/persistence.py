@@ -18,6 +18,7 @@ from deferral.routing.encoders import NgramEncoder
 from deferral.routing.fitting import Fitted
 from deferral.routing.policies import Clusters, Factors, Heads, Linear, Neighbours
 from deferral.routing.prices import PriceModel
+from deferral.routing.promises import Witnesses
 from deferral.routing.training import Judged
 
 if TYPE_CHECKING:
@@ -49,11 +50,15 @@ def save(router: "Router", folder: Path) -> None:
     arrays |= {f"state/{name}": getattr(state, name) for name in _ARRAYS}
     arrays |= {"trust/similarity": state.trust[0], "trust/trust": state.trust[1]}
     arrays |= {"prices/base": state.prices.base, "prices/per_character": state.prices.per_character}
+    arrays["seen/queries"] = router._seen
+    if router._witnesses is not None:
+        arrays |= {f"witnesses/{name}": value for name, value in vars(router._witnesses).items()}
     if state.judged is not None:
         arrays |= {f"judged/{name}": getattr(state.judged, name) for name in _JUDGED}
     names = {
         "format": FORMAT,
         "encoder": router.encoder.kind,
+        "fingerprint": router.encoder.fingerprint,
         "price_of_error": router.price_of_error,
         "explore": router.explore,
         "seed": router.seed,
@@ -78,7 +83,7 @@ def save(router: "Router", folder: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def load(folder: Path, encode: Callable[[list[str]], Any] | None) -> "Router":
+def load(folder: Path, encode: Callable[[list[str]], Any] | str | Path | None) -> "Router":
     """The router of a folder; DataError where it is missing, corrupted or newer than this version."""
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
@@ -97,15 +102,24 @@ def load(folder: Path, encode: Callable[[list[str]], Any] | None) -> "Router":
             )
         arrays = load_file(folder / _NUMBERS)
         if (names["encoder"] == NgramEncoder.kind) != (encode is None):
-            wanted = "no encoder of yours" if encode is not None else "the function from texts to vectors that it was fitted with"
+            own = "the sentence encoder's folder, or the function from texts to vectors, that it was fitted with"
+            wanted = own if encode is None else "no encoder of yours"
             raise ValueError(f"encoder: this router needs {wanted}; pass it to Router.load as encoder=")
         abilities = {name: Abilities(**values) for name, values in names["abilities"].items()}
         router = Router(
             names["price_of_error"], encoder=encode, abilities=abilities, explore=names["explore"], seed=names["seed"]
         )
+        if names["fingerprint"] is not None and router.encoder.fingerprint not in (None, names["fingerprint"]):
+            raise ValueError(
+                f"encoder: this router was fitted with encoder {names['fingerprint']}, got {router.encoder.fingerprint}; its "
+                "vectors would mean nothing here"
+            )
         router.salt = names["salt"]
         router.encoder.restore(_part(arrays, "encoder"))
         router._fitted = _state(names, arrays)
+        router._seen = arrays["seen/queries"]
+        if witnesses := _part(arrays, "witnesses"):
+            router._witnesses = Witnesses(**witnesses)
     except (KeyError, TypeError, SafetensorError, OSError) as error:
         raise DataError(f"{folder}: the router cannot be read, {type(error).__name__}: {error}; fit and save it again") from error
     return router
