@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -9,15 +10,14 @@ from deferral.routing.encoders import Vectors
 from deferral.routing.evaluation import routability
 from deferral.routing.outcomes import Table
 from deferral.routing.partial_logs import doubly_robust, observed
-from deferral.routing.policies import Neighbours, Policy, expert_means
-from deferral.routing.prices import PriceModel, fit_prices
+from deferral.routing.policies import Heads, Neighbours, Policy, Rejector, expert_means
+from deferral.routing.prices import PriceModel, error_range, fit_prices
 from deferral.routing.shift import familiarity, refitted, shifted_folds, shrinkage
 from deferral.routing.training import (
     FOLDS,
     HeldOut,
     Judged,
     blend,
-    error_range,
     full_price,
     grid,
     held_out,
@@ -25,12 +25,13 @@ from deferral.routing.training import (
     mean_and_half,
     mixed,
     random_folds,
+    taught,
 )
 
 __all__ = ["Fitted", "fitted"]
 
 # Cross-fitting more rows would not narrow the intervals enough to be waited for.
-_MOST_HELD_OUT = 40_000
+_MOST_HELD_OUT = 6_000
 _KEPT_ROWS = 4000
 _FEWEST_ROWS = 40
 _TEXT = 200
@@ -62,7 +63,7 @@ class Fitted:
     held_price: np.ndarray  # (M, E)
     room: str
 
-    @property
+    @cached_property
     def cheapest_first(self) -> np.ndarray:
         """Experts by their mean price.  -> (E,)"""
         return np.argsort(self.mean_price, kind="stable")
@@ -117,6 +118,13 @@ class Fitted:
             if best < least:
                 raise ValueError(f"min_quality: at most {best:.3f} was reached on held-out queries, got {least}")
         return self._search(mask, lambda price, quality: quality >= least, largest=False)
+
+    def errors_from_best(self, mask: np.ndarray, count: int = 60) -> np.ndarray:
+        """Falling prices of an error, from the one at which the held-out rows have the highest quality.  (E,) bool -> (G,)"""
+        errors = np.geomspace(*self._ends(), count)[::-1]
+        if len(self.held_price) == 0:
+            return errors
+        return errors[int(np.argmax([self._means_at(mask, error)[1] for error in errors])) :]
 
     def report(self, error: float) -> str:
         """What was held out, what won, and what it is worth at this price of an error."""
@@ -299,7 +307,7 @@ def _learned(
     if len(some) > _MOST_HELD_OUT:
         some = np.sort(np.random.default_rng(seed).choice(len(some), _MOST_HELD_OUT, replace=False))
     part, p = vectors.rows(some), price[some]
-    held = held_out(policies, part, quality[some], weights[some], random_folds(len(some), seed=seed), seed=seed)
+    held = held_out(policies, part, quality[some], weights[some], p, random_folds(len(some), seed=seed), seed=seed)
     errors = grid(p)
     names = list(held.deviations)
     estimates = {name: held.means + _without_own_fold(held, [name]) for name in names}
@@ -313,11 +321,10 @@ def _learned(
         gain, half = mean_and_half(verdicts["blend"].rows - verdicts[winner].rows)
         winner = winner if gain > half else "blend"
     here = blend(_only(held, names if winner == "blend" else [winner]))
-    abroad, reliance, familiar = _elsewhere(policies, part, quality[some], weights[some], held, seed)
+    abroad, reliance, familiar = _elsewhere(policies, part, quality[some], weights[some], p, held, seed)
     used = [make for make in policies if here.get(make().kind, 0) > 0 or abroad.get(make().kind, 0) > 0]
-    ones = np.ones_like(outcomes)
     learned = tuple(
-        state.memory if isinstance(make(), Neighbours) else make().fit(vectors, outcomes, ones, state.means, seed=seed)
+        state.memory if isinstance(make(), Neighbours) else taught(make(), vectors, outcomes, state.means, price, seed=seed)
         for make in used
     )
     near = np.interp(held.similarity, *familiar)[:, None].astype(np.float32)
@@ -345,6 +352,7 @@ def _elsewhere(
     vectors: Vectors,
     quality: np.ndarray,
     weights: np.ndarray,
+    price: np.ndarray,
     held: HeldOut,
     seed: int,
 ) -> tuple[dict[str, float], float, tuple[np.ndarray, np.ndarray]]:
@@ -353,7 +361,9 @@ def _elsewhere(
     if len(np.unique(fold)) < 2:
         return {}, 0.0, (np.array([0.0]), np.array([1.0]))
     some, q, w = vectors.rows(rows), quality[rows], weights[rows]
-    shifted = held_out(policies, some, q, w, fold, seed=seed, new=True)
+    # Networks are not asked about subjects that they have not seen.
+    plain = [make for make in policies if not isinstance(make(), Heads | Rejector)] or policies
+    shifted = held_out(plain, some, q, w, price[rows], fold, seed=seed, new=True)
     mass = 1 / np.bincount(cluster)[cluster]
     found = blend(shifted, mass)
     reliance = shrinkage(mixed(shifted.deviations, found), shifted.truth - shifted.means, cluster)

@@ -16,8 +16,9 @@ from deferral.datasets import DataError
 from deferral.routing.constraints import Abilities
 from deferral.routing.encoders import NgramEncoder
 from deferral.routing.fitting import Fitted
-from deferral.routing.policies import Clusters, Factors, Features, Heads, Linear, Neighbours
+from deferral.routing.policies import Clusters, Factors, Features, Heads, Linear, Neighbours, Rejector
 from deferral.routing.prices import PriceModel
+from deferral.routing.promises import Witnesses
 from deferral.routing.training import Judged
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ __all__ = ["FORMAT", "load", "save"]
 
 FORMAT = 1
 _NUMBERS, _NAMES = "state.safetensors", "router.json"
-_POLICIES = {policy.kind: policy for policy in (Linear, Neighbours, Clusters, Heads, Factors, Features)}
+_POLICIES = {policy.kind: policy for policy in (Linear, Neighbours, Clusters, Heads, Factors, Features, Rejector)}
 _JUDGED = ("errors", "learned", "static", "random", "oracle", "gain", "half_width", "overall", "rows")
 _ARRAYS = ("means", "mean_price", "latency", "extension", "held_quality", "held_estimate", "held_price")
 
@@ -49,11 +50,15 @@ def save(router: "Router", folder: Path) -> None:
     arrays |= {f"state/{name}": getattr(state, name) for name in _ARRAYS}
     arrays |= {"familiar/similarity": state.familiar[0], "familiar/chance": state.familiar[1]}
     arrays |= {"prices/base": state.prices.base, "prices/per_character": state.prices.per_character}
+    arrays["seen/queries"] = router._seen
+    if router._witnesses is not None:
+        arrays |= {f"witnesses/{name}": value for name, value in vars(router._witnesses).items()}
     if state.judged is not None:
         arrays |= {f"judged/{name}": getattr(state.judged, name) for name in _JUDGED}
     names = {
         "format": FORMAT,
         "encoder": router.encoder.kind,
+        "fingerprint": router.encoder.fingerprint,
         "price_of_error": router.price_of_error,
         "explore": router.explore,
         "seed": router.seed,
@@ -80,7 +85,7 @@ def save(router: "Router", folder: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def load(folder: Path, encode: Callable[[list[str]], Any] | None) -> "Router":
+def load(folder: Path, encode: Callable[[list[str]], Any] | str | Path | None) -> "Router":
     """The router of a folder; DataError where it is missing, corrupted or newer than this version."""
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
@@ -99,15 +104,24 @@ def load(folder: Path, encode: Callable[[list[str]], Any] | None) -> "Router":
             )
         arrays = load_file(folder / _NUMBERS)
         if (names["encoder"] == NgramEncoder.kind) != (encode is None):
-            wanted = "no encoder of yours" if encode is not None else "the function from texts to vectors that it was fitted with"
+            own = "the sentence encoder's folder, or the function from texts to vectors, that it was fitted with"
+            wanted = own if encode is None else "no encoder of yours"
             raise ValueError(f"encoder: this router needs {wanted}; pass it to Router.load as encoder=")
         abilities = {name: Abilities(**values) for name, values in names["abilities"].items()}
         router = Router(
             names["price_of_error"], encoder=encode, abilities=abilities, explore=names["explore"], seed=names["seed"]
         )
+        if names["fingerprint"] is not None and router.encoder.fingerprint not in (None, names["fingerprint"]):
+            raise ValueError(
+                f"encoder: this router was fitted with encoder {names['fingerprint']}, got {router.encoder.fingerprint}; its "
+                "vectors would mean nothing here"
+            )
         router.salt = names["salt"]
         router.encoder.restore(_part(arrays, "encoder"))
         router._fitted = _state(names, arrays)
+        router._seen = arrays["seen/queries"]
+        if witnesses := _part(arrays, "witnesses"):
+            router._witnesses = Witnesses(**witnesses)
     except (KeyError, TypeError, SafetensorError, OSError) as error:
         raise DataError(f"{folder}: the router cannot be read, {type(error).__name__}: {error}; fit and save it again") from error
     return router

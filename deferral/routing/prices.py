@@ -7,7 +7,7 @@ import numpy as np
 
 from deferral.routing.outcomes import Table
 
-__all__ = ["PriceModel", "fit_prices", "list_prices"]
+__all__ = ["PriceModel", "error_range", "fit_prices", "list_prices"]
 
 # A rule of thumb of English text in today's tokenizers.
 CHARACTERS_PER_TOKEN = 4.0
@@ -54,3 +54,17 @@ def fit_prices(table: Table) -> PriceModel:
     # A line that is negative for short queries goes through the origin instead.
     slope = np.where(mean_price < slope * mean_length, mean_price / np.maximum(mean_length, 1), slope)
     return PriceModel(np.maximum(mean_price - slope * mean_length, 0), slope)
+
+
+def error_range(price: np.ndarray) -> tuple[float, float]:
+    """The prices of an error between which decisions change, in dollars.  (N, E) -> low, high
+
+    At the low end half an error's difference in quality is worth the smallest difference in price, at the high end a fiftieth
+    is worth the largest.
+    """
+    means = np.sort(price.mean(0))
+    gaps = np.diff(means)
+    gaps = gaps[gaps > 1e-9 * max(means[-1], 1e-300)]
+    if len(gaps) == 0:
+        return 1.0, 100.0
+    return float(gaps.min() / 0.5), float((means[-1] - means[0]) / 0.02)

@@ -10,14 +10,14 @@ from deferral.routing.policies.centres import nearest_centre, spherical_centres
 
 __all__ = ["familiarity", "refitted", "shifted_folds", "shrinkage"]
 
-_ROWS = 6000
+_ROWS = 4000
 _CLUSTERS = 10
 _BINS = 16
 _Z = 1.645  # one-sided 95%
 
 
 def shifted_folds(vectors: Vectors, folds: int, *, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """At most 6,000 rows, their clusters, and folds of whole clusters: what a new subject looks like.  -> (M,) thrice"""
+    """At most 4,000 rows, their clusters, and folds of whole clusters: what a new subject looks like.  -> (M,) thrice"""
     rows = np.sort(np.random.default_rng(seed).permutation(len(vectors))[:_ROWS])
     dense = vectors.dense[rows]
     cluster = nearest_centre(dense, spherical_centres(dense, min(_CLUSTERS, max(2, len(rows) // 25)), seed=seed))
@@ -65,15 +65,21 @@ def familiarity(alike: np.ndarray, unlike: np.ndarray, cluster: np.ndarray) -> t
 
 
 def shrinkage(estimate: np.ndarray, truth: np.ndarray, cluster: np.ndarray) -> float:
-    """What share of an estimated deviation can be relied on in a cluster to come.  (M, E), (M, E), (M,) -> number in [0, 1]
+    """What share of an estimated deviation can be relied on in a subject to come.  (M, E), (M, E), (M,) -> number in [0, 1]
 
-    The slopes of the true on the estimated deviation, one for each cluster, are draws among subjects: their mean less 1.645
-    standard errors, over their mean.  Deviations are taken around the row's mean.
+    The slopes of the true on the estimated deviation in every cluster are draws among subjects, and the next subject is one more:
+    the lower end of its one-sided 95% prediction interval, over the mean slope.  Deviations are taken around the row's mean; what
+    chance adds to the spread of the slopes is taken off.  Higgins, Thompson, Spiegelhalter, "A re-evaluation of random-effects
+    meta-analysis" (2009).
     """
     estimate, truth = estimate - estimate.mean(1, keepdims=True), truth - truth.mean(1, keepdims=True)
-    size = np.bincount(cluster, (estimate**2).sum(1))
-    slopes = np.bincount(cluster, (estimate * truth).sum(1))[size > 0] / size[size > 0]
+    above, below = (estimate * truth).sum(1), (estimate**2).sum(1)
+    size = np.bincount(cluster, below)
+    slope = np.bincount(cluster, above) / np.maximum(size, 1e-12)
+    chance = np.bincount(cluster, (above - slope[cluster] * below) ** 2)[size > 0] / size[size > 0] ** 2
+    slopes = slope[size > 0]
     if len(slopes) < 2 or slopes.mean() <= 0:
         return 0.0
-    error = slopes.std(ddof=1) / np.sqrt(len(slopes))
-    return float(np.clip((slopes.mean() - _Z * error) / slopes.mean(), 0, 1))
+    between = max(slopes.var(ddof=1) - chance.mean(), 0)
+    spread = np.sqrt(between + (between + chance.mean()) / len(slopes))
+    return float(np.clip(1 - _Z * spread / slopes.mean(), 0, 1))

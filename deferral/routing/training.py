@@ -13,13 +13,13 @@ from scipy.optimize import nnls
 from deferral.routing.encoders import Vectors
 from deferral.routing.outcomes import Table
 from deferral.routing.partial_logs import OutcomeModel, doubly_robust
-from deferral.routing.policies import Clusters, Features, Heads, Linear, Neighbours, Policy, expert_means
-from deferral.routing.prices import PriceModel
+from deferral.routing.policies import Clusters, Features, Heads, Linear, Neighbours, Policy, Rejector, expert_means
+from deferral.routing.prices import PriceModel, error_range
 from deferral.routing.shift import refitted
 
 __all__ = ["FOLDS", "POLICIES", "HeldOut", "Judged", "blend", "cost_rows", "held_out", "judged", "mixed", "random_folds"]
 
-POLICIES: tuple[Callable[[], Policy], ...] = (Linear, Neighbours, Clusters, Heads, Features)
+POLICIES: tuple[Callable[[], Policy], ...] = (Linear, Neighbours, Clusters, Heads, Features, Rejector)
 FOLDS = 4
 _GRID = 25
 _DEVIATION_OF_WEIGHTS = 0.1
@@ -71,12 +71,13 @@ def held_out(
     vectors: Vectors,
     quality: np.ndarray,
     weights: np.ndarray,
+    price: np.ndarray,
     fold: np.ndarray,
     *,
     seed: int = 0,
     new: bool = False,
 ) -> HeldOut:
-    """Estimates of every row by estimators fitted on the other folds.  Vectors, (N, E), (N, E), (N,) -> HeldOut
+    """Estimates of every row by estimators fitted on the other folds.  Vectors, (N, E), (N, E), (N, E), (N,) -> HeldOut
 
     `new`: to the encoder too, a fold is new.
     """
@@ -94,15 +95,25 @@ def held_out(
             truth[rows] = model.outcomes(unseen, quality[rows], weights[rows])
         ones = np.ones_like(outcomes)
         means[rows] = expert_means(outcomes, ones)
-        learn = (seen, outcomes, ones, means[rows[0]])
-        memory = Neighbours()
-        memory.fit(*learn, seed=seed)
+        memory = Neighbours().fit(seen, outcomes, ones, means[rows[0]], seed=seed)
         nearby, similarity[rows] = memory.look_up(unseen)
         for make in policies:
             policy = make()
-            found = nearby if isinstance(policy, Neighbours) else policy.fit(*learn, seed=seed).deviations(unseen)
+            found = nearby
+            if not isinstance(policy, Neighbours):
+                found = taught(policy, seen, outcomes, means[rows[0]], price[rest], seed=seed).deviations(unseen)
             deviations.setdefault(policy.kind, np.empty(quality.shape, np.float32))[rows] = found
     return HeldOut(deviations, means, truth, similarity, fold)
+
+
+def taught(
+    policy: Policy, vectors: Vectors, quality: np.ndarray, means: np.ndarray, price: np.ndarray, *, seed: int = 0
+) -> Policy:
+    """The policy, fitted on a full table; a rejector learns from prices too.  Vectors, (N, E), (E,), (N, E) -> policy"""
+    ones = np.ones_like(quality)
+    if isinstance(policy, Rejector):
+        return policy.fit(vectors, quality, ones, means, price=price, seed=seed)
+    return policy.fit(vectors, quality, ones, means, seed=seed)
 
 
 def random_folds(rows: int, *, seed: int) -> np.ndarray:
@@ -144,20 +155,6 @@ def mixed(deviations: dict[str, np.ndarray], weights: dict[str, float]) -> np.nd
     return total
 
 
-def error_range(price: np.ndarray) -> tuple[float, float]:
-    """The prices of an error between which decisions change, in dollars.  (N, E) -> low, high
-
-    At the low end half an error's difference in quality is worth the smallest difference in price, at the high end a fiftieth
-    is worth the largest.
-    """
-    means = np.sort(price.mean(0))
-    gaps = np.diff(means)
-    gaps = gaps[gaps > 1e-9 * max(means[-1], 1e-300)]
-    if len(gaps) == 0:
-        return 1.0, 100.0
-    return float(gaps.min() / 0.5), float((means[-1] - means[0]) / 0.02)
-
-
 def cost_rows(actions: np.ndarray, quality: np.ndarray, price: np.ndarray, error: float) -> np.ndarray:
     """1 - quality + price / price_of_error of the expert asked.  (N,), (N, E), (N, E) -> (N,)"""
     rows = np.arange(len(actions))
@@ -167,13 +164,13 @@ def cost_rows(actions: np.ndarray, quality: np.ndarray, price: np.ndarray, error
 def skill(estimate: np.ndarray, means: np.ndarray, quality: np.ndarray) -> np.ndarray:
     """By how much the estimates are nearer than the means to the differences among a row's outcomes.  (N, E) thrice -> (N,)
 
-    sum_e d t - d^2 / 2 with d the estimated and t the true deviation, both around the row's mean.  Between two experts that is
+    sum_e t^2 - (t - d)^2 with d the estimated and t the true deviation, both around the row's mean.  Between two experts that is
     what deciding by the estimates instead of the means gains if the trade-off is drawn uniformly: the integral of t - x over x
     from 0 to d.  A policy is judged by it because it sums over all trade-offs what shows little at each of them.
     """
     d, t = estimate - means, quality - means
     d, t = d - d.mean(1, keepdims=True), t - t.mean(1, keepdims=True)
-    return (d * t - d * d / 2).sum(1)
+    return (2 * d * t - d * d).sum(1)
 
 
 def judged(estimate: np.ndarray, means: np.ndarray, price: np.ndarray, quality: np.ndarray, errors: np.ndarray) -> Judged:
