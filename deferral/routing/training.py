@@ -53,17 +53,19 @@ class Judged:
     oracle: np.ndarray  # (G,)
     gain: np.ndarray  # (G,) static - learned, paired
     half_width: np.ndarray  # (G,) of its 95% interval
-    overall: np.ndarray  # (2,) the skill, mean and half of its 95% interval: see `skill`
+    overall: np.ndarray  # (3,) mean agreement of estimated and true deviations, half of its 95% interval, mean skill
     rows: np.ndarray  # (N,) learned cost of every row over all of them
 
     @property
     def better(self) -> np.ndarray:
         """Where the learned policy is cheaper than the best single expert with confidence.  (G,) bool
 
-        Either the 95% interval of the gain there lies above 0, or the estimates have skill with confidence and the gain there is
-        not below 0 with confidence: at the ends, where all queries go to one expert anyway, no gain can be seen.
+        Either the 95% interval of the gain there lies above 0.  Or the estimates agree with the outcomes with confidence, so that
+        deciding by some multiple of them is cheaper over all trade-offs, they have skill at their own scale, and the gain there
+        is not below 0 with confidence: at the ends, where all queries go to one expert anyway, no gain can be seen.
         """
-        return (self.gain > self.half_width) | ((self.overall[0] > self.overall[1]) & (self.gain >= -self.half_width))
+        agreement, half_width, skilled = self.overall
+        return (self.gain > self.half_width) | ((agreement > half_width) & (skilled > 0) & (self.gain >= -self.half_width))
 
 
 def held_out(
@@ -161,16 +163,17 @@ def cost_rows(actions: np.ndarray, quality: np.ndarray, price: np.ndarray, error
     return 1 - quality[rows, actions] + price[rows, actions] / error
 
 
-def skill(estimate: np.ndarray, means: np.ndarray, quality: np.ndarray) -> np.ndarray:
-    """By how much the estimates are nearer than the means to the differences among a row's outcomes.  (N, E) thrice -> (N,)
+def skill(estimate: np.ndarray, means: np.ndarray, quality: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Agreement and skill of every row.  (N, E) thrice -> (N,), (N,)
 
-    sum_e t^2 - (t - d)^2 with d the estimated and t the true deviation, both around the row's mean.  Between two experts that is
-    what deciding by the estimates instead of the means gains if the trade-off is drawn uniformly: the integral of t - x over x
-    from 0 to d.  A policy is judged by it because it sums over all trade-offs what shows little at each of them.
+    With d the estimated and t the true deviation, both around the row's mean: agreement is sum_e d t, skill is
+    sum_e t^2 - (t - d)^2, by how much the estimates are nearer than the means.  Between two experts skill is what deciding by the
+    estimates instead of the means gains if the trade-off is drawn uniformly: the integral of t - x over x from 0 to d.
     """
     d, t = estimate - means, quality - means
     d, t = d - d.mean(1, keepdims=True), t - t.mean(1, keepdims=True)
-    return (2 * d * t - d * d).sum(1)
+    agreement = (d * t).sum(1)
+    return agreement, 2 * agreement - (d * d).sum(1)
 
 
 def judged(estimate: np.ndarray, means: np.ndarray, price: np.ndarray, quality: np.ndarray, errors: np.ndarray) -> Judged:
@@ -189,6 +192,7 @@ def judged(estimate: np.ndarray, means: np.ndarray, price: np.ndarray, quality: 
         gain = static - learned
         total += learned / len(errors)
         columns.append((learned.mean(), static.mean(), costs.mean(), costs.min(1).mean(), *mean_and_half(gain)))
+    agreement, skilled = skill(estimate, means, quality)
     learned_mean, static_mean, random, perfect, gain_mean, half = np.array(columns).T
     return Judged(
         errors=np.asarray(errors, float),
@@ -198,7 +202,7 @@ def judged(estimate: np.ndarray, means: np.ndarray, price: np.ndarray, quality: 
         oracle=perfect,
         gain=gain_mean,
         half_width=half,
-        overall=np.array(mean_and_half(skill(estimate, means, quality))),
+        overall=np.array([*mean_and_half(agreement), skilled.mean()]),
         rows=total,
     )
 
