@@ -11,7 +11,8 @@ import numpy as np
 from deferral.routing.constraints import Abilities, Needs, able
 from deferral.routing.decisions import Decision, Decisions
 from deferral.routing.encoders import FunctionEncoder, NgramEncoder, Vectors
-from deferral.routing.fitting import Fitted, fitted
+from deferral.routing.fitting import Fitted
+from deferral.routing.learning import fitted
 from deferral.routing.outcomes import Log, Table, check_price_of_error
 from deferral.routing.policies import Policy
 from deferral.routing.prices import PriceModel

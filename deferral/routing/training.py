@@ -1,7 +1,7 @@
-"""What `fit` learns from held-out rows: how to blend the estimators, whether to trust them, and what they are worth.
+"""What is learned from held-out rows: how to blend the estimators, and what they are worth.
 
-Every figure is cross-fitted: a row is judged by estimators that did not see it.  The encoder alone, which sees no outcome, is
-fitted once on all queries.
+Every figure is cross-fitted: a row is judged by estimators and blending weights that did not see it.  The encoder, which sees no
+outcome, is fitted once on all queries; so are the few weights for queries of new subjects.
 """
 
 from collections.abc import Callable, Sequence
