@@ -6,7 +6,7 @@ known is left out, null or NaN.  Fields of other names are an error, so that a m
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,11 @@ _FIELDS = ("query", "expert", *NUMBERS, "tags")
 _CHUNK = 20_000
 
 
-def read_log(path: str | Path) -> Log:
+def read_log(path: str | Path, *, on_rows: Callable[[int], None] = lambda rows: None) -> Log:
     """Read a log from a file that ends in .jsonl or .parquet.  DataError names the file, the row (the first is 1) and the field.
 
-    A last line of JSON that was cut off is an error too: it says how many whole rows stand before it.
+    A last line of JSON that was cut off is an error too: it says how many whole rows stand before it.  Calls `on_rows(rows read)`
+    as it goes on.
     """
     path = Path(path)
     rows = {".jsonl": _read_jsonl, ".parquet": _read_parquet}.get(path.suffix)
@@ -36,6 +37,8 @@ def read_log(path: str | Path) -> Log:
             _add(log, number, row)
         except DataError as error:
             raise DataError(f"{path}: {error}") from None
+        if number % _CHUNK == 0:
+            on_rows(number)
     if len(log) == 0:
         raise DataError(f"{path}: the log holds no outcome; expected at least one row")
     return log
