@@ -21,7 +21,7 @@ from deferral.routing.outcomes import Log
 from deferral.routing.prices import read_prices, token_prices
 from deferral.routing.replay import as_logged, events_of, replay
 from deferral.routing.router import Router
-from deferral.routing.sentences import MAX_TOKENS, sentence_encoder
+from deferral.routing.sentences import sentence_encoder
 from deferral.routing.showing import draw_evaluation, save_evaluation, show_evaluation, show_explanation, show_replays
 
 __all__ = ["route"]
@@ -269,8 +269,10 @@ def batch(queries: Path, out: Path, folder: Path, encoder: Path | None, workers:
 @click.argument("source", type=_FOLDER)
 @click.argument("out", type=_NEW)
 @click.option("--int8", is_flag=True, help="Quantise the weights: faster, and vectors that are a little off.")
-@click.option("--max-tokens", type=click.IntRange(min=2), default=MAX_TOKENS, show_default=True, help="Of a query that are read.")
-def export_encoder(source: Path, out: Path, int8: bool, max_tokens: int) -> None:
+@click.option(
+    "--max-tokens", type=click.IntRange(min=2), help="Of a query that are read.  [default: 128, or all the model takes]"
+)
+def export_encoder(source: Path, out: Path, int8: bool, max_tokens: int | None) -> None:
     """Make OUT, an encoder for --encoder, from SOURCE, a local folder of a BERT-like model of the transformers library."""
     with _working("exporting and comparing with torch"):
         least = export(source, out, int8=int8, max_tokens=max_tokens)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from deferral.datasets import DataError
-from deferral.routing.outcomes import NUMBERS, Log, Outcome, check_number, check_text
+from deferral.routing.outcomes import NUMBERS, Log, Outcome, check_number, check_tags, check_text
 
 __all__ = ["read_log", "write_log"]
 
@@ -64,11 +64,9 @@ def _add(log: Log, number: int, row: dict) -> None:
             raise DataError(f"row {number}, {name}: it is missing")
     if strange := [name for name in row if name not in _FIELDS]:
         raise DataError(f"row {number}, {strange[0]}: expected only the fields {', '.join(_FIELDS)}")
-    tags = row.get("tags") or ()
-    if not isinstance(tags, list | tuple) or not all(isinstance(tag, str) for tag in tags):
-        raise DataError(f"row {number}, tags: expected a list of texts, got {tags!r}")
+    tags = check_tags(number, row.get("tags") or ())
     numbers = {name: check_number(number, name, row.get(name)) for name in NUMBERS}
-    log._add(check_text(number, "query", row["query"]), check_text(number, "expert", row["expert"]), numbers, tuple(tags))
+    log._add(check_text(number, "query", row["query"]), check_text(number, "expert", row["expert"]), numbers, tags)
 
 
 def _read_jsonl(path: Path) -> Iterator[dict]:
@@ -128,7 +126,13 @@ def _write_parquet(log: Log, path: Path) -> None:
     with pa.parquet.ParquetWriter(path, schema) as writer:
         for start in range(0, len(log), _CHUNK):
             rows = [_row(log[number]) for number in range(start, min(start + _CHUNK, len(log)))]
-            writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))
+            try:
+                writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))
+            except UnicodeEncodeError as error:
+                raise DataError(
+                    f"rows {start + 1} to {start + len(rows)}: {error.object[:40]!r} holds half a surrogate pair, which Parquet "
+                    "cannot hold; write .jsonl"
+                ) from error
 
 
 def _pyarrow() -> Any:

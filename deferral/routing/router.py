@@ -76,8 +76,8 @@ class Router:
         """Learn from outcomes, and hold rows out to say what that is worth (`report`).
 
         `prices` are the prices to come, by default a line through the logged ones.  `certify` is a share of the queries, drawn
-        at random, that nothing is learned from: `certified_quality` is proved by them (see `certify`).  Learning from partial logs assumes what
-        `deferral.routing.training.observed` says.
+        at random, that nothing is learned from: `certified_quality` is proved by them (see `certify`).  Learning from partial
+        logs assumes what `deferral.routing.training.observed` says.
         """
         table = log.table() if isinstance(log, Log) else log
         if unknown := sorted(set(self.abilities) - set(table.experts)):
