@@ -174,7 +174,7 @@ def _lines(router: Router, setting: dict, queries: list[str], first: int) -> byt
     columns = {
         "row": (first + 1 + rows).tolist(),
         "expert": decisions.names,
-        "quality": decisions.quality[rows, decisions.actions].clip(0, 1).round(6).tolist(),
+        "quality": decisions.quality[rows, decisions.actions].astype(float).clip(0, 1).round(6).tolist(),
         "price": decisions.price[rows, decisions.actions].tolist(),
         "propensity": decisions.propensity.tolist(),
         "fallback": decisions.fallback.tolist(),

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from deferral.routing.evaluation import (
 from deferral.routing.outcomes import Log, Table
 from deferral.routing.router import Router
 
-__all__ = ["SHARES", "Evaluation", "Held", "cross_fitted", "evaluation", "held", "joined", "tag_folds"]
+__all__ = ["SHARES", "Evaluation", "Held", "cross_fitted", "evaluation", "held", "joined", "query_folds", "tag_folds"]
 
 SHARES = (1.0, 0.98, 0.95)
 
@@ -98,10 +99,19 @@ def cross_fitted(make: Callable[[], Router], table: Table, fold: np.ndarray) -> 
 
 def joined(parts: Sequence[Held]) -> Held:
     """The rows of all folds."""
-    rows = {name: np.concatenate([getattr(part, name) for part in parts]) for name in ("quality", "price", "margin")}
-    settings = ("routed", "learned", "static", "fallback")
-    columns = {name: np.concatenate([getattr(part, name) for part in parts], axis=1) for name in settings}
-    return replace(parts[0], **rows, **columns)
+
+    def along(axis: int, *names: str) -> dict[str, Any]:
+        return {name: np.concatenate([getattr(part, name) for part in parts], axis=axis) for name in names}
+
+    rows, settings = along(0, "quality", "price", "margin"), along(1, "routed", "learned", "static", "fallback")
+    return replace(parts[0], **rows, **settings)
+
+
+def query_folds(table: Table, folds: int, *, seed: int = 0) -> np.ndarray:
+    """Folds of queries at random.  -> (N,)"""
+    if len(table.queries) < folds:
+        raise ValueError(f"expected at least {folds} queries, one per fold, got {len(table.queries)}")
+    return np.random.default_rng(seed).permutation(len(table.queries)) % folds
 
 
 def tag_folds(log: Log, table: Table, folds: int) -> np.ndarray:
@@ -141,9 +151,9 @@ def evaluation(rows: Held, *, resamples: int = 1000, seed: int = 0) -> Evaluatio
         prices, qualities = weights @ rows.price / weights.sum(), weights @ rows.quality / weights.sum()
         found = []
         for one in curves.values():
-            points = one.points(weights)
-            found.append(aiq(points, prices.min(), prices.max()))
-            found += [saving(points, qualities[best], prices[best], share) for share in SHARES]
+            corners = hull(one.points(weights))
+            found.append(aiq(corners, prices.min(), prices.max()))
+            found += [saving(corners, qualities[best], prices[best], share) for share in SHARES]
         return np.array([*found, *(found[len(names) * place] - found[2 * len(names)] for place in range(len(curves)))])
 
     flat = intervals_of(figures, len(rows.quality), resamples=resamples, seed=seed)

@@ -42,10 +42,11 @@ class _Encoder(nn.Module):
         return self.model(input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids).last_hidden_state
 
 
-def export(source: str | Path, out: str | Path, *, int8: bool = False, max_tokens: int = MAX_TOKENS) -> float:
+def export(source: str | Path, out: str | Path, *, int8: bool = False, max_tokens: int | None = None) -> float:
     """Write the folder `out` from the folder `source` of a BERT-like encoder; the least cosine of the parity check.
 
-    `int8` quantises the weights, which is faster and moves the vectors a little.  DataError if `source` is no such folder, or
+    `int8` quantises the weights, which is faster and moves the vectors a little; `max_tokens` of a text are read, by default 128
+    or as many as the model takes.  DataError if `source` is no such folder, or
     if the vectors are not those of torch.
     """
     source, out = Path(source), Path(out)
@@ -54,7 +55,8 @@ def export(source: str | Path, out: str | Path, *, int8: bool = False, max_token
     if not (source / TOKENS).is_file():
         raise DataError(f"{source / TOKENS}: it is missing; expected a folder of the transformers library with a fast tokenizer")
     model = _model(source)
-    positions = getattr(model.config, "max_position_embeddings", max_tokens)
+    positions = getattr(model.config, "max_position_embeddings", MAX_TOKENS)
+    max_tokens = min(MAX_TOKENS, positions) if max_tokens is None else max_tokens
     if not 2 <= max_tokens <= positions:
         raise ValueError(f"max_tokens: expected 2 to {positions}, as many as the model takes, got {max_tokens}")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -85,7 +87,7 @@ def _model(source: Path) -> Any:
     try:
         from transformers import AutoModel
     except ModuleNotFoundError as error:
-        raise ImportError("the export needs transformers: pip install transformers onnx onnxscript") from error
+        raise ImportError("the export needs transformers: pip install 'deferral[encoders-export]'") from error
     try:
         model = AutoModel.from_pretrained(str(source), local_files_only=True, attn_implementation="eager")
     except (OSError, ValueError) as error:
@@ -105,7 +107,7 @@ def _write(model: nn.Module, path: Path) -> None:
                 dynamic_shapes=(sizes, sizes, sizes), external_data=False, dynamo=True, verbose=False,
             )  # fmt: skip
     except ModuleNotFoundError as error:
-        raise ImportError(f"the export needs {error.name}: pip install onnx onnxscript") from error
+        raise ImportError(f"the export needs {error.name}: pip install 'deferral[encoders-export]'") from error
 
 
 def _quantise(plain: Path, path: Path) -> None:
@@ -116,11 +118,10 @@ def _quantise(plain: Path, path: Path) -> None:
 
 def _checked(model: Any, folder: Path, name: str) -> float:
     encoder = OnnxEncoder(folder)
-    rows = encoder._tokenizer.encode_batch(list(_PROBES))
-    given = [torch.tensor([getattr(row, key) for row in rows]) for key in ("ids", "attention_mask", "type_ids")]
+    given = encoder.inputs(_PROBES)
     with torch.no_grad():
-        states = _Encoder(model)(*given).numpy()
-    expected = mean_pooled(states, given[1].numpy())
+        states = _Encoder(model)(*(torch.from_numpy(given[name]) for name in _INPUTS)).numpy()
+    expected = mean_pooled(states, given["attention_mask"])
     together, alone = encoder(_PROBES), np.concatenate([encoder([probe]) for probe in _PROBES])
     least = float(min((expected * together).sum(1).min(), (expected * alone).sum(1).min()))
     if not least >= _LEAST[name]:

@@ -32,6 +32,19 @@ class Events:
     propensity: np.ndarray  # (N,)
     assumed: float  # the share of propensities that were not logged
 
+    def of_queries(self, kept: np.ndarray) -> "Events":
+        """The decisions on some of the queries.  (M,) bool -> Events"""
+        rows, place = kept[self.query], kept.cumsum() - 1
+        return Events(
+            [query for query, keep in zip(self.queries, kept, strict=True) if keep],
+            place[self.query[rows]],
+            self.expert[rows],
+            self.quality[rows],
+            self.price[rows],
+            self.propensity[rows],
+            self.assumed,
+        )
+
 
 @dataclass(frozen=True)
 class Replay:

@@ -73,20 +73,25 @@ class Router:
         self._witnesses: Witnesses | None = None
         self._plans: dict[Any, Plan] = {}
 
-    def fit(self, log: Log | Table, *, prices: PriceModel | None = None) -> "Router":
+    def fit(self, log: Log | Table, *, prices: PriceModel | None = None, certify: float = 0.0) -> "Router":
         """Learn from outcomes, and hold rows out to say what that is worth (`report`).
 
-        `prices` are the prices to come, by default a line through the logged ones.  Learning from partial logs assumes what
-        `deferral.routing.training.observed` says.
+        `prices` are the prices to come, by default a line through the logged ones.  `certify` is a share of the queries, drawn
+        at random, that nothing is learned from: `certified_quality` is proved by them (see `certify`).  Learning from partial
+        logs assumes what `deferral.routing.training.observed` says.
         """
         table = log.table() if isinstance(log, Log) else log
         if unknown := sorted(set(self.abilities) - set(table.experts)):
             raise ValueError(f"abilities: {unknown[0]!r} has no outcome; the log holds {', '.join(table.experts)}")
+        if not 0 <= certify < 1:
+            raise ValueError(f"certify: expected a share of the queries in [0, 1), got {certify}")
+        apart = np.random.default_rng(self.seed).random(len(table.queries)) < certify
+        everything, table = table, table.rows(np.flatnonzero(~apart)) if apart.any() else table
         vectors = self.encoder.fit(table.queries)
         self._fitted = fitted(table, vectors, self.policies, prices=prices, seed=self.seed)
         self._seen, self._witnesses = np.sort(fingerprints(table.queries)), None
         self._plans.clear()
-        return self
+        return self.certify(everything.rows(np.flatnonzero(apart))) if apart.any() else self
 
     @property
     def fitted(self) -> Fitted:

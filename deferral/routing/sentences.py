@@ -80,14 +80,22 @@ class OnnxEncoder:
         return result
 
     def _batch(self, texts: list[str]) -> np.ndarray:
-        rows = self._tokenizer.encode_batch(texts)
-        mask = np.array([row.attention_mask for row in rows], np.int64)
+        given = self.inputs(texts)
+        states = self._session.run(None, {name: given[name] for name in self._inputs})[0]
+        return mean_pooled(states, given["attention_mask"])
+
+    def inputs(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
+        """What the model reads: ids, mask and segments of the tokens.  N -> (N, T) int64, T at least 2"""
+        rows = self._tokenizer.encode_batch(list(texts))
         given = {
-            "input_ids": np.array([row.ids for row in rows], np.int64),
-            "attention_mask": mask,
-            "token_type_ids": np.array([row.type_ids for row in rows], np.int64),
+            "input_ids": [row.ids for row in rows],
+            "attention_mask": [row.attention_mask for row in rows],
+            "token_type_ids": [row.type_ids for row in rows],
         }
-        return mean_pooled(self._session.run(None, {name: given[name] for name in self._inputs})[0], mask)
+        arrays = {name: np.array(values, np.int64).reshape(len(rows), -1) for name, values in given.items()}
+        # A text of which nothing is known may have no token at all.
+        short = max(0, 2 - arrays["input_ids"].shape[1])
+        return {name: np.pad(array, ((0, 0), (0, short))) for name, array in arrays.items()}
 
 
 class TransformersEncoder:
@@ -100,7 +108,7 @@ class TransformersEncoder:
         except ModuleNotFoundError as error:
             raise ImportError(
                 f"{folder} holds no {PLAIN}: make one with `deferral route export-encoder {folder} OUT` (pip install "
-                "'deferral[encoders]'), or pip install sentence-transformers"
+                "'deferral[encoders-export]'), or pip install sentence-transformers"
             ) from error
         self._model: Any = SentenceTransformer(str(folder), device="cpu", local_files_only=True)
         weights = [path for path in sorted(folder.rglob("*.safetensors")) if path.is_file()]
