@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from deferral.routing.encoders import NgramEncoder, Vectors, Wide
-from deferral.routing.policies import Clusters, Factors, Heads, Linear, Neighbours, Rejector, expert_means
+from deferral.routing.policies import Clusters, Factors, Features, Heads, Linear, Neighbours, Rejector, expert_means
 from deferral.routing.policies.centres import nearest_centre, spherical_centres
 
 pytestmark = pytest.mark.ci_slow
@@ -154,13 +154,35 @@ def test_the_rejector_follows_the_price_of_an_error() -> None:
     # Expert 2 knows everything, and is dear; expert 0 knows subjects 0 and 1, expert 1 nothing.
     quality = np.stack([subject < 2, np.zeros(600), np.ones(600)], -1).astype(np.float32)
     price = np.tile([[0.001, 0.002, 0.02]], (600, 1))
-    rejector = Rejector().fit(vectors, quality, np.ones_like(weights), price, np.array([0.002, 2.0]))
+    ones = np.ones_like(weights)
+    with pytest.raises(ValueError, match="price"):
+        Rejector().fit(vectors, quality, ones, expert_means(quality, ones))
+    rejector = Rejector().fit(vectors, quality, ones, expert_means(quality, ones), price=price)
+    estimate = expert_means(quality, ones) + rejector.deviations(vectors)
     for error in (0.004, 0.03, 0.1):
-        costs = 1 - quality + price / error
-        paid = costs[np.arange(600), rejector.scores(vectors, price, error).argmax(1)].mean()
+        costs, chosen = 1 - quality + price / error, rejector.scores(vectors, price, error).argmax(1)
+        paid = costs[np.arange(600), chosen].mean()
         assert paid - costs.min(1).mean() < 0.2 * (costs.mean(0).min() - costs.min(1).mean()) + 0.005
+        # Its scores and the qualities that it expects say the same.
+        np.testing.assert_array_equal(chosen, (estimate - price / error).argmax(1))
     # Prices are inputs: expert 2 at a hundredth of its price is asked where it was not worth it.
     assert (rejector.scores(vectors, price * [1, 1, 0.01], 0.01)[subject >= 2].argmax(1) == 2).mean() > 0.95
+
+
+def test_features_are_ridge_regression_on_products() -> None:
+    generator = np.random.default_rng(0)
+    extra = generator.normal(size=(80, 2)).astype(np.float32)
+    vectors = Vectors(np.ones((80, 1), np.float32), extra)
+    quality = (0.5 + 0.1 * extra[:, :1] * extra[:, 1:]).astype(np.float32)
+    means = expert_means(quality, np.ones_like(quality))
+    sure = Features(penalty=1e-6).fit(vectors, quality, np.ones_like(quality), means)
+    np.testing.assert_allclose(means + sure.deviations(vectors), quality, atol=1e-3)
+    # A cell counted twice is the same as its row there twice.
+    twice = np.where(np.arange(80) < 40, 2, 1)[:, None].astype(np.float32)
+    rows = np.concatenate([np.arange(80), np.arange(40)])
+    weighted = Features().fit(vectors, quality, twice, means, seed=0).deviations(vectors) * 1.0
+    repeated = Features(penalty=0.3 * 80 / 120).fit(vectors.rows(rows), quality[rows], np.ones((120, 1), np.float32), means)
+    np.testing.assert_allclose(weighted, repeated.deviations(vectors), atol=1e-4)
 
 
 def test_the_same_seed_gives_the_same_policy_and_leaves_the_global_generator_alone() -> None:

@@ -12,6 +12,7 @@ Learn then test: Angelopoulos, Bates, Candès, Jordan, Lei, "Learn then Test: Ca
 Control" (2021).  Conformal risk control: Angelopoulos, Bates, Fisch, Lei, Schuster (ICLR 2024).
 """
 
+from deferral.certified.betting import p_value_of_mean
 from deferral.certified.conformal import conformal_risk_control, conformal_risk_control_by_group
 from deferral.certified.learn_then_test import Certificate, certify, certify_by_group, safest_first
 from deferral.certified.risks import DeferralRate, Risk, SelectiveRisk, SystemRisk
@@ -28,6 +29,7 @@ __all__ = [
     "conformal_risk_control",
     "conformal_risk_control_by_group",
     "decide_at",
+    "p_value_of_mean",
     "safest_first",
     "threshold_grid",
 ]

@@ -15,7 +15,7 @@ from deferral.routing.decisions import Decision, Decisions
 from deferral.routing.encoders import CachedEncoder
 from deferral.routing.log_files import read_log, write_log
 from deferral.routing.outcomes import Log, Outcome, Table, cost_table, log_of_table
-from deferral.routing.prices import PriceModel, list_prices
+from deferral.routing.prices import PriceModel, list_prices, token_prices
 from deferral.routing.router import Plan, Router
 
 __all__ = [
@@ -34,5 +34,6 @@ __all__ = [
     "list_prices",
     "log_of_table",
     "read_log",
+    "token_prices",
     "write_log",
 ]

@@ -1,6 +1,7 @@
 """What a router answers: whom to ask, what is expected of everyone, and why."""
 
 from dataclasses import dataclass
+from math import inf
 
 import numpy as np
 
@@ -45,29 +46,28 @@ class Decisions:
         return [self.experts[action] for action in self.actions]
 
     def __getitem__(self, row: int) -> Decision:
-        def named(values: np.ndarray) -> dict[str, float]:
-            return dict(zip(self.experts, values.tolist(), strict=True))
-
+        quality = [min(max(value, 0.0), 1.0) for value in self.quality[row].tolist()]
+        price, cost = self.price[row].tolist(), self.cost[row].tolist()
         return Decision(
             self.experts[self.actions[row]],
-            named(np.clip(self.quality[row], 0, 1)),
-            named(self.price[row]),
-            named(self.cost[row]),
+            dict(zip(self.experts, quality, strict=True)),
+            dict(zip(self.experts, price, strict=True)),
+            dict(zip(self.experts, cost, strict=True)),
             float(self.propensity[row]),
             bool(self.fallback[row]),
             float(self.similarity[row]),
-            self._why(row),
+            self._why(row, quality, price, cost),
         )
 
-    def _why(self, row: int) -> str:
-        action = self.actions[row]
+    def _why(self, row: int, quality: list[float], price: list[float], cost: list[float]) -> str:
+        action = int(self.actions[row])
         name = self.experts[action]
         if self.fallback[row]:
             reason = self.why_fallback or f"the query is unlike the log (similarity {self.similarity[row]:.2f})"
             return f"{name} by the static mix: {reason}"
-        others = np.delete(self.cost[row], action)
-        best = f", the next {others.min():.3f}" if np.isfinite(others).any() else ""
+        others = min((other for place, other in enumerate(cost) if place != action), default=inf)
+        best = f", the next {others:.3f}" if others < inf else ""
         return (
-            f"{name}: expected quality {min(max(self.quality[row, action], 0), 1):.2f} for ${self.price[row, action]:.3g}, cost "
-            f"{self.cost[row, action]:.3f} errors{best}, at ${self.price_of_error:.3g} an error"
+            f"{name}: expected quality {quality[action]:.2f} for ${price[action]:.3g}, cost {cost[action]:.3f} errors{best}, "
+            f"at ${self.price_of_error:.3g} an error"
         )

@@ -1,40 +1,19 @@
-"""What a router has learned, and how it is put together from a table."""
+"""What a router has learned: expected qualities, the verdict on them, and experts that come and go."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
 from deferral.routing.encoders import Vectors
-from deferral.routing.evaluation import routability
 from deferral.routing.outcomes import Table
-from deferral.routing.policies import Neighbours, Policy, expert_means
-from deferral.routing.prices import PriceModel, fit_prices
-from deferral.routing.training import (
-    HeldOut,
-    Judged,
-    blend,
-    completed,
-    error_range,
-    full_price,
-    grid,
-    held_out,
-    judged,
-    mean_and_half,
-    mixed,
-    observed,
-    random_folds,
-    shifted_folds,
-    trust_of,
-)
+from deferral.routing.policies import Neighbours, Policy
+from deferral.routing.prices import PriceModel, error_range, fit_prices
+from deferral.routing.training import Judged
 
-__all__ = ["Fitted", "fitted"]
+__all__ = ["Fitted"]
 
-# Cross-fitting more rows would not narrow the intervals enough to be waited for.
-_MOST_HELD_OUT = 40_000
-_KEPT_ROWS = 4000
-_FEWEST_ROWS = 40
-_TEXT = 200
 _PRIOR = 5.0
 
 
@@ -49,10 +28,12 @@ class Fitted:
     latency: np.ndarray  # (E,), NaN where not known
     extension: np.ndarray  # (E0, E)
     policies: tuple[Policy, ...]  # those of positive weight, in the order of the weights
-    weights: tuple[float, ...]
+    weights: tuple[float, ...]  # for queries like those of the log
+    abroad: tuple[float, ...]  # for queries of new subjects
     memory: Neighbours
     texts: tuple[str, ...]
-    trust: tuple[np.ndarray, np.ndarray]  # knots of similarity and trust
+    familiar: tuple[np.ndarray, np.ndarray]  # knots of similarity and of the chance that a query is like those of the log
+    reliance: float  # the share of a deviation that is relied on for new subjects
     judged: Judged | None
     winner: str
     held_costs: dict[str, float]
@@ -61,19 +42,27 @@ class Fitted:
     held_price: np.ndarray  # (M, E)
     room: str
 
-    @property
+    @cached_property
     def cheapest_first(self) -> np.ndarray:
         """Experts by their mean price.  -> (E,)"""
         return np.argsort(self.mean_price, kind="stable")
 
     def estimate(self, vectors: Vectors) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Expected quality of every expert, likeness to the log, and how far the query is trusted.  -> (N, E), (N,), (N,)"""
+        deviations, similarity, familiar = self._deviations(vectors)
+        trust = familiar + (1 - familiar) * self.reliance
+        return self.means + deviations @ self.extension, similarity, trust
+
+    def _deviations(self, vectors: Vectors) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Expected quality above the mean, likeness, chance to be like the log.  -> (N, E0), (N,), (N,)"""
         nearby, similarity = self.memory.look_up(vectors)
+        familiar = np.interp(similarity, *self.familiar)
+        near = familiar[:, None].astype(np.float32)
         total = np.zeros_like(nearby)
-        for policy, weight in zip(self.policies, self.weights, strict=True):
-            total += np.float32(weight) * (nearby if isinstance(policy, Neighbours) else policy.deviations(vectors))
-        trust = np.interp(similarity, *self.trust)
-        return self.means + trust[:, None].astype(np.float32) * (total @ self.extension), similarity, trust
+        for policy, weight, other in zip(self.policies, self.weights, self.abroad, strict=True):
+            found = nearby if isinstance(policy, Neighbours) else policy.deviations(vectors)
+            total += (near * np.float32(weight) + (1 - near) * np.float32(other)) * found
+        return total, similarity, familiar
 
     def why_not(self, error: float) -> str:
         """Why the learned policy is not used at this price of an error; "" if it is."""
@@ -109,6 +98,13 @@ class Fitted:
                 raise ValueError(f"min_quality: at most {best:.3f} was reached on held-out queries, got {least}")
         return self._search(mask, lambda price, quality: quality >= least, largest=False)
 
+    def errors_from_best(self, mask: np.ndarray, count: int = 60) -> np.ndarray:
+        """Falling prices of an error, from the one at which the held-out rows have the highest quality.  (E,) bool -> (G,)"""
+        errors = np.geomspace(*self._ends(), count)[::-1]
+        if len(self.held_price) == 0:
+            return errors
+        return errors[int(np.argmax([self._means_at(mask, error)[1] for error in errors])) :]
+
     def report(self, error: float) -> str:
         """What was held out, what won, and what it is worth at this price of an error."""
         if self.judged is None:
@@ -129,10 +125,7 @@ class Fitted:
     def with_outcomes(self, table: Table, vectors: Vectors) -> "Fitted":
         """One expert more, from its outcomes on some queries: its deviation is a ridge combination of the others'."""
         self._check_new(table.experts[0])
-        nearby, _ = self.memory.look_up(vectors)
-        basis = np.zeros_like(nearby)
-        for policy, weight in zip(self.policies, self.weights, strict=True):
-            basis += np.float32(weight) * (nearby if isinstance(policy, Neighbours) else policy.deviations(vectors))
+        basis, _, _ = self._deviations(vectors)
         quality = table.quality[:, 0].astype(np.float64)
         mean = (quality.sum() + _PRIOR * self.means.mean()) / (len(quality) + _PRIOR)
         size = basis.shape[1]
@@ -229,168 +222,3 @@ class Fitted:
             # The first that breaks it ends the search: price rises with the price of an error.
             return float(errors[max(int(np.argmin(met)) - 1, 0) if not met.all() else -1])
         return float(errors[int(np.argmax(met)) if met.any() else -1])
-
-
-def fitted(
-    table: Table,
-    vectors: Vectors,
-    policies: Sequence[Callable[[], Policy]],
-    *,
-    prices: PriceModel | None = None,
-    seed: int = 0,
-) -> Fitted:
-    """Learn from a table: hold out, blend, judge, then fit the winner on all rows."""
-    if prices is not None and prices.base.shape != (len(table.experts),):
-        raise ValueError(f"prices: expected one per expert, {len(table.experts)}, got {prices.base.shape}")
-    weights = observed(table)
-    quality = np.where(table.mask, table.quality, 0).astype(np.float32)
-    means = expert_means(quality, weights)
-    model = fit_prices(table) if prices is None else prices
-    price = full_price(table, model) if prices is None else model(np.array([len(text) for text in table.queries], float))
-    rows, experts = quality.shape
-    memory = Neighbours()
-    memory.fit(vectors, quality, weights, means, seed=seed)
-    state = Fitted(
-        experts=tuple(table.experts),
-        means=means,
-        prices=model,
-        mean_price=price.mean(0),
-        latency=_mean_latency(table),
-        extension=np.eye(experts, dtype=np.float32),
-        policies=(),
-        weights=(),
-        memory=memory,
-        texts=tuple(text[:_TEXT] for text in table.queries),
-        trust=(np.array([0.0]), np.array([1.0])),
-        judged=None,
-        winner="static mix",
-        held_costs={},
-        held_quality=np.empty((0, experts), np.float32),
-        held_estimate=np.empty((0, experts), np.float32),
-        held_price=np.empty((0, experts)),
-        room="",
-    )
-    if rows < _FEWEST_ROWS or experts < 2:
-        return state
-    return _learned(state, vectors, quality, weights, price, policies, seed)
-
-
-def _learned(
-    state: Fitted,
-    vectors: Vectors,
-    quality: np.ndarray,
-    weights: np.ndarray,
-    price: np.ndarray,
-    policies: Sequence[Callable[[], Policy]],
-    seed: int,
-) -> Fitted:
-    some = np.arange(len(quality))
-    if len(some) > _MOST_HELD_OUT:
-        some = np.sort(np.random.default_rng(seed).choice(len(some), _MOST_HELD_OUT, replace=False))
-    part, q, w, p = vectors.rows(some), quality[some], weights[some], price[some]
-    held = held_out(policies, part, q, w, random_folds(len(some), seed=seed), seed=seed)
-    errors = grid(p)
-    names = list(held.deviations)
-    candidates = {name: _weights_without_fold(held, q, w, [name]) for name in names}
-    if len(names) > 1:
-        candidates["blend"] = _weights_without_fold(held, q, w, names)
-    estimates = {name: held.means + _by_fold(held, by_fold) for name, by_fold in candidates.items()}
-    truth = completed(q, estimates["blend" if len(names) > 1 else names[0]], w)
-    verdicts = {name: judged(_decider(estimate, p), held.means, p, truth, errors) for name, estimate in estimates.items()}
-    costs = {name: float(verdict.learned.mean()) for name, verdict in verdicts.items()}
-    winner = min(costs, key=lambda name: costs[name])
-    if "blend" in verdicts and winner != "blend":
-        # Among estimators this much alike, the cheapest on a few thousand rows is often not the best: it must win clearly.
-        gain, half = mean_and_half(verdicts["blend"].rows - verdicts[winner].rows)
-        winner = winner if gain > half else "blend"
-    final = blend(_only(held, names if winner == "blend" else [winner]), q, w)
-    trust = _trust(part, q, w, policies, held, final, seed)
-    used = [make for make in policies if final.get(make().kind, 0) > 0]
-    learned = tuple(
-        state.memory if isinstance(make(), Neighbours) else make().fit(vectors, quality, weights, state.means, seed=seed)
-        for make in used
-    )
-    shown = np.random.default_rng(seed).permutation(len(some))[:_KEPT_ROWS]
-    alike = np.interp(held.similarity, *trust)[:, None].astype(np.float32)
-    trusted = held.means + alike * (estimates[winner] - held.means)
-    return replace(
-        state,
-        policies=learned,
-        weights=tuple(final[policy.kind] for policy in learned),
-        trust=trust,
-        judged=judged(_decider(trusted, p), held.means, p, truth, errors),
-        winner=winner,
-        held_costs=costs,
-        held_quality=truth[shown].astype(np.float32),
-        held_estimate=trusted[shown].astype(np.float32),
-        held_price=p[shown],
-        room=str(routability(trusted.astype(np.float64), p, truth)),
-    )
-
-
-def _trust(
-    vectors: Vectors,
-    quality: np.ndarray,
-    weights: np.ndarray,
-    policies: Sequence[Callable[[], Policy]],
-    held: HeldOut,
-    final: dict[str, float],
-    seed: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    """How far to trust a deviation, from random folds and from folds that are whole clusters."""
-    used = [make for make in policies if final.get(make().kind, 0) > 0]
-    if not used:
-        return np.array([0.0]), np.array([0.0])
-    rows, fold = shifted_folds(vectors, seed=seed)
-    parts = [_differences(held, quality, weights, final)]
-    if len(np.unique(fold)) > 1:
-        shifted = held_out(used, vectors.rows(rows), quality[rows], weights[rows], fold, seed=seed)
-        parts.append(_differences(shifted, quality[rows], weights[rows], final))
-    return trust_of(parts)
-
-
-def _differences(
-    held: HeldOut, quality: np.ndarray, weights: np.ndarray, final: dict[str, float]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    estimate = mixed(held.deviations, {name: weight for name, weight in final.items() if weight > 0})
-    truth = np.where(weights > 0, quality - held.means, np.nan)
-    if (weights > 0).all():
-        estimate, truth = estimate - estimate.mean(1, keepdims=True), truth - truth.mean(1, keepdims=True)
-    return held.similarity, estimate, truth
-
-
-def _only(held: HeldOut, names: Sequence[str]) -> HeldOut:
-    return replace(held, deviations={name: held.deviations[name] for name in names})
-
-
-def _weights_without_fold(held: HeldOut, quality: np.ndarray, weights: np.ndarray, names: Sequence[str]) -> dict[int, dict]:
-    """For each fold, blending weights that its rows had no part in."""
-    result = {}
-    for number in np.unique(held.fold):
-        rest = held.fold != number
-        others = HeldOut(
-            {name: held.deviations[name][rest] for name in names}, held.means[rest], held.similarity[rest], held.fold[rest]
-        )
-        result[int(number)] = blend(others, quality[rest], weights[rest])
-    return result
-
-
-def _by_fold(held: HeldOut, by_fold: dict[int, dict]) -> np.ndarray:
-    result = np.zeros_like(held.means)
-    for number, weights in by_fold.items():
-        rows = held.fold == number
-        result[rows] = mixed({name: held.deviations[name][rows] for name in weights}, weights)
-    return result
-
-
-def _decider(estimate: np.ndarray, price: np.ndarray) -> Callable[[float], np.ndarray]:
-    order = np.argsort(price.mean(0), kind="stable")
-    sorted_estimate, sorted_price = estimate[:, order], price[:, order]
-    return lambda error: order[(sorted_estimate - sorted_price / error).argmax(1)]
-
-
-def _mean_latency(table: Table) -> np.ndarray:
-    known = ~np.isnan(table.latency)
-    count = known.sum(0)
-    sums = np.where(known, table.latency, 0).sum(0)
-    return np.where(count > 0, sums / np.maximum(count, 1), np.nan)

@@ -6,14 +6,14 @@ known is left out, null or NaN.  Fields of other names are an error, so that a m
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from deferral.errors import DataError
-from deferral.routing.outcomes import NUMBERS, Log, Outcome, check_number, check_text
+from deferral.routing.outcomes import NUMBERS, Log, Outcome, check_number, check_tags, check_text
 
 __all__ = ["read_log", "write_log"]
 
@@ -21,10 +21,11 @@ _FIELDS = ("query", "expert", *NUMBERS, "tags")
 _CHUNK = 20_000
 
 
-def read_log(path: str | Path) -> Log:
+def read_log(path: str | Path, *, on_rows: Callable[[int], None] = lambda rows: None) -> Log:
     """Read a log from a file that ends in .jsonl or .parquet.  DataError names the file, the row (the first is 1) and the field.
 
-    A last line of JSON that was cut off is an error too: it says how many whole rows stand before it.
+    A last line of JSON that was cut off is an error too: it says how many whole rows stand before it.  Calls `on_rows(rows read)`
+    as it goes on.
     """
     path = Path(path)
     rows = {".jsonl": _read_jsonl, ".parquet": _read_parquet}.get(path.suffix)
@@ -36,6 +37,8 @@ def read_log(path: str | Path) -> Log:
             _add(log, number, row)
         except DataError as error:
             raise DataError(f"{path}: {error}") from None
+        if number % _CHUNK == 0:
+            on_rows(number)
     if len(log) == 0:
         raise DataError(f"{path}: the log holds no outcome; expected at least one row")
     return log
@@ -61,11 +64,9 @@ def _add(log: Log, number: int, row: dict) -> None:
             raise DataError(f"row {number}, {name}: it is missing")
     if strange := [name for name in row if name not in _FIELDS]:
         raise DataError(f"row {number}, {strange[0]}: expected only the fields {', '.join(_FIELDS)}")
-    tags = row.get("tags") or ()
-    if not isinstance(tags, list | tuple) or not all(isinstance(tag, str) for tag in tags):
-        raise DataError(f"row {number}, tags: expected a list of texts, got {tags!r}")
+    tags = check_tags(number, row.get("tags") or ())
     numbers = {name: check_number(number, name, row.get(name)) for name in NUMBERS}
-    log._add(check_text(number, "query", row["query"]), check_text(number, "expert", row["expert"]), numbers, tuple(tags))
+    log._add(check_text(number, "query", row["query"]), check_text(number, "expert", row["expert"]), numbers, tags)
 
 
 def _read_jsonl(path: Path) -> Iterator[dict]:
@@ -125,7 +126,13 @@ def _write_parquet(log: Log, path: Path) -> None:
     with pa.parquet.ParquetWriter(path, schema) as writer:
         for start in range(0, len(log), _CHUNK):
             rows = [_row(log[number]) for number in range(start, min(start + _CHUNK, len(log)))]
-            writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))
+            try:
+                writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))
+            except UnicodeEncodeError as error:
+                raise DataError(
+                    f"rows {start + 1} to {start + len(rows)}: {error.object[:40]!r} holds half a surrogate pair, which Parquet "
+                    "cannot hold; write .jsonl"
+                ) from error
 
 
 def _pyarrow() -> Any:

@@ -95,7 +95,8 @@ class Log:
         for outcome in outcomes:
             row = len(self) + 1
             numbers = {name: check_number(row, name, getattr(outcome, name)) for name in NUMBERS}
-            self._add(check_text(row, "query", outcome.query), check_text(row, "expert", outcome.expert), numbers, outcome.tags)
+            tags = check_tags(row, outcome.tags)
+            self._add(check_text(row, "query", outcome.query), check_text(row, "expert", outcome.expert), numbers, tags)
 
     def _add(self, query: str, expert: str, numbers: dict[str, float], tags: tuple[str, ...] = ()) -> None:
         by_query, by_expert, by_tags = self._codes
@@ -218,6 +219,12 @@ def check_text(row: int | str, name: str, value: object) -> str:
     if not isinstance(value, str) or (name == "expert" and not value.strip()):
         raise DataError(f"row {row}, {name}: expected {'a name' if name == 'expert' else 'text'}, got {value!r}")
     return value
+
+
+def check_tags(row: int | str, tags: object) -> tuple[str, ...]:
+    if not isinstance(tags, list | tuple) or not all(isinstance(tag, str) for tag in tags):
+        raise DataError(f"row {row}, tags: expected a list of texts, got {tags!r}")
+    return tuple(tags)
 
 
 class _Column:

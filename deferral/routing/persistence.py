@@ -1,9 +1,11 @@
-"""A router in a folder: state.safetensors and router.json.  Loading reads numbers and names, and executes nothing."""
+"""A router in a folder: router.json, and the numbers in the safetensors file that it names.  Loading executes nothing.
+
+Replacing router.json is one step of the file system, so that a reader sees the old router or the new one, also after a crash.
+"""
 
 import json
 import os
-import shutil
-import tempfile
+import secrets
 from collections.abc import Callable
 from dataclasses import asdict
 from hashlib import sha256
@@ -16,8 +18,9 @@ from deferral.errors import DataError
 from deferral.routing.constraints import Abilities
 from deferral.routing.encoders import NgramEncoder
 from deferral.routing.fitting import Fitted
-from deferral.routing.policies import Clusters, Factors, Heads, Linear, Neighbours
+from deferral.routing.policies import Clusters, Factors, Features, Heads, Linear, Neighbours, Rejector
 from deferral.routing.prices import PriceModel
+from deferral.routing.promises import Witnesses
 from deferral.routing.training import Judged
 
 if TYPE_CHECKING:
@@ -26,15 +29,15 @@ if TYPE_CHECKING:
 __all__ = ["FORMAT", "load", "save"]
 
 FORMAT = 1
-_NUMBERS, _NAMES = "state.safetensors", "router.json"
-_POLICIES = {policy.kind: policy for policy in (Linear, Neighbours, Clusters, Heads, Factors)}
+_NUMBERS, _NAMES = "state.{}.safetensors", "router.json"
+_POLICIES = {policy.kind: policy for policy in (Linear, Neighbours, Clusters, Heads, Factors, Features, Rejector)}
 _JUDGED = ("errors", "learned", "static", "random", "oracle", "gain", "half_width", "overall", "rows")
 _ARRAYS = ("means", "mean_price", "latency", "extension", "held_quality", "held_estimate", "held_price")
 
 
 def save(router: "Router", folder: Path) -> None:
-    """Write beside the folder, then put it in its place: a router that is there stays whole until then."""
-    from safetensors.numpy import save_file
+    """Write the numbers beside those that are there, then put router.json in its place: until then the old router is whole."""
+    from safetensors.numpy import save as as_bytes
 
     state = router.fitted
     if unknown := [policy.kind for policy in state.policies if policy.kind not in _POLICIES]:
@@ -47,13 +50,17 @@ def save(router: "Router", folder: Path) -> None:
         if policy is not state.memory:
             arrays |= {f"{policy.kind}/{name}": array for name, array in policy.arrays.items()}
     arrays |= {f"state/{name}": getattr(state, name) for name in _ARRAYS}
-    arrays |= {"trust/similarity": state.trust[0], "trust/trust": state.trust[1]}
+    arrays |= {"familiar/similarity": state.familiar[0], "familiar/chance": state.familiar[1]}
     arrays |= {"prices/base": state.prices.base, "prices/per_character": state.prices.per_character}
+    arrays["seen/queries"] = router._seen
+    if router._witnesses is not None:
+        arrays |= {f"witnesses/{name}": value for name, value in vars(router._witnesses).items()}
     if state.judged is not None:
         arrays |= {f"judged/{name}": getattr(state.judged, name) for name in _JUDGED}
     names = {
         "format": FORMAT,
         "encoder": router.encoder.kind,
+        "fingerprint": router.encoder.fingerprint,
         "price_of_error": router.price_of_error,
         "explore": router.explore,
         "seed": router.seed,
@@ -62,50 +69,53 @@ def save(router: "Router", folder: Path) -> None:
         "experts": list(state.experts),
         "policies": [policy.kind for policy in state.policies],
         "weights": list(state.weights),
+        "abroad": list(state.abroad),
+        "reliance": state.reliance,
         "winner": state.winner,
         "held_costs": state.held_costs,
         "room": state.room,
         "texts": list(state.texts),
     }
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
-    try:
-        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, partial / _NUMBERS)
-        names["sha256"] = sha256((partial / _NUMBERS).read_bytes()).hexdigest()
-        (partial / _NAMES).write_text(json.dumps(names), encoding="utf-8")
-        _replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    numbers = as_bytes({name: np.ascontiguousarray(array) for name, array in arrays.items()})
+    names["sha256"] = digest = sha256(numbers).hexdigest()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / _NUMBERS.format(digest[:12])
+    _put(path, numbers)
+    _put(folder / _NAMES, json.dumps(names).encode())
+    for other in folder.glob(_NUMBERS.format("*")):
+        if other != path:
+            other.unlink(missing_ok=True)
 
 
-def load(folder: Path, encode: Callable[[list[str]], Any] | None) -> "Router":
+def load(folder: Path, encode: Callable[[list[str]], Any] | str | Path | None) -> "Router":
     """The router of a folder; DataError where it is missing, corrupted or newer than this version."""
     from safetensors import SafetensorError
-    from safetensors.numpy import load_file
+    from safetensors.numpy import load as from_bytes
 
     from deferral.routing.router import Router
 
-    names = _names(folder)
-    if names.get("format") != FORMAT:
-        raise DataError(
-            f"{folder}: expected format {FORMAT}, got {names.get('format')!r}; a newer deferral wrote it: update deferral"
-        )
+    names, numbers = _read(folder)
     try:
-        if sha256((folder / _NUMBERS).read_bytes()).hexdigest() != names["sha256"]:
-            raise DataError(
-                f"{folder}: {_NUMBERS} is not what {_NAMES} says; it is corrupted, or the two are of different routers"
-            )
-        arrays = load_file(folder / _NUMBERS)
+        arrays = from_bytes(numbers)
         if (names["encoder"] == NgramEncoder.kind) != (encode is None):
-            wanted = "no encoder of yours" if encode is not None else "the function from texts to vectors that it was fitted with"
+            own = "the sentence encoder's folder, or the function from texts to vectors, that it was fitted with"
+            wanted = own if encode is None else "no encoder of yours"
             raise ValueError(f"encoder: this router needs {wanted}; pass it to Router.load as encoder=")
         abilities = {name: Abilities(**values) for name, values in names["abilities"].items()}
         router = Router(
             names["price_of_error"], encoder=encode, abilities=abilities, explore=names["explore"], seed=names["seed"]
         )
+        if names["fingerprint"] is not None and router.encoder.fingerprint not in (None, names["fingerprint"]):
+            raise ValueError(
+                f"encoder: this router was fitted with encoder {names['fingerprint']}, got {router.encoder.fingerprint}; its "
+                "vectors would mean nothing here"
+            )
         router.salt = names["salt"]
         router.encoder.restore(_part(arrays, "encoder"))
         router._fitted = _state(names, arrays)
+        router._seen = arrays["seen/queries"]
+        if witnesses := _part(arrays, "witnesses"):
+            router._witnesses = Witnesses(**witnesses)
     except (KeyError, TypeError, SafetensorError, OSError) as error:
         raise DataError(f"{folder}: the router cannot be read, {type(error).__name__}: {error}; fit and save it again") from error
     return router
@@ -126,9 +136,11 @@ def _state(names: dict, arrays: dict[str, np.ndarray]) -> Fitted:
         prices=PriceModel(**_part(arrays, "prices")),
         policies=tuple(policies),
         weights=tuple(names["weights"]),
+        abroad=tuple(names["abroad"]),
         memory=memory,
         texts=tuple(names["texts"]),
-        trust=(arrays["trust/similarity"], arrays["trust/trust"]),
+        familiar=(arrays["familiar/similarity"], arrays["familiar/chance"]),
+        reliance=names["reliance"],
         judged=Judged(**judged) if judged else None,
         winner=names["winner"],
         held_costs=names["held_costs"],
@@ -141,27 +153,48 @@ def _part(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
     return {name.partition("/")[2]: array for name, array in arrays.items() if name.partition("/")[0] == prefix}
 
 
+def _read(folder: Path) -> tuple[dict, bytes]:
+    """What router.json says, and the numbers it names."""
+    for attempt in range(2):
+        names = _names(folder)
+        path = folder / _NUMBERS.format(str(names.get("sha256"))[:12])
+        try:
+            numbers = path.read_bytes()
+            break
+        except OSError as error:
+            # Between two reads another router may have been saved.
+            if attempt == 1:
+                raise DataError(f"{folder}: {path.name} cannot be read, {error}; fit and save the router again") from error
+    if sha256(numbers).hexdigest() != names.get("sha256"):
+        raise DataError(f"{folder}: {path.name} is not what {_NAMES} says; it is corrupted: fit and save the router again")
+    return names, numbers
+
+
 def _names(folder: Path) -> dict:
     try:
         names = json.loads((folder / _NAMES).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise DataError(f"{folder}: there is no router; expected a folder with {_NAMES} and {_NUMBERS}") from None
+        raise DataError(f"{folder}: there is no router; expected a folder with {_NAMES}") from None
     except (ValueError, OSError) as error:
         raise DataError(f"{folder}: {_NAMES} cannot be read, {error}; fit and save the router again") from error
     if not isinstance(names, dict):
         raise DataError(f"{folder}: {_NAMES} is no description of a router")
+    found = names.get("format")
+    if found != FORMAT:
+        newer = isinstance(found, int) and found > FORMAT
+        what = "a newer deferral wrote it: update deferral" if newer else "fit and save the router again"
+        raise DataError(f"{folder}: expected format {FORMAT}, got {found!r}; {what}")
     return names
 
 
-def _replace(partial: Path, folder: Path) -> None:
-    """Put a folder in the place of another; a folder cannot be replaced in one step, so the old one steps aside first."""
-    aside = partial.with_suffix(".old")
-    if folder.exists():
-        os.rename(folder, aside)
+def _put(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.partial")
     try:
-        os.rename(partial, folder)
-    except OSError:
-        if aside.exists():
-            os.rename(aside, folder)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

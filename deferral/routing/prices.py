@@ -1,13 +1,16 @@
 """What asking an expert will cost, before it is asked."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from deferral.routing.outcomes import Table
+from deferral.errors import DataError
+from deferral.routing.outcomes import Log, Table
 
-__all__ = ["PriceModel", "fit_prices", "list_prices"]
+__all__ = ["PriceModel", "error_range", "fit_prices", "list_prices", "read_prices", "token_prices"]
 
 # A rule of thumb of English text in today's tokenizers.
 CHARACTERS_PER_TOKEN = 4.0
@@ -45,12 +48,72 @@ def list_prices(
 def fit_prices(table: Table) -> PriceModel:
     """The least-squares line of each expert's logged price over the length of the query, never falling nor negative."""
     characters = np.array([len(query) for query in table.queries], float)
-    known = table.mask.astype(float)
+    return PriceModel(*_lines(characters, table.price, table.mask))
+
+
+def token_prices(log: Log, per_million: Mapping[str, tuple[float, float]]) -> PriceModel:
+    """Prices to come from the dollars per million tokens (input, output) of each expert, in the order of `log.experts`.
+
+    How many tokens an expert reads and writes is predicted from the length of the query, by a line through its logged tokens.
+    Where none of its outcomes has input tokens, a query has a quarter as many as characters.
+    """
+    for name, one in per_million.items():
+        if len(one) != 2 or not all(0 <= value < np.inf for value in one):
+            raise ValueError(f"{name}: expected dollars per million tokens of input and of output, not negative, got {one}")
+    if missing := [name for name in log.experts if name not in per_million]:
+        raise ValueError(f"{missing[0]}: it has no price; expected one for each of {', '.join(log.experts)}")
+    characters = np.array([len(query) for query in log.queries], float)[log.column("query")]
+    own = log.column("expert")[:, None] == np.arange(len(log.experts))
+    read, read_known = _token_lines(log, "input_tokens", characters, own)
+    written, written_known = _token_lines(log, "output_tokens", characters, own)
+    if not written_known.all():
+        unknown = log.experts[int(written_known.argmin())]
+        raise ValueError(f"{unknown}: none of its outcomes has output tokens, so that its price cannot be predicted")
+    read[1] = np.where(read_known, read[1], 1 / CHARACTERS_PER_TOKEN)
+    dollars = np.array([per_million[name] for name in log.experts], float).T / 1e6
+    return PriceModel(*(dollars[0] * read + dollars[1] * written))
+
+
+def read_prices(path: str | Path) -> dict[str, tuple[float, float]]:
+    """Dollars per million tokens from JSON: {"EXPERT": {"input": 0.5, "output": 1.5}}.  DataError names what is wrong."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        return {str(name): (float(one["input"]), float(one["output"])) for name, one in found.items()}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DataError(
+            f'{path}: expected an object like {{"EXPERT": {{"input": 0.5, "output": 1.5}}}}, {type(error).__name__}: {error}'
+        ) from error
+
+
+def _token_lines(log: Log, name: str, characters: np.ndarray, own: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """base and slope of each expert's tokens over the length of the query, and whether any are known.  -> (2, E), (E,) bool"""
+    values = log.column(name).astype(float)[:, None]
+    known = own & ~np.isnan(values)
+    return np.stack(_lines(characters, np.where(known, values, 0), known)), known.any(0)
+
+
+def _lines(characters: np.ndarray, values: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """base and slope of the least-squares line of each column's known values.  (N,), (N, E), (N, E) bool -> (E,), (E,)"""
+    known = mask.astype(float)
     count = np.maximum(known.sum(0), 1)
-    mean_length, mean_price = characters @ known / count, (table.price * known).sum(0) / count
+    mean_length, mean = characters @ known / count, (values * known).sum(0) / count
     off = (characters[:, None] - mean_length) * known
     spread = (off**2).sum(0)
-    slope = np.maximum((off * (table.price - mean_price)).sum(0), 0) / np.where(spread > 0, spread, 1)
+    slope = np.maximum((off * (values - mean)).sum(0), 0) / np.where(spread > 0, spread, 1)
     # A line that is negative for short queries goes through the origin instead.
-    slope = np.where(mean_price < slope * mean_length, mean_price / np.maximum(mean_length, 1), slope)
-    return PriceModel(np.maximum(mean_price - slope * mean_length, 0), slope)
+    slope = np.where(mean < slope * mean_length, mean / np.maximum(mean_length, 1), slope)
+    return np.maximum(mean - slope * mean_length, 0), slope
+
+
+def error_range(price: np.ndarray) -> tuple[float, float]:
+    """The prices of an error between which decisions change, in dollars.  (N, E) -> low, high
+
+    At the low end half an error's difference in quality is worth the smallest difference in price, at the high end a fiftieth
+    is worth the largest.
+    """
+    means = np.sort(price.mean(0))
+    gaps = np.diff(means)
+    gaps = gaps[gaps > 1e-9 * max(means[-1], 1e-300)]
+    if len(gaps) == 0:
+        return 1.0, 100.0
+    return float(gaps.min() / 0.5), float((means[-1] - means[0]) / 0.02)

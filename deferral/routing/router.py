@@ -11,11 +11,14 @@ import numpy as np
 from deferral.routing.constraints import Abilities, Needs, able
 from deferral.routing.decisions import Decision, Decisions
 from deferral.routing.encoders import FunctionEncoder, NgramEncoder, Vectors
-from deferral.routing.fitting import Fitted, fitted
+from deferral.routing.fitting import Fitted
+from deferral.routing.learning import fitted
 from deferral.routing.outcomes import Log, Table, check_price_of_error
 from deferral.routing.policies import Policy
 from deferral.routing.prices import PriceModel
-from deferral.routing.static import draws, mix_at_error, mix_at_price, mix_at_quality
+from deferral.routing.promises import Witnesses, promised_error
+from deferral.routing.sentences import sentence_encoder
+from deferral.routing.static import draws, fingerprints, mix_at_error, mix_at_price, mix_at_quality
 from deferral.routing.training import POLICIES
 
 __all__ = ["Plan", "Router"]
@@ -37,16 +40,17 @@ class Plan:
 class Router:
     """Learns from a log which expert should answer a query, at any price of an error.
 
-    `price_of_error` is what one wrong answer is worth, in dollars; `encoder` a function from N texts to an (N, D) array, by
-    default n-grams without weights; `abilities` what each expert can do; `explore` the share of queries that go to an expert
-    drawn at random.  `Router(price_of_error=0.02).fit(read_log("outcomes.jsonl")).route("prove that ...").expert`
+    `price_of_error` is what one wrong answer is worth, in dollars; `encoder` a function from N texts to an (N, D) array or the
+    folder of a sentence encoder, by default n-grams without weights; `abilities` what each expert can do; `explore` the share
+    of queries that go to an expert drawn at random.
+    `Router(price_of_error=0.02).fit(read_log("outcomes.jsonl")).route("prove that ...").expert`
     """
 
     def __init__(
         self,
         price_of_error: float,
         *,
-        encoder: Callable[[list[str]], Any] | None = None,
+        encoder: Callable[[list[str]], Any] | str | Path | None = None,
         policies: Sequence[Callable[[], Policy]] = POLICIES,
         abilities: Mapping[str, Abilities] | None = None,
         explore: float = 0.0,
@@ -56,26 +60,38 @@ class Router:
         if not 0 <= explore < 1:
             raise ValueError(f"explore: expected a share of the queries in [0, 1), got {explore}")
         self.price_of_error, self.explore, self.seed = float(price_of_error), float(explore), seed
-        self.encoder = NgramEncoder(seed=seed) if encoder is None else FunctionEncoder(encoder)
+        self.encoder: NgramEncoder | FunctionEncoder
+        if encoder is None:
+            self.encoder = NgramEncoder(seed=seed)
+        else:
+            self.encoder = FunctionEncoder(sentence_encoder(encoder) if isinstance(encoder, str | Path) else encoder)
         self.policies = tuple(policies)
         self.abilities = dict(abilities or {})
         self.salt = secrets.token_hex(8)
         self._fitted: Fitted | None = None
+        self._seen = np.empty(0, np.uint64)
+        self._witnesses: Witnesses | None = None
         self._plans: dict[Any, Plan] = {}
 
-    def fit(self, log: Log | Table, *, prices: PriceModel | None = None) -> "Router":
+    def fit(self, log: Log | Table, *, prices: PriceModel | None = None, certify: float = 0.0) -> "Router":
         """Learn from outcomes, and hold rows out to say what that is worth (`report`).
 
-        `prices` are the prices to come, by default a line through the logged ones.  Learning from partial logs assumes what
-        `deferral.routing.training.observed` says.
+        `prices` are the prices to come, by default a line through the logged ones.  `certify` is a share of the queries, drawn
+        at random, that nothing is learned from: `certified_quality` is proved by them (see `certify`).  Learning from partial
+        logs assumes what `deferral.routing.training.observed` says.
         """
         table = log.table() if isinstance(log, Log) else log
         if unknown := sorted(set(self.abilities) - set(table.experts)):
             raise ValueError(f"abilities: {unknown[0]!r} has no outcome; the log holds {', '.join(table.experts)}")
+        if not 0 <= certify < 1:
+            raise ValueError(f"certify: expected a share of the queries in [0, 1), got {certify}")
+        apart = np.random.default_rng(self.seed).random(len(table.queries)) < certify
+        everything, table = table, table.rows(np.flatnonzero(~apart)) if apart.any() else table
         vectors = self.encoder.fit(table.queries)
         self._fitted = fitted(table, vectors, self.policies, prices=prices, seed=self.seed)
+        self._seen, self._witnesses = np.sort(fingerprints(table.queries)), None
         self._plans.clear()
-        return self
+        return self.certify(everything.rows(np.flatnonzero(apart))) if apart.any() else self
 
     @property
     def fitted(self) -> Fitted:
@@ -95,7 +111,7 @@ class Router:
         return self.fitted.report(self.price_of_error)
 
     def route(self, query: str, **setting: Any) -> Decision:
-        """Whom to ask.  Takes the settings of `plan`: price_of_error, budget, min_quality, max_latency, needs."""
+        """Whom to ask.  Takes the settings of `plan`: price_of_error, budget, min_quality, certified_quality ..."""
         return self.route_batch([query], **setting)[0]
 
     def route_batch(self, queries: Sequence[str], **setting: Any) -> Decisions:
@@ -110,37 +126,59 @@ class Router:
 
     def decide(self, plan: Plan, vectors: Vectors, queries: Sequence[str]) -> Decisions:
         """Decisions for queries that are encoded already."""
-        state = self.fitted
-        quality, similarity, trust = state.estimate(vectors)
-        price = state.prices(np.array([len(query) for query in queries], float))
-        cost = np.where(plan.mask, 1 - quality + price / plan.price_of_error, np.inf)
-        # Ties go to the cheaper expert.
-        order = state.cheapest_first
-        actions = order[cost[:, order].argmin(1)]
-        fallback = np.full(len(queries), True) if plan.why_fallback else trust < _LEAST_TRUST
-        propensity = np.ones(len(queries))
-        random = (plan.mix > 0).sum() > 1 and bool(fallback.any())
-        drawn = draws(queries, self.salt) if random or self.explore > 0 else np.full(len(queries), 0.5)
+        return self.decide_estimated(plan, self.fitted.estimate(vectors), queries)
+
+    def decide_estimated(
+        self, plan: Plan, estimated: tuple[np.ndarray, np.ndarray, np.ndarray], queries: Sequence[str]
+    ) -> Decisions:
+        """Decisions from what `Fitted.estimate` says of the queries: many settings of the trade-off at once, say."""
+        quality, similarity, trust = estimated
+        price, cost, best, fallback = self._weighed(plan, quality, trust, np.array([len(query) for query in queries], float))
+        actions, propensity = best, np.ones(len(queries))
         if fallback.any():
-            chances = np.cumsum(plan.mix)
-            picked = np.minimum(np.searchsorted(chances, drawn, side="right"), np.flatnonzero(plan.mix)[-1])
-            actions = np.where(fallback, picked, actions)
-            propensity = np.where(fallback, plan.mix[actions], 1.0)
+            actions = np.where(fallback, self._drawn_from(plan.mix, queries), best)
         if self.explore > 0:
             allowed = np.flatnonzero(plan.mask)
             curious = draws(queries, self.salt + "explore")
-            there = curious < self.explore
             picked = allowed[np.minimum((curious / self.explore * len(allowed)).astype(int), len(allowed) - 1)]
-            actions = np.where(there, picked, actions)
-            usual = np.where(fallback, plan.mix[actions], 1.0)
-            if there.any():
-                best = order[cost[:, order].argmin(1)]
-                usual = np.where(fallback, plan.mix[actions], (actions == best).astype(float))
-            propensity = (1 - self.explore) * usual + self.explore / len(allowed)
+            actions = np.where(curious < self.explore, picked, actions)
+        if self.explore > 0 or fallback.any():
+            propensity = self._chances(plan, best, fallback)[np.arange(len(queries)), actions]
         return Decisions(
-            list(state.experts), actions, quality, price, cost, propensity, fallback, similarity, plan.price_of_error,
+            list(self.fitted.experts), actions, quality, price, cost, propensity, fallback, similarity, plan.price_of_error,
             plan.why_fallback,
         )  # fmt: skip
+
+    def chances(self, queries: Sequence[str], **setting: Any) -> tuple[np.ndarray, np.ndarray]:
+        """The probability that each expert is asked, and its expected quality, by the settings of `plan`.  N -> (N, E), (N, E)"""
+        plan = self.plan(**setting)
+        quality, _, trust = self.fitted.estimate(self.encoder(queries))
+        _, _, best, fallback = self._weighed(plan, quality, trust, np.array([len(query) for query in queries], float))
+        return self._chances(plan, best, fallback), np.clip(quality, 0, 1)
+
+    def _weighed(
+        self, plan: Plan, quality: np.ndarray, trust: np.ndarray, characters: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Price and cost of every expert, the cheapest, and whether the static mix decides.  -> (N, E), (N, E), (N,), (N,)"""
+        price = self.fitted.prices(characters)
+        cost = 1 - quality + price / plan.price_of_error
+        if not plan.mask.all():
+            cost[:, ~plan.mask] = np.inf
+        # Ties go to the cheaper expert.
+        order = self.fitted.cheapest_first
+        best = order[cost[:, order].argmin(1)]
+        return price, cost, best, np.full(len(cost), True) if plan.why_fallback else trust < _LEAST_TRUST
+
+    def _chances(self, plan: Plan, best: np.ndarray, fallback: np.ndarray) -> np.ndarray:
+        usual = np.where(fallback[:, None], plan.mix, np.eye(len(plan.mix))[best])
+        return (1 - self.explore) * usual + self.explore * plan.mask / plan.mask.sum()
+
+    def _drawn_from(self, mix: np.ndarray, queries: Sequence[str]) -> np.ndarray:
+        """The expert of each query that its draw picks from the mix.  (E,), N -> (N,)"""
+        members = np.flatnonzero(mix)
+        if len(members) == 1:
+            return np.full(len(queries), members[0])
+        return np.minimum(np.searchsorted(np.cumsum(mix), draws(queries, self.salt), side="right"), members[-1])
 
     def plan(
         self,
@@ -151,14 +189,18 @@ class Router:
         max_latency: float | None = None,
         needs: Needs | None = None,
         learned: bool | None = None,
+        certified_quality: float | None = None,
+        confidence: float = 0.95,
     ) -> Plan:
         """One setting of the trade-off; no refitting.
 
         `price_of_error` in dollars, or `budget` in dollars per 1,000 queries, or `min_quality`, a floor for the mean quality:
-        the last two are met on the held-out rows.  `max_latency` in seconds is a cap on an expert's mean.  `needs` are hard
-        constraints.  `learned` overrules the held-out verdict on whether to use the learned policy.
+        the last two are met on the held-out rows.  `certified_quality`, a share of the best expert's quality, is reached with
+        probability `confidence` over the draw of the rows that `certify` was given, as cheaply as can be proved; ValueError if
+        it cannot.  `max_latency` in seconds is a cap on an expert's mean.  `needs` are hard constraints.  `learned` overrules
+        the held-out verdict on whether to use the learned policy.
         """
-        key = (price_of_error, budget, min_quality, max_latency, needs, learned)
+        key = (price_of_error, budget, min_quality, max_latency, needs, learned, certified_quality, confidence)
         if key not in self._plans:
             if len(self._plans) >= _PLANS:
                 self._plans.clear()
@@ -173,10 +215,14 @@ class Router:
         max_latency: float | None,
         needs: Needs | None,
         learned: bool | None,
+        certified_quality: float | None,
+        confidence: float,
     ) -> Plan:
         state = self.fitted
-        if sum(value is not None for value in (price_of_error, budget, min_quality)) > 1:
-            raise ValueError("expected one of price_of_error, budget and min_quality; each of them sets the same trade-off")
+        if sum(value is not None for value in (price_of_error, budget, min_quality, certified_quality)) > 1:
+            raise ValueError(
+                "expected one of price_of_error, budget, min_quality and certified_quality; each of them sets the same trade-off"
+            )
         mask = able(state.experts, self.abilities, needs or Needs())
         if max_latency is not None:
             mask = state.quick_enough(mask, max_latency)
@@ -191,12 +237,73 @@ class Router:
                 raise ValueError(f"min_quality: expected a quality in [0, 1], got {min_quality}")
             error = state.error_at_quality(mask, min_quality)
             mix = mix_at_quality(means, prices, mask, min_quality)
+        elif certified_quality is not None:
+            return self._promised(mask, learned, certified_quality, confidence)
         else:
             error = self.price_of_error if price_of_error is None else price_of_error
             check_price_of_error(error)
             mix = mix_at_error(means, prices, mask, error)
-        why = state.why_not(error) if learned is None else "" if learned else "asked for"
-        return Plan(float(error), mask, mix, why)
+        return Plan(float(error), mask, mix, self._why_fallback(error, learned))
+
+    def _why_fallback(self, error: float, learned: bool | None) -> str:
+        return self.fitted.why_not(error) if learned is None else "" if learned else "asked for"
+
+    def _promised(self, mask: np.ndarray, learned: bool | None, share: float, confidence: float) -> Plan:
+        """The plan of the lowest price of an error at which the floor is certified."""
+        rows, state = self._witnesses, self.fitted
+        for name, value in (("certified_quality", share), ("confidence", confidence)):
+            if not 0 < value < 1:
+                raise ValueError(f"{name}: expected a share in (0, 1), got {value}")
+        if rows is None:
+            raise ValueError(
+                "certified_quality: there are no rows that certify it; call certify with outcomes of every expert on queries "
+                "that the router was not fitted on"
+            )
+
+        def at(error: float) -> Plan:
+            mix = mix_at_error(state.means, state.mean_price, mask, error)
+            return Plan(float(error), mask, mix, self._why_fallback(error, learned))
+
+        def qualities_at(error: float) -> np.ndarray:
+            plan = at(error)
+            _, _, best, fallback = self._weighed(plan, rows.estimate, rows.trust, rows.characters)
+            return (self._chances(plan, best, fallback) * rows.quality).sum(1)
+
+        return at(
+            promised_error(qualities_at, rows.quality[:, mask], state.errors_from_best(mask), share=share, confidence=confidence)
+        )
+
+    def certify(self, log: Log | Table) -> "Router":
+        """Take these rows as the proof of `certified_quality`: every expert's outcome on queries that were not in the fit.
+
+        They are to be drawn like the queries to come, and to have had no part in any choice.  ValueError names what is wrong.
+        """
+        table = log.table() if isinstance(log, Log) else log
+        if sorted(table.experts) != sorted(self.experts):
+            raise ValueError(f"certify: expected outcomes of {', '.join(self.experts)}, got those of {', '.join(table.experts)}")
+        order = [table.experts.index(name) for name in self.experts]
+        if not table.full:
+            row, column = np.argwhere(~table.mask)[0]
+            raise ValueError(
+                f"certify: expected every expert's outcome on every query; {table.experts[column]} has none on query {row + 1}, "
+                f"{table.queries[row][:60]!r}"
+            )
+        if (known := self.knows(table.queries)).any():
+            raise ValueError(
+                f"certify: {int(known.sum())} of {len(known)} queries were in the log of the fit, the first is query "
+                f"{int(known.argmax()) + 1}; what was learned from proves nothing"
+            )
+        # The order of a log may mean something; a p-value by betting needs one that does not.
+        rows = np.random.default_rng(self.seed).permutation(len(table.queries))
+        quality, _, trust = self.fitted.estimate(self.encoder(table.queries))
+        characters = np.array([len(query) for query in table.queries], float)
+        self._witnesses = Witnesses(table.quality[rows][:, order], quality[rows], trust[rows], characters[rows])
+        self._plans.clear()
+        return self
+
+    def knows(self, queries: Sequence[str]) -> np.ndarray:
+        """Which of the queries were in the log of the fit.  N -> (N,) bool"""
+        return np.isin(fingerprints(queries), self._seen)
 
     def explain(self, query: str, *, count: int = 5, **setting: Any) -> tuple[Decision, list[tuple[str, float]]]:
         """The decision, and the logged queries nearest to this one with their similarity, nearest first."""
@@ -226,7 +333,10 @@ class Router:
 
     def remove_expert(self, name: str) -> "Router":
         """Never ask this expert again."""
+        kept = np.array([expert != name for expert in self.experts])
         self._fitted = self.fitted.without(name)
+        if self._witnesses is not None:
+            self._witnesses = self._witnesses.columns(kept)
         self.abilities.pop(name, None)
         self._plans.clear()
         return self
@@ -246,8 +356,11 @@ class Router:
         save(self, Path(folder))
 
     @classmethod
-    def load(cls, folder: str | Path, *, encoder: Callable[[list[str]], Any] | None = None) -> "Router":
-        """The router of a folder; nothing in it is executed.  A router with an encoder of your own needs it again."""
+    def load(cls, folder: str | Path, *, encoder: Callable[[list[str]], Any] | str | Path | None = None) -> "Router":
+        """The router of a folder; nothing in it is executed.
+
+        A router with an encoder of your own needs it again, or the folder of the same sentence encoder.
+        """
         from deferral.routing.persistence import load
 
         return load(Path(folder), encoder)
@@ -255,5 +368,7 @@ class Router:
     def _described(self, name: str, abilities: Abilities | None) -> "Router":
         if abilities is not None:
             self.abilities[name] = abilities
+        # The rows that certify hold no outcome of the newcomer.
+        self._witnesses = None
         self._plans.clear()
         return self

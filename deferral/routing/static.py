@@ -7,7 +7,7 @@ import numpy as np
 
 from deferral.routing.evaluation import hull
 
-__all__ = ["draws", "mix_at_error", "mix_at_price", "mix_at_quality"]
+__all__ = ["draws", "fingerprints", "mix_at_error", "mix_at_price", "mix_at_quality"]
 
 
 def mix_at_error(quality: np.ndarray, price: np.ndarray, mask: np.ndarray, error: float) -> np.ndarray:
@@ -35,8 +35,14 @@ def mix_at_quality(quality: np.ndarray, price: np.ndarray, mask: np.ndarray, lea
 
 def draws(queries: Sequence[str], salt: str) -> np.ndarray:
     """A number in [0, 1) for each query: the same for the same query and salt, on every machine.  -> (N,)"""
-    digests = (hashlib.blake2b(query.encode("utf-8", "replace"), digest_size=8, key=salt.encode()).digest() for query in queries)
-    return np.array([int.from_bytes(digest, "big") / 2**64 for digest in digests]) * (1 - 2**-53)
+    return fingerprints(queries, salt) / 2**64 * (1 - 2**-53)
+
+
+def fingerprints(queries: Sequence[str], salt: str = "") -> np.ndarray:
+    """A number of 64 bits that stands for each query.  -> (N,) uint64"""
+    key = salt.encode()
+    digests = (hashlib.blake2b(query.encode("utf-8", "replace"), digest_size=8, key=key).digest() for query in queries)
+    return np.frombuffer(b"".join(digests), ">u8").astype(np.uint64)
 
 
 def _corners(quality: np.ndarray, price: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

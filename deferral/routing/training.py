@@ -1,7 +1,7 @@
-"""What `fit` learns from held-out rows: how to blend the estimators, whether to trust them, and what they are worth.
+"""What is learned from held-out rows: how to blend the estimators, and what they are worth.
 
-Every figure is cross-fitted: a row is judged by estimators that did not see it.  The encoder alone, which sees no outcome, is
-fitted once on all queries.
+Every figure is cross-fitted: a row is judged by estimators and blending weights that did not see it.  The encoder, which sees no
+outcome, is fitted once on all queries; so are the few weights for queries of new subjects.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,18 +11,16 @@ import numpy as np
 
 from deferral.routing.encoders import Vectors
 from deferral.routing.outcomes import Table
-from deferral.routing.policies import Clusters, Heads, Linear, Neighbours, Policy, expert_means
-from deferral.routing.policies.centres import nearest_centre, spherical_centres
-from deferral.routing.prices import PriceModel
+from deferral.routing.partial_logs import OutcomeModel, doubly_robust
+from deferral.routing.policies import Clusters, Features, Heads, Linear, Neighbours, Policy, Rejector, expert_means
+from deferral.routing.prices import PriceModel, error_range
+from deferral.routing.shift import refitted
 
-__all__ = ["POLICIES", "HeldOut", "Judged", "blend", "cost_rows", "held_out", "judged", "observed", "trust_of"]
+__all__ = ["FOLDS", "POLICIES", "HeldOut", "Judged", "blend", "cost_rows", "held_out", "judged", "mixed", "random_folds"]
 
-POLICIES: tuple[Callable[[], Policy], ...] = (Linear, Neighbours, Clusters, Heads)
+POLICIES: tuple[Callable[[], Policy], ...] = (Linear, Neighbours, Clusters, Heads, Features, Rejector)
 FOLDS = 4
-_SHIFT_ROWS = 8000
-_SHIFT_CLUSTERS = 10
 _GRID = 25
-_LEAST_PROPENSITY = 0.01
 _DEVIATION_OF_WEIGHTS = 0.1
 _Z = 1.96
 
@@ -33,8 +31,14 @@ class HeldOut:
 
     deviations: dict[str, np.ndarray]  # estimator: (N, E)
     means: np.ndarray  # (N, E), the experts' means on the rows outside the row's fold
+    truth: np.ndarray  # (N, E), the outcomes; doubly robust ones where the log is partial
     similarity: np.ndarray  # (N,), to those rows
     fold: np.ndarray  # (N,)
+
+    def rows(self, rows: np.ndarray) -> "HeldOut":
+        """Some of the rows."""
+        deviations = {name: values[rows] for name, values in self.deviations.items()}
+        return HeldOut(deviations, self.means[rows], self.truth[rows], self.similarity[rows], self.fold[rows])
 
 
 @dataclass(frozen=True)
@@ -48,30 +52,19 @@ class Judged:
     oracle: np.ndarray  # (G,)
     gain: np.ndarray  # (G,) static - learned, paired
     half_width: np.ndarray  # (G,) of its 95% interval
-    overall: np.ndarray  # (2,) the gain over all these prices of an error, and half of its 95% interval
+    overall: np.ndarray  # (3,) mean agreement of estimated and true deviations, half of its 95% interval, mean skill
     rows: np.ndarray  # (N,) learned cost of every row over all of them
 
     @property
     def better(self) -> np.ndarray:
         """Where the learned policy is cheaper than the best single expert with confidence.  (G,) bool
 
-        Either the 95% interval there lies above 0, or the one over all prices of an error does and the gain there is positive.
+        Either the 95% interval of the gain there lies above 0.  Or the estimates agree with the outcomes with confidence, so that
+        deciding by some multiple of them is cheaper over all trade-offs, they have skill at their own scale, and the gain there
+        is not below 0 with confidence: at the ends, where all queries go to one expert anyway, no gain can be seen.
         """
-        return (self.gain > self.half_width) | ((self.overall[0] > self.overall[1]) & (self.gain > 0))
-
-
-def observed(table: Table) -> np.ndarray:
-    """The weight of every cell: 1 if the table is full, else the inverse of its propensity, 0 where nothing is known.  (N, E)
-
-    Where no propensity is logged, the assumption is that who was asked did not depend on the query, and the propensity is the
-    expert's share of the queries.  Weights are divided by their mean over the known cells.
-    """
-    if table.full:
-        return np.ones(table.mask.shape, np.float32)
-    share = np.broadcast_to(np.maximum(table.mask.mean(0), 1e-12), table.mask.shape)
-    chance = np.where(np.isnan(table.propensity), share, table.propensity)
-    weights = np.where(table.mask, 1 / np.maximum(chance, _LEAST_PROPENSITY), 0)
-    return (weights / weights[table.mask].mean()).astype(np.float32)
+        agreement, half_width, skilled = self.overall
+        return (self.gain > self.half_width) | ((agreement > half_width) & (skilled > 0) & (self.gain >= -self.half_width))
 
 
 def held_out(
@@ -79,63 +72,70 @@ def held_out(
     vectors: Vectors,
     quality: np.ndarray,
     weights: np.ndarray,
+    price: np.ndarray,
     fold: np.ndarray,
     *,
     seed: int = 0,
+    new: bool = False,
 ) -> HeldOut:
-    """Estimates of every row by estimators fitted on the other folds.  Vectors, (N, E), (N, E), (N,) -> HeldOut"""
+    """Estimates of every row by estimators fitted on the other folds.  Vectors, (N, E), (N, E), (N, E), (N,) -> HeldOut
+
+    `new`: to the encoder too, a fold is new.
+    """
     deviations: dict[str, np.ndarray] = {}
-    means, similarity = np.empty(quality.shape, np.float32), np.empty(len(quality), np.float32)
+    means, truth = np.empty((2, *quality.shape), np.float32)
+    similarity = np.empty(len(quality), np.float32)
     for number in np.unique(fold):
         rest, rows = np.flatnonzero(fold != number), np.flatnonzero(fold == number)
-        seen, unseen = vectors.rows(rest), vectors.rows(rows)
-        means[rows] = expert_means(quality[rest], weights[rest])
-        learn = (seen, quality[rest], weights[rest], means[rows[0]])
-        memory = Neighbours()
-        memory.fit(*learn, seed=seed)
+        around = refitted(vectors, rest, seed=seed) if new else vectors
+        seen, unseen = around.rows(rest), around.rows(rows)
+        outcomes = doubly_robust(seen, quality[rest], weights[rest], seed=seed)
+        truth[rows] = quality[rows]
+        if (weights != 1).any():
+            model = OutcomeModel().fit(seen, quality[rest], weights[rest])
+            truth[rows] = model.outcomes(unseen, quality[rows], weights[rows])
+        ones = np.ones_like(outcomes)
+        means[rows] = expert_means(outcomes, ones)
+        memory = Neighbours().fit(seen, outcomes, ones, means[rows[0]], seed=seed)
         nearby, similarity[rows] = memory.look_up(unseen)
         for make in policies:
             policy = make()
-            found = nearby if isinstance(policy, Neighbours) else policy.fit(*learn, seed=seed).deviations(unseen)
+            found = nearby
+            if not isinstance(policy, Neighbours):
+                found = taught(policy, seen, outcomes, means[rows[0]], price[rest], seed=seed).deviations(unseen)
             deviations.setdefault(policy.kind, np.empty(quality.shape, np.float32))[rows] = found
-    return HeldOut(deviations, means, similarity, fold)
+    return HeldOut(deviations, means, truth, similarity, fold)
+
+
+def taught(
+    policy: Policy, vectors: Vectors, quality: np.ndarray, means: np.ndarray, price: np.ndarray, *, seed: int = 0
+) -> Policy:
+    """The policy, fitted on a full table; a rejector learns from prices too.  Vectors, (N, E), (E,), (N, E) -> policy"""
+    ones = np.ones_like(quality)
+    if isinstance(policy, Rejector):
+        return policy.fit(vectors, quality, ones, means, price=price, seed=seed)
+    return policy.fit(vectors, quality, ones, means, seed=seed)
 
 
 def random_folds(rows: int, *, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).permutation(rows) % FOLDS
 
 
-def shifted_folds(vectors: Vectors, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """At most 8,000 rows, and folds of them that are whole clusters: what a new subject looks like.  -> (M,), (M,)"""
-    rows = np.random.default_rng(seed).permutation(len(vectors))[:_SHIFT_ROWS]
-    dense = vectors.dense[rows]
-    cluster = nearest_centre(dense, spherical_centres(dense, min(_SHIFT_CLUSTERS, max(2, len(rows) // 25)), seed=seed))
-    # The largest clusters first, each to the emptiest fold.
-    sizes, fold = np.bincount(cluster), np.zeros(cluster.max() + 1, int)
-    filled = np.zeros(FOLDS)
-    for number in np.argsort(-sizes, kind="stable"):
-        fold[number] = filled.argmin()
-        filled[fold[number]] += sizes[number]
-    return rows, fold[cluster]
+def blend(held: HeldOut, mass: np.ndarray | None = None) -> dict[str, float]:
+    """Non-negative weights of the estimators by least squares on held-out rows of mass (N,), one for all experts.
 
-
-def blend(held: HeldOut, quality: np.ndarray, weights: np.ndarray) -> dict[str, float]:
-    """Non-negative weights of the estimators by least squares on held-out rows, one for all experts.
-
-    Only differences among the experts of a row matter to a decision; where every expert is known the row's mean is left out.
-    Few rows cannot tell estimators apart that agree: the weights are shrunk towards equal ones, as if those were known up to a
-    deviation of 0.1.  Breiman, "Stacked Regressions" (1996).
+    Only differences among the experts of a row matter to a decision, so the row's mean is left out.  Few rows cannot tell
+    estimators apart that agree: the weights are shrunk towards equal ones, as if those were known up to a deviation of 0.1.
+    Breiman, "Stacked Regressions" (1996).
     """
     from scipy.optimize import nnls
 
     names = list(held.deviations)
     columns = np.stack([held.deviations[name] for name in names], -1).astype(np.float64)
-    target = (quality - held.means).astype(np.float64)
-    if (weights > 0).all():
-        columns, target = columns - columns.mean(1, keepdims=True), target - target.mean(1, keepdims=True)
-    flat, mass = columns.reshape(-1, len(names)), np.sqrt(weights.reshape(-1, 1))
-    known = mass[:, 0] > 0
-    flat, wanted = flat[known] * mass[known], target.reshape(-1)[known] * mass[known, 0]
+    target = (held.truth - held.means).astype(np.float64)
+    root = np.sqrt(np.ones(len(target)) if mass is None else mass / mass.mean())[:, None]
+    flat = ((columns - columns.mean(1, keepdims=True)) * root[:, :, None]).reshape(-1, len(names))
+    wanted = ((target - target.mean(1, keepdims=True)) * root).ravel()
     average = flat.mean(1)
     equal = max(average @ wanted, 0) / max(average @ average, 1e-12) / len(names)
     pull = wanted.std() / _DEVIATION_OF_WEIGHTS
@@ -158,84 +158,42 @@ def mixed(deviations: dict[str, np.ndarray], weights: dict[str, float]) -> np.nd
     return total
 
 
-def trust_of(parts: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """How much of a deviation is true, by the query's likeness to the log: rising knots.  -> (B,), (B,) in [0, 1]
-
-    Each part is (similarity (N,), estimated deviation (N, E), true deviation (N, E), NaN where not known).  In every bin of
-    similarity the slope of the true on the estimated deviation; then isotonic in similarity.
-    """
-    from sklearn.isotonic import IsotonicRegression
-
-    bins = 12
-    similarity = np.concatenate([part[0] for part in parts])
-    edges = np.unique(np.quantile(similarity, np.linspace(0, 1, bins + 1)[1:-1]))
-    member = np.searchsorted(edges, similarity)
-    agreement, size = np.zeros(len(similarity)), np.zeros(len(similarity))
-    start = 0
-    for alike, estimate, truth in parts:
-        known = ~np.isnan(truth)
-        agreement[start : start + len(alike)] = np.where(known, estimate * np.where(known, truth, 0), 0).sum(1)
-        size[start : start + len(alike)] = np.where(known, estimate**2, 0).sum(1)
-        start += len(alike)
-    count = np.maximum(np.bincount(member, minlength=len(edges) + 1), 1)
-    above, below = np.bincount(member, agreement, len(edges) + 1), np.bincount(member, size, len(edges) + 1)
-    centre = np.bincount(member, similarity, len(edges) + 1) / count
-    slope = np.clip(above / np.maximum(below, 1e-12), 0, 1)
-    rising = IsotonicRegression(y_min=0, y_max=1).fit_transform(centre, slope, sample_weight=below + 1e-12)
-    return centre.astype(np.float64), rising.astype(np.float64)
-
-
-def completed(quality: np.ndarray, estimate: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Doubly robust outcomes: estimate + weight * (quality - estimate), the outcome itself where the table is full.  (N, E)
-
-    Right on average if either the propensities or the estimates are.  Dudík, Langford, Li, "Doubly Robust Policy Evaluation and
-    Learning" (2011), eq. 2.
-    """
-    if (weights == 1).all():
-        return quality
-    known = weights > 0
-    # Weights were divided by their mean over the known cells; per cell they must average to 1.
-    scale = known.size / weights.sum()
-    return estimate + np.where(known, scale * weights * (quality - estimate), 0)
-
-
-def error_range(price: np.ndarray) -> tuple[float, float]:
-    """The prices of an error between which decisions change, in dollars.  (N, E) -> low, high
-
-    At the low end half an error's difference in quality is worth the smallest difference in price, at the high end a fiftieth
-    is worth the largest.
-    """
-    means = np.sort(price.mean(0))
-    gaps = np.diff(means)
-    gaps = gaps[gaps > 1e-9 * max(means[-1], 1e-300)]
-    if len(gaps) == 0:
-        return 1.0, 100.0
-    return float(gaps.min() / 0.5), float((means[-1] - means[0]) / 0.02)
-
-
 def cost_rows(actions: np.ndarray, quality: np.ndarray, price: np.ndarray, error: float) -> np.ndarray:
     """1 - quality + price / price_of_error of the expert asked.  (N,), (N, E), (N, E) -> (N,)"""
     rows = np.arange(len(actions))
     return 1 - quality[rows, actions] + price[rows, actions] / error
 
 
-def judged(
-    decide: Callable[[float], np.ndarray], means: np.ndarray, price: np.ndarray, quality: np.ndarray, errors: np.ndarray
-) -> Judged:
-    """Held-out cost of `decide(price_of_error) -> actions (N,)` at every price of an error, and of what it must beat.
+def skill(estimate: np.ndarray, means: np.ndarray, quality: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Agreement and skill of every row.  (N, E) thrice -> (N,), (N,)
 
-    The single expert is chosen on the rows outside the fold, as `decide` is.
+    With d the estimated and t the true deviation, both around the row's mean: agreement is sum_e d t, skill is
+    sum_e t^2 - (t - d)^2, by how much the estimates are nearer than the means.  Between two experts skill is what deciding by the
+    estimates instead of the means gains if the trade-off is drawn uniformly: the integral of t - x over x from 0 to d.
     """
+    d, t = estimate - means, quality - means
+    d, t = d - d.mean(1, keepdims=True), t - t.mean(1, keepdims=True)
+    agreement = (d * t).sum(1)
+    return agreement, 2 * agreement - (d * d).sum(1)
+
+
+def judged(estimate: np.ndarray, means: np.ndarray, price: np.ndarray, quality: np.ndarray, errors: np.ndarray) -> Judged:
+    """Held-out cost of deciding by the estimates at every price of an error, and of what it must beat.
+
+    The single expert is chosen on the rows outside the fold, as the estimates are made.  Ties go to the cheaper expert.
+    """
+    order = np.argsort(price.mean(0), kind="stable")
+    sorted_estimate, sorted_price = estimate[:, order], price[:, order]
     columns = []
-    gains, total = np.zeros(len(quality)), np.zeros(len(quality))
+    total = np.zeros(len(quality))
     for error in errors:
         costs = 1 - quality + price / error
-        learned = cost_rows(decide(error), quality, price, error)
+        learned = cost_rows(order[(sorted_estimate - sorted_price / error).argmax(1)], quality, price, error)
         static = cost_rows((means - price.mean(0) / error).argmax(1), quality, price, error)
         gain = static - learned
-        gains += gain / len(errors)
         total += learned / len(errors)
         columns.append((learned.mean(), static.mean(), costs.mean(), costs.min(1).mean(), *mean_and_half(gain)))
+    agreement, skilled = skill(estimate, means, quality)
     learned_mean, static_mean, random, perfect, gain_mean, half = np.array(columns).T
     return Judged(
         errors=np.asarray(errors, float),
@@ -245,7 +203,7 @@ def judged(
         oracle=perfect,
         gain=gain_mean,
         half_width=half,
-        overall=np.array(mean_and_half(gains)),
+        overall=np.array([*mean_and_half(agreement), skilled.mean()]),
         rows=total,
     )
 

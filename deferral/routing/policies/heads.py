@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 __all__ = ["Factors", "Heads", "inputs", "trained"]
 
 _ROWS_SEEN = 600_000
-_BATCH = 128
-_FEWEST_STEPS = 300
+_BATCH, _LARGEST_BATCH = 512, 1024
+_FEWEST_STEPS = 150
 
 
 class Heads:
@@ -92,8 +92,8 @@ def trained(
     """The weights of a network after AdamW with one cycle; matrices are transposed, ready for x @ weight.
 
     `loss(outputs, rows)` is one number per row of the batch, `batch(rows)` its inputs if they are not x[rows].
-    Passes over the rows: as many as make 600,000 rows, 2 to 30, and at
-    least 300 batches.
+    Passes over the rows: as many as make 600,000 rows, 2 to 20, and at least 150 batches.  Batches of 512 rows, of
+    up to 1,024 where there are more than 65,536 rows.
     """
     import torch
     from torch import nn
@@ -106,12 +106,14 @@ def trained(
         # Without a signal, what is learned is the means.
         for values in model[-1].parameters():
             nn.init.zeros_(values)
-        batches = -(-len(x) // _BATCH)
-        epochs = max(min(30, max(2, _ROWS_SEEN // len(x))), -(-_FEWEST_STEPS // batches))
-        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-2)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=epochs * batches + 1)
+        size = min(max(_BATCH, len(x) // 128), _LARGEST_BATCH)
+        rate = 6e-3 * (size / _BATCH) ** 0.5
+        batches = -(-len(x) // size)
+        epochs = max(min(20, max(2, _ROWS_SEEN // len(x))), -(-_FEWEST_STEPS // batches))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=1e-2, fused=True)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=epochs * batches + 1)
         for _ in range(epochs):
-            for rows in torch.randperm(len(x), generator=generator).split(_BATCH):
+            for rows in torch.randperm(len(x), generator=generator).split(size):
                 optimizer.zero_grad()
                 loss(model(x[rows] if batch is None else batch(rows)), rows).mean().backward()
                 optimizer.step()

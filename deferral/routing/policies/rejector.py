@@ -1,80 +1,91 @@
-"""The rejector trained by the two-stage deferral loss: it takes the trade-off and the prices as inputs."""
+"""The rejector trained by the two-stage deferral loss: it decides at any trade-off and prices, and says what it expects."""
 
 import numpy as np
 
 from deferral.routing.encoders import Arrays, Vectors
 from deferral.routing.policies.heads import inputs, trained
+from deferral.routing.prices import error_range
 
 __all__ = ["Rejector"]
+
+_TINY = 1e-6
 
 
 class Rejector:
     """sum_e (ceiling - cost_e) l(scores, e) is least, where cost_e = 1 - quality_e + price_e / price_of_error.
 
-    The price of an error is drawn anew for every row of every batch, log-uniformly from the smallest to the largest at which a
-    decision can change, so that one network serves all of them.  The ceiling is the row's largest cost that can occur.
-    Mao, Mohri, Mohri, Zhong, "Two-Stage Learning to Defer with Multiple Experts" (2023).
+    The loss is least where softmax(scores) is in proportion to ceiling - cost, so the scores are written as
+    log(sigmoid(network(query)_e) + (largest price - price_e) / price_of_error), and the network as if it stood for a quality:
+    prices and the price of an error are inputs whose effect need not be learned.  The price of an error is drawn anew for every
+    row of every batch, log-uniformly from the smallest to the largest at which a decision can change, so that one network serves
+    all of them.  Mao, Mohri, Mohri, Zhong, "Two-Stage Learning to Defer with Multiple Experts" (2023).
     """
 
     kind = "rejector"
 
-    def __init__(self, *, hidden: int = 64, dropout: float = 0.3) -> None:
+    def __init__(self, *, hidden: int = 64, dropout: float = 0.5) -> None:
         self.hidden, self.dropout = hidden, dropout
         self.arrays: Arrays = {}
 
     def fit(
-        self, vectors: Vectors, quality: np.ndarray, weights: np.ndarray, price: np.ndarray, errors: np.ndarray, *, seed: int = 0
+        self,
+        vectors: Vectors,
+        quality: np.ndarray,
+        weights: np.ndarray,
+        means: np.ndarray,
+        *,
+        price: np.ndarray | None = None,
+        seed: int = 0,
     ) -> "Rejector":
-        """Learn from N queries, for prices of an error between the ends of `errors`.  (N, E), (N, E), (N, E), (2,) -> self"""
+        """Learn from N queries.  Vectors, (N, E), (N, E), (E,), price (N, E) in dollars -> self
+
+        A cell of weight 0 is not known.  Doubly robust qualities outside [0, 1] are cut off: a negative weight would make the
+        loss unbounded.
+        """
         import torch
         from torch import Tensor, nn
 
         from deferral.losses import two_stage_deferral
 
+        if price is None:
+            raise ValueError("price: a rejector learns decisions, which depend on prices; expected an array of shape (N, E)")
         x = torch.from_numpy(inputs(vectors))
-        wrong = torch.from_numpy(1 - quality).float()
-        dollars, known = torch.from_numpy(price).float(), torch.from_numpy(weights > 0)
+        start = torch.logit(torch.from_numpy(means).float(), eps=1e-3)
+        wrong = torch.from_numpy(1 - np.clip(quality, 0, 1)).float()
+        dollars, known = torch.from_numpy(np.asarray(price)).float(), torch.from_numpy(weights > 0)
         importance = torch.from_numpy(weights.sum(1) / np.maximum((weights > 0).sum(1), 1)).float()
-        low, high = np.log(errors)
+        low, high = np.log(error_range(price))
         generator = torch.Generator().manual_seed(seed)
-        size, experts = x.shape[1], quality.shape[1]
-        drawn = {"errors": torch.empty(0)}
 
-        def widened(rows: Tensor) -> Tensor:
+        def loss(outputs: Tensor, rows: Tensor) -> Tensor:
             errors = torch.exp(low + (high - low) * torch.rand(len(rows), 1, generator=generator))
-            drawn["errors"] = errors
-            setting = _setting(dollars[rows].numpy(), errors.numpy())
-            return torch.cat([x[rows], torch.from_numpy(setting)], dim=-1)
-
-        def loss(scores: Tensor, rows: Tensor) -> Tensor:
-            costs = wrong[rows] + dollars[rows] / drawn["errors"]
-            ceiling = 1 + (dollars[rows] / drawn["errors"]).amax(-1, keepdim=True)
+            relative = dollars[rows] / errors
+            largest = relative.amax(-1, keepdim=True)
+            scores = torch.log(torch.sigmoid(outputs + start) + largest - relative + _TINY)
+            each = two_stage_deferral(scores, wrong[rows] + relative, ceiling=1 + largest, mask=known[rows])
             # A row whose prices exceed an error by far would drown the others.
-            each = two_stage_deferral(scores, costs, ceiling=ceiling, mask=known[rows])
-            return importance[rows] * each / ceiling.squeeze(-1)
+            return importance[rows] * each / (1 + largest.squeeze(-1))
 
         def network() -> nn.Sequential:
-            wide = size + experts + 1
             if self.hidden == 0:
-                return nn.Sequential(nn.Dropout(self.dropout / 2), nn.Linear(wide, experts))
+                return nn.Sequential(nn.Dropout(self.dropout / 2), nn.Linear(x.shape[1], len(means)))
             return nn.Sequential(
-                nn.Dropout(self.dropout / 2), nn.Linear(wide, self.hidden), nn.ReLU(),
-                nn.Dropout(self.dropout), nn.Linear(self.hidden, experts),
+                nn.Dropout(self.dropout / 2), nn.Linear(x.shape[1], self.hidden), nn.ReLU(),
+                nn.Dropout(self.dropout), nn.Linear(self.hidden, len(means)),
             )  # fmt: skip
 
-        self.arrays = trained(network, x, loss, seed=seed, batch=widened)
+        self.arrays = {**trained(network, x, loss, seed=seed), "start": start.numpy(), "means": means}
         return self
 
+    def deviations(self, vectors: Vectors) -> np.ndarray:
+        """Expected quality above the expert's mean, as the decisions imply it.  -> (N, E)"""
+        outputs = inputs(vectors) @ self.arrays["1.weight"] + self.arrays["1.bias"]
+        if "4.weight" in self.arrays:
+            outputs = np.maximum(outputs, 0) @ self.arrays["4.weight"] + self.arrays["4.bias"]
+        return 1 / (1 + np.exp(-(outputs + self.arrays["start"]))) - self.arrays["means"]
+
     def scores(self, vectors: Vectors, price: np.ndarray, price_of_error: float) -> np.ndarray:
-        """Higher is preferred.  -> (N, E)"""
-        setting = _setting(np.asarray(price, np.float32), np.full((len(vectors), 1), price_of_error, np.float32))
-        values = np.concatenate([inputs(vectors), setting], axis=1) @ self.arrays["1.weight"] + self.arrays["1.bias"]
-        if "4.weight" not in self.arrays:
-            return values
-        return np.maximum(values, 0) @ self.arrays["4.weight"] + self.arrays["4.bias"]
-
-
-def _setting(price: np.ndarray, errors: np.ndarray) -> np.ndarray:
-    """What the trade-off looks like: prices in units of one error, and their size in decades.  (N, E), (N, 1) -> (N, E + 1)"""
-    relative = price / errors
-    return np.concatenate([relative.clip(max=2.0), np.log10(relative.mean(-1, keepdims=True) + np.float32(1e-4))], axis=-1)
+        """Higher is preferred, at these prices and this price of an error in dollars.  (N, E), number -> (N, E)"""
+        relative = np.asarray(price) / price_of_error
+        quality = self.arrays["means"] + self.deviations(vectors)
+        return np.log(quality + relative.max(1, keepdims=True) - relative + _TINY)

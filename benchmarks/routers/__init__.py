@@ -1,0 +1,1 @@
+"""What the tables of `benchmarks.routing` are made of."""

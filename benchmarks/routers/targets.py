@@ -1,0 +1,55 @@
+"""The figures that the router was to reach, beside those of `benchmarks/results/routing-*.json`."""
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table as Printed
+
+# table, line, figure, target, stretch
+TARGETS = (
+    ("routellm", "routed", "APGR", 0.66, 0.70),
+    ("routellm", "routed", "over_neighbours", 0.0, None),
+    ("routellm-1500", "routed", "APGR", 0.64, 0.66),
+    ("routellm-subjects", "routed", "APGR", 0.60, 0.62),
+    ("llmrouter", "routed", "saving_100", 0.64, 0.68),
+    ("llmrouter", "routed", "AIQ", None, 0.64),
+    ("llmrouter-tasks", "routed", "over_static", 0.0, None),
+    ("llmrouter-tasks", "routed", "over_static lower end", -0.005, None),
+    ("mmlu-pro", "routed", "AIQ", 0.69, None),
+    ("mmlu-pro-categories", "routed", "over_static", 0.0, None),
+    ("routerdc", "routed", "score", 0.580, 0.586),
+    ("partial-logs", "random", "share_of_full_gain", 0.90, None),
+    ("partial-logs", "biased", "over_naive", 0.0, None),
+    ("partial-logs", "biased", "over_naive lower end", 0.0, None),
+)
+
+
+def show_targets(folder: Path) -> None:
+    """Print every target with what was reached, as far as the table was run."""
+    table = Printed(title="targets", box=None, header_style="bold", title_justify="left")
+    for name in ("table", "line", "figure", "target", "stretch", "reached", "95% interval", ""):
+        table.add_column(name, no_wrap=True)
+    for name, method, figure, target, stretch in TARGETS:
+        path = folder / f"routing-{name}.json"
+        if not path.is_file():
+            table.add_row(name, method, figure, number(target), number(stretch), "not run", "", "")
+            continue
+        lines = {line["method"]: line for line in json.loads(path.read_text(encoding="utf-8"))["lines"]}
+        key = figure.removesuffix(" lower end")
+        value, ends = lines[method][key], lines[method].get(f"{key}_interval")
+        judged = ends[0] if figure != key and ends else value
+        word = "missed" if judged is None else "stretch" if stretch is not None and judged >= stretch else "met"
+        if judged is not None and target is not None and judged < target:
+            word = "missed"
+        if judged is not None and target is None and judged < stretch:
+            word = "missed"
+        table.add_row(
+            name, method, figure, number(target), number(stretch), number(judged),
+            f"[{ends[0]:.4f}, {ends[1]:.4f}]" if ends else "", word,
+        )  # fmt: skip
+    Console(width=160).print(table)
+
+
+def number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"

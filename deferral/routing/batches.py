@@ -1,0 +1,183 @@
+"""A file of queries in, a file of decisions out: in a stream, by several processes, and resumable after a kill.
+
+Decisions are written to OUT.partial, which becomes OUT when the last is there.  OUT.partial.json says what it was begun with, so
+that only the same work is continued.
+"""
+
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import asdict
+from hashlib import sha256
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from deferral.errors import DataError
+from deferral.routing.constraints import Needs
+from deferral.routing.router import Router
+
+__all__ = ["route_file"]
+
+_CHUNK = 2000
+
+
+def route_file(
+    folder: Path,
+    queries: Path,
+    out: Path,
+    *,
+    setting: Mapping[str, Any] | None = None,
+    encoder: Path | None = None,
+    workers: int = 1,
+    on_rows: Callable[[int, int], None] = lambda rows, bytes_read: None,
+) -> int:
+    """Route every query of a file by the router in a folder; the number of queries.  DataError names the row.
+
+    `queries` is .jsonl, one object with "query" a line, or any other text file, one query a line (an empty line is an empty
+    query).  `setting` are those of `Router.plan`.  Calls `on_rows(rows done, bytes of the file read)` as it goes on.
+    """
+    if out.exists():
+        raise DataError(f"{out}: it is there already; remove it or name another file")
+    if workers < 1:
+        raise ValueError(f"workers: expected at least 1, got {workers}")
+    setting = {name: value for name, value in (setting or {}).items() if value is not None}
+    # The setting is judged before any work is done, and a missing router named.
+    router = Router.load(folder, encoder=encoder)
+    router.plan(**setting)
+    work = {
+        "router": sha256((folder / "router.json").read_bytes()).hexdigest(),
+        "queries": [str(queries.resolve()), queries.stat().st_size],
+        "setting": {name: _plain(value) for name, value in setting.items()},
+    }
+    partial, note = out.with_name(f"{out.name}.partial"), out.with_name(f"{out.name}.partial.json")
+    rows = _whole_lines(partial, note, work)
+    chunks = _chunks(queries, rows)
+    if workers == 1:
+        decided = _decided_here(chunks, router, setting, rows)
+    else:
+        decided = _decided_by(workers, chunks, (folder, encoder, setting), rows)
+    with partial.open("ab") as file:
+        for lines, read in decided:
+            file.write(lines)
+            file.flush()
+            rows += lines.count(b"\n")
+            on_rows(rows, read)
+    os.replace(partial, out)
+    note.unlink()
+    return rows
+
+
+def _plain(value: Any) -> Any:
+    """A setting as JSON holds it: names in order."""
+    if isinstance(value, Needs):
+        return {name: sorted(part) if isinstance(part, frozenset) else part for name, part in asdict(value).items()}
+    return value
+
+
+def _whole_lines(partial: Path, note: Path, work: dict) -> int:
+    """How many decisions an earlier run has left whole; what it began of another is cut off."""
+    if not partial.exists() or not note.exists():
+        partial.write_bytes(b"")
+        note.write_text(json.dumps(work), encoding="utf-8")
+        return 0
+    try:
+        begun = json.loads(note.read_text(encoding="utf-8"))
+    except ValueError:
+        begun = None
+    if begun != work:
+        raise DataError(
+            f"{partial}: it was begun with another router, file or setting; remove it and {note.name} to start again, or repeat "
+            "the command that began it"
+        )
+    lines = size = 0
+    with partial.open("rb+") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                lines, size = lines + 1, size + len(line)
+        file.truncate(size)
+    return lines
+
+
+def _chunks(path: Path, skip: int) -> Iterator[tuple[list[str], int]]:
+    """(queries, bytes read so far) after the first `skip` lines."""
+    with path.open("rb") as file:
+        read = sum(len(line) for line in islice(file, skip))
+        row = skip
+        while lines := list(islice(file, _CHUNK)):
+            yield (
+                [_query(path, row + place, line) for place, line in enumerate(lines, start=1)],
+                (read := read + sum(len(line) for line in lines)),
+            )
+            row += len(lines)
+
+
+def _query(path: Path, row: int, line: bytes) -> str:
+    if path.suffix != ".jsonl":
+        return line.decode("utf-8", "replace").rstrip("\r\n")
+    try:
+        query = json.loads(line)["query"]
+    except (ValueError, KeyError, TypeError):
+        query = None
+    if not isinstance(query, str):
+        raise DataError(f'{path}: row {row}: expected a JSON object with a text "query", got {line[:60]!r}')
+    return query
+
+
+def _decided_here(
+    chunks: Iterable[tuple[list[str], int]], router: Router, setting: dict, first: int
+) -> Iterator[tuple[bytes, int]]:
+    """(lines of decisions, bytes read) of each chunk, in order."""
+    for queries, read in chunks:
+        yield _lines(router, setting, queries, first), read
+        first += len(queries)
+
+
+def _decided_by(workers: int, chunks: Iterable[tuple[list[str], int]], router: tuple, first: int) -> Iterator[tuple[bytes, int]]:
+    """The same by several processes.  They are spawned: torch's threads do not survive a fork."""
+    with ProcessPoolExecutor(workers, get_context("spawn"), _begin, router) as pool:
+        waiting: deque[tuple[Future[bytes], int]] = deque()
+        try:
+            for queries, read in chunks:
+                waiting.append((pool.submit(_work, queries, first), read))
+                first += len(queries)
+                if len(waiting) > 2 * workers:
+                    decided, before = waiting.popleft()
+                    yield decided.result(), before
+            for decided, before in waiting:
+                yield decided.result(), before
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+_of_worker: dict[str, Any] = {}
+
+
+def _begin(folder: Path, encoder: Path | None, setting: dict) -> None:
+    torch.set_num_threads(1)
+    _of_worker.update(router=Router.load(folder, encoder=encoder), setting=setting)
+
+
+def _work(queries: list[str], first: int) -> bytes:
+    return _lines(_of_worker["router"], _of_worker["setting"], queries, first)
+
+
+def _lines(router: Router, setting: dict, queries: list[str], first: int) -> bytes:
+    decisions = router.route_batch(queries, **setting)
+    rows = np.arange(len(queries))
+    columns = {
+        "row": (first + 1 + rows).tolist(),
+        "expert": decisions.names,
+        "quality": decisions.quality[rows, decisions.actions].astype(float).clip(0, 1).round(6).tolist(),
+        "price": decisions.price[rows, decisions.actions].tolist(),
+        "propensity": decisions.propensity.tolist(),
+        "fallback": decisions.fallback.tolist(),
+    }
+    lines = (json.dumps(dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True))
+    return "".join(f"{line}\n" for line in lines).encode()

@@ -1,0 +1,306 @@
+"""`deferral route`: learn from a log which language model should answer.  Parses and prints, decides nothing."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from deferral.errors import DataError
+from deferral.routing.batches import route_file
+from deferral.routing.constraints import Needs
+from deferral.routing.encoders import CachedEncoder
+from deferral.routing.judging import cross_fitted, evaluation, held, joined, query_folds, tag_folds
+from deferral.routing.log_files import read_log
+from deferral.routing.onnx_export import export
+from deferral.routing.outcomes import Log
+from deferral.routing.prices import read_prices, token_prices
+from deferral.routing.replay import as_logged, events_of, replay
+from deferral.routing.router import Router
+from deferral.routing.sentences import sentence_encoder
+from deferral.routing.showing import draw_evaluation, save_evaluation, show_evaluation, show_explanation, show_replays
+
+__all__ = ["route"]
+
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+_NEW = click.Path(path_type=Path)
+_SHARE = click.FloatRange(0, 1, min_open=True, max_open=True)
+_POSITIVE = click.FloatRange(0, min_open=True)
+
+
+class _Route(click.Group):
+    """A setting that cannot be met is an error of the caller's: said in one line."""
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except DataError:
+            raise
+        except ValueError as error:
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=_Route)
+def route() -> None:
+    """Learn from a log which language model should answer, and prove what that saves."""
+
+
+def _encoder_options(command: Callable) -> Callable:
+    for option in (
+        click.option("--cache", type=_NEW, help="Folder in which the vectors of queries are kept (with --encoder)."),
+        click.option("--encoder", type=_FOLDER, help="Folder of a sentence encoder.  [default: n-grams, without weights]"),
+    ):
+        command = option(command)
+    return command
+
+
+def _setting_options(command: Callable) -> Callable:
+    for option in (
+        click.option("--deny", multiple=True, metavar="EXPERT", help="Never ask EXPERT."),
+        click.option("--allow", multiple=True, metavar="EXPERT", help="Ask only EXPERT (and others so named)."),
+        click.option("--region", "regions", multiple=True, help="Ask only experts of this region (and others so named)."),
+        click.option("--images", is_flag=True, help="The query holds images."),
+        click.option("--tools", is_flag=True, help="The query needs tools."),
+        click.option("--tokens", type=click.IntRange(min=0), default=0, help="The query's tokens, for the context window."),
+        click.option("--max-latency", type=_POSITIVE, help="Seconds: a cap on an expert's mean."),
+        click.option("--confidence", type=_SHARE, default=0.95, show_default=True, help="Of --certified-quality."),
+        click.option("--certified-quality", type=_SHARE, help="Promise this share of the best expert's quality."),
+        click.option("--min-quality", type=click.FloatRange(0, 1), help="A floor for the mean quality."),
+        click.option("--budget", type=_POSITIVE, help="Dollars per 1,000 queries."),
+        click.option("--price-of-error", type=_POSITIVE, help="What a wrong answer is worth, in dollars."),
+        click.option("--router", "-r", "folder", type=_FOLDER, required=True, help="Folder of the router."),
+    ):
+        command = option(command)
+    return command
+
+
+def _setting(options: dict[str, Any]) -> dict[str, Any]:
+    """The settings of `Router.plan` among the options of a command."""
+    needs = Needs.of(
+        tokens=options["tokens"],
+        tools=options["tools"],
+        images=options["images"],
+        regions=options["regions"] or None,
+        allow=options["allow"] or None,
+        deny=options["deny"],
+    )
+    names = ("price_of_error", "budget", "min_quality", "certified_quality", "confidence", "max_latency")
+    return {**{name: options[name] for name in names}, "needs": None if needs == Needs() else needs}
+
+
+@route.command()
+@click.argument("log", type=_FILE)
+@click.option("--out", "-o", type=_NEW, required=True, help="Folder of the router; one that is there is replaced at the end.")
+@click.option("--price-of-error", type=_POSITIVE, required=True, help="What a wrong answer is worth, in dollars.")
+@_encoder_options
+@click.option("--explore", type=click.FloatRange(0, 1, max_open=True), default=0.0, help="Share of queries asked at random.")
+@click.option(
+    "--certify",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.0,
+    help="Share of the queries that is kept out of the fit, to prove --certified-quality by.",
+)
+@click.option(
+    "--prices",
+    type=_FILE,
+    help='JSON, the dollars per million tokens to come: {"EXPERT": {"input": 0.5, "output": 1.5}}.  [default: as logged]',
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+def fit(
+    log: Path,
+    out: Path,
+    price_of_error: float,
+    encoder: Path | None,
+    cache: Path | None,
+    explore: float,
+    certify: float,
+    prices: Path | None,
+    seed: int,
+) -> None:
+    """Learn a router from LOG (.jsonl or .parquet), and report what it is worth on held-out queries."""
+    outcomes = _read(log)
+    price_model = None if prices is None else token_prices(outcomes, read_prices(prices))
+    router = Router(price_of_error, encoder=_encoder(encoder, cache), explore=explore, seed=seed)
+    with _working(f"fitting on {len(outcomes.queries):,} queries of {len(outcomes.experts)} experts"):
+        router.fit(outcomes, prices=price_model, certify=certify).save(out)
+    click.echo(f"{router.report}\nwrote {out}")
+
+
+@route.command()
+@click.argument("log", type=_FILE)
+@click.option("--router", "-r", "folder", type=_FOLDER, help="Judge this router, on the queries that it was not fitted on.")
+@click.option("--folds", type=click.IntRange(min=2), default=5, show_default=True, help="Without --router.")
+@click.option("--by-tag", is_flag=True, help="Without --router: folds of whole subjects, the first tag of a query.")
+@_encoder_options
+@click.option("--out", "-o", type=_NEW, help="Folder for evaluation.json and curve.png.")
+@click.option("--resamples", type=click.IntRange(min=100), default=1000, show_default=True, help="Of the bootstrap.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+def evaluate(
+    log: Path,
+    folder: Path | None,
+    folds: int,
+    by_tag: bool,
+    encoder: Path | None,
+    cache: Path | None,
+    out: Path | None,
+    resamples: int,
+    seed: int,
+) -> None:
+    """Judge routing on a LOG in which every expert answered every query.
+
+    Without --router: routers are fitted on all folds but one and judge that one, on held-out queries or (--by-tag) on held-out
+    subjects.  With --router: another data set, say.
+    """
+    if folder is not None and by_tag:
+        raise click.UsageError("--by-tag goes without --router: it fits routers of its own")
+    outcomes = _read(log)
+    table = outcomes.table()
+    encode = _encoder(encoder, cache)
+    if folder is not None:
+        router = Router.load(folder, encoder=encode)
+        new = ~router.knows(table.queries)
+        if not new.any():
+            raise click.ClickException("the router was fitted on every query of this log; leave --router out to judge by folds")
+        if not new.all():
+            click.echo(f"left out: {int((~new).sum()):,} queries that the router was fitted on", err=True)
+        rows = held(router, table.rows(np.flatnonzero(new)))
+    else:
+        fold = tag_folds(outcomes, table, folds) if by_tag else query_folds(table, folds, seed=seed)
+        parts = []
+        with _progress() as progress:
+            task = progress.add_task("fitting and judging folds", total=folds)
+            # The price of an error is one among many here: judged over all of them.
+            for _, part in cross_fitted(lambda: Router(1.0, encoder=encode, seed=seed), table, fold):
+                parts.append(part)
+                progress.advance(task)
+        rows = joined(parts)
+    with _working("bootstrap"):
+        found = evaluation(rows, resamples=resamples, seed=seed)
+    show_evaluation(found)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        save_evaluation(found, out / "evaluation.json")
+        drawn = draw_evaluation(found, out / "curve.png")
+        click.echo(f"wrote {out / 'evaluation.json'}" + (f"\nwrote {out / 'curve.png'}" if drawn else ""))
+
+
+@route.command()
+@click.argument("query")
+@_setting_options
+@_encoder_options
+@click.option("--count", type=click.IntRange(min=0), default=5, show_default=True, help="Nearest logged queries to show.")
+def explain(query: str, folder: Path, encoder: Path | None, cache: Path | None, count: int, **options: Any) -> None:
+    """Say whom the router asks, what it expects of every expert, and which logged queries are nearest."""
+    router = Router.load(folder, encoder=_encoder(encoder, cache))
+    show_explanation(*router.explain(query, count=count, **_setting(options)))
+
+
+@route.command()
+@click.argument("log", type=_FILE)
+@_setting_options
+@_encoder_options
+@click.option("--include-seen", is_flag=True, help="Also the queries that the router was fitted on, which flatter it.")
+@click.option("--resamples", type=click.IntRange(min=100), default=1000, show_default=True, help="Of the bootstrap.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+def simulate(
+    log: Path,
+    folder: Path,
+    encoder: Path | None,
+    cache: Path | None,
+    include_seen: bool,
+    resamples: int,
+    seed: int,
+    **options: Any,
+) -> None:
+    """Replay LOG under the router, and under each expert alone: what would it have cost, by three off-policy estimates?
+
+    Every outcome of the log is one decision, with the propensity with which its expert was asked.
+    """
+    router = Router.load(folder, encoder=_encoder(encoder, cache))
+    events = events_of(_read(log), router.experts)
+    seen = router.knows(events.queries)
+    if seen.any() and not include_seen:
+        click.echo(f"left out: {int(seen.sum()):,} queries that the router was fitted on", err=True)
+        if seen.all():
+            raise click.ClickException("no query is left; simulate on others, or add --include-seen")
+        events = events.of_queries(~seen)
+    setting = _setting(options)
+    error = router.plan(**setting).price_of_error
+    with _working(f"replaying {len(events.query):,} decisions"):
+        chances, quality = router.chances(events.queries, **setting)
+        price = router.fitted.prices(np.array([len(query) for query in events.queries], float))
+        policies = {"router": chances}
+        for place, name in enumerate(router.experts):
+            policies[f"always {name}"] = np.tile(np.eye(len(router.experts))[place], (len(chances), 1))
+        replays = {
+            name: replay(events, one, error, quality=quality, price=price, resamples=resamples, seed=seed)
+            for name, one in policies.items()
+        }
+    show_replays(as_logged(events, error, resamples=resamples, seed=seed), replays, events.assumed)
+
+
+@route.command()
+@click.argument("queries", metavar="IN", type=_FILE)
+@click.argument("out", type=_NEW)
+@_setting_options
+@click.option("--encoder", type=_FOLDER, help="Folder of the sentence encoder that the router was fitted with.")
+@click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes.")
+def batch(queries: Path, out: Path, folder: Path, encoder: Path | None, workers: int, **options: Any) -> None:
+    """Route a file of queries: IN is .jsonl (objects with "query") or text, one query a line; OUT holds a decision a line.
+
+    Stopped or killed, the same command continues where it was.
+    """
+    with _progress() as progress:
+        task = progress.add_task("routing", total=queries.stat().st_size)
+
+        def on_rows(rows: int, read: int) -> None:
+            progress.update(task, completed=read, description=f"{rows:,} queries routed")
+
+        rows = route_file(folder, queries, out, setting=_setting(options), encoder=encoder, workers=workers, on_rows=on_rows)
+    click.echo(f"wrote {out}, {rows:,} decisions")
+
+
+@route.command("export-encoder")
+@click.argument("source", type=_FOLDER)
+@click.argument("out", type=_NEW)
+@click.option("--int8", is_flag=True, help="Quantise the weights: faster, and vectors that are a little off.")
+@click.option(
+    "--max-tokens", type=click.IntRange(min=2), help="Of a query that are read.  [default: 128, or all the model takes]"
+)
+def export_encoder(source: Path, out: Path, int8: bool, max_tokens: int | None) -> None:
+    """Make OUT, an encoder for --encoder, from SOURCE, a local folder of a BERT-like model of the transformers library."""
+    with _working("exporting and comparing with torch"):
+        least = export(source, out, int8=int8, max_tokens=max_tokens)
+    click.echo(f"wrote {out}; least cosine with torch {least:.5f}")
+
+
+def _encoder(folder: Path | None, cache: Path | None) -> Any:
+    if cache is not None and folder is None:
+        raise click.UsageError("--cache goes with --encoder: n-grams are quicker made than read")
+    if folder is None:
+        return None
+    encoder = sentence_encoder(folder)
+    return encoder if cache is None else CachedEncoder(encoder, cache, encoder.fingerprint)
+
+
+def _read(path: Path) -> Log:
+    with _progress() as progress:
+        task = progress.add_task(f"reading {path.name}", total=None)
+        return read_log(path, on_rows=lambda rows: progress.update(task, description=f"reading {path.name}, {rows:,} rows"))
+
+
+@contextmanager
+def _working(what: str) -> Iterator[None]:
+    with _progress() as progress:
+        progress.add_task(what, total=None)
+        yield
+
+
+def _progress() -> Progress:
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True)

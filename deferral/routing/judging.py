@@ -1,0 +1,219 @@
+"""A router on queries that it was not fitted on, beside what it must beat: figures with intervals, and the curves behind them."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from deferral.intervals import Interval
+from deferral.routing.evaluation import (
+    Curve,
+    aiq,
+    apgr,
+    best_expert,
+    cpt,
+    curve,
+    hull,
+    intervals_of,
+    saving,
+    static_curve,
+    trade_offs,
+)
+from deferral.routing.outcomes import Log, Table
+from deferral.routing.router import Router
+
+__all__ = ["SHARES", "Evaluation", "Held", "cross_fitted", "evaluation", "held", "joined", "query_folds", "tag_folds"]
+
+SHARES = (1.0, 0.98, 0.95)
+
+
+@dataclass(frozen=True)
+class Held:
+    """What routers decided on queries that they were not fitted on, and what happened.  S settings of the trade-off."""
+
+    experts: list[str]
+    quality: np.ndarray  # (N, E) outcomes
+    price: np.ndarray  # (N, E) dollars
+    errors: np.ndarray  # (S,) the price of an error of each setting
+    routed: np.ndarray  # (S, N) whom the router asks, fallback included
+    learned: np.ndarray  # (S, N) whom its estimates would have it ask
+    static: np.ndarray  # (S, N) the best single expert of the fit
+    fallback: np.ndarray  # (S, N) bool
+    margin: np.ndarray  # (N,) estimated quality of the best expert of the fit less that of the cheapest
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures by policy, and the points (mean price, mean quality) of each curve."""
+
+    rows: int
+    experts: list[str]
+    best: str
+    fallback: float
+    figures: dict[str, dict[str, Interval]]
+    over_static: dict[str, Interval]  # AIQ less that of the static mix of the fit, paired
+    curves: dict[str, np.ndarray]
+
+    @property
+    def hulls(self) -> dict[str, np.ndarray]:
+        """The corners that mixing two settings can reach."""
+        return {name: hull(points) for name, points in self.curves.items()}
+
+
+def held(router: Router, table: Table, errors: np.ndarray | None = None) -> Held:
+    """What a router decides on a full table of other queries.  ValueError where an outcome is missing."""
+    if sorted(table.experts) != sorted(router.experts):
+        raise ValueError(f"expected outcomes of {', '.join(router.experts)}, got those of {', '.join(table.experts)}")
+    _check_full(table)
+    order = [table.experts.index(name) for name in router.experts]
+    quality, price = table.quality[:, order].astype(float), table.price[:, order]
+    errors = trade_offs(price) if errors is None else errors
+    estimated = router.fitted.estimate(router.encoder(table.queries))
+    means, mean_price = router.fitted.means.astype(float), router.fitted.mean_price
+    routed, learned, static, fallback = [], [], [], []
+    for error in errors:
+        # A price of an error is finite.
+        at = float(min(error, 1e12))
+        decisions = router.decide_estimated(router.plan(price_of_error=at), estimated, table.queries)
+        routed.append(decisions.actions)
+        fallback.append(decisions.fallback)
+        plan = router.plan(price_of_error=at, learned=True)
+        learned.append(router.decide_estimated(plan, estimated, table.queries).actions)
+        static.append(np.full(len(quality), int(np.lexsort((mean_price, 1 - means + mean_price / at))[0])))
+    estimate = estimated[0]
+    margin = estimate[:, int(np.lexsort((mean_price, -means))[0])] - estimate[:, int(mean_price.argmin())]
+    return Held(
+        router.experts, quality, price, errors, np.stack(routed), np.stack(learned), np.stack(static), np.stack(fallback), margin
+    )
+
+
+def cross_fitted(make: Callable[[], Router], table: Table, fold: np.ndarray) -> Iterator[tuple[int, Held]]:
+    """Each fold judged by a router that was fitted on the others.  (N,) folds -> (number of the fold, Held), one after another"""
+    _check_full(table)
+    errors = trade_offs(table.price)
+    for number in np.unique(fold):
+        router = make().fit(table.rows(np.flatnonzero(fold != number)))
+        yield int(number), held(router, table.rows(np.flatnonzero(fold == number)), errors)
+
+
+def joined(parts: Sequence[Held]) -> Held:
+    """The rows of all folds."""
+
+    def along(axis: int, *names: str) -> dict[str, Any]:
+        return {name: np.concatenate([getattr(part, name) for part in parts], axis=axis) for name in names}
+
+    rows, settings = along(0, "quality", "price", "margin"), along(1, "routed", "learned", "static", "fallback")
+    return replace(parts[0], **rows, **settings)
+
+
+def query_folds(table: Table, folds: int, *, seed: int = 0) -> np.ndarray:
+    """Folds of queries at random.  -> (N,)"""
+    if len(table.queries) < folds:
+        raise ValueError(f"expected at least {folds} queries, one per fold, got {len(table.queries)}")
+    return np.random.default_rng(seed).permutation(len(table.queries)) % folds
+
+
+def tag_folds(log: Log, table: Table, folds: int) -> np.ndarray:
+    """Folds of whole subjects: queries of the same first tag stay together, the largest go to the emptiest fold.  -> (N,)"""
+    first = {query: tags[0] for query, tags in _tags(log).items() if tags}
+    if missing := [query for query in table.queries if query not in first]:
+        raise ValueError(
+            f"tags: {len(missing)} queries have no tag, the first is {missing[0][:60]!r}; expected a subject for each"
+        )
+    subject, member = np.unique([first[query] for query in table.queries], return_inverse=True)
+    if len(subject) < folds:
+        raise ValueError(f"tags: expected at least {folds} subjects, one per fold, got {len(subject)}: {', '.join(subject)}")
+    sizes, fold, filled = np.bincount(member), np.zeros(len(subject), int), np.zeros(folds)
+    for number in np.argsort(-sizes, kind="stable"):
+        fold[number] = filled.argmin()
+        filled[fold[number]] += sizes[number]
+    return fold[member]
+
+
+def evaluation(rows: Held, *, resamples: int = 1000, seed: int = 0) -> Evaluation:
+    """AIQ, saving at 100, 98 and 95% of the best expert's quality, and for two experts APGR and CPT, with 95% intervals.
+
+    RouterBench's and RouteLLM's definitions: see `deferral.routing.evaluation`.
+    """
+    count = np.arange(len(rows.quality))
+    curves = {
+        "routed": Curve(rows.price[count, rows.routed], rows.quality[count, rows.routed]),
+        "learned, without fallback": Curve(rows.price[count, rows.learned], rows.quality[count, rows.learned]),
+        "static mix of the fit": Curve(rows.price[count, rows.static], rows.quality[count, rows.static]),
+        "static mix of these rows": static_curve(rows.price, rows.quality),
+        "oracle": curve(rows.quality, rows.price, rows.quality, rows.errors),
+    }
+    best = best_expert(rows.quality, rows.price)
+    names = ["AIQ", *(f"saving at {100 * share:g}%" for share in SHARES)]
+
+    def figures(weights: np.ndarray) -> np.ndarray:
+        prices, qualities = weights @ rows.price / weights.sum(), weights @ rows.quality / weights.sum()
+        found = []
+        for one in curves.values():
+            corners = hull(one.points(weights))
+            found.append(aiq(corners, prices.min(), prices.max()))
+            found += [saving(corners, qualities[best], prices[best], share) for share in SHARES]
+        return np.array([*found, *(found[len(names) * place] - found[2 * len(names)] for place in range(len(curves)))])
+
+    flat = intervals_of(figures, len(rows.quality), resamples=resamples, seed=seed)
+    by_policy = {
+        policy: dict(zip(names, flat[len(names) * place : len(names) * (place + 1)], strict=True))
+        for place, policy in enumerate(curves)
+    }
+    if len(rows.experts) == 2:
+        for policy, values in _two_experts(rows, resamples, seed).items():
+            by_policy.setdefault(policy, {}).update(values)
+    for place, name in enumerate(rows.experts):
+        one = intervals_of(
+            lambda weights, place=place: np.array(  # type: ignore[misc]
+                [weights @ rows.quality[:, place] / weights.sum(), weights @ rows.price[:, place] / weights.sum()]
+            ),
+            len(rows.quality),
+            resamples=resamples,
+            seed=seed,
+        )
+        by_policy[f"always {name}"] = {"quality": one[0], "price": one[1]}
+    return Evaluation(
+        len(rows.quality),
+        rows.experts,
+        rows.experts[best],
+        float(rows.fallback.mean()),
+        by_policy,
+        dict(zip(curves, flat[-len(curves) :], strict=True)),
+        {name: one.points() for name, one in curves.items()},
+    )
+
+
+def _two_experts(rows: Held, resamples: int, seed: int) -> dict[str, dict[str, Interval]]:
+    """APGR, CPT(50) and CPT(80) of the estimated gain, of random calls and of the oracle."""
+    best = best_expert(rows.quality, rows.price)
+    gain = rows.quality[:, best] - rows.quality[:, 1 - best]
+    scores = {"routed": rows.margin, "random": np.zeros(len(gain)), "oracle": gain}
+    found = {}
+    for policy, score in scores.items():
+        one = intervals_of(
+            lambda weights, score=score: np.array(  # type: ignore[misc]
+                [apgr(score, gain, weights), cpt(score, gain, 0.5, weights), cpt(score, gain, 0.8, weights)]
+            ),
+            len(gain),
+            resamples=resamples,
+            seed=seed,
+        )
+        found[policy] = dict(zip(("APGR", "CPT(50)", "CPT(80)"), one, strict=True))
+    return found
+
+
+def _check_full(table: Table) -> None:
+    if not table.full:
+        row, column = np.argwhere(~table.mask)[0]
+        raise ValueError(
+            f"expected every expert's outcome on every query: {table.experts[column]} has none on query {row + 1}, "
+            f"{table.queries[row][:60]!r}; a log of single answers is judged by `deferral route simulate`"
+        )
+
+
+def _tags(log: Log) -> dict[str, tuple[str, ...]]:
+    codes, tags = log.column("query"), log.column("tags")
+    first = np.unique(codes, return_index=True)[1]
+    return {log.queries[codes[row]]: log.tag_sets[tags[row]] for row in first}

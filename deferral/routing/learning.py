@@ -1,0 +1,188 @@
+"""How a router learns from a table: hold out, blend, judge, then fit the winner on all rows."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from deferral.routing.encoders import Vectors
+from deferral.routing.evaluation import routability
+from deferral.routing.fitting import Fitted
+from deferral.routing.outcomes import Table
+from deferral.routing.partial_logs import doubly_robust, observed
+from deferral.routing.policies import Heads, Neighbours, Policy, Rejector, expert_means
+from deferral.routing.prices import PriceModel, fit_prices
+from deferral.routing.shift import familiarity, refitted, shifted_folds, shrinkage
+from deferral.routing.training import (
+    FOLDS,
+    HeldOut,
+    blend,
+    full_price,
+    grid,
+    held_out,
+    judged,
+    mean_and_half,
+    mixed,
+    random_folds,
+    taught,
+)
+
+__all__ = ["fitted"]
+
+# Cross-fitting more rows would not narrow the intervals enough to be waited for.
+_MOST_HELD_OUT = 6_000
+_KEPT_ROWS = 4000
+_FEWEST_ROWS = 40
+_TEXT = 200
+
+
+def fitted(
+    table: Table,
+    vectors: Vectors,
+    policies: Sequence[Callable[[], Policy]],
+    *,
+    prices: PriceModel | None = None,
+    seed: int = 0,
+) -> Fitted:
+    """Learn from a table: hold out, blend, judge, then fit the winner on all rows."""
+    if prices is not None and prices.base.shape != (len(table.experts),):
+        raise ValueError(f"prices: expected one per expert, {len(table.experts)}, got {prices.base.shape}")
+    weights = observed(table)
+    quality = np.where(table.mask, table.quality, 0).astype(np.float32)
+    outcomes = doubly_robust(vectors, quality, weights, seed=seed)
+    ones = np.ones_like(outcomes)
+    means = expert_means(outcomes, ones)
+    model = fit_prices(table) if prices is None else prices
+    price = full_price(table, model) if prices is None else model(np.array([len(text) for text in table.queries], float))
+    rows, experts = quality.shape
+    memory = Neighbours()
+    memory.fit(vectors, outcomes, ones, means, seed=seed)
+    state = Fitted(
+        experts=tuple(table.experts),
+        means=means,
+        prices=model,
+        mean_price=price.mean(0),
+        latency=_mean_latency(table),
+        extension=np.eye(experts, dtype=np.float32),
+        policies=(),
+        weights=(),
+        abroad=(),
+        memory=memory,
+        texts=tuple(text[:_TEXT] for text in table.queries),
+        familiar=(np.array([0.0]), np.array([1.0])),
+        reliance=0.0,
+        judged=None,
+        winner="static mix",
+        held_costs={},
+        held_quality=np.empty((0, experts), np.float32),
+        held_estimate=np.empty((0, experts), np.float32),
+        held_price=np.empty((0, experts)),
+        room="",
+    )
+    if rows < _FEWEST_ROWS or experts < 2:
+        return state
+    return _learned(state, vectors, quality, weights, outcomes, price, policies, seed)
+
+
+def _learned(
+    state: Fitted,
+    vectors: Vectors,
+    quality: np.ndarray,
+    weights: np.ndarray,
+    outcomes: np.ndarray,
+    price: np.ndarray,
+    policies: Sequence[Callable[[], Policy]],
+    seed: int,
+) -> Fitted:
+    some = np.arange(len(quality))
+    if len(some) > _MOST_HELD_OUT:
+        some = np.sort(np.random.default_rng(seed).choice(len(some), _MOST_HELD_OUT, replace=False))
+    part, p = vectors.rows(some), price[some]
+    held = held_out(policies, part, quality[some], weights[some], p, random_folds(len(some), seed=seed), seed=seed)
+    errors = grid(p)
+    names = list(held.deviations)
+    estimates = {name: held.means + _without_own_fold(held, [name]) for name in names}
+    if len(names) > 1:
+        estimates["blend"] = held.means + _without_own_fold(held, names)
+    verdicts = {name: judged(estimate, held.means, p, held.truth, errors) for name, estimate in estimates.items()}
+    costs = {name: float(verdict.learned.mean()) for name, verdict in verdicts.items()}
+    winner = min(costs, key=lambda name: costs[name])
+    if "blend" in verdicts and winner != "blend":
+        # Among estimators this much alike, the cheapest on a few thousand rows is often not the best: it must win clearly.
+        gain, half = mean_and_half(verdicts["blend"].rows - verdicts[winner].rows)
+        winner = winner if gain > half else "blend"
+    here = blend(_only(held, names if winner == "blend" else [winner]))
+    abroad, reliance, familiar = _elsewhere(policies, part, quality[some], weights[some], p, held, seed)
+    used = [make for make in policies if here.get(make().kind, 0) > 0 or abroad.get(make().kind, 0) > 0]
+    learned = tuple(
+        state.memory if isinstance(make(), Neighbours) else taught(make(), vectors, outcomes, state.means, price, seed=seed)
+        for make in used
+    )
+    near = np.interp(held.similarity, *familiar)[:, None].astype(np.float32)
+    judged_as = held.means + near * (estimates[winner] - held.means) + (1 - near) * mixed(held.deviations, abroad)
+    shown = np.random.default_rng(seed).permutation(len(some))[:_KEPT_ROWS]
+    return replace(
+        state,
+        policies=learned,
+        weights=tuple(here.get(policy.kind, 0.0) for policy in learned),
+        abroad=tuple(abroad.get(policy.kind, 0.0) for policy in learned),
+        familiar=familiar,
+        reliance=reliance,
+        judged=judged(judged_as, held.means, p, held.truth, errors),
+        winner=winner,
+        held_costs=costs,
+        held_quality=held.truth[shown].astype(np.float32),
+        held_estimate=judged_as[shown].astype(np.float32),
+        held_price=p[shown],
+        room=str(routability(judged_as.astype(np.float64), p, held.truth)),
+    )
+
+
+def _elsewhere(
+    policies: Sequence[Callable[[], Policy]],
+    vectors: Vectors,
+    quality: np.ndarray,
+    weights: np.ndarray,
+    price: np.ndarray,
+    held: HeldOut,
+    seed: int,
+) -> tuple[dict[str, float], float, tuple[np.ndarray, np.ndarray]]:
+    """For queries of new subjects: the estimators' weights, the share of them that is relied on, and how to know such queries."""
+    rows, cluster, fold = shifted_folds(vectors, FOLDS, seed=seed)
+    if len(np.unique(fold)) < 2:
+        return {}, 0.0, (np.array([0.0]), np.array([1.0]))
+    some, q, w = vectors.rows(rows), quality[rows], weights[rows]
+    # Networks are not asked about subjects that they have not seen.
+    plain = [make for make in policies if not isinstance(make(), Heads | Rejector)] or policies
+    shifted = held_out(plain, some, q, w, price[rows], fold, seed=seed, new=True)
+    mass = 1 / np.bincount(cluster)[cluster]
+    found = blend(shifted, mass)
+    reliance = shrinkage(mixed(shifted.deviations, found), shifted.truth - shifted.means, cluster)
+    # Rows drawn like the log, which the encoder has not seen either.
+    own = held.fold[rows] == 0
+    memory, around = Neighbours(), refitted(some, np.flatnonzero(~own), seed=seed)
+    memory.fit(around.rows(np.flatnonzero(~own)), q[~own], np.ones_like(q[~own]), held.means[0], seed=seed)
+    _, alike = memory.look_up(around.rows(np.flatnonzero(own)))
+    familiar = familiarity(alike, shifted.similarity, cluster)
+    return {name: reliance * weight for name, weight in found.items()}, reliance, familiar
+
+
+def _only(held: HeldOut, names: Sequence[str]) -> HeldOut:
+    return replace(held, deviations={name: held.deviations[name] for name in names})
+
+
+def _without_own_fold(held: HeldOut, names: Sequence[str]) -> np.ndarray:
+    """The blend of these estimators, with weights that a row's fold had no part in.  -> (N, E)"""
+    result = np.zeros_like(held.means)
+    for number in np.unique(held.fold):
+        rows = np.flatnonzero(held.fold == number)
+        weights = blend(_only(held.rows(np.flatnonzero(held.fold != number)), names))
+        result[rows] = mixed({name: held.deviations[name][rows] for name in names}, weights)
+    return result
+
+
+def _mean_latency(table: Table) -> np.ndarray:
+    known = ~np.isnan(table.latency)
+    count = known.sum(0)
+    sums = np.where(known, table.latency, 0).sum(0)
+    return np.where(count > 0, sums / np.maximum(count, 1), np.nan)

@@ -1,0 +1,94 @@
+"""Logs in which not every expert answered every query: doubly robust outcomes, with which one goes on as with a full table."""
+
+import numpy as np
+
+from deferral.routing.encoders import Vectors
+from deferral.routing.outcomes import Table
+from deferral.routing.policies import Linear, expert_means
+
+__all__ = ["OutcomeModel", "doubly_robust", "observed"]
+
+_LEAST_PROPENSITY = 0.01
+_MOST_WEIGHT = 20.0
+# An expert of n outcomes is not weighed up by more than n / 5.
+_FEW = 5.0
+_COMMON = 20.0  # queries answered by both of two experts that are worth their prior covariance, 0
+_BLOCK = 4096
+
+
+def observed(table: Table) -> np.ndarray:
+    """The weight of every cell: 1 if the table is full, else the inverse of its propensity, 0 where nothing is known.  (N, E)
+
+    Where no propensity is logged, the assumption is that who was asked did not depend on the query, and the propensity is the
+    expert's share of the queries.  Weights are divided by their mean over the known cells.
+    """
+    if table.full:
+        return np.ones(table.mask.shape, np.float32)
+    share = np.broadcast_to(np.maximum(table.mask.mean(0), 1e-12), table.mask.shape)
+    chance = np.where(np.isnan(table.propensity), share, table.propensity)
+    weights = np.where(table.mask, 1 / np.maximum(chance, _LEAST_PROPENSITY), 0)
+    return (weights / weights[table.mask].mean()).astype(np.float32)
+
+
+class OutcomeModel:
+    """What a cell holds, from the query and from what the other experts did on it.
+
+    A ridge on the query, and of its residuals the conditional mean of a normal law with the covariance of the experts, where
+    two of them answered the same queries.
+    """
+
+    def fit(self, vectors: Vectors, quality: np.ndarray, weights: np.ndarray) -> "OutcomeModel":
+        """Vectors, (N, E), (N, E) -> self"""
+        self.means = expert_means(quality, weights)
+        self.linear = Linear().fit(vectors, quality, weights, self.means)
+        known = (weights > 0).astype(np.float64)
+        left = known * (quality - self._from_query(vectors))
+        both = known.T @ known
+        covariance = left.T @ left / (both + _COMMON)
+        variance = (left**2).sum(0) / np.maximum(both.diagonal(), 1)
+        self.covariance = np.where(np.eye(len(variance)) > 0, np.maximum(variance, 1e-3) * 1.05, covariance)
+        return self
+
+    def outcomes(self, vectors: Vectors, quality: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """Doubly robust outcomes: guess + (quality - guess) / propensity, the guess where nothing is known.  -> (N, E)
+
+        Right on average if either the propensities or the guesses are: a guess never looks at its own cell.  Propensities are
+        scaled so that every expert's weights add up to the number of queries.  Dudík, Langford, Li, "Doubly Robust Policy
+        Evaluation and Learning" (2011), eq. 2.
+        """
+        known = weights > 0
+        base = self._from_query(vectors)
+        guess = base + self._from_others(np.where(known, quality - base, 0), known)
+        count = known.sum(0)
+        scale = len(weights) / np.maximum(weights.sum(0), 1e-12)
+        factor = np.minimum(weights * scale, np.minimum(_MOST_WEIGHT, count / _FEW))
+        return (guess + np.where(known, factor * (quality - guess), 0)).astype(np.float32)
+
+    def _from_query(self, vectors: Vectors) -> np.ndarray:
+        return self.means + self.linear.deviations(vectors)
+
+    def _from_others(self, left: np.ndarray, known: np.ndarray) -> np.ndarray:
+        """E[residual of a cell | residuals of the row's other known cells].  (N, E), (N, E) bool -> (N, E)"""
+        guess = np.zeros(left.shape)
+        for start in range(0, len(left), _BLOCK):
+            some, there = left[start : start + _BLOCK], known[start : start + _BLOCK]
+            inside = self.covariance * there[:, :, None] * there[:, None, :] + np.eye(len(self.means)) * ~there[:, None, :]
+            inverse = np.linalg.inv(inside)
+            solved = np.einsum("nij,nj->ni", inverse, some)
+            # Of a known cell, its own residual is left out of its prediction.
+            alone = some - solved / np.einsum("nii->ni", inverse)
+            guess[start : start + _BLOCK] = np.where(there, alone, solved @ self.covariance)
+        return guess
+
+
+def doubly_robust(vectors: Vectors, quality: np.ndarray, weights: np.ndarray, *, seed: int) -> np.ndarray:
+    """Doubly robust outcomes of all rows, each half guessed by a model of the other; the outcomes themselves of a full table."""
+    if (weights == 1).all():
+        return quality
+    half = np.random.default_rng(seed).permutation(len(quality)) % 2
+    result = np.empty(quality.shape, np.float32)
+    for number in range(2):
+        rest, rows = np.flatnonzero(half != number), np.flatnonzero(half == number)
+        model = OutcomeModel().fit(vectors.rows(rest), quality[rest], weights[rest])
+        result[rows] = model.outcomes(vectors.rows(rows), quality[rows], weights[rows])
+    return result

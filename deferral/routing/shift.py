@@ -1,0 +1,87 @@
+"""How far what was learned is trusted, by how like the log a query is: learned from queries unlike the rest of the log."""
+
+import numpy as np
+
+from deferral.routing.encoders import Vectors, Wide, projection, reduced
+from deferral.routing.policies.centres import nearest_centre, spherical_centres
+
+__all__ = ["familiarity", "refitted", "shifted_folds", "shrinkage"]
+
+_ROWS = 4000
+_CLUSTERS = 10
+_BINS = 16
+_Z = 1.645  # one-sided 95%
+
+
+def shifted_folds(vectors: Vectors, folds: int, *, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """At most 4,000 rows, their clusters, and folds of whole clusters: what a new subject looks like.  -> (M,) thrice"""
+    rows = np.sort(np.random.default_rng(seed).permutation(len(vectors))[:_ROWS])
+    dense = vectors.dense[rows]
+    cluster = nearest_centre(dense, spherical_centres(dense, min(_CLUSTERS, max(2, len(rows) // 25)), seed=seed))
+    # The largest clusters first, each to the emptiest fold.
+    sizes, fold = np.bincount(cluster), np.zeros(cluster.max() + 1, int)
+    filled = np.zeros(folds)
+    for number in np.argsort(-sizes, kind="stable"):
+        fold[number] = filled.argmin()
+        filled[fold[number]] += sizes[number]
+    return rows, cluster, fold[cluster]
+
+
+def refitted(vectors: Vectors, rest: np.ndarray, *, seed: int) -> Vectors:
+    """All the vectors, as if the encoder had been fitted on the rows of `rest` alone: what others say it has never heard.
+
+    An encoder that has seen a subject places its queries better than it will place those of a new one.  Vectors of a function
+    need no refitting.
+    """
+    if vectors.wide is None:
+        return vectors
+    from scipy.sparse import diags
+    from sklearn.preprocessing import normalize
+
+    wide = vectors.wide.sparse()
+    heard = np.bincount(wide[rest].indices, minlength=wide.shape[1]) >= 2
+    wide = normalize((wide @ diags(heard.astype(np.float32))).tocsr())
+    directions = projection(wide[rest], vectors.dense.shape[1], seed=seed)
+    return reduced(Wide(wide.indices, wide.data, wide.indptr, wide.shape[1]), directions, vectors.extra)
+
+
+def familiarity(alike: np.ndarray, unlike: np.ndarray, cluster: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The chance that a query is drawn like the log and not of a new subject, by its likeness: rising knots.  -> (B,), (B,)
+
+    From the likeness (N,) of held-out rows and that (M,) of rows whose cluster (M,) was left out, as if either were as common.
+    Clusters count alike, whatever their size.  Rising by isotonic regression over bins.
+    """
+    from sklearn.isotonic import IsotonicRegression
+
+    likeness = np.concatenate([alike, unlike])
+    sizes = np.bincount(cluster)
+    mass = np.concatenate([np.full(len(alike), 1 / len(alike)), 1 / sizes[cluster] / (sizes > 0).sum()])
+    edges = np.unique(np.quantile(likeness, np.linspace(0, 1, _BINS + 1)[1:-1]))
+    member = np.searchsorted(edges, likeness)
+    count, total = np.bincount(member, minlength=len(edges) + 1), np.bincount(member, mass, len(edges) + 1)
+    filled = count > 0
+    centre = (np.bincount(member, likeness, len(edges) + 1)[filled] / count[filled]).astype(np.float64)
+    own = np.bincount(member[: len(alike)], mass[: len(alike)], len(edges) + 1)[filled]
+    rising = IsotonicRegression(y_min=0, y_max=1).fit_transform(centre, own / total[filled], sample_weight=total[filled])
+    return centre, np.asarray(rising, np.float64)
+
+
+def shrinkage(estimate: np.ndarray, truth: np.ndarray, cluster: np.ndarray) -> float:
+    """What share of an estimated deviation can be relied on in a subject to come.  (M, E), (M, E), (M,) -> number in [0, 1]
+
+    The slopes of the true on the estimated deviation in every cluster are draws among subjects, and the next subject is one more:
+    the lower end of its one-sided 95% prediction interval, over the mean slope.  Deviations are taken around the row's mean; what
+    chance adds to the spread of the slopes is taken off.  Higgins, Thompson, Spiegelhalter, "A re-evaluation of random-effects
+    meta-analysis" (2009).
+    """
+    estimate, truth = estimate - estimate.mean(1, keepdims=True), truth - truth.mean(1, keepdims=True)
+    above, below = (estimate * truth).sum(1), (estimate**2).sum(1)
+    size = np.bincount(cluster, below)
+    slope = np.bincount(cluster, above) / np.maximum(size, 1e-12)
+    chance = np.bincount(cluster, (above - slope[cluster] * below) ** 2)[size > 0] / size[size > 0] ** 2
+    slopes = slope[size > 0]
+    if len(slopes) < 2 or slopes.mean() <= 0:
+        return 0.0
+    between = max(slopes.var(ddof=1) - chance.mean(), 0)
+    spread = np.sqrt(between + (between + chance.mean()) / len(slopes))
+    return float(np.clip(1 - _Z * spread / slopes.mean(), 0, 1))

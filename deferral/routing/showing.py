@@ -1,0 +1,134 @@
+"""What the commands of `deferral route` print and leave behind."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table as Printed
+
+from deferral.intervals import Interval
+from deferral.routing.decisions import Decision
+from deferral.routing.judging import Evaluation
+from deferral.routing.replay import METHODS, Replay
+
+__all__ = ["draw_evaluation", "save_evaluation", "show_evaluation", "show_explanation", "show_replays"]
+
+_COLOURS = {"routed": "C0", "learned, without fallback": "C1", "static mix of the fit": "C7", "static mix of these rows": "k"}
+
+
+def show_evaluation(found: Evaluation) -> None:
+    """Figures by policy with intervals, the gain over the static mix, and what always asking one expert gives."""
+    columns = list(dict.fromkeys(name for values in found.figures.values() for name in values))
+    figures = [name for name in columns if name not in ("quality", "price")]
+    table = _table(f"{found.rows:,} queries, estimate [95% interval]", "policy", *figures, "AIQ over the static mix of the fit")
+    for policy, values in found.figures.items():
+        if not policy.startswith("always "):
+            over = found.over_static.get(policy)
+            table.add_row(escape(policy), *(_ends(values.get(name)) for name in figures), _ends(over) if over else "")
+    _print(table)
+    table = _table("\nalways one expert", "expert", "quality", "dollars a query")
+    for policy, values in found.figures.items():
+        if policy.startswith("always "):
+            name = policy.removeprefix("always ")
+            mark = "  (best)" if name == found.best else ""
+            table.add_row(escape(name) + mark, _ends(values["quality"]), _ends(values["price"]))
+    _print(table)
+    Console().print(
+        f"\nThe static mix decided {100 * found.fallback:.1f}% of the queries, over all trade-offs.  AIQ: mean quality of the "
+        "hull over the prices from the cheapest to the dearest expert.  saving: of the price of the best expert, at that share "
+        "of its quality.",
+        highlight=False,
+        markup=False,
+    )
+
+
+def save_evaluation(found: Evaluation, path: Path) -> None:
+    """All figures, the points of the curves and the corners of their hulls, as JSON."""
+    content = {
+        **{name: value for name, value in asdict(found).items() if name != "curves"},
+        "curves": {name: points.tolist() for name, points in found.curves.items()},
+        "hulls": {name: points.tolist() for name, points in found.hulls.items()},
+    }
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def draw_evaluation(found: Evaluation, path: Path) -> bool:
+    """The cost-quality curves with their hulls as a picture; False where matplotlib is not installed."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        return False
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for name, colour in _COLOURS.items():
+        points, corners = 1000 * found.curves[name][:, 0], found.hulls[name]
+        axes.scatter(points, found.curves[name][:, 1], s=8, color=colour)
+        axes.plot(1000 * corners[:, 0], corners[:, 1], color=colour, label=name)
+    for name in found.experts:
+        always = found.figures[f"always {name}"]
+        place = (1000 * always["price"].estimate, always["quality"].estimate)
+        axes.annotate(name, place, textcoords="offset points", xytext=(4, -8), fontsize=7)
+    axes.set(xlabel="dollars per 1,000 queries", ylabel="mean quality")
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+    return True
+
+
+def show_explanation(decision: Decision, nearest: list[tuple[str, float]]) -> None:
+    """What is expected of every expert, who is asked and why, and the logged queries that are nearest."""
+    table = _table("", "expert", "expected quality", "dollars", "cost in errors")
+    for name in sorted(decision.cost, key=lambda name: decision.cost[name]):
+        cost = f"{decision.cost[name]:.3f}" if decision.cost[name] < float("inf") else "may not be asked"
+        style = "bold" if name == decision.expert else None
+        table.add_row(escape(name), f"{decision.quality[name]:.3f}", f"{decision.price[name]:.3g}", cost, style=style)
+    _print(table)
+    lines = [f"\n{decision.why}", f"propensity {decision.propensity:.3g}, similarity to the log {decision.similarity:.2f}"]
+    lines += ["\nnearest logged queries:"] if nearest else []
+    lines += [f"  {similarity:.2f}  {' '.join(text.split())[:100]}" for text, similarity in nearest]
+    Console().print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+
+
+def show_replays(logged: Mapping[str, Interval], replays: Mapping[str, Replay], assumed: float) -> None:
+    """The worth of each policy on the log by every method, and how much the log has to say about it."""
+    table = _table(
+        "cost in errors, estimate [95% interval]",
+        *("policy", *METHODS, "quality, doubly robust", "dollars, doubly robust", "effective decisions", "largest weight"),
+    )
+    table.add_row("as logged", _ends(logged["cost"]), "", "", _ends(logged["quality"]), _ends(logged["price"]), "", "")
+    for name, one in replays.items():
+        found = [_ends(one.cost[method]) for method in METHODS]
+        robust = METHODS[-1]
+        size = (f"{one.effective:,.0f}", f"{one.largest_weight:.3g}")
+        table.add_row(escape(name), *found, _ends(one.quality[robust]), _ends(one.price[robust]), *size)
+    _print(table)
+    if assumed > 0:
+        Console().print(
+            f"\n{100 * assumed:.0f}% of the outcomes have no propensity: who was asked there is taken not to have depended on "
+            "the query.  Where it did, these figures are off.",
+            highlight=False,
+            markup=False,
+        )
+
+
+def _table(title: str, *headings: str) -> Printed:
+    table = Printed(title=title or None, title_justify="left", box=None, header_style="bold", pad_edge=False)
+    for place, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if place else "left", no_wrap=place == 0)
+    return table
+
+
+def _print(table: Printed) -> None:
+    console = Console()
+    # In a file or a pipe a table that wraps is harder to read than a long line.
+    (console if console.is_terminal else Console(width=240)).print(table)
+
+
+def _ends(value: Interval | None) -> str:
+    if value is None:
+        return ""
+    return f"{value.estimate:.4g} [{value.low:.4g}, {value.high:.4g}]"

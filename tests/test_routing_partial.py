@@ -1,0 +1,157 @@
+"""Partial logs, and queries unlike the log."""
+
+import numpy as np
+import pytest
+
+from deferral.routing.encoders import NgramEncoder, Vectors
+from deferral.routing.outcomes import Table
+from deferral.routing.partial_logs import OutcomeModel, doubly_robust, observed
+from deferral.routing.shift import familiarity, refitted, shifted_folds, shrinkage
+from deferral.routing.training import HeldOut, blend, judged, skill
+
+pytestmark = pytest.mark.ci_slow
+
+
+def table_of(quality: np.ndarray, chance: np.ndarray, *, seed: int = 0, logged: bool = True) -> Table:
+    mask = np.random.default_rng(seed).random(quality.shape) < chance
+    propensity = np.where(mask & logged, chance, np.nan).astype(np.float32)
+    names = [f"expert {number}" for number in range(quality.shape[1])]
+    hidden = np.where(mask, quality, 0).astype(np.float32)
+    nothing = np.full(quality.shape, np.nan, np.float32)
+    return Table([str(row) for row in range(len(quality))], names, hidden, np.zeros(quality.shape), mask, nothing, propensity)
+
+
+def hard_and_easy(rows: int) -> tuple[np.ndarray, np.ndarray, Vectors]:
+    """Both experts are right on easy queries, the second sometimes on hard ones; it is asked the hard ones."""
+    generator = np.random.default_rng(1)
+    hard = generator.random(rows) < 0.5
+    quality = (generator.random((rows, 2)) < np.where(hard[:, None], [0.1, 0.3], [0.9, 0.9])).astype(np.float32)
+    chance = np.where(hard[:, None], [0.1, 0.6], [0.6, 0.1])
+    # Of the difficulty, the vectors say nothing.
+    return quality, chance, Vectors(np.ones((rows, 1), np.float32), np.zeros((rows, 1), np.float32))
+
+
+def test_doubly_robust_outcomes_have_the_means_of_the_full_table_and_naive_ones_have_not() -> None:
+    quality, chance, vectors = hard_and_easy(6000)
+    means = {}
+    for logged in (True, False):
+        table = table_of(quality, chance, logged=logged)
+        means[logged] = doubly_robust(vectors, table.quality, observed(table), seed=0).mean(0)
+    np.testing.assert_allclose(means[True], quality.mean(0), atol=0.03)
+    assert means[False][1] < means[False][0]  # the better expert looks worse
+    assert quality.mean(0)[1] > quality.mean(0)[0]
+
+
+def test_a_full_table_is_taken_as_it_is() -> None:
+    quality, _, vectors = hard_and_easy(50)
+    table = table_of(quality, np.ones_like(quality))
+    assert doubly_robust(vectors, table.quality, observed(table), seed=0) is table.quality
+
+
+def test_a_cell_has_no_part_in_its_own_guess_and_what_others_did_has() -> None:
+    generator = np.random.default_rng(0)
+    difficulty = generator.normal(size=(2000, 1))
+    quality = (0.5 + 0.2 * difficulty + 0.02 * generator.normal(size=(2000, 3))).astype(np.float32)
+    vectors = Vectors(np.ones((2000, 1), np.float32), np.zeros((2000, 1), np.float32))
+    weights = (generator.random(quality.shape) < 0.6).astype(np.float32)
+    model = OutcomeModel().fit(vectors, quality, weights)
+    left = np.where(weights > 0, quality - 0.5, 0).astype(float)
+    guess = model._from_others(left, weights > 0)
+    moved = left.copy()
+    moved[:, 0] += 1.0 * (weights[:, 0] > 0)
+    again = model._from_others(moved, weights > 0)
+    np.testing.assert_allclose(guess[:, 0], again[:, 0], atol=1e-9)
+    informed = (weights[:, 0] == 0) & (weights[:, 1] > 0)
+    assert np.abs(guess[informed, 0] - 0.2 * difficulty[informed, 0]).mean() < 0.05
+    # By hand: the conditional mean of a normal law.
+    row = int(np.flatnonzero((weights == [0, 1, 1]).all(1))[0])
+    inside = model.covariance[1:, 1:]
+    assert guess[row, 0] == pytest.approx(model.covariance[0, 1:] @ np.linalg.solve(inside, left[row, 1:]), abs=1e-9)
+
+
+def test_an_expert_of_one_outcome_is_not_weighed_up() -> None:
+    quality, _, vectors = hard_and_easy(500)
+    chance = np.ones_like(quality)
+    chance[1:, 1] = 0
+    table = table_of(quality, np.maximum(chance, 1e-9), logged=False)
+    assert table.mask[:, 1].sum() == 1
+    found = doubly_robust(vectors, table.quality, observed(table), seed=0)
+    assert np.isfinite(found).all()
+    assert np.abs(found[:, 1]).max() < 2
+
+
+def test_a_refitted_encoder_has_not_heard_the_words_of_others() -> None:
+    texts = [f"{'integral of x' if row % 2 else 'emperor of Rome'} {row % 7}" for row in range(60)]
+    vectors = NgramEncoder(dimensions=4).fit(texts)
+    maths = np.arange(60) % 2 == 1
+    around = refitted(vectors, np.flatnonzero(maths), seed=0)
+    assert around.share is not None
+    assert vectors.share is not None
+    assert around.share[~maths].mean() < around.share[maths].mean()
+    assert around.share[~maths].mean() < vectors.share[~maths].mean()
+    plain = Vectors(vectors.dense, vectors.extra)
+    assert refitted(plain, np.arange(10), seed=0) is plain
+
+
+def test_clusters_stay_whole_in_shifted_folds() -> None:
+    texts = [f"{word} {word} {row}" for row in range(40) for word in ("integral", "emperor", "pointer", "protein", "contract")]
+    rows, cluster, fold = shifted_folds(NgramEncoder(dimensions=8).fit(texts), 4, seed=0)
+    assert len(rows) == 200
+    assert len({(a, b) for a, b in zip(cluster.tolist(), fold.tolist(), strict=True)}) == len(set(cluster.tolist()))
+    assert len(set(fold.tolist())) == 4
+
+
+def test_familiarity_rises_from_strange_to_known() -> None:
+    generator = np.random.default_rng(0)
+    knots, chance = familiarity(generator.normal(2, 0.5, 1000), generator.normal(0, 0.5, 600), np.arange(600) % 10)
+    assert (np.diff(chance) >= 0).all()
+    assert np.interp(-1, knots, chance) < 0.05
+    assert np.interp(3, knots, chance) > 0.95
+
+
+def test_reliance_is_what_clusters_agree_on() -> None:
+    generator = np.random.default_rng(0)
+    cluster = np.arange(2000) % 10
+    estimate = generator.normal(size=(2000, 3))
+    assert shrinkage(estimate, estimate, cluster) == pytest.approx(1)
+    assert shrinkage(estimate, -estimate, cluster) == 0
+    assert shrinkage(estimate, generator.normal(size=(2000, 3)), cluster) < 0.2
+    mixed = estimate * np.where(cluster < 5, 1.5, 0.5)[:, None]
+    slopes = np.where(np.arange(10) < 5, 1.5, 0.5)
+    lower = 1 - 1.645 * slopes.std(ddof=1) * np.sqrt(1.1)
+    assert shrinkage(estimate, mixed, cluster) == pytest.approx(lower, abs=1e-6)
+
+
+def test_skill_of_two_experts_is_the_gain_over_all_trade_offs() -> None:
+    generator = np.random.default_rng(0)
+    means = np.tile([0.5, 0.6], (200, 1))
+    quality = (generator.random((200, 2)) < means).astype(float)
+    estimate = np.clip(means + 0.1 * generator.normal(size=(200, 2)), 0.2, 0.8)
+    relative = np.linspace(-1, 1, 4001)  # price difference over the price of an error
+    gap, static, true = estimate[:, 1] - estimate[:, 0], means[:, 1] - means[:, 0], quality[:, 1] - quality[:, 0]
+    gains = ((gap[:, None] > relative) * 1.0 - (static[:, None] > relative)) * (true[:, None] - relative)
+    np.testing.assert_allclose(np.trapezoid(gains, relative, axis=1), skill(estimate, means, quality)[1], atol=1e-3)
+
+
+def test_a_policy_without_skill_is_not_better_and_one_with_skill_is_not_turned_down_where_nothing_shows() -> None:
+    generator = np.random.default_rng(0)
+    means, price = np.tile([0.5, 0.6], (3000, 1)), np.tile([0.0, 1.0], (3000, 1))
+    known = generator.random(3000) < 0.5
+    quality = np.stack([known, generator.random(3000) < 0.6], -1).astype(float)
+    errors = np.geomspace(1.2, 200, 20)
+    good = np.stack([0.3 + 0.4 * known, np.full(3000, 0.6)], -1)
+    assert judged(good, means, price, quality, errors).better.all()
+    bad = np.stack([0.7 - 0.4 * known, np.full(3000, 0.6)], -1)
+    assert not judged(bad, means, price, quality, errors).better.any()
+
+
+def test_blending_weights_follow_the_rows_of_mass() -> None:
+    generator = np.random.default_rng(0)
+    one, other = generator.normal(size=(2, 4000, 2)).astype(np.float32)
+    first = np.arange(4000) < 2000
+    truth = np.where(first[:, None], one, other)
+    held = HeldOut({"one": one, "other": other}, np.zeros_like(one), truth, np.zeros(4000, np.float32), np.zeros(4000))
+    even, only = blend(held), blend(held, np.where(first, 1.0, 1e-9))
+    assert even["one"] == pytest.approx(even["other"], abs=0.05)
+    assert only["one"] > 0.9
+    assert only["other"] < 0.1

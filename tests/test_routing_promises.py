@@ -1,0 +1,165 @@
+"""A floor that is promised is reached as often as it says; off-policy estimates are right on average."""
+
+import numpy as np
+import pytest
+
+from deferral.certified import p_value_of_mean
+from deferral.routing import Log, Outcome, Router, log_of_table
+from deferral.routing.promises import promised_error, shortfall_p_value
+from deferral.routing.replay import METHODS, as_logged, events_of, replay
+from tests.test_routing_router import EXPERTS, QUICK, world
+
+LAWS = {
+    "bernoulli": lambda generator, shape: (generator.random(shape) < 0.3).astype(float),
+    "rare": lambda generator, shape: 0.25 + 0.75 * (generator.random(shape) < 1 / 15),
+    "narrow": lambda generator, shape: 0.3 + 0.02 * (generator.random(shape) - 0.5),
+    "uniform": lambda generator, shape: 0.6 * generator.random(shape),
+}
+
+
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("rows", [30, 400])
+def test_a_true_mean_at_the_level_is_rejected_at_most_as_often_as_delta(law: str, rows: int) -> None:
+    losses = LAWS[law](np.random.default_rng(0), (2000, rows))
+    for delta in (0.05, 0.2):
+        rejected = (p_value_of_mean(losses, 0.3, delta=delta) <= delta).mean()
+        assert rejected <= delta + 3 * np.sqrt(delta * (1 - delta) / 2000)
+
+
+def test_losses_that_vary_little_prove_more_than_their_mean_alone() -> None:
+    losses = 0.49 + 0.02 * np.random.default_rng(0).random(400)
+    assert p_value_of_mean(losses, 0.52) < 0.05
+    # Hoeffding's bound of the same gap.
+    assert np.exp(-2 * 400 * (0.52 - losses.mean()) ** 2) > 0.4
+    assert p_value_of_mean(np.ones(10), 0.9) == 1
+    for bad, message in ((np.array([1.2]), "in"), (np.empty(0), "at least one row")):
+        with pytest.raises(ValueError, match=message):
+            p_value_of_mean(bad, 0.5)
+    with pytest.raises(ValueError, match="at_most"):
+        p_value_of_mean(np.ones(3), 1.0)
+
+
+def test_a_promise_is_broken_at_most_as_often_as_it_says() -> None:
+    """400 calibrations of a family whose bolder members fall below the floor, the truth known exactly."""
+    chance = np.array([0.9, 0.6])  # two experts
+    shares = dict(zip((4.0, 3.0, 2.0, 1.0), (0.0, 0.1, 0.17, 0.4), strict=True))
+    truth = {error: chance[0] - share * (chance[0] - chance[1]) for error, share in shares.items()}
+    floor = 0.95 * chance[0]
+    assert [value >= floor for value in truth.values()] == [True, True, False, False]
+    broken = made = 0
+    for seed in range(400):
+        generator = np.random.default_rng(seed)
+        quality = (generator.random((400, 2)) < chance).astype(float)
+        drawn = generator.random(400)
+
+        def at(error: float, quality: np.ndarray = quality, drawn: np.ndarray = drawn) -> np.ndarray:
+            return np.where(drawn < shares[error], quality[:, 1], quality[:, 0])
+
+        try:
+            found = promised_error(at, quality, shares, share=0.95, confidence=0.9)
+        except ValueError:
+            continue
+        made += 1
+        broken += truth[found] < floor
+    assert made > 360
+    assert broken / 400 <= 0.1 + 3 * np.sqrt(0.09 / 400)
+
+
+def test_the_floor_is_that_of_whichever_expert_is_the_best() -> None:
+    quality = (np.random.default_rng(0).random((500, 3)) < [0.9, 0.5, 0.2]).astype(float)
+    assert shortfall_p_value(quality[:, 0], quality, 0.95, 0.05) < 0.01
+    assert shortfall_p_value(quality[:, 1], quality, 0.95, 0.05) > 0.9
+    assert shortfall_p_value(quality[:, 1], quality[:, 1:], 0.9, 0.05) < 0.05
+
+
+@pytest.mark.ci_slow
+def test_a_router_proves_its_floor_by_rows_that_were_not_in_the_fit() -> None:
+    texts, _, quality, price = world(600)
+    router = Router(0.1, policies=QUICK).fit(log_of_table(texts, EXPERTS, quality, price))
+    with pytest.raises(ValueError, match="no rows that certify it"):
+        router.plan(certified_quality=0.95)
+    with pytest.raises(ValueError, match="600 of 600 queries were in the log of the fit"):
+        router.certify(log_of_table(texts, EXPERTS, quality, price))
+    new, _, outcome, dollars = world(1500, seed=11)
+    new = [f"{text}?" for text in new]
+    router.certify(log_of_table(new, EXPERTS, outcome, dollars))
+    later, _, truth, paid = world(2000, seed=12)
+    rows, spent = np.arange(2000), []
+    for share in (0.8, 0.95):
+        actions = router.route_batch(later, certified_quality=share).actions
+        assert truth[rows, actions].mean() >= share * truth.mean(0).max()
+        spent.append(paid[rows, actions].mean())
+    assert spent[0] <= spent[1] < 0.75 * paid[:, 2].mean()
+    with pytest.raises(ValueError, match=r"cannot be promised .* from 1500 rows"):
+        router.plan(certified_quality=0.999, confidence=0.999999)
+    with pytest.raises(ValueError, match="one of price_of_error"):
+        router.plan(certified_quality=0.9, budget=1.0)
+    holes = log_of_table(new, EXPERTS, outcome, dollars, np.arange(4500).reshape(1500, 3) != 4)
+    with pytest.raises(ValueError, match="coder has none on query 2"):
+        router.certify(holes)
+    router.remove_expert("coder")
+    assert router.plan(certified_quality=0.9).mask.tolist() == [True, True]
+    router.describe_expert("new", quality=0.9, price=0.001)
+    with pytest.raises(ValueError, match="no rows that certify it"):
+        router.plan(certified_quality=0.9)
+    split = Router(0.1, policies=QUICK).fit(log_of_table(texts, EXPERTS, quality, price), certify=0.4)
+    assert 200 <= 600 - split.knows(texts).sum() <= 280
+    assert split.plan(certified_quality=0.8).price_of_error > 0
+
+
+def logged(rows: int, seed: int, *, known: bool = True) -> tuple[Log, np.ndarray, np.ndarray, np.ndarray]:
+    """Outcomes of the experts that a biased policy asked: the good one where it is good, mostly."""
+    generator = np.random.default_rng(seed)
+    kind = generator.integers(0, 2, rows)
+    chance = np.where(kind[:, None] == [0, 1], 0.9, 0.3)
+    propensity = np.where(kind[:, None] == [0, 1], 0.8, 0.2)
+    asked = (generator.random(rows) < propensity[:, 1]).astype(int)
+    right = generator.random(rows) < chance[np.arange(rows), asked]
+    taken = propensity[np.arange(rows), asked]
+    log = Log(
+        Outcome(f"{kind[i]} {i}", "ab"[asked[i]], float(right[i]), 0.0, propensity=taken[i] if known else np.nan)
+        for i in range(rows)
+    )
+    return log, kind, chance, propensity
+
+
+def test_off_policy_estimates_are_right_on_average_and_the_naive_one_is_not() -> None:
+    found: dict[str, list[float]] = {name: [] for name in (*METHODS, "logged", "wrong propensities", "covered")}
+    for seed in range(40):
+        log, _, chance, _ = logged(150, seed)
+        events = events_of(log, ["a", "b"])
+        always = np.tile([1.0, 0.0], (150, 1))
+        guess = np.full((150, 2), 0.5)
+        one = replay(events, always, 1.0, quality=guess, price=np.zeros((150, 2)), resamples=60)
+        for name in METHODS:
+            found[name].append(one.quality[name].estimate)
+        ends = one.quality["doubly robust"]
+        found["covered"].append(ends.low <= 0.6 <= ends.high)
+        found["logged"].append(as_logged(events, 1.0, resamples=2)["quality"].estimate)
+        assumed = events_of(logged(150, seed, known=False)[0], ["a", "b"])
+        assert assumed.assumed == 1
+        right = replay(assumed, always, 1.0, quality=chance, price=np.zeros((150, 2)), resamples=2)
+        found["wrong propensities"].append(right.quality["doubly robust"].estimate)
+    for name in (*METHODS, "wrong propensities"):
+        assert np.mean(found[name]) == pytest.approx(0.6, abs=0.05), name
+    assert np.mean(found["logged"]) == pytest.approx(0.78, abs=0.03)
+    assert np.mean(found["covered"]) > 0.85
+
+
+def test_a_full_table_is_replayed_exactly() -> None:
+    generator = np.random.default_rng(0)
+    quality, price = generator.random((40, 3)), generator.random((40, 3))
+    chances = generator.dirichlet(np.ones(3), 40)
+    events = events_of(log_of_table([f"q{i}" for i in range(40)], ["a", "b", "c"], quality, price), ["a", "b", "c"])
+    one = replay(events, chances, 0.5, quality=generator.random((40, 3)), price=price, resamples=10)
+    truth = (chances * quality).sum(1).mean()
+    for name in METHODS:
+        assert one.quality[name].estimate == pytest.approx(truth, rel=1e-6)
+    assert one.cost["ips"].estimate == pytest.approx(1 - truth + (chances * price).sum(1).mean() / 0.5, rel=1e-6)
+    half = events.of_queries(np.arange(40) < 20)
+    assert len(half.query) == 60
+    assert half.query.max() == 19
+    with pytest.raises(ValueError, match="none of a, b"):
+        events_of(log_of_table(["q"], ["z"], np.ones((1, 1)), np.ones((1, 1))), ["a", "b"])
+    with pytest.raises(ValueError, match="chances: expected shape"):
+        replay(events, chances[:5], 0.5, quality=quality, price=price)

@@ -1,0 +1,151 @@
+"""Sentence encoders, on a tiny one that is made here from a configuration."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from deferral.datasets import DataError
+from deferral.routing import CachedEncoder, Router, log_of_table
+from deferral.routing.sentences import OnnxEncoder, mean_pooled, sentence_encoder
+from tests.test_routing_router import EXPERTS, QUICK, world
+
+TEXTS = ["emperor treaty war", "return loop array pointer", "", "日本語 🎉", "\ud800", "integral " * 300]
+
+
+def test_the_mean_is_over_tokens_that_are_no_padding() -> None:
+    states = np.array([[[3.0, 0.0], [3.0, 8.0], [99.0, 99.0]]], np.float32)
+    np.testing.assert_allclose(mean_pooled(states, np.array([[1, 1, 0]])), [[0.6, 0.8]], atol=1e-6)
+    assert np.isfinite(mean_pooled(states, np.array([[0, 0, 0]]))).all()
+
+
+def test_a_folder_without_onnx_needs_sentence_transformers(tmp_path: Path) -> None:
+    try:
+        import sentence_transformers  # type: ignore[import-not-found]  # noqa: F401
+    except ModuleNotFoundError:
+        with pytest.raises(ImportError, match="deferral route export-encoder"):
+            sentence_encoder(tmp_path)
+    with pytest.raises(DataError, match="there is none"):
+        sentence_encoder(tmp_path / "nowhere")
+    (tmp_path / "model.onnx").write_bytes(b"no model")
+    with pytest.raises(DataError, match=r"tokenizer.json: it is missing"):
+        sentence_encoder(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(DataError, match="the encoder cannot be read"):
+        sentence_encoder(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BERT of two layers with random weights, and a tokenizer trained on a few sentences."""
+    import torch
+
+    from deferral.torchvision_compat import import_torchvision
+
+    import_torchvision()
+    from tokenizers import BertWordPieceTokenizer
+    from transformers import BertConfig, BertModel
+
+    folder = tmp_path_factory.mktemp("encoder") / "tiny"
+    words = BertWordPieceTokenizer()
+    words.train_from_iterator(world(200)[0], vocab_size=300, show_progress=False)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    # Attention that is far from even, so that a mask left out is seen.
+    config = BertConfig(vocab_size=words.get_vocab_size(), max_position_embeddings=64, initializer_range=0.3, **sizes)
+    BertModel(config).save_pretrained(folder)
+    words.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(source: Path) -> Path:
+    from deferral.routing.onnx_export import export
+
+    assert export(source, source.parent / "onnx", max_tokens=32) > 0.9999
+    return source.parent / "onnx"
+
+
+@pytest.mark.ci_slow
+def test_vectors_are_those_of_torch_alone_and_beside_longer_texts(source: Path, exported: Path) -> None:
+    import torch
+    from transformers import BertModel
+
+    encoder = OnnxEncoder(exported)
+    together = encoder(TEXTS)
+    assert together.dtype == np.float32
+    # This tokenizer has no token for nothing.
+    np.testing.assert_allclose(np.linalg.norm(together, axis=1), [1, 1, 0, 1, 1, 1], atol=1e-5)
+    model = BertModel.from_pretrained(source, attn_implementation="eager").eval()
+    for row, text in enumerate(TEXTS):
+        np.testing.assert_allclose(encoder([text])[0], together[row], atol=1e-5)
+        given = encoder.inputs([text.encode("utf-8", "replace").decode()])
+        assert given["input_ids"].shape[1] <= 32
+        with torch.no_grad():
+            states = model(*(torch.from_numpy(given[name]) for name in ("input_ids", "attention_mask"))).last_hidden_state
+        np.testing.assert_allclose(mean_pooled(states.numpy(), given["attention_mask"])[0], together[row], atol=1e-5)
+    assert encoder([]).shape[0] == 0
+
+
+@pytest.mark.ci_slow
+def test_an_export_that_ignores_the_mask_is_refused_and_nothing_is_written(
+    source: Path, exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import onnx
+
+    from deferral.routing import onnx_export
+
+    def blind(model: object, path: Path) -> None:
+        """The good graph, with a mask of ones in the place of the one it is given."""
+        graph = onnx.load(exported / "model.onnx")
+        for node in graph.graph.node:
+            node.input[:] = ["ones" if name == "attention_mask" else name for name in node.input]
+        shape = onnx.helper.make_node("Shape", ["input_ids"], ["size"])
+        one = onnx.helper.make_tensor("one", onnx.TensorProto.INT64, [1], [1])
+        ones = onnx.helper.make_node("ConstantOfShape", ["size"], ["ones"], value=one)
+        graph.graph.node.insert(0, ones)
+        graph.graph.node.insert(0, shape)
+        onnx.save(graph, path)
+
+    monkeypatch.setattr(onnx_export, "_write", blind)
+    with pytest.raises(DataError, match="its vectors are not those of torch"):
+        onnx_export.export(source, source.parent / "blind")
+    assert not (source.parent / "blind").exists()
+    assert not list(source.parent.glob(".*partial"))
+    with pytest.raises(DataError, match="it is there already"):
+        onnx_export.export(source, exported)
+    with pytest.raises(ValueError, match="max_tokens: expected 2 to 64"):
+        onnx_export.export(source, source.parent / "long", max_tokens=100)
+
+
+@pytest.mark.ci_slow
+def test_int8_vectors_are_near(source: Path, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from deferral.routing import onnx_export
+
+    monkeypatch.setattr(onnx_export, "_write", lambda model, path: shutil.copy(exported / "model.onnx", path))
+    assert onnx_export.export(source, source.parent / "int8", int8=True, max_tokens=32) > 0.95
+    assert sorted(path.name for path in (source.parent / "int8").iterdir()) == [
+        "encoder.json", "model_int8.onnx", "tokenizer.json",
+    ]  # fmt: skip
+    known = [text for text in TEXTS if text]
+    assert (OnnxEncoder(source.parent / "int8")(known) * OnnxEncoder(exported)(known)).sum(1).min() > 0.95
+
+
+@pytest.mark.ci_slow
+def test_a_router_is_loaded_by_naming_the_folder_of_its_encoder(source: Path, exported: Path, tmp_path: Path) -> None:
+    texts, _, quality, price = world(200)
+    router = Router(0.1, encoder=exported, policies=QUICK).fit(log_of_table(texts, EXPERTS, quality, price))
+    router.save(tmp_path / "router")
+    # Wherever the folder lies, and through a cache.
+    moved = shutil.copytree(exported, tmp_path / "moved")
+    cached = CachedEncoder(sentence_encoder(moved), tmp_path / "vectors", "tiny")
+    for encoder in (moved, cached, cached):
+        back = Router.load(tmp_path / "router", encoder=encoder)
+        np.testing.assert_array_equal(back.route_batch(texts).actions, router.route_batch(texts).actions)
+    (moved / "encoder.json").write_text(json.dumps({"max_tokens": 8}))
+    with pytest.raises(ValueError, match="this router was fitted with encoder"):
+        Router.load(tmp_path / "router", encoder=moved)
+    with pytest.raises(ValueError, match="the sentence encoder's folder"):
+        Router.load(tmp_path / "router")
