@@ -4,6 +4,7 @@ Autograd would keep and visit several more tables of the size of the scores.  A 
 `vmap` and its relatives, as gradients of costs, need what autograd can see: `has_closed_form` says where the plain one is due.
 """
 
+import math
 from collections.abc import Callable
 from itertools import repeat
 from typing import Any
@@ -44,9 +45,10 @@ class _ClosedForm(torch.autograd.Function):
     ) -> Tensor:
         descent = torch.empty_like(scores, memory_format=torch.contiguous_format)
         losses = scores.new_empty((*scores.shape[:-1], 1))
-        rows = max(1, BLOCK.get(scores.device.type, 1 << 24) // max(1, columns))
+        rows = losses.numel()
+        count = max(1, math.ceil(rows * columns / BLOCK.get(scores.device.type, 1 << 24)))
         blocks = [
-            repeat(None) if table is None else table.reshape(losses.numel(), table.shape[-1]).split(rows)
+            repeat(None) if table is None else table.reshape(rows, table.shape[-1]).chunk(count)
             for table in (scores, weights, targets, ceiling, descent, losses)
         ]
         for tables in zip(*blocks, strict=False):

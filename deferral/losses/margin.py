@@ -136,7 +136,7 @@ def constrained_margin(scores: Tensor, weights: Tensor, *, phi: Margin = exponen
     Bayes-consistent for Phi exponential, hinge, squared hinge and rho-margin (Lee, Lin, Wahba 2004).  With weights
     `costs.sum(-1, keepdim=True) / (A - 1) - costs` it is the cost-sensitive sum_k costs_k Phi(-s_k).
     """
-    return _weighted(constrained_losses, scores, weights, phi, mask, columns=scores.shape[-1])
+    return _weighted(constrained_losses, scores, weights, phi, mask, columns=8 * scores.shape[-1])
 
 
 def max_margin(scores: Tensor, weights: Tensor, *, phi: Margin = rho_margin, mask: Tensor | None = None) -> Tensor:
@@ -144,13 +144,13 @@ def max_margin(scores: Tensor, weights: Tensor, *, phi: Margin = rho_margin, mas
 
     Bayes-consistent for the rho-margin; not for the hinge nor the exponential.
     """
-    return _weighted(max_losses, scores, weights, phi, mask, columns=scores.shape[-1])
+    return _weighted(max_losses, scores, weights, phi, mask, columns=8 * scores.shape[-1])
 
 
 def _weighted(
     losses: Callable[..., Tensor], scores: Tensor, weights: Tensor, phi: Margin, mask: Tensor | None, columns: int
 ) -> Tensor:
-    """`columns`: numbers that a row takes in a temporary table."""
+    """`columns`: numbers that a row takes in the temporary tables, of which autograd keeps about eight."""
     require_floating("scores", scores)
     require_actions(scores, weights, name="weights")
     scores = lift(scores)
