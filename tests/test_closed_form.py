@@ -94,6 +94,24 @@ def test_a_batch_without_rows_gives_no_losses() -> None:
         assert value.shape == (0,)
 
 
+@every_loss
+def test_without_gradients_the_value_is_the_same(loss: Loss, batch) -> None:
+    expected = loss(*batch)
+    with torch.inference_mode():
+        torch.testing.assert_close(loss(*(tensor.clone() for tensor in batch)), expected)
+        scores = batch[0].clone()
+    torch.testing.assert_close(loss(scores, batch[1]), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(loss(batch[0].clone().requires_grad_(), batch[1]), expected)
+
+
+@pytest.mark.parametrize("mu", [0.0, 0.9, 0.999, 1.0, 1.001, 1.1, 2.0])
+def test_single_precision_keeps_its_digits(mu: float, batch) -> None:
+    exact = losses.two_stage_deferral(*batch, mu=mu)
+    single = losses.two_stage_deferral(*(tensor.float() for tensor in batch), mu=mu)
+    torch.testing.assert_close(single.double(), exact, rtol=5e-6, atol=5e-6)
+
+
 @pytest.mark.parametrize("mu", [0.0, 1.0, 1.7])
 def test_any_layout_of_the_scores(mu: float) -> None:
     scores = torch.randn(3, A, 5, dtype=torch.float64, requires_grad=True)

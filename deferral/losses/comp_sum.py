@@ -112,7 +112,8 @@ def _kernel(
     if not 0.0 <= mu <= 2.0:
         raise ValueError(f"mu: expected a number in [0, 2] (0 sum-exponential, 1 logistic, 2 MAE), got {mu}")
     scores = lift(scores)
-    direct = has_closed_form(weights, ceiling)
+    # Close to the logistic, 1 - p^(mu-1) is a difference of sums that cancel; the formula takes it by expm1.
+    direct = has_closed_form(weights, ceiling) and (mu == 1 or abs(mu - 1) >= 0.05)
     if ceiling is not None and (mask is not None or not direct):
         weights, ceiling = ceiling - weights, None
     if mask is not None:

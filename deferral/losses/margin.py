@@ -173,8 +173,11 @@ def _block(
     scores: Tensor, weights: Tensor, targets: None, ceiling: None, descent: Tensor, values: Tensor, **options: Any
 ) -> None:
     """Autograd differentiates block after block, so that no table of all rows is kept: the pairs would take A of them."""
+    if torch.is_inference_mode_enabled():
+        values.copy_(_formula(scores, weights, **options).unsqueeze(-1))
+        return
     with torch.enable_grad():
-        leaf = scores.detach().requires_grad_()
+        leaf = scores.clone().requires_grad_()
         losses = _formula(leaf, weights, **options)
         (gradient,) = torch.autograd.grad(losses.sum(), leaf)
     values.copy_(losses.detach().unsqueeze(-1))
