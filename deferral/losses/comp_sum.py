@@ -130,7 +130,9 @@ def _kernel(
     if ceiling is not None:
         ceiling = ceiling.to(scores.dtype) if isinstance(ceiling, Tensor) else scores.new_full((1,), ceiling)
         ceiling = ceiling.expand(*batch, 1)
-    return closed_form(partial(_block, mu=mu), scores, weights, targets, ceiling, columns=columns)
+    # Half as much again for the tangent past the knee.
+    temporary = columns + columns // 2 if mu < 1 else columns
+    return closed_form(partial(_block, mu=mu), scores, weights, targets, ceiling, columns=temporary)
 
 
 def _formula(scores: Tensor, weights: Tensor, targets: Tensor | None, mu: float) -> Tensor:
