@@ -2,9 +2,10 @@
 
 Forward and backward of each loss as a ratio to `F.cross_entropy` with probability targets on scores of the same size: the median
 over interleaved rounds, with the 10th and 90th percentile of the paired ratios, because machines are noisy; as a ratio to
-`scores.sum().backward()`; and the peak memory of a step beyond its inputs, in units of the scores.  CPU: B = 4096,
-K = 100, E in {1, 8, 64} (compiled: 8), float32, one thread and all threads.  CUDA: B = 65536, K = 1000, float32 and bfloat16,
-with the share of the copy bandwidth of the same run (three passes over the scores, one over the inputs).
+`scores.sum().backward()`; and the peak memory of a step beyond its inputs, in units of the scores.  Compiled losses are compared
+with compiled cross-entropy, and with eager cross-entropy beside it.  CPU: B = 4096, K = 100, E in {1, 8, 64}, float32, one thread
+and all threads.  CUDA: B = 65536, K = 1000, float32 and bfloat16, with the share of the copy bandwidth of the same run (three
+passes over the scores, one over the inputs).
 """
 
 import json
@@ -25,6 +26,7 @@ from deferral import losses
 from deferral.losses.margin import exponential, logistic
 from deferral.losses.predictor_rejector import constrained_rho_hinge, max_rho_margin
 
+MOST_PAIRED = 200  # actions, for the losses that visit every pair
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces every start and stop
 RESULTS = Path(__file__).parent / "results"
 
@@ -37,6 +39,7 @@ class Batch:
     targets: Tensor
     law: Tensor  # probability targets over all columns, for the reference
     costs: Tensor  # (B, K+E)
+    weights: Tensor  # 1 - costs
     expert_costs: Tensor
     expert_correct: Tensor
     rejector: Tensor
@@ -50,11 +53,13 @@ class Batch:
         def uniform(*size: int) -> Tensor:
             return torch.rand(*size, generator=generator).to(device)
 
+        costs = uniform(rows, width)
         return Batch(
             scores=torch.randn(rows, width, generator=generator).to(device, dtype),
             targets=torch.randint(classes, (rows,), generator=generator).to(device),
             law=uniform(rows, width).softmax(-1).to(dtype),
-            costs=uniform(rows, width),
+            costs=costs,
+            weights=1 - costs,
             expert_costs=uniform(rows, experts),
             expert_correct=(uniform(rows, experts) < 0.5).float(),
             rejector=torch.randn(rows, generator=generator).to(device, dtype),
@@ -84,9 +89,10 @@ def losses_of_experts(experts: int) -> dict[str, Timed]:
     table["one_vs_all"] = lambda s, b: losses.one_vs_all(s, b.targets, b.expert_correct)
     table["realizable_experts q=1"] = lambda s, b: losses.realizable_experts(s, b.targets, b.expert_correct)
     table["picce"] = lambda s, b: losses.picce(s, b.targets, b.expert_correct)
-    table["sum_margin exponential"] = lambda s, b: losses.sum_margin(s, 1 - b.costs, phi=exponential)
-    table["constrained_margin exponential"] = lambda s, b: losses.constrained_margin(s, 1 - b.costs, phi=exponential)
-    table["max_margin rho-margin"] = lambda s, b: losses.max_margin(s, 1 - b.costs)
+    table["sum_margin exponential"] = lambda s, b: losses.sum_margin(s, b.weights, phi=exponential)
+    table["sum_margin logistic"] = lambda s, b: losses.sum_margin(s, b.weights, phi=logistic)
+    table["constrained_margin exponential"] = lambda s, b: losses.constrained_margin(s, b.weights, phi=exponential)
+    table["max_margin rho-margin"] = lambda s, b: losses.max_margin(s, b.weights)
     if experts == 1:
         for mu in (1.0, 0.0, 1.7, 2.0):
             table[f"score_based_abstention mu={mu:g}"] = partial(_score_based, mu=mu)
@@ -103,7 +109,6 @@ def losses_of_experts(experts: int) -> dict[str, Timed]:
             table[name] = partial(_one_expert, name=name)
         table["deep_gamblers"] = lambda s, b: losses.deep_gamblers(s, b.targets, reward=2.2)
         table["cost_sensitive_abstention"] = lambda s, b: losses.cost_sensitive_abstention(s, b.targets, 0.1)
-        table["sum_margin logistic"] = lambda s, b: losses.sum_margin(s, 1 - b.costs, phi=logistic)
     return table
 
 
@@ -137,14 +142,19 @@ def step(loss: Timed, batch: Batch) -> float:
     return time.perf_counter() - start
 
 
-def ratios(table: dict[str, Timed], batch: Batch, rounds: int) -> dict[str, dict[str, float]]:
+def ratios(table: dict[str, Timed], batch: Batch, rounds: int, *, compiled: bool) -> dict[str, dict[str, float]]:
     """Interleaved rounds, so that a machine that slows down slows all of them."""
     times: dict[str, list[float]] = {name: [] for name in table}
+    eager_times = []
     for number in range(rounds + 3):
         for name, loss in table.items():
             seconds = step(loss, batch)
             if number >= 3:
                 times[name].append(seconds)
+        eager = step(reference, batch)
+        if number >= 3:
+            eager_times.append(eager)
+    eager_base = torch.tensor(eager_times, dtype=torch.float64)
     base = torch.tensor(times["F.cross_entropy"], dtype=torch.float64)
     binary = torch.tensor(times["BCE with logits"], dtype=torch.float64)
     plain_sum = torch.tensor(times["scores.sum"], dtype=torch.float64)
@@ -161,6 +171,8 @@ def ratios(table: dict[str, Timed], batch: Batch, rounds: int) -> dict[str, dict
             "peak_over_scores": round(peak_bytes(table[name], batch) / batch.scores.nbytes, 2),
             "milliseconds": round(1e3 * float(seconds.median()), 4),
         }
+        if compiled:
+            figures[name]["over_eager"] = round(float((seconds / eager_base).median()), 3)
     return figures
 
 
@@ -216,23 +228,20 @@ def command(device: str, compiled: bool, rounds: int, out: Path | None) -> None:
     runs = []
     all_threads = torch.get_num_threads()
     settings: list[tuple[int, int, int, torch.dtype, int]] = [
-        (4096, 100, experts, torch.float32, threads)
-        for threads in sorted({1, all_threads})
-        # Compiling takes longer than timing: one number of experts will do.
-        for experts in ((8,) if compiled else (1, 8, 64))
+        (4096, 100, experts, torch.float32, threads) for threads in sorted({1, all_threads}) for experts in (1, 8, 64)
     ]
     if device == "cuda":
         settings = [(65536, 1000, experts, dtype, all_threads) for dtype in (torch.float32, torch.bfloat16) for experts in (1, 8)]
     for rows, classes, experts, dtype, threads in settings:
         torch.set_num_threads(threads)
         table = losses_of_experts(experts)
-        if rows * (classes + experts) > 10_000_000:
-            table = {name: loss for name, loss in table.items() if "sum_margin" not in name}
+        if classes + experts > MOST_PAIRED:
+            del table["sum_margin logistic"]
         if compiled:
             table = {name: torch.compile(loss, fullgraph=True, dynamic=False) for name, loss in table.items()}
             torch._dynamo.config.recompile_limit = 1000
         batch = Batch.draw(rows, classes, experts, device, dtype)
-        figures = ratios(table, batch, rounds)
+        figures = ratios(table, batch, rounds, compiled=compiled)
         if device == "cuda":
             on_cuda(table, batch, figures)
         about = {"B": rows, "K": classes, "E": experts, "dtype": str(dtype).removeprefix("torch."), "threads": threads}
@@ -240,6 +249,8 @@ def command(device: str, compiled: bool, rounds: int, out: Path | None) -> None:
         click.echo("\n" + ", ".join(f"{name} {value}" for name, value in about.items()))
         for name, figure in figures.items():
             extra = f"  copy {figure['copy_share']:.2f}" if device == "cuda" else ""
+            if compiled:
+                extra += f"  {figure['over_eager']:6.2f} x eager"
             spread = f"[{figure['p10']:.2f}, {figure['p90']:.2f}]"
             click.echo(
                 f"  {name:42} {figure['ratio']:6.2f}  {spread:14}  {figure['over_sum']:6.2f} x sum  "

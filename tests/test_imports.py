@@ -24,18 +24,18 @@ LAYERS = [
 ]
 
 
-@pytest.mark.parametrize("module", ["deferral", "deferral.losses", "deferral.metrics", "deferral.testing"])
-def test_the_core_loads_nothing_but_torch_and_numpy_and_what_they_need(module: str) -> None:
-    program = f"""
+def test_the_core_loads_nothing_but_torch_and_numpy_and_what_they_need() -> None:
+    program = """
 import sys
 import numpy, torch
 class Blocked:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] not in allowed:
             raise ModuleNotFoundError(name)
-allowed = {{name.partition(".")[0] for name in sys.modules}} | set(sys.stdlib_module_names) | {{"deferral"}}
+allowed = {name.partition(".")[0] for name in sys.modules} | set(sys.stdlib_module_names) | {"deferral"}
 sys.meta_path.insert(0, Blocked())
-from {module} import *
+from deferral import *
+import deferral.losses, deferral.metrics, deferral.testing
 """
     subprocess.run([sys.executable, "-c", program], check=True)
 

@@ -65,12 +65,16 @@ def test_a_missing_expert_leaves_the_row(batch) -> None:
 def test_the_optimal_predictor_is_the_mean_where_it_is_kept() -> None:
     values, law = torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64), torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
     packed = torch.zeros(3, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.Adam([packed], lr=0.02)
-    for _ in range(2000):
+    optimizer = torch.optim.LBFGS([packed], max_iter=200, line_search_fn="strong_wolfe")
+
+    def risk() -> Tensor:
         optimizer.zero_grad()
         loss = regression_deferral((packed[0] - values).square(), packed[1:].expand(3, 2), torch.full((3, 1), 0.5).double())
-        (law * loss).sum().backward()
-        optimizer.step()
+        mean = (law * loss).sum()
+        mean.backward()
+        return mean
+
+    optimizer.step(risk)
     torch.testing.assert_close(packed[0].detach(), (law * values).sum(), atol=1e-4, rtol=0)
     assert packed[1] > packed[2]
 

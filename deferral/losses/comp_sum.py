@@ -6,16 +6,24 @@ With p = softmax(s):   mu = 0: 1/p_k - 1 (sum-exponential)     mu = 1: -log p_k 
 Mao, Mohri, Zhong, "Cross-Entropy Loss Functions: Theoretical Analysis and Applications" (ICML 2023).
 """
 
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from deferral.losses.closed_form import closed_form, has_closed_form
 from deferral.numerics import KNEE, expm1_linear, lift
 from deferral.validation import action_mask, require_actions, require_floating
 
-__all__ = ["comp_sum", "comp_sum_at", "comp_sum_losses", "log_probabilities", "targeted_comp_sum", "without_ignored"]
+__all__ = [
+    "comp_sum",
+    "comp_sum_at",
+    "comp_sum_losses",
+    "comp_sum_of_costs",
+    "log_probabilities",
+    "targeted_comp_sum",
+    "without_ignored",
+]
 
 # The log-probability of an action that has left the row.  exp(-1e30) is 0, and 0 * 1e30 is 0 where 0 * inf would be NaN.
 ABSENT = -1e30
@@ -25,12 +33,19 @@ def comp_sum(scores: Tensor, weights: Tensor, *, mu: float = 1.0, mask: Tensor |
     """sum_a weights_a * l_mu(scores, a).  (..., A), (..., A) -> (...,)
 
     Its minimiser puts the highest score on the action of largest expected weight, for every mu in [0, 2] (Bayes-consistent
-    where the weights are non-negative).  A masked action leaves the row, softmax included.  The gradient is a closed form:
-    gradients of gradients and forward mode are not defined, and torch says so.
+    where the weights are non-negative).  A masked action leaves the row, softmax included.  In eager mode the gradient is a
+    closed form, and gradients of gradients are an error; under `torch.func` they exist.
     """
     require_floating("scores", scores)
     require_actions(scores, weights, name="weights")
     return _kernel(scores, weights, None, mu, mask)
+
+
+def comp_sum_of_costs(
+    scores: Tensor, costs: Tensor, ceiling: float | Tensor, *, mu: float = 1.0, mask: Tensor | None = None
+) -> Tensor:
+    """sum_a (ceiling - costs_a) * l_mu(scores, a), without a table of weights.  (..., A), (..., A), (..., 1) -> (...,)"""
+    return _kernel(scores, costs, None, mu, mask, ceiling)
 
 
 def targeted_comp_sum(scores: Tensor, targets: Tensor, weights: Tensor, *, mu: float = 1.0, mask: Tensor | None = None) -> Tensor:
@@ -85,86 +100,98 @@ def without_ignored(targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor 
     return targets.where(counts, 0), counts
 
 
-def _kernel(scores: Tensor, weights: Tensor, targets: Tensor | None, mu: float, mask: Tensor | None) -> Tensor:
+def _kernel(
+    scores: Tensor,
+    weights: Tensor,
+    targets: Tensor | None,
+    mu: float,
+    mask: Tensor | None,
+    ceiling: float | Tensor | None = None,
+) -> Tensor:
+    """The weights belong to the last columns, the target to those before; with a ceiling, costs stand for their weights."""
     if not 0.0 <= mu <= 2.0:
         raise ValueError(f"mu: expected a number in [0, 2] (0 sum-exponential, 1 logistic, 2 MAE), got {mu}")
     scores = lift(scores)
+    # Close to the logistic, 1 - p^(mu-1) is a difference of sums that cancel; the formula takes it by expm1.
+    direct = has_closed_form(weights, ceiling) and (mu == 1 or abs(mu - 1) >= 0.05)
+    if ceiling is not None and (mask is not None or not direct):
+        weights, ceiling = ceiling - weights, None
     if mask is not None:
         known = action_mask(scores, mask, 0)
         # Finite, so that a row of which nothing is known gives 0.
         scores = scores.masked_fill(~known, ABSENT)
         weights = weights.where(known[..., known.shape[-1] - weights.shape[-1] :], 0.0)
-    weights = weights.to(scores.dtype).expand(*scores.shape[:-1], weights.shape[-1])
-    return _CompSum.apply(scores, weights, targets, mu)[0]
+    batch, columns = scores.shape[:-1], weights.shape[-1]
+    weights = weights.to(scores.dtype).expand(*batch, columns)
+    if targets is not None:
+        targets = targets.unsqueeze(-1)
+    if not direct:
+        return _formula(scores, weights, targets, mu)
+    if ceiling is not None:
+        ceiling = ceiling.to(scores.dtype) if isinstance(ceiling, Tensor) else scores.new_full((1,), ceiling)
+        ceiling = ceiling.expand(*batch, 1)
+    # Half as much again for the tangent past the knee.
+    temporary = columns + columns // 2 if mu < 1 else columns
+    return closed_form(partial(_block, mu=mu), scores, weights, targets, ceiling, columns=temporary)
 
 
-class _CompSum(torch.autograd.Function):
-    """The weights belong to the last columns of the scores; the target, if there is one, to the columns before them.
+def _formula(scores: Tensor, weights: Tensor, targets: Tensor | None, mu: float) -> Tensor:
+    log_p = scores.log_softmax(dim=-1).clamp(min=ABSENT)
+    own = scores.shape[-1] - weights.shape[-1]
+    losses = (weights * comp_sum_losses(log_p[..., own:], mu)).sum(dim=-1)
+    return losses if targets is None else losses + comp_sum_at(log_p[..., :own], targets.squeeze(-1), mu)
 
-    With v_a = weight_a * p_a^(mu-1) the gradient is p * sum(v) - v.  Autograd would keep and visit several more tables of the
-    size of the scores.
+
+def _block(
+    scores: Tensor,
+    weights: Tensor,
+    targets: Tensor | None,
+    ceiling: Tensor | None,
+    descent: Tensor,
+    losses: Tensor,
+    *,
+    mu: float,
+) -> None:
+    """Fills the losses of some rows, and `descent` with minus their gradient.
+
+    With v_a = weight_a * p_a^(mu-1) the gradient is p * sum(v) - v.
     """
-
-    @staticmethod
-    def forward(scores: Tensor, weights: Tensor, targets: Tensor | None, mu: float) -> tuple[Tensor, Tensor]:
-        log_p = scores.log_softmax(dim=-1).clamp_(min=ABSENT)
-        own = scores.shape[-1] - weights.shape[-1]
-        weighted = log_p[..., own:]
-        # For mu = 1 the sign is cheaper to turn on the result than on the table.
-        losses = -_dot(weights, weighted) if mu == 1 else _dot(weights, comp_sum_losses(weighted, mu))
-        if targets is not None:
-            losses = losses + comp_sum_at(log_p[..., :own], targets, mu)
-        return losses, log_p
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None, float], output: tuple[Tensor, Tensor]) -> None:
-        _, weights, targets, ctx.mu = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(output[1], weights, targets)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, Tensor | None, None, None]:
-        log_p, weights, targets = ctx.saved_tensors
-        if gradients[0] is None:
-            return None, None, None, None
-        gradient = gradients[0].unsqueeze(-1)
-        own = log_p.shape[-1] - weights.shape[-1]
-        weighted = log_p[..., own:]
-        to_weights = comp_sum_losses(weighted, ctx.mu) * gradient if ctx.needs_input_grad[1] else None
-        # In place, so that p * sum(v) - v takes one table.
-        pull = weights if ctx.mu == 1 else _slope(weighted, ctx.mu).mul_(weights)
-        total = pull.sum(dim=-1, keepdim=True)
-        to_scores = log_p.exp()
-        if targets is None:
-            to_scores.mul_(total)
-        else:
-            at_target = targets.unsqueeze(-1)
-            target_pull = _slope(log_p.gather(-1, at_target), ctx.mu)
-            to_scores.mul_(total + target_pull).scatter_add_(-1, at_target, -target_pull)
-        to_scores[..., own:].sub_(pull)
-        return to_scores.mul_(gradient), to_weights, None, None
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple, scores: Tensor, weights: Tensor, targets: Tensor | None, mu: float) -> tuple:
-        def batched(tensor: Tensor, dim: int | None) -> Tensor:
-            return tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-
-        rows = None if targets is None else batched(targets, in_dims[2])
-        return _CompSum.apply(batched(scores, in_dims[0]), batched(weights, in_dims[1]), rows, mu), (0, 0)
+    if ceiling is not None:
+        weights = ceiling - weights
+    own = scores.shape[-1] - weights.shape[-1]
+    top = scores.amax(dim=-1, keepdim=True)
+    torch.sub(scores, top, out=descent)
+    # Taken before the exponential overwrites what it is taken from.
+    product = descent[:, own:] * (weights if mu == 1 else mu - 1)
+    norm = descent.exp_().sum(dim=-1, keepdim=True)
+    log_norm = norm.log()
+    total = weights.sum(dim=-1, keepdim=True)
+    if mu == 1:
+        pull = weights
+        # nansum: at -inf a weight of zero counts nothing.
+        torch.sub(total * log_norm, product.nansum(dim=-1, keepdim=True), out=losses)
+    else:
+        exponent = product.sub_((mu - 1) * log_norm)
+        beyond = (exponent - KNEE).clamp_(min=0.0) if mu < 1 else None
+        pull = (exponent if beyond is None else exponent.clamp_(max=KNEE)).exp_().mul_(weights)
+        weighted, total = total, pull.sum(dim=-1, keepdim=True)
+        torch.sub(weighted, total, out=losses)
+        if beyond is not None:
+            losses.sub_(beyond.mul_(pull).nansum(dim=-1, keepdim=True))
+        losses.div_(mu - 1)
+    if targets is not None:
+        log_p = scores[:, :own].gather(-1, targets).sub_(top).sub_(log_norm)
+        target_pull = _slope(log_p, mu)
+        losses.add_(comp_sum_losses(log_p, mu))
+        total = total + target_pull
+    factor = (total / norm).neg_()
+    descent[:, :own].mul_(factor)
+    torch.addcmul(pull, descent[:, own:], factor, out=descent[:, own:])
+    if targets is not None:
+        descent[:, :own].scatter_add_(-1, targets, target_pull)
 
 
 def _slope(log_p: Tensor, mu: float) -> Tensor:
     """p^(mu-1), constant past the knee: minus the derivative of l_mu by log p."""
     exponent = (mu - 1) * log_p
     return (exponent.clamp_(max=KNEE) if mu < 1 else exponent).exp_()
-
-
-def _dot(weights: Tensor, losses: Tensor) -> Tensor:
-    if torch.compiler.is_compiling() or not losses.is_contiguous():
-        # The compiler fuses this; and a few columns of a table are multiplied faster than they are copied.
-        return (weights * losses).sum(dim=-1)
-    # Without autocast, which would take a matrix product down to half precision.
-    with torch.autocast(losses.device.type, enabled=False):
-        return torch.matmul(weights.unsqueeze(-2), losses.unsqueeze(-1)).squeeze(-1).squeeze(-1)

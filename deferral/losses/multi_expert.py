@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deferral.losses.comp_sum import comp_sum, targeted_comp_sum, without_ignored
+from deferral.losses.comp_sum import comp_sum, comp_sum_of_costs, targeted_comp_sum, without_ignored
 from deferral.validation import action_mask, require_actions, require_batch, require_ceiling, require_floating, require_targets
 
 __all__ = ["single_stage_deferral", "two_stage_deferral"]
@@ -69,4 +69,4 @@ def two_stage_deferral(
     require_floating("scores", scores)
     require_actions(scores, costs)
     require_ceiling(ceiling)
-    return comp_sum(scores, ceiling - costs, mu=mu, mask=mask if mask is None else action_mask(scores, mask, 1))
+    return comp_sum_of_costs(scores, costs, ceiling, mu=mu, mask=mask if mask is None else action_mask(scores, mask, 1))

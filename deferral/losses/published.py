@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deferral.losses.closed_form import closed_form, has_closed_form
 from deferral.losses.comp_sum import comp_sum_at, log_probabilities
 from deferral.losses.margin import Margin, logistic
 from deferral.losses.realizable import realizable_deferral
@@ -63,6 +64,9 @@ def one_vs_all(
     require_targets(scores, targets, num_classes)
     require_batch("scores", scores.shape[:-1], "expert_correct", expert_correct.shape[:-1])
     scores = lift(scores)
+    if phi is logistic and mask is None and not targets.is_floating_point() and has_closed_form(expert_correct):
+        correct = expert_correct.to(scores.dtype).expand(*targets.shape, expert_correct.shape[-1])
+        return closed_form(_binary_problems, scores, correct, targets.unsqueeze(-1), None, columns=scores.shape[-1])
     hit = targets if targets.is_floating_point() else F.one_hot(targets, num_classes)
     hits = torch.cat([hit.to(scores.dtype), expert_correct.to(scores.dtype).expand(*hit.shape[:-1], -1)], dim=-1)
     if mask is not None:
@@ -73,6 +77,17 @@ def one_vs_all(
     else:
         losses = hits * phi(scores) + (1 - hits) * phi(-scores)
     return (losses if mask is None else losses.where(mask, 0.0)).sum(dim=-1)
+
+
+def _binary_problems(scores: Tensor, correct: Tensor, targets: Tensor, ceiling: None, descent: Tensor, losses: Tensor) -> None:
+    """sum_k log(1 + e^s_k) - s_y - sum_j m_j s_j, and minus its gradient, hit - sigmoid(s)."""
+    own = scores.shape[-1] - correct.shape[-1]
+    torch.sum(F.softplus(scores, threshold=40), dim=-1, keepdim=True, out=losses)
+    losses.sub_(scores[:, :own].gather(-1, targets))
+    losses.sub_((correct * scores[:, own:]).sum(dim=-1, keepdim=True))
+    torch.sigmoid(scores, out=descent).neg_()
+    descent[:, :own].scatter_add_(-1, targets, torch.ones_like(losses))
+    descent[:, own:].add_(correct)
 
 
 def asymmetric_softmax(scores: Tensor, targets: Tensor, expert_correct: Tensor, *, mask: Tensor | None = None) -> Tensor:

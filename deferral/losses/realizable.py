@@ -37,11 +37,11 @@ def realizable_deferral(
         expert_cost = expert_cost.where(mask, 1.0)
         mask = action_mask(scores, mask.unsqueeze(-1), scores.shape[-1] - 1)
     log_p = log_probabilities(scores, mask)
-    classes, expert = log_p[..., :-1], log_p[..., -1:]
+    classes, expert = _candidates(log_p[..., :-1], targets), log_p[..., -1:]
     alone = _psi(classes, q)
     together = _psi(torch.logaddexp(classes, expert), q)
     cost = expert_cost.unsqueeze(-1)
-    return _at(cost * alone + (1 - cost) * together, targets)
+    return _expected(cost * alone + (1 - cost) * together, targets)
 
 
 def realizable_experts(
@@ -62,7 +62,7 @@ def realizable_experts(
         expert_correct = expert_correct.where(mask[..., num_classes:], 0)
     log_p = log_probabilities(scores, mask)
     right = log_p[..., num_classes:].masked_fill(expert_correct == 0, -torch.inf).logsumexp(dim=-1, keepdim=True)
-    return _at(_psi(torch.logaddexp(log_p[..., :num_classes], right), q), targets)
+    return _expected(_psi(torch.logaddexp(_candidates(log_p[..., :num_classes], targets), right), q), targets)
 
 
 def realizable_router(scores: Tensor, costs: Tensor, *, mask: Tensor | None = None) -> Tensor:
@@ -90,7 +90,10 @@ def _psi(log_t: Tensor, q: float) -> Tensor:
     return -log_t if q == 0 else -torch.expm1(q * log_t) / q
 
 
-def _at(losses: Tensor, targets: Tensor) -> Tensor:
-    if targets.is_floating_point():
-        return (targets * losses).sum(dim=-1)
-    return losses.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+def _candidates(classes: Tensor, targets: Tensor) -> Tensor:
+    """The classes that may be right: the target's column, or all under probabilities.  (..., K) -> (..., 1) or (..., K)"""
+    return classes if targets.is_floating_point() else classes.gather(-1, targets.unsqueeze(-1))
+
+
+def _expected(losses: Tensor, targets: Tensor) -> Tensor:
+    return (targets * losses).sum(dim=-1) if targets.is_floating_point() else losses.squeeze(-1)

@@ -1,0 +1,67 @@
+"""Losses whose gradient is a closed form: value and gradient at once, in blocks of rows, for eager mode.
+
+Autograd would keep and visit several more tables of the size of the scores.  A compiler fuses the plain formula by itself, and
+`vmap` and its relatives, as gradients of costs, need what autograd can see: `has_closed_form` says where the plain one is due.
+"""
+
+import math
+from collections.abc import Callable
+from itertools import repeat
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["closed_form", "has_closed_form"]
+
+# Numbers in a temporary table, at most.  On a CPU it stays in the cache.
+BLOCK = {"cpu": 1 << 18}
+
+# (scores, weights, targets, ceiling, descent, losses): fills the last two, `descent` with minus the gradient.
+Block = Callable[[Tensor, Tensor, Any, Any, Tensor, Tensor], None]
+
+
+def has_closed_form(*constants: Tensor | float | None) -> bool:
+    """Whether the scores alone are differentiated, once, by eager autograd."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return not any(isinstance(constant, Tensor) and constant.requires_grad for constant in constants)
+
+
+def closed_form(
+    block: Block, scores: Tensor, weights: Tensor, targets: Tensor | None, ceiling: Tensor | None, *, columns: int
+) -> Tensor:
+    """The losses that `block` computes, differentiable in the scores.  (..., A), (..., W), (..., 1), (..., 1) -> (...,)
+
+    `columns` is how wide the temporaries of a block are.
+    """
+    return _ClosedForm.apply(block, columns, scores, weights, targets, ceiling)
+
+
+class _ClosedForm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, block: Block, columns: int, scores: Tensor, weights: Tensor, targets: Tensor | None, ceiling: Tensor | None
+    ) -> Tensor:
+        descent = torch.empty_like(scores, memory_format=torch.contiguous_format)
+        losses = scores.new_empty((*scores.shape[:-1], 1))
+        rows = losses.numel()
+        count = max(1, math.ceil(rows * columns / BLOCK.get(scores.device.type, 1 << 24)))
+        blocks = [
+            repeat(None) if table is None else table.reshape(rows, table.shape[-1]).chunk(count)
+            for table in (scores, weights, targets, ceiling, descent, losses)
+        ]
+        for tables in zip(*blocks, strict=False):
+            block(*tables)
+        ctx.save_for_backward(descent)
+        return losses.squeeze(-1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "the loss has a closed gradient, which cannot be differentiated again: leave create_graph=True out, or use "
+                "torch.func (grad, hessian), under which it is the plain formula"
+            )
+        (descent,) = ctx.saved_tensors
+        return None, None, descent * -gradient.unsqueeze(-1), None, None, None

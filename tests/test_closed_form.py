@@ -1,0 +1,139 @@
+"""Blocks of rows and closed gradients change nothing: they equal one table and the plain formula under autograd."""
+
+import importlib
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from deferral import losses
+from deferral.losses.closed_form import BLOCK
+from deferral.losses.margin import exponential, logistic, rho_margin, squared_hinge
+
+ROWS, K, E = 7, 4, 3
+A = K + E
+USERS = [importlib.import_module(f"deferral.losses.{name}") for name in ("comp_sum", "margin", "published")]
+TARGETS = torch.tensor([0, 3, 1, 2, 2, 0, 1])
+MASK = torch.tensor([[True, True, False]] * 3 + [[False, True, True]] * 4)
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+LOSSES: dict[str, Loss] = {
+    **{f"two_stage mu={mu}": partial(losses.two_stage_deferral, mu=mu, ceiling=1.2) for mu in (0.0, 0.5, 1.0, 1.7, 2.0)},
+    **{
+        f"single_stage mu={mu}": lambda s, c, mu=mu: losses.single_stage_deferral(s, TARGETS, c[:, K:], mu=mu)
+        for mu in (0.0, 0.5, 1.0, 1.7, 2.0)
+    },
+    "single_stage masked": lambda s, c: losses.single_stage_deferral(s, TARGETS, c[:, K:], mask=MASK),
+    "row sums": lambda s, c: losses.two_stage_deferral(s, c, ceiling=c.sum(-1, keepdim=True)),
+    "regression": lambda s, c: losses.regression_deferral(c[:, 0], s, c[:, 1:]),
+    "comp_sum": lambda s, c: losses.comp_sum(s, c, mu=1.7),
+    "one_vs_all": lambda s, c: losses.one_vs_all(s, TARGETS, c[:, K:].round()),
+    "sum_margin logistic": lambda s, c: losses.sum_margin(s, c, phi=logistic),
+    "sum_margin exponential": lambda s, c: losses.sum_margin(s, c, phi=exponential),
+    "sum_margin masked": lambda s, c: losses.sum_margin(s, c, phi=squared_hinge, mask=MASK[:, :1].expand(ROWS, A)),
+    "constrained_margin": lambda s, c: losses.constrained_margin(s, c, phi=squared_hinge),
+    "max_margin": lambda s, c: losses.max_margin(s, c, phi=rho_margin),
+}
+every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+
+
+@pytest.fixture
+def batch() -> tuple[Tensor, Tensor]:
+    return torch.randn(ROWS, A, dtype=torch.float64), torch.rand(ROWS, A, dtype=torch.float64)
+
+
+def with_gradient(loss: Loss, scores: Tensor, costs: Tensor) -> tuple[Tensor, Tensor]:
+    leaf = scores.clone().requires_grad_()
+    value = loss(leaf, costs)
+    upstream = torch.arange(1.0, value.numel() + 1, dtype=value.dtype).reshape(value.shape)
+    return value.detach(), torch.autograd.grad(value, leaf, upstream)[0]
+
+
+@every_loss
+def test_blocks_of_rows_equal_one_table(loss: Loss, batch, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = with_gradient(loss, *batch)
+    for numbers in (1, 2 * A, 2 * A * A):  # a row at a time; two rows at a time, the last block a short one
+        monkeypatch.setitem(BLOCK, "cpu", numbers)
+        torch.testing.assert_close(with_gradient(loss, *batch), whole, rtol=1e-12, atol=1e-12)
+
+
+@every_loss
+def test_the_closed_form_equals_the_formula_under_autograd(loss: Loss, batch, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = with_gradient(loss, *batch)
+    for module in USERS:
+        monkeypatch.setattr(module, "has_closed_form", lambda *constants: False)
+    torch.testing.assert_close(with_gradient(loss, *batch), closed, rtol=1e-9, atol=1e-9)
+
+
+@every_loss
+def test_gradients_of_costs_change_no_value(loss: Loss, batch) -> None:
+    scores, costs = batch
+    value, gradient = with_gradient(loss, scores, costs)
+    differentiable = with_gradient(loss, scores, costs.clone().requires_grad_())
+    torch.testing.assert_close(differentiable, (value, gradient), rtol=1e-9, atol=1e-9)
+
+
+def test_backward_twice_and_the_callers_tensors_stay_as_they_are(batch) -> None:
+    for loss in LOSSES.values():
+        scores, costs = (tensor.clone() for tensor in batch)
+        scores.requires_grad_()
+        total = loss(scores, costs).mean()
+        first = torch.autograd.grad(total, scores, retain_graph=True)[0]
+        torch.testing.assert_close(torch.autograd.grad(total, scores)[0], first, rtol=0, atol=0)
+        assert torch.equal(scores, batch[0])
+        assert torch.equal(costs, batch[1])
+
+
+def test_a_batch_without_rows_gives_no_losses() -> None:
+    scores, costs = torch.zeros(0, A, requires_grad=True), torch.zeros(0, A)
+    for loss in (losses.two_stage_deferral, losses.sum_margin, losses.max_margin):
+        value = loss(scores, costs)
+        value.sum().backward()
+        assert value.shape == (0,)
+
+
+@every_loss
+def test_without_gradients_the_value_is_the_same(loss: Loss, batch) -> None:
+    expected = loss(*batch)
+    with torch.inference_mode():
+        torch.testing.assert_close(loss(*(tensor.clone() for tensor in batch)), expected)
+        scores = batch[0].clone()
+    torch.testing.assert_close(loss(scores, batch[1]), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(loss(batch[0].clone().requires_grad_(), batch[1]), expected)
+
+
+@pytest.mark.parametrize("mu", [0.0, 0.9, 0.999, 1.0, 1.001, 1.1, 2.0])
+def test_single_precision_keeps_its_digits(mu: float, batch) -> None:
+    exact = losses.two_stage_deferral(*batch, mu=mu)
+    single = losses.two_stage_deferral(*(tensor.float() for tensor in batch), mu=mu)
+    torch.testing.assert_close(single.double(), exact, rtol=5e-6, atol=5e-6)
+
+
+@pytest.mark.parametrize("mu", [0.0, 1.0, 1.7])
+def test_any_layout_of_the_scores(mu: float) -> None:
+    scores = torch.randn(3, A, 5, dtype=torch.float64, requires_grad=True)
+    costs = torch.rand(A, dtype=torch.float64)
+    losses.two_stage_deferral(scores.movedim(1, -1), costs, mu=mu).sum().backward()
+    copied = scores.detach().movedim(1, -1).contiguous().requires_grad_()
+    losses.two_stage_deferral(copied, costs.expand(3, 5, A).contiguous(), mu=mu).sum().backward()
+    assert scores.grad is not None
+    assert copied.grad is not None
+    torch.testing.assert_close(scores.grad.movedim(1, -1), copied.grad)
+
+
+def test_gradients_of_gradients_of_the_scores_are_refused_rather_than_zero(batch) -> None:
+    scores, costs = batch
+    loss = losses.two_stage_deferral(scores.requires_grad_(), costs).sum()
+    with pytest.raises(RuntimeError, match="create_graph=True"):
+        torch.autograd.grad(loss, scores, create_graph=True)
+
+
+def test_hessians_by_torch_func(batch) -> None:
+    """Where autograd sees the formula, gradients of gradients exist: at mu = 1 it is sum(w) (diag(p) - p p^T)."""
+    scores, costs = batch[0][0], batch[1][0]
+    p = scores.softmax(-1)
+    expected = (1 - costs).sum() * (p.diag() - torch.outer(p, p))
+    torch.testing.assert_close(torch.func.hessian(losses.two_stage_deferral)(scores, costs), expected)
