@@ -1,5 +1,6 @@
 """Markdown tables from the records of finished cells: seeds are summarised, cells that are missing say so."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -83,14 +84,16 @@ def matrix(section: Section, records: Sequence[Record], preset: str, cost: str) 
     methods = [m for m in section.methods if any(chosen(records, preset, data, cost, m) for data in data_sets)]
     if not methods:
         return ["Not run."]
-    lines = _header(["cost", *methods])
+    lines, stars = _header(["cost", *methods]), Counter[str]()
     for data in data_sets:
         figures = []
         for method in methods:
             cells = chosen(records, preset, data, cost, method)
             star = bool(cells) and all(_cheaper(cells[0], name) for name in ("never defer", "always defer"))
-            figures.append(_over(cells, "cost", section.scale) + (" *" if star and not method.endswith("defer") else ""))
+            stars[method] += star
+            figures.append(_over(cells, "cost", section.scale) + (" *" if star else ""))
         lines.append(_line([data, *figures]))
+    lines.append(_line(["sets with *", *(f"{stars[method]} of {len(data_sets)}" for method in methods)]))
     return lines
 
 
