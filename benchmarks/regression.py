@@ -28,7 +28,7 @@ row by hindsight, noise included: what it is below never and always deferring is
 
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache, cached_property, partial
 from typing import Any
 
@@ -59,8 +59,18 @@ DATA = {
 BETAS = (0.0, 0.05, 0.1)
 ABSTENTION = "abstain at 0.1"
 COSTS = ("1 expert", "2 experts", "3 experts", ABSTENTION)
-SPLITS = 20
-STEPS = {"laptop": (3000, 1000), "tiny": (20, 20), "inner": (3000, 1000)}  # of a predictor, of a head
+
+
+@dataclass(frozen=True)
+class Size:
+    """How many splits, and how many steps a predictor and a head that decides are trained."""
+
+    splits: int
+    predictor_steps: int
+    head_steps: int
+
+
+PRESETS = {"laptop": Size(20, 3000, 1000), "tiny": Size(2, 20, 20), "inner": Size(20, 3000, 1000)}
 NEVER, LONGER, ALWAYS, VARIANCE = "never defer", "never defer, trained on", "always defer", "variance threshold"
 ORACLE = "oracle, by hindsight"
 METHODS = (NEVER, LONGER, ALWAYS, VARIANCE, "no-rejection learning", "post-hoc", "two-stage", "single-stage", ORACLE)
@@ -102,7 +112,7 @@ class Problem:
     """A data set, its predictor, and the rows from which a second stage learns."""
 
     splits: Splits
-    steps: tuple[int, int]
+    size: Size
 
     @cached_property
     def own(self) -> Head:
@@ -156,7 +166,7 @@ class Problem:
             lambda i: _squared(head, rows, i),
             *rows.y.shape,
             only=only,
-            steps=self.steps[0],
+            steps=self.size.predictor_steps,
             seed=0,
             **PREDICTOR,
         )
@@ -170,7 +180,7 @@ class Problem:
 
     def train_on(self, heads: list[Head], loss: Callable[[Tensor], Tensor], **changed: Any) -> None:
         """Every head that decides, by the same recipe."""
-        fit(heads, loss, *self.learning.own.shape, steps=self.steps[1], seed=0, **(HEADS | changed))
+        fit(heads, loss, *self.learning.own.shape, steps=self.size.head_steps, seed=0, **(HEADS | changed))
 
 
 Scores = Callable[[Answered], Tensor]  # -> (S, N, 1 + E)
@@ -262,7 +272,7 @@ LEARNED = {
 
 def run_cells(run: Run, data_sets: tuple[str, ...]) -> None:
     """Every open cell of the table."""
-    steps = STEPS[run.preset_name]
+    size = PRESETS[run.preset_name]
     cells = [
         Cell(TABLE, data, method, setting, 0, run.preset_name)
         for data in data_sets
@@ -274,7 +284,7 @@ def run_cells(run: Run, data_sets: tuple[str, ...]) -> None:
     @cache
     def problem(data: str) -> Problem:
         table = uci(run.data_root / "uci", DATA[data])
-        return Problem(Splits.read(run, data, table, SPLITS, inner=run.preset_name == "inner"), steps)
+        return Problem(Splits.read(run, data, table, size.splits, inner=run.preset_name == "inner"), size)
 
     @cache
     def reference(data: str, setting: str, name: str) -> Judged:
@@ -288,7 +298,7 @@ def run_cells(run: Run, data_sets: tuple[str, ...]) -> None:
             found = LEARNED[cell.method](problem(cell.data), cell.cost)
         else:
             found = baseline(problem(cell.data), cell.cost, cell.method)
-        settings = {"splits": SPLITS, "shares": SHARES, "betas": BETAS, "folds": FOLDS, "steps": steps, "mu": MU}
+        settings = {**asdict(size), "shares": SHARES, "betas": BETAS, "folds": FOLDS, "mu": MU}
         settings |= {"predictor": PREDICTOR, "heads": HEADS, "errors_ahead": ERRORS_AHEAD}
         return Finding([Part(found, references)], settings)
 
@@ -296,7 +306,7 @@ def run_cells(run: Run, data_sets: tuple[str, ...]) -> None:
 
 
 @click.command()
-@options(presets=tuple(STEPS), seeds=1)
+@options(presets=tuple(PRESETS), seeds=1)
 @click.option("--data", type=click.Choice(list(DATA)), multiple=True, default=tuple(DATA))
 def command(data: tuple[str, ...], **given) -> None:
     """Deferral and abstention in regression on eight UCI sets, 20 splits."""

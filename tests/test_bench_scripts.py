@@ -150,7 +150,9 @@ def test_what_a_training_row_is_answered_does_not_depend_on_its_own_target() -> 
     train, *others = (columns(count) for count in (203, 20, 10, 10))
     moved = replace(train, y=train.y.clone())
     moved.y[:, 7] += 100
-    before, after = (regression.Problem(Splits(243, rows, *others), (3, 3)).learning.own for rows in (train, moved))
+    before, after = (
+        regression.Problem(Splits(243, rows, *others), regression.Size(2, 3, 3)).learning.own for rows in (train, moved)
+    )
     assert torch.equal(before[:, 7], after[:, 7])
     assert (before != after).float().mean() > 0.7  # four of five predictors have learned from it
 
@@ -160,7 +162,6 @@ def test_regression_on_a_set_whose_halves_belong_to_two_people(monkeypatch: pyte
     x = torch.randn(240, 2, generator=generator, dtype=torch.float64) * torch.tensor([3.0, 1.0])
     y = x[:, 0] * x[:, 1] + 0.1 * torch.randn(240, generator=generator, dtype=torch.float64)
     monkeypatch.setattr(regression, "uci", lambda folder, name: RegressionTable(x, y, ("a", "b")))
-    monkeypatch.setattr(regression, "SPLITS", 2)
     run(regression, "--data", "yacht", "--root", str(tmp_path), "--out", str(tmp_path))
     records = Results(tmp_path).read_all("regression")
     assert len(records) == 3 * 9 + 8
