@@ -84,6 +84,7 @@ SECTIONS = (
         seeds=1,
         layout="matrix",
         scale=1.0,
+        stars=((regression.NEVER, regression.ALWAYS), (regression.NEVER, regression.ALWAYS, regression.LONGER)),
     ),
     Section(
         title="Realizable problems",
@@ -152,6 +153,8 @@ def _section(section: Section, records: Sequence[Record]) -> list[str]:
         summary = verdicts(section, mine, preset)
         lines += [*summary, ""] if summary else []
         if section.layout == "matrix":
+            first, second = section.stars
+            lines += [f"\\* cheaper, by its 95% intervals, than {' and '.join(first)}; \\*\\* than {second[-1]} as well.", ""]
             for cost in dict.fromkeys(cost for _, cost in entries):
                 lines += [f"**{cost}**", "", *matrix(section, mine, preset, cost), ""]
             continue

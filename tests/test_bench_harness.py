@@ -1,5 +1,6 @@
 """The harness of the published tables: cells, images, heads, training that resumes, figures, the page."""
 
+import json
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from benchmarks.harness.images import augment
 from benchmarks.harness.judging import Judged, Outputs, figures, fixed, judge, single_stage
 from benchmarks.harness.networks import NETWORKS
 from benchmarks.harness.progress import Display
+from benchmarks.harness.running import RESULTS
 from benchmarks.harness.training import Diverged, OutOfTime, Recipe, Watch, _utilisation, outputs_of, train
 from deferral.costs import single_stage_costs
 from deferral.datasets import Images
@@ -54,6 +56,23 @@ def test_a_cell_is_finished_when_its_figures_are_there(tmp_path: Path) -> None:
     results.path(CELL).write_text('{"cell":')
     with pytest.raises(ValueError, match="delete it to run it again"):
         results.read_all("abstention")
+
+
+def test_a_figure_that_is_not_finite_leaves_the_cell_open(tmp_path: Path) -> None:
+    for figure in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=r"cifar10_Cao.*: expected finite figures \(.*\); the cell is left open"):
+            Results(tmp_path).write(CELL, {"parts": [{"cost": figure}]}, {"cost": np.zeros(1)})
+    assert not list(tmp_path.rglob("*.*"))
+
+
+def test_committed_cells_are_json_as_others_read_it() -> None:
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is not JSON")
+
+    paths = list(RESULTS.glob("*/*/*.json"))
+    assert paths
+    for path in paths:
+        json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -156,6 +175,35 @@ def test_many_problems_at_once_are_as_good_as_one_by_one() -> None:
     assert (together - y).square().mean() < 0.1 * y.square().mean()
 
 
+def test_a_head_learns_from_the_rows_it_is_given_alone() -> None:
+    x = torch.randn(2, 30, 3, generator=torch.Generator().manual_seed(0))
+    only = torch.stack([torch.arange(10, 25), torch.arange(15)])
+    for batch in (4, 100):
+        seen: list[torch.Tensor] = []
+        head = Head(x, 1, hidden=0, seed=0)
+
+        def loss(i: torch.Tensor, head: Head = head, seen: list[torch.Tensor] = seen) -> torch.Tensor:
+            seen.append(i)
+            return head(at(x, i)).squeeze(-1).square()
+
+        fit([head], loss, 2, 30, only=only, steps=20, seed=0, batch=batch)
+        rows = torch.cat(seen, dim=1)
+        assert [set(rows[k].tolist()) for k in range(2)] == [set(only[k].tolist()) for k in range(2)]
+
+
+def test_each_head_has_its_own_weight_decay() -> None:
+    heads = [Head(torch.randn(1, 10, 2), 1, hidden=0, seed=0) for _ in range(2)]
+    before = [p.clone() for p in heads[0].parameters()]
+
+    def still(i: torch.Tensor) -> torch.Tensor:
+        return torch.stack([0 * head(torch.ones(1, 10, 2)).squeeze(-1) for head in heads]).sum(dim=0)
+
+    # Without a gradient, what moves a parameter is its decay.
+    fit(heads, still, 1, 10, steps=3, seed=0, weight_decay=[0.0, 9.0])
+    assert all(torch.equal(a, b) for a, b in zip(before, heads[0].parameters(), strict=True))
+    assert all((a.abs() > b.abs()).all() for a, b in zip(before, heads[1].parameters(), strict=True))
+
+
 def test_a_head_that_diverges_says_where() -> None:
     head = Head(torch.randn(1, 10, 2), 1, hidden=0, seed=0)
     before = [p.clone() for p in head.parameters()]
@@ -196,6 +244,22 @@ def test_figures_meet_their_definitions() -> None:
     assert gap["low"] < gap["estimate"] < gap["high"]
     assert found["error"]["estimate"] == pytest.approx(float(judged.error.mean()), abs=1e-5)
     assert "accepted_cost" not in figures(fixed(outputs, 1), {})
+
+
+def test_a_threshold_that_is_not_ahead_by_its_error_is_not_taken() -> None:
+    scores = torch.tensor([[0.0, -1.0], [0.0, -0.5], [0.0, 1.0], [0.0, 2.0]])
+    costs = torch.tensor([[0.3, 0.2], [0.3, 0.1], [0.3, 0.1], [0.3, 0.1]])
+    calibration = Outputs(scores, costs)
+    # Deferring everything gains 0.1, 0.2, 0 and 0: 0.075 on average, 1.57 standard errors.
+    taken, left = judge(calibration, calibration, errors_ahead=1.5), judge(calibration, calibration, errors_ahead=1.6)
+    assert taken.kept.tolist() == [0, 0, 0, 0]
+    assert left.kept.tolist() == left.natural_kept.tolist() == [1, 1, 0, 0]
+    assert judge(calibration, calibration).kept.sum() == 0
+
+
+def test_rows_may_have_actions_of_their_own() -> None:
+    outputs = Outputs(torch.zeros(3, 2), torch.tensor([[0.1, 0.9], [0.2, 0.8], [0.3, 0.7]]))
+    assert fixed(outputs, torch.tensor([0, 1, 0])).cost.tolist() == pytest.approx([0.1, 0.8, 0.3])
 
 
 def test_rows_of_several_splits_are_averaged() -> None:

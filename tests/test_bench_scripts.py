@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -17,12 +18,14 @@ import pytest
 import torch
 from click.testing import CliRunner
 from scipy.io import loadmat, savemat
+from sklearn.ensemble import GradientBoostingRegressor
 
 from benchmarks import multi_expert, people, predictor_rejector, realizable, regression, report, score_based, two_stage
 from benchmarks.harness import simulated
 from benchmarks.harness.asking import ALWAYS, METHODS, NEVER, Asked, Task
 from benchmarks.harness.cells import Cell, Results
 from benchmarks.harness.running import RESULTS
+from benchmarks.harness.splits import Columns, Splits, experts_answers, parts_of
 from benchmarks.harness.stage1 import Rows
 from deferral.datasets import RegressionTable, svhn
 from deferral.torchvision_compat import import_torchvision
@@ -109,19 +112,49 @@ def test_one_linear_rule_decides_the_realizable_problem_without_error() -> None:
         assert routed.costs.mean(0).min() > 0.2
 
 
-def test_a_split_is_a_partition_and_experts_know_a_third_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    parts = regression._split(101, 3)
+def test_a_split_is_a_partition_and_inner_splits_leave_its_test_rows_out() -> None:
+    parts = parts_of(101, 3)
     assert [len(part) for part in parts] == [50, 21, 10, 20]
     assert sorted(np.concatenate(parts)) == list(range(101))
+    inner = parts_of(101, 3, inner=True)
+    assert sorted(np.concatenate(inner)) == sorted(np.concatenate(parts[:3]))
+    assert [len(part) for part in inner] == [40, 17, 8, 16]
+
+
+def test_an_expert_knows_a_third_and_is_judged_there_by_what_it_did_not_learn_from() -> None:
     generator = np.random.default_rng(0)
-    features = generator.normal(size=(300, 3)) * [10, 1, 1]
-    target = features[:, 0] + 0.01 * generator.normal(size=300)
-    answers = regression._experts(features, target, split=0)
-    rows = regression._split(300, 0)[0]
+    features = generator.normal(size=(300, 3)) * [10, 0, 0]
+    target = features[:, 0] + generator.normal(size=300)
+    rows = parts_of(300, 0)[0]
+    answers = experts_answers(features, target, rows, seed=0)
     thirds = np.array_split(rows[np.argsort(features[rows, 0])], 3)
     own = [[np.square(answers[third, j] - target[third]).mean() for j in range(3)] for third in thirds]
     # In the third that it was trained on each is by far the best; the sign of a component may reverse their order.
-    assert sorted(np.argmin(own, axis=1)) == [0, 1, 2]
+    order = np.argmin(own, axis=1)
+    assert sorted(order) == [0, 1, 2]
+    # Nobody foresees the noise, whose variance is 1.
+    assert min(np.min(row) for row in own) > 0.8
+    # Elsewhere stand the answers of the expert itself.
+    expert = GradientBoostingRegressor(random_state=0).fit(features[thirds[0]], target[thirds[0]])
+    others = np.setdiff1d(np.arange(300), thirds[0])
+    np.testing.assert_allclose(answers[others, order[0]], expert.predict(features[others]))
+
+
+def test_what_a_training_row_is_answered_does_not_depend_on_its_own_target() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def columns(count: int) -> Columns:
+        x = torch.randn(2, count, 3, generator=generator)
+        return Columns(torch.arange(count).expand(2, count), x, torch.randn(2, count, generator=generator), x)
+
+    train, *others = (columns(count) for count in (203, 20, 10, 10))
+    moved = replace(train, y=train.y.clone())
+    moved.y[:, 7] += 100
+    before, after = (
+        regression.Problem(Splits(243, rows, *others), regression.Size(2, 3, 3)).learning.own for rows in (train, moved)
+    )
+    assert torch.equal(before[:, 7], after[:, 7])
+    assert (before != after).float().mean() > 0.7  # four of five predictors have learned from it
 
 
 def test_regression_on_a_set_whose_halves_belong_to_two_people(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -129,13 +162,16 @@ def test_regression_on_a_set_whose_halves_belong_to_two_people(monkeypatch: pyte
     x = torch.randn(240, 2, generator=generator, dtype=torch.float64) * torch.tensor([3.0, 1.0])
     y = x[:, 0] * x[:, 1] + 0.1 * torch.randn(240, generator=generator, dtype=torch.float64)
     monkeypatch.setattr(regression, "uci", lambda folder, name: RegressionTable(x, y, ("a", "b")))
-    monkeypatch.setattr(regression, "SPLITS", 2)
     run(regression, "--data", "yacht", "--root", str(tmp_path), "--out", str(tmp_path))
     records = Results(tmp_path).read_all("regression")
-    assert len(records) == 3 * 7 + 6
+    assert len(records) == 3 * 9 + 8
     costs = {(r["cell"]["cost"], r["cell"]["method"]): r["parts"][0]["cost"]["estimate"] for r in records}
     assert costs[regression.ABSTENTION, ALWAYS] == pytest.approx(0.1)
     assert costs["1 expert", NEVER] == costs["3 experts", NEVER]
+    for setting in regression.COSTS:
+        # Whoever keeps the same predictor's answers cannot be cheaper than hindsight.
+        others = (NEVER, ALWAYS, "two-stage", regression.VARIANCE)
+        assert all(costs[setting, regression.ORACLE] <= costs[setting, method] for method in others)
     never = next(r for r in records if r["cell"]["method"] == NEVER)["parts"][0]
     assert never["coverage"]["estimate"] == 1
     assert never["accepted_cost"]["estimate"] == pytest.approx(never["cost"]["estimate"])

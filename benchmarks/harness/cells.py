@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +54,20 @@ class Results:
         return self.path(cell).is_file()
 
     def write(self, cell: Cell, record: Mapping[str, Any], samples: Mapping[str, np.ndarray]) -> None:
-        """The per-sample outputs first, then the figures, which make the cell a finished one."""
+        """The per-sample outputs first, then the figures, which make the cell a finished one.
+
+        ValueError, and nothing written, where a figure is not a finite number: JSON has no word for it.
+        """
         path = self.path(cell)
+        try:
+            text = _lines({"cell": asdict(cell), **record})
+        except ValueError as error:
+            raise ValueError(f"{cell.table}, {cell.name}: expected finite figures ({error}); the cell is left open") from error
         path.parent.mkdir(parents=True, exist_ok=True)
-        with write_whole(path.with_suffix(".npz")) as partial:
-            np.savez_compressed(partial, **samples)
-        with write_whole(path) as partial:
-            partial.write_text(_lines({"cell": asdict(cell), **record}), encoding="utf-8")
+        with write_whole(path.with_suffix(".npz")) as unfinished:
+            np.savez_compressed(unfinished, **samples)
+        with write_whole(path) as unfinished:
+            unfinished.write_text(text, encoding="utf-8")
 
     def read_all(self, table: str) -> list[dict[str, Any]]:
         """The records of all finished cells of a table, in the order of their names."""
@@ -96,13 +104,14 @@ class Results:
 
 def _lines(record: Mapping[str, Any]) -> str:
     """JSON with a line for each entry, and for each item of a list: short, and readable in a diff."""
+    written = partial(json.dumps, allow_nan=False)
     entries = []
     for key, value in record.items():
         if isinstance(value, list):
-            items = ",\n  ".join(json.dumps(item) for item in value)
-            entries.append(f" {json.dumps(key)}: [\n  {items}\n ]")
+            items = ",\n  ".join(written(item) for item in value)
+            entries.append(f" {written(key)}: [\n  {items}\n ]")
         else:
-            entries.append(f" {json.dumps(key)}: {json.dumps(value)}")
+            entries.append(f" {written(key)}: {written(value)}")
     return "{\n" + ",\n".join(entries) + "\n}\n"
 
 

@@ -49,24 +49,30 @@ def fit(
     problems: int,
     rows: int,
     *,
+    only: Tensor | None = None,
     steps: int,
     seed: int,
     batch: int = 256,
     learning_rate: float = 3e-3,
-    weight_decay: float = 0.0,
+    weight_decay: float | Sequence[float] = 0.0,
 ) -> None:
     """Minimise the mean of `batch_loss` ((S, B) row numbers -> (S, B)) of each problem by AdamW with a cosine schedule.
 
-    With `batch` at least `rows` every step sees all rows.
+    With `batch` at least `rows` every step sees all rows.  `only` (S, M) names the rows of each problem that are drawn from.
+    `weight_decay` may be one number for each head.
     """
-    parameters = [parameter for head in heads for parameter in head.parameters()]
-    device = parameters[0].device
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
+    decays = [weight_decay] * len(heads) if isinstance(weight_decay, float) else weight_decay
+    groups = [{"params": list(head.parameters()), "weight_decay": decay} for head, decay in zip(heads, decays, strict=True)]
+    device = next(heads[0].parameters()).device
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator = torch.Generator().manual_seed(seed)
-    every = torch.arange(rows, device=device).expand(problems, rows)
+    every = torch.arange(rows, device=device).expand(problems, rows) if only is None else only.to(device)
+    count = every.shape[1]
     for step in range(steps):
-        chosen = torch.randint(rows, (problems, batch), generator=generator).to(device) if batch < rows else every
+        chosen = every
+        if batch < count:
+            chosen = every.gather(1, torch.randint(count, (problems, batch), generator=generator).to(device))
         # The sum over problems: each gets the gradient of its own mean.
         loss = batch_loss(chosen).mean(dim=-1).sum()
         if not bool(torch.isfinite(loss)):

@@ -62,15 +62,23 @@ def single_stage(scores: Tensor, targets: Tensor, num_classes: int, expert_costs
     return Outputs(table.cpu(), torch.cat([wrong.unsqueeze(-1), expert_costs], dim=-1).cpu())
 
 
-def judge(calibration: Outputs, test: Outputs) -> Judged:
-    """Fit the threshold on the calibration rows, decide the test rows with it, and without it."""
-    offsets = fit_offsets(calibration.scores.double(), calibration.costs.double())
+def judge(calibration: Outputs, test: Outputs, *, errors_ahead: float = 0.0) -> Judged:
+    """Fit the threshold on the calibration rows, decide the test rows with it, and without it.
+
+    Where its gain on the calibration rows is below `errors_ahead` standard errors the natural threshold stays: few rows fit
+    their noise.
+    """
+    scores = calibration.scores.double()
+    offsets = fit_offsets(scores, calibration.costs.double())
+    gain = deferral_cost(calibration.costs, decide(scores)) - deferral_cost(calibration.costs, decide(scores, offsets))
+    if gain.mean() < errors_ahead * gain.std() / len(gain) ** 0.5:
+        offsets = torch.zeros_like(offsets)
     return _taken(test, decide(test.scores.double(), offsets), decide(test.scores.double()))
 
 
-def fixed(test: Outputs, action: int) -> Judged:
-    """The same action on every row."""
-    actions = torch.full((len(test.costs),), action)
+def fixed(test: Outputs, action: int | Tensor) -> Judged:
+    """The same action on every row, or for each the given one (N,)."""
+    actions = torch.as_tensor(action).expand(len(test.costs))
     return _taken(test, actions, actions)
 
 

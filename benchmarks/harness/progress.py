@@ -39,14 +39,16 @@ class Display:
         if self._cells is not None:
             self._progress.update(self._cells, description=f"{cell.data}, {cell.method}, {cell.cost}, seed {cell.seed}")
 
-    def epoch(self, what: str, epoch: int, epochs: int, loss: float) -> None:
-        """An epoch of a network is over."""
+    def epoch(self, what: str, epoch: int, epochs: int, loss: float | None = None) -> None:
+        """An epoch of a network is over, or a part of other long work, which has no loss."""
         if self._epochs is None:
             self._epochs = self._progress.add_task("", total=epochs)
         if what != self._network:
             self._progress.reset(self._epochs, total=epochs)
             self._network = what
-        self._progress.update(self._epochs, completed=epoch, description=f"  {what}, loss {loss:.4f}")
+        self._progress.update(
+            self._epochs, completed=epoch, description=f"  {what}" if loss is None else f"  {what}, loss {loss:.4f}"
+        )
 
     def finished(self, cell: Cell, record: dict[str, Any]) -> None:
         """A cell has its figures."""

@@ -1,5 +1,6 @@
 """Markdown tables from the records of finished cells: seeds are summarised, cells that are missing say so."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +30,7 @@ class Section:
     scale: float = 100.0
     unit: str = "%"
     published: Mapping[tuple[str, str, str], str] = field(default_factory=dict)
+    stars: Sequence[Sequence[str]] = ()  # in a matrix: * where cheaper than all of the first references, ** than the second's
     without: Callable[[str, str], bool] = lambda data, method: False  # methods that a data set does not have
 
     def methods_of(self, data: str) -> list[str]:
@@ -78,19 +80,23 @@ def by_point(section: Section, records: Sequence[Record], preset: str, data: str
 
 
 def matrix(section: Section, records: Sequence[Record], preset: str, cost: str) -> list[str]:
-    """A row for each data set, a column for each method; * where it is cheaper than never and than always deferring."""
+    """A row for each data set, a column for each method; what the stars mean stands above the table."""
     data_sets = [data for data, at in section.entries[preset] if at == cost]
     methods = [m for m in section.methods if any(chosen(records, preset, data, cost, m) for data in data_sets)]
     if not methods:
         return ["Not run."]
-    lines = _header(["cost", *methods])
+    lines, stars = _header(["cost", *methods]), {method: Counter[str]() for method in methods}
     for data in data_sets:
         figures = []
         for method in methods:
             cells = chosen(records, preset, data, cost, method)
-            star = bool(cells) and all(_cheaper(cells[0], name) for name in ("never defer", "always defer"))
-            figures.append(_over(cells, "cost", section.scale) + (" *" if star and not method.endswith("defer") else ""))
+            star = "".join("*" for names in section.stars if cells and all(_cheaper(cells[0], name) for name in names))
+            stars[method][star] += 1
+            figures.append(f"{_over(cells, 'cost', section.scale)} {star}".strip())
         lines.append(_line([data, *figures]))
+    lines.append(
+        _line(["sets with * or **, with **", *(f"{found['*'] + found['**']}, {found['**']}" for found in stars.values())])
+    )
     return lines
 
 
