@@ -2,6 +2,7 @@ import hmac
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from deferral.gateway.admin import routes
 from deferral.gateway.database import connect, prepare
 from deferral.gateway.endpoints import error_handlers
 from deferral.gateway.keys import Key, Keys
+from deferral.gateway.probe import probe
 from deferral.gateway.record import Record
 
 
@@ -290,3 +292,26 @@ def test_admin_endpoints_make_and_end_keys(tmp_path: Path) -> None:
             assert client.get("/status", params={"hours": hours}).status_code == 400
     store.close()
     record.stop()
+
+
+def test_a_running_gateway_is_asked_how_it_is_doing() -> None:
+    page = '# TYPE x_total counter\nx_total{expert="a"} 3.0\n# TYPE y gauge\ny 0.5\n# TYPE z histogram\nz_bucket{le="+Inf"} 1.0\n'
+
+    class Gateway(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            allowed = self.headers.get("authorization") == "Bearer admin" or self.path == "/ready"
+            body = {"/ready": b'{"status": "all experts are down"}', "/metrics": page.encode()}[self.path]
+            self.send_response({"/ready": 503, "/metrics": 200}[self.path] if allowed else 401)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Gateway) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/"
+        assert probe(url, "admin") == {"ready": "all experts are down", "metrics": {'x_total{expert="a"}': 3.0, "y": 0.5}}
+        assert probe(url, "guess") == {"ready": "all experts are down", "metrics": {}}
+        server.shutdown()
+    with pytest.raises(DataError, match="expected the address of a gateway"):
+        probe("file:///etc/passwd")

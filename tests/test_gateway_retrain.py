@@ -177,7 +177,7 @@ def old_router() -> Router:
 def test_a_better_router_is_promoted_and_an_equal_one_is_not(tmp_path: Path, old_router: Router) -> None:
     folder = tmp_path / "router"
     old_router.save(folder)
-    asyncio.run(recorded(tmp_path / "gateway.db", *served(old_router, 1500, seed=5)))
+    asyncio.run(recorded(tmp_path / "gateway.db", *served(old_router, 800, seed=5)))
     engine = connect(str(tmp_path / "gateway.db"))
     tried = retrain(engine, folder, dry_run=True, load=linear)
     assert (tried.better, tried.promoted) == (True, False)
@@ -185,12 +185,12 @@ def test_a_better_router_is_promoted_and_an_equal_one_is_not(tmp_path: Path, old
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["router"]
     verdict = retrain(engine, folder, load=linear)
     assert verdict.promoted
-    queries, chance = traffic(3000, seed=77)
+    queries, chance = traffic(1000, seed=77)
     price = PRICES / ERROR
 
     def true_cost(router: Router) -> float:
         router.explore = 0.0
-        return float((1 - chance + price)[np.arange(3000), router.route_batch(queries).actions].mean())
+        return float((1 - chance + price)[np.arange(1000), router.route_batch(queries).actions].mean())
 
     promoted, before = Router.load(folder), Router.load(tmp_path / "router.previous")
     assert "prove that the" not in (folder / "router.json").read_text()

@@ -65,8 +65,9 @@ class Exchange:
     def __init__(self, proxy: Proxy, receive: Receive, send: Send) -> None:
         self.gateway, self.kind, self.path = proxy.gateway, proxy.kind, proxy.path
         self.receive, self.send = receive, send
-        self.id = f"dfr-{_ids.getrandbits(96):024x}"
         self.arrived, self.began = time(), perf_counter()
+        # Rising with time, so that the record's index is appended to and not scattered.
+        self.id = f"dfr-{int(1000 * self.arrived):012x}{_ids.getrandbits(48):012x}"
         self.key: Key = ANYONE
         self.asked: Asked | None = None
         self.choice: Choice | None = None
