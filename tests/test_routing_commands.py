@@ -50,6 +50,8 @@ def test_fit_writes_a_router_and_reports_what_it_is_worth(tmp_path: Path, monkey
     router = Router.load(tmp_path / "router")
     assert router.experts == EXPERTS
     assert router.fitted.prices.base[2] == pytest.approx(router.fitted.prices.base[0])
+    with pytest.raises(DataError, match="is no router"):
+        call("fit", tmp_path / "log.jsonl", "-o", tmp_path, "--price-of-error", 0.1)
     (tmp_path / "prices.json").write_text('{"small": 1}')
     with pytest.raises(DataError, match=r"prices.json: expected an object"):
         call("fit", *arguments)
@@ -147,6 +149,10 @@ def test_a_batch_goes_on_where_it_was_killed(folder: Path, tmp_path: Path, monke
         route_file(folder, tmp_path / "in.jsonl", out)
     assert "102 decisions" in call("batch", tmp_path / "in.txt", tmp_path / "again.jsonl", "-r", folder).output
     assert (tmp_path / "again.jsonl").read_bytes() == whole
+    (tmp_path / "mine.partial").write_text("precious")
+    with pytest.raises(DataError, match=r"mine.partial: it was begun with another"):
+        route_file(folder, tmp_path / "in.jsonl", tmp_path / "mine")
+    assert (tmp_path / "mine.partial").read_text() == "precious"
     (tmp_path / "bad.jsonl").write_text('{"query": "a"}\n{"prompt": "b"}\n')
     with pytest.raises(DataError, match="row 2: expected a JSON object with a text"):
         route_file(folder, tmp_path / "bad.jsonl", tmp_path / "bad.out")
