@@ -114,11 +114,11 @@ def stand_in(folder: Path) -> Path:
     return folder / "onnx"
 
 
-def batching(workers: int, count: int) -> dict:
+def batching(workers: int, count: int, logged: int = 20_000) -> dict:
     """Queries per second of a file, the start of the processes left out and counted."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        Router(0.01, seed=SEED).fit(made(20_000, 10)).save(folder / "router")
+        Router(0.01, seed=SEED).fit(made(logged, 10)).save(folder / "router")
         (folder / "queries.txt").write_text("\n".join(made(count, 1, seed=SEED + 1).queries) + "\n", encoding="utf-8")
         begun, marks = time.perf_counter(), [(0.0, 0)]
         route_file(

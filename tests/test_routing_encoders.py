@@ -140,3 +140,9 @@ def test_a_cached_encoder_encodes_every_text_once(tmp_path: Path) -> None:
     assert seen == ["a", "bb", "ccc"]
     CachedEncoder(encode, tmp_path, "another")(["a"])
     assert seen[-1] == "a"
+    for stored in tmp_path.rglob("*.npy"):
+        stored.write_bytes(stored.read_bytes()[:30])
+    np.testing.assert_array_equal(CachedEncoder(encode, tmp_path, "lengths")(["bb"]), [[2, 1]])
+    assert not list(tmp_path.rglob("*partial*"))
+    with pytest.raises(ValueError, match="expected 2 vectors"):
+        CachedEncoder(lambda texts: np.ones((1, 2)), tmp_path, "broken")(["a", "b"])

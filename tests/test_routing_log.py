@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from deferral.datasets import DataError
-from deferral.routing import Log, Outcome, cost_table, list_prices, log_of_table, read_log, write_log
+from deferral.routing import Log, Outcome, cost_table, list_prices, log_of_table, read_log, token_prices, write_log
 from deferral.routing.prices import fit_prices
 
 
@@ -103,6 +103,7 @@ def test_costs_are_errors_plus_prices_in_units_of_one_error() -> None:
         ({"propensity": 0.0}, "row 2, propensity"),
         ({"expert": " "}, "row 2, expert"),
         ({"query": None}, "row 2, query"),
+        ({"tags": "maths"}, "row 2, tags: expected a list of texts"),
     ],
 )
 def test_a_bad_outcome_is_named_by_row_and_field(change: dict, message: str) -> None:
@@ -131,6 +132,47 @@ def test_a_bad_line_is_named_by_file_row_and_field(tmp_path: Path, line: str, me
     with pytest.raises(DataError, match=message) as caught:
         read_log(path)
     assert str(path) in str(caught.value)
+
+
+def test_a_parquet_file_that_was_cut_off_and_text_that_it_cannot_hold(tmp_path: Path) -> None:
+    write_log(some_log(), tmp_path / "log.parquet")
+    whole = (tmp_path / "log.parquet").read_bytes()
+    (tmp_path / "log.parquet").write_bytes(whole[:-20])
+    with pytest.raises(DataError, match="cannot be read as Parquet"):
+        read_log(tmp_path / "log.parquet")
+    half = Log([Outcome("half \ud800", "a", 1.0, 0.0)])
+    with pytest.raises(DataError, match=r"rows 1 to 1: .* write .jsonl"):
+        write_log(half, tmp_path / "log.parquet")
+    # What was there is still there, and nothing beside it.
+    assert (tmp_path / "log.parquet").read_bytes() == whole[:-20]
+    assert len(list(tmp_path.iterdir())) == 1
+    write_log(half, tmp_path / "log.jsonl")
+    assert read_log(tmp_path / "log.jsonl")[0].query == "half \ud800"
+
+
+def test_a_table_does_not_grow_with_its_log() -> None:
+    log = some_log()
+    table = log.table()
+    log.append(Outcome("later", "small", 1.0, 0.0))
+    assert len(table.queries) == len(table.quality) == 3
+
+
+def test_prices_to_come_are_those_of_the_tokens_that_are_expected() -> None:
+    texts = ["x" * length for length in (40, 80, 160, 400)]
+    log = Log(
+        Outcome(text, name, 1.0, 0.0, input_tokens=len(text) / 4 + 10 * known, output_tokens=100 + len(text))
+        for text in texts
+        for name, known in (("a", 1), ("b", 0))
+    )
+    model = token_prices(log, {"a": (1.0, 2.0), "b": (0.5, 0.0), "not asked": (1.0, 1.0)})
+    np.testing.assert_allclose(model(np.array([200.0])), [[(60 * 1 + 300 * 2) / 1e6, 50 * 0.5 / 1e6]])
+    unknown = Log([Outcome("q" * 8, "a", 1.0, 0.0, output_tokens=5)])
+    np.testing.assert_allclose(token_prices(unknown, {"a": (1.0, 1.0)})(np.array([8.0])), [[7 / 1e6]])
+    for prices, message in (({"a": (1.0, 2.0)}, "b: it has no price"), ({"a": (-1.0, 2.0)}, "not negative")):
+        with pytest.raises(ValueError, match=message):
+            token_prices(log, prices)
+    with pytest.raises(ValueError, match="a: none of its outcomes has output tokens"):
+        token_prices(Log([Outcome("q", "a", 1.0, 0.0)]), {"a": (1.0, 1.0)})
 
 
 def test_files_that_are_no_log(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 import json
+import os
 import subprocess
 import sys
+import threading
 from functools import cache
 from pathlib import Path
 
@@ -98,7 +100,7 @@ def test_a_budget_is_kept_and_a_floor_reached() -> None:
         router().plan(budget=0.1)
     with pytest.raises(ValueError, match="at most"):
         router().plan(min_quality=0.99)
-    with pytest.raises(ValueError, match="one of price_of_error, budget and min_quality"):
+    with pytest.raises(ValueError, match="one of price_of_error, budget, min_quality and certified_quality"):
         router().plan(budget=1.0, min_quality=0.5)
 
 
@@ -275,21 +277,24 @@ def test_a_bad_folder_is_a_clear_error_and_a_good_one_is_not_lost(tmp_path: Path
     with pytest.raises(DataError, match="there is no router"):
         Router.load(folder)
     router().save(folder)
-    names, numbers = folder / "router.json", folder / "state.safetensors"
+    names, (numbers,) = folder / "router.json", folder.glob("state.*.safetensors")
     good, whole = names.read_text(), numbers.read_bytes()
     for text, message in (
         (good[:100], "cannot be read"),
         (json.dumps({**json.loads(good), "format": 2}), "a newer deferral wrote it"),
+        (json.dumps({**json.loads(good), "format": "x"}), "fit and save the router again"),
         (json.dumps({key: value for key, value in json.loads(good).items() if key != "experts"}), "KeyError: 'experts'"),
+        (json.dumps({**json.loads(good), "sha256": "0" * 64}), "cannot be read"),
         ("[]", "no description"),
     ):
         names.write_text(text)
         with pytest.raises(DataError, match=message):
             Router.load(folder)
     names.write_text(good)
-    numbers.write_bytes(whole[:-10])
-    with pytest.raises(DataError, match="corrupted"):
-        Router.load(folder)
+    for bad in (whole[:-10], whole[:-1] + b"?", b""):
+        numbers.write_bytes(bad)
+        with pytest.raises(DataError, match="corrupted"):
+            Router.load(folder)
     numbers.write_bytes(whole)
     assert Router.load(folder).experts == EXPERTS
     (tmp_path / "mine").mkdir()
@@ -297,6 +302,50 @@ def test_a_bad_folder_is_a_clear_error_and_a_good_one_is_not_lost(tmp_path: Path
     with pytest.raises(DataError, match="is no router"):
         router().save(tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
+
+
+def test_a_save_that_breaks_off_leaves_the_old_router(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    router().save(tmp_path / "router")
+    texts, _, quality, price = world(60)
+    other = Router(0.1, policies=QUICK).fit(log_of_table(texts, ["x", "y", "z"], quality, price))
+    real, calls = os.replace, []
+
+    def breaks_at_the_names(source: Path, target: Path) -> None:
+        calls.append(target)
+        if Path(target).name == "router.json":
+            raise OSError("the disk is full")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", breaks_at_the_names)
+    with pytest.raises(OSError, match="the disk is full"):
+        other.save(tmp_path / "router")
+    monkeypatch.undo()
+    assert len(calls) == 2
+    assert Router.load(tmp_path / "router").experts == EXPERTS
+    other.save(tmp_path / "router")
+    assert Router.load(tmp_path / "router").experts == ["x", "y", "z"]
+    assert len(list((tmp_path / "router").iterdir())) == 2
+
+
+def test_readers_see_the_old_router_or_the_new_one(tmp_path: Path) -> None:
+    texts, _, quality, price = world(60)
+    two = [Router(0.1, policies=QUICK).fit(log_of_table(texts, names, quality, price)) for names in (EXPERTS, ["x", "y", "z"])]
+    two[0].save(tmp_path / "router")
+    stop = threading.Event()
+
+    def write() -> None:
+        while not stop.is_set():
+            for one in two:
+                one.save(tmp_path / "router")
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        seen = {tuple(Router.load(tmp_path / "router").experts) for _ in range(30)}
+    finally:
+        stop.set()
+        writer.join()
+    assert seen <= {tuple(EXPERTS), ("x", "y", "z")}
 
 
 def test_an_encoder_of_ones_own_is_given_again_when_loading(tmp_path: Path) -> None:
@@ -309,8 +358,18 @@ def test_an_encoder_of_ones_own_is_given_again_when_loading(tmp_path: Path) -> N
     own.save(tmp_path / "router")
     back = Router.load(tmp_path / "router", encoder=encode)
     np.testing.assert_array_equal(own.route_batch(texts).cost, back.route_batch(texts).cost)
-    with pytest.raises(ValueError, match="the function from texts to vectors"):
+    with pytest.raises(ValueError, match="or the function from texts to vectors"):
         Router.load(tmp_path / "router")
+
+
+def test_an_expert_with_one_outcome_is_taken_to_be_near_the_others() -> None:
+    texts, _, quality, price = world(200)
+    mask = np.ones((200, 3), bool)
+    mask[1:, 1] = False
+    some = Router(0.1, policies=QUICK).fit(log_of_table(texts, EXPERTS, quality, price, mask))
+    others = np.delete(some.fitted.means, 1)
+    assert others.min() - 0.1 < some.fitted.means[1] < others.max() + 0.1
+    assert some.route(texts[0]).expert in EXPERTS
 
 
 def test_a_partial_log_is_learned_from() -> None:

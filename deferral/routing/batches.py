@@ -83,13 +83,13 @@ def _plain(value: Any) -> Any:
 
 def _whole_lines(partial: Path, note: Path, work: dict) -> int:
     """How many decisions an earlier run has left whole; what it began of another is cut off."""
-    if not partial.exists() or not note.exists():
-        partial.write_bytes(b"")
+    if not partial.exists():
         note.write_text(json.dumps(work), encoding="utf-8")
+        partial.touch()
         return 0
     try:
         begun = json.loads(note.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, FileNotFoundError):
         begun = None
     if begun != work:
         raise DataError(

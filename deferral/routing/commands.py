@@ -18,6 +18,7 @@ from deferral.routing.judging import cross_fitted, evaluation, held, joined, que
 from deferral.routing.log_files import read_log
 from deferral.routing.onnx_export import export
 from deferral.routing.outcomes import Log
+from deferral.routing.persistence import check_place
 from deferral.routing.prices import read_prices, token_prices
 from deferral.routing.replay import as_logged, events_of, replay
 from deferral.routing.router import Router
@@ -123,6 +124,8 @@ def fit(
     seed: int,
 ) -> None:
     """Learn a router from LOG (.jsonl or .parquet), and report what it is worth on held-out queries."""
+    # Before the work, not after it.
+    check_place(out)
     outcomes = _read(log)
     price_model = None if prices is None else token_prices(outcomes, read_prices(prices))
     router = Router(price_of_error, encoder=_encoder(encoder, cache), explore=explore, seed=seed)

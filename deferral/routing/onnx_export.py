@@ -113,7 +113,8 @@ def _write(model: nn.Module, path: Path) -> None:
 def _quantise(plain: Path, path: Path) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    quantize_dynamic(str(plain), str(path), weight_type=QuantType.QInt8)
+    # One scale for a whole matrix costs up to 0.08 of cosine on MiniLM, one a row 0.01.
+    quantize_dynamic(str(plain), str(path), weight_type=QuantType.QInt8, per_channel=True)
 
 
 def _checked(model: Any, folder: Path, name: str) -> float:

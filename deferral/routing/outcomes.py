@@ -145,7 +145,8 @@ class Log:
         mask = (count > 0).reshape(shape)
         unknown_where = np.where(mask, 0.0, np.nan)
         table = Table(
-            self.queries,
+            # The log may grow.
+            list(self.queries),
             names,
             mean("quality").astype(np.float32),
             mean("price"),

@@ -26,7 +26,7 @@ from deferral.routing.training import Judged
 if TYPE_CHECKING:
     from deferral.routing.router import Router
 
-__all__ = ["FORMAT", "load", "save"]
+__all__ = ["FORMAT", "check_place", "load", "save"]
 
 FORMAT = 1
 _NUMBERS, _NAMES = "state.{}.safetensors", "router.json"
@@ -42,8 +42,7 @@ def save(router: "Router", folder: Path) -> None:
     state = router.fitted
     if unknown := [policy.kind for policy in state.policies if policy.kind not in _POLICIES]:
         raise ValueError(f"a policy of your own ({unknown[0]}) cannot be saved; expected one of {', '.join(_POLICIES)}")
-    if folder.exists() and not (folder / _NAMES).is_file() and any(folder.iterdir() if folder.is_dir() else [folder]):
-        raise DataError(f"{folder}: it is there, and is no router; expected a new name, an empty folder or a router's folder")
+    check_place(folder)
     arrays = {f"encoder/{name}": array for name, array in router.encoder.arrays.items()}
     arrays |= {f"memory/{name}": array for name, array in state.memory.arrays.items()}
     for policy in state.policies:
@@ -85,6 +84,12 @@ def save(router: "Router", folder: Path) -> None:
     for other in folder.glob(_NUMBERS.format("*")):
         if other != path:
             other.unlink(missing_ok=True)
+
+
+def check_place(folder: Path) -> None:
+    """DataError if what is there is no router, and would be lost."""
+    if folder.exists() and not (folder / _NAMES).is_file() and any(folder.iterdir() if folder.is_dir() else [folder]):
+        raise DataError(f"{folder}: it is there, and is no router; expected a new name, an empty folder or a router's folder")
 
 
 def load(folder: Path, encode: Callable[[list[str]], Any] | str | Path | None) -> "Router":

@@ -1,0 +1,229 @@
+"""`deferral route` from end to end, and files of queries that survive being stopped."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+from deferral.datasets import DataError
+from deferral.routing import Log, Outcome, Router, write_log
+from deferral.routing import batches as batching
+from deferral.routing.batches import route_file
+from deferral.routing.commands import route
+from deferral.routing.judging import Held, evaluation, held, joined, query_folds, tag_folds
+from tests.test_readme import run as run_page
+from tests.test_routing_router import EXPERTS, QUICK, world
+
+
+def outcomes(rows: int, seed: int, mark: str = "") -> Log:
+    texts, subject, quality, price = world(rows, seed=seed)
+    return Log(
+        Outcome(f"{text}{mark}", name, quality[i, j], price[i, j], output_tokens=10, tags=(f"subject {subject[i]}",))
+        for i, text in enumerate(texts)
+        for j, name in enumerate(EXPERTS)
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("routing") / "router"
+    Router(0.1, policies=QUICK).fit(outcomes(300, 0), certify=0.3).save(path)
+    return path
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(route, [str(argument) for argument in arguments], catch_exceptions=False)
+
+
+@pytest.mark.ci_slow
+def test_fit_writes_a_router_and_reports_what_it_is_worth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deferral.routing.commands.Router", _quick_router())
+    write_log(outcomes(60, 0), tmp_path / "log.jsonl")
+    prices = {name: {"input": 1.0, "output": 2.0} for name in EXPERTS}
+    (tmp_path / "prices.json").write_text(json.dumps(prices))
+    arguments = (tmp_path / "log.jsonl", "-o", tmp_path / "router", "--price-of-error", 0.1, "--prices", tmp_path / "prices.json")
+    result = call("fit", *arguments)
+    assert result.exit_code == 0, result.output
+    assert "Routability: static mix" in result.output
+    router = Router.load(tmp_path / "router")
+    assert router.experts == EXPERTS
+    assert router.fitted.prices.base[2] == pytest.approx(router.fitted.prices.base[0])
+    with pytest.raises(DataError, match="is no router"):
+        call("fit", tmp_path / "log.jsonl", "-o", tmp_path, "--price-of-error", 0.1)
+    (tmp_path / "prices.json").write_text('{"small": 1}')
+    with pytest.raises(DataError, match=r"prices.json: expected an object"):
+        call("fit", *arguments)
+
+
+@pytest.mark.ci_slow
+def test_explain_says_whom_and_why(folder: Path) -> None:
+    result = call("explain", "emperor treaty dynasty", "-r", folder, "--count", 2)
+    assert result.exit_code == 0, result.output
+    assert "nearest logged queries" in result.output
+    assert "propensity 1" in result.output
+    denied = call("explain", "emperor treaty dynasty", "-r", folder, "--deny", "small")
+    assert "may not be asked" in denied.output
+    for arguments, message in (
+        (("--budget", 1e-6), "the cheapest expert costs"),
+        (("--deny", "small", "--deny", "coder", "--deny", "large"), "no expert is left"),
+        (("--certified-quality", 0.9999, "--confidence", 0.999999), "cannot be promised"),
+    ):
+        failed = call("explain", "x", "-r", folder, *arguments)
+        assert failed.exit_code == 1
+        assert message in failed.output
+
+
+@pytest.mark.ci_slow
+def test_evaluate_judges_by_folds_and_a_router_on_other_queries(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("deferral.routing.commands.Router", _quick_router())
+    write_log(outcomes(150, 1), tmp_path / "log.jsonl")
+    result = call("evaluate", tmp_path / "log.jsonl", "--by-tag", "--folds", 3, "--resamples", 100, "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    stored = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert stored["rows"] == 150
+    # On a subject that was never seen there is nothing to go by.
+    assert stored["figures"]["routed"]["AIQ"]["estimate"] < stored["figures"]["oracle"]["AIQ"]["estimate"]
+    assert (tmp_path / "out" / "curve.png").stat().st_size > 1000
+    other = call("evaluate", tmp_path / "log.jsonl", "-r", folder, "--resamples", 100)
+    assert "always one expert" in other.output
+    write_log(outcomes(300, 0), tmp_path / "same.jsonl")
+    assert "left out: " in call("evaluate", tmp_path / "same.jsonl", "-r", folder, "--resamples", 100).output
+    assert call("evaluate", tmp_path / "log.jsonl", "-r", folder, "--by-tag").exit_code == 2
+
+
+def _quick_router() -> type[Router]:
+    class Quick(Router):
+        def __init__(self, price_of_error: float, **options: object) -> None:
+            super().__init__(price_of_error, policies=QUICK, **options)  # type: ignore[arg-type]
+
+    return Quick
+
+
+@pytest.mark.ci_slow
+def test_simulate_says_what_the_router_would_have_cost(folder: Path, tmp_path: Path) -> None:
+    texts, _, quality, price = world(300, seed=3)
+    asked = np.random.default_rng(0).integers(0, 3, 300)
+    log = Log(Outcome(texts[i], EXPERTS[j], quality[i, j], price[i, j], propensity=1 / 3) for i, j in enumerate(asked))
+    write_log(log, tmp_path / "log.parquet")
+    result = call("simulate", tmp_path / "log.parquet", "-r", folder, "--resamples", 100)
+    assert result.exit_code == 0, result.output
+    for word in ("ips", "self-normalised", "doubly robust", "always coder", "as logged"):
+        assert word in result.output
+    write_log(Log([Outcome("q", "stranger", 1.0, 0.0)]), tmp_path / "strange.jsonl")
+    assert "'stranger'" in call("simulate", tmp_path / "strange.jsonl", "-r", folder).output
+
+
+@pytest.mark.ci_slow
+def test_a_batch_goes_on_where_it_was_killed(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batching, "_CHUNK", 40)
+    texts = [*world(100, seed=4)[0], "", "日本語 🎉"]
+    (tmp_path / "in.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"query": text}) + "\n" for text in texts))
+    assert route_file(folder, tmp_path / "in.txt", tmp_path / "whole.jsonl") == 102
+    whole = (tmp_path / "whole.jsonl").read_bytes()
+    lines = [json.loads(line) for line in whole.splitlines()]
+    assert [line["row"] for line in lines] == list(range(1, 103))
+    assert [line["expert"] for line in lines] == Router.load(folder).route_batch(texts).names
+
+    def killed(rows: int, read: int) -> None:
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        route_file(folder, tmp_path / "in.jsonl", out, on_rows=killed)
+    partial = tmp_path / "out.jsonl.partial"
+    assert not out.exists()
+    assert partial.read_bytes().count(b"\n") == 40
+    with partial.open("ab") as file:
+        file.write(b'{"row": 41, "exp')
+    with pytest.raises(DataError, match="begun with another router, file or setting"):
+        route_file(folder, tmp_path / "in.jsonl", out, setting={"budget": 5.0})
+    seen: list[int] = []
+    route_file(folder, tmp_path / "in.jsonl", out, on_rows=lambda rows, read: seen.append(rows))
+    assert seen == [80, 102]
+    assert out.read_bytes() == whole
+    assert not partial.exists()
+    with pytest.raises(DataError, match="it is there already"):
+        route_file(folder, tmp_path / "in.jsonl", out)
+    assert "102 decisions" in call("batch", tmp_path / "in.txt", tmp_path / "again.jsonl", "-r", folder).output
+    assert (tmp_path / "again.jsonl").read_bytes() == whole
+    (tmp_path / "mine.partial").write_text("precious")
+    with pytest.raises(DataError, match=r"mine.partial: it was begun with another"):
+        route_file(folder, tmp_path / "in.jsonl", tmp_path / "mine")
+    assert (tmp_path / "mine.partial").read_text() == "precious"
+    (tmp_path / "bad.jsonl").write_text('{"query": "a"}\n{"prompt": "b"}\n')
+    with pytest.raises(DataError, match="row 2: expected a JSON object with a text"):
+        route_file(folder, tmp_path / "bad.jsonl", tmp_path / "bad.out")
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_same_file_in_order(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_text("\n".join(world(9000, seed=4)[0]) + "\n", encoding="utf-8")
+    for workers in (1, 2):
+        result = call("batch", tmp_path / "in.txt", tmp_path / f"{workers}.jsonl", "-r", folder, "--workers", workers)
+        assert result.exit_code == 0, result.output
+    assert (tmp_path / "1.jsonl").read_bytes() == (tmp_path / "2.jsonl").read_bytes()
+
+
+def decided(rows: int = 120) -> Held:
+    """Decisions that are those of the oracle, beside random outcomes of two experts."""
+    generator = np.random.default_rng(0)
+    quality = (generator.random((rows, 2)) < [0.5, 0.8]).astype(float)
+    price = np.tile([0.001, 0.01], (rows, 1))
+    errors = np.geomspace(1e-4, 10, 12)
+    perfect = np.stack([(quality - price / error).argmax(1) for error in errors])
+    static = np.stack([np.full(rows, (quality.mean(0) - price.mean(0) / error).argmax()) for error in errors])
+    return Held(["a", "b"], quality, price, errors, perfect, perfect, static, perfect < 0, quality[:, 1] - quality[:, 0])
+
+
+def test_a_router_that_knows_all_is_the_oracle_in_every_figure() -> None:
+    found = evaluation(decided(), resamples=100)
+    assert found.best == "b"
+    assert found.figures["routed"]["APGR"] == found.figures["oracle"]["APGR"]
+    assert found.figures["random"]["APGR"].estimate == pytest.approx(0.5)
+    assert found.figures["random"]["CPT(80)"].estimate == pytest.approx(0.8)
+    for name in ("AIQ", "saving at 95%"):
+        assert found.figures["routed"][name].estimate == pytest.approx(found.figures["oracle"][name].estimate, abs=0.02)
+    assert found.over_static["static mix of the fit"].estimate == 0
+    assert found.over_static["routed"].low > 0
+    assert found.figures["always a"]["price"].estimate == pytest.approx(0.001)
+    assert set(found.hulls) == set(found.curves)
+    twice = joined([decided(), decided()])
+    assert twice.routed.shape == (12, 240)
+    assert evaluation(twice, resamples=100).figures["routed"]["AIQ"].estimate == found.figures["routed"]["AIQ"].estimate
+
+
+def test_folds_of_subjects_are_whole_and_need_tags() -> None:
+    log = outcomes(90, 0)
+    table = log.table()
+    fold = tag_folds(log, table, 3)
+    subject = world(90, seed=0)[1]
+    assert len({(int(a), int(b)) for a, b in zip(subject, fold, strict=True)}) == 3
+    with pytest.raises(ValueError, match="at least 4 subjects"):
+        tag_folds(log, table, 4)
+    log.append(Outcome("no tag", "small", 1.0, 0.0))
+    with pytest.raises(ValueError, match="1 queries have no tag"):
+        tag_folds(log, log.table(), 3)
+    assert np.bincount(query_folds(table, 4)).tolist() == [23, 23, 22, 22]
+    with pytest.raises(ValueError, match="at least 100 queries"):
+        query_folds(table, 100)
+
+
+@pytest.mark.ci_slow
+def test_a_log_with_holes_is_judged_by_simulation(folder: Path) -> None:
+    log = outcomes(5, 8)
+    log.append(Outcome("one answer", "small", 1.0, 0.0))
+    with pytest.raises(ValueError, match=r"coder has none on query 6, 'one answer'; .* simulate"):
+        held(Router.load(folder), log.table())
+
+
+@pytest.mark.ci_slow
+def test_the_guide_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.chdir(tmp_path)
+    session = run_page("docs/routing.md", 6)
+    assert session["router"].experts == ["small", "large"]
+    assert len(session["actions"]) == 5
+    assert session["worth"].cost["doubly robust"].low < session["worth"].cost["doubly robust"].high
+    assert "Routability" in capsys.readouterr().out
