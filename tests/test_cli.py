@@ -51,9 +51,10 @@ def test_the_demo_prints_a_table_and_saves_pictures_and_figures(tmp_path: Path) 
     ],
 )
 def test_bad_input_is_one_clear_error_without_a_traceback(
-    arguments: tuple[str, ...], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: tuple[str, ...], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Within this process: any exception but a clean exit would be a traceback."""
+    monkeypatch.delenv("DEFERRAL_DATA", raising=False)
     with pytest.raises(SystemExit) as stopped:
         main([argument.format(tmp=tmp_path) for argument in arguments])
     assert stopped.value.code not in (0, None)
