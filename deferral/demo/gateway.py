@@ -88,7 +88,8 @@ def made_models(folder: Path, seed: int, progress: Progress, *, unseen: Sequence
         marker.write_text(made_of, encoding="utf-8")
     missing = [(name, made) for name, made in (("large", LARGE), ("small", SMALL)) if not (folder / name).is_dir()]
     if missing:
-        torch.set_num_threads(min(2, os.cpu_count() or 1))
+        # A second thread gains little at this size, and on a busy machine both wait for each other.
+        torch.set_num_threads(1)
         data = questions(TRAINING, seed=seed + 1, exclude=frozenset(question.text for question in unseen))
     for name, made in missing:
         task = progress.add_task(f"training the {name} model", total=made.steps)
@@ -119,7 +120,6 @@ def fit_router(folder: Path, fitting: Sequence[Question], addresses: Mapping[str
         _remove(folder / "router")
     if not (folder / "router").is_dir():
         task = progress.add_task("fitting the router", total=1)
-        # Layers this small are slower on several threads than on one.
         torch.set_num_threads(1)
         Router(PRICE_OF_ERROR).fit(read_log(log)).save(folder / "router")
         progress.advance(task)
