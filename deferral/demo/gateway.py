@@ -46,7 +46,7 @@ def cache_folder() -> Path:
 
 @contextmanager
 def running(folder: Path, count: int, seed: int, progress: Progress, *, port: int = 0) -> Iterator[tuple[Result, str]]:
-    """Make what the folder lacks, and ask `count` questions (1,000 at most) through the gateway.  -> what came out, the gateway's base URL
+    """Make what the folder lacks, and ask `count` questions, 1,000 at most, through the gateway.  -> the result, its base URL
 
     All servers end with the block.
     """
