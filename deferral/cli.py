@@ -126,7 +126,7 @@ def demo(
 
 
 @demo.command("gateway")
-@click.option("--questions", "count", type=click.IntRange(min=50), default=1000, show_default=True, help="How many are asked.")
+@click.option("--questions", "count", type=click.IntRange(50, 1000), default=1000, show_default=True, help="How many are asked.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option(
     "--out",

@@ -97,7 +97,7 @@ class Bench:
     def prepare(self, fault: str) -> None:
         """From now on `small` fails like this, and nothing is left of earlier failures."""
         base = {"refused": f"http://127.0.0.1:{self.closed}/v1", "tls": f"https://127.0.0.1:{self.upstream.port}/v1"}
-        times = {"connect_s": 2.0, "first_byte_s": 0.4, "total_s": 20.0}
+        times = {"connect_s": 2.0, "first_byte_s": 0.8, "total_s": 20.0}
         experts = {
             "small": Expert("small", base.get(fault, self.upstream.url), model="small", **times),
             "large": Expert("large", self.upstream.url, model="large", **times),
@@ -141,7 +141,7 @@ class Bench:
 def bench(folder: Path) -> Iterator[Bench]:
     """Everything that the matrix needs, running."""
     settings = Settings(database=str(folder / "gateway.db"), max_reply_bytes=1 << 20, retry_share=1.0)
-    with Upstream(forever_s=1.5) as upstream, closed_port() as closed:
+    with Upstream(forever_s=2.5) as upstream, closed_port() as closed:
         experts = {name: Expert(name, upstream.url) for name in ("small", "large")}
         with RunningGateway(small_router(), experts, settings) as gateway:
             yield Bench(gateway, upstream, closed, folder / "gateway.db")

@@ -34,6 +34,7 @@ from deferral.routing import Log, Outcome, Router, read_log, write_log
 __all__ = ["cache_folder", "fit_router", "made_models", "running"]
 
 TRAINING, FITTING = 20_000, 1_000  # questions that the models and the router learn from
+MOST_QUESTIONS = 1_000  # that are asked through the gateway
 _TEXTS_OF_TOKENIZER = 4_000
 _AT_ONCE = 32
 
@@ -45,16 +46,16 @@ def cache_folder() -> Path:
 
 @contextmanager
 def running(folder: Path, count: int, seed: int, progress: Progress, *, port: int = 0) -> Iterator[tuple[Result, str]]:
-    """Make what the folder lacks, and ask `count` questions through the gateway.  -> what came out, the gateway's base URL
+    """Make what the folder lacks, and ask `count` questions, 1,000 at most, through the gateway.  -> the result, its base URL
 
     All servers end with the block.
     """
     started = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
-    # Drawn at once, so that none is in both.
-    drawn = questions(FITTING + count, seed=seed)
-    order = np.random.default_rng(seed).permutation(len(drawn))
-    fitting, test = ([drawn[row] for row in rows] for rows in np.split(order, [FITTING]))
+    # Drawn at once and whatever the count, so that none is ever in both.
+    drawn = questions(FITTING + MOST_QUESTIONS, seed=seed)
+    shuffled = [drawn[row] for row in np.random.default_rng(seed).permutation(len(drawn))]
+    fitting, test = shuffled[:FITTING], shuffled[FITTING:][:count]
     sizes = made_models(folder, seed, progress, unseen=drawn)
     with ExitStack() as processes:
         task = progress.add_task("starting the endpoints", total=1)
@@ -88,7 +89,8 @@ def made_models(folder: Path, seed: int, progress: Progress, *, unseen: Sequence
         marker.write_text(made_of, encoding="utf-8")
     missing = [(name, made) for name, made in (("large", LARGE), ("small", SMALL)) if not (folder / name).is_dir()]
     if missing:
-        torch.set_num_threads(min(2, os.cpu_count() or 1))
+        # A second thread gains little at this size, and on a busy machine both wait for each other.
+        torch.set_num_threads(1)
         data = questions(TRAINING, seed=seed + 1, exclude=frozenset(question.text for question in unseen))
     for name, made in missing:
         task = progress.add_task(f"training the {name} model", total=made.steps)
@@ -119,7 +121,6 @@ def fit_router(folder: Path, fitting: Sequence[Question], addresses: Mapping[str
         _remove(folder / "router")
     if not (folder / "router").is_dir():
         task = progress.add_task("fitting the router", total=1)
-        # Layers this small are slower on several threads than on one.
         torch.set_num_threads(1)
         Router(PRICE_OF_ERROR).fit(read_log(log)).save(folder / "router")
         progress.advance(task)

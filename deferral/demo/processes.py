@@ -1,6 +1,6 @@
 """The servers of the gateway's demo: processes that end with the block that started them, even where it ends by SIGKILL.
 
-`python -m deferral.demo.processes serve ...` is `deferral serve ...` until its standard input ends.
+`python -m deferral.demo.processes ROUTER ...` is `deferral serve ROUTER ...` until its standard input ends.
 """
 
 import os
@@ -47,7 +47,7 @@ def gateway(router: Path, experts: Path, database: Path, log: Path, *, port: int
     """`deferral serve` around a router, ready for requests.  -> its base URL"""
     port = port or _free_port()
     command = [
-        sys.executable, "-m", "deferral.demo.processes", "serve", str(router), "--experts", str(experts),
+        sys.executable, "-m", "deferral.demo.processes", str(router), "--experts", str(experts),
         "--port", str(port), "--database", str(database),
     ]  # fmt: skip
     with log.open("w") as lines, _process(command, stdin=subprocess.PIPE, stderr=lines, stdout=lines) as process:
@@ -102,7 +102,7 @@ def _free_port() -> int:
 
 
 if __name__ == "__main__":
-    from deferral.cli import main
+    from deferral.gateway.serve import serve
 
     end_with_standard_input()
-    main(sys.argv[1:])
+    serve()
