@@ -31,6 +31,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -363,7 +364,7 @@ def show(name: str, lines: list[dict]) -> None:
         Console(width=240).print(f"peers: {PEERS[name]}\n", highlight=False)
 
 
-def strict(value: object) -> object:
+def strict(value: Any) -> Any:
     """None where a figure does not exist, which JSON has no number for; an interval with such an end is None as a whole."""
     if isinstance(value, dict):
         return {key: strict(part) for key, part in value.items()}
@@ -394,7 +395,7 @@ def command(root: Path | None, only: tuple[str, ...], summary: bool, out: Path) 
     for name in only or EVERY:
         begun = time.perf_counter()
         lines, seconds = run(name, root / "llm")
-        lines = [dict(strict(line)) for line in lines]
+        lines = strict(lines)
         show(name, lines)
         record = {
             "command": f"python -m benchmarks routing --only {name}",

@@ -35,7 +35,8 @@ def show_targets(folder: Path) -> None:
         if not path.is_file():
             table.add_row(name, method, figure, number(target), number(stretch), "not run", "", "")
             continue
-        lines = {line["method"]: line for line in json.loads(path.read_text(encoding="utf-8"))["lines"]}
+        record = json.loads(path.read_text(encoding="utf-8"))
+        lines = {line["method"]: line for line in record["lines"]}
         key = figure.removesuffix(" lower end")
         value, ends = lines[method][key], lines[method].get(f"{key}_interval")
         judged = ends[0] if figure != key and ends else value
@@ -44,6 +45,7 @@ def show_targets(folder: Path) -> None:
             word = "missed"
         if judged is not None and target is None and judged < stretch:
             word = "missed"
+        word += " (see the note in the file)" if "note" in record else ""
         table.add_row(
             name, method, figure, number(target), number(stretch), number(judged),
             f"[{ends[0]:.4f}, {ends[1]:.4f}]" if ends else "", word,
