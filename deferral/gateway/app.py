@@ -4,9 +4,8 @@ import asyncio
 import logging
 import signal
 import threading
-import time
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -181,13 +180,9 @@ def generation(router: Router, experts: Mapping[str, Expert], settings: Settings
 
 
 def load_router(settings: Settings, encode: Callable[[list[str]], Any] | None = None) -> Router:
-    """The router of the settings' folder."""
+    """The router of the settings' folder; `encode` is the encoder that is loaded already, if one is."""
     assert settings.router_folder is not None
-    with suppress(DataError):
-        return Router.load(settings.router_folder, encoder=encode)
-    # One that is being replaced is not there for a moment.
-    time.sleep(0.1)
-    return Router.load(settings.router_folder, encoder=encode)
+    return Router.load(settings.router_folder, encoder=settings.encoder if encode is None else encode)
 
 
 def _on_hangup(state: Gateway) -> Callable[[], None]:

@@ -129,22 +129,43 @@ def export(file: Path, since: datetime | None, until: datetime | None, assume_qu
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="The log that the router was fitted on, to learn from as well.",
 )
+@click.option(
+    "--encoder",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder of the sentence encoder that the router was fitted with, if it was.",
+)
 @click.option("--dry-run", is_flag=True, help="Judge, and change nothing.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the intervals.")
 @_assumed
 @_database
-def retrain(router: Path, log: Path | None, dry_run: bool, seed: int, assume_quality: float | None, database: str) -> None:
+def retrain(
+    router: Path,
+    log: Path | None,
+    encoder: Path | None,
+    dry_run: bool,
+    seed: int,
+    assume_quality: float | None,
+    database: str,
+) -> None:
     """Learn a new router from the record; it replaces ROUTER (a folder) only if it is better with confidence.
 
     Exit status 0 if it is better, 3 if not.  A running gateway takes it on SIGHUP, or on POST /admin/reload.
     """
     from deferral.gateway.retrain import retrain as learn
-    from deferral.routing import read_log
+    from deferral.routing import Router, read_log
 
     old_log = None if log is None else read_log(log)
     with _opened(database) as store, Console(stderr=True).status("learning, and judging both routers"):
         try:
-            verdict = learn(store.engine, router, old_log=old_log, assumed_quality=assume_quality, dry_run=dry_run, seed=seed)
+            verdict = learn(
+                store.engine,
+                router,
+                old_log=old_log,
+                assumed_quality=assume_quality,
+                dry_run=dry_run,
+                load=lambda folder: Router.load(folder, encoder=encoder),
+                seed=seed,
+            )
         except DataError:
             raise
         except ValueError as error:

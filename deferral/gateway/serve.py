@@ -81,6 +81,11 @@ def _allow_many_connections() -> None:
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="TOML file: where each expert is reached, what it can do, what it costs.",
 )
+@click.option(
+    "--encoder",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder of the sentence encoder that the router was fitted with, if it was.",
+)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to bind to; others than loopback need a key.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True)
 @click.option(
@@ -111,6 +116,7 @@ def _allow_many_connections() -> None:
 def serve(
     router: Path,
     experts: Path,
+    encoder: Path | None,
     host: str,
     port: int,
     database: str,
@@ -139,6 +145,7 @@ def serve(
             deadline_s=deadline_ms / 1000,
             router_folder=router,
             experts_file=experts,
+            encoder=encoder,
         )
         run(settings, log_level=log_level)
     except DataError:

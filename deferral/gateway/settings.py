@@ -15,7 +15,8 @@ class Settings:
 
     `explore` is the share of the queries that go to an expert drawn at random (None: the router's own); `deadline_s` is how
     long a slow encoder may take before the static mix decides; `retry_share` bounds retries as a share of the requests;
-    `router_folder` and `experts_file` are what a reload reads.
+    `router_folder` and `experts_file` are what a reload reads; `encoder` is the folder of the sentence encoder that the router
+    was fitted with, if it was.
     """
 
     database: str = "sqlite:///deferral-gateway.db"
@@ -31,6 +32,7 @@ class Settings:
     retry_share: float = 0.2
     router_folder: Path | None = None
     experts_file: Path | None = None
+    encoder: Path | None = None
 
     def __post_init__(self) -> None:
         if self.explore is not None and not 0 <= self.explore < 1:
