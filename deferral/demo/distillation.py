@@ -34,7 +34,7 @@ class Recipe:
 
 
 LARGE = Recipe(width=192, layers=4, heads=4, steps=500, batch=64, learning_rate=2e-3)
-SMALL = Recipe(width=64, layers=2, heads=4, steps=150, batch=64, learning_rate=5e-3)
+SMALL = Recipe(width=64, layers=2, heads=4, steps=180, batch=64, learning_rate=5e-3)
 
 
 def train(
