@@ -38,7 +38,7 @@ def test_the_guide_runs_and_does_what_it_says(capsys) -> None:
 
 
 def test_the_snippets_run_and_do_what_they_say(capsys) -> None:
-    session = run("README.md", 6)
+    session = run("README.md", 7)
     answered = session["actions"] < 10
     right = session["actions"] == session["y"][session["test"]]
     assert right[answered].double().mean() > 0.95
@@ -49,6 +49,7 @@ def test_the_snippets_run_and_do_what_they_say(capsys) -> None:
     assert isinstance(session["loss"], torch.Tensor)
     given = session["labels"] != session["clf"].abstain_label_
     assert (session["labels"][given] == session["y"][session["test"]].numpy()[given]).mean() > 0.9
+    assert (session["decision"].expert, session["cheaper"].expert) == ("large", "small")
     assert "Interval(estimate=" in capsys.readouterr().out
 
 
