@@ -1,5 +1,7 @@
 """Ridge regression on cheap features and their products: little, but it carries over to subjects that the log has not seen."""
 
+from functools import cache
+
 import numpy as np
 
 from deferral.routing.encoders import Arrays, Vectors
@@ -41,6 +43,11 @@ class Features:
 
 def _products(extra: np.ndarray) -> np.ndarray:
     """1, the features and a third of every product of two: features reach from -3 to 3.  (N, C) -> (N, 1 + C + C (C + 1) / 2)"""
-    left, right = np.triu_indices(extra.shape[1])
+    left, right = _pairs(extra.shape[1])
     ones = np.ones((len(extra), 1), np.float32)
     return np.concatenate([ones, extra, extra[:, left] * extra[:, right] / np.float32(3)], axis=1)
+
+
+@cache
+def _pairs(columns: int) -> tuple[np.ndarray, np.ndarray]:
+    return np.triu_indices(columns)
