@@ -74,7 +74,7 @@ class Record:
         if retention_days is not None and not 0 < retention_days < math.inf:
             raise ValueError(f"retention_days: expected days above 0, got {retention_days}")
         if store_text and retention_days is None:
-            raise ValueError("store_text: expected retention_days as well; text is not kept without an end")
+            raise ValueError("store_text: expected retention_days (--retention-days) as well; text is not kept without an end")
         self.store_text, self.retention_days, self._clock = store_text, retention_days, clock
         self.engine = connect(url)
         self._waiting: deque[DecisionRow | _Feedback] = deque()

@@ -81,7 +81,10 @@ class Fitted:
         """The experts whose mean latency is at most this.  (E,) bool -> (E,) bool"""
         quick = mask & (self.latency <= most)
         if not quick.any():
-            known = ", ".join(f"{name} {time:.3g} s" for name, time in zip(self.experts, self.latency, strict=True))
+            known = ", ".join(
+                f"{name} {'not logged' if np.isnan(time) else f'{time:.3g} s'}"
+                for name, time in zip(self.experts, self.latency, strict=True)
+            )
             raise ValueError(f"max_latency: no expert that may be asked answers within {most:g} s on average ({known})")
         return quick
 
@@ -111,11 +114,12 @@ class Fitted:
             return "Too little to learn from: the static mix is used."
         place = int(np.abs(np.log(self.judged.errors / error)).argmin())
         at = self.judged
+        apart = "" if abs(at.errors[place] / error - 1) < 0.01 else f" (of those tried the nearest to ${error:.3g})"
         lines = [
             f"Held-out cost over all trade-offs: {', '.join(f'{name} {cost:.4f}' for name, cost in self.held_costs.items())}; "
             f"used: {self.winner}{', since none alone is cheaper with confidence' if self.winner == 'blend' else ''}.",
-            f"At ${at.errors[place]:.3g} an error: routed {at.learned[place]:.4f}, best single expert {at.static[place]:.4f}, "
-            f"random {at.random[place]:.4f}, oracle {at.oracle[place]:.4f} errors a query; saved {at.gain[place]:.4f} ± "
+            f"At ${at.errors[place]:.3g} an error{apart}: routed {at.learned[place]:.4f}, best single expert "
+            f"{at.static[place]:.4f}, random {at.random[place]:.4f}, oracle {at.oracle[place]:.4f} errors a query; saved {at.gain[place]:.4f} ± "
             f"{at.half_width[place]:.4f} (95%).",
             f"Routability: {self.room}.",
         ]
@@ -206,7 +210,10 @@ class Fitted:
         return low / 1e3, high * 1e3
 
     def _means_at(self, mask: np.ndarray, error: float) -> tuple[float, float]:
-        """Mean price and quality of the held-out rows at a price of an error."""
+        """Mean price and quality of the held-out rows at a price of an error; of the best on the mean where none were held out."""
+        if len(self.held_price) == 0:
+            best = np.where(mask, self.means - self.mean_price / error, -np.inf).argmax()
+            return float(self.mean_price[best]), float(self.means[best])
         order = self.cheapest_first
         order = order[mask[order]]
         chosen = order[(self.held_estimate[:, order] - self.held_price[:, order] / error).argmax(1)]
