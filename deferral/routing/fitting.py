@@ -118,9 +118,9 @@ class Fitted:
         lines = [
             f"Held-out cost over all trade-offs: {', '.join(f'{name} {cost:.4f}' for name, cost in self.held_costs.items())}; "
             f"used: {self.winner}{', since none alone is cheaper with confidence' if self.winner == 'blend' else ''}.",
-            f"At ${at.errors[place]:.3g} an error{apart}: routed {at.learned[place]:.4f}, best single expert "
-            f"{at.static[place]:.4f}, random {at.random[place]:.4f}, oracle {at.oracle[place]:.4f} errors a query; saved {at.gain[place]:.4f} ± "
-            f"{at.half_width[place]:.4f} (95%).",
+            f"At ${at.errors[place]:.3g} an error{apart}: routed {at.learned[place]:.4f}, "
+            f"best single expert {at.static[place]:.4f}, random {at.random[place]:.4f}, oracle {at.oracle[place]:.4f} errors a query; "
+            f"saved {at.gain[place]:.4f} ± {at.half_width[place]:.4f} (95%).",
             f"Routability: {self.room}.",
         ]
         why = self.why_not(error)
@@ -210,7 +210,7 @@ class Fitted:
         return low / 1e3, high * 1e3
 
     def _means_at(self, mask: np.ndarray, error: float) -> tuple[float, float]:
-        """Mean price and quality of the held-out rows at a price of an error; of the best on the mean where none were held out."""
+        """Mean price and quality of the held-out rows at a price of an error; of the best on the mean where there are none."""
         if len(self.held_price) == 0:
             best = np.where(mask, self.means - self.mean_price / error, -np.inf).argmax()
             return float(self.mean_price[best]), float(self.means[best])
