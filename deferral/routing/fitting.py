@@ -119,8 +119,8 @@ class Fitted:
             f"Held-out cost over all trade-offs: {', '.join(f'{name} {cost:.4f}' for name, cost in self.held_costs.items())}; "
             f"used: {self.winner}{', since none alone is cheaper with confidence' if self.winner == 'blend' else ''}.",
             f"At ${at.errors[place]:.3g} an error{apart}: routed {at.learned[place]:.4f}, "
-            f"best single expert {at.static[place]:.4f}, random {at.random[place]:.4f}, oracle {at.oracle[place]:.4f} errors a query; "
-            f"saved {at.gain[place]:.4f} ± {at.half_width[place]:.4f} (95%).",
+            f"best single expert {at.static[place]:.4f}, random {at.random[place]:.4f}, "
+            f"oracle {at.oracle[place]:.4f} errors a query; saved {at.gain[place]:.4f} ± {at.half_width[place]:.4f} (95%).",
             f"Routability: {self.room}.",
         ]
         why = self.why_not(error)
