@@ -211,6 +211,7 @@ def test_every_method_learns_whom_to_ask_where_the_inputs_tell(experts: int) -> 
 # -------------------------------------------------------------------------------------------------------- tiny cells
 
 
+@pytest.mark.ci_slow
 def test_realizable_cells_are_skipped_when_they_are_finished(tmp_path: Path) -> None:
     arguments = ["--seeds", "1", "--cells", "2", "--out", str(tmp_path)]
     run(realizable, *arguments)
@@ -267,6 +268,7 @@ def mirror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         thread.join()
 
 
+@pytest.mark.ci_slow
 def test_svhn_is_downloaded_checked_and_run(mirror: Path, tmp_path: Path) -> None:
     root, out = tmp_path / "data", tmp_path / "cells"
     arguments = ["--data", "svhn", "--seeds", "1", "--root", str(root), "--out", str(out), "--cells", "5"]

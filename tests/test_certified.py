@@ -111,6 +111,7 @@ def test_selective_risk_of_a_loss_that_is_not_0_or_1() -> None:
     assert promised > 0.9
 
 
+@pytest.mark.ci_slow
 @pytest.mark.parametrize("price", [0.0, 0.02])
 @pytest.mark.parametrize("method", METHODS)
 def test_system_risk_that_is_not_monotone(method: str, price: float) -> None:
@@ -152,6 +153,7 @@ def test_deferral_rate(method: str) -> None:
     assert promised == 1.0
 
 
+@pytest.mark.ci_slow
 def test_two_risks_at_once() -> None:
     """A selective risk of at most 0.1 needs a threshold below 0.4, a deferral rate of at most 0.7 one above 0.3."""
 
@@ -168,6 +170,7 @@ def test_two_risks_at_once() -> None:
     assert promised > 0.4
 
 
+@pytest.mark.ci_slow
 @pytest.mark.parametrize("method", METHODS)
 def test_all_groups_at_once(method: str) -> None:
     slopes = torch.tensor([0.3, 0.5, 0.9], dtype=torch.float64)

@@ -88,6 +88,7 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith("deferral, version 0")
 
 
+@pytest.mark.ci_slow
 def test_a_refusal_as_a_process() -> None:
     refused = deferral("demo", "--device", "tpu")
     assert refused.returncode not in (0, None)

@@ -47,6 +47,7 @@ def test_so_it_is_on_other_seeds(seed: int) -> None:
     cheaper_than_the_rest(run(seed))
 
 
+@pytest.mark.ci_slow
 def test_nothing_is_learned_from_the_test_rows(comparison: Comparison, monkeypatch: pytest.MonkeyPatch) -> None:
     """With other labels and other answers on the test rows, every learned decision stays what it was."""
     split = digits._split
@@ -87,6 +88,7 @@ def test_a_useless_expert_is_hardly_asked() -> None:
         assert useless.figures[name].loads[3].estimate < 0.02, name
 
 
+@pytest.mark.ci_slow
 def test_training_resumes_as_if_it_had_not_been_stopped(tmp_path: Path) -> None:
     data = load_digits()
     images = torch.nn.functional.interpolate(255 * data.images[:600], size=32).expand(-1, 3, -1, -1).byte()

@@ -54,9 +54,9 @@ EXPECTED_FAILURES = {
 
 
 def checked_estimators() -> list:
-    """The fast tests hold one classifier and one regressor; the defaults, which choose their penalty, are slow."""
+    """The fast tests hold one regressor; the others, which choose their penalty many times, are slow."""
     slow = [pytest.param(cls(), marks=pytest.mark.ci_slow) for cls in CLASSES if cls is not DeferralRegressor]
-    return [DeferralRegressor(), DeferralClassifier(l2=10.0), *slow]
+    return [DeferralRegressor(), *slow]
 
 
 @pytest.mark.parametrize("estimator", checked_estimators(), ids=lambda e: f"{type(e).__name__}-{e.l2}")
@@ -235,6 +235,7 @@ def test_marks_never_collide_with_classes() -> None:
         DeferralClassifier().fit(X, np.array(["no", "defer"])[y])
 
 
+@pytest.mark.ci_slow
 def test_every_way_to_leave_an_answer_out_is_the_same() -> None:
     X, y, answers = half_known(200, seed=0)
     gaps = np.random.default_rng(0).random(answers.shape) < 0.3
@@ -265,6 +266,7 @@ def test_an_answer_outside_the_classes_is_wrong() -> None:
     assert (model.decision(X) == 0).all()
 
 
+@pytest.mark.ci_slow
 def test_a_search_slices_the_answers_with_the_rows() -> None:
     X, y, answers = half_known(300, seed=0)
     grid = {"estimator__logisticregression__C": [1e-4, 1.0]}
