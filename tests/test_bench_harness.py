@@ -379,7 +379,7 @@ def long_run(checkpoint: Path, watch: Watch) -> torch.nn.Module:
     return train(lambda: NETWORKS["small"](10), synthetic(200), cross_entropy, recipe, checkpoint, seed=5, watch=watch)[0]
 
 
-@pytest.mark.ci_slow
+@pytest.mark.slow
 def test_killed_three_times_it_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
     root = str(Path(__file__).parent.parent)
 

@@ -160,7 +160,7 @@ def test_torchrun_writes_one_set_of_cells(data_root: Path, tmp_path: Path) -> No
     assert {path: path.read_bytes() for path in paths} == before
 
 
-@pytest.mark.ci_slow
+@pytest.mark.slow
 def test_two_torchruns_share_the_cells(data_root: Path, tmp_path: Path) -> None:
     arguments = ("--root", str(data_root), "--out", str(tmp_path))
     with torchrun(*arguments) as one, torchrun(*arguments) as two:

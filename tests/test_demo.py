@@ -120,7 +120,7 @@ def test_training_resumes_as_if_it_had_not_been_stopped(tmp_path: Path) -> None:
             convnet.trained(data, tmp_path / name, seed=0, epochs=3, on_epoch=epochs.append)
 
 
-@pytest.mark.ci_slow
+@pytest.mark.slow
 def test_cifar10_with_real_people_after_one_epoch(data_root: Path, tmp_path: Path) -> None:
     torch.set_num_threads(2)
     with Progress(disable=True) as progress:

@@ -55,7 +55,8 @@ EXPECTED_FAILURES = {
 
 def checked_estimators() -> list:
     """The fast tests hold one regressor; the others, which choose their penalty many times, are slow."""
-    slow = [pytest.param(cls(), marks=pytest.mark.ci_slow) for cls in CLASSES if cls is not DeferralRegressor]
+    marks = {cls: pytest.mark.slow if cls is DeferralClassifier else pytest.mark.ci_slow for cls in CLASSES}
+    slow = [pytest.param(cls(), marks=marks[cls]) for cls in CLASSES if cls is not DeferralRegressor]
     return [DeferralRegressor(), *slow]
 
 
