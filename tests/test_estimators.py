@@ -54,10 +54,10 @@ EXPECTED_FAILURES = {
 
 
 def checked_estimators() -> list:
-    """The fast tests hold one regressor; the others, which choose their penalty many times, are slow."""
+    """The fast tests hold one regressor; the others, and those that choose their penalty, are slow."""
     marks = {cls: pytest.mark.slow if cls is DeferralClassifier else pytest.mark.ci_slow for cls in CLASSES}
     slow = [pytest.param(cls(), marks=marks[cls]) for cls in CLASSES if cls is not DeferralRegressor]
-    return [DeferralRegressor(), *slow]
+    return [DeferralRegressor(), pytest.param(DeferralClassifier(l2=10.0), marks=pytest.mark.ci_slow), *slow]
 
 
 @pytest.mark.parametrize("estimator", checked_estimators(), ids=lambda e: f"{type(e).__name__}-{e.l2}")
