@@ -137,7 +137,7 @@ def torchrun(*arguments: str) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.mark.ci_slow
+@pytest.mark.slow
 def test_torchrun_writes_one_set_of_cells(data_root: Path, tmp_path: Path) -> None:
     with torchrun("--root", str(data_root), "--out", str(tmp_path)) as process:
         told = process.stderr.read().splitlines()

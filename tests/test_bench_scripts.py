@@ -317,7 +317,7 @@ def test_two_tiny_cells_on_real_data(script, data_root: Path, tmp_path: Path) ->
             assert part["cost"]["low"] <= part["cost"]["estimate"] <= part["cost"]["high"]
 
 
-@pytest.mark.ci_slow
+@pytest.mark.slow
 def test_a_script_killed_three_times_has_the_same_cells(data_root: Path, tmp_path: Path) -> None:
     def start(folder: str) -> subprocess.Popen:
         command = [sys.executable, "-m", "benchmarks", "score-based", "--preset", "tiny", "--seeds", "1", "--data", "cifar10"]

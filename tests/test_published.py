@@ -235,7 +235,6 @@ def test_correctness_is_refused_where_it_is_not_defined() -> None:
         (Criterion(losses.madras), lambda s, y, m: (s[:, :K], s[:, K], y, m[:, 0])),
         (Criterion(losses.deep_gamblers, reward=2.2), lambda s, y, m: (s[:, : K + 1], y)),
     ],
-    ids=lambda value: repr(value) if isinstance(value, Criterion) else "",
 )
 def test_criterion_knows_which_columns_are_classes(criterion, arguments, batch) -> None:
     scores, y, m = batch
