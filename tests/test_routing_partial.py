@@ -1,5 +1,7 @@
 """Partial logs, and queries unlike the log."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -155,3 +157,16 @@ def test_blending_weights_follow_the_rows_of_mass() -> None:
     assert even["one"] == pytest.approx(even["other"], abs=0.05)
     assert only["one"] > 0.9
     assert only["other"] < 0.1
+
+
+def test_an_estimator_of_little_weight_is_left_out_and_the_others_are_blended_as_without_it() -> None:
+    generator = np.random.default_rng(0)
+    one, other, noise = generator.normal(size=(3, 4000, 2)).astype(np.float32)
+    held = HeldOut(
+        {"noise": noise, "one": one, "other": other},
+        np.zeros_like(one), (one + other + 0.05 * noise).astype(np.float32), np.zeros(4000, np.float32), np.zeros(4000),
+    )  # fmt: skip
+    weights = blend(held)
+    assert weights["noise"] == 0
+    rest = replace(held, deviations={"one": one, "other": other})
+    assert {name: weights[name] for name in ("one", "other")} == blend(rest)

@@ -11,6 +11,7 @@ import pytest
 
 from deferral.datasets import DataError
 from deferral.routing import Abilities, Log, Needs, Outcome, Router, list_prices, log_of_table
+from deferral.routing.persistence import FORMAT
 from deferral.routing.policies import Clusters, Linear, Neighbours
 
 pytestmark = pytest.mark.ci_slow
@@ -281,7 +282,7 @@ def test_a_bad_folder_is_a_clear_error_and_a_good_one_is_not_lost(tmp_path: Path
     good, whole = names.read_text(), numbers.read_bytes()
     for text, message in (
         (good[:100], "cannot be read"),
-        (json.dumps({**json.loads(good), "format": 2}), "a newer deferral wrote it"),
+        (json.dumps({**json.loads(good), "format": FORMAT + 1}), "a newer deferral wrote it"),
         (json.dumps({**json.loads(good), "format": "x"}), "fit and save the router again"),
         (json.dumps({key: value for key, value in json.loads(good).items() if key != "experts"}), "KeyError: 'experts'"),
         (json.dumps({**json.loads(good), "sha256": "0" * 64}), "cannot be read"),

@@ -8,6 +8,8 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from math import log1p
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,11 @@ class Vectors:
 
     def __len__(self) -> int:
         return len(self.dense)
+
+    @cached_property
+    def joined(self) -> np.ndarray:
+        """Vectors and cheap features, each number of about unit size: what networks learn from.  -> (N, D + C)"""
+        return np.concatenate([np.float32(self.dense.shape[1] ** 0.5) * self.dense, np.float32(0.5) * self.extra], axis=1)
 
     def rows(self, rows: np.ndarray) -> "Vectors":
         """Some of the rows, by their indices."""
@@ -258,7 +265,7 @@ def reduced(wide: Wide, directions: np.ndarray, extra: np.ndarray) -> Vectors:
     """The vectors of TF-IDF rows.  (N rows), (columns, D), (N, C) -> Vectors"""
     kept = wide.times(directions)
     length = np.sqrt(np.einsum("nd,nd->n", kept, kept))
-    return Vectors((kept / np.maximum(length, 1e-12)[:, None]).astype(np.float32), extra, wide, length.astype(np.float32))
+    return Vectors(kept / np.maximum(length, np.float32(1e-12))[:, None], extra, wide, length)
 
 
 def _standardised(features: np.ndarray, arrays: Arrays) -> np.ndarray:
@@ -286,7 +293,6 @@ def _cheap(query: str) -> np.ndarray:
     """Length, kinds of characters, and marks of code, logic and counting.  -> (17,) float32"""
     read = shortened(query)
     text = np.frombuffer(read.encode("utf-8", "replace"), np.uint8)
-    counts = np.bincount(_CLASS[text], minlength=9)
-    shares = counts[: _SPACE + 1] / (len(text) + 1)
-    logs = np.log1p([len(query), counts[_LINE]])
-    return np.array([*logs, *shares, *(mark in read for mark in _MARKS)], np.float32)
+    counts = np.bincount(_CLASS.take(text), minlength=9).tolist()
+    shares = [count / (len(text) + 1) for count in counts[: _SPACE + 1]]
+    return np.array([log1p(len(query)), log1p(counts[_LINE]), *shares, *[mark in read for mark in _MARKS]], np.float32)

@@ -57,12 +57,12 @@ class Fitted:
         """Expected quality above the mean, likeness, chance to be like the log.  -> (N, E0), (N,), (N,)"""
         nearby, similarity = self.memory.look_up(vectors)
         familiar = np.interp(similarity, *self.familiar)
-        near = familiar[:, None].astype(np.float32)
-        total = np.zeros_like(nearby)
-        for policy, weight, other in zip(self.policies, self.weights, self.abroad, strict=True):
-            found = nearby if isinstance(policy, Neighbours) else policy.deviations(vectors)
-            total += (near * np.float32(weight) + (1 - near) * np.float32(other)) * found
-        return total, similarity, familiar
+        if not self.policies:
+            return np.zeros_like(nearby), similarity, familiar
+        found = np.stack([nearby if policy is self.memory else policy.deviations(vectors) for policy in self.policies])
+        near = familiar[:, None]
+        weights = (near * self.weights + (1 - near) * self.abroad).astype(np.float32)
+        return np.einsum("np,pne->ne", weights, found), similarity, familiar
 
     def why_not(self, error: float) -> str:
         """Why the learned policy is not used at this price of an error; "" if it is."""

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FORMAT", "check_place", "load", "save"]
 
-FORMAT = 1
+FORMAT = 2
 _NUMBERS, _NAMES = "state.{}.safetensors", "router.json"
 _POLICIES = {policy.kind: policy for policy in (Linear, Neighbours, Clusters, Heads, Factors, Features, Rejector)}
 _JUDGED = ("errors", "learned", "static", "random", "oracle", "gain", "half_width", "overall", "rows")

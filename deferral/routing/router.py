@@ -3,6 +3,7 @@
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,11 @@ class Plan:
     mask: np.ndarray  # (E,) bool
     mix: np.ndarray  # (E,) probabilities of the static mix
     why_fallback: str  # "" where the learned policy decides
+
+    @cached_property
+    def closed(self) -> np.ndarray | None:
+        """The experts that may not be asked, None if all may.  -> (E,) bool"""
+        return None if self.mask.all() else ~self.mask
 
 
 class Router:
@@ -162,8 +168,8 @@ class Router:
         """Price and cost of every expert, the cheapest, and whether the static mix decides.  -> (N, E), (N, E), (N,), (N,)"""
         price = self.fitted.prices(characters)
         cost = 1 - quality + price / plan.price_of_error
-        if not plan.mask.all():
-            cost[:, ~plan.mask] = np.inf
+        if plan.closed is not None:
+            cost[:, plan.closed] = np.inf
         # Ties go to the cheaper expert.
         order = self.fitted.cheapest_first
         best = order[cost[:, order].argmin(1)]

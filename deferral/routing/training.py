@@ -5,7 +5,7 @@ outcome, is fitted once on all queries; so are the few weights for queries of ne
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -22,6 +22,7 @@ POLICIES: tuple[Callable[[], Policy], ...] = (Linear, Neighbours, Clusters, Head
 FOLDS = 4
 _GRID = 25
 _DEVIATION_OF_WEIGHTS = 0.1
+_LEAST_SHARE = 0.1
 _Z = 1.96
 
 
@@ -126,8 +127,19 @@ def blend(held: HeldOut, mass: np.ndarray | None = None) -> dict[str, float]:
 
     Only differences among the experts of a row matter to a decision, so the row's mean is left out.  Few rows cannot tell
     estimators apart that agree: the weights are shrunk towards equal ones, as if those were known up to a deviation of 0.1.
+    An estimator of less than a tenth of all weight takes a query's time and moves no decision: it is left out, the least first.
     Breiman, "Stacked Regressions" (1996).
     """
+    weights = _least_squares(held, mass)
+    total = sum(weights.values())
+    least = min(weights, key=lambda name: weights[name])
+    if len(weights) == 1 or weights[least] >= _LEAST_SHARE * total:
+        return weights
+    rest = {name: values for name, values in held.deviations.items() if name != least}
+    return dict.fromkeys(weights, 0.0) | blend(replace(held, deviations=rest), mass)
+
+
+def _least_squares(held: HeldOut, mass: np.ndarray | None) -> dict[str, float]:
     from scipy.optimize import nnls
 
     names = list(held.deviations)

@@ -10,7 +10,7 @@ from deferral.routing.encoders import Arrays, Vectors
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["Factors", "Heads", "inputs", "trained"]
+__all__ = ["Factors", "Heads", "trained"]
 
 _ROWS_SEEN = 600_000
 _BATCH, _LARGEST_BATCH = 512, 1024
@@ -33,7 +33,7 @@ class Heads:
         import torch.nn.functional as F
         from torch import Tensor, nn
 
-        x = torch.from_numpy(inputs(vectors))
+        x = torch.from_numpy(vectors.joined)
         # Where nothing is known of an input, the answer is the expert's mean.
         start = torch.logit(torch.from_numpy(means).float(), eps=1e-3)
         targets, known = torch.from_numpy(quality).float(), torch.from_numpy(weights).float()
@@ -48,13 +48,14 @@ class Heads:
                 nn.Dropout(self.dropout), nn.Linear(self.hidden, len(means)),
             )  # fmt: skip
 
-        self.arrays = {**trained(network, x, loss, seed=seed), "start": start.numpy(), "means": means}
+        self.arrays = {**trained(network, x, loss, start=start, seed=seed), "means": means}
         return self
 
     def deviations(self, vectors: Vectors) -> np.ndarray:
         """Expected quality above the expert's mean.  -> (N, E)"""
-        logits = self._hidden(inputs(vectors) @ self.arrays["1.weight"] + self.arrays["1.bias"]) @ self.arrays["4.weight"]
-        return 1 / (1 + np.exp(-(logits + self.arrays["4.bias"] + self.arrays["start"]))) - self.arrays["means"]
+        arrays = self.arrays
+        logits = self._hidden(vectors.joined @ arrays["1.weight"] + arrays["1.bias"]) @ arrays["4.weight"] + arrays["4.bias"]
+        return 1 / (1 + np.exp(-logits)) - arrays["means"]
 
     def _hidden(self, values: np.ndarray) -> np.ndarray:
         return np.maximum(values, 0)
@@ -76,22 +77,19 @@ class Factors(Heads):
         return values
 
 
-def inputs(vectors: Vectors) -> np.ndarray:
-    """Vectors and cheap features, each number of about unit size.  -> (N, D + C)"""
-    return np.concatenate([float(vectors.dense.shape[1] ** 0.5) * vectors.dense, 0.5 * vectors.extra], axis=1)
-
-
 def trained(
     network: "Callable[[], nn.Sequential]",
     x: "Tensor",
     loss: "Callable[[Tensor, Tensor], Tensor]",
     *,
+    start: "Tensor",
     seed: int,
     batch: "Callable[[Tensor], Tensor] | None" = None,
 ) -> Arrays:
     """The weights of a network after AdamW with one cycle; matrices are transposed, ready for x @ weight.
 
-    `loss(outputs, rows)` is one number per row of the batch, `batch(rows)` its inputs if they are not x[rows].
+    `loss(outputs, rows)` is one number per row of the batch, `batch(rows)` its inputs if they are not x[rows].  `start`, which
+    the loss adds to the outputs, is part of the last bias that is returned.
     Passes over the rows: as many as make 600,000 rows, 2 to 20, and at least 150 batches.  Batches of 512 rows, of
     up to 1,024 where there are more than 65,536 rows.
     """
@@ -119,4 +117,7 @@ def trained(
                 optimizer.step()
                 schedule.step()
     weights = {name: value.detach().numpy() for name, value in model.state_dict().items()}
-    return {name: np.ascontiguousarray(value.T) for name, value in weights.items()}
+    arrays = {name: np.ascontiguousarray(value.T) for name, value in weights.items()}
+    *_, bias = arrays
+    arrays[bias] = arrays[bias] + start.numpy()
+    return arrays

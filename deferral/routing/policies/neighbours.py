@@ -11,7 +11,9 @@ from deferral.routing.policies.policy import centred
 __all__ = ["Neighbours"]
 
 # Rows per centre among which neighbours are looked for: time of a query against missed neighbours.
-_REACH = 1024
+_REACH = 512
+# Of vectors reduced by an SVD the leading numbers, which hold nearly all of a cosine: time is spent on fetching rows.
+_LEADING = 64
 _BLOCK = 1024
 _ALIKE = 10
 _MOST_ROWS = 100_000
@@ -20,7 +22,7 @@ _MOST_ROWS = 100_000
 class Neighbours:
     """sum_i w_i (quality_i - mean) / (sum_i w_i + prior) over the nearest logged rows, w = similarity^3.
 
-    Neighbours are looked for among the `_REACH` rows nearest to the query's centre, so that a query costs the same however long
+    Neighbours are looked for among the 512 rows nearest to the query's centre, so that a query costs the same however long
     the log is; of a log of more than 100,000 queries that many are remembered.  `prior` shrinks towards the expert's mean.
     """
 
@@ -36,7 +38,7 @@ class Neighbours:
         kept = np.arange(len(vectors))
         if len(kept) > _MOST_ROWS:
             kept = np.sort(np.random.default_rng(seed).choice(len(kept), _MOST_ROWS, replace=False))
-        rows, quality, weights = vectors.dense[kept], quality[kept], weights[kept]
+        rows, quality, weights = _leading(vectors)[0][kept], quality[kept], weights[kept]
         cells = 1 if len(rows) <= 2 * _REACH else int(np.sqrt(len(rows)))
         centres = spherical_centres(rows, cells, seed=seed)
         # Rows of one cell stand side by side, which makes them quick to fetch.
@@ -65,10 +67,11 @@ class Neighbours:
 
         Likeness is the mean cosine with the ten nearest, of the TF-IDF row where there is one, before its reduction.
         """
-        found, alike = self._look_up_one(vectors.dense[0]) if len(vectors) == 1 else self._look_up_many(vectors)
-        return found, alike if vectors.share is None else alike * vectors.share
+        rows, length = _leading(vectors)
+        found, alike = self._look_up_one(rows[0]) if len(rows) == 1 else self._look_up_many(rows)
+        return found, alike * length
 
-    def _look_up_many(self, vectors: Vectors) -> tuple[np.ndarray, np.ndarray]:
+    def _look_up_many(self, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         result = np.zeros((len(vectors), self.arrays["gain"].shape[1]), np.float32)
         alike = np.zeros(len(vectors), np.float32)
         for block, rows, similarity in self._nearest(vectors, self.count):
@@ -86,38 +89,50 @@ class Neighbours:
         """The same for one query, without the grouping by cells that takes longer than the search itself."""
         arrays = self.arrays
         candidates = arrays["near"][(arrays["centres"] @ vector).argmax()]
-        similarity = arrays["rows"].take(candidates, axis=0) @ vector
-        size = len(similarity)
-        best = similarity.argpartition(size - min(self.count, size))[size - min(self.count, size) :]
-        similarity, rows = similarity[best], candidates[best]
+        # All rows are candidates of the only centre, in their order.
+        pool = arrays["rows"] if len(arrays["near"]) == 1 else arrays["rows"].take(candidates, axis=0)
+        similarity = pool @ vector
+        first = max(len(similarity) - self.count, 0)
+        best = similarity.argpartition(first)[first:]
+        similarity, rows = similarity.take(best), candidates.take(best)
         closeness = np.maximum(similarity, 0) ** 3
-        mass = closeness.sum() if len(arrays["known"]) == 0 else closeness @ arrays["known"][rows]
-        some = min(_ALIKE, len(similarity))
-        alike = np.partition(similarity, len(similarity) - some)[-some:].mean()
-        return (closeness @ arrays["gain"][rows] / (mass + np.float32(self.prior)))[None], np.array([alike], np.float32)
+        mass = closeness.sum() if len(arrays["known"]) == 0 else closeness @ arrays["known"].take(rows, axis=0)
+        least = max(len(similarity) - _ALIKE, 0)
+        similarity.partition(least)
+        found = closeness @ arrays["gain"].take(rows, axis=0) / (mass + np.float32(self.prior))
+        return found[None], similarity[least:].mean(keepdims=True)
 
     def nearest(self, vectors: Vectors, count: int) -> tuple[np.ndarray, np.ndarray]:
         """The nearest logged rows and their similarity (the cosine), nearest first.  -> (N, count), (N, count)"""
         count = min(count, self.arrays["near"].shape[1])
         found = np.zeros((len(vectors), count), np.int64)
         cosines = np.zeros((len(vectors), count), np.float32)
-        for block, rows, similarity in self._nearest(vectors, count):
+        for block, rows, similarity in self._nearest(_leading(vectors)[0], count):
             order = np.argsort(-similarity, axis=1, kind="stable")
             found[block] = self.arrays["order"][np.take_along_axis(rows, order, 1)]
             cosines[block] = np.take_along_axis(similarity, order, 1)
         return found, cosines
 
-    def _nearest(self, vectors: Vectors, count: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    def _nearest(self, vectors: np.ndarray, count: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """(rows of the batch, (n, count) logged rows, (n, count) similarity), cell by cell."""
         near, rows = self.arrays["near"], self.arrays["rows"]
         count = min(count, near.shape[1])
-        cell = nearest_centre(vectors.dense, self.arrays["centres"])
+        cell = nearest_centre(vectors, self.arrays["centres"])
         for number in np.unique(cell):
             candidates = near[number]
             pool = rows.take(candidates, axis=0)
             members = np.flatnonzero(cell == number)
             for start in range(0, len(members), _BLOCK):
                 block = members[start : start + _BLOCK]
-                similarity = vectors.dense[block] @ pool.T
+                similarity = vectors[block] @ pool.T
                 best = np.argpartition(-similarity, count - 1, axis=1)[:, :count]
                 yield block, candidates[best], np.take_along_axis(similarity, best, 1)
+
+
+def _leading(vectors: Vectors) -> tuple[np.ndarray, np.ndarray]:
+    """Unit vectors by which neighbours are looked for, and the length that they keep of the query.  -> (N, D), (N,)"""
+    if vectors.wide is None or vectors.share is None:
+        return vectors.dense, np.ones(len(vectors), np.float32)
+    kept = vectors.dense[:, :_LEADING]
+    length = np.sqrt(np.einsum("nd,nd->n", kept, kept))
+    return kept / np.maximum(length, 1e-12)[:, None], length * vectors.share

@@ -3,7 +3,7 @@
 import numpy as np
 
 from deferral.routing.encoders import Arrays, Vectors
-from deferral.routing.policies.heads import inputs, trained
+from deferral.routing.policies.heads import trained
 from deferral.routing.prices import error_range
 
 __all__ = ["Rejector"]
@@ -49,7 +49,7 @@ class Rejector:
 
         if price is None:
             raise ValueError("price: a rejector learns decisions, which depend on prices; expected an array of shape (N, E)")
-        x = torch.from_numpy(inputs(vectors))
+        x = torch.from_numpy(vectors.joined)
         start = torch.logit(torch.from_numpy(means).float(), eps=1e-3)
         wrong = torch.from_numpy(1 - np.clip(quality, 0, 1)).float()
         dollars, known = torch.from_numpy(np.asarray(price)).float(), torch.from_numpy(weights > 0)
@@ -74,15 +74,15 @@ class Rejector:
                 nn.Dropout(self.dropout), nn.Linear(self.hidden, len(means)),
             )  # fmt: skip
 
-        self.arrays = {**trained(network, x, loss, seed=seed), "start": start.numpy(), "means": means}
+        self.arrays = {**trained(network, x, loss, start=start, seed=seed), "means": means}
         return self
 
     def deviations(self, vectors: Vectors) -> np.ndarray:
         """Expected quality above the expert's mean, as the decisions imply it.  -> (N, E)"""
-        outputs = inputs(vectors) @ self.arrays["1.weight"] + self.arrays["1.bias"]
+        outputs = vectors.joined @ self.arrays["1.weight"] + self.arrays["1.bias"]
         if "4.weight" in self.arrays:
             outputs = np.maximum(outputs, 0) @ self.arrays["4.weight"] + self.arrays["4.bias"]
-        return 1 / (1 + np.exp(-(outputs + self.arrays["start"]))) - self.arrays["means"]
+        return 1 / (1 + np.exp(-outputs)) - self.arrays["means"]
 
     def scores(self, vectors: Vectors, price: np.ndarray, price_of_error: float) -> np.ndarray:
         """Higher is preferred, at these prices and this price of an error in dollars.  (N, E), number -> (N, E)"""
