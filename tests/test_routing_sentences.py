@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 from deferral.datasets import DataError
 from deferral.routing import CachedEncoder, Router, log_of_table
-from deferral.routing.sentences import OnnxEncoder, mean_pooled, sentence_encoder
+from deferral.routing.sentences import OnnxEncoder, TransformersEncoder, mean_pooled, sentence_encoder
 from tests.test_routing_router import EXPERTS, QUICK, world
 
 TEXTS = ["emperor treaty war", "return loop array pointer", "", "日本語 🎉", "\ud800", "integral " * 300]
@@ -21,12 +22,10 @@ def test_the_mean_is_over_tokens_that_are_no_padding() -> None:
     assert np.isfinite(mean_pooled(states, np.array([[0, 0, 0]]))).all()
 
 
-def test_a_folder_without_onnx_needs_sentence_transformers(tmp_path: Path) -> None:
-    try:
-        import sentence_transformers  # type: ignore[import-not-found]  # noqa: F401
-    except ModuleNotFoundError:
-        with pytest.raises(ImportError, match="deferral route export-encoder"):
-            sentence_encoder(tmp_path)
+def test_a_folder_without_onnx_needs_sentence_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    with pytest.raises(ImportError, match="deferral route export-encoder"):
+        sentence_encoder(tmp_path)
     with pytest.raises(DataError, match="there is none"):
         sentence_encoder(tmp_path / "nowhere")
     (tmp_path / "model.onnx").write_bytes(b"no model")
@@ -87,6 +86,24 @@ def test_vectors_are_those_of_torch_alone_and_beside_longer_texts(source: Path, 
             states = model(*(torch.from_numpy(given[name]) for name in ("input_ids", "attention_mask"))).last_hidden_state
         np.testing.assert_allclose(mean_pooled(states.numpy(), given["attention_mask"])[0], together[row], atol=1e-5)
     assert encoder([]).shape[0] == 0
+
+
+@pytest.mark.ci_slow
+def test_sentence_transformers_and_onnxruntime_agree(source: Path, tmp_path: Path) -> None:
+    from tokenizers import Tokenizer
+    from transformers import BertTokenizerFast
+
+    from deferral.routing.onnx_export import export
+
+    shutil.copytree(source, tmp_path / "whole")
+    # Both read the tokenizer's file; only with its settings beside it do both put the same tokens around a text.
+    BertTokenizerFast(tokenizer_object=Tokenizer.from_file(str(source / "tokenizer.json"))).save_pretrained(tmp_path / "whole")
+    export(tmp_path / "whole", tmp_path / "onnx", max_tokens=64)
+    one, other = sentence_encoder(tmp_path / "whole"), sentence_encoder(tmp_path / "onnx")
+    assert isinstance(one, TransformersEncoder)
+    np.testing.assert_allclose(one(TEXTS), other(TEXTS), atol=1e-5)
+    assert one.fingerprint == sentence_encoder(tmp_path / "whole").fingerprint
+    assert one.fingerprint != other.fingerprint
 
 
 @pytest.mark.ci_slow

@@ -4,6 +4,7 @@
 either folder is executed.
 """
 
+import contextlib
 import json
 from collections.abc import Sequence
 from hashlib import sha256
@@ -102,10 +103,17 @@ class TransformersEncoder:
     """The encoder of a folder as sentence-transformers runs it, on the CPU and from local files alone."""
 
     def __init__(self, folder: str | Path) -> None:
+        from deferral.torchvision_compat import import_torchvision
+
         folder = Path(folder)
         try:
+            with contextlib.suppress(ImportError):
+                # sentence-transformers imports torchvision where there is one.
+                import_torchvision()
             from sentence_transformers import SentenceTransformer
         except ModuleNotFoundError as error:
+            if error.name != "sentence_transformers":
+                raise
             raise ImportError(
                 f"{folder} holds no {PLAIN}: make one with `deferral route export-encoder {folder} OUT` (pip install "
                 "'deferral[encoders-export]'), or pip install sentence-transformers"
