@@ -17,7 +17,7 @@ from deferral.gateway.wire import header_map, read_body
 if TYPE_CHECKING:
     from deferral.gateway.app import Gateway
 
-__all__ = ["create_key", "routes", "shown"]
+__all__ = ["create_key", "hours_of", "routes", "shown"]
 
 _MOST_BYTES = 1 << 16
 _SETTINGS = ("name", "experts", "requests_per_minute", "budget", "window", "zone", "admin")
@@ -41,7 +41,7 @@ def routes(gateway: "Gateway") -> list[Route]:
 
     async def happened(request: Request) -> Response:
         now = time.time()
-        since = now - 3600 * _hours(request.query_params.get("hours", "24"))
+        since = now - 3600 * hours_of(request.query_params.get("hours", "24"))
         found = await asyncio.to_thread(status, gateway.record.engine, list(gateway.keys), since=since, now=now)
         return JSONResponse(found.as_json())
 
@@ -97,7 +97,8 @@ def _settings(key: Key) -> dict[str, Any]:
     }
 
 
-def _hours(text: str) -> float:
+def hours_of(text: str) -> float:
+    """The number of hours in a query; Problem 400 where it is none."""
     try:
         hours = float(text)
     except ValueError:

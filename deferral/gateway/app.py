@@ -14,7 +14,7 @@ from starlette.routing import Mount, Route
 from starlette.types import Receive, Scope, Send
 
 from deferral.errors import DataError
-from deferral.gateway import admin
+from deferral.gateway import admin, dashboard
 from deferral.gateway.access import Access
 from deferral.gateway.answering import Answerers
 from deferral.gateway.deciding import Decider
@@ -152,7 +152,8 @@ def gateway(router: Router, experts: Mapping[str, Expert], *, settings: Settings
         routes=[
             *(Route(path, proxy, methods=["POST"]) for path, proxy in proxies.items()),
             *routes(state),
-            Mount("/admin", Admin(state, admin.routes(state))),
+            *dashboard.pages(),
+            Mount("/admin", Admin(state, [*admin.routes(state), *dashboard.routes(state)])),
         ],
         exception_handlers=error_handlers(),
         lifespan=lifespan,

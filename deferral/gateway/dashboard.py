@@ -1,0 +1,95 @@
+"""The page of an operator: its files, which hold no data, and behind the admin key what it shows."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from functools import cache
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from deferral.gateway.admin import hours_of
+from deferral.gateway.history import history, recent
+from deferral.gateway.what_if import what_if
+
+if TYPE_CHECKING:
+    from deferral.gateway.app import Gateway
+
+__all__ = ["FILES", "pages", "routes"]
+
+FILES = {
+    "": ("index.html", "text/html; charset=utf-8"),
+    "page.css": ("page.css", "text/css; charset=utf-8"),
+    "page.js": ("page.js", "text/javascript; charset=utf-8"),
+    "uPlot.min.css": ("uPlot.min.css", "text/css; charset=utf-8"),
+    "uPlot.iife.min.js": ("uPlot.iife.min.js", "text/javascript; charset=utf-8"),
+}
+_HEADERS = {
+    # Nothing from elsewhere, nothing written into the page, nobody's frame.
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cache-control": "no-cache",
+}
+
+
+def pages() -> list[Route]:
+    """GET /dashboard and its files, one route each: the same for everybody, so without a key."""
+
+    def route(name: str) -> Route:
+        file, kind = FILES[name]
+
+        async def page(request: Request) -> Response:
+            return Response(_content(file), headers={"content-type": kind, **_HEADERS})
+
+        return Route(f"/dashboard/{name}" if name else "/dashboard", page)
+
+    return [route(name) for name in FILES]
+
+
+def routes(gateway: "Gateway") -> list[Route]:
+    """GET /history?hours=24, /what-if?hours=24, /decisions and /experts."""
+
+    async def read(request: Request, reader: Callable[..., Any]) -> Response:
+        now = time.time()
+        since = now - 3600 * hours_of(request.query_params.get("hours", "24"))
+        found = await asyncio.to_thread(reader, gateway.record.engine, since=since, until=now)
+        return JSONResponse(found.as_json())
+
+    async def over_time(request: Request) -> Response:
+        return await read(request, history)
+
+    async def other_settings(request: Request) -> Response:
+        return await read(request, what_if)
+
+    async def newest(request: Request) -> Response:
+        return JSONResponse({"data": await asyncio.to_thread(recent, gateway.record.engine)})
+
+    async def experts(request: Request) -> Response:
+        standings = gateway.answerers.standings
+        found = [
+            {
+                "name": name,
+                "routed": expert.route,
+                "breaker": standings[name].breaker.state,
+                "queued": standings[name].slots.queued,
+            }
+            for name, expert in gateway.current.experts.items()
+        ]
+        return JSONResponse({"data": found, "trouble": gateway.trouble, "record": gateway.record.trouble})
+
+    return [
+        Route("/history", over_time),
+        Route("/what-if", other_settings),
+        Route("/decisions", newest),
+        Route("/experts", experts),
+    ]
+
+
+@cache
+def _content(name: str) -> bytes:
+    return (files("deferral.gateway") / "page" / name).read_bytes()
