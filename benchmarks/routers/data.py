@@ -105,8 +105,8 @@ def random_folds(rows: int) -> np.ndarray:
     return np.random.default_rng(SEED).permutation(rows) % FOLDS
 
 
-def subject_folds(subject: np.ndarray) -> np.ndarray:
+def subject_folds(subject: np.ndarray, seed: int = SEED) -> np.ndarray:
     """Whole subjects, drawn at random, a fifth of them a fold."""
     names = np.unique(subject)
-    fold = dict(zip(np.random.default_rng(SEED).permutation(names), np.arange(len(names)) % FOLDS, strict=True))
+    fold = dict(zip(np.random.default_rng(seed).permutation(names), np.arange(len(names)) % FOLDS, strict=True))
     return np.array([fold[name] for name in subject])

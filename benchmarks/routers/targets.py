@@ -24,9 +24,11 @@ TARGETS = (
     ("partial-logs", "biased", "over_naive lower end", 0.0, None),
 )
 
+DRAWN = ("length", "true subject", "neighbours", "learned", "routed")
+
 
 def show_targets(folder: Path) -> None:
-    """Print every target with what was reached, as far as the table was run."""
+    """Print every target with what was reached, as far as the table was run; then RouteLLM's subjects on other draws of folds."""
     table = Printed(title="targets", box=None, header_style="bold", title_justify="left")
     for name in ("table", "line", "figure", "target", "stretch", "reached", "95% interval", ""):
         table.add_column(name, no_wrap=True)
@@ -50,6 +52,23 @@ def show_targets(folder: Path) -> None:
             name, method, figure, number(target), number(stretch), number(judged),
             f"[{ends[0]:.4f}, {ends[1]:.4f}]" if ends else "", word,
         )  # fmt: skip
+    Console(width=160).print(table)
+    show_draws(folder)
+
+
+def show_draws(folder: Path) -> None:
+    """RouteLLM with whole subjects held out, on every draw of the folds that was run, and the mean of the draws."""
+    found = []
+    for path in sorted(folder.glob("routing-routellm-subjects*.json")):
+        lines = {line["method"]: line["APGR"] for line in json.loads(path.read_text(encoding="utf-8"))["lines"]}
+        found.append([lines[name] for name in DRAWN])
+    if len(found) < 2:
+        return
+    table = Printed(title="subjects held out, APGR by draw of the folds", box=None, header_style="bold", title_justify="left")
+    for name in ("method", *(f"draw {draw}" for draw in range(len(found))), "mean"):
+        table.add_column(name, justify="left" if name == "method" else "right")
+    for name, *values in zip(DRAWN, *found, strict=True):
+        table.add_row(name, *map(number, values), number(sum(values) / len(values)))
     Console(width=160).print(table)
 
 
