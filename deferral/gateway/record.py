@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, delete, func, or_, select
+from sqlalchemy import Connection, delete, or_, select
 from sqlalchemy.exc import DataError as ValueRefused
 from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 
@@ -29,6 +29,7 @@ from deferral.gateway.database import (
     texts,
     writing,
 )
+from deferral.gateway.ledger import recorded
 from deferral.gateway.rows import DecisionRow, plain, values
 
 __all__ = ["DecisionRow", "Record"]
@@ -152,9 +153,8 @@ class Record:
 
     def spent(self, key: str, since: float) -> float:
         """Dollars that the requests of a key have cost that arrived at `since` or later, as far as they are written."""
-        total = select(func.coalesce(func.sum(decisions.c.price), 0.0))
         with self.engine.connect() as connection:
-            return float(connection.execute(total.where(decisions.c.key == key, decisions.c.time >= since)).scalar_one())
+            return recorded(connection, key, since)
 
     async def _ask(self, response_id: str, quality: float, key: str) -> bool:
         if self.full:
