@@ -9,7 +9,8 @@ import threading
 import time
 from collections.abc import Callable
 from multiprocessing.connection import wait
-from multiprocessing.context import SpawnProcess
+from multiprocessing.process import BaseProcess
+from typing import Any
 
 from deferral.errors import DataError
 
@@ -18,6 +19,8 @@ __all__ = ["listening", "supervise"]
 _log = logging.getLogger("deferral.gateway")
 
 _BACKLOG = 4096
+# Where it can be, one clean process imports everything once, and each worker is a copy of it.
+_METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 _LOOK = 0.2
 # Workers that end sooner than this after their start, so many in a row, will not do better the next time.
 _TOO_SOON = 10.0
@@ -49,6 +52,7 @@ def supervise(serve: Callable[[socket.socket], None], listener: socket.socket, c
         signal.signal(name, lambda *_: ended.set())
     if hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, lambda *_: hung_up.set())
+    multiprocessing.set_forkserver_preload(["__main__", "deferral.gateway.serve"])
     running = {_begun(serve, listener): time.monotonic() for _ in range(count)}
     failures = 0
     while not ended.is_set() and failures < _PATIENCE:
@@ -73,8 +77,9 @@ def supervise(serve: Callable[[socket.socket], None], listener: socket.socket, c
         raise DataError(f"{_PATIENCE} workers in a row ended soon after their start; the log has the reason")
 
 
-def _begun(serve: Callable[[socket.socket], None], listener: socket.socket) -> SpawnProcess:
-    process = multiprocessing.get_context("spawn").Process(target=_work, args=(serve, listener), name="deferral worker")
+def _begun(serve: Callable[[socket.socket], None], listener: socket.socket) -> BaseProcess:
+    context: Any = multiprocessing.get_context(_METHOD)
+    process: BaseProcess = context.Process(target=_work, args=(serve, listener), name="deferral worker")
     process.start()
     return process
 
@@ -91,7 +96,7 @@ def _end_with_parent() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _tell(running: dict[SpawnProcess, float], what: signal.Signals) -> None:
+def _tell(running: dict[BaseProcess, float], what: signal.Signals) -> None:
     for process in running:
         if process.pid is not None and process.is_alive():
             os.kill(process.pid, what)
