@@ -281,12 +281,16 @@ class Record:
             with self.engine.connect() as connection:
                 # Several workers clean: each takes what no other is at.
                 some = select(texts.c.decision).where(over).limit(_CLEANED_AT_ONCE).with_for_update(skip_locked=True)
-                found = connection.execute(some).scalars().all()
-                if found:
-                    connection.execute(delete(texts).where(texts.c.decision.in_(found)))
-                    connection.commit()
+                if connection.execute(select(texts.c.decision).where(over).limit(1)).first() is None:
+                    found: Sequence[str] = []
+                else:
+                    connection.rollback()
+                    with writing(connection):
+                        found = connection.execute(some).scalars().all()
+                        connection.execute(delete(texts).where(texts.c.decision.in_(found)))
                     self._to_scrub = True
                 if self._to_scrub and len(found) < _CLEANED_AT_ONCE:
+                    connection.rollback()
                     self._to_scrub = not scrub(connection)
         except SQLAlchemyError as error:
             self._note(f"texts whose time is over cannot be deleted, {_reason(error)}")
