@@ -25,8 +25,8 @@ def binaries() -> Path | None:
 
 
 @contextmanager
-def running(programs: Path) -> Iterator[str]:
-    """The server's address, postgresql+psycopg://USER@127.0.0.1:PORT."""
+def running(programs: Path, *, durable: bool = False) -> Iterator[str]:
+    """The server's address, postgresql+psycopg://USER@127.0.0.1:PORT.  Unless `durable`, a power failure may spoil its data."""
     # PostgreSQL refuses to be run by root.
     user = next((name for name in ("postgres", "nobody") if _exists(name)), None) if os.getuid() == 0 else None
     folder = Path(tempfile.mkdtemp(prefix="deferral-postgres-"))
@@ -42,7 +42,12 @@ def running(programs: Path) -> Iterator[str]:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        options = ("fsync=off", "max_connections=60", "shared_buffers=32MB", f"unix_socket_directories={folder}")
+        options = (
+            f"fsync={'on' if durable else 'off'}",
+            "max_connections=60",
+            "shared_buffers=32MB",
+            f"unix_socket_directories={folder}",
+        )
         command = [programs / "postgres", "-D", data, "-h", "127.0.0.1", "-p", str(port)]
         with log.open("w") as output:
             server = subprocess.Popen(
