@@ -253,3 +253,23 @@ def test_the_event_loop_does_not_wait_for_the_database(worker: Workers) -> None:
         return longest
 
     assert asyncio.run(ask()) < 0.4
+
+
+def test_a_client_that_leaves_while_the_database_is_asked_holds_nothing(worker: Workers) -> None:
+    gate = worker()
+    slow = gate.ledger.exchange
+    gate.ledger.exchange = lambda *a, **k: (time.sleep(0.1), slow(*a, **k))[1]  # type: ignore[method-assign]
+
+    async def leave() -> None:
+        await gate.admitted(KEY)
+        asking = asyncio.create_task(gate.held(KEY, 0.01))
+        await asyncio.sleep(0.03)
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        await asyncio.sleep(0.2)
+
+    asyncio.run(leave())
+    account = gate._accounts["k"]
+    assert (account.held, account.flying, account.spent) == (0.0, 0, 0.0)
+    assert account.granted > 0

@@ -96,7 +96,8 @@ class SharedLimits(Limits):
                 try:
                     self.ledger.retire(name, account.span.start, account.spent - account.since)
                 except SQLAlchemyError as error:
-                    _log.warning("what is not spent of key %s comes back later: %s", name, type(error).__name__)
+                    _log.warning("what this worker did not spend comes back later, the database fails: %s", type(error).__name__)
+                    return
 
     async def admitted(self, key: Key) -> None:
         """`admit`; the event loop does not wait for the database."""
@@ -132,7 +133,13 @@ class SharedLimits(Limits):
         if key.budget is None or here:
             return self.hold(key, dollars)
         async with self._turns.setdefault(f"budget {key.id}", asyncio.Lock()):
-            return await asyncio.get_running_loop().run_in_executor(self._pool, self.hold, key, dollars)
+            made = asyncio.get_running_loop().run_in_executor(self._pool, self.hold, key, dollars)
+            try:
+                return await asyncio.shield(made)
+            except asyncio.CancelledError:
+                # Its client left; the thread sets the dollars aside nevertheless.
+                made.add_done_callback(_let_go)
+                raise
 
     def hold(self, key: Key, dollars: float) -> Hold:
         """Set aside what a request is expected to cost, and wait for the database where another part must be taken."""
@@ -253,3 +260,8 @@ class SharedLimits(Limits):
                 _log.error("what was spent cannot be told to the other workers: the database fails")
             except Exception:
                 _log.exception("what was spent cannot be told to the other workers")
+
+
+def _let_go(made: "asyncio.Future[Hold]") -> None:
+    if not made.cancelled() and made.exception() is None:
+        made.result().settle(0.0)
