@@ -10,10 +10,11 @@ from sqlalchemy import select, update
 
 from deferral.gateway import shared_limits as module
 from deferral.gateway.keys import ANYONE, Key
-from deferral.gateway.limits import Refused
+from deferral.gateway.limits import Limits, Refused
 from deferral.gateway.record import Record
 from deferral.gateway.schema import grants
-from deferral.gateway.shared_limits import SharedLimits
+from deferral.gateway.settings import Settings
+from deferral.gateway.shared_limits import SharedLimits, limits_of
 from tests.gateway_rows import row
 
 
@@ -273,3 +274,11 @@ def test_a_client_that_leaves_while_the_database_is_asked_holds_nothing(worker: 
     account = gate._accounts["k"]
     assert (account.held, account.flying, account.spent) == (0.0, 0, 0.0)
     assert account.granted > 0
+
+
+def test_limits_are_shared_wherever_another_worker_may_be(database: str) -> None:
+    record = Record(database)
+    kinds = [type(limits_of(record, Settings(database=database, workers=count))) for count in (1, 2)]
+    assert kinds == [SharedLimits if "postgresql" in database else Limits, SharedLimits]
+    with pytest.raises(ValueError, match="workers: expected 1 to 256"):
+        Settings(workers=0)

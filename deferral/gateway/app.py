@@ -17,18 +17,16 @@ from deferral.errors import DataError
 from deferral.gateway import admin
 from deferral.gateway.access import Access
 from deferral.gateway.answering import Answerers
-from deferral.gateway.database import shared
 from deferral.gateway.deciding import Decider
 from deferral.gateway.endpoints import Admin, error_handlers, routes
 from deferral.gateway.experts_file import Expert, read_experts
 from deferral.gateway.keys import Keys
-from deferral.gateway.limits import Limits
 from deferral.gateway.metrics import Metrics
 from deferral.gateway.proxying import KINDS, Proxy
 from deferral.gateway.record import Record
 from deferral.gateway.reloads import Reloads
 from deferral.gateway.settings import Settings
-from deferral.gateway.shared_limits import SharedLimits
+from deferral.gateway.shared_limits import limits_of
 from deferral.gateway.upstream import Upstream
 from deferral.routing.encoders import FunctionEncoder
 from deferral.routing.router import Router
@@ -57,8 +55,7 @@ class Gateway:
         self.current = generation(router, experts, settings)
         self.record = Record(settings.database, store_text=settings.store_text, retention_days=settings.retention_days)
         self.keys = Keys(settings.database)
-        alone = settings.workers == 1 and not shared(self.record.engine)
-        self.limits: Limits = Limits(self.record) if alone else SharedLimits(self.record)
+        self.limits = limits_of(self.record, settings)
         self.reloads = Reloads(self.record.engine)
         self.access = Access(self.keys, settings)
         self.metrics = Metrics()

@@ -9,13 +9,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 from sqlalchemy.exc import SQLAlchemyError
 
+from deferral.gateway.database import shared
 from deferral.gateway.keys import Key
 from deferral.gateway.ledger import LIFE, SILENT, Ledger
 from deferral.gateway.limits import Account, Hold, Limits, Refused, too_often, unreadable
 from deferral.gateway.record import Record
+from deferral.gateway.settings import Settings
 from deferral.gateway.windows import Span
 
-__all__ = ["SharedLimits"]
+__all__ = ["SharedLimits", "limits_of"]
 
 _log = logging.getLogger("deferral.gateway.limits")
 
@@ -260,6 +262,12 @@ class SharedLimits(Limits):
                 _log.error("what was spent cannot be told to the other workers: the database fails")
             except Exception:
                 _log.exception("what was spent cannot be told to the other workers")
+
+
+def limits_of(record: Record, settings: Settings) -> Limits:
+    """For one process that has its database to itself, or for several that share one."""
+    alone = settings.workers == 1 and not shared(record.engine)
+    return Limits(record) if alone else SharedLimits(record)
 
 
 def _let_go(made: "asyncio.Future[Hold]") -> None:
