@@ -1,4 +1,7 @@
+import importlib.util
 import os
+import secrets
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +23,32 @@ def data_root() -> Path:
     if not root:
         pytest.skip("real data: set DEFERRAL_DATA to the folder that holds cifar-10-batches-py/ and l2d/")
     return Path(root)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[str]:
+    """The address of a PostgreSQL server, or a skip that says what is missing."""
+    if importlib.util.find_spec("psycopg") is None:
+        pytest.skip("PostgreSQL: pip install 'deferral[postgres]'")
+    from tests.postgres_server import binaries, running
+
+    programs = binaries()
+    if programs is None:
+        pytest.skip("PostgreSQL: initdb and postgres were not found; install them, as with `apt-get install postgresql`")
+    with running(programs) as address:
+        yield address
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.ci_slow)])
+def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """An empty database of each kind that the gateway knows."""
+    if request.param == "sqlite":
+        yield str(tmp_path / "gateway.db")
+        return
+    from tests.postgres_server import fresh_database
+
+    with fresh_database(request.getfixturevalue("postgres"), f"test_{secrets.token_hex(6)}") as url:
+        yield url
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

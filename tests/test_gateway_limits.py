@@ -203,17 +203,17 @@ def test_holds_of_many_threads_never_exceed_the_budget() -> None:
     assert (account.held, account.flying) == (0.0, 0)
 
 
-def test_a_budget_holds_across_restarts(tmp_path: Path) -> None:
+def test_a_budget_holds_across_restarts(database: str) -> None:
     key = Key("k", "k", budget=1.0, window="day", zone="Europe/Berlin")
     midnight = at("2026-06-17T00:00", "Europe/Berlin")
-    record = Record(str(tmp_path / "gateway.db"))
+    record = Record(database)
     record.start()
     for number, (time, name, price) in enumerate(
         [(midnight - 1, "k", 0.5), (midnight, "k", 0.25), (midnight + 5, "other", 0.5), (midnight + 9, "k", 0.125)]
     ):
         record.add(row(number, time=time, key=name, price=price))
     record.stop()
-    again = Record(str(tmp_path / "gateway.db"))
+    again = Record(database)
     again.start()
     gate = Limits(again, Clock())
     gate.load([key, ANYONE])

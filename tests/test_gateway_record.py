@@ -26,15 +26,15 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def record(path: Path) -> Iterator[Record]:
-    made = Record(str(path))
+def record(database: str) -> Iterator[Record]:
+    made = Record(database)
     made.start()
     yield made
     made.stop()
 
 
-def rows_of(path: Path, table=decisions) -> list:
-    engine = connect(str(path))
+def rows_of(where: Path | str, table=decisions) -> list:
+    engine = connect(str(where))
     prepare(engine)
     with engine.connect() as connection:
         found = connection.execute(select(table)).all()
@@ -49,18 +49,18 @@ def until(condition, seconds: float = 20.0) -> None:
         time.sleep(0.005)
 
 
-def test_a_row_comes_back_as_it_was(record: Record, path: Path) -> None:
+def test_a_row_comes_back_as_it_was(record: Record, database: str) -> None:
     written = row(1, reply_id="chatcmpl-1", best_price=1e-3, expected_cost={"small": 0.6, "large": math.inf}, streamed=True)
     record.add(written)
     record.stop()
-    (found,) = rows_of(path)
+    (found,) = rows_of(database)
     same = set(decisions.c.keys()) - {"expected"}
     assert {name: getattr(found, name) for name in same} == {name: getattr(written, name) for name in same}
     assert json.loads(found.expected) == {"small": [0.5, 1e-4, 0.6], "large": [0.9, 1e-3, None]}
-    assert rows_of(path, texts) == []
+    assert rows_of(database, texts) == []
 
 
-def test_what_clients_and_upstreams_send_cannot_spoil_a_row(record: Record, path: Path) -> None:
+def test_what_clients_and_upstreams_send_cannot_spoil_a_row(record: Record, database: str) -> None:
     record.add(
         row(
             1,
@@ -77,7 +77,7 @@ def test_what_clients_and_upstreams_send_cannot_spoil_a_row(record: Record, path
         )
     )
     record.stop()
-    (found,) = rows_of(path)
+    (found,) = rows_of(database)
     assert found.requested == "?\ufffd" * 100
     assert (found.reason, len(found.reply_id)) == ("naïve ?", 200)
     assert (found.input_tokens, found.output_tokens, found.price) == (2**53, 0, 0.0)
@@ -85,31 +85,31 @@ def test_what_clients_and_upstreams_send_cannot_spoil_a_row(record: Record, path
     assert json.loads(found.expected) == {'a "b"': [0.5, None, None]}
 
 
-def test_closing_writes_all_that_is_waiting(path: Path) -> None:
-    made = Record(str(path))
+def test_closing_writes_all_that_is_waiting(database: str) -> None:
+    made = Record(database)
     for number in range(450):
         made.add(row(number))
     made.start()
     for number in range(450, 900):
         made.add(row(number))
     asyncio.run(made.close())
-    assert {found.id for found in rows_of(path)} == {f"id-{number}" for number in range(900)}
+    assert {found.id for found in rows_of(database)} == {f"id-{number}" for number in range(900)}
 
 
-def test_a_row_that_cannot_be_written_takes_no_other_with_it(path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    made = Record(str(path), store_text=True, retention_days=1e6)
+def test_a_row_that_cannot_be_written_takes_no_other_with_it(database: str, caplog: pytest.LogCaptureFixture) -> None:
+    made = Record(database, store_text=True, retention_days=1e6)
     for number in [*range(7), 3, *range(7, 12)]:
         made.add(row(number))
     made.add(row(12, price="much"))
     made.add(row(13))
     made.start()
     made.stop()
-    assert len(rows_of(path)) == 13
+    assert len(rows_of(database)) == 13
     assert sum("a row is left out" in entry.message for entry in caplog.records) == 2
     assert "question" not in caplog.text
 
 
-def test_feedback_is_of_the_response_and_the_key_that_asked(record: Record, path: Path) -> None:
+def test_feedback_is_of_the_response_and_the_key_that_asked(record: Record, database: str) -> None:
     async def say() -> list[bool]:
         said = [("id-1", 0.25, "k"), ("reply-2", 1, "k"), ("id-1", 0.5, ""), ("nothing", 1, "k"), ("", 1, "k"), ("id-3", 1, "k")]
         said += [("\ud800\0", 1, "k"), ("x" * 10_000, 1, "k")]
@@ -121,20 +121,20 @@ def test_feedback_is_of_the_response_and_the_key_that_asked(record: Record, path
     ):
         record.add(row(number, key=key, reply_id=reply))
     assert asyncio.run(say()) == [True, True, True, *[False] * 7, True]
-    kept = {(found.decision, found.key): found.quality for found in rows_of(path, feedback)}
+    kept = {(found.decision, found.key): found.quality for found in rows_of(database, feedback)}
     assert kept == {("id-1", "k"): 0.75, ("id-1", ""): 0.5, ("id-2", "k"): 1.0}
     for wrong in (-0.1, 1.1, math.nan, True, "1"):
         with pytest.raises(ValueError, match="quality: expected a number in"):
             asyncio.run(record.feedback("id-1", wrong, source_key="k"))
 
 
-def test_feedback_may_come_before_its_row(record: Record, path: Path) -> None:
+def test_feedback_may_come_before_its_row(record: Record, database: str) -> None:
     async def say() -> bool:
         asyncio.get_running_loop().call_later(0.05, record.add, row(1))
         return await record.feedback("id-1", 1.0, source_key="")
 
     assert asyncio.run(say())
-    assert [found.decision for found in rows_of(path, feedback)] == ["id-1"]
+    assert [found.decision for found in rows_of(database, feedback)] == ["id-1"]
 
 
 def test_text_is_kept_only_where_that_is_switched_on_and_then_for_its_time(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,7 +151,7 @@ def test_text_is_kept_only_where_that_is_switched_on_and_then_for_its_time(path:
     made.stop()
     again = Record(str(path), clock=lambda: now)
     again.start()
-    until(lambda: len(rows_of(path, texts)) == 3 and not again._to_forget)
+    until(lambda: len(rows_of(path, texts)) == 3 and not again._to_scrub)
     assert not any(b"my secret is 0!" in file.read_bytes() for file in path.parent.iterdir())
     assert any(b"my secret is 5!" in file.read_bytes() for file in path.parent.iterdir())
     again.stop()

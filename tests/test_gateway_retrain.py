@@ -20,7 +20,7 @@ from deferral.routing.policies import Linear
 from tests.gateway_rows import row
 
 
-async def recorded(path: Path, rows: list[DecisionRow], quality: dict[str, float]) -> None:
+async def recorded(path: Path | str, rows: list[DecisionRow], quality: dict[str, float]) -> None:
     record = Record(str(path), store_text=True, retention_days=1e6)
     record.start()
     for one in rows:
@@ -76,7 +76,7 @@ def linear(folder: Path) -> Router:
     return router
 
 
-def test_the_log_of_the_record_is_read_back(tmp_path: Path) -> None:
+def test_the_log_of_the_record_is_read_back(tmp_path: Path, database: str) -> None:
     rows = [
         row(0, query="a \ud800 b", propensity=0.25, price=0.5),
         row(1, expert="large", chosen="large", expected_cost={"small": 0.5, "large": math.inf}),
@@ -88,8 +88,8 @@ def test_the_log_of_the_record_is_read_back(tmp_path: Path) -> None:
         row(7),
         row(8, expected_cost={"small": 0.5}),
     ]
-    asyncio.run(recorded(tmp_path / "gateway.db", rows, {"id-0": 0.5, "id-1": 1.0, "id-2": 1.0, "id-4": 1.0, "id-8": 0.0}))
-    engine = connect(str(tmp_path / "gateway.db"))
+    asyncio.run(recorded(database, rows, {"id-0": 0.5, "id-1": 1.0, "id-2": 1.0, "id-4": 1.0, "id-8": 0.0}))
+    engine = connect(database)
     for name in ("log.jsonl", "log.parquet"):
         found = export(engine, tmp_path / name)
         assert (found.rows, found.assumed) == (3, 0)
@@ -107,13 +107,16 @@ def test_the_log_of_the_record_is_read_back(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds no request"):
         export(engine, tmp_path / "none.jsonl", since=5000.0)
     assert not (tmp_path / "none.jsonl").exists()
+    engine.dispose()
 
 
-def test_pages_leave_no_row_out_and_take_none_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pages_leave_no_row_out_and_take_none_twice(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [row(number, time=1000.0 + number // 5) for number in range(20)]
-    asyncio.run(recorded(tmp_path / "gateway.db", rows, {}))
+    asyncio.run(recorded(database, rows, {}))
     monkeypatch.setattr("deferral.gateway.export._PAGE", 4)
-    read = [one.outcome.query for one in logged(connect(str(tmp_path / "gateway.db")), Counter(), assumed_quality=1.0)]
+    engine = connect(database)
+    read = [one.outcome.query for one in logged(engine, Counter(), assumed_quality=1.0)]
+    engine.dispose()
     assert sorted(read) == sorted(one.query for one in rows)
 
 

@@ -9,7 +9,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from deferral.gateway.keys import Issued, Key, Keys
+from deferral.gateway.forgetting import forget
+from deferral.gateway.keys import PREFIX, Issued, Key, Keys
 from deferral.gateway.problems import Problem
 from deferral.gateway.status import status
 from deferral.gateway.wire import header_map, read_body
@@ -20,11 +21,12 @@ if TYPE_CHECKING:
 __all__ = ["create_key", "hours_of", "routes", "shown"]
 
 _MOST_BYTES = 1 << 16
+_WRITTEN = 0.2
 _SETTINGS = ("name", "experts", "requests_per_minute", "budget", "window", "zone", "admin")
 
 
 def routes(gateway: "Gateway") -> list[Route]:
-    """POST and GET /keys, DELETE /keys/ID, GET /status?hours=24."""
+    """POST and GET /keys, DELETE /keys/ID, DELETE /keys/ID/record, DELETE /responses/ID, GET /status?hours=24."""
 
     async def keys(request: Request) -> Response:
         if request.method == "GET":
@@ -39,6 +41,24 @@ def routes(gateway: "Gateway") -> list[Route]:
             raise Problem(404, "key_not_found", f"{identity[:100]!r} is no valid key")
         return JSONResponse({"id": identity, "object": "key", "revoked": True})
 
+    async def forget_key(request: Request) -> Response:
+        return await deleted(key=request.path_params["id"].removeprefix(PREFIX))
+
+    async def forget_response(request: Request) -> Response:
+        return await deleted(response=request.path_params["id"])
+
+    async def deleted(*, key: str | None = None, response: str | None = None) -> Response:
+        engine = gateway.record.engine
+        gone = await asyncio.to_thread(forget, engine, key=key, response=response)
+        if not gone.decisions:
+            # A row is written a moment after its reply.
+            await asyncio.sleep(_WRITTEN)
+            gone = await asyncio.to_thread(forget, engine, key=key, response=response)
+        if not gone.decisions:
+            what = f"the key {key[:100]!r}" if key is not None else f"the response {(response or '')[:100]!r}"
+            raise Problem(404, "nothing_on_record", f"nothing is on record of {what}")
+        return JSONResponse({"deleted": gone.as_json()})
+
     async def happened(request: Request) -> Response:
         now = time.time()
         since = now - 3600 * hours_of(request.query_params.get("hours", "24"))
@@ -48,6 +68,8 @@ def routes(gateway: "Gateway") -> list[Route]:
     return [
         Route("/keys", keys, methods=["GET", "POST"]),
         Route("/keys/{id}", revoke, methods=["DELETE"]),
+        Route("/keys/{id}/record", forget_key, methods=["DELETE"]),
+        Route("/responses/{id:path}", forget_response, methods=["DELETE"]),
         Route("/status", happened),
     ]
 

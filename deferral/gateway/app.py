@@ -21,11 +21,12 @@ from deferral.gateway.deciding import Decider
 from deferral.gateway.endpoints import Admin, error_handlers, routes
 from deferral.gateway.experts_file import Expert, read_experts
 from deferral.gateway.keys import Keys
-from deferral.gateway.limits import Limits
 from deferral.gateway.metrics import Metrics
 from deferral.gateway.proxying import KINDS, Proxy
 from deferral.gateway.record import Record
+from deferral.gateway.reloads import Reloads
 from deferral.gateway.settings import Settings
+from deferral.gateway.shared_limits import limits_of
 from deferral.gateway.upstream import Upstream
 from deferral.routing.encoders import FunctionEncoder
 from deferral.routing.router import Router
@@ -54,10 +55,12 @@ class Gateway:
         self.current = generation(router, experts, settings)
         self.record = Record(settings.database, store_text=settings.store_text, retention_days=settings.retention_days)
         self.keys = Keys(settings.database)
-        self.limits = Limits(self.record)
+        self.limits = limits_of(self.record, settings)
+        self.reloads = Reloads(self.record.engine)
         self.access = Access(self.keys, settings)
         self.metrics = Metrics()
         self._reloading = asyncio.Lock()
+        self._following: asyncio.Task | None = None
 
     @property
     def trouble(self) -> str:
@@ -77,11 +80,15 @@ class Gateway:
             lambda: {name: each.breaker.state for name, each in self.answerers.standings.items()},
             lambda: {name: each.slots.queued for name, each in self.answerers.standings.items()},
         )
+        self._following = asyncio.create_task(self.reloads.follow(self.reload))
 
     async def stop(self) -> None:
         """Everything is written before this returns."""
+        if self._following is not None:
+            self._following.cancel()
         await self.answerers.upstream.close()
         self.current.decider.close()
+        await asyncio.to_thread(self.limits.close)
         await self.record.close()
         await asyncio.to_thread(self.keys.close)
 
@@ -102,6 +109,12 @@ class Gateway:
         _log.info("reloaded: %s", message)
         return message
 
+    async def reload_everywhere(self) -> str:
+        """Reload here, and if that is good, have all others on the same database do so within a second or two."""
+        message = await self.reload()
+        await asyncio.to_thread(self.reloads.announce)
+        return message
+
     def _read(self) -> Generation:
         settings, now = self.settings, self.current
         encoder = now.router.encoder
@@ -115,6 +128,7 @@ class Gateway:
         self.keys.start()
         self.access.started()
         self.limits.load(list(self.keys))
+        self.reloads.start()
 
 
 class _App(Starlette):

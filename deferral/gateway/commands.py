@@ -17,7 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from deferral.errors import DataError
 from deferral.gateway.database import prepare
-from deferral.gateway.keys import Issued, Keys
+from deferral.gateway.keys import PREFIX, Issued, Keys
 from deferral.gateway.windows import WINDOWS
 
 __all__ = ["gateway"]
@@ -107,6 +107,25 @@ def revoke(id: str, database: str) -> None:
 
 
 @gateway.command()
+@click.option("--key", help="All that is on record of this key, by its id or the prefix that is shown.")
+@click.option("--response", help="One response, by x-deferral-id or by the reply's own id.")
+@click.confirmation_option(prompt="It cannot be undone.  Delete it?")
+@_database
+def forget(key: str | None, response: str | None, database: str) -> None:
+    """Delete decisions, judgements and texts from the record; what they cost stays in the key's budget."""
+    from deferral.gateway.forgetting import forget as delete
+
+    if (key is None) == (response is None):
+        raise click.UsageError("expected either --key or --response")
+    identity = None if key is None else key.removeprefix(PREFIX)
+    with _opened(database) as store, Console(stderr=True).status("deleting") as shown:
+        gone = delete(store.engine, key=identity, response=response, progress=lambda so_far: shown.update(str(so_far)))
+    if not gone.decisions:
+        raise DataError(f"nothing is on record of {key or response!r}; what was just answered is written a moment later")
+    click.echo(gone)
+
+
+@gateway.command()
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--since", type=click.DateTime(), help="Requests that arrived then or later (UTC).")
 @click.option("--until", type=click.DateTime(), help="Requests that arrived before then (UTC).")
@@ -149,8 +168,9 @@ def retrain(
 ) -> None:
     """Learn a new router from the record; it replaces ROUTER (a folder) only if it is better with confidence.
 
-    Exit status 0 if it is better, 3 if not.  A running gateway takes it on SIGHUP, or on POST /admin/reload.
+    Exit status 0 if it is better, 3 if not.  Gateways that run on the database take it within a second or two.
     """
+    from deferral.gateway.reloads import Reloads
     from deferral.gateway.retrain import retrain as learn
     from deferral.routing import Router, read_log
 
@@ -171,11 +191,13 @@ def retrain(
         except ValueError as error:
             # An encoder that is a function cannot be named here.
             raise click.UsageError(f"{error}; in Python, deferral.gateway.retrain.retrain takes it") from None
+        if verdict.promoted:
+            Reloads(store.engine).announce()
     click.echo(verdict)
     if not verdict.better:
         sys.exit(3)
     if not dry_run:
-        click.echo(f"{router} is the new router, {router}.previous the old one; send the gateway SIGHUP, or POST /admin/reload")
+        click.echo(f"{router} is the new router, {router}.previous the old one; gateways on this database take it in a second")
 
 
 @gateway.command()

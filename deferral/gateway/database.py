@@ -1,174 +1,167 @@
-"""The tables of the gateway, and a database to hold them.  What only SQLite understands is in this file."""
+"""A database for the tables of the gateway.  What only SQLite or only PostgreSQL understands is in this file."""
 
 import os
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import (
-    BigInteger,
-    Boolean,
-    Column,
-    Connection,
-    Dialect,
-    Engine,
-    Float,
-    Index,
-    Integer,
-    MetaData,
-    String,
-    Table,
-    Text,
-    create_engine,
-    event,
-    insert,
-    select,
-)
+from sqlalchemy import Connection, Dialect, Engine, Insert, Table, create_engine, event, insert, inspect, select
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, OperationalError
 
 from deferral.errors import DataError
+from deferral.gateway.migrations import migrate
+from deferral.gateway.schema import VERSION, decisions, feedback, keys, tables, texts, version
 
-__all__ = ["VERSION", "connect", "decisions", "durable", "feedback", "forget", "insert_rows", "keys", "prepare", "texts"]
+__all__ = [
+    "VERSION",
+    "alone",
+    "clock",
+    "connect",
+    "decisions",
+    "durable",
+    "feedback",
+    "insert_rows",
+    "keys",
+    "prepare",
+    "replacing",
+    "scrub",
+    "shared",
+    "texts",
+    "writing",
+]
 
-VERSION = 1
 _BUSY_MS = 5000
 _TRIES = 10
-
-tables = MetaData()
-decisions = Table(
-    "decisions",
-    tables,
-    Column("id", String(64), primary_key=True),
-    Column("reply_id", String(200), nullable=False),  # the id inside the upstream's reply
-    Column("time", Float(53), nullable=False),
-    Column("key", String(64), nullable=False),
-    Column("requested", String(200), nullable=False),
-    Column("expert", String(200), nullable=False),
-    Column("chosen", String(200), nullable=False),
-    Column("reason", Text, nullable=False),
-    Column("propensity", Float(53)),
-    Column("expected", Text, nullable=False),  # JSON: expert -> [quality, price, cost], cost null where it may not be asked
-    Column("price_of_error", Float(53)),
-    Column("best_price", Float(53)),
-    Column("price", Float(53), nullable=False),
-    Column("estimated", Boolean, nullable=False),
-    Column("input_tokens", BigInteger, nullable=False),
-    Column("output_tokens", BigInteger, nullable=False),
-    Column("first_byte_s", Float(53)),
-    Column("latency_s", Float(53)),
-    Column("status", Integer, nullable=False),
-    Column("outcome", String(20), nullable=False),
-    Column("attempts", Integer, nullable=False),
-    Column("streamed", Boolean, nullable=False),
-    Column("fast_path", Boolean, nullable=False),
-    Index("decisions_by_time", "time"),
-    Index("decisions_by_key", "key", "time", "price"),
-    Index("decisions_by_reply", "reply_id", "key"),
-)
-feedback = Table(
-    "feedback",
-    tables,
-    Column("decision", String(64), primary_key=True),
-    Column("key", String(64), primary_key=True),
-    Column("quality", Float(53), nullable=False),
-    Column("time", Float(53), nullable=False),
-    Index("feedback_by_time", "time"),
-)
-texts = Table(
-    "texts",
-    tables,
-    Column("decision", String(64), primary_key=True),
-    Column("query", Text, nullable=False),
-    Column("time", Float(53), nullable=False),
-    Column("expires", Float(53), nullable=False),
-    Index("texts_by_expiry", "expires"),
-    Index("texts_by_time", "time"),
-)
-keys = Table(
-    "keys",
-    tables,
-    Column("id", String(64), primary_key=True),
-    Column("name", String(200), nullable=False),
-    Column("hash", String(64), nullable=False),
-    Column("experts", Text),  # JSON: names; null is all
-    Column("requests_per_minute", Integer),
-    Column("budget", Float(53)),
-    Column("window", String(20), nullable=False),
-    Column("zone", String(64), nullable=False),
-    Column("admin", Boolean, nullable=False),
-    Column("created", Float(53), nullable=False),
-    Column("revoked", Float(53)),
-)
-version = Table("schema_version", tables, Column("version", Integer, primary_key=True, autoincrement=False))
+_CONNECT_S = 5
 
 
 def connect(url: str) -> Engine:
     """The database of an SQLAlchemy URL, or of the path of an SQLite file; nothing is opened yet."""
+    expected = "the path of a file or an SQLAlchemy URL such as sqlite:///gateway.db or postgresql+psycopg://user@host/name"
     try:
         parsed = make_url(url if "://" in url else f"sqlite:///{url}")
-        if parsed.get_backend_name() != "sqlite":
-            return create_engine(parsed, pool_pre_ping=True, hide_parameters=True)
+        backend = parsed.get_backend_name()
+        if backend == "postgresql":
+            if parsed.drivername == "postgresql":
+                parsed = parsed.set(drivername="postgresql+psycopg")
+            waits = {"connect_timeout": _CONNECT_S} if "connect_timeout" not in parsed.query else {}
+            return create_engine(parsed, pool_pre_ping=True, hide_parameters=True, connect_args=waits)
+        if backend != "sqlite":
+            raise ValueError(f"database: expected {expected}; {backend} is neither")
         if parsed.database in (None, "", ":memory:") or str(parsed.database).startswith("file:"):
             raise ValueError(f"database: expected the path of a file, got {parsed.database!r}; what is in memory is lost")
         # What clients asked must not get into messages of errors.
         engine = create_engine(parsed, hide_parameters=True)
-    except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
+    except ModuleNotFoundError as error:
+        raise ValueError(f"database: {error}; PostgreSQL needs `pip install 'deferral[postgres]'`") from None
+    except (ArgumentError, NoSuchModuleError):
         # The URL itself may hold a password.
-        raise ValueError(
-            "database: expected the path of a file or an SQLAlchemy URL such as sqlite:///gateway.db or "
-            f"postgresql+psycopg://user@host/name; {error if isinstance(error, ModuleNotFoundError) else 'got another'}"
-        ) from None
+        raise ValueError(f"database: expected {expected}; got another") from None
     event.listen(engine, "connect", _set_pragmas)
     return engine
 
 
-def prepare(engine: Engine, *, create: bool = True) -> None:
-    """Create the tables that are missing; DataError where this is no database, or one of another version.
+def shared(engine: Engine) -> bool:
+    """Whether gateways on other machines may have the same database."""
+    return engine.dialect.name != "sqlite"
 
-    Without `create` there must be a database, so that a misspelt path is an error and not an empty answer.
+
+def prepare(engine: Engine, *, create: bool = True) -> None:
+    """Make the tables, or bring those of an older version up to date; DataError where this is no database, or a newer one.
+
+    Whoever comes first does it, the others wait.  Without `create` there must be a database, so that a misspelt path is an
+    error and not an empty answer.
     """
     name = engine.url.render_as_string(hide_password=True)
     if engine.dialect.name == "sqlite":
         _check_file(Path(str(engine.url.database)), create)
     for tries_left in reversed(range(_TRIES)):
         try:
-            found = _created(engine)
+            found = _found(engine)
+            if found < VERSION:
+                found = _brought_up(engine)
             break
         except DBAPIError as error:
-            # Another process may be creating the same tables; whoever was late finds them soon.
-            if not tries_left:
+            # An SQLite file may be in the middle of becoming one with a journal.
+            if not tries_left or (shared(engine) and isinstance(error, OperationalError)):
                 raise DataError(f"{name}: the database cannot be opened, {error.orig}") from error
             time.sleep(0.02)
-    if found != VERSION:
-        raise DataError(f"{name}: expected tables of version {VERSION}, got {found}; use the deferral that wrote them")
+    if found > VERSION:
+        raise DataError(f"{name}: expected tables of version {VERSION} or older, got {found}; use the deferral that wrote them")
 
 
-def _created(engine: Engine) -> int:
-    with engine.begin() as connection:
-        version.create(connection, checkfirst=True)
-        found = connection.execute(select(version.c.version)).scalars().all()
-        if found and max(found) != VERSION:
-            return max(found)
-        tables.create_all(connection)
-        if not found:
+def _found(engine: Engine) -> int:
+    with engine.connect() as connection:
+        return _version(connection)
+
+
+def _version(connection: Connection) -> int:
+    """0 where there are no tables yet."""
+    if not inspect(connection).has_table(version.name):
+        return 0
+    return max(connection.execute(select(version.c.version)).scalars(), default=0)
+
+
+def _brought_up(engine: Engine) -> int:
+    with engine.connect() as connection, alone(connection, "schema"):
+        found = _version(connection)
+        if found == 0:
+            tables.create_all(connection)
             connection.execute(insert(version).values(version=VERSION))
-    return VERSION
+        elif found < VERSION:
+            migrate(connection, found, VERSION)
+    return max(found, VERSION)
+
+
+@contextmanager
+def writing(connection: Connection) -> Iterator[None]:
+    """A transaction that will write.
+
+    On SQLite it waits for its turn here: one that began by reading may find that it is too late to write.
+    """
+    if connection.dialect.name == "sqlite":
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+    try:
+        yield
+    except BaseException:
+        connection.rollback()
+        raise
+    connection.commit()
+
+
+@contextmanager
+def alone(connection: Connection, name: str) -> Iterator[None]:
+    """A transaction of which there is one at a time under this name, over all processes and machines."""
+    with writing(connection):
+        if connection.dialect.name == "postgresql":
+            connection.exec_driver_sql("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", (f"deferral {name}",))
+        yield
+
+
+def clock(connection: Connection) -> float:
+    """The time that all who share the database agree on, in seconds since 1970."""
+    if connection.dialect.name == "postgresql":
+        return float(connection.exec_driver_sql("SELECT extract(epoch FROM clock_timestamp())").scalar_one())
+    return time.time()
+
+
+def replacing(connection: Connection, table: Table) -> Insert:
+    """An insert that replaces the row of the same primary key, if there is one."""
+    made = (postgresql if connection.dialect.name == "postgresql" else sqlite).insert(table)
+    others = {column.name: made.excluded[column.name] for column in table.c if not column.primary_key}
+    return made.on_conflict_do_update(index_elements=list(table.primary_key.columns), set_=others)
 
 
 def insert_rows(connection: Connection, table: Table, rows: Sequence[tuple]) -> None:
     """Insert rows, each with all columns of the table in order."""
-    if not rows:
-        return
-    if connection.dialect.positional:
+    if rows:
         # SQLAlchemy looks at every value of every row; a driver that takes tuples needs none of it.
         connection.exec_driver_sql(_insert(table, connection.dialect), list(rows))
-    else:
-        names = table.c.keys()
-        connection.execute(insert(table), [dict(zip(names, row, strict=True)) for row in rows])
 
 
 def durable(connection: Connection, wanted: bool) -> None:
@@ -177,7 +170,7 @@ def durable(connection: Connection, wanted: bool) -> None:
         connection.exec_driver_sql(f"PRAGMA synchronous = {'FULL' if wanted else 'NORMAL'}")
 
 
-def forget(connection: Connection) -> bool:
+def scrub(connection: Connection) -> bool:
     """Deleted text leaves the journal as well.  False where a reader still needs it: try again later."""
     if connection.dialect.name != "sqlite":
         return True
@@ -193,7 +186,10 @@ def forget(connection: Connection) -> bool:
 
 @cache
 def _insert(table: Table, dialect: Dialect) -> str:
-    return str(insert(table).compile(dialect=dialect))
+    if dialect.positional:
+        return str(insert(table).compile(dialect=dialect))
+    columns = ", ".join(dialect.identifier_preparer.format_column(column) for column in table.c)
+    return f"INSERT INTO {table.name} ({columns}) VALUES ({', '.join(['%s'] * len(table.c))})"
 
 
 def _set_pragmas(connection: Any, _: object) -> None:

@@ -43,7 +43,7 @@ def routes(gateway: "Gateway") -> list[Route]:
 
     async def feedback(request: Request) -> Response:
         key = gateway.access.client(request.scope, header_map(request.scope))
-        gateway.limits.admit(key)
+        await gateway.limits.admitted(key)
         body = await read_body(request.receive, header_map(request.scope), _FEEDBACK_BYTES)
         identity, quality = _feedback(body)
         try:
@@ -92,7 +92,7 @@ class Admin:
     def __init__(self, gateway: "Gateway", own: Sequence[BaseRoute]) -> None:
         async def reload(request: Request) -> Response:
             try:
-                return JSONResponse({"reloaded": await gateway.reload()})
+                return JSONResponse({"reloaded": await gateway.reload_everywhere()})
             except (DataError, ValueError) as error:
                 raise Problem(409, "not_reloaded", f"all stays as it was: {error}") from None
 

@@ -19,12 +19,13 @@ from deferral.gateway.database import connect, prepare
 from deferral.gateway.database import keys as table
 from deferral.gateway.windows import WINDOWS, WindowName, time_zone
 
-__all__ = ["ANYONE", "Issued", "Key", "Keys"]
+__all__ = ["ANYONE", "PREFIX", "Issued", "Key", "Keys"]
 
 _log = logging.getLogger("deferral.gateway.keys")
 
 _REFRESH = 2.0
 _MARK = "dk"
+PREFIX = f"{_MARK}-"
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Issued:
     @property
     def prefix(self) -> str:
         """The part of the token that is no secret."""
-        return f"{_MARK}-{self.key.id}"
+        return f"{PREFIX}{self.key.id}"
 
 
 class Keys:
@@ -141,7 +142,7 @@ class Keys:
 
     def revoke(self, id: str) -> bool:
         """End a key, by its id or the prefix that is shown; False where there is none that is valid."""
-        identity = id.removeprefix(f"{_MARK}-")
+        identity = id.removeprefix(PREFIX)
         valid = (table.c.id == identity) & table.c.revoked.is_(None)
         with self.engine.begin() as connection:
             changed = connection.execute(update(table).where(valid).values(revoked=time.time())).rowcount

@@ -14,7 +14,7 @@ from deferral.gateway.keys import Key
 from deferral.gateway.record import Record
 from deferral.gateway.windows import Span, span, time_zone
 
-__all__ = ["Hold", "Limits", "Refused"]
+__all__ = ["Account", "Hold", "Limits", "Refused", "too_often", "unreadable"]
 
 _MINUTE = 60.0
 _PLENTY = 0.5
@@ -35,7 +35,7 @@ class Hold:
     As a context manager it is settled with 0 where nobody has settled it.
     """
 
-    def __init__(self, account: "_Account | None", dollars: float, lock: threading.Lock) -> None:
+    def __init__(self, account: "Account | None", dollars: float, lock: threading.Lock) -> None:
         self._account, self._dollars, self._lock = account, dollars, lock
         self.settled = False
 
@@ -62,17 +62,26 @@ class Hold:
             self.settle(0.0)
 
 
-class _Account:
-    """What a key has spent and set aside in one window.  A request belongs to the window that it was held in."""
+class Account:
+    """What a key has spent and set aside in one window, and may: a request belongs to the window that it was held in.
 
-    __slots__ = ("flying", "held", "span", "spent")
+    `granted` is what this process may spend, `free` what it may hope to be granted beyond that.
+    """
 
-    def __init__(self, span: Span, spent: float) -> None:
-        self.span, self.spent, self.held, self.flying = span, spent, 0.0, 0
+    __slots__ = ("flying", "free", "granted", "held", "span", "spent")
+
+    def __init__(self, span: Span, spent: float, granted: float) -> None:
+        self.span, self.spent, self.granted = span, spent, granted
+        self.held, self.free, self.flying = 0.0, 0.0, 0
+
+    @property
+    def unspent(self) -> float:
+        """Dollars that are granted, and neither spent nor set aside."""
+        return self.granted - self.spent - self.held
 
 
 class Limits:
-    """Rate limits and budgets of keys.  What was spent in a window is read from the record once, then counted.
+    """Rate limits and budgets of keys, for one process.  What was spent in a window is read from the record once, then counted.
 
     In every window spending stays within the budget but for what requests in flight cost beyond what was expected of them.
     """
@@ -81,7 +90,7 @@ class Limits:
         self._record, self._clock = record, clock
         self._lock = threading.Lock()
         self._times: dict[str, deque[float]] = {}
-        self._accounts: dict[str, _Account] = {}
+        self._accounts: dict[str, Account] = {}
 
     def load(self, keys: Iterable[Key]) -> None:
         """Read what these keys have spent; else that waits for their first request."""
@@ -89,13 +98,23 @@ class Limits:
             if key.budget is not None:
                 self._account(key)
 
+    def close(self) -> None:
+        """No request comes any more."""
+
+    async def admitted(self, key: Key) -> None:
+        """`admit`, for callers in an event loop."""
+        self.admit(key)
+
+    async def held(self, key: Key, dollars: float) -> Hold:
+        """`hold`, for callers in an event loop."""
+        return self.hold(key, dollars)
+
     def admit(self, key: Key) -> None:
         """Count a request.  Refused: the key asks too often, or the record cannot take another row.
 
         In any 60 seconds at most `requests_per_minute` are admitted.
         """
-        if self._record.full:
-            raise Refused(503, "record_unavailable", "requests are not taken while their record cannot be written", 1.0)
+        self._check_record()
         if key.requests_per_minute is None:
             return
         now = self._clock()
@@ -107,9 +126,7 @@ class Limits:
             while times and now - times[0] >= _MINUTE:
                 times.popleft()
             if len(times) >= key.requests_per_minute:
-                wait = times[len(times) - key.requests_per_minute] + _MINUTE - now
-                message = f"this key may ask {key.requests_per_minute} times a minute; try again in {math.ceil(wait)} s"
-                raise Refused(429, "rate_limit_exceeded", message, wait)
+                raise too_often(key, times[len(times) - key.requests_per_minute] + _MINUTE - now)
             times.append(now)
 
     def left(self, key: Key) -> float | None:
@@ -117,7 +134,7 @@ class Limits:
         if key.budget is None:
             return None
         account = self._account(key)
-        return max(key.budget - account.spent - account.held, 0.0)
+        return max(account.unspent + account.free, 0.0)
 
     def thrift(self, key: Key) -> float:
         """A factor in (0, 1] on the price of an error, so that a budget that runs low is stretched before it ends.
@@ -142,21 +159,27 @@ class Limits:
             return Hold(None, dollars, self._lock)
         account = self._account(key)
         with self._lock:
-            left = key.budget - account.spent - account.held
-            if left <= 0 or dollars > left:
+            if account.unspent <= 0 or dollars > account.unspent:
                 raise self._spent(key, account)
-            account.held += dollars
-            account.flying += 1
+            return self._set_aside(account, dollars)
+
+    def _set_aside(self, account: Account, dollars: float) -> Hold:
+        """Under the lock."""
+        account.held += dollars
+        account.flying += 1
         return Hold(account, dollars, self._lock)
+
+    def _check_record(self) -> None:
+        if self._record.full:
+            raise Refused(503, "record_unavailable", "requests are not taken while their record cannot be written", 1.0)
 
     def _spent_since(self, key: Key, start: float) -> float:
         try:
             return self._record.spent(key.id, start)
         except SQLAlchemyError as error:
-            message = "what this key has spent cannot be read: the database fails"
-            raise Refused(503, "record_unavailable", message, 1.0) from error
+            raise unreadable() from error
 
-    def _spent(self, key: Key, account: _Account) -> Refused:
+    def _spent(self, key: Key, account: Account) -> Refused:
         window = account.span
         again = datetime.fromtimestamp(window.end, UTC).strftime("%Y-%m-%d %H:%M UTC")
         message = (
@@ -164,7 +187,7 @@ class Limits:
         )
         return Refused(429, "insufficient_quota", message, max(window.end - self._clock(), 0.0))
 
-    def _account(self, key: Key) -> _Account:
+    def _account(self, key: Key) -> Account:
         """The account of the present window."""
         now = self._clock()
         account = self._accounts.get(key.id)
@@ -172,10 +195,24 @@ class Limits:
             return account
         window = span(key.window, now, time_zone(key.zone))
         # A window that has begun while this process was counting holds nothing yet.
-        fresh = account is not None and account.span.end == window.start
-        opened = _Account(window, 0.0 if fresh else self._spent_since(key, window.start))
+        opened = self._open(key, window, fresh=account is not None and account.span.end == window.start)
         with self._lock:
             account = self._accounts.get(key.id)
             if account is None or now not in account.span:
                 self._accounts[key.id] = account = opened
             return account
+
+    def _open(self, key: Key, window: Span, *, fresh: bool) -> Account:
+        assert key.budget is not None
+        return Account(window, 0.0 if fresh else self._spent_since(key, window.start), key.budget)
+
+
+def too_often(key: Key, wait: float) -> Refused:
+    """The refusal of a key that has asked as often as it may, for `wait` seconds."""
+    message = f"this key may ask {key.requests_per_minute} times a minute; try again in {math.ceil(wait)} s"
+    return Refused(429, "rate_limit_exceeded", message, wait)
+
+
+def unreadable() -> Refused:
+    """The refusal of a key with a limit while nobody can say what is left of it."""
+    return Refused(503, "record_unavailable", "what this key has spent cannot be read: the database fails", 1.0)

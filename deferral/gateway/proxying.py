@@ -87,7 +87,7 @@ class Exchange:
         try:
             try:
                 self.key = gateway.access.client(scope, headers)
-                gateway.limits.admit(self.key)
+                await gateway.limits.admitted(self.key)
                 body = await read_body(self.receive, headers, gateway.settings.max_request_bytes)
                 timer = asyncio.get_running_loop().call_later(_WATCH_AFTER, self._watch, task)
                 await self._serve(body, headers)
@@ -125,7 +125,7 @@ class Exchange:
         forwarded = {
             name.decode(): value.decode() for name, value in headers.items() if name in FORWARDED and _PLAIN.fullmatch(value)
         }
-        with gateway.limits.hold(self.key, choice.price[choice.ranking[0]]) as hold:
+        with await gateway.limits.held(self.key, choice.price[choice.ranking[0]]) as hold:
             call = await gateway.answerers.answer(
                 ranking, self.path, lambda expert: with_model(body, expert.model), forwarded, asked
             )

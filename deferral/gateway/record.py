@@ -13,11 +13,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, bindparam, delete, func, or_, select
+from sqlalchemy import Connection, delete, or_, select
 from sqlalchemy.exc import DataError as ValueRefused
 from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 
-from deferral.gateway.database import connect, decisions, durable, feedback, forget, insert_rows, prepare, texts
+from deferral.gateway.database import (
+    connect,
+    decisions,
+    durable,
+    feedback,
+    insert_rows,
+    prepare,
+    replacing,
+    scrub,
+    texts,
+    writing,
+)
+from deferral.gateway.ledger import recorded
 from deferral.gateway.rows import DecisionRow, plain, values
 
 __all__ = ["DecisionRow", "Record"]
@@ -86,7 +98,7 @@ class Record:
         self._trouble = ""
         self._warned_at = -math.inf
         self._clean_at = 0.0
-        self._to_forget = False
+        self._to_scrub = False
         self._ended = False
 
     def start(self) -> None:
@@ -141,9 +153,8 @@ class Record:
 
     def spent(self, key: str, since: float) -> float:
         """Dollars that the requests of a key have cost that arrived at `since` or later, as far as they are written."""
-        total = select(func.coalesce(func.sum(decisions.c.price), 0.0))
         with self.engine.connect() as connection:
-            return float(connection.execute(total.where(decisions.c.key == key, decisions.c.time >= since)).scalar_one())
+            return recorded(connection, key, since)
 
     async def _ask(self, response_id: str, quality: float, key: str) -> bool:
         if self.full:
@@ -247,12 +258,11 @@ class Record:
         said = [item for item in batch if isinstance(item, _Feedback)]
         with self.engine.connect() as connection:
             durable(connection, bool(said))
-            insert_rows(connection, decisions, [values(row) for row in rows])
-            if self.store_text:
-                insert_rows(connection, texts, list(self._texts(rows)))
-            answers = _kept(connection, said) if said else []
-            connection.commit()
-        return answers
+            with writing(connection):
+                insert_rows(connection, decisions, [values(row) for row in rows])
+                if self.store_text:
+                    insert_rows(connection, texts, list(self._texts(rows)))
+                return _kept(connection, said) if said else []
 
     def _texts(self, rows: Sequence[DecisionRow]) -> Iterator[tuple]:
         kept_for = 86400 * (self.retention_days or 0)
@@ -269,19 +279,25 @@ class Record:
             over = or_(over, texts.c.time <= now - 86400 * self.retention_days)
         try:
             with self.engine.connect() as connection:
-                found = connection.execute(select(texts.c.decision).where(over).limit(_CLEANED_AT_ONCE)).scalars().all()
-                if found:
-                    connection.execute(delete(texts).where(texts.c.decision.in_(found)))
-                    connection.commit()
-                    self._to_forget = True
-                if self._to_forget and len(found) < _CLEANED_AT_ONCE:
-                    self._to_forget = not forget(connection)
+                # Several workers clean: each takes what no other is at.
+                some = select(texts.c.decision).where(over).limit(_CLEANED_AT_ONCE).with_for_update(skip_locked=True)
+                if connection.execute(select(texts.c.decision).where(over).limit(1)).first() is None:
+                    found: Sequence[str] = []
+                else:
+                    connection.rollback()
+                    with writing(connection):
+                        found = connection.execute(some).scalars().all()
+                        connection.execute(delete(texts).where(texts.c.decision.in_(found)))
+                    self._to_scrub = True
+                if self._to_scrub and len(found) < _CLEANED_AT_ONCE:
+                    connection.rollback()
+                    self._to_scrub = not scrub(connection)
         except SQLAlchemyError as error:
             self._note(f"texts whose time is over cannot be deleted, {_reason(error)}")
             return _LAST_RETRY
         if len(found) == _CLEANED_AT_ONCE:
             return 0.0
-        return _LAST_RETRY if self._to_forget else _CLEANING
+        return _LAST_RETRY if self._to_scrub else _CLEANING
 
     def _note(self, trouble: str) -> None:
         self._trouble = trouble
@@ -312,9 +328,10 @@ def _kept(connection: Connection, said: Sequence[_Feedback]) -> list[tuple[_Feed
             kept[found[0], item.key] = item
         answers.append((item, known))
     if kept:
-        same = (feedback.c.decision == bindparam("one")) & (feedback.c.key == bindparam("by"))
-        connection.execute(delete(feedback).where(same), [{"one": one, "by": by} for one, by in kept])
-        insert_rows(connection, feedback, [(one, by, item.quality, item.time) for (one, by), item in kept.items()])
+        # In one order everywhere: two workers that wait for each other's rows would wait for ever.
+        ordered = sorted(kept.items())
+        rows = [{"decision": one, "key": by, "quality": item.quality, "time": item.time} for (one, by), item in ordered]
+        connection.execute(replacing(connection, feedback), rows)
     return answers
 
 

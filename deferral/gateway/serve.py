@@ -4,6 +4,8 @@ import gc
 import logging
 import os
 import signal
+import socket
+from functools import partial
 from pathlib import Path
 
 import click
@@ -15,6 +17,7 @@ from deferral.gateway.app import gateway, load_router
 from deferral.gateway.experts_file import read_experts
 from deferral.gateway.logs import logging_to
 from deferral.gateway.settings import Settings
+from deferral.gateway.workers import listening, supervise
 
 __all__ = ["run", "serve"]
 
@@ -32,6 +35,20 @@ def run(settings: Settings, *, log_level: str = "info") -> None:
     """
     assert settings.experts_file is not None
     must_have_key(settings)
+    if settings.workers == 1:
+        _serve(settings, log_level)
+        return
+    # Here a mistake in the files is an error of one command, and not of each worker.
+    load_router(settings), read_experts(settings.experts_file)
+    with logging_to(level=log_level):
+        listener = listening(settings.host, settings.port)
+        _log.info("%d workers at %s:%d", settings.workers, *listener.getsockname()[:2])
+        supervise(partial(_serve, settings, log_level), listener, settings.workers)
+
+
+def _serve(settings: Settings, log_level: str, listener: socket.socket | None = None) -> None:
+    """In this process, at the settings' address or from a socket that is there already."""
+    assert settings.experts_file is not None
     router, experts = load_router(settings), read_experts(settings.experts_file)
     _allow_many_connections()
     # When all is done, uvicorn raises the signal that ended it once more, for whoever was there before.
@@ -58,7 +75,7 @@ def run(settings: Settings, *, log_level: str = "info") -> None:
         gc.collect()
         gc.freeze()
         _log.info("serving %s at %s:%d", ", ".join(experts), settings.host, settings.port)
-        uvicorn.Server(config).run()
+        uvicorn.Server(config).run(None if listener is None else [listener])
 
 
 def _allow_many_connections() -> None:
@@ -88,6 +105,13 @@ def _allow_many_connections() -> None:
 )
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to bind to; others than loopback need a key.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True)
+@click.option(
+    "--workers",
+    type=click.IntRange(1, 256),
+    default=1,
+    show_default=True,
+    help="Processes that serve; a core each.",
+)
 @click.option(
     "--database",
     default="sqlite:///deferral-gateway.db",
@@ -119,6 +143,7 @@ def serve(
     encoder: Path | None,
     host: str,
     port: int,
+    workers: int,
     database: str,
     explore: float | None,
     store_text: bool,
@@ -137,6 +162,7 @@ def serve(
             database=database,
             host=host,
             port=port,
+            workers=workers,
             explore=explore,
             store_text=store_text,
             retention_days=retention_days,

@@ -16,12 +16,13 @@ class Settings:
     `explore` is the share of the queries that go to an expert drawn at random (None: the router's own); `deadline_s` is how
     long a slow encoder may take before the static mix decides; `retry_share` bounds retries as a share of the requests;
     `router_folder` and `experts_file` are what a reload reads; `encoder` is the folder of the sentence encoder that the router
-    was fitted with, if it was.
+    was fitted with, if it was; `workers` is how many processes serve.
     """
 
     database: str = "sqlite:///deferral-gateway.db"
     host: str = "127.0.0.1"
     port: int = 8080
+    workers: int = 1
     explore: float | None = None
     store_text: bool = False
     retention_days: float | None = None
@@ -41,6 +42,8 @@ class Settings:
             raise ValueError("admin_key: expected at least 16 characters; make one with `openssl rand -hex 32`")
         if not 0 <= self.retry_share <= 1:
             raise ValueError(f"retry_share: expected a share of the requests in [0, 1], got {self.retry_share}")
+        if not 1 <= self.workers <= 256:
+            raise ValueError(f"workers: expected 1 to 256 processes, got {self.workers}")
         for name in ("max_request_bytes", "max_reply_bytes", "deadline_s"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected a number above 0, got {getattr(self, name)}")

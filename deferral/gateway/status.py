@@ -11,6 +11,7 @@ from sqlalchemy import Connection, Engine, case, distinct, func, select
 
 from deferral.gateway.database import decisions, feedback
 from deferral.gateway.keys import Key
+from deferral.gateway.ledger import recorded
 from deferral.gateway.windows import span, time_zone
 
 if TYPE_CHECKING:
@@ -174,6 +175,5 @@ def _judged(found: tuple[int, float] | None) -> tuple[int, float | None]:
 
 def _budget(connection: Connection, key: Key, now: float) -> Budget:
     window = span(key.window, now, time_zone(key.zone))
-    spent = select(func.coalesce(func.sum(decisions.c.price), 0.0))
-    spent = spent.where(decisions.c.key == key.id, decisions.c.time >= window.start)
-    return Budget(key.id, key.name, key.budget or math.inf, key.window, float(connection.execute(spent).scalar_one()), window.end)
+    spent = recorded(connection, key.id, window.start)
+    return Budget(key.id, key.name, key.budget or math.inf, key.window, spent, window.end)

@@ -1,0 +1,100 @@
+"""Deletion of what is on record: all of a key, or one response.  What it cost stays in the key's budget."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+from sqlalchemy import ColumnElement, Connection, Engine, delete, or_, select
+
+from deferral.gateway.database import alone, replacing, scrub
+from deferral.gateway.schema import decisions, feedback, forgotten, texts
+
+__all__ = ["Forgotten", "forget"]
+
+_AT_ONCE = 500
+# Windows of budgets begin on a quarter of an hour in every time zone, and last at most a month.
+_QUARTER = 900
+_LONGEST_WINDOW = 32 * 86400
+_SCRUBBING = 5.0
+
+
+@dataclass(frozen=True)
+class Forgotten:
+    """How many rows were deleted."""
+
+    decisions: int = 0
+    feedback: int = 0
+    texts: int = 0
+
+    def as_json(self) -> dict[str, int]:
+        """For the admin endpoints."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return f"{self.decisions} decisions, {self.feedback} judgements and {self.texts} texts are deleted"
+
+
+def forget(
+    engine: Engine,
+    *,
+    key: str | None = None,
+    response: str | None = None,
+    progress: Callable[[Forgotten], None] = lambda so_far: None,
+) -> Forgotten:
+    """Delete what is on record of a key (by its id), or of a response (by the gateway's id or the reply's own).
+
+    In batches, with as much time between them as they take, so that a gateway that serves can write.  Whoever interrupts it
+    begins again where it was.  SQLite overwrites what is deleted, in the journal too; PostgreSQL when it vacuums.
+    """
+    d = decisions.c
+    if (key is None) == (response is None):
+        raise ValueError("forget: expected either a key or a response")
+    wanted = d.key == key if response is None else or_(d.id == response, d.reply_id == response)
+    total = Forgotten()
+    with engine.connect() as connection:
+        while True:
+            began = time.monotonic()
+            gone = _some(connection, wanted)
+            total = Forgotten(total.decisions + gone.decisions, total.feedback + gone.feedback, total.texts + gone.texts)
+            progress(total)
+            if gone.decisions < _AT_ONCE:
+                break
+            time.sleep(time.monotonic() - began)
+        end = time.monotonic() + _SCRUBBING
+        # Only for as long as readers need the journal; the gateway's own cleaning does the rest.
+        while total.texts and not scrub(connection) and time.monotonic() < end:
+            time.sleep(0.05)
+    return total
+
+
+def _some(connection: Connection, wanted: ColumnElement[bool]) -> Forgotten:
+    d = decisions.c
+    with alone(connection, "forget"):
+        rows = connection.execute(select(d.id, d.key, d.time, d.price).where(wanted).limit(_AT_ONCE).with_for_update()).all()
+        if not rows:
+            return Forgotten()
+        costs: dict[tuple[str, float], float] = {}
+        for row in rows:
+            quarter = row.key, math.floor(row.time / _QUARTER) * float(_QUARTER)
+            costs[quarter] = costs.get(quarter, 0.0) + row.price
+        _keep_costs(connection, costs)
+        ids = [row.id for row in rows]
+        said = connection.execute(delete(feedback).where(feedback.c.decision.in_(ids))).rowcount
+        asked = connection.execute(delete(texts).where(texts.c.decision.in_(ids))).rowcount
+        connection.execute(delete(decisions).where(d.id.in_(ids)))
+    return Forgotten(len(ids), said, asked)
+
+
+def _keep_costs(connection: Connection, costs: dict[tuple[str, float], float]) -> None:
+    f = forgotten.c
+    connection.execute(delete(forgotten).where(f.time < time.time() - _LONGEST_WINDOW))
+    names = {key for key, _ in costs}
+    before = {(row.key, row.time): row.price for row in connection.execute(select(forgotten).where(f.key.in_(names)))}
+    rows = [
+        {"key": key, "time": quarter, "price": price + before.get((key, quarter), 0.0)}
+        for (key, quarter), price in costs.items()
+        if price and quarter >= time.time() - _LONGEST_WINDOW
+    ]
+    if rows:
+        connection.execute(replacing(connection, forgotten), rows)

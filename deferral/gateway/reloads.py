@@ -1,0 +1,64 @@
+"""How all gateways on one database learn that there is another router or another experts file: a number that rises."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+
+from sqlalchemy import Engine, func, insert, select, update
+from sqlalchemy.exc import SQLAlchemyError
+
+from deferral.errors import DataError
+from deferral.gateway.database import alone
+from deferral.gateway.schema import reloads
+
+__all__ = ["Reloads"]
+
+_log = logging.getLogger("deferral.gateway")
+
+_LOOK = 1.0
+_ROW = 1
+
+
+class Reloads:
+    """How often a reload was announced, and how often this gateway has heard of it."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._heard = 0
+
+    def start(self) -> None:
+        """What was announced before is what the gateway has read at its start."""
+        self._heard = self.count()
+
+    def count(self) -> int:
+        """Announcements so far."""
+        with self._engine.connect() as connection:
+            return int(connection.execute(select(func.coalesce(func.max(reloads.c.count), 0))).scalar_one())
+
+    def announce(self) -> None:
+        """To all but this one, which has read its files."""
+        with self._engine.connect() as connection, alone(connection, "reloads"):
+            if not connection.execute(update(reloads).values(count=reloads.c.count + 1)).rowcount:
+                connection.execute(insert(reloads).values(id=_ROW, count=1))
+            now = int(connection.execute(select(reloads.c.count)).scalar_one())
+        # Another's announcement in between is still to be heard.
+        if now == self._heard + 1:
+            self._heard = now
+
+    async def follow(self, reload: Callable[[], Awaitable[object]]) -> None:
+        """Reload whenever that is announced, until cancelled.  A database that is away for a moment is asked again."""
+        while True:
+            await asyncio.sleep(_LOOK)
+            try:
+                now = await asyncio.to_thread(self.count)
+            except SQLAlchemyError:
+                continue
+            if now == self._heard:
+                continue
+            self._heard = now
+            try:
+                await reload()
+            except (DataError, ValueError) as error:
+                _log.error("not reloaded, all stays as it was: %s", error)
+            except Exception:
+                _log.exception("not reloaded, all stays as it was")

@@ -1,0 +1,121 @@
+"""The tables of the gateway.  Whoever changes them adds a step to `migrations`, and 1 to VERSION."""
+
+from sqlalchemy import BigInteger, Boolean, Column, Float, Index, Integer, MetaData, String, Table, Text
+
+__all__ = [
+    "VERSION",
+    "admissions",
+    "decisions",
+    "feedback",
+    "forgotten",
+    "grants",
+    "keys",
+    "reloads",
+    "tables",
+    "texts",
+    "version",
+]
+
+VERSION = 2
+
+tables = MetaData()
+decisions = Table(
+    "decisions",
+    tables,
+    Column("id", String(64), primary_key=True),
+    Column("reply_id", String(200), nullable=False),  # the id inside the upstream's reply
+    Column("time", Float(53), nullable=False),
+    Column("key", String(64), nullable=False),
+    Column("requested", String(200), nullable=False),
+    Column("expert", String(200), nullable=False),
+    Column("chosen", String(200), nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("propensity", Float(53)),
+    Column("expected", Text, nullable=False),  # JSON: expert -> [quality, price, cost], cost null where it may not be asked
+    Column("price_of_error", Float(53)),
+    Column("best_price", Float(53)),
+    Column("price", Float(53), nullable=False),
+    Column("estimated", Boolean, nullable=False),
+    Column("input_tokens", BigInteger, nullable=False),
+    Column("output_tokens", BigInteger, nullable=False),
+    Column("first_byte_s", Float(53)),
+    Column("latency_s", Float(53)),
+    Column("status", Integer, nullable=False),
+    Column("outcome", String(20), nullable=False),
+    Column("attempts", Integer, nullable=False),
+    Column("streamed", Boolean, nullable=False),
+    Column("fast_path", Boolean, nullable=False),
+    Index("decisions_by_time", "time"),
+    Index("decisions_by_key", "key", "time", "price"),
+    Index("decisions_by_reply", "reply_id", "key"),
+)
+feedback = Table(
+    "feedback",
+    tables,
+    Column("decision", String(64), primary_key=True),
+    Column("key", String(64), primary_key=True),
+    Column("quality", Float(53), nullable=False),
+    Column("time", Float(53), nullable=False),
+    Index("feedback_by_time", "time"),
+)
+texts = Table(
+    "texts",
+    tables,
+    Column("decision", String(64), primary_key=True),
+    Column("query", Text, nullable=False),
+    Column("time", Float(53), nullable=False),
+    Column("expires", Float(53), nullable=False),
+    Index("texts_by_expiry", "expires"),
+    Index("texts_by_time", "time"),
+)
+keys = Table(
+    "keys",
+    tables,
+    Column("id", String(64), primary_key=True),
+    Column("name", String(200), nullable=False),
+    Column("hash", String(64), nullable=False),
+    Column("experts", Text),  # JSON: names; null is all
+    Column("requests_per_minute", Integer),
+    Column("budget", Float(53)),
+    Column("window", String(20), nullable=False),
+    Column("zone", String(64), nullable=False),
+    Column("admin", Boolean, nullable=False),
+    Column("created", Float(53), nullable=False),
+    Column("revoked", Float(53)),
+)
+# How much of a key's budget each worker may spend in a window, and has spent; worker "" stands for those that have ended.
+grants = Table(
+    "grants",
+    tables,
+    Column("key", String(64), primary_key=True),
+    Column("start", Float(53), primary_key=True),
+    Column("worker", String(32), primary_key=True),
+    Column("granted", Float(53), nullable=False),
+    Column("spent", Float(53), nullable=False),
+    Column("seen", Float(53), nullable=False),
+)
+# Requests that a worker may let through until a time, taken from a key's rate.
+admissions = Table(
+    "admissions",
+    tables,
+    Column("id", String(32), primary_key=True),
+    Column("key", String(64), nullable=False),
+    Column("until", Float(53), nullable=False),
+    Column("count", Integer, nullable=False),
+    Index("admissions_by_key", "key", "until"),
+)
+# What requests have cost whose rows were deleted, by quarters of an hour: a budget does not come back with them.
+forgotten = Table(
+    "forgotten",
+    tables,
+    Column("key", String(64), primary_key=True),
+    Column("time", Float(53), primary_key=True),
+    Column("price", Float(53), nullable=False),
+)
+reloads = Table(
+    "reloads",
+    tables,
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    Column("count", BigInteger, nullable=False),
+)
+version = Table("schema_version", tables, Column("version", Integer, primary_key=True, autoincrement=False))

@@ -1,0 +1,275 @@
+"""Rate limits and budgets that hold over several workers: parts of them are taken from the ledger, and counted here."""
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from deferral.gateway.database import shared
+from deferral.gateway.keys import Key
+from deferral.gateway.ledger import LIFE, SILENT, Ledger
+from deferral.gateway.limits import Account, Hold, Limits, Refused, too_often, unreadable
+from deferral.gateway.record import Record
+from deferral.gateway.settings import Settings
+from deferral.gateway.windows import Span
+
+__all__ = ["SharedLimits", "limits_of"]
+
+_log = logging.getLogger("deferral.gateway.limits")
+
+_TELL = 1.0
+# A refusal holds for a moment: who asks again and again must not reach the database each time.
+_NO_BETTER = 0.25
+_THREADS = 4
+# Sums of floats leave dust; and a request that is expected to cost nothing still wants a budget that is not spent.
+_CRUMB = 1e-9
+# A worker that is asked often takes as much of a rate as comes in so many minutes.
+_MOST_AT_ONCE = 1 / 240
+
+
+class _Part(Account):
+    """An account of which this worker holds a part."""
+
+    __slots__ = ("asked", "elsewhere", "good_until", "no_better_until", "refused", "since", "told")
+
+    def __init__(self, span: Span, free: float) -> None:
+        super().__init__(span, 0.0, 0.0)
+        self.free = free
+        # Granted and spent as the ledger has them; what was spent before it took this worker for dead is left out there.
+        self.told: tuple[float, float] | None = None
+        self.since = 0.0
+        self.asked, self.elsewhere, self.refused = False, 0.0, 0.0
+        self.good_until = self.no_better_until = 0.0
+
+    def covers(self, dollars: float) -> bool:
+        """Whether they can be set aside here and now."""
+        return 0 < self.unspent >= dollars - _CRUMB and time.monotonic() < self.good_until
+
+
+class _Rate:
+    """What this worker may let through of a key's rate."""
+
+    __slots__ = ("batch", "closed_until", "count", "id", "left", "until", "waiting")
+
+    def __init__(self) -> None:
+        self.id, self.count, self.left, self.until = "", 0, 0, 0.0
+        self.waiting, self.batch, self.closed_until = 0, 1, 0.0
+
+
+class SharedLimits(Limits):
+    """Limits of several workers on one database.  A thread tells the ledger every second what was spent.
+
+    Over all workers no window spends more than its budget, but for what requests in flight cost beyond what was expected of
+    them; in any 60 seconds no more than `requests_per_minute` are admitted.  While the database fails a worker goes on with
+    what it was granted, until the others may take it for dead, then refuses.
+    """
+
+    def __init__(self, record: Record, clock: Callable[[], float] = time.time) -> None:
+        super().__init__(record, clock)
+        self.ledger = Ledger(record.engine)
+        self._keys: dict[str, Key] = {}
+        self._rates: dict[str, _Rate] = {}
+        self._turns: dict[str, asyncio.Lock] = {}
+        # One exchange of a key at a time: what was told earlier must not replace what was told later.
+        self._exchanging: dict[str, threading.Lock] = {}
+        self._pool = ThreadPoolExecutor(_THREADS, "limits")
+        self._end = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def load(self, keys: Iterable[Key]) -> None:
+        """Read what these keys have spent, and begin to tell."""
+        super().load(keys)
+        self._thread = threading.Thread(target=self._run, name="limits", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """What is not spent goes back to the other workers."""
+        self._end.set()
+        if self._thread is not None:
+            self._thread.join()
+        self._pool.shutdown()
+        for name, account in list(self._accounts.items()):
+            assert isinstance(account, _Part)
+            if account.told is not None:
+                try:
+                    self.ledger.retire(name, account.span.start, account.spent - account.since)
+                except SQLAlchemyError as error:
+                    _log.warning("what this worker did not spend comes back later, the database fails: %s", type(error).__name__)
+                    return
+
+    async def admitted(self, key: Key) -> None:
+        """`admit`; the event loop does not wait for the database."""
+        self._check_record()
+        account = self._accounts.get(key.id)
+        if key.budget is not None and (account is None or self._clock() not in account.span):
+            await asyncio.get_running_loop().run_in_executor(self._pool, self._account, key)
+        if key.requests_per_minute is None:
+            return
+        rate = self._rates.setdefault(key.id, _Rate())
+        if self._pass(key, rate):
+            return
+        rate.waiting += 1
+        try:
+            async with self._turns.setdefault(f"rate {key.id}", asyncio.Lock()):
+                while not self._pass(key, rate):
+                    await asyncio.get_running_loop().run_in_executor(self._pool, self._refill, key, rate)
+        finally:
+            rate.waiting -= 1
+
+    def admit(self, key: Key) -> None:
+        """Count a request, and wait for the database where that must be."""
+        self._check_record()
+        if key.requests_per_minute is not None:
+            rate = self._rates.setdefault(key.id, _Rate())
+            while not self._pass(key, rate):
+                self._refill(key, rate)
+
+    async def held(self, key: Key, dollars: float) -> Hold:
+        """`hold`; the event loop does not wait for the database."""
+        account = self._accounts.get(key.id)
+        here = isinstance(account, _Part) and self._clock() in account.span and account.covers(dollars)
+        if key.budget is None or here:
+            return self.hold(key, dollars)
+        async with self._turns.setdefault(f"budget {key.id}", asyncio.Lock()):
+            made = asyncio.get_running_loop().run_in_executor(self._pool, self.hold, key, dollars)
+            try:
+                return await asyncio.shield(made)
+            except asyncio.CancelledError:
+                # Its client left; the thread sets the dollars aside nevertheless.
+                made.add_done_callback(_let_go)
+                raise
+
+    def hold(self, key: Key, dollars: float) -> Hold:
+        """Set aside what a request is expected to cost, and wait for the database where another part must be taken."""
+        if key.budget is None or not dollars >= 0:
+            return super().hold(key, dollars)
+        account = self._account(key)
+        assert isinstance(account, _Part)
+        account.asked = True
+        with self._lock:
+            if account.covers(dollars):
+                return self._set_aside(account, dollars)
+        if dollars < account.refused or time.monotonic() >= account.no_better_until:
+            made = self._exchange(key, account, dollars)
+            if made is not None:
+                return made
+            account.refused, account.no_better_until = dollars, time.monotonic() + _NO_BETTER
+        refused = self._spent(key, account)
+        if account.unspent + account.free + account.elsewhere >= max(dollars, _CRUMB):
+            # Other workers have it; what they do not spend comes back.
+            refused.retry_after = _TELL
+        raise refused
+
+    def tell(self) -> None:
+        """Tell the ledger what was spent, and give back what was not asked for since the last time."""
+        for name, account in list(self._accounts.items()):
+            assert isinstance(account, _Part)
+            key = self._keys[name]
+            with self._lock:
+                if not account.asked:
+                    account.granted = min(account.granted, account.spent + account.held)
+                account.asked = False
+                now = account.granted - account.since, account.spent - account.since
+                news = now != account.told if account.told is not None else now != (0.0, 0.0)
+                # Whoever has something to spend, or spends it at present, must not be taken for dead.
+                alive = account.flying or account.unspent > 0
+            if news or alive:
+                self._exchange(key, account)
+
+    def _open(self, key: Key, window: Span, *, fresh: bool) -> Account:
+        assert key.budget is not None
+        self._keys[key.id] = key
+        account = _Part(window, key.budget)
+        if not fresh:
+            self._exchange(key, account)
+        return account
+
+    def _exchange(self, key: Key, account: _Part, dollars: float | None = None) -> Hold | None:
+        """Tell the ledger, and ask it for dollars to be set aside.  -> the hold, where that could be done"""
+        assert key.budget is not None
+        wanted = 0.0 if dollars is None else max(dollars, _CRUMB)
+        with self._exchanging.setdefault(key.id, threading.Lock()):
+            while True:
+                began = time.monotonic()
+                with self._lock:
+                    # What was spent beyond what was granted is granted by that.
+                    account.granted = max(account.granted, account.spent + account.held)
+                    granted, spent = account.granted - account.since, account.spent - account.since
+                    unspent = account.unspent
+                try:
+                    part = self.ledger.exchange(
+                        key.id,
+                        account.span.start,
+                        key.budget,
+                        granted=granted,
+                        spent=spent,
+                        unspent=unspent,
+                        wanted=wanted,
+                        known=account.told is not None,
+                    )
+                except SQLAlchemyError as error:
+                    raise unreadable() from error
+                with self._lock:
+                    if part.lost and account.told is not None:
+                        # What it told is kept for it there, and what it had not spent is another's.
+                        account.since, account.told = account.since + account.told[1], None
+                        account.granted = account.spent + account.held
+                        continue
+                    account.free, account.elsewhere = part.free, part.elsewhere
+                    account.granted += part.added
+                    account.good_until = began + SILENT / 2
+                    if granted or spent or part.added:
+                        account.told = granted + part.added, spent
+                    return self._set_aside(account, dollars) if dollars is not None and account.covers(dollars) else None
+
+    def _pass(self, key: Key, rate: _Rate) -> bool:
+        now = time.monotonic()
+        with self._lock:
+            if now < rate.until and rate.left > 0:
+                rate.left -= 1
+                return True
+        if now < rate.closed_until:
+            raise too_often(key, rate.closed_until - now)
+        return False
+
+    def _refill(self, key: Key, rate: _Rate) -> None:
+        assert key.requests_per_minute is not None
+        with self._lock:
+            unused, rate.left = rate.left, 0
+            # Twice as many where the last were used up, half where they were not.
+            batch = 2 * rate.count if not unused else rate.count // 2
+            batch = max(1, rate.waiting, min(batch, int(key.requests_per_minute * _MOST_AT_ONCE)))
+            earlier = (rate.id, rate.count - unused) if unused else None
+        began = time.monotonic()
+        try:
+            got = self.ledger.admit(key.id, key.requests_per_minute, batch, earlier)
+        except SQLAlchemyError as error:
+            raise unreadable() from error
+        with self._lock:
+            rate.id, rate.count, rate.left, rate.until = got.id, got.count, got.count, began + LIFE
+        if not got.count:
+            rate.closed_until = time.monotonic() + got.wait
+
+    def _run(self) -> None:
+        while not self._end.wait(_TELL):
+            try:
+                self.tell()
+            except Refused:
+                _log.error("what was spent cannot be told to the other workers: the database fails")
+            except Exception:
+                _log.exception("what was spent cannot be told to the other workers")
+
+
+def limits_of(record: Record, settings: Settings) -> Limits:
+    """For one process that has its database to itself, or for several that share one."""
+    alone = settings.workers == 1 and not shared(record.engine)
+    return Limits(record) if alone else SharedLimits(record)
+
+
+def _let_go(made: "asyncio.Future[Hold]") -> None:
+    if not made.cancelled() and made.exception() is None:
+        made.result().settle(0.0)

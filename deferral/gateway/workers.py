@@ -1,0 +1,102 @@
+"""Several processes that serve from one socket: begun, watched, replaced when they die, and ended together."""
+
+import logging
+import multiprocessing
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from deferral.errors import DataError
+
+__all__ = ["listening", "supervise"]
+
+_log = logging.getLogger("deferral.gateway")
+
+_BACKLOG = 4096
+# Where it can be, one clean process imports everything once, and each worker is a copy of it.
+_METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+_LOOK = 0.2
+# Workers that end sooner than this after their start, so many in a row, will not do better the next time.
+_TOO_SOON = 10.0
+_PATIENCE = 5
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """A socket that several processes can take connections from; OSError where the address is not to be had."""
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    made = socket.socket(family)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        made.bind(address)
+    except OSError:
+        made.close()
+        raise
+    made.listen(_BACKLOG)
+    made.setblocking(False)
+    return made
+
+
+def supervise(serve: Callable[[socket.socket], None], listener: socket.socket, count: int) -> None:
+    """Have `count` processes call `serve` with the socket until SIGTERM or SIGINT; SIGHUP is passed on to all.
+
+    `serve` is a function that can be named, since each process is a new one.  DataError if they cannot stay up.
+    """
+    ended, hung_up = threading.Event(), threading.Event()
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, lambda *_: ended.set())
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, lambda *_: hung_up.set())
+    multiprocessing.set_forkserver_preload(["__main__", "deferral.gateway.serve"])
+    running = {_begun(serve, listener): time.monotonic() for _ in range(count)}
+    failures = 0
+    while not ended.is_set() and failures < _PATIENCE:
+        wait([process.sentinel for process in running], _LOOK)
+        if hung_up.is_set():
+            hung_up.clear()
+            _tell(running, signal.SIGHUP)
+        if ended.is_set():
+            break
+        for process, began in [(one, since) for one, since in running.items() if not one.is_alive()]:
+            del running[process]
+            failures = failures + 1 if time.monotonic() - began < _TOO_SOON else 1
+            _log.error("worker %s ended with status %s; another takes its place", process.pid, process.exitcode)
+            time.sleep(min(0.1 * 2**failures, 2.0))
+            running[_begun(serve, listener)] = time.monotonic()
+    # Whoever comes now is turned away, and does not wait for nobody.
+    listener.close()
+    _tell(running, signal.SIGTERM)
+    for process in running:
+        process.join()
+    if not ended.is_set():
+        raise DataError(f"{_PATIENCE} workers in a row ended soon after their start; the log has the reason")
+
+
+def _begun(serve: Callable[[socket.socket], None], listener: socket.socket) -> BaseProcess:
+    context: Any = multiprocessing.get_context(_METHOD)
+    process: BaseProcess = context.Process(target=_work, args=(serve, listener), name="deferral worker")
+    process.start()
+    return process
+
+
+def _work(serve: Callable[[socket.socket], None], listener: socket.socket) -> None:
+    threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
+    serve(listener)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _tell(running: dict[BaseProcess, float], what: signal.Signals) -> None:
+    for process in running:
+        if process.pid is not None and process.is_alive():
+            os.kill(process.pid, what)

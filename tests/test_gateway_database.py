@@ -1,0 +1,160 @@
+"""One schema on both databases, and the way to it from an older one."""
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from sqlalchemy import Engine, inspect, select
+
+from deferral.errors import DataError
+from deferral.gateway import database as module
+from deferral.gateway.database import alone, clock, connect, prepare
+from deferral.gateway.keys import Keys
+from deferral.gateway.record import Record
+from deferral.gateway.schema import VERSION, decisions, feedback, keys, texts, version
+
+FIRST = (Path(__file__).parent / "gateway_version_1.sql").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def engine(database: str) -> Iterator[Engine]:
+    made = connect(database)
+    yield made
+    made.dispose()
+
+
+@pytest.fixture
+def first_version(engine: Engine) -> Engine:
+    """Rows in the tables of version 1."""
+    with engine.begin() as connection:
+        for statement in FIRST.strip().removesuffix(";").split(";\n"):
+            connection.exec_driver_sql(statement)
+    return engine
+
+
+def shape(engine: Engine) -> dict:
+    look = inspect(engine)
+    return {
+        name: (
+            [(column["name"], column["nullable"]) for column in look.get_columns(name)],
+            look.get_pk_constraint(name)["constrained_columns"],
+            sorted((index["name"], index["column_names"]) for index in look.get_indexes(name)),
+        )
+        for name in look.get_table_names()
+    }
+
+
+def rows(engine: Engine) -> dict[str, list]:
+    with engine.connect() as connection:
+        return {t.name: connection.execute(select(t).order_by(*t.primary_key)).all() for t in (decisions, feedback, keys, texts)}
+
+
+def test_an_older_database_comes_to_what_a_new_one_is_and_keeps_its_rows(first_version: Engine, tmp_path: Path) -> None:
+    before = rows(first_version)
+    assert [len(found) for found in before.values()] == [2, 1, 1, 1]
+    prepare(first_version)
+    assert rows(first_version) == before
+    new = connect(str(tmp_path / "new.db"))
+    prepare(new)
+    assert shape(first_version) == shape(new)
+    with first_version.connect() as connection:
+        assert connection.execute(select(version.c.version)).scalars().all() == [VERSION]
+    prepare(first_version)
+    new.dispose()
+
+
+def test_a_gateway_that_opens_an_older_database_goes_on_where_it_was(first_version: Engine, database: str) -> None:
+    record, store = Record(database), Keys(database)
+    record.start()
+    store.start()
+    assert record.spent("k", 1001.0) == 0.5
+    [key] = store
+    assert (key.name, key.budget) == ("bob", 1.0)
+    store.close()
+    record.stop()
+
+
+def test_many_who_open_an_older_database_at_once_bring_it_up_once(
+    first_version: Engine, database: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    engines, faults = [connect(database) for _ in range(5)], []
+
+    def open_it(engine: Engine) -> None:
+        try:
+            prepare(engine)
+        except Exception as fault:
+            faults.append(fault)
+
+    threads = [threading.Thread(target=open_it, args=[engine]) for engine in engines]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert faults == []
+    assert sum("the database goes to version 2" in line.message for line in caplog.records) == 1
+    for engine in engines:
+        engine.dispose()
+
+
+def test_a_step_that_fails_leaves_the_database_as_it_was(first_version: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, fault = shape(first_version), RuntimeError("no more")
+
+    def half(*arguments) -> None:
+        whole(*arguments)
+        raise fault
+
+    whole = module.migrate
+    monkeypatch.setattr(module, "migrate", half)
+    with pytest.raises(RuntimeError, match="no more"):
+        prepare(first_version)
+    assert shape(first_version) == before
+    monkeypatch.undo()
+    prepare(first_version)
+    assert shape(first_version) != before
+
+
+def test_a_newer_database_is_refused_and_not_touched(first_version: Engine) -> None:
+    with first_version.begin() as connection:
+        connection.exec_driver_sql(f"UPDATE schema_version SET version = {VERSION + 1}")
+    before = shape(first_version)
+    with pytest.raises(DataError, match=f"expected tables of version {VERSION} or older, got {VERSION + 1}"):
+        prepare(first_version)
+    assert shape(first_version) == before
+
+
+def test_under_one_name_there_is_one_transaction_at_a_time(engine: Engine) -> None:
+    prepare(engine)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("CREATE TABLE counter (n INTEGER)")
+        connection.exec_driver_sql("INSERT INTO counter VALUES (0)")
+
+    def count() -> None:
+        for _ in range(20):
+            with engine.connect() as connection, alone(connection, "counter"):
+                n = connection.exec_driver_sql("SELECT n FROM counter").scalar_one()
+                connection.exec_driver_sql(f"UPDATE counter SET n = {n + 1}")
+
+    threads = [threading.Thread(target=count) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    with engine.connect() as connection:
+        assert connection.exec_driver_sql("SELECT n FROM counter").scalar_one() == 80
+        assert clock(connection) > 1.7e9
+
+
+def test_what_cannot_be_a_database_is_refused_by_what_it_is() -> None:
+    for url, words in {
+        "mysql+pymysql://u:secret@h/d": "mysql is neither",
+        "nonsense://u:secret@h": "nonsense is neither",
+        "://": "got another",
+        "sqlite://": "what is in memory is lost",
+    }.items():
+        with pytest.raises(ValueError, match=words) as refused:
+            connect(url)
+        assert "secret" not in str(refused.value)
+    with pytest.raises(DataError, match="cannot be opened") as closed:
+        prepare(connect("postgresql://u:secret@127.0.0.1:1/d"))
+    assert "secret" not in str(closed.value)

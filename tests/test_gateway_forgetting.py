@@ -1,0 +1,146 @@
+"""What is deleted is gone, from the files too, and what it cost is still spent."""
+
+import asyncio
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from sqlalchemy import func, select
+from starlette.applications import Starlette
+from starlette.testclient import TestClient
+
+from deferral.cli import main
+from deferral.gateway import forgetting as module
+from deferral.gateway import record as record_module
+from deferral.gateway.admin import routes
+from deferral.gateway.endpoints import error_handlers
+from deferral.gateway.forgetting import Forgotten, forget
+from deferral.gateway.keys import Key, Keys
+from deferral.gateway.ledger import recorded
+from deferral.gateway.limits import Limits
+from deferral.gateway.record import Record
+from deferral.gateway.schema import decisions, feedback, forgotten, texts
+from deferral.gateway.windows import span, time_zone
+from tests.gateway_rows import row
+
+NOW = time.time()
+
+
+def filled(database: str, count: int = 20) -> Record:
+    """Rows of the keys "a" and "b" in turn, each with its text, and judged by its key."""
+    made = Record(database, store_text=True, retention_days=30.0)
+    made.start()
+    for number in range(count):
+        key = "ab"[number % 2]
+        made.add(row(number, time=NOW, key=key, price=0.25, query=f"my secret {number}!", reply_id=f"reply-{number}"))
+
+    async def judge() -> None:
+        for number in range(4):
+            assert await made.feedback(f"id-{number}", 0.5, source_key="ab"[number % 2])
+
+    asyncio.run(judge())
+    return made
+
+
+def counts(record: Record) -> list[int]:
+    with record.engine.connect() as connection:
+        return [connection.execute(select(func.count()).select_from(t)).scalar_one() for t in (decisions, feedback, texts)]
+
+
+def test_a_key_is_forgotten_and_has_spent_what_it_spent(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_AT_ONCE", 3)
+    record, seen = filled(database), []
+    assert forget(record.engine, key="a", progress=seen.append) == Forgotten(10, 2, 10)
+    assert [so_far.decisions for so_far in seen] == [3, 6, 9, 10]
+    assert counts(record) == [10, 2, 10]
+    assert forget(record.engine, key="a") == Forgotten()
+    assert record.spent("a", span("hour", NOW, time_zone("Asia/Kathmandu")).start) == 2.5
+    assert record.spent("a", NOW + 900) == 0
+    assert record.spent("b", NOW) == 2.5
+    assert Limits(record).left(Key("a", "a", budget=3.0, window="month")) == 0.5
+    for wrong in ({}, {"key": "a", "response": "b"}):
+        with pytest.raises(ValueError, match="either a key or a response"):
+            forget(record.engine, **wrong)
+    record.stop()
+
+
+def test_a_response_is_forgotten_by_either_id(database: str) -> None:
+    record = filled(database)
+    assert forget(record.engine, response="id-1") == Forgotten(1, 1, 1)
+    assert forget(record.engine, response="reply-3") == Forgotten(1, 1, 1)
+    assert forget(record.engine, response="nothing") == Forgotten()
+    assert counts(record) == [18, 2, 18]
+    assert record.spent("b", 0.0) == 2.5
+    record.stop()
+
+
+def test_what_is_forgotten_is_in_no_file(tmp_path: Path) -> None:
+    record = filled(str(tmp_path / "gateway.db"))
+    forget(record.engine, key="a")
+    record.stop()
+    kept = b"".join(path.read_bytes() for path in tmp_path.iterdir())
+    assert b"my secret 1!" in kept
+    assert b"my secret 0!" not in kept
+    assert b"my secret 18!" not in kept
+
+
+def test_rows_are_written_while_others_are_deleted(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_AT_ONCE", 5)
+    record = filled(database, 200)
+    deleting = [threading.Thread(target=forget, args=[record.engine], kwargs={"key": "a"}) for _ in range(2)]
+    for thread in deleting:
+        thread.start()
+    for number in range(1000, 1100):
+        record.add(row(number, time=NOW, key="b", price=0.25))
+        time.sleep(0.001)
+    for thread in deleting:
+        thread.join()
+    record.stop()
+    assert counts(record) == [200, 2, 200]
+    with record.engine.connect() as connection:
+        assert connection.execute(select(func.sum(forgotten.c.price))).scalar_one() == 25
+        assert recorded(connection, "a", 0.0) == 25
+    record.engine.dispose()
+
+
+def test_texts_whose_time_is_over_go_in_batches(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record_module, "_CLEANED_AT_ONCE", 7)
+    record = filled(database)
+    record.stop()
+    late = [Record(database, clock=lambda: NOW + 30 * 86400 + 1) for _ in range(2)]
+    for one in late:
+        one.start()
+    end = time.monotonic() + 10
+    while counts(late[0])[2]:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    assert not any(one.trouble for one in late)
+    for one in late:
+        one.stop()
+    assert counts(late[0]) == [20, 4, 0]
+    late[0].engine.dispose()
+
+
+def test_an_operator_deletes_by_endpoint_and_by_command(database: str, capsys: pytest.CaptureFixture[str]) -> None:
+    record, store = filled(database), Keys(database)
+    store.start()
+    app = Starlette(routes=routes(SimpleNamespace(record=record, keys=store)), exception_handlers=error_handlers())  # type: ignore[arg-type]
+    with TestClient(app) as client:
+        assert client.delete("/responses/reply-1").json() == {"deleted": {"decisions": 1, "feedback": 1, "texts": 1}}
+        assert client.delete("/responses/reply-1").status_code == 404
+        assert client.delete("/keys/dk-a/record").json()["deleted"]["decisions"] == 10
+        assert client.delete("/keys/nobody/record").json()["error"]["code"] == "nothing_on_record"
+    main(["gateway", "forget", "--response", "id-3", "--yes", "--database", database])
+    assert "1 decisions, 1 judgements and 1 texts are deleted" in capsys.readouterr().out
+    main(["gateway", "forget", "--key", "dk-b", "--yes", "--database", database])
+    assert "8 decisions" in capsys.readouterr().out
+    for wrong, words in ((["--key", "b"], "nothing is on record"), ([], "either --key or --response")):
+        with pytest.raises(SystemExit) as ended:
+            main(["gateway", "forget", *wrong, "--yes", "--database", database])
+        assert ended.value.code
+        assert words in capsys.readouterr().err
+    assert counts(record) == [0, 0, 0]
+    store.close()
+    record.stop()

@@ -1,0 +1,78 @@
+"""A reload that is announced once is heard by all others on the database, once."""
+
+import asyncio
+from collections.abc import Iterator
+
+import pytest
+from sqlalchemy.exc import OperationalError
+
+from deferral.errors import DataError
+from deferral.gateway import reloads as module
+from deferral.gateway.database import connect, prepare
+from deferral.gateway.reloads import Reloads
+
+
+@pytest.fixture
+def three(database: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Reloads]]:
+    monkeypatch.setattr(module, "_LOOK", 0.01)
+    engines = [connect(database) for _ in range(3)]
+    prepare(engines[0])
+    yield [Reloads(engine) for engine in engines]
+    for engine in engines:
+        engine.dispose()
+
+
+def heard(gateways: list[Reloads], then, fault: Exception | None = None) -> list[int]:
+    """How often each reloads while `then` is done, and for a while after."""
+    counts = [0] * len(gateways)
+
+    async def follow() -> None:
+        def reload(place: int):
+            async def do() -> None:
+                counts[place] += 1
+                if fault is not None:
+                    raise fault
+
+            return do
+
+        tasks = [asyncio.create_task(one.follow(reload(place))) for place, one in enumerate(gateways)]
+        await asyncio.to_thread(then)
+        await asyncio.sleep(0.3)
+        for task in tasks:
+            task.cancel()
+
+    asyncio.run(follow())
+    return counts
+
+
+def test_all_others_hear_of_it_once(three: list[Reloads]) -> None:
+    three[1].announce()
+    three[1].announce()
+    for one in three:
+        one.start()
+    assert [one.count() for one in three] == [2, 2, 2]
+    assert heard(three, lambda: None) == [0, 0, 0]
+    assert heard(three, three[0].announce) == [0, 1, 1]
+    # Of two at about the same time nobody hears less than one that was not its own.
+    both = heard(three, lambda: (three[1].announce(), three[2].announce()))
+    assert both[0] in (1, 2)
+    assert both[1] >= 1
+    assert three[0].count() == 5
+
+
+def test_files_that_cannot_be_read_are_told_and_end_nothing(three: list[Reloads], caplog: pytest.LogCaptureFixture) -> None:
+    assert heard(three, three[0].announce, DataError("no router")) == [0, 1, 1]
+    assert sum("all stays as it was" in line.message for line in caplog.records) == 2
+    assert heard(three, three[0].announce) == [0, 1, 1]
+
+
+def test_a_database_that_is_away_is_asked_again(three: list[Reloads], monkeypatch: pytest.MonkeyPatch) -> None:
+    count, faults = three[1].count, iter([OperationalError("", {}, Exception())] * 3)
+
+    def failing() -> int:
+        for fault in faults:
+            raise fault
+        return count()
+
+    monkeypatch.setattr(three[1], "count", failing)
+    assert heard(three[:2], three[0].announce) == [0, 1]

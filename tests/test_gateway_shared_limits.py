@@ -1,0 +1,284 @@
+"""Several workers on one database: what is granted to all of them together never exceeds a budget or a rate."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+from sqlalchemy import select, update
+
+from deferral.gateway import shared_limits as module
+from deferral.gateway.keys import ANYONE, Key
+from deferral.gateway.limits import Limits, Refused
+from deferral.gateway.record import Record
+from deferral.gateway.schema import grants
+from deferral.gateway.settings import Settings
+from deferral.gateway.shared_limits import SharedLimits, limits_of
+from tests.gateway_rows import row
+
+
+class Workers:
+    """As many as are asked for; each has its own connections, as a process has."""
+
+    def __init__(self, database: str) -> None:
+        self.database, self.records, self.gates = database, [], []
+
+    def __call__(self) -> SharedLimits:
+        record = Record(self.database)
+        record.start()
+        gate = SharedLimits(record)
+        self.records.append(record)
+        self.gates.append(gate)
+        return gate
+
+    def end(self) -> None:
+        for gate in self.gates:
+            gate.close()
+        for record in self.records:
+            record.stop()
+
+
+@pytest.fixture
+def worker(database: str) -> Iterator[Workers]:
+    made = Workers(database)
+    yield made
+    made.end()
+
+
+def granted(gate: SharedLimits) -> float:
+    with gate.ledger.engine.connect() as connection:
+        rows = connection.execute(select(grants)).all()
+    return sum(max(row.granted, row.spent) for row in rows)
+
+
+KEY = Key("k", "k", budget=1.0, window="month")
+
+
+def test_threads_of_three_workers_overspend_by_what_is_in_flight(worker: Workers) -> None:
+    """Every request costs twice what was expected."""
+    gates, lock, bought, threads = [worker() for _ in range(3)], threading.Lock(), [], 6
+
+    def ask(gate: SharedLimits) -> None:
+        refused = 0
+        while refused < 3:
+            try:
+                hold = gate.hold(KEY, 0.01)
+            except Refused as refusal:
+                assert (refusal.status, refusal.code) == (429, "insufficient_quota")  # noqa: PT017
+                refused += 1
+                gate.tell()
+                time.sleep(0.1)
+                continue
+            with lock:
+                bought.append(0.02)
+            hold.settle(0.02)
+
+    running = [threading.Thread(target=ask, args=[gates[number % 3]]) for number in range(threads)]
+    for thread in running:
+        thread.start()
+    for thread in running:
+        thread.join()
+    assert 1.0 - 0.02 <= sum(bought) <= 1.0 + threads * 0.02 + 1e-9
+    for gate in gates:
+        gate.tell()
+    assert granted(gates[0]) == pytest.approx(sum(bought))
+    assert gates[0].left(KEY) == 0
+
+
+def test_parts_are_small_and_come_back(worker: Workers) -> None:
+    one, two = worker(), worker()
+    one.hold(KEY, 0.01).settle(0.01)
+    assert granted(one) == pytest.approx(1 / 16)
+    assert two.left(KEY) == pytest.approx(15 / 16)
+    # All that is left is wanted at once: what the first does not need comes back after two rounds without a request.
+    with pytest.raises(Refused) as refused:
+        two.hold(KEY, 0.98)
+    assert refused.value.retry_after == 1.0
+    one.tell()
+    one.tell()
+    assert granted(one) == pytest.approx(0.01)
+    two._accounts["k"].no_better_until = 0.0  # type: ignore[attr-defined]
+    two.hold(KEY, 0.98).settle(0.98)
+    two.tell()
+    with pytest.raises(Refused) as refused:
+        one.hold(KEY, 0.02)
+    assert refused.value.retry_after > 60
+    one.hold(KEY, 0.005).settle(0.0)
+    one.hold(ANYONE, 5.0).settle(7.0)
+    assert one.left(ANYONE) is None
+
+
+def test_most_requests_need_no_database(worker: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, exchanges = worker(), []
+    exchange = gate.ledger.exchange
+    monkeypatch.setattr(gate.ledger, "exchange", lambda *a, **k: (exchanges.append(1), exchange(*a, **k))[1])
+    asked = 0
+    while True:
+        try:
+            gate.hold(KEY, 1e-4).settle(1e-4)
+            asked += 1
+        except Refused:
+            break
+    assert asked == pytest.approx(10_000, abs=1)
+    assert len(exchanges) < 150
+    for _ in range(50):
+        with pytest.raises(Refused):
+            gate.hold(KEY, 1e-4)
+    assert len(exchanges) < 152, "who is refused must not reach the database each time"
+
+
+def test_what_was_spent_before_and_by_those_that_ended_counts(worker: Workers, database: str) -> None:
+    before = Record(database)
+    before.start()
+    before.add(row(1, key="k", time=time.time(), price=0.25))
+    before.stop()
+    one = worker()
+    assert one.left(KEY) == 0.75
+    one.hold(KEY, 0.5).settle(0.5)
+    one.close()
+    two = worker()
+    assert two.left(KEY) == pytest.approx(0.25)
+    with two.ledger.engine.connect() as connection:
+        [kept] = connection.execute(select(grants)).all()
+    assert (kept.worker, kept.granted, kept.spent) == ("", 0.75, 0.75)
+
+
+def test_a_worker_that_dies_has_spent_what_is_on_record(worker: Workers) -> None:
+    dead, heir = worker(), worker()
+    heir.hold(KEY, 0.001).settle(0.001)
+    heir.tell()
+    dead.hold(KEY, 0.04).settle(0.03)
+    dead.tell()
+    # It tells no more of the next, which is on record.
+    dead.hold(KEY, 0.02).settle(0.02)
+    for number, price in enumerate((0.001, 0.03, 0.02)):
+        dead._record.add(row(number, key="k", time=time.time(), price=price))
+    dead._record.stop()
+    assert heir.left(KEY) is not None
+    with heir.ledger.engine.begin() as connection:
+        connection.execute(update(grants).where(grants.c.worker == dead.ledger.worker).values(seen=time.time() - 31))
+    heir.tell()
+    assert granted(heir) - heir._accounts["k"].unspent == pytest.approx(0.051)
+
+
+def test_a_worker_that_was_taken_for_dead_spends_nothing_twice(worker: Workers) -> None:
+    one, two = worker(), worker()
+    flying = one.hold(KEY, 0.01)
+    with one.ledger.engine.begin() as connection:
+        connection.execute(update(grants).values(seen=time.time() - 31))
+    two.hold(KEY, 0.001).settle(0.001)
+    flying.settle(0.01)
+    one.tell()
+    one.hold(KEY, 0.01).settle(0.01)
+    for gate in (one, two, one, two):
+        gate.tell()
+    assert granted(two) == pytest.approx(0.021, abs=0.0101)
+    assert granted(two) >= 0.021 - 1e-9
+
+
+def test_a_part_that_was_not_confirmed_for_long_is_not_spent(worker: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = worker()
+    gate.hold(KEY, 0.001).settle(0.001)
+    monkeypatch.setattr(module, "time", type("Later", (), {"monotonic": lambda: time.monotonic() + 20, "time": time.time}))
+    monkeypatch.setattr(gate.ledger, "exchange", lambda *_, **__: (_ for _ in ()).throw(module.SQLAlchemyError()))
+    with pytest.raises(Refused, match="the database fails") as refused:
+        gate.hold(KEY, 0.001)
+    assert refused.value.status == 503
+
+
+@pytest.mark.parametrize("rate", [5, 2400])
+def test_in_a_minute_all_workers_admit_what_a_key_may_ask(worker: Workers, rate: int) -> None:
+    gates, key = [worker() for _ in range(3)], Key("k", "k", requests_per_minute=rate)
+    began = time.monotonic()
+
+    async def ask(gate: SharedLimits) -> int:
+        async def one() -> int:
+            admitted = 0
+            for _ in range(rate):
+                try:
+                    await gate.admitted(key)
+                except Refused as refused:
+                    assert (refused.status, refused.code) == (429, "rate_limit_exceeded")  # noqa: PT017
+                    assert 0 < refused.retry_after <= 61  # noqa: PT017
+                    break
+                admitted += 1
+            return admitted
+
+        return sum(await asyncio.gather(*(one() for _ in range(4))))
+
+    admitted: list[int] = []
+    threads = [threading.Thread(target=lambda gate=gate: admitted.append(asyncio.run(ask(gate)))) for gate in gates]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert time.monotonic() - began < 55
+    # What one worker took for a moment and did not use is another's only when that is over.
+    assert rate - 3 * (rate // 240) <= sum(admitted) <= rate
+
+
+def test_a_key_that_asks_seldom_is_not_charged_for_what_it_does_not_ask(worker: Workers) -> None:
+    gate, key = worker(), Key("k", "k", requests_per_minute=1200)
+    for _ in range(40):
+        gate.admit(key)
+    later = gate._rates["k"]
+    later.until = 0.0
+    gate.admit(key)
+    with gate.ledger.engine.connect() as connection:
+        taken = connection.exec_driver_sql("SELECT sum(count) FROM admissions").scalar_one()
+    assert taken <= 41 + later.left
+    gate.admit(ANYONE)
+
+
+def test_the_event_loop_does_not_wait_for_the_database(worker: Workers) -> None:
+    gate, key = worker(), Key("k", "k", budget=1.0, requests_per_minute=60)
+
+    async def ask() -> float:
+        longest, ended = 0.0, asyncio.Event()
+
+        async def watch() -> None:
+            nonlocal longest
+            while not ended.is_set():
+                began = time.monotonic()
+                await asyncio.sleep(0)
+                longest = max(longest, time.monotonic() - began)
+
+        watching = asyncio.create_task(watch())
+        slow = gate.ledger.exchange
+        gate.ledger.exchange = lambda *a, **k: (time.sleep(0.5), slow(*a, **k))[1]  # type: ignore[method-assign]
+        await gate.admitted(key)
+        (await gate.held(key, 0.01)).settle(0.01)
+        ended.set()
+        await watching
+        return longest
+
+    assert asyncio.run(ask()) < 0.4
+
+
+def test_a_client_that_leaves_while_the_database_is_asked_holds_nothing(worker: Workers) -> None:
+    gate = worker()
+    slow = gate.ledger.exchange
+    gate.ledger.exchange = lambda *a, **k: (time.sleep(0.1), slow(*a, **k))[1]  # type: ignore[method-assign]
+
+    async def leave() -> None:
+        await gate.admitted(KEY)
+        asking = asyncio.create_task(gate.held(KEY, 0.01))
+        await asyncio.sleep(0.03)
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        await asyncio.sleep(0.2)
+
+    asyncio.run(leave())
+    account = gate._accounts["k"]
+    assert (account.held, account.flying, account.spent) == (0.0, 0, 0.0)
+    assert account.granted > 0
+
+
+def test_limits_are_shared_wherever_another_worker_may_be(database: str) -> None:
+    record = Record(database)
+    kinds = [type(limits_of(record, Settings(database=database, workers=count))) for count in (1, 2)]
+    assert kinds == [SharedLimits if "postgresql" in database else Limits, SharedLimits]
+    with pytest.raises(ValueError, match="workers: expected 1 to 256"):
+        Settings(workers=0)
