@@ -1,6 +1,7 @@
 """The operator's page: what it shows is true, who may see it, and that it works in a real browser."""
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Iterator
@@ -9,12 +10,16 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
+from sqlalchemy import select
 
 from deferral.gateway.dashboard import FILES
 from deferral.gateway.database import connect, decisions, feedback, insert_rows, prepare
 from deferral.gateway.experts_file import Expert
 from deferral.gateway.history import history, recent
+from deferral.gateway.minutes import add_to_minutes
+from deferral.gateway.record import Record
 from deferral.gateway.rows import values
+from deferral.gateway.schema import minutes, tables
 from deferral.gateway.settings import Settings
 from deferral.gateway.what_if import what_if
 from tests.gateway_rows import row
@@ -54,29 +59,59 @@ def stored(path: Path, rows: list, said: list[tuple]) -> str:
     prepare(engine)
     with engine.begin() as connection:
         insert_rows(connection, decisions, [values(one) for one in rows])
+        add_to_minutes(connection, [values(one) for one in rows])
         insert_rows(connection, feedback, said)
     engine.dispose()
     return str(path)
 
 
 def test_the_history_adds_up_to_the_record(tmp_path: Path) -> None:
-    rows, said = traffic(300, end=10_000.0)
-    rows[7] = row(7, time=rows[7].time, expert="", chosen="small", outcome="error", price=0.0)
-    found = history(connect(stored(tmp_path / "g.db", rows, said)), since=9700, until=10_000)
-    assert sum(found.requests) == 300
-    assert sum(found.failed) == 1
-    assert {name: sum(counts) for name, counts in found.experts.items()} == {
-        name: sum(one.expert == name for one in rows) for name in ("large", "small", "")
-    }
+    rows, said = traffic(300, end=12_000.0)
+    rows[7] = row(7, time=rows[7].time, expert="", chosen="small", outcome="error", price=0.0, latency_s=math.nan)
+    engine = connect(stored(tmp_path / "g.db", rows, said))
+    found = history(engine, since=11_700, until=12_000)
+    assert (sum(found.requests), found.routed, found.width, len(found.requests)) == (300, 300, 60, 5)
+    counts = {name: sum(one.expert == name for one in rows) for name in ("large", "small", "")}
+    assert {name: sum(each) for name, each in found.experts.items()} == counts
+    assert {name: each.requests for name, each in found.totals.items()} == counts
+    assert {name: each.failed for name, each in found.totals.items()} == {"large": 0, "small": 0, "": 1}
+    assert found.totals["small"].latency_s == pytest.approx(0.25)
+    assert found.totals[""].latency_s is None
     assert sum(found.price) == pytest.approx(sum(one.price for one in rows))
     saved = [0.02 - one.price for one in rows if one.outcome == "ok"]
+    assert found.compared == len(saved) == 299
     assert sum(found.saving) == pytest.approx(sum(saved))
-    assert found.width * len(found.requests) >= 300
     # The variance of a sum, step by step.
-    first = [one for one in rows if one.time < 9700 + found.width and one.outcome == "ok"]
+    first = [one for one in rows if one.time < 11_760 and one.outcome == "ok"]
     spread = np.sqrt(len(first) * np.var([0.02 - one.price for one in first]))
     assert found.saving_half[0] == pytest.approx(1.96 * spread)
-    assert sum(history(connect(str(tmp_path / "g.db")), since=9900, until=9950).requests) == 50
+    assert history(engine, since=11_760, until=11_880).requests == [60, 60]
+
+
+def test_sums_by_the_minute_are_those_of_the_decisions_also_after_a_migration(database: str) -> None:
+    """What the writer adds up in batches, a database of the first version is given in one statement."""
+    rows, _ = traffic(200, end=12_000.5)
+    rows[3] = row(3, time=rows[3].time, requested="small", estimated=True, outcome="truncated", best_price=math.nan)
+    record = Record(database)
+    record.start()
+    for one in rows:
+        record.add(one)
+    record.stop()
+    engine = connect(database)
+    with engine.begin() as connection:
+        written = connection.execute(select(minutes).order_by(minutes.c.minute, minutes.c.expert)).all()
+        for table in set(tables.tables) - {"decisions", "feedback", "texts", "keys", "schema_version"}:
+            connection.exec_driver_sql(f"DROP TABLE {table}")
+        connection.exec_driver_sql("UPDATE schema_version SET version = 1")
+    prepare(engine)
+    with engine.connect() as connection:
+        migrated = connection.execute(select(minutes).order_by(minutes.c.minute, minutes.c.expert)).all()
+    engine.dispose()
+    assert len(written) == len({(int(one.time // 60), one.expert) for one in rows})
+    assert sum(one.requests for one in written) == 200
+    for one, other in zip(written, migrated, strict=True):
+        assert one[:2] == other[:2]
+        assert list(one[2:]) == pytest.approx(list(other[2:]))
 
 
 def test_another_setting_is_judged_by_what_was_drawn_not_by_what_was_expected(tmp_path: Path) -> None:

@@ -4,14 +4,25 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sqlalchemy import BigInteger, Engine, case, cast, func, select
+from sqlalchemy import Engine, func, select
 
-from deferral.gateway.database import decisions
+from deferral.gateway.schema import decisions, minutes
 
-__all__ = ["History", "history", "recent"]
+__all__ = ["History", "Total", "history", "recent"]
 
 _STEPS = 60
+_MINUTE = 60
 _Z = 1.96
+
+
+@dataclass(frozen=True)
+class Total:
+    """What one expert answered; "" is nobody.  Dollars, and seconds on the mean, None where nothing was timed."""
+
+    requests: int
+    failed: int
+    price: float
+    latency_s: float | None
 
 
 @dataclass(frozen=True)
@@ -25,11 +36,14 @@ class History:
     start: int
     width: int
     requests: list[int]
-    failed: list[int]
     price: list[float]
     saving: list[float]
     saving_half: list[float]
-    experts: dict[str, list[int]]  # requests that each answered; "" is nobody
+    experts: dict[str, list[int]]  # requests that each answered, whoever answered most first
+    totals: dict[str, Total]
+    routed: int
+    compared: int  # routed answers that `saving` is about
+    estimated: int  # answers whose price is an estimate
 
     def as_json(self) -> dict[str, Any]:
         """The same as plain values."""
@@ -37,51 +51,49 @@ class History:
 
 
 def history(engine: Engine, *, since: float, until: float) -> History:
-    """Read it from the record: since <= time < until, in seconds since 1970."""
-    width = max(1, math.ceil((until - since) / _STEPS))
-    start = int(since)
-    steps = max(1, math.ceil((until - start) / width))
-    d = decisions.c
-    step = (cast(d.time, BigInteger) - start) // width
-    paired = (d.requested == "auto") & (d.outcome == "ok") & d.best_price.is_not(None)
-    saved = case((paired, d.best_price - d.price), else_=0.0)
+    """Read it from the sums over the minutes that began at `since` or later, and before `until`, in seconds since 1970."""
+    first, end = math.ceil(since / _MINUTE), math.ceil(until / _MINUTE)
+    each = max(1, math.ceil((end - first) / _STEPS))
+    steps = max(1, math.ceil((end - first) / each))
+    m = minutes.c
+    step = (m.minute - first) // each
+    columns = [func.sum(column).label(column.name) for column in m if not column.primary_key]
     with engine.connect() as connection:
         rows = connection.execute(
-            select(
-                step.label("step"),
-                d.expert,
-                func.count().label("requests"),
-                func.sum(case((d.outcome.in_(("error", "truncated")), 1), else_=0)).label("failed"),
-                func.sum(d.price).label("price"),
-                func.sum(saved).label("saving"),
-                func.sum(saved * saved).label("squares"),
-                func.sum(case((paired, 1), else_=0)).label("paired"),
-            )
-            .where(d.time >= since, d.time < until)
-            .group_by(step, d.expert)
+            select(step.label("step"), m.expert, *columns).where(m.minute >= first, m.minute < end).group_by(step, m.expert)
         ).all()
-    empty = [0.0] * steps
-    found = {name: list(empty) for name in ("requests", "failed", "price", "saving", "squares", "paired")}
-    experts: dict[str, list[int]] = {}
+    found = {name: [0.0] * steps for name in ("requests", "price", "saved", "saved_squared", "compared")}
+    counts: dict[str, list[int]] = {}
+    sums: dict[str, list[float]] = {}
+    routed = estimated = 0
     for row in rows:
-        # Databases round a time to a whole second in their own ways.
-        place = min(max(int(row.step), 0), steps - 1)
         for name, values in found.items():
-            values[place] += float(getattr(row, name))
-        experts.setdefault(row.expert, [0] * steps)[place] += int(row.requests)
+            values[int(row.step)] += float(getattr(row, name))
+        counts.setdefault(row.expert, [0] * steps)[int(row.step)] = int(row.requests)
+        total = sums.setdefault(row.expert, [0.0] * 4)
+        for place, value in enumerate((row.failed, row.price, row.timed, row.latency)):
+            total[place] += float(value)
+        routed, estimated = routed + int(row.routed), estimated + int(row.estimated)
     half = [
-        _Z * math.sqrt(max(squares - saving * saving / count, 0.0)) if count > 1 else 0.0
-        for squares, saving, count in zip(found["squares"], found["saving"], found["paired"], strict=True)
+        _Z * math.sqrt(max(squares - saved * saved / count, 0.0)) if count > 1 else 0.0
+        for squares, saved, count in zip(found["saved_squared"], found["saved"], found["compared"], strict=True)
     ]
+    experts = dict(sorted(counts.items(), key=lambda entry: -sum(entry[1])))
     return History(
-        start=start,
-        width=width,
+        start=first * _MINUTE,
+        width=each * _MINUTE,
         requests=[int(count) for count in found["requests"]],
-        failed=[int(count) for count in found["failed"]],
         price=found["price"],
-        saving=found["saving"],
+        saving=found["saved"],
         saving_half=half,
-        experts=dict(sorted(experts.items(), key=lambda entry: -sum(entry[1]))),
+        experts=experts,
+        totals={
+            name: Total(sum(experts[name]), int(failed), price, latency / timed if timed else None)
+            for name, (failed, price, timed, latency) in ((name, sums[name]) for name in experts)
+        },
+        routed=routed,
+        compared=int(sum(found["compared"])),
+        estimated=estimated,
     )
 
 

@@ -30,6 +30,7 @@ from deferral.gateway.database import (
     writing,
 )
 from deferral.gateway.ledger import recorded
+from deferral.gateway.minutes import add_to_minutes
 from deferral.gateway.rows import DecisionRow, plain, values
 
 __all__ = ["DecisionRow", "Record"]
@@ -259,7 +260,9 @@ class Record:
         with self.engine.connect() as connection:
             durable(connection, bool(said))
             with writing(connection):
-                insert_rows(connection, decisions, [values(row) for row in rows])
+                plain_rows = [values(row) for row in rows]
+                insert_rows(connection, decisions, plain_rows)
+                add_to_minutes(connection, plain_rows)
                 if self.store_text:
                     insert_rows(connection, texts, list(self._texts(rows)))
                 return _kept(connection, said) if said else []

@@ -10,6 +10,7 @@ __all__ = [
     "forgotten",
     "grants",
     "keys",
+    "minutes",
     "reloads",
     "tables",
     "texts",
@@ -111,6 +112,23 @@ forgotten = Table(
     Column("key", String(64), primary_key=True),
     Column("time", Float(53), primary_key=True),
     Column("price", Float(53), nullable=False),
+)
+# What happened in each minute, by who answered: a month of it is read in a moment, however many decisions there were.
+minutes = Table(
+    "minutes",
+    tables,
+    Column("minute", BigInteger, primary_key=True, autoincrement=False),  # since 1970
+    Column("expert", String(200), primary_key=True),
+    Column("requests", BigInteger, nullable=False),
+    Column("routed", BigInteger, nullable=False),
+    Column("failed", BigInteger, nullable=False),
+    Column("estimated", BigInteger, nullable=False),
+    Column("price", Float(53), nullable=False),
+    Column("compared", BigInteger, nullable=False),  # routed answers whose price at the best expert is known
+    Column("saved", Float(53), nullable=False),
+    Column("saved_squared", Float(53), nullable=False),
+    Column("timed", BigInteger, nullable=False),
+    Column("latency", Float(53), nullable=False),
 )
 reloads = Table(
     "reloads",

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from sqlalchemy import Engine, func, select
 
-from deferral.gateway.database import decisions, feedback
+from deferral.gateway.schema import decisions, feedback
 
 __all__ = ["Point", "WhatIf", "what_if"]
 
@@ -42,6 +42,7 @@ class WhatIf:
     explored: int
     present: float | None  # the price of an error of the newest routed answer
     points: list[Point]
+    qualities: dict[str, tuple[int, float]]  # expert: its answers with feedback, and their mean quality
 
     def as_json(self) -> dict[str, Any]:
         """The same as plain values."""
@@ -57,10 +58,9 @@ def what_if(engine: Engine, *, since: float, until: float) -> WhatIf:
     where there is none.  Dudík, Langford, Li, "Doubly Robust Policy Evaluation and Learning" (2011), eq. 2.
     """
     d = decisions.c
-    opinion = select(feedback.c.decision, func.avg(feedback.c.quality).label("quality")).group_by(feedback.c.decision).subquery()
+    opinion = select(func.avg(feedback.c.quality)).where(feedback.c.decision == d.id).scalar_subquery().label("quality")
     wanted = (
-        select(d.chosen, d.propensity, d.expected, d.price, d.price_of_error, opinion.c.quality)
-        .join(opinion, opinion.c.decision == d.id, isouter=True)
+        select(d.chosen, d.propensity, d.expected, d.price, d.price_of_error, opinion)
         .where(d.time >= since, d.time < until, d.requested == "auto", d.outcome == "ok", d.expert == d.chosen)
         .where(d.propensity > 0, d.price_of_error > 0)
         .order_by(d.time.desc())
@@ -69,7 +69,7 @@ def what_if(engine: Engine, *, since: float, until: float) -> WhatIf:
     with engine.connect() as connection:
         rows = connection.execute(wanted).all()
     if not rows:
-        return WhatIf(0, 0, 0, None, [])
+        return WhatIf(0, 0, 0, None, [], {})
     expected = [json.loads(row.expected) for row in rows]
     experts = sorted({name for one in expected for name in one})
     quality, price = np.full((2, len(rows), len(experts)), np.nan)
@@ -80,7 +80,7 @@ def what_if(engine: Engine, *, since: float, until: float) -> WhatIf:
     drawn = np.array([experts.index(row.chosen) if row.chosen in experts else -1 for row in rows])
     usable = (drawn >= 0) & ~np.isnan(quality[np.arange(len(rows)), drawn]) & ~np.isnan(price[np.arange(len(rows)), drawn])
     if not usable.any():
-        return WhatIf(0, 0, 0, None, [])
+        return WhatIf(0, 0, 0, None, [], {})
     quality, price, drawn = quality[usable], price[usable], drawn[usable]
     propensity, present = np.array([(row.propensity, row.price_of_error) for row in rows])[usable].T
     best = np.nanargmin(1 - quality + price / present[:, None], axis=1)
@@ -96,7 +96,15 @@ def what_if(engine: Engine, *, since: float, until: float) -> WhatIf:
             good = quality[np.arange(len(actions)), actions]
         shares = np.bincount(actions, minlength=len(experts)) / len(actions)
         points.append(Point(float(error), *_mean(dollars), *_mean(good), dict(zip(experts, shares.tolist(), strict=True))))
-    return WhatIf(len(drawn), int(judged.sum()), int((drawn != best).sum()), float(present[0]), points)
+    own = {name: said[judged & (drawn == place)] for place, name in enumerate(experts)}
+    return WhatIf(
+        rows=len(drawn),
+        judged=int(judged.sum()),
+        explored=int((drawn != best).sum()),
+        present=float(present[0]),
+        points=points,
+        qualities={name: (len(each), float(each.mean())) for name, each in own.items() if len(each)},
+    )
 
 
 def _settings(quality: np.ndarray, price: np.ndarray) -> np.ndarray:

@@ -80,15 +80,16 @@ function drawHistory(found) {
   return { saved, half: Math.sqrt(squares) };
 }
 
-function drawStatus(status, history, standing) {
-  const failed = history.failed.reduce((sum, count) => sum + count, 0);
+function drawSums(history, standing) {
+  const failed = Object.values(history.totals).reduce((sum, each) => sum + each.failed, 0);
+  const requests = history.requests.reduce((sum, count) => sum + count, 0);
+  const spent = history.price.reduce((sum, price) => sum + price, 0);
   const worth = drawHistory(history);
   const sums = [
-    ["requests", String(status.requests), `${status.routed} routed`],
-    ["spent", dollars(status.price), status.estimated ? `${status.estimated} prices estimated` : ""],
-    ["saved", signed(worth.saved), `± ${dollars(worth.half)}, ${status.saving_requests} answers`],
-    ["failed", String(failed), status.requests ? share(failed / status.requests) : ""],
-    ["quality", status.mean_quality == null ? "–" : status.mean_quality.toFixed(3), `${status.judged} judged`],
+    ["requests", String(requests), `${history.routed} routed`],
+    ["spent", dollars(spent), history.estimated ? `${history.estimated} prices estimated` : ""],
+    ["saved", signed(worth.saved), `± ${dollars(worth.half)}, ${history.compared} answers`],
+    ["failed", String(failed), requests ? share(failed / requests) : ""],
   ];
   $("sums").replaceChildren(...sums.map(([name, value, more]) => {
     const made = document.createElement("div");
@@ -97,18 +98,16 @@ function drawStatus(status, history, standing) {
     made.append(element("dt", name), said);
     return made;
   }));
-  const shares = Object.fromEntries(status.shares.map((each) => [each.expert, each]));
-  const others = standing.data.filter((each) => !(each.name in shares)).map((each) => each.name);
-  $("experts").replaceChildren(...[...status.shares.map((each) => each.expert), ...others].map((name) => {
-    const each = shares[name];
+  const idle = standing.data.map((each) => each.name).filter((name) => !(name in history.totals));
+  $("experts").replaceChildren(...[...Object.keys(history.totals), ...idle].map((name) => {
+    const each = history.totals[name] || { requests: 0, failed: 0, price: 0, latency_s: null };
     const at = standing.data.find((one) => one.name === name);
+    const quality = (settings && settings.qualities[name]) || null;
     return row(
-      [named(name)], [each ? String(each.requests) : "0", "number"],
-      [each && status.requests ? share(each.requests / status.requests) : "", "number"],
-      [each ? String(each.failed) : "", "number", ...(each && each.failed ? ["bad"] : [])],
-      [each ? dollars(each.price) : "", "number"],
-      [each && each.mean_latency_s != null ? `${each.mean_latency_s.toFixed(2)} s` : "", "number"],
-      [each && each.mean_quality != null ? `${each.mean_quality.toFixed(3)} (${each.judged})` : "", "number"],
+      [named(name)], [String(each.requests), "number"], [requests ? share(each.requests / requests) : "", "number"],
+      [String(each.failed), "number", ...(each.failed ? ["bad"] : [])], [dollars(each.price), "number"],
+      [each.latency_s == null ? "" : `${each.latency_s.toFixed(2)} s`, "number"],
+      [quality ? `${quality[1].toFixed(3)} (${quality[0]} judged)` : "", "number"],
       [at ? at.breaker : "", ...(at && at.breaker !== "closed" ? ["bad"] : [])], [at ? String(at.queued) : "", "number"],
     );
   }));
@@ -180,11 +179,11 @@ async function look() {
   try {
     const hours = $("hours").value;
     if (looks % SLOWLY === 0) {
-      const [status, history, standing, others] = await Promise.all(
-        [`status?hours=${hours}`, `history?hours=${hours}`, "experts", `what-if?hours=${hours}`].map(ask));
+      const [history, standing] = await Promise.all([`history?hours=${hours}`, "experts"].map(ask));
       $("page").hidden = false;
-      drawStatus(status, history, standing);
-      drawSettings(others);
+      drawSums(history, standing);
+      drawSettings(await ask(`what-if?hours=${hours}`));
+      drawSums(history, standing);
       const trouble = standing.trouble || standing.record;
       $("state").textContent = trouble || "in service";
       $("state").classList.toggle("bad", Boolean(trouble));

@@ -1,0 +1,40 @@
+"""Sums over each minute and expert, kept beside the decisions in the transaction that writes them."""
+
+import math
+from collections.abc import Sequence
+
+from sqlalchemy import Connection
+from sqlalchemy.dialects import postgresql, sqlite
+
+from deferral.gateway.schema import decisions, minutes
+
+__all__ = ["add_to_minutes"]
+
+_NAMES = decisions.c.keys()
+_SUMS = [column.name for column in minutes.c if not column.primary_key]
+
+
+def add_to_minutes(connection: Connection, rows: Sequence[tuple]) -> None:
+    """Add rows of decisions, each with all columns in order, to the minutes in which they arrived."""
+    if not rows:
+        return
+    sums: dict[tuple[int, str], list[float]] = {}
+    for values in rows:
+        row = dict(zip(_NAMES, values, strict=True))
+        compared = row["requested"] == "auto" and row["outcome"] == "ok" and row["best_price"] is not None
+        saved = row["best_price"] - row["price"] if compared else 0.0
+        latency = row["latency_s"]
+        one = (
+            1, row["requested"] == "auto", row["outcome"] in ("error", "truncated"), row["estimated"] and row["expert"] != "",
+            row["price"], compared, saved, saved * saved, latency is not None, latency or 0.0,
+        )  # fmt: skip
+        place = math.floor(row["time"] / 60), row["expert"]
+        sums[place] = [before + more for before, more in zip(sums.get(place, [0] * len(one)), one, strict=True)]
+    made = (postgresql if connection.dialect.name == "postgresql" else sqlite).insert(minutes)
+    added = {name: minutes.c[name] + made.excluded[name] for name in _SUMS}
+    # In one order, so that two workers do not wait for each other.
+    found = [
+        {"minute": minute, "expert": expert} | dict(zip(_SUMS, sums[minute, expert], strict=True))
+        for minute, expert in sorted(sums)
+    ]
+    connection.execute(made.on_conflict_do_update(index_elements=["minute", "expert"], set_=added), found)
