@@ -5,6 +5,7 @@ const EVERY = 2000; // milliseconds between two looks at the newest decisions
 const SLOWLY = 5; // of those looks, the fifth reads the charts anew
 const COLOURS = ["#0b6bcb", "#d9730d", "#2a8c4a", "#8e44ad", "#c2185b", "#00838f", "#827717", "#5d4037"];
 const $ = (id) => document.getElementById(id);
+const EDGE = { class: "edge", stroke: "transparent", points: { show: false } }; // of a band
 const charts = {};
 let key = sessionStorage.getItem("deferral-admin-key");
 let timer = null;
@@ -73,7 +74,7 @@ function drawHistory(found) {
       {},
       { label: "spent", stroke: COLOURS[1], width: 2, value: (_, value) => (value == null ? "" : signed(value)) },
       { label: "saved", stroke: COLOURS[2], width: 2, value: (_, value) => (value == null ? "" : signed(value)) },
-      { class: "edge", stroke: "transparent" }, { class: "edge", stroke: "transparent" },
+      EDGE, EDGE,
     ],
     bands: [{ series: [4, 3], fill: `${COLOURS[2]}33` }],
   }, [times, ...[0, 1, 2, 3].map((column) => sums.map((each) => each[column]))]);
@@ -149,7 +150,7 @@ function showSetting() {
     series: [
       { label: "price", value: (_, value) => (value == null ? "" : dollars(value)) },
       { label: "quality", stroke: COLOURS[0], width: 2, points: { show: true, size: 5 } },
-      { class: "edge", stroke: "transparent" }, { class: "edge", stroke: "transparent" },
+      EDGE, EDGE,
       { label: "present", stroke: COLOURS[2], points: { show: true, size: 13, fill: COLOURS[2] } },
       { label: "this setting", stroke: COLOURS[1], points: { show: true, size: 11, fill: COLOURS[1] } },
     ],
@@ -193,7 +194,7 @@ async function look() {
     $("leave").hidden = false;
     if (!$("door").hidden) {
       $("door").hidden = true;
-      $("page").focus();
+      $("page").focus({ preventScroll: true });
     }
   } catch (error) {
     if (error instanceof Refused) return close(error.message);

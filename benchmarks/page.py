@@ -1,0 +1,219 @@
+"""The operator's page: its size, the time to its first data, and its pictures in docs/.  python -m benchmarks page
+
+Claim: the page and its files are under 200 kB, and its first data, the history of 24 hours and the experts' state, is there
+within 100 ms with a million decisions in the database (SQLite, on two cores).  The traffic is made: a small and a large expert,
+three queries in ten hard, one in twenty drawn at random, feedback on three in ten.  Requests are made over loopback, one at a
+time; "from the decisions" is the same history summed from the decisions themselves.  The pictures (--pictures, needs Chromium)
+are of 20,000 decisions.
+"""
+
+import http.client
+import json
+import os
+import platform
+import shutil
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+import numpy as np
+import sqlalchemy
+import uvicorn
+from sqlalchemy import func, select
+
+from deferral.gateway.app import gateway
+from deferral.gateway.dashboard import FILES
+from deferral.gateway.database import connect, decisions, feedback, insert_rows, prepare
+from deferral.gateway.experts_file import Expert
+from deferral.gateway.minutes import add_to_minutes
+from deferral.gateway.rows import DecisionRow, values
+from deferral.gateway.settings import Settings
+from deferral.routing import Router, log_of_table
+from deferral.routing.policies import Linear
+
+RESULTS = Path(__file__).parent / "results" / "page-cpu.json"
+DOCS = Path(__file__).parent.parent / "docs"
+ADMIN = "the-admin-key-of-this-benchmark"
+PRICE, LARGE, ERROR = {"small": 2e-4, "large": 3e-3}, 0.95, 0.01
+SEED, DAY, BATCH = 0, 86400, 5000
+
+
+def traffic(rows: int, end: float) -> Iterator[tuple[DecisionRow, float | None]]:
+    """Decisions spread over a day, oldest first, and the feedback on some."""
+    generator = np.random.default_rng(SEED)
+    for number in range(rows):
+        small = float(np.clip(generator.normal(0.35 if generator.random() < 0.3 else 0.87, 0.05), 0, 1))
+        quality = {"small": small, "large": LARGE}
+        cost = {name: 1 - quality[name] + PRICE[name] / ERROR for name in PRICE}
+        best = min(cost, key=lambda name: cost[name])
+        curious = generator.random() < 0.05
+        expert = ("small", "large")[int(generator.integers(2))] if curious else best
+        paid = PRICE[expert] * float(generator.uniform(0.5, 1.5))
+        when = end - DAY * (rows - number) / rows
+        row = DecisionRow(
+            id=f"made-{number}", time=when, key="", requested="auto", expert=expert, chosen=expert,
+            reason=f"{expert}: expected quality {quality[expert]:.2f} for ${PRICE[expert]:.3g}, cost {cost[expert]:.3f} errors",
+            propensity=0.975 if expert == best else 0.025, expected_quality=quality, expected_price=PRICE, expected_cost=cost,
+            price_of_error=ERROR, price=paid, estimated=False, input_tokens=120, output_tokens=150, first_byte_s=0.1,
+            latency_s=float(generator.exponential(0.4)), status=200, outcome="ok" if generator.random() < 0.99 else "error",
+            attempts=1, streamed=False, fast_path=False, query=None,
+            best_price=PRICE["large"] * float(generator.uniform(0.5, 1.5)),
+        )  # fmt: skip
+        said = float(generator.random() < quality[expert]) if generator.random() < 0.3 else None
+        yield row, said
+
+
+def filled(path: Path, rows: int) -> str:
+    """A database with that much traffic up to now."""
+    engine = connect(str(path))
+    prepare(engine)
+    waiting: list[tuple] = []
+    judged: list[tuple] = []
+
+    def write() -> None:
+        with engine.begin() as connection:
+            insert_rows(connection, decisions, waiting)
+            add_to_minutes(connection, waiting)
+            insert_rows(connection, feedback, judged)
+        waiting.clear()
+        judged.clear()
+
+    with click.progressbar(traffic(rows, time.time()), length=rows, label=f"writing {rows} decisions") as shown:
+        for row, said in shown:
+            waiting.append(values(row))
+            if said is not None:
+                judged.append((row.id, "", said, row.time))
+            if len(waiting) == BATCH:
+                write()
+        write()
+    engine.dispose()
+    return str(path)
+
+
+def router() -> Router:
+    """One for the two experts; the page does not ask it anything."""
+    texts = [f"{kind} question number {number}" for number in range(40) for kind in ("plain", "hard")]
+    quality = np.array([[float(text.startswith("plain")), 1.0] for text in texts])
+    return Router(ERROR, policies=(Linear,)).fit(
+        log_of_table(texts, list(PRICE), quality, np.tile(list(PRICE.values()), (80, 1)))
+    )
+
+
+@contextmanager
+def served(database: str) -> Iterator[int]:
+    """A gateway on loopback.  -> its port"""
+    experts = {name: Expert(name=name, base_url="http://127.0.0.1:9/v1") for name in PRICE}
+    app = gateway(router(), experts, settings=Settings(database=database, admin_key=ADMIN))
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, access_log=False, lifespan="on"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.01)
+        yield server.servers[0].sockets[0].getsockname()[1]
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def asked(port: int, path: str) -> tuple[float, int]:
+    """Milliseconds, and bytes of the body."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    begun = time.perf_counter()
+    connection.request("GET", path, headers={"authorization": f"Bearer {ADMIN}"})
+    reply = connection.getresponse()
+    body = reply.read()
+    taken = 1000 * (time.perf_counter() - begun)
+    connection.close()
+    if reply.status != 200:
+        raise RuntimeError(f"{path}: {reply.status} {body[:200]!r}")
+    return taken, len(body)
+
+
+def from_decisions(database: str) -> float:
+    """Milliseconds of the history without the sums by the minute."""
+    engine, d = connect(database), decisions.c
+    begun = time.perf_counter()
+    with engine.connect() as connection:
+        connection.execute(
+            select(d.expert, func.count(), func.sum(d.price), func.sum(d.best_price - d.price))
+            .where(d.time >= time.time() - DAY)
+            .group_by(func.round(d.time / 1440), d.expert)
+        ).all()
+    engine.dispose()
+    return 1000 * (time.perf_counter() - begun)
+
+
+def pictures(port: int) -> None:
+    """docs/gateway-page*.png: on a desk, in the dark, on a phone."""
+    from playwright.sync_api import sync_playwright
+
+    program = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+    if program is None:
+        raise click.UsageError("the pictures need Chromium: install the package chromium")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        for name, size, scheme in (("", (1200, 900), "light"), ("-dark", (1200, 900), "dark"), ("-phone", (390, 844), "light")):
+            page = browser.new_page(viewport={"width": size[0], "height": size[1]}, color_scheme=scheme)
+            page.goto(f"http://127.0.0.1:{port}/dashboard")
+            page.fill("#key", ADMIN)
+            page.keyboard.press("Enter")
+            page.wait_for_selector("#grounds:not(:empty)")
+            page.wait_for_timeout(300)
+            page.screenshot(path=DOCS / f"gateway-page{name}.png")
+            page.close()
+        browser.close()
+
+
+@click.command()
+@click.option("--rows", type=click.IntRange(min=1000), default=1_000_000, show_default=True)
+@click.option("--rounds", type=click.IntRange(min=1), default=15, show_default=True)
+@click.option("--pictures", "draw", is_flag=True, help="Draw the pictures in docs/ and measure nothing.")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), default=RESULTS, show_default=True)
+def command(rows: int, rounds: int, draw: bool, out: Path) -> None:
+    """Size and time of the page, or its pictures."""
+    with tempfile.TemporaryDirectory() as folder:
+        database = filled(Path(folder) / "gateway.db", 20_000 if draw else rows)
+        with served(database) as port:
+            if draw:
+                pictures(port)
+                return
+            sizes = {name or "dashboard": asked(port, f"/dashboard/{name}" if name else "/dashboard")[1] for name in FILES}
+            paths = (
+                "/admin/history?hours=24",
+                "/admin/experts",
+                "/admin/decisions",
+                "/admin/what-if?hours=24",
+                "/admin/status?hours=24",
+            )
+            first = {path: asked(port, path)[0] for path in paths}
+            taken = {path: [asked(port, path)[0] for _ in range(rounds)] for path in paths[:-1]}
+        record = {
+            "command": f"python -m benchmarks page --rows {rows}",
+            "device": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "load": os.getloadavg(),
+            "python": platform.python_version(),
+            "sqlalchemy": sqlalchemy.__version__,
+            "decisions": rows,
+            "page_bytes": sum(sizes.values()),
+            "first_ms": first,
+            "median_ms": {path: statistics.median(each) for path, each in taken.items()},
+            "most_ms": {path: max(each) for path, each in taken.items()},
+            "first_data_ms": statistics.median(
+                [one + other for one, other in zip(taken[paths[0]], taken[paths[1]], strict=True)]
+            ),
+            "history_from_the_decisions_ms": from_decisions(database),
+        }
+    out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    click.echo(json.dumps(record, indent=1))
+
+
+def main(arguments: list[str]) -> None:
+    """Run from `python -m benchmarks`."""
+    command.main(arguments, prog_name="python -m benchmarks page", standalone_mode=False)
