@@ -131,7 +131,8 @@ def _kernel(
     if ceiling is not None:
         ceiling = ceiling.to(scores.dtype) if isinstance(ceiling, Tensor) else scores.new_full((1,), ceiling)
         ceiling = ceiling.expand(*batch, 1)
-    temporary = columns * (1 + (ceiling is not None and mu != 1) + (mu < 1))
+    # Past the knee there is a tangent to take as well.
+    temporary = columns * (1 + (ceiling is not None and mu != 1) + 2 * (mu < 1))
     return closed_form(partial(_block, mu=mu), scores, weights, targets, ceiling, columns=temporary)
 
 
