@@ -1,7 +1,7 @@
-"""Losses whose gradient is a closed form: value and gradient at once, in blocks of rows, for eager mode.
+"""Losses whose gradient is a closed form: value and gradient at once, in blocks of rows.
 
-Autograd would keep and visit several more tables of the size of the scores.  A compiler fuses the plain formula by itself, and
-`vmap` and its relatives, as gradients of costs, need what autograd can see: `has_closed_form` says where the plain one is due.
+Autograd would keep and visit several more tables of the size of the scores, and take every exponential twice.  `vmap` and its
+relatives, as gradients of costs, need what autograd can see: `has_closed_form` says where the plain formula is due.
 """
 
 import math
@@ -15,15 +15,15 @@ from torch import Tensor
 __all__ = ["closed_form", "has_closed_form"]
 
 # Numbers in a temporary table, at most.  On a CPU it stays in the cache.
-BLOCK = {"cpu": 1 << 18}
+BLOCK = {"cpu": 1 << 19}
 
 # (scores, weights, targets, ceiling, descent, losses): fills the last two, `descent` with minus the gradient.
 Block = Callable[[Tensor, Tensor, Any, Any, Tensor, Tensor], None]
 
 
-def has_closed_form(*constants: Tensor | float | None) -> bool:
-    """Whether the scores alone are differentiated, once, by eager autograd."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+def has_closed_form(*constants: Tensor | float | None, compiled: bool = False) -> bool:
+    """Whether the scores alone are differentiated, once, by eager autograd, or by a compiler that is welcome."""
+    if torch._C._are_functorch_transforms_active() or (torch.compiler.is_compiling() and not compiled):
         return False
     return not any(isinstance(constant, Tensor) and constant.requires_grad for constant in constants)
 
@@ -46,13 +46,16 @@ class _ClosedForm(torch.autograd.Function):
         descent = torch.empty_like(scores, memory_format=torch.contiguous_format)
         losses = scores.new_empty((*scores.shape[:-1], 1))
         rows = losses.numel()
-        count = max(1, math.ceil(rows * columns / BLOCK.get(scores.device.type, 1 << 24)))
-        blocks = [
-            repeat(None) if table is None else table.reshape(rows, table.shape[-1]).chunk(count)
+        tables: list[Any] = [
+            table if table is None else table.reshape(rows, table.shape[-1])
             for table in (scores, weights, targets, ceiling, descent, losses)
         ]
-        for tables in zip(*blocks, strict=False):
+        count = 1 if torch.compiler.is_compiling() else math.ceil(rows * columns / BLOCK.get(scores.device.type, 1 << 24))
+        if count <= 1:
             block(*tables)
+        else:
+            for parts in zip(*(repeat(None) if table is None else table.chunk(count) for table in tables), strict=False):
+                block(*parts)
         ctx.save_for_backward(descent)
         return losses.squeeze(-1)
 

@@ -113,7 +113,8 @@ def _kernel(
         raise ValueError(f"mu: expected a number in [0, 2] (0 sum-exponential, 1 logistic, 2 MAE), got {mu}")
     scores = lift(scores)
     # Close to the logistic, 1 - p^(mu-1) is a difference of sums that cancel; the formula takes it by expm1.
-    direct = has_closed_form(weights, ceiling) and (mu == 1 or abs(mu - 1) >= 0.05)
+    # A compiler takes each exponential of the formula twice, which is dear on a CPU; elsewhere a table more to move is.
+    direct = has_closed_form(weights, ceiling, compiled=scores.device.type == "cpu") and (mu == 1 or abs(mu - 1) >= 0.05)
     if ceiling is not None and (mask is not None or not direct):
         weights, ceiling = ceiling - weights, None
     if mask is not None:
@@ -130,8 +131,8 @@ def _kernel(
     if ceiling is not None:
         ceiling = ceiling.to(scores.dtype) if isinstance(ceiling, Tensor) else scores.new_full((1,), ceiling)
         ceiling = ceiling.expand(*batch, 1)
-    # Half as much again for the tangent past the knee.
-    temporary = columns + columns // 2 if mu < 1 else columns
+    # Past the knee there is a tangent to take as well.
+    temporary = columns * (1 + (ceiling is not None and mu != 1) + 2 * (mu < 1))
     return closed_form(partial(_block, mu=mu), scores, weights, targets, ceiling, columns=temporary)
 
 
@@ -156,39 +157,57 @@ def _block(
 
     With v_a = weight_a * p_a^(mu-1) the gradient is p * sum(v) - v.
     """
-    if ceiling is not None:
-        weights = ceiling - weights
     own = scores.shape[-1] - weights.shape[-1]
     top = scores.amax(dim=-1, keepdim=True)
     torch.sub(scores, top, out=descent)
-    # Taken before the exponential overwrites what it is taken from.
-    product = descent[:, own:] * (weights if mu == 1 else mu - 1)
-    norm = descent.exp_().sum(dim=-1, keepdim=True)
-    log_norm = norm.log()
-    total = weights.sum(dim=-1, keepdim=True)
+    weighted = descent[:, own:] if own else descent
     if mu == 1:
-        pull = weights
-        # nansum: at -inf a weight of zero counts nothing.
-        torch.sub(total * log_norm, product.nansum(dim=-1, keepdim=True), out=losses)
+        pull = weights if ceiling is None else ceiling - weights
+        total = pull.sum(dim=-1, keepdim=True)
+        # Before the exponential overwrites what it is taken from.
+        product = torch.mul(pull, weighted, out=None if ceiling is None else pull)
+        pulled = _sum_of_numbers(product)
+        norm = descent.exp_().sum(dim=-1, keepdim=True)
+        log_norm = norm.log()
+        torch.sub(total * log_norm, pulled, out=losses)
+        # Once more, rather than a third table kept.
+        pull = weights if ceiling is None else torch.sub(ceiling, weights, out=product)
     else:
-        exponent = product.sub_((mu - 1) * log_norm)
+        exponent = weighted * (mu - 1)
+        norm = descent.exp_().sum(dim=-1, keepdim=True)
+        log_norm = norm.log()
+        exponent.sub_((mu - 1) * log_norm)
+        if ceiling is not None:
+            weights = ceiling - weights
         beyond = (exponent - KNEE).clamp_(min=0.0) if mu < 1 else None
         pull = (exponent if beyond is None else exponent.clamp_(max=KNEE)).exp_().mul_(weights)
-        weighted, total = total, pull.sum(dim=-1, keepdim=True)
-        torch.sub(weighted, total, out=losses)
+        total = pull.sum(dim=-1, keepdim=True)
+        torch.sub(weights.sum(dim=-1, keepdim=True), total, out=losses)
         if beyond is not None:
-            losses.sub_(beyond.mul_(pull).nansum(dim=-1, keepdim=True))
+            losses.sub_(_sum_of_numbers(beyond.mul_(pull)))
         losses.div_(mu - 1)
-    if targets is not None:
-        log_p = scores[:, :own].gather(-1, targets).sub_(top).sub_(log_norm)
-        target_pull = _slope(log_p, mu)
-        losses.add_(comp_sum_losses(log_p, mu))
-        total = total + target_pull
-    factor = (total / norm).neg_()
-    descent[:, :own].mul_(factor)
-    torch.addcmul(pull, descent[:, own:], factor, out=descent[:, own:])
-    if targets is not None:
-        descent[:, :own].scatter_add_(-1, targets, target_pull)
+    if targets is None:
+        torch.addcmul(pull, descent, total / norm, value=-1, out=descent)
+        return
+    log_p = scores[:, :own].gather(-1, targets).sub_(top).sub_(log_norm)
+    losses.add_(comp_sum_losses(log_p, mu))
+    target_pull = _slope(log_p, mu)
+    if torch.compiler.is_compiling():
+        # One loop over the row, of which a scatter would make three.
+        hits = torch.where(torch.arange(own, device=scores.device) == targets, target_pull, 0.0)
+        torch.addcmul(torch.cat([hits, pull], dim=-1), descent, (total + target_pull) / norm, value=-1, out=descent)
+        return
+    descent.mul_((total + target_pull).div_(norm).neg_())
+    descent[:, own:].add_(pull)
+    descent[:, :own].scatter_add_(-1, targets, target_pull)
+
+
+def _sum_of_numbers(products: Tensor) -> Tensor:
+    """Sums of rows without NaN: at -inf a weight of zero counts nothing.  (..., A) -> (..., 1)"""
+    if torch.compiler.is_compiling():
+        # The compiler's isnan takes one number at a time.
+        return products.where(products <= torch.inf, 0.0).sum(dim=-1, keepdim=True)
+    return products.nansum(dim=-1, keepdim=True)
 
 
 def _slope(log_p: Tensor, mu: float) -> Tensor:
