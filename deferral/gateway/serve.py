@@ -14,6 +14,7 @@ from deferral.gateway.access import must_have_key
 from deferral.gateway.app import gateway, load_router
 from deferral.gateway.experts_file import read_experts
 from deferral.gateway.logs import logging_to
+from deferral.gateway.protocol import Protocol
 from deferral.gateway.settings import Settings
 
 __all__ = ["run", "serve"]
@@ -41,6 +42,7 @@ def run(settings: Settings, *, log_level: str = "info") -> None:
         app = gateway(router, experts, settings=settings)
         config = uvicorn.Config(
             app,
+            http=Protocol,
             host=settings.host,
             port=settings.port,
             log_config=None,
