@@ -4,6 +4,7 @@ import gc
 import logging
 import os
 import signal
+import socket
 from pathlib import Path
 
 import click
@@ -13,6 +14,7 @@ from deferral.errors import DataError
 from deferral.gateway.access import must_have_key
 from deferral.gateway.app import gateway, load_router
 from deferral.gateway.experts_file import read_experts
+from deferral.gateway.listening import BACKLOG, listening
 from deferral.gateway.logs import logging_to
 from deferral.gateway.protocol import Protocol
 from deferral.gateway.settings import Settings
@@ -29,10 +31,16 @@ _ADMIN_KEY = "DEFERRAL_ADMIN_KEY"
 def run(settings: Settings, *, log_level: str = "info") -> None:
     """Serve until SIGTERM or SIGINT; what is under way then is finished, streams too.
 
-    ValueError where it would be reachable from other machines without any key.
+    ValueError where it would be reachable from other machines without any key, DataError where its address is not to be had.
     """
     assert settings.experts_file is not None
     must_have_key(settings)
+    with listening(settings.host, settings.port) as listener:
+        _serve(settings, log_level, listener)
+
+
+def _serve(settings: Settings, log_level: str, listener: socket.socket) -> None:
+    assert settings.experts_file is not None
     router, experts = load_router(settings), read_experts(settings.experts_file)
     _allow_many_connections()
     # When all is done, uvicorn raises the signal that ended it once more, for whoever was there before.
@@ -43,8 +51,6 @@ def run(settings: Settings, *, log_level: str = "info") -> None:
         config = uvicorn.Config(
             app,
             http=Protocol,
-            host=settings.host,
-            port=settings.port,
             log_config=None,
             access_log=False,
             server_header=False,
@@ -54,13 +60,26 @@ def run(settings: Settings, *, log_level: str = "info") -> None:
             timeout_keep_alive=_KEEP_ALIVE,
             # A reply ends by itself within its expert's time.
             timeout_graceful_shutdown=int(max(expert.total_s for expert in experts.values())) + 30,
-            backlog=4096,
+            backlog=BACKLOG,
         )
         # What is there now stays: looking through it again and again for garbage would take time from requests.
         gc.collect()
         gc.freeze()
-        _log.info("serving %s at %s:%d", ", ".join(experts), settings.host, settings.port)
-        uvicorn.Server(config).run()
+        place = ("[%s]:%d" if ":" in settings.host else "%s:%d") % (settings.host, listener.getsockname()[1])
+        _Server(config, f"serving {', '.join(experts)} at http://{place}").run([listener])
+
+
+class _Server(uvicorn.Server):
+    """Says where it serves once it does."""
+
+    def __init__(self, config: uvicorn.Config, greeting: str) -> None:
+        super().__init__(config)
+        self._greeting = greeting
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Open the database and the connections, then the door."""
+        await super().startup(sockets)
+        _log.info("%s", self._greeting)
 
 
 def _allow_many_connections() -> None:
