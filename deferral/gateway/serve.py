@@ -25,6 +25,7 @@ _log = logging.getLogger("deferral.gateway")
 # Clients keep connections for later; one that the server closes first may lose a request on its way.
 _KEEP_ALIVE = 75
 _CONNECTIONS = 65_536
+_OBJECTS_PER_COLLECTION = 20_000
 _ADMIN_KEY = "DEFERRAL_ADMIN_KEY"
 
 
@@ -62,9 +63,11 @@ def _serve(settings: Settings, log_level: str, listener: socket.socket) -> None:
             timeout_graceful_shutdown=int(max(expert.total_s for expert in experts.values())) + 30,
             backlog=BACKLOG,
         )
-        # What is there now stays: looking through it again and again for garbage would take time from requests.
+        # What is there now stays, and what requests leave behind is mostly no garbage but rows that wait to be written: looking
+        # through all that again and again would take time from requests.
         gc.collect()
         gc.freeze()
+        gc.set_threshold(_OBJECTS_PER_COLLECTION)
         place = ("[%s]:%d" if ":" in settings.host else "%s:%d") % (settings.host, listener.getsockname()[1])
         _Server(config, f"serving {', '.join(experts)} at http://{place}").run([listener])
 
