@@ -12,6 +12,7 @@ import uvicorn
 
 from deferral.gateway.app import Gateway, gateway
 from deferral.gateway.experts_file import Expert
+from deferral.gateway.protocol import Protocol
 from deferral.gateway.settings import Settings
 from deferral.routing import Log, Outcome, Router
 from deferral.routing.policies import Linear
@@ -40,7 +41,7 @@ class RunningGateway:
         self._socket.bind(("127.0.0.1", 0))
         self.port = self._socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}/v1"
-        self._server = uvicorn.Server(uvicorn.Config(self.app, log_config=None, access_log=False, lifespan="on"))
+        self._server = uvicorn.Server(uvicorn.Config(self.app, http=Protocol, log_config=None, access_log=False, lifespan="on"))
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="gateway", daemon=True)
 

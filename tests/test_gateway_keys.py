@@ -255,6 +255,17 @@ def test_keys_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit) as ended:
         run("keys", "revoke", key.id)
     assert ended.value.code == 2
+    kept = keys.create("twice")[1].id
+    with pytest.raises(SystemExit):
+        run("keys", "revoke", "twice")
+    assert f"'twice' is no valid key but a name; keys are revoked by their id, {kept}" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    (tmp_path / "experts.toml").write_text('[experts.small]\nbase_url = "http://127.0.0.1:1"\nkey_env = "UNSET"\n', "utf-8")
+    with pytest.raises(SystemExit):
+        run("keys", "create", "eve", "--expert", "smal", "--experts", str(tmp_path / "experts.toml"))
+    assert "has no 'smal'; it has small" in " ".join(capsys.readouterr().err.split())
+    assert run("keys", "create", "eve", "--expert", "small", "--experts", str(tmp_path / "experts.toml")).startswith("dk-")
     with pytest.raises(SystemExit):
         run("keys", "create", "eve", "--zone", "Mars/Olympus")
     assert "time zone: expected a name" in capsys.readouterr().err

@@ -219,16 +219,18 @@ def test_status_adds_up(record: Record) -> None:
     record.add(row(10, expert="", outcome="error", price=0.0))
     record.add(row(11, requested="large", expert="large", price=1.0, estimated=True, streamed=True, outcome="truncated"))
     record.add(row(12, time=5.0))
+    record.add(row(13, expert="", outcome="refused", price=0.0, estimated=True, status=429))
+    record.add(row(14, expert="small", outcome="error", price=0.0, estimated=True, status=400, latency_s=0.5))
     for one, quality in (("id-1", 1.0), ("id-2", 0.0), ("id-5", 1.0)):
         assert asyncio.run(record.feedback(one, quality, source_key=""))
     found = status(record.engine, [], since=10.0)
-    assert (found.requests, found.routed, found.streamed, found.estimated, found.fast_path) == (12, 11, 1, 1, 2)
+    assert (found.requests, found.routed, found.streamed, found.estimated, found.fast_path) == (14, 13, 1, 1, 2)
     assert found.price == pytest.approx(8 * 1e-4 + 2 * 1e-3 + 1.0)
     assert (found.saving, found.saving_requests) == (pytest.approx(8 * 9e-4), 10)
-    assert found.outcomes == {"ok": 10, "error": 1, "truncated": 1}
+    assert found.outcomes == {"ok": 10, "error": 2, "truncated": 1, "refused": 1}
     shares = {share.expert: share for share in found.shares}
-    assert {name: share.requests for name, share in shares.items()} == {"small": 8, "large": 3, "": 1}
-    assert [shares[name].failed for name in ("small", "large", "")] == [0, 1, 1]
+    assert {name: share.requests for name, share in shares.items()} == {"small": 9, "large": 3, "": 2}
+    assert [shares[name].failed for name in ("small", "large", "")] == [1, 1, 1]
     assert (shares["small"].judged, shares["small"].mean_quality, shares["small"].mean_latency_s) == (2, 0.5, 0.5)
     assert (found.judged, found.mean_quality) == (3, pytest.approx(2 / 3))
     json.dumps(found.as_json())

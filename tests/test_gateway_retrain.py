@@ -184,7 +184,9 @@ def test_a_better_router_is_promoted_and_an_equal_one_is_not(tmp_path: Path, old
     old_router.save(folder)
     asyncio.run(recorded(tmp_path / "gateway.db", *served(old_router, 800, seed=5)))
     engine = connect(str(tmp_path / "gateway.db"))
-    tried = retrain(engine, folder, dry_run=True, load=linear)
+    stages: list[str] = []
+    tried = retrain(engine, folder, dry_run=True, load=linear, on_stage=stages.append)
+    assert [stage.split()[0] for stage in stages] == ["reading", "fitting", "judging"]
     assert (tried.better, tried.promoted) == (True, False)
     assert "it would be promoted: it saves" in str(tried)
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["router"]
@@ -243,7 +245,10 @@ def test_retraining_from_the_command_line(tmp_path: Path, old_router: Router, ca
     with pytest.raises(SystemExit) as ended:
         main(["gateway", "retrain", str(folder), "--database", database])
     assert ended.value.code == 3
-    assert "rows to judge by are too few" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "rows to judge by are too few" in said.out
+    # Where nobody watches, a line for each stage and no empty one.
+    assert said.err.splitlines() == ["reading the record"]
     main(["gateway", "export", log, "--database", database])
     assert "60 rows written" in capsys.readouterr().out
     assert len(read_log(log)) == 60

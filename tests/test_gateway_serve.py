@@ -20,10 +20,13 @@ from pathlib import Path
 import click
 import pytest
 
+from deferral.cli import main
+from deferral.errors import DataError
 from deferral.gateway.access import Access, must_have_key
 from deferral.gateway.commands import gateway
 from deferral.gateway.experts_file import Expert, read_experts
 from deferral.gateway.keys import ANYONE, Keys
+from deferral.gateway.listening import listening
 from deferral.gateway.logs import logging_to
 from deferral.gateway.problems import Problem
 from deferral.gateway.serve import serve
@@ -79,6 +82,28 @@ def test_without_keys_only_this_machine_is_let_in_however_the_app_is_bound(tmp_p
             again.client({"client": ("127.0.0.1", 1)}, {b"authorization": b"Bearer " + token.encode()})
         assert caught.value.status == 401
     keys.close()
+
+
+def test_a_taken_port_is_named_before_anything_is_served(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small_router().save(tmp_path / "router")
+    (tmp_path / "experts.toml").write_text('[experts.small]\nbase_url = "http://127.0.0.1:1"\n', encoding="utf-8")
+    with listening("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        command = ["serve", str(tmp_path / "router"), "--experts", str(tmp_path / "experts.toml"), "--port", str(port)]
+        with pytest.raises(SystemExit) as ended:
+            main([*command, "--database", str(tmp_path / "gateway.db")])
+    assert ended.value.code == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert f"127.0.0.1:{port}: port {port} is taken by another process; end that one, or choose another with --port" in said
+
+
+@pytest.mark.parametrize(
+    ("host", "message"), [("192.0.2.1", "does not have the address"), ("no such host", "expected an address of this machine")]
+)
+def test_an_address_that_is_not_here_is_said_so(host: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        listening(host, 0)
 
 
 def test_settings_are_checked_and_keep_the_admin_key_to_themselves() -> None:
@@ -145,7 +170,7 @@ def test_a_gateway_as_a_process(tmp_path: Path) -> None:
         with log.open("w") as stderr:
             process = subprocess.Popen(command, cwd=tmp_path, stderr=stderr, env={**os.environ, "OMP_NUM_THREADS": "1"})
         try:
-            logged(log, "running on")
+            logged(log, "serving small, large at http://127.0.0.1:")
             status, page = ask(port, "chat", origin="https://example.com")
             assert (status, json.loads(page)["error"]["code"]) == (403, "pages_need_a_key")
             # A bad file changes nothing, and a good one everything.

@@ -1,6 +1,7 @@
 """`deferral route` from end to end, and files of queries that survive being stopped."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,12 @@ def test_evaluate_judges_by_folds_and_a_router_on_other_queries(folder: Path, tm
     write_log(outcomes(300, 0), tmp_path / "same.jsonl")
     assert "left out: " in call("evaluate", tmp_path / "same.jsonl", "-r", folder, "--resamples", 100).output
     assert call("evaluate", tmp_path / "log.jsonl", "-r", folder, "--by-tag").exit_code == 2
+    assert "ask for fewer folds (--folds)" in call("evaluate", tmp_path / "log.jsonl", "--by-tag", "--folds", 9).output
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    plain = call("evaluate", tmp_path / "log.jsonl", "-r", folder, "--resamples", 100, "-o", tmp_path / "plain")
+    assert "curve.png is left out: it needs matplotlib" in plain.output
+    # Where nobody watches, a line says what is done, and none is empty.
+    assert plain.stderr.splitlines() == ["reading log.jsonl", "bootstrap"]
 
 
 def _quick_router() -> type[Router]:
@@ -149,6 +156,11 @@ def test_a_batch_goes_on_where_it_was_killed(folder: Path, tmp_path: Path, monke
         route_file(folder, tmp_path / "in.jsonl", out)
     assert "102 decisions" in call("batch", tmp_path / "in.txt", tmp_path / "again.jsonl", "-r", folder).output
     assert (tmp_path / "again.jsonl").read_bytes() == whole
+    again = call("batch", tmp_path / "in.txt", tmp_path / "again.jsonl", "-r", folder)
+    assert (again.exit_code, "is complete" in again.output) == (0, True)
+    (tmp_path / "another.txt").write_text("precious")
+    with pytest.raises(DataError, match="it is there already"):
+        call("batch", tmp_path / "in.txt", tmp_path / "another.txt", "-r", folder)
     (tmp_path / "mine.partial").write_text("precious")
     with pytest.raises(DataError, match=r"mine.partial: it was begun with another"):
         route_file(folder, tmp_path / "in.jsonl", tmp_path / "mine")

@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from deferral.errors import DataError
 from deferral.gateway.database import prepare
+from deferral.gateway.experts_file import expert_names
 from deferral.gateway.keys import PREFIX, Issued, Keys
 from deferral.gateway.windows import WINDOWS
 
@@ -49,6 +50,12 @@ def keys() -> None:
 @keys.command()
 @click.argument("name")
 @click.option("--expert", "experts", multiple=True, help="Only this expert; may be given several times.")
+@click.option(
+    "--experts",
+    "experts_file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="The gateway's experts file, to look up the names that --expert gives.",
+)
 @click.option("--requests-per-minute", type=click.IntRange(min=1), help="At most so many in any 60 seconds.")
 @click.option("--budget", type=click.FloatRange(min=0, min_open=True), help="Dollars in each window.")
 @click.option("--window", type=click.Choice(WINDOWS), default="month", show_default=True, help="The budget's calendar window.")
@@ -58,6 +65,7 @@ def keys() -> None:
 def create(
     name: str,
     experts: tuple[str, ...],
+    experts_file: Path | None,
     requests_per_minute: int | None,
     budget: float | None,
     window: Any,
@@ -66,6 +74,10 @@ def create(
     database: str,
 ) -> None:
     """Make a key for NAME, and print it: this once, since only its hash is kept."""
+    if experts_file is not None:
+        known = expert_names(experts_file)
+        if unknown := [each for each in experts if each not in known]:
+            raise click.BadParameter(f"{experts_file} has no {unknown[0]!r}; it has {', '.join(known)}", param_hint="--expert")
     with _opened(database, create=True) as store:
         try:
             token, key = store.create(
@@ -79,6 +91,8 @@ def create(
             )
         except ValueError as error:
             raise click.UsageError(str(error)) from None
+    if experts and experts_file is None:
+        click.echo(f"whether there is an expert {', '.join(experts)} was not looked up; --experts FILE does that", err=True)
     click.echo(f"key {key.id} for {name}; it is valid within two seconds, and shown this once:", err=True)
     click.echo(token)
 
@@ -101,8 +115,10 @@ def revoke(id: str, database: str) -> None:
     """End the key ID; a running gateway refuses it within two seconds."""
     with _opened(database) as store:
         known = store.revoke(id)
+        so_named = [key.id for key in store if key.name == id]
     if not known:
-        raise click.BadParameter(f"{id!r} is no valid key; see `deferral gateway keys list`", param_hint="ID")
+        named = f" but a name; keys are revoked by their id, {' or '.join(so_named)}" if so_named else ""
+        raise click.BadParameter(f"{id!r} is no valid key{named}; see `deferral gateway keys list`", param_hint="ID")
     click.echo(f"{id} is revoked")
 
 
@@ -175,7 +191,7 @@ def retrain(
     from deferral.routing import Router, read_log
 
     old_log = None if log is None else read_log(log)
-    with _opened(database) as store, Console(stderr=True).status("learning, and judging both routers"):
+    with _opened(database) as store, _stages() as on_stage:
         try:
             verdict = learn(
                 store.engine,
@@ -185,6 +201,7 @@ def retrain(
                 dry_run=dry_run,
                 load=lambda folder: Router.load(folder, encoder=encoder),
                 seed=seed,
+                on_stage=on_stage,
             )
         except DataError:
             raise
@@ -243,6 +260,17 @@ def _opened(database: str, *, create: bool = False) -> Iterator[Keys]:
         raise DataError(f"the database fails: {getattr(error, 'orig', None) or error}") from error
     finally:
         store.close()
+
+
+@contextmanager
+def _stages() -> Iterator[Callable[[str], None]]:
+    """Says what is being done: in place on a terminal, else a line for each stage."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda stage: click.echo(stage, err=True)
+        return
+    with console.status("") as status:
+        yield status.update
 
 
 def _cells(issued: Issued) -> list[str]:

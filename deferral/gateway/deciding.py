@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,8 +27,7 @@ _MOST_WAITING = 32
 _AT_A_TIME = 4
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(NamedTuple):
     """Whom to ask, and after whose failure whom: `ranking` begins with the chosen one and goes on by expected cost.
 
     quality, price and cost (in errors) of every expert that might be asked; propensity of the chosen one; `best` is the expert
@@ -38,9 +37,9 @@ class Choice:
     ranking: tuple[str, ...]
     reason: str
     propensity: float
-    quality: Mapping[str, float]
-    price: Mapping[str, float]
-    cost: Mapping[str, float]
+    quality: dict[str, float]
+    price: dict[str, float]
+    cost: dict[str, float]
     price_of_error: float
     best: str
     fast_path: bool

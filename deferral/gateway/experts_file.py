@@ -73,6 +73,25 @@ def read_experts(path: str | Path, environ: Mapping[str, str] = os.environ) -> d
     Fields are those of `Expert`, but for the key: `key_env` names the environment variable that holds it.
     """
     path = Path(path)
+    text, experts = _tables(path)
+    result = {}
+    for name, table in experts.items():
+        if not isinstance(table, dict):
+            raise DataError(f"{_at(path, text, name)}: expected a table [experts.{name}], got {type(table).__name__}")
+        try:
+            result[name] = _expert(name, table, environ)
+        except _FieldError as error:
+            raise DataError(f"{_at(path, text, error.field, name)}: expert {name!r}, {error}") from None
+    return result
+
+
+def expert_names(path: str | Path) -> list[str]:
+    """The names alone, for whoever does not have the keys; DataError where the file cannot be read."""
+    return list(_tables(Path(path))[1])
+
+
+def _tables(path: Path) -> tuple[str, dict[str, Any]]:
+    """The text of the file, and what its table `experts` holds."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -87,15 +106,7 @@ def read_experts(path: str | Path, environ: Mapping[str, str] = os.environ) -> d
     experts = tables.get("experts")
     if not isinstance(experts, dict) or not experts:
         raise DataError(f"{path}: expected at least one table [experts.NAME] with a base_url")
-    result = {}
-    for name, table in experts.items():
-        if not isinstance(table, dict):
-            raise DataError(f"{_at(path, text, name)}: expected a table [experts.{name}], got {type(table).__name__}")
-        try:
-            result[name] = _expert(name, table, environ)
-        except _FieldError as error:
-            raise DataError(f"{_at(path, text, error.field, name)}: expert {name!r}, {error}") from None
-    return result
+    return text, experts
 
 
 def _expert(name: str, table: dict[str, Any], environ: Mapping[str, str]) -> Expert:

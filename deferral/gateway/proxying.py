@@ -62,6 +62,11 @@ class Proxy:
 class Exchange:
     """One request and its reply."""
 
+    __slots__ = (
+        "arrived", "asked", "began", "best", "choice", "gateway", "gone", "id", "kept", "key", "kind", "over", "path", "receive",
+        "send", "started", "status", "watcher",
+    )  # fmt: skip
+
     def __init__(self, proxy: Proxy, receive: Receive, send: Send) -> None:
         self.gateway, self.kind, self.path = proxy.gateway, proxy.kind, proxy.path
         self.receive, self.send = receive, send
@@ -123,7 +128,7 @@ class Exchange:
             gateway.metrics.decided(choice.ranking[0], perf_counter() - began, fast=choice.fast_path)
         ranking = [now.experts[name] for name in choice.ranking]
         forwarded = {
-            name.decode(): value.decode() for name, value in headers.items() if name in FORWARDED and _PLAIN.fullmatch(value)
+            name.decode(): value.decode() for name in FORWARDED & headers.keys() if _PLAIN.fullmatch(value := headers[name])
         }
         with await gateway.limits.held(self.key, choice.price[choice.ranking[0]]) as hold:
             call = await gateway.answerers.answer(
@@ -156,16 +161,16 @@ class Exchange:
         headers = [*reply.headers, *self._headers(call, choice)]
         self.status = reply.status
         usage, outcome, good = reply.usage, "cancelled", None
-        meter = StreamMeter()
+        meter = StreamMeter() if reply.streamed else None
         try:
-            if reply.streamed:
+            if meter is not None:
                 outcome = await self._stream(call, headers, meter)
                 good = outcome == "ok"
             else:
                 outcome, good = "ok" if reply.status < 300 else "error", True
         finally:
             call.end(good)
-            if reply.streamed:
+            if meter is not None:
                 usage = meter.usage(asked.tokens)
             price = expert.price(usage.input_tokens, usage.output_tokens) if reply.status < 300 else 0.0
             hold.settle(price)
@@ -263,9 +268,9 @@ class Exchange:
                 chosen=choice.ranking[0] if choice else "",
                 reason=choice.reason if choice else "",
                 propensity=choice.propensity if choice else math.nan,
-                expected_quality=dict(choice.quality) if choice else {},
-                expected_price=dict(choice.price) if choice else {},
-                expected_cost=dict(choice.cost) if choice else {},
+                expected_quality=choice.quality if choice else {},
+                expected_price=choice.price if choice else {},
+                expected_cost=choice.cost if choice else {},
                 price_of_error=choice.price_of_error if choice else math.nan,
                 price=price,
                 estimated=usage.estimated,

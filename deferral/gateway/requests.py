@@ -5,7 +5,8 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
 
 from deferral.gateway.problems import Problem
 
@@ -21,8 +22,7 @@ _SPACE, _COLON, _COMMA = (re.compile(rf"[ \t\n\r]*{sign}[ \t\n\r]*") for sign in
 _DECODER = json.JSONDecoder()
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
+class Asked(NamedTuple):
     """`tokens` is estimated, `output_tokens` what the client allows (0: not said)."""
 
     model: str
@@ -94,7 +94,7 @@ def parse(kind: Kind, body: bytes) -> Asked:
 
 def with_model(body: bytes, model: str) -> bytes:
     """The body of a parsed request with another value of the top-level "model"; every other byte as it was."""
-    value = json.dumps(model).encode()
+    value = _quoted(model)
     found = _MODEL.finditer(body)
     first = next(found, None)
     # A key may be spelled with \u escapes, and objects inside may have a model as well: then the body is read once more.
@@ -102,6 +102,11 @@ def with_model(body: bytes, model: str) -> bytes:
         start, end = first.span(1)
         return b"".join((body[:start], value, body[end:]))
     return _with_top_level_model(body.decode(), value.decode()).encode()
+
+
+@lru_cache(1024)
+def _quoted(model: str) -> bytes:
+    return json.dumps(model).encode()
 
 
 def hints(headers: Mapping[bytes, bytes]) -> Hints:

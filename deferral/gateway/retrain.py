@@ -58,14 +58,16 @@ def retrain(
     dry_run: bool = False,
     load: Callable[[Path], Router] = Router.load,
     seed: int = 0,
+    on_stage: Callable[[str], None] = lambda stage: None,
 ) -> Verdict:
     """Fit a router on most of the record, and on the log that the old one was fitted on; judge both on the rest.
 
     Three queries in ten are held out, always the same ones, so that no router of this gateway has seen them.  The new router
     replaces the folder if the 95% interval of its gain lies above 0; what was there is kept beside it, as FOLDER.previous.
-    A router with an encoder of your own needs a `load` that passes it.
+    A router with an encoder of your own needs a `load` that passes it.  `on_stage` is told what is begun.
     """
     folder = Path(folder)
+    on_stage("reading the record")
     old, new = load(folder), load(folder)
     left_out: Counter[str] = Counter()
     train, judge = [], []
@@ -86,7 +88,10 @@ def retrain(
     if len(judge) < _FEWEST_ROWS or not train:
         why = f"{len(judge)} rows to judge by are too few, expected at least {_FEWEST_ROWS}"
         return Verdict(False, False, why, len(train), None, reasons)
+    both = "" if old_log is None else f" and {len(old_log):,} of the log"
+    on_stage(f"fitting a router to {len(train):,} outcomes of the record{both}, which may take minutes")
     learned(new, train, old_log, unseen={row.outcome.query for row in judge})
+    on_stage(f"judging both routers on {len(judge):,} other outcomes")
     draws = draws_of(new, judge)
     comparison = compare(draws, choices(old, judge), choices(new, judge), seed=seed)
     why = _why_not(comparison)

@@ -15,9 +15,11 @@ from deferral.errors import DataError
 from deferral.gateway.access import must_have_key
 from deferral.gateway.app import gateway, load_router
 from deferral.gateway.experts_file import read_experts
+from deferral.gateway.listening import BACKLOG, listening
 from deferral.gateway.logs import logging_to
+from deferral.gateway.protocol import Protocol
 from deferral.gateway.settings import Settings
-from deferral.gateway.workers import listening, supervise
+from deferral.gateway.workers import supervise
 
 __all__ = ["run", "serve"]
 
@@ -25,29 +27,30 @@ _log = logging.getLogger("deferral.gateway")
 # Clients keep connections for later; one that the server closes first may lose a request on its way.
 _KEEP_ALIVE = 75
 _CONNECTIONS = 65_536
+_OBJECTS_PER_COLLECTION = 20_000
 _ADMIN_KEY = "DEFERRAL_ADMIN_KEY"
 
 
 def run(settings: Settings, *, log_level: str = "info") -> None:
     """Serve until SIGTERM or SIGINT; what is under way then is finished, streams too.
 
-    ValueError where it would be reachable from other machines without any key.
+    ValueError where it would be reachable from other machines without any key, DataError where its address is not to be had.
     """
     assert settings.experts_file is not None
     must_have_key(settings)
-    if settings.workers == 1:
-        _serve(settings, log_level)
-        return
-    # Here a mistake in the files is an error of one command, and not of each worker.
-    load_router(settings), read_experts(settings.experts_file)
-    with logging_to(level=log_level):
-        listener = listening(settings.host, settings.port)
-        _log.info("%d workers at %s:%d", settings.workers, *listener.getsockname()[:2])
-        supervise(partial(_serve, settings, log_level), listener, settings.workers)
+    with listening(settings.host, settings.port) as listener:
+        if settings.workers == 1:
+            _serve(settings, log_level, listener)
+            return
+        # Here a mistake in the files is an error of one command, and not of each worker.
+        load_router(settings), read_experts(settings.experts_file)
+        with logging_to(level=log_level):
+            _log.info("%d workers at %s:%d", settings.workers, *listener.getsockname()[:2])
+            supervise(partial(_serve, settings, log_level), listener, settings.workers)
 
 
-def _serve(settings: Settings, log_level: str, listener: socket.socket | None = None) -> None:
-    """In this process, at the settings' address or from a socket that is there already."""
+def _serve(settings: Settings, log_level: str, listener: socket.socket) -> None:
+    """In this process, from a socket that listens already."""
     assert settings.experts_file is not None
     router, experts = load_router(settings), read_experts(settings.experts_file)
     _allow_many_connections()
@@ -58,8 +61,7 @@ def _serve(settings: Settings, log_level: str, listener: socket.socket | None = 
         app = gateway(router, experts, settings=settings)
         config = uvicorn.Config(
             app,
-            host=settings.host,
-            port=settings.port,
+            http=Protocol,
             log_config=None,
             access_log=False,
             server_header=False,
@@ -69,13 +71,28 @@ def _serve(settings: Settings, log_level: str, listener: socket.socket | None = 
             timeout_keep_alive=_KEEP_ALIVE,
             # A reply ends by itself within its expert's time.
             timeout_graceful_shutdown=int(max(expert.total_s for expert in experts.values())) + 30,
-            backlog=4096,
+            backlog=BACKLOG,
         )
-        # What is there now stays: looking through it again and again for garbage would take time from requests.
+        # What is there now stays, and what requests leave behind is mostly no garbage but rows that wait to be written: looking
+        # through all that again and again would take time from requests.
         gc.collect()
         gc.freeze()
-        _log.info("serving %s at %s:%d", ", ".join(experts), settings.host, settings.port)
-        uvicorn.Server(config).run(None if listener is None else [listener])
+        gc.set_threshold(_OBJECTS_PER_COLLECTION)
+        place = ("[%s]:%d" if ":" in settings.host else "%s:%d") % (settings.host, listener.getsockname()[1])
+        _Server(config, f"serving {', '.join(experts)} at http://{place}").run([listener])
+
+
+class _Server(uvicorn.Server):
+    """Says where it serves once it does."""
+
+    def __init__(self, config: uvicorn.Config, greeting: str) -> None:
+        super().__init__(config)
+        self._greeting = greeting
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Open the database and the connections, then the door."""
+        await super().startup(sockets)
+        _log.info("%s", self._greeting)
 
 
 def _allow_many_connections() -> None:

@@ -57,7 +57,7 @@ class Status:
     requests: int
     routed: int
     streamed: int
-    estimated: int  # requests whose price is an estimate
+    estimated: int  # answers whose price is an estimate
     fast_path: int
     price: float
     saving: float
@@ -124,7 +124,8 @@ def status(engine: Engine, keys: Iterable[Key], *, since: float = 0.0, now: floa
                 ones.label("requests"),
                 _count(d.requested == "auto").label("routed"),
                 _count(d.streamed).label("streamed"),
-                _count(d.estimated).label("estimated"),
+                # What nobody answered, or answered with an error, costs nothing: there is no price to be estimated.
+                _count(d.estimated & (d.expert != "") & (d.status < 300)).label("estimated"),
                 _count(d.fast_path).label("fast_path"),
                 func.coalesce(func.sum(d.price), 0.0).label("price"),
                 func.coalesce(func.sum(case((paired, d.best_price - d.price), else_=0.0)), 0.0).label("saving"),

@@ -14,32 +14,16 @@ from typing import Any
 
 from deferral.errors import DataError
 
-__all__ = ["listening", "supervise"]
+__all__ = ["supervise"]
 
 _log = logging.getLogger("deferral.gateway")
 
-_BACKLOG = 4096
 # Where it can be, one clean process imports everything once, and each worker is a copy of it.
 _METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 _LOOK = 0.2
 # Workers that end sooner than this after their start, so many in a row, will not do better the next time.
 _TOO_SOON = 10.0
 _PATIENCE = 5
-
-
-def listening(host: str, port: int) -> socket.socket:
-    """A socket that several processes can take connections from; OSError where the address is not to be had."""
-    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    made = socket.socket(family)
-    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        made.bind(address)
-    except OSError:
-        made.close()
-        raise
-    made.listen(_BACKLOG)
-    made.setblocking(False)
-    return made
 
 
 def supervise(serve: Callable[[socket.socket], None], listener: socket.socket, count: int) -> None:

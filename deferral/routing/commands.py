@@ -175,7 +175,7 @@ def evaluate(
     else:
         fold = tag_folds(outcomes, table, folds) if by_tag else query_folds(table, folds, seed=seed)
         parts = []
-        with _progress() as progress:
+        with _progress(f"fitting and judging {folds} folds") as progress:
             task = progress.add_task("fitting and judging folds", total=folds)
             # The price of an error is one among many here: judged over all of them.
             for _, part in cross_fitted(lambda: Router(1.0, encoder=encode, seed=seed), table, fold):
@@ -189,7 +189,10 @@ def evaluate(
         out.mkdir(parents=True, exist_ok=True)
         save_evaluation(found, out / "evaluation.json")
         drawn = draw_evaluation(found, out / "curve.png")
-        click.echo(f"wrote {out / 'evaluation.json'}" + (f"\nwrote {out / 'curve.png'}" if drawn else ""))
+        click.echo(f"wrote {out / 'evaluation.json'}")
+        click.echo(
+            f"wrote {out / 'curve.png'}" if drawn else "curve.png is left out: it needs matplotlib, `pip install matplotlib`"
+        )
 
 
 @route.command()
@@ -256,9 +259,12 @@ def simulate(
 def batch(queries: Path, out: Path, folder: Path, encoder: Path | None, workers: int, **options: Any) -> None:
     """Route a file of queries: IN is .jsonl (objects with "query") or text, one query a line; OUT holds a decision a line.
 
-    Stopped or killed, the same command continues where it was.
+    Stopped or killed, the same command continues where it was; once OUT is complete, it does nothing.
     """
-    with _progress() as progress:
+    if _complete(queries, out):
+        click.echo(f"{out} is complete, a decision for each query of {queries}; remove it to route them again")
+        return
+    with _progress(f"routing {queries.name}") as progress:
         task = progress.add_task("routing", total=queries.stat().st_size)
 
         def on_rows(rows: int, read: int) -> None:
@@ -282,6 +288,16 @@ def export_encoder(source: Path, out: Path, int8: bool, max_tokens: int | None) 
     click.echo(f"wrote {out}; least cosine with torch {least:.5f}")
 
 
+def _complete(queries: Path, out: Path) -> bool:
+    """Whether OUT is the end of an earlier run: it holds as many decisions as there are queries."""
+    return out.is_file() and _lines(out) == _lines(queries)
+
+
+def _lines(path: Path) -> int:
+    with path.open("rb") as file:
+        return sum(1 for _ in file)
+
+
 def _encoder(folder: Path | None, cache: Path | None) -> Any:
     if cache is not None and folder is None:
         raise click.UsageError("--cache goes with --encoder: n-grams are quicker made than read")
@@ -292,18 +308,22 @@ def _encoder(folder: Path | None, cache: Path | None) -> Any:
 
 
 def _read(path: Path) -> Log:
-    with _progress() as progress:
+    with _progress(f"reading {path.name}") as progress:
         task = progress.add_task(f"reading {path.name}", total=None)
         return read_log(path, on_rows=lambda rows: progress.update(task, description=f"reading {path.name}, {rows:,} rows"))
 
 
 @contextmanager
 def _working(what: str) -> Iterator[None]:
-    with _progress() as progress:
+    with _progress(what) as progress:
         progress.add_task(what, total=None)
         yield
 
 
-def _progress() -> Progress:
+def _progress(what: str) -> Progress:
+    """A bar on a terminal; where nobody watches, one line."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        click.echo(what, err=True)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=Console(stderr=True), transient=True)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)

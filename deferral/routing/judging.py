@@ -123,7 +123,10 @@ def tag_folds(log: Log, table: Table, folds: int) -> np.ndarray:
         )
     subject, member = np.unique([first[query] for query in table.queries], return_inverse=True)
     if len(subject) < folds:
-        raise ValueError(f"tags: expected at least {folds} subjects, one per fold, got {len(subject)}: {', '.join(subject)}")
+        raise ValueError(
+            f"tags: expected at least {folds} subjects, one per fold, got {len(subject)}: {', '.join(subject)}; "
+            "ask for fewer folds (--folds)"
+        )
     sizes, fold, filled = np.bincount(member), np.zeros(len(subject), int), np.zeros(folds)
     for number in np.argsort(-sizes, kind="stable"):
         fold[number] = filled.argmin()
