@@ -43,6 +43,9 @@ _CLOSED_BY_CLIENT = 499
 _LONGER = 60.0
 # Ids need no two alike, and are no secret: a key may judge its own responses only.
 _ids = random.Random(os.urandom(32))
+if hasattr(os, "register_at_fork"):
+    # Workers are copies of one process, and must not draw the same ids.
+    os.register_at_fork(after_in_child=lambda: _ids.seed(os.urandom(32)))
 # A header that the upstream connection would not take must not look like a fault of the upstream.
 _PLAIN = re.compile(rb"[ -~]*")
 _PRINTABLE = bytes(byte if 32 <= byte < 127 else 32 for byte in range(256))
