@@ -17,7 +17,6 @@ from sqlalchemy import func, select
 from deferral.gateway.database import connect, prepare
 from deferral.gateway.keys import Keys
 from deferral.gateway.schema import decisions
-from deferral.gateway.workers import listening
 from tests.faulty_upstream import Upstream
 from tests.running_gateway import EASY, small_router
 from tests.serving_process import Serving, serving
@@ -153,10 +152,3 @@ def test_three_workers_hold_one_budget_one_rate_and_one_router(
     assert count == statuses.count(200)
     # All of it is spent but what no request would fit in, and overspent by no more than what was in flight.
     assert 1.0 - dearest <= spent <= 1.0 + CLIENTS * dearest
-
-
-def test_an_address_that_is_taken_is_an_error() -> None:
-    first = listening("127.0.0.1", 0)
-    with pytest.raises(OSError, match="in use"):
-        listening("127.0.0.1", first.getsockname()[1])
-    first.close()

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import threading
 from collections.abc import Awaitable, Callable
 
 from sqlalchemy import Engine, func, insert, select, update
@@ -25,6 +26,8 @@ class Reloads:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._heard = 0
+        # Between the commit of an announcement of its own and its being known as such, it would be heard as another's.
+        self._lock = threading.Lock()
 
     def start(self) -> None:
         """What was announced before is what the gateway has read at its start."""
@@ -37,25 +40,30 @@ class Reloads:
 
     def announce(self) -> None:
         """To all but this one, which has read its files."""
-        with self._engine.connect() as connection, alone(connection, "reloads"):
-            if not connection.execute(update(reloads).values(count=reloads.c.count + 1)).rowcount:
-                connection.execute(insert(reloads).values(id=_ROW, count=1))
-            now = int(connection.execute(select(reloads.c.count)).scalar_one())
-        # Another's announcement in between is still to be heard.
-        if now == self._heard + 1:
-            self._heard = now
+        with self._lock:
+            with self._engine.connect() as connection, alone(connection, "reloads"):
+                if not connection.execute(update(reloads).values(count=reloads.c.count + 1)).rowcount:
+                    connection.execute(insert(reloads).values(id=_ROW, count=1))
+                now = int(connection.execute(select(reloads.c.count)).scalar_one())
+            # Another's announcement in between is still to be heard.
+            if now == self._heard + 1:
+                self._heard = now
+
+    def _news(self) -> bool:
+        """Whether something was announced that this gateway has not heard of until now."""
+        with self._lock:
+            before, self._heard = self._heard, self.count()
+            return self._heard != before
 
     async def follow(self, reload: Callable[[], Awaitable[object]]) -> None:
         """Reload whenever that is announced, until cancelled.  A database that is away for a moment is asked again."""
         while True:
             await asyncio.sleep(_LOOK)
             try:
-                now = await asyncio.to_thread(self.count)
+                if not await asyncio.to_thread(self._news):
+                    continue
             except SQLAlchemyError:
                 continue
-            if now == self._heard:
-                continue
-            self._heard = now
             try:
                 await reload()
             except (DataError, ValueError) as error:
