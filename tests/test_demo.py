@@ -41,7 +41,7 @@ def test_two_stage_deferral_is_cheaper_than_the_model_each_expert_random_and_cho
     assert {"retrained: the model alone", "retrained: single-stage deferral", "oracle"} <= set(comparison.figures)
 
 
-@pytest.mark.ci_slow
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
 def test_so_it_is_on_other_seeds(seed: int) -> None:
     cheaper_than_the_rest(run(seed))

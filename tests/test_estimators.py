@@ -658,7 +658,9 @@ def test_bad_input(call, said: str) -> None:
 
 
 @pytest.mark.ci_slow
-@pytest.mark.parametrize("name", ["concrete_strength", "airfoil_self_noise", "abalone"])
+@pytest.mark.parametrize(
+    "name", ["concrete_strength", "airfoil_self_noise", pytest.param("abalone", marks=pytest.mark.slow)]
+)
 def test_on_real_tables_abstaining_is_cheaper_than_always_and_never(name: str, data_root: Path) -> None:
     """Half the rows to fit, half to judge; abstaining costs 0.7 of the predictor's mean error, in every split."""
     table = uci(data_root / "uci", name)
