@@ -7,11 +7,14 @@ query, asked again) are drawn together in the intervals.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
-from deferral.intervals import Interval, bootstrap, interval
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from deferral.intervals import Interval
 
 __all__ = ["Comparison", "Draws", "compare", "doubly_robust", "self_normalised"]
 
@@ -40,10 +43,10 @@ class Comparison:
     rows: int
     differ: int  # rows on which they differ
     seen: tuple[int, int]  # of those, the rows that drew the old one's action, and the new one's
-    old: Interval  # doubly robust
-    new: Interval
-    gain: Interval  # old - new, doubly robust
-    gain_weighted: Interval  # old - new, self-normalised inverse propensity
+    old: "Interval"  # doubly robust
+    new: "Interval"
+    gain: "Interval"  # old - new, doubly robust
+    gain_weighted: "Interval"  # old - new, self-normalised inverse propensity
 
 
 def compare(draws: Draws, old: np.ndarray, new: np.ndarray, *, seed: int = 0) -> Comparison:
@@ -71,7 +74,7 @@ def doubly_robust(draws: Draws, actions: np.ndarray) -> np.ndarray:
     return expected + draws.weight(actions) * np.where(actions == draws.action, draws.cost - expected, 0.0)
 
 
-def self_normalised(draws: Draws, old: np.ndarray, new: np.ndarray, *, seed: int = 0) -> Interval:
+def self_normalised(draws: Draws, old: np.ndarray, new: np.ndarray, *, seed: int = 0) -> "Interval":
     """The gain old - new where weights are divided by their sum.  Draws, (N,), (N,) -> Interval
 
     On rows on which the two agree it is 0, so only the others are weighted: share of those * (mean cost of old - of new).
@@ -90,16 +93,21 @@ def self_normalised(draws: Draws, old: np.ndarray, new: np.ndarray, *, seed: int
     return _interval(draws, parts, gain, seed)
 
 
-def _mean(draws: Draws, values: np.ndarray, seed: int) -> Interval:
+def _mean(draws: Draws, values: np.ndarray, seed: int) -> "Interval":
     return _interval(draws, [values, np.ones(len(values))], lambda sums: sums[0] / sums[1], seed)
 
 
-def _interval(draws: Draws, columns: list[np.ndarray], figure: Callable[[np.ndarray], np.ndarray], seed: int) -> Interval:
+def _interval(draws: Draws, columns: list[np.ndarray], figure: Callable[[np.ndarray], np.ndarray], seed: int) -> "Interval":
     """A figure of column sums, with the interval of resampled groups."""
+    # A gateway that serves holds no torch.
+    import torch
+
+    from deferral.intervals import bootstrap, interval
+
     groups = int(draws.group.max()) + 1
     sums = torch.from_numpy(np.stack([np.bincount(draws.group, column, groups) for column in columns], 1))
 
-    def figure_of(weights: torch.Tensor) -> torch.Tensor:
+    def figure_of(weights: "Tensor") -> "Tensor":
         return torch.from_numpy(np.asarray(figure((weights @ sums).numpy().T), float))
 
     estimate = float(figure_of(torch.ones(1, groups, dtype=torch.float64))[0])

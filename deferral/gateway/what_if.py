@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from sqlalchemy import Engine, func, select
 
+from deferral.gateway.off_policy import Draws, doubly_robust
 from deferral.gateway.schema import decisions, feedback
 
 __all__ = ["Point", "WhatIf", "what_if"]
@@ -86,14 +87,14 @@ def what_if(engine: Engine, *, since: float, until: float) -> WhatIf:
     best = np.nanargmin(1 - quality + price / present[:, None], axis=1)
     paid = np.array([row.price for row in rows])[usable]
     said = np.array([math.nan if row.quality is None else row.quality for row in rows])[usable]
-    judged = ~np.isnan(said)
+    judged, rows_of_all = ~np.isnan(said), np.arange(len(drawn))
+    priced = Draws(drawn, propensity, paid, price, rows_of_all)
+    judgements = Draws(drawn[judged], propensity[judged], said[judged], quality[judged], rows_of_all[judged])
     points = []
     for error in _settings(quality, price):
         actions = np.nanargmin(1 - quality + price / error, axis=1)
-        dollars = _corrected(price, actions, drawn, propensity, paid)
-        good = _corrected(quality[judged], actions[judged], drawn[judged], propensity[judged], said[judged])
-        if not judged.any():
-            good = quality[np.arange(len(actions)), actions]
+        dollars = doubly_robust(priced, actions)
+        good = doubly_robust(judgements, actions[judged]) if judged.any() else quality[rows_of_all, actions]
         shares = np.bincount(actions, minlength=len(experts)) / len(actions)
         points.append(Point(float(error), *_mean(dollars), *_mean(good), dict(zip(experts, shares.tolist(), strict=True))))
     own = {name: said[judged & (drawn == place)] for place, name in enumerate(experts)}
@@ -113,14 +114,6 @@ def _settings(quality: np.ndarray, price: np.ndarray) -> np.ndarray:
     gap = np.nanmean(np.nanmax(quality, 1) - np.nanmin(quality, 1))
     middle = spread / max(gap, 1e-3)
     return np.geomspace(max(middle / 30, 1e-9), max(middle * 100, 1e-7), _POINTS)
-
-
-def _corrected(
-    estimate: np.ndarray, actions: np.ndarray, drawn: np.ndarray, propensity: np.ndarray, truth: np.ndarray
-) -> np.ndarray:
-    """The estimate of the action, corrected where it was drawn.  (N, E), (N,) four times -> (N,)"""
-    expected = estimate[np.arange(len(actions)), actions]
-    return expected + np.where(actions == drawn, (truth - expected) / propensity, 0.0)
 
 
 def _mean(values: np.ndarray) -> tuple[float, float]:
