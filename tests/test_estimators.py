@@ -657,9 +657,13 @@ def test_bad_input(call, said: str) -> None:
         call(X, y, answers)
 
 
-@pytest.mark.ci_slow
 @pytest.mark.parametrize(
-    "name", ["concrete_strength", "airfoil_self_noise", pytest.param("abalone", marks=pytest.mark.slow)]
+    "name",
+    [
+        pytest.param("concrete_strength", marks=pytest.mark.ci_slow),
+        pytest.param("airfoil_self_noise", marks=pytest.mark.ci_slow),
+        pytest.param("abalone", marks=pytest.mark.slow),
+    ],
 )
 def test_on_real_tables_abstaining_is_cheaper_than_always_and_never(name: str, data_root: Path) -> None:
     """Half the rows to fit, half to judge; abstaining costs 0.7 of the predictor's mean error, in every split."""
