@@ -103,7 +103,8 @@ def spend(gateway: Serving, token: str, clients: int = CLIENTS, **fields) -> lis
     async def run() -> None:
         await asyncio.gather(*(client(number) for number in range(clients)))
 
-    asyncio.run(run())
+    # A budget that does not hold would never refuse anybody.
+    asyncio.run(asyncio.wait_for(run(), 60))
     return statuses
 
 
