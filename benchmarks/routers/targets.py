@@ -58,16 +58,17 @@ def show_targets(folder: Path) -> None:
 
 def show_draws(folder: Path) -> None:
     """RouteLLM with whole subjects held out, on every draw of the folds that was run, and the mean of the draws."""
-    found = []
-    for path in sorted(folder.glob("routing-routellm-subjects*.json")):
+    found = {}
+    for path in folder.glob("routing-routellm-subjects*.json"):
         lines = {line["method"]: line["APGR"] for line in json.loads(path.read_text(encoding="utf-8"))["lines"]}
-        found.append([lines[name] for name in DRAWN])
+        found[int(path.stem.removeprefix("routing-routellm-subjects").strip("-") or 0)] = lines
     if len(found) < 2:
         return
     table = Printed(title="subjects held out, APGR by draw of the folds", box=None, header_style="bold", title_justify="left")
-    for name in ("method", *(f"draw {draw}" for draw in range(len(found))), "mean"):
+    for name in ("method", *(f"draw {draw}" for draw in sorted(found)), "mean"):
         table.add_column(name, justify="left" if name == "method" else "right")
-    for name, *values in zip(DRAWN, *found, strict=True):
+    for name in DRAWN:
+        values = [found[draw][name] for draw in sorted(found)]
         table.add_row(name, *map(number, values), number(sum(values) / len(values)))
     Console(width=160).print(table)
 
