@@ -1,6 +1,7 @@
 """Hard constraints, hints, and what happens when a decision takes too long."""
 
 import asyncio
+import math
 import time
 
 import numpy as np
@@ -142,15 +143,17 @@ def test_a_worker_with_too_much_to_do_is_not_waited_for(router: Router) -> None:
 
 
 def test_exploration_has_the_propensity_that_it_says(router: Router) -> None:
-    router.explore, before = 0.2, router.explore
+    before = router.explore, router.salt
+    router.explore, router.salt = 0.2, "the same draws in every run"
     try:
         decider = Decider(router, EXPERTS, deadline_s=1.0)
-        choices = [choose(decider, asked(f"{EASY} {number}")) for number in range(150)]
+        choices = [choose(decider, asked(f"{EASY} {number}")) for number in range(600)]
     finally:
-        router.explore = before
-    weights = [1 / choice.propensity for choice in choices]
+        router.explore, router.salt = before
+    rare = [choice for choice in choices if choice.propensity < 0.5]
     assert {round(choice.propensity, 3) for choice in choices} == {0.1, 0.9}
-    assert sum(weights) / 2 == pytest.approx(150, rel=0.25), "every expert is drawn as often as its propensity says"
+    assert {choice.ranking[0] for choice in rare} == {"large"}
+    assert len(rare) == pytest.approx(60, abs=3 * math.sqrt(600 * 0.1 * 0.9)), "drawn as often as its propensity says"
 
 
 def test_many_decisions_at_once_leave_the_event_loop_time_for_others(router: Router) -> None:
