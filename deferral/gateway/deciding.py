@@ -3,6 +3,7 @@
 import asyncio
 import copy
 import dataclasses
+from collections import deque
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from deferral.gateway.experts_file import Expert
 from deferral.gateway.problems import Problem
 from deferral.gateway.requests import Asked, Hints
 from deferral.routing.constraints import Abilities, Needs
-from deferral.routing.decisions import Decisions
+from deferral.routing.decisions import Decision, Decisions
 from deferral.routing.encoders import NgramEncoder
 from deferral.routing.router import Plan, Router
 from deferral.routing.static import draws
@@ -24,7 +25,9 @@ __all__ = ["Choice", "Decider", "Limited", "refusal"]
 _PLANS = 256
 # Queries that wait for the worker; the next one is decided by the static mix at once.
 _MOST_WAITING = 32
-_AT_A_TIME = 4
+# Queries that are decided in one turn of the event loop.  Of a thousand that come in the same moment, few may be decided before
+# the loop looks after the others: it would take their replies for late.
+_TOGETHER = 16
 
 
 class Choice(NamedTuple):
@@ -58,9 +61,9 @@ class Limited:
 class Decider:
     """One router with the experts of one experts file.  `close` ends its worker.
 
-    With the n-gram encoder, whose work is bounded by its 2,000 characters, a query is decided where it is: a thread would
-    compete for the same interpreter lock.  Any other encoder runs in one worker thread, and after `deadline_s` the static mix
-    decides instead.
+    With the n-gram encoder, whose work is bounded by its 2,000 characters, queries are decided where they are: a thread would
+    compete for the same interpreter lock.  Those of one turn of the event loop are decided together, eight in the time of three.
+    Any other encoder runs in one worker thread, and after `deadline_s` the static mix decides instead.
     """
 
     def __init__(self, router: Router, experts: Mapping[str, Expert], *, deadline_s: float) -> None:
@@ -71,27 +74,23 @@ class Decider:
         self._best = router.experts[int(router.fitted.means.argmax())]
         self._at_once = isinstance(router.encoder, NgramEncoder)
         self._plans: dict[Any, Plan] = {}
-        # Of a thousand requests that come in the same moment, few are decided before the event loop looks after the others:
-        # it would take their replies for late.
-        self._turns = asyncio.Semaphore(_AT_A_TIME)
+        self._together: deque[tuple[Plan, str, asyncio.Future[Choice]]] = deque()
         # Plans are cached by the router, and a cache that two threads fill may lose what one has just put there.
         self._planner = copy.copy(router)
         self._planner._plans = {}
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="decide")
         self._waiting = 0
         # The first decision loads what later ones find loaded.
-        self._decided(router.plan(needs=Needs(allow=frozenset(names))), "a first query")
+        self._decided(router.plan(needs=Needs(allow=frozenset(names))), ["a first query", "and a second"])
 
     async def choose(self, asked: Asked, hints: Hints, limited: Limited) -> Choice:
         """Problem 4xx where a constraint leaves nobody or a hint cannot be met, 503 where all who may answer are down."""
         plan = await self._plan(self._allowed(asked, hints, limited), hints, limited.thrift)
         query = asked.query
         if self._at_once:
-            await self._turns.acquire()
-            asyncio.get_running_loop().call_soon(self._turns.release)
-            return self._choice(self._decided(plan, query), plan, fast=False)
-        decisions = await self._in_worker(lambda: self._decided(plan, query), self.deadline_s)
-        return self._choice(decisions or self._by_mix(plan, query), plan, fast=decisions is None)
+            return await self._in_turn(plan, query)
+        decisions = await self._in_worker(lambda: self._decided(plan, [query]), self.deadline_s)
+        return self._choice((decisions or self._by_mix(plan, query))[0], plan, fast=decisions is None)
 
     def close(self) -> None:
         """Whoever waits is still decided."""
@@ -141,6 +140,31 @@ class Decider:
         self._plans[key] = plan
         return plan
 
+    def _in_turn(self, plan: Plan, query: str) -> "asyncio.Future[Choice]":
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Choice] = loop.create_future()
+        if not self._together:
+            loop.call_soon(self._turn, loop)
+        self._together.append((plan, query, future))
+        return future
+
+    def _turn(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Decide some of those who wait; the others have the next turn."""
+        turn = [self._together.popleft() for _ in range(min(_TOGETHER, len(self._together)))]
+        if self._together:
+            loop.call_soon(self._turn, loop)
+        waiting = [(plan, query, future) for plan, query, future in turn if not future.done()]
+        for plan in {id(plan): plan for plan, _, _ in waiting}.values():
+            same = [(query, future) for of, query, future in waiting if of is plan]
+            try:
+                decisions = self._decided(plan, [query for query, _ in same])
+                for row, (_, future) in enumerate(same):
+                    future.set_result(self._choice(decisions[row], plan, fast=False))
+            except Exception as error:
+                for _, future in same:
+                    if not future.done():
+                        future.set_exception(error)
+
     async def _in_worker(self, work: Callable[[], Any], deadline: float | None) -> Any:
         """The result; None where the worker is too busy or the deadline passed."""
         if self._waiting >= _MOST_WAITING:
@@ -161,8 +185,8 @@ class Decider:
             # A result that nobody waited for may be an error; it would be reported as never retrieved.
             future.exception()
 
-    def _decided(self, plan: Plan, query: str) -> Decisions:
-        return self.router.decide(plan, self.router.encoder([query]), [query])
+    def _decided(self, plan: Plan, queries: list[str]) -> Decisions:
+        return self.router.decide(plan, self.router.encoder(queries), queries)
 
     def _by_mix(self, plan: Plan, query: str) -> Decisions:
         """Without looking at more of the query than its length."""
@@ -177,21 +201,16 @@ class Decider:
             plan.price_of_error, why,
         )  # fmt: skip
 
-    def _choice(self, decisions: Decisions, plan: Plan, *, fast: bool) -> Choice:
-        decision = decisions[0]
-        allowed = [name for name, place in self._place.items() if plan.mask[place]]
-        others = sorted((name for name in allowed if name != decision.expert), key=lambda name: decision.cost[name])
+    def _choice(self, decision: Decision, plan: Plan, *, fast: bool) -> Choice:
+        quality, price, cost = decision.quality, decision.price, decision.cost
+        if plan.closed is not None:
+            allowed = [name for name, place in self._place.items() if plan.mask[place]]
+            quality, price, cost = ({name: of[name] for name in allowed} for of in (quality, price, cost))
+        others = sorted((name for name in cost if name != decision.expert), key=cost.__getitem__)
         return Choice(
-            (decision.expert, *others),
-            decision.why,
-            decision.propensity,
-            {name: decision.quality[name] for name in allowed},
-            {name: decision.price[name] for name in allowed},
-            {name: decision.cost[name] for name in allowed},
-            plan.price_of_error,
-            self._best,
+            (decision.expert, *others), decision.why, decision.propensity, quality, price, cost, plan.price_of_error, self._best,
             fast,
-        )
+        )  # fmt: skip
 
 
 def refusal(expert: Expert, asked: Asked, hints: Hints, allow: Collection[str] | None) -> str:

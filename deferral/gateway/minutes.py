@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Sequence
+from functools import cache
+from typing import Any
 
 from sqlalchemy import Connection
 from sqlalchemy.dialects import postgresql, sqlite
@@ -30,11 +32,16 @@ def add_to_minutes(connection: Connection, rows: Sequence[tuple]) -> None:
         )  # fmt: skip
         place = math.floor(row["time"] / 60), row["expert"]
         sums[place] = [before + more for before, more in zip(sums.get(place, [0] * len(one)), one, strict=True)]
-    made = (postgresql if connection.dialect.name == "postgresql" else sqlite).insert(minutes)
-    added = {name: minutes.c[name] + made.excluded[name] for name in _SUMS}
     # In one order, so that two workers do not wait for each other.
     found = [
         {"minute": minute, "expert": expert} | dict(zip(_SUMS, sums[minute, expert], strict=True))
         for minute, expert in sorted(sums)
     ]
-    connection.execute(made.on_conflict_do_update(index_elements=["minute", "expert"], set_=added), found)
+    connection.execute(_adding(connection.dialect.name), found)
+
+
+@cache
+def _adding(dialect: str) -> Any:
+    made = (postgresql if dialect == "postgresql" else sqlite).insert(minutes)
+    added = {name: minutes.c[name] + made.excluded[name] for name in _SUMS}
+    return made.on_conflict_do_update(index_elements=["minute", "expert"], set_=added)
