@@ -18,6 +18,7 @@ import click
 
 from benchmarks import score_based
 from benchmarks.harness.abstention import BASELINES, run_cells
+from benchmarks.harness.presets import ABSTENTION
 from benchmarks.harness.running import image_options, options, running
 
 METHODS = (
@@ -44,7 +45,7 @@ PUBLISHED = {  # (data, cost, method): % of abstention loss
 @click.option("--data", type=click.Choice(["cifar10", "cifar100", "svhn"]), multiple=True, default=("cifar10", "cifar100"))
 def command(data: tuple[str, ...], **given) -> None:
     """Predictor-rejector abstention on CIFAR-10, CIFAR-100 and, where its files are at hand, SVHN."""
-    with running(**given) as run:
+    with running(**given, presets=ABSTENTION) as run:
         run_cells(run, METHODS, data)
 
 

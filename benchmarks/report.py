@@ -169,9 +169,11 @@ def _section(section: Section, records: Sequence[Record]) -> list[str]:
 def _provenance(records: Sequence[Record]) -> str:
     if not records:
         return "Not run."
-    minutes = sum(record["wall_seconds"] for record in records) / 60
+    # On a machine that does other things besides, a cell waits: its CPU time is what it takes.
+    measure = "CPU time" if all("cpu_seconds" in record for record in records) else "one process"
+    minutes = sum(record["cpu_seconds" if measure == "CPU time" else "wall_seconds"] for record in records) / 60
     machines = sorted({f"{r['machine']['device']}, torch {r['machine']['torch']}" for r in records})
-    return f"{len(records)} cells, {minutes:.1f} minutes of one process; {'; '.join(machines)}."
+    return f"{len(records)} cells, {minutes:.1f} minutes of {measure}; {'; '.join(machines)}."
 
 
 def _of(record: Record) -> tuple[str, str]:

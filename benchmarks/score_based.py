@@ -10,12 +10,14 @@ generalised cross-entropy (Cao et al. 2022).  Published (Mao, Mohri, Zhong, AIST
 
 `--preset paper` has their networks, schedule and costs (and keeps 5,000 training images for second stage and thresholds, which
 the papers do not say); `--preset fast` the same costs and a small network for one GPU; `--preset laptop` 22,000 images, a small
-network and costs at which it has something to decide.
+network and costs at which it has something to decide.  Started twice, the command shares its cells between two processes: a
+core each.
 """
 
 import click
 
 from benchmarks.harness.abstention import BASELINES, run_cells
+from benchmarks.harness.presets import ABSTENTION
 from benchmarks.harness.running import image_options, options, running
 
 METHODS = (*BASELINES, "two-stage score-based", "Mozannar-Sontag (mu=1)", "Cao et al. (mu=1.7)")
@@ -38,7 +40,7 @@ PUBLISHED = {  # (data, cost, method): % of abstention loss
 @click.option("--data", type=click.Choice(["cifar10", "cifar100", "svhn"]), multiple=True, default=("cifar10", "cifar100"))
 def command(data: tuple[str, ...], **given) -> None:
     """Score-based abstention on CIFAR-10, CIFAR-100 and, where its files are at hand, SVHN."""
-    with running(**given) as run:
+    with running(**given, presets=ABSTENTION) as run:
         run_cells(run, METHODS, data)
 
 

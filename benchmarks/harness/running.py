@@ -61,11 +61,12 @@ class Run:
     bfloat16: bool
     compiled: bool
     download: bool
+    presets: Mapping[str, Preset]
 
     @property
     def preset(self) -> Preset:
         """The rows, networks and costs of the preset."""
-        return PRESETS[self.preset_name]
+        return self.presets[self.preset_name]
 
     @property
     def recipe(self) -> Recipe:
@@ -115,14 +116,14 @@ class Run:
                 if not mine or ranks.agree(self.results.finished(cell)):
                     continue
                 self.display.cell(cell)
-                started = time.monotonic()
+                started, cpu = time.monotonic(), time.process_time()
                 finding = None
                 try:
                     finding = work(cell)
                 except Diverged as error:
                     self.display.say(f"diverged: {cell.table}, {cell.name}: {error}")
                 if finding is not None and ranks.first():
-                    self._finish(cell, finding, time.monotonic() - started)
+                    self._finish(cell, finding, time.monotonic() - started, time.process_time() - cpu)
                 if ranks.agree(finding is not None):
                     done += 1
                 else:
@@ -130,12 +131,13 @@ class Run:
         if diverged:
             raise click.ClickException(f"{diverged} cells diverged and are left open")
 
-    def _finish(self, cell: Cell, finding: Finding, seconds: float) -> None:
+    def _finish(self, cell: Cell, finding: Finding, seconds: float, cpu_seconds: float) -> None:
         record = {
             "parts": [{"at": dict(part.at), **figures(part.judged, part.references)} for part in finding.parts],
             "settings": dict(finding.settings),
             "machine": {**self.machine, "bfloat16": self.bfloat16},
             "wall_seconds": round(seconds, 2),
+            "cpu_seconds": round(cpu_seconds, 2),
         }
         samples = {
             f"{name}{number}": values.cpu().numpy().astype(np.float32)
@@ -222,6 +224,7 @@ def running(
     precision: str = "float32",
     compiled: bool = False,
     download: bool = False,
+    presets: Mapping[str, Preset] = PRESETS,
 ) -> Iterator[Run]:
     """A run from its options; being out of time is an end like any other, and errors are told without a traceback."""
     torch.set_num_threads(threads)
@@ -239,6 +242,7 @@ def running(
             bfloat16=precision == "bfloat16" or (precision == "auto" and _fast_bfloat16(target)),
             compiled=compiled,
             download=download,
+            presets=presets,
         )
         try:
             yield run

@@ -27,7 +27,7 @@ _log = logging.getLogger("deferral.gateway")
 # Clients keep connections for later; one that the server closes first may lose a request on its way.
 _KEEP_ALIVE = 75
 _CONNECTIONS = 65_536
-_OBJECTS_PER_COLLECTION = 20_000
+_OBJECTS_PER_COLLECTION = 5_000
 _ADMIN_KEY = "DEFERRAL_ADMIN_KEY"
 
 
