@@ -7,24 +7,22 @@ from deferral.routing.policies.centres import nearest_centre, spherical_centres
 
 __all__ = ["familiarity", "refitted", "shifted_folds", "shrinkage"]
 
-_ROWS = 4000
 _CLUSTERS = 10
 _BINS = 16
 _Z = 1.645  # one-sided 95%
 
 
-def shifted_folds(vectors: Vectors, folds: int, *, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """At most 4,000 rows, their clusters, and folds of whole clusters: what a new subject looks like.  -> (M,) thrice"""
-    rows = np.sort(np.random.default_rng(seed).permutation(len(vectors))[:_ROWS])
-    dense = vectors.dense[rows]
-    cluster = nearest_centre(dense, spherical_centres(dense, min(_CLUSTERS, max(2, len(rows) // 25)), seed=seed))
+def shifted_folds(vectors: Vectors, folds: int, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The rows' clusters, and folds of whole clusters: what a new subject looks like.  -> (N,), (N,)"""
+    dense = vectors.dense
+    cluster = nearest_centre(dense, spherical_centres(dense, min(_CLUSTERS, max(2, len(dense) // 25)), seed=seed))
     # The largest clusters first, each to the emptiest fold.
     sizes, fold = np.bincount(cluster), np.zeros(cluster.max() + 1, int)
     filled = np.zeros(folds)
     for number in np.argsort(-sizes, kind="stable"):
         fold[number] = filled.argmin()
         filled[fold[number]] += sizes[number]
-    return rows, cluster, fold[cluster]
+    return cluster, fold[cluster]
 
 
 def refitted(vectors: Vectors, rest: np.ndarray, *, seed: int) -> Vectors:
