@@ -47,6 +47,16 @@ class Fitted:
         """Experts by their mean price.  -> (E,)"""
         return np.argsort(self.mean_price, kind="stable")
 
+    @cached_property
+    def cheapest_places(self) -> list[int]:
+        """The same as a list."""
+        return self.cheapest_first.tolist()
+
+    @cached_property
+    def rates(self) -> list[tuple[float, float]]:
+        """The price of an expert and what it rises by a character of the query, in dollars.  -> E pairs"""
+        return list(zip(self.prices.base.tolist(), self.prices.per_character.tolist(), strict=True))
+
     def estimate(self, vectors: Vectors) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Expected quality of every expert, likeness to the log, and how far the query is trusted.  -> (N, E), (N,), (N,)"""
         deviations, similarity, familiar = self._deviations(vectors)
@@ -73,7 +83,7 @@ class Fitted:
         else:
             nearby, similarity = None, self.memory.likeness(vectors)
         familiar = np.interp(similarity, *self.familiar)
-        near, total = float(familiar[0]), None
+        near, total = familiar.item(), None
         for policy, weight, abroad in zip(self.policies, self.weights, self.abroad, strict=True):
             share = near * weight + (1 - near) * abroad
             if share == 0:

@@ -15,6 +15,7 @@ RUN = 5
 _LONGEST = 4 * (HEAD + TAIL) + 8  # bytes
 _P = 0x9E3779B97F4A7C15
 _MIX, _PAIR = np.uint64(0xFF51AFD7ED558CCD), np.uint64(0xC4CEB9FE1A85EC53)
+_RUN_MIXED = np.uint64(RUN * 0xFF51AFD7ED558CCD % 2**64)
 _SHIFT = np.uint64(64 - BITS)
 
 
@@ -24,7 +25,7 @@ def _powers(base: int) -> np.ndarray:
     return np.multiply.accumulate(factors)
 
 
-_POWER, _INVERSE = _powers(_P), _powers(pow(_P, -1, 1 << 64))
+_POWER, _INVERSE = _powers(_P), _powers(pow(_P, -1, 1 << 64)) * _MIX
 # Bytes above 127 belong to letters of other scripts.  A table of bytes is read in a tenth of the time of an array.
 _LETTER = bytes(byte > 127 or chr(byte).isalnum() for byte in range(256))
 _ONE_MORE = bytes((byte + 1) % 256 for byte in range(256))  # no text in UTF-8 has the byte 255
@@ -55,9 +56,8 @@ def hashed_ngrams(query: str) -> np.ndarray:
     at_edges = prefix.take(edges)
     words = (at_edges[1::2] - at_edges[::2]) * _INVERSE.take(begin)
     pairs = words[:-1] * _PAIR + words[1:]
-    runs = (prefix[RUN:] - prefix[:-RUN]) * _INVERSE[: max(len(prefix) - RUN, 0)] + np.uint64(RUN)
+    runs = (prefix[RUN:] - prefix[:-RUN]) * _INVERSE[: max(len(prefix) - RUN, 0)] + _RUN_MIXED
     hashes = np.concatenate((words, pairs, runs))
-    hashes *= _MIX
     hashes >>= _SHIFT
     buckets = hashes.astype(np.int32)
     buckets.sort()

@@ -34,11 +34,12 @@ def refitted(vectors: Vectors, rest: np.ndarray, *, seed: int) -> Vectors:
     if vectors.wide is None:
         return vectors
     from scipy.sparse import diags
-    from sklearn.preprocessing import normalize
 
     wide = vectors.wide.sparse()
     heard = np.bincount(wide[rest].indices, minlength=wide.shape[1]) >= 2
-    wide = normalize((wide @ diags(heard.astype(np.float32))).tocsr())
+    wide = (wide @ diags(heard.astype(np.float32))).tocsr()
+    length = np.sqrt(np.asarray(wide.power(2).sum(1))[:, 0])
+    wide = (diags(1 / np.maximum(length, np.float32(1e-12))) @ wide).tocsr()
     directions = projection(wide[rest], vectors.dense.shape[1], seed=seed)
     return reduced(Wide(wide.indices, wide.data, wide.indptr, wide.shape[1]), directions, vectors.extra)
 
@@ -49,7 +50,7 @@ def familiarity(alike: np.ndarray, unlike: np.ndarray, cluster: np.ndarray) -> t
     From the likeness (N,) of held-out rows and that (M,) of rows whose cluster (M,) was left out, as if either were as common.
     Clusters count alike, whatever their size.  Rising by isotonic regression over bins.
     """
-    from sklearn.isotonic import IsotonicRegression
+    from scipy.optimize import isotonic_regression
 
     likeness = np.concatenate([alike, unlike])
     sizes = np.bincount(cluster)
@@ -60,8 +61,8 @@ def familiarity(alike: np.ndarray, unlike: np.ndarray, cluster: np.ndarray) -> t
     filled = count > 0
     centre = (np.bincount(member, likeness, len(edges) + 1)[filled] / count[filled]).astype(np.float64)
     own = np.bincount(member[: len(alike)], mass[: len(alike)], len(edges) + 1)[filled]
-    rising = IsotonicRegression(y_min=0, y_max=1).fit_transform(centre, own / total[filled], sample_weight=total[filled])
-    return centre, np.asarray(rising, np.float64)
+    rising = isotonic_regression(own / total[filled], weights=total[filled]).x
+    return centre, np.clip(rising, 0, 1)
 
 
 def shrinkage(estimate: np.ndarray, truth: np.ndarray, cluster: np.ndarray) -> float:
