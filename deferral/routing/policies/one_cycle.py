@@ -1,4 +1,4 @@
-"""AdamW along one cycle of the learning rate, in a few lines: torch.optim imports the compiler, seconds that a fit has no use for."""
+"""AdamW along one cycle of the learning rate.  torch.optim imports the compiler: seconds that a fit has no use for."""
 
 from collections.abc import Sequence
 from math import cos, pi, sqrt
