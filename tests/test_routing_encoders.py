@@ -3,9 +3,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.sparse import csr_matrix
 
 from deferral.routing import CachedEncoder
-from deferral.routing.encoders import FunctionEncoder, NgramEncoder, Wide
+from deferral.routing.encoders import FunctionEncoder, NgramEncoder, Wide, projection
 from deferral.routing.ngrams import BITS, hashed_ngrams
 
 TEXTS = [
@@ -109,6 +110,17 @@ def test_sparse_rows_times_a_matrix() -> None:
     matrix = np.arange(6.0).reshape(3, 2)
     np.testing.assert_allclose(wide.times(matrix), dense @ matrix)
     np.testing.assert_allclose(wide.rows(np.array([0])).times(matrix), dense[:1] @ matrix)
+
+
+def test_the_reduction_keeps_what_the_leading_singular_vectors_keep() -> None:
+    generator = np.random.default_rng(0)
+    dense = generator.normal(size=(120, 40)) @ (0.8 ** np.arange(40)[:, None] * generator.normal(size=(40, 300)))
+    directions = projection(csr_matrix(dense, dtype=np.float32), 8, seed=0)
+    np.testing.assert_allclose(directions.T @ directions, np.eye(8), atol=1e-5)
+    exact = np.linalg.svd(dense, compute_uv=False)
+    assert np.square(dense @ directions).sum() == pytest.approx(np.square(exact[:8]).sum(), rel=0.01)
+    # The first column has the most of it, and so on.
+    np.testing.assert_allclose(np.linalg.norm(dense @ directions, axis=0)[:3], exact[:3], rtol=0.01)
 
 
 def test_an_encoder_of_ones_own() -> None:

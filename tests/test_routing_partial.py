@@ -97,8 +97,8 @@ def test_a_refitted_encoder_has_not_heard_the_words_of_others() -> None:
 
 def test_clusters_stay_whole_in_shifted_folds() -> None:
     texts = [f"{word} {word} {row}" for row in range(40) for word in ("integral", "emperor", "pointer", "protein", "contract")]
-    rows, cluster, fold = shifted_folds(NgramEncoder(dimensions=8).fit(texts), 4, seed=0)
-    assert len(rows) == 200
+    cluster, fold = shifted_folds(NgramEncoder(dimensions=8).fit(texts), 4, seed=0)
+    assert len(cluster) == 200
     assert len({(a, b) for a, b in zip(cluster.tolist(), fold.tolist(), strict=True)}) == len(set(cluster.tolist()))
     assert len(set(fold.tolist())) == 4
 

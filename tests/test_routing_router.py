@@ -1,3 +1,4 @@
+import copy
 import json
 import os
 import subprocess
@@ -66,6 +67,46 @@ def test_one_query_is_decided_like_many() -> None:
         one, same = router().route(text), together[row]
         assert one.expert == same.expert == together.names[row]
         assert list(one.cost.values()) == pytest.approx(list(same.cost.values()), abs=1e-5)
+
+
+def test_a_decision_alone_is_that_of_the_arrays() -> None:
+    curious = copy.copy(router())
+    curious.explore, curious.salt, curious._plans = 0.5, "the same draws in every run", {}
+    settings = ({}, {"price_of_error": 0.003}, {"learned": False}, {"needs": Needs.of(deny=["large"])})
+    for text in (*world(20, seed=2)[0], "", "xyzzy"):
+        for setting in settings:
+            for one in (router(), curious):
+                vectors = one.encoder([text])
+                assert one.route(text, **setting) == one.decide(one.plan(**setting), vectors, [text])[0]
+    with pytest.raises(TypeError, match="expected a text, got list"):
+        router().route([text])  # type: ignore[arg-type]
+
+
+def small_log(rows: int, seed: int = 0) -> Log:
+    """The beginning says whether the small expert knows the answer, eight drawn words say nothing; the large one always does."""
+    generator = np.random.default_rng(seed)
+    nouns = ["apple", "river", "stone", "cloud", "garden", "table", "winter", "music", "paper", "horse", "bridge", "candle"]
+    outcomes = []
+    for row in range(rows):
+        easy = row % 2 == 0
+        text = f"{'add the two numbers' if easy else 'prove the theorem'} of {' '.join(generator.choice(nouns, 8))}"
+        outcomes += [Outcome(text, "small", float(easy), 0.0001), Outcome(text, "large", 1.0, 0.01)]
+    return Log(outcomes)
+
+
+@pytest.mark.parametrize("rows", [20, 60, 200])
+def test_a_small_log_is_trusted_as_far_as_it_goes(rows: int) -> None:
+    learned = Router(0.05).fit(small_log(rows))
+    fresh = learned.route_batch(small_log(40, seed=1).queries)
+    if rows < 40:
+        assert fresh.fallback.all()
+        assert "too little" in fresh[0].why
+        return
+    assert np.mean(np.array(fresh.names) == ["small", "large"] * 20) > 0.9
+    judged, held = learned.fitted.judged, learned.fitted.held_costs
+    assert judged is not None
+    # Trust in its own rows takes next to nothing of what cross-fitting finds.
+    assert judged.learned.mean() - min(held.values()) < 0.05 * (judged.static.mean() - min(held.values()))
 
 
 def test_the_cost_is_what_the_formula_says_and_the_least_is_chosen() -> None:

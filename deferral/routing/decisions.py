@@ -5,7 +5,7 @@ from math import inf
 
 import numpy as np
 
-__all__ = ["Decision", "Decisions"]
+__all__ = ["Decision", "Decisions", "why_learned"]
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,16 @@ class Decisions:
         if self.fallback[row]:
             reason = self.why_fallback or f"the query is unlike the log (similarity {self.similarity[row]:.2f})"
             return f"{name} by the static mix: {reason}"
-        others = min((other for place, other in enumerate(cost) if place != action), default=inf)
-        best = f", the next {others:.3f}" if others < inf else ""
-        return (
-            f"{name}: expected quality {quality[action]:.2f} for ${price[action]:.3g}, cost {cost[action]:.3f} errors{best}, "
-            f"at ${self.price_of_error:.3g} an error"
-        )
+        return why_learned(name, action, quality, price, cost, self.price_of_error)
+
+
+def why_learned(
+    name: str, action: int, quality: list[float], price: list[float], cost: list[float], price_of_error: float
+) -> str:
+    """Why the learned policy asks this expert."""
+    others = min(cost[:action] + cost[action + 1 :], default=inf)
+    best = f", the next {others:.3f}" if others < inf else ""
+    return (
+        f"{name}: expected quality {quality[action]:.2f} for ${price[action]:.3g}, cost {cost[action]:.3f} errors{best}, "
+        f"at ${price_of_error:.3g} an error"
+    )

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from math import log1p
+from math import log1p, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ __all__ = ["CachedEncoder", "FunctionEncoder", "NgramEncoder", "Vectors", "Wide"
 
 Arrays = dict[str, np.ndarray]
 MOST_ROWS_OF_SVD = 20_000
-_COLUMNS = 60_000
+_MORE = 10  # directions that are iterated beyond those that are kept
+_COLUMNS, _UNKNOWN = 60_000, np.uint16(65_535)
 _FEW = 33
 
 
@@ -40,8 +41,8 @@ class Wide:
         if 1 < len(self.starts) <= _FEW:
             ends = self.starts.tolist()
             # `take` fetches rows in a third of the time of an index.
-            rows = [self.values[a:b] @ matrix.take(self.indices[a:b], axis=0) for a, b in pairwise(ends)]
-            return np.stack(rows) if len(rows) != 1 else rows[0][None]
+            rows = [self.values[None, a:b] @ matrix.take(self.indices[a:b], axis=0) for a, b in pairwise(ends)]
+            return rows[0] if len(rows) == 1 else np.concatenate(rows)
         return self.sparse() @ matrix
 
     def sparse(self) -> Any:
@@ -92,7 +93,7 @@ class NgramEncoder:
     def __init__(self, *, dimensions: int = 128, seed: int = 0) -> None:
         self.dimensions, self.seed = dimensions, seed
         self.arrays: Arrays = {}
-        self._column = np.empty(0, np.int32)
+        self._column = np.empty(0, np.uint16)
 
     def fit(self, queries: Sequence[str]) -> Vectors:
         """Learn the columns, their weights and the reduction; the vectors of these queries."""
@@ -139,19 +140,20 @@ class NgramEncoder:
         return self
 
     def _index(self) -> None:
-        self._column = np.full(1 << BITS, -1, np.int32)
+        # Half the size of a table of int32, and so are the reads that miss the processor's caches.
+        self._column = np.full(1 << BITS, _UNKNOWN)
         self._column[self.arrays["buckets"]] = np.arange(len(self.arrays["buckets"]))
 
     def _wide(self, buckets: np.ndarray, starts: np.ndarray) -> Wide:
         column = self._column.take(buckets)
-        known = column >= 0
-        indices = column[known]
+        known = column != _UNKNOWN
+        indices = column.compress(known).astype(np.int64 if len(starts) == 2 else np.int32)
         values = self.arrays["weights"].take(indices)
         columns = len(self.arrays["weights"])
         if len(starts) == 2:
             # Its own few rows of the projection are all that one query needs.
-            length = np.sqrt(values @ values) or 1.0
-            return Wide(indices, values / length, np.array([0, len(indices)]), columns)
+            values /= np.float32(sqrt(values @ values) or 1.0)
+            return Wide(indices, values, np.array([0, len(indices)]), columns)
         starts = np.concatenate([[0], np.cumsum(known)])[starts]
         lengths = np.sqrt(np.add.reduceat(np.append(values**2, 0), starts[:-1]) * (np.diff(starts) > 0))
         return Wide(indices, values / np.repeat(np.maximum(lengths, 1e-12), np.diff(starts)).astype(np.float32), starts, columns)
@@ -254,27 +256,42 @@ def _stored(path: Path) -> np.ndarray | None:
 
 
 def projection(matrix: Any, dimensions: int, *, seed: int) -> np.ndarray:
-    """The leading right singular vectors of a sparse matrix.  (N, columns) -> (columns, D)"""
+    """The leading right singular vectors of a sparse matrix, by two rounds of subspace iteration.  (N, columns) -> (columns, D)
+
+    Halko, Martinsson, Tropp, "Finding Structure with Randomness" (2011).
+    """
     size = min(dimensions, matrix.shape[0] - 1, matrix.shape[1] - 1)
     if size < 1:
         return np.zeros((matrix.shape[1], 1), np.float32)
-    # scikit-learn takes 140 MB, which whoever only routes need not hold.
-    from sklearn.utils.extmath import randomized_svd
+    from scipy.linalg import qr
 
-    _, _, directions = randomized_svd(matrix, size, n_iter=2, random_state=seed)
-    return np.ascontiguousarray(directions.T, np.float32)
+    # Each half-product begins with the rows, of which there are fewer than columns as a rule.
+    basis = np.random.default_rng(seed).standard_normal((matrix.shape[0], size + _MORE), np.float32)
+    for _ in range(2):
+        basis = matrix @ (matrix.T @ basis)
+        basis /= np.linalg.norm(basis, axis=0).clip(1e-30)
+    basis = qr(matrix.T @ basis, mode="economic", overwrite_a=True, check_finite=False)[0]
+    # The squares of the singular values are enough: the smallest of those that are kept is far from rounding.
+    turned = (matrix @ basis).astype(np.float64)
+    _, directions = np.linalg.eigh(turned.T @ turned)
+    return np.ascontiguousarray(basis @ directions[:, ::-1][:, :size].astype(np.float32))
 
 
 def reduced(wide: Wide, directions: np.ndarray, extra: np.ndarray) -> Vectors:
     """The vectors of TF-IDF rows.  (N rows), (columns, D), (N, C) -> Vectors"""
     kept = wide.times(directions)
+    if len(kept) == 1:
+        size = np.float32(sqrt(kept[0] @ kept[0]))
+        kept /= max(size, np.float32(1e-12))
+        return Vectors(kept, extra, wide, np.array([size]))
     length = np.sqrt(np.einsum("nd,nd->n", kept, kept))
     return Vectors(kept / np.maximum(length, np.float32(1e-12))[:, None], extra, wide, length)
 
 
 def _standardised(features: np.ndarray, arrays: Arrays) -> np.ndarray:
     # np.clip takes several times as long on one row.
-    return np.minimum(np.maximum((features - arrays["center"]) * arrays["scale"], -3), 3).astype(np.float32)
+    scaled = np.asarray((features - arrays["center"]) * arrays["scale"], np.float32)
+    return np.minimum(np.maximum(scaled, -3, out=scaled), 3, out=scaled)
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:
@@ -282,21 +299,19 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
     return (vectors / np.maximum(length, 1e-12)).astype(np.float32)
 
 
-_DIGIT, _UPPER, _SIGN, _COMMA, _ASKED, _LINE, _OTHER, _SPACE, _REST = range(9)
-_CLASS = np.full(256, _REST, np.uint8)
-_CLASS[128:] = _OTHER
-_CLASS[list(range(ord("0"), ord("9") + 1))] = _DIGIT
-_CLASS[list(range(ord("A"), ord("Z") + 1))] = _UPPER
-_CLASS[list(b"+-*/=^<>{}[]()\\$_|&%;")] = _SIGN
-for _byte, _kind in ((b",", _COMMA), (b"?", _ASKED), (b"\n", _LINE), (b" ", _SPACE)):
-    _CLASS[_byte[0]] = _kind
+_UPPER, _SIGNS, _OTHERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "+-*/=^<>{}[]()\\$_|&%;", "".join(map(chr, range(128, 256)))
+_KINDS = ("0123456789", _UPPER, _SIGNS, ",", "?", "\n", _OTHERS, " ")
+_LINE = _KINDS.index("\n")
+_CLASS = bytes(next((place for place, kind in enumerate(_KINDS) if chr(byte) in kind), len(_KINDS)) for byte in range(256))
+_CLASSES = [bytes([place]) for place in range(len(_KINDS))]
 _MARKS = (" not ", "return", "Statement", "___", "__", "how many", "```")
 
 
 def _cheap(query: str) -> np.ndarray:
     """Length, kinds of characters, and marks of code, logic and counting.  -> (17,) float32"""
     read = shortened(query)
-    text = np.frombuffer(read.encode("utf-8", "replace"), np.uint8)
-    counts = np.bincount(_CLASS.take(text), minlength=9).tolist()
-    shares = [count / (len(text) + 1) for count in counts[: _SPACE + 1]]
+    text = read.encode("utf-8", "replace").translate(_CLASS)
+    counts = [text.count(kind) for kind in _CLASSES]
+    whole = len(text) + 1
+    shares = [count / whole for count in counts]
     return np.array([log1p(len(query)), log1p(counts[_LINE]), *shares, *[mark in read for mark in _MARKS]], np.float32)

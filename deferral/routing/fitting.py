@@ -47,6 +47,16 @@ class Fitted:
         """Experts by their mean price.  -> (E,)"""
         return np.argsort(self.mean_price, kind="stable")
 
+    @cached_property
+    def cheapest_places(self) -> list[int]:
+        """The same as a list."""
+        return self.cheapest_first.tolist()
+
+    @cached_property
+    def rates(self) -> list[tuple[float, float]]:
+        """The price of an expert and what it rises by a character of the query, in dollars.  -> E pairs"""
+        return list(zip(self.prices.base.tolist(), self.prices.per_character.tolist(), strict=True))
+
     def estimate(self, vectors: Vectors) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Expected quality of every expert, likeness to the log, and how far the query is trusted.  -> (N, E), (N,), (N,)"""
         deviations, similarity, familiar = self._deviations(vectors)
@@ -55,6 +65,8 @@ class Fitted:
 
     def _deviations(self, vectors: Vectors) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Expected quality above the mean, likeness, chance to be like the log.  -> (N, E0), (N,), (N,)"""
+        if len(vectors) == 1:
+            return self._deviations_of_one(vectors)
         nearby, similarity = self.memory.look_up(vectors)
         familiar = np.interp(similarity, *self.familiar)
         if not self.policies:
@@ -63,6 +75,22 @@ class Fitted:
         near = familiar[:, None]
         weights = (near * self.weights + (1 - near) * self.abroad).astype(np.float32)
         return np.einsum("np,pne->ne", weights, found), similarity, familiar
+
+    def _deviations_of_one(self, vectors: Vectors) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The same for one query, which is spared the estimators that have no weight for it."""
+        if self.memory in self.policies:
+            nearby, similarity = self.memory.look_up(vectors)
+        else:
+            nearby, similarity = None, self.memory.likeness(vectors)
+        familiar = np.interp(similarity, *self.familiar)
+        near, total = familiar.item(), None
+        for policy, weight, abroad in zip(self.policies, self.weights, self.abroad, strict=True):
+            share = near * weight + (1 - near) * abroad
+            if share == 0:
+                continue
+            part = np.float32(share) * (nearby if policy is self.memory else policy.deviations(vectors))
+            total = part if total is None else total + part
+        return np.zeros((1, len(self.extension)), np.float32) if total is None else total, similarity, familiar
 
     def why_not(self, error: float) -> str:
         """Why the learned policy is not used at this price of an error; "" if it is."""

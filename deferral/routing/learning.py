@@ -30,8 +30,7 @@ from deferral.routing.training import (
 __all__ = ["fitted"]
 
 # Cross-fitting more rows would not narrow the intervals enough to be waited for.
-_MOST_HELD_OUT = 6_000
-_KEPT_ROWS = 4000
+_MOST_HELD_OUT = 4_000
 _FEWEST_ROWS = 40
 _TEXT = 200
 
@@ -112,15 +111,15 @@ def _learned(
         gain, half = mean_and_half(verdicts["blend"].rows - verdicts[winner].rows)
         winner = winner if gain > half else "blend"
     here = blend(_only(held, names if winner == "blend" else [winner]))
-    abroad, reliance, familiar = _elsewhere(policies, part, quality[some], weights[some], p, held, seed)
+    likeness = _likeness(part, held, seed)
+    abroad, reliance, familiar = _elsewhere(policies, part, quality[some], weights[some], p, likeness, seed)
     used = [make for make in policies if here.get(make().kind, 0) > 0 or abroad.get(make().kind, 0) > 0]
     learned = tuple(
         state.memory if isinstance(make(), Neighbours) else taught(make(), vectors, outcomes, state.means, price, seed=seed)
         for make in used
     )
-    near = np.interp(held.similarity, *familiar)[:, None].astype(np.float32)
+    near = np.interp(likeness, *familiar)[:, None].astype(np.float32)
     judged_as = held.means + near * (estimates[winner] - held.means) + (1 - near) * mixed(held.deviations, abroad)
-    shown = np.random.default_rng(seed).permutation(len(some))[:_KEPT_ROWS]
     return replace(
         state,
         policies=learned,
@@ -131,11 +130,26 @@ def _learned(
         judged=judged(judged_as, held.means, p, held.truth, errors),
         winner=winner,
         held_costs=costs,
-        held_quality=held.truth[shown].astype(np.float32),
-        held_estimate=judged_as[shown].astype(np.float32),
-        held_price=p[shown],
+        held_quality=held.truth.astype(np.float32),
+        held_estimate=judged_as.astype(np.float32),
+        held_price=p,
         room=str(routability(judged_as.astype(np.float64), p, held.truth)),
     )
+
+
+def _likeness(vectors: Vectors, held: HeldOut, seed: int) -> np.ndarray:
+    """How like the rest of the log each row is, to an encoder that has not seen its fold: as queries to come will be.  -> (N,)
+
+    By an encoder that has seen them, rows of a small log are less alike: each has words that are its own.
+    """
+    found = np.empty(len(held.fold), np.float32)
+    for number in np.unique(held.fold):
+        rest, rows = np.flatnonzero(held.fold != number), np.flatnonzero(held.fold == number)
+        around = refitted(vectors, rest, seed=seed)
+        none = np.zeros((len(rest), 1), np.float32)
+        memory = Neighbours().fit(around.rows(rest), none, none, np.zeros(1, np.float32), seed=seed)
+        found[rows] = memory.likeness(around.rows(rows))
+    return found
 
 
 def _elsewhere(
@@ -144,26 +158,20 @@ def _elsewhere(
     quality: np.ndarray,
     weights: np.ndarray,
     price: np.ndarray,
-    held: HeldOut,
+    likeness: np.ndarray,
     seed: int,
 ) -> tuple[dict[str, float], float, tuple[np.ndarray, np.ndarray]]:
     """For queries of new subjects: the estimators' weights, the share of them that is relied on, and how to know such queries."""
-    rows, cluster, fold = shifted_folds(vectors, FOLDS, seed=seed)
+    cluster, fold = shifted_folds(vectors, FOLDS, seed=seed)
     if len(np.unique(fold)) < 2:
         return {}, 0.0, (np.array([0.0]), np.array([1.0]))
-    some, q, w = vectors.rows(rows), quality[rows], weights[rows]
     # Networks are not asked about subjects that they have not seen.
     plain = [make for make in policies if not isinstance(make(), Heads | Rejector)] or policies
-    shifted = held_out(plain, some, q, w, price[rows], fold, seed=seed, new=True)
+    shifted = held_out(plain, vectors, quality, weights, price, fold, seed=seed, new=True)
     mass = 1 / np.bincount(cluster)[cluster]
     found = blend(shifted, mass)
     reliance = shrinkage(mixed(shifted.deviations, found), shifted.truth - shifted.means, cluster)
-    # Rows drawn like the log, which the encoder has not seen either.
-    own = held.fold[rows] == 0
-    memory, around = Neighbours(), refitted(some, np.flatnonzero(~own), seed=seed)
-    memory.fit(around.rows(np.flatnonzero(~own)), q[~own], np.ones_like(q[~own]), held.means[0], seed=seed)
-    _, alike = memory.look_up(around.rows(np.flatnonzero(own)))
-    familiar = familiarity(alike, shifted.similarity, cluster)
+    familiar = familiarity(likeness, shifted.similarity, cluster)
     return {name: reliance * weight for name, weight in found.items()}, reliance, familiar
 
 

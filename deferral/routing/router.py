@@ -4,13 +4,14 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import inf
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from deferral.routing.constraints import Abilities, Needs, able
-from deferral.routing.decisions import Decision, Decisions
+from deferral.routing.decisions import Decision, Decisions, why_learned
 from deferral.routing.encoders import FunctionEncoder, NgramEncoder, Vectors
 from deferral.routing.fitting import Fitted
 from deferral.routing.learning import fitted
@@ -41,6 +42,11 @@ class Plan:
     def closed(self) -> np.ndarray | None:
         """The experts that may not be asked, None if all may.  -> (E,) bool"""
         return None if self.mask.all() else ~self.mask
+
+    @cached_property
+    def closed_places(self) -> list[int]:
+        """Where they stand."""
+        return np.flatnonzero(~self.mask).tolist()
 
 
 class Router:
@@ -118,7 +124,9 @@ class Router:
 
     def route(self, query: str, **setting: Any) -> Decision:
         """Whom to ask.  Takes the settings of `plan`: price_of_error, budget, min_quality, certified_quality ..."""
-        return self.route_batch([query], **setting)[0]
+        if not isinstance(query, str):
+            raise TypeError(f"query: expected a text, got {type(query).__name__}")
+        return self.decide_one(self.plan(**setting), self.encoder([query]), query)
 
     def route_batch(self, queries: Sequence[str], **setting: Any) -> Decisions:
         """Whom to ask for each of N queries.  Takes the settings of `plan`."""
@@ -134,6 +142,32 @@ class Router:
         """Decisions for queries that are encoded already."""
         return self.decide_estimated(plan, self.fitted.estimate(vectors), queries)
 
+    def decide_one(self, plan: Plan, vectors: Vectors, query: str) -> Decision:
+        """`decide(plan, vectors, [query])[0]`, without the arrays, which take longer than a few sums."""
+        estimated = self.fitted.estimate(vectors)
+        if self.explore > 0 or plan.why_fallback or estimated[2][0] < _LEAST_TRUST:
+            return self.decide_estimated(plan, estimated, [query])[0]
+        state, characters, error = self.fitted, len(query), plan.price_of_error
+        quality = estimated[0][0].tolist()
+        price = [base + characters * rate for base, rate in state.rates]
+        cost = [1 - value + dollars / error for value, dollars in zip(quality, price, strict=True)]
+        for place in plan.closed_places:
+            cost[place] = inf
+        # Ties go to the cheaper expert.
+        best = min(state.cheapest_places, key=cost.__getitem__)
+        quality = [min(max(value, 0.0), 1.0) for value in quality]
+        names = state.experts
+        return Decision(
+            names[best],
+            dict(zip(names, quality, strict=True)),
+            dict(zip(names, price, strict=True)),
+            dict(zip(names, cost, strict=True)),
+            1.0,
+            False,
+            float(estimated[1][0]),
+            why_learned(names[best], best, quality, price, cost, error),
+        )
+
     def decide_estimated(
         self, plan: Plan, estimated: tuple[np.ndarray, np.ndarray, np.ndarray], queries: Sequence[str]
     ) -> Decisions:
@@ -141,14 +175,15 @@ class Router:
         quality, similarity, trust = estimated
         price, cost, best, fallback = self._weighed(plan, quality, trust, np.array([len(query) for query in queries], float))
         actions, propensity = best, np.ones(len(queries))
-        if fallback.any():
+        some = bool(np.logical_or.reduce(fallback))
+        if some:
             actions = np.where(fallback, self._drawn_from(plan.mix, queries), best)
         if self.explore > 0:
             allowed = np.flatnonzero(plan.mask)
             curious = draws(queries, self.salt + "explore")
             picked = allowed[np.minimum((curious / self.explore * len(allowed)).astype(int), len(allowed) - 1)]
             actions = np.where(curious < self.explore, picked, actions)
-        if self.explore > 0 or fallback.any():
+        if self.explore > 0 or some:
             propensity = self._chances(plan, best, fallback)[np.arange(len(queries)), actions]
         return Decisions(
             list(self.fitted.experts), actions, quality, price, cost, propensity, fallback, similarity, plan.price_of_error,
@@ -167,13 +202,13 @@ class Router:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Price and cost of every expert, the cheapest, and whether the static mix decides.  -> (N, E), (N, E), (N,), (N,)"""
         price = self.fitted.prices(characters)
-        cost = 1 - quality + price / plan.price_of_error
+        cost = 1 - quality.astype(np.float64) + price / plan.price_of_error
         if plan.closed is not None:
             cost[:, plan.closed] = np.inf
         # Ties go to the cheaper expert.
         order = self.fitted.cheapest_first
-        best = order[cost[:, order].argmin(1)]
-        return price, cost, best, np.full(len(cost), True) if plan.why_fallback else trust < _LEAST_TRUST
+        best = order.take(cost.take(order, axis=1).argmin(1))
+        return price, cost, best, np.ones(len(cost), bool) if plan.why_fallback else trust < _LEAST_TRUST
 
     def _chances(self, plan: Plan, best: np.ndarray, fallback: np.ndarray) -> np.ndarray:
         usual = np.where(fallback[:, None], plan.mix, np.eye(len(plan.mix))[best])

@@ -7,24 +7,22 @@ from deferral.routing.policies.centres import nearest_centre, spherical_centres
 
 __all__ = ["familiarity", "refitted", "shifted_folds", "shrinkage"]
 
-_ROWS = 4000
 _CLUSTERS = 10
 _BINS = 16
 _Z = 1.645  # one-sided 95%
 
 
-def shifted_folds(vectors: Vectors, folds: int, *, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """At most 4,000 rows, their clusters, and folds of whole clusters: what a new subject looks like.  -> (M,) thrice"""
-    rows = np.sort(np.random.default_rng(seed).permutation(len(vectors))[:_ROWS])
-    dense = vectors.dense[rows]
-    cluster = nearest_centre(dense, spherical_centres(dense, min(_CLUSTERS, max(2, len(rows) // 25)), seed=seed))
+def shifted_folds(vectors: Vectors, folds: int, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The rows' clusters, and folds of whole clusters: what a new subject looks like.  -> (N,), (N,)"""
+    dense = vectors.dense
+    cluster = nearest_centre(dense, spherical_centres(dense, min(_CLUSTERS, max(2, len(dense) // 25)), seed=seed))
     # The largest clusters first, each to the emptiest fold.
     sizes, fold = np.bincount(cluster), np.zeros(cluster.max() + 1, int)
     filled = np.zeros(folds)
     for number in np.argsort(-sizes, kind="stable"):
         fold[number] = filled.argmin()
         filled[fold[number]] += sizes[number]
-    return rows, cluster, fold[cluster]
+    return cluster, fold[cluster]
 
 
 def refitted(vectors: Vectors, rest: np.ndarray, *, seed: int) -> Vectors:
@@ -36,11 +34,12 @@ def refitted(vectors: Vectors, rest: np.ndarray, *, seed: int) -> Vectors:
     if vectors.wide is None:
         return vectors
     from scipy.sparse import diags
-    from sklearn.preprocessing import normalize
 
     wide = vectors.wide.sparse()
     heard = np.bincount(wide[rest].indices, minlength=wide.shape[1]) >= 2
-    wide = normalize((wide @ diags(heard.astype(np.float32))).tocsr())
+    wide = (wide @ diags(heard.astype(np.float32))).tocsr()
+    length = np.sqrt(np.asarray(wide.power(2).sum(1))[:, 0])
+    wide = (diags(1 / np.maximum(length, np.float32(1e-12))) @ wide).tocsr()
     directions = projection(wide[rest], vectors.dense.shape[1], seed=seed)
     return reduced(Wide(wide.indices, wide.data, wide.indptr, wide.shape[1]), directions, vectors.extra)
 
@@ -51,7 +50,7 @@ def familiarity(alike: np.ndarray, unlike: np.ndarray, cluster: np.ndarray) -> t
     From the likeness (N,) of held-out rows and that (M,) of rows whose cluster (M,) was left out, as if either were as common.
     Clusters count alike, whatever their size.  Rising by isotonic regression over bins.
     """
-    from sklearn.isotonic import IsotonicRegression
+    from scipy.optimize import isotonic_regression
 
     likeness = np.concatenate([alike, unlike])
     sizes = np.bincount(cluster)
@@ -62,8 +61,8 @@ def familiarity(alike: np.ndarray, unlike: np.ndarray, cluster: np.ndarray) -> t
     filled = count > 0
     centre = (np.bincount(member, likeness, len(edges) + 1)[filled] / count[filled]).astype(np.float64)
     own = np.bincount(member[: len(alike)], mass[: len(alike)], len(edges) + 1)[filled]
-    rising = IsotonicRegression(y_min=0, y_max=1).fit_transform(centre, own / total[filled], sample_weight=total[filled])
-    return centre, np.asarray(rising, np.float64)
+    rising = isotonic_regression(own / total[filled], weights=total[filled]).x
+    return centre, np.clip(rising, 0, 1)
 
 
 def shrinkage(estimate: np.ndarray, truth: np.ndarray, cluster: np.ndarray) -> float:

@@ -40,5 +40,7 @@ class Clusters:
             each = [values[nearest_centre(vectors.dense, found)] for found, values in zip(centres, gain, strict=True)]
             return np.sum(each, axis=0) / np.float32(len(gain))
         # One product for all clusterings of one query.
-        nearest = (centres.reshape(-1, centres.shape[-1]) @ vectors.dense[0]).reshape(len(gain), -1).argmax(1)
-        return gain[np.arange(len(gain)), nearest].sum(0, keepdims=True) / np.float32(len(gain))
+        repeats, count, size = centres.shape
+        nearest = (centres.reshape(-1, size) @ vectors.dense[0]).reshape(repeats, count).argmax(1)
+        rows = gain.reshape(repeats * count, -1).take(nearest + np.arange(0, repeats * count, count), axis=0)
+        return np.add.reduce(rows, keepdims=True) / np.float32(repeats)

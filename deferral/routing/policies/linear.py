@@ -56,8 +56,13 @@ class Linear:
 
     def deviations(self, vectors: Vectors) -> np.ndarray:
         """Expected quality above the expert's mean.  -> (N, E)"""
-        off = _narrow(vectors) @ self.arrays["narrow"]
-        return off if vectors.wide is None else off + vectors.wide.times(self.arrays["wide"])
+        narrow = self.arrays["narrow"]
+        if vectors.wide is None:
+            return _narrow(vectors) @ narrow
+        off = vectors.wide.times(self.arrays["wide"])
+        off += vectors.extra @ (np.float32(_EXTRA) * narrow[1:])
+        off += np.float32(_ONE) * narrow[0]
+        return off
 
 
 def _narrow(vectors: Vectors) -> np.ndarray:

@@ -1,6 +1,7 @@
 """What the experts did on the logged queries that are nearest."""
 
 from collections.abc import Iterator
+from math import sqrt
 
 import numpy as np
 
@@ -31,6 +32,7 @@ class Neighbours:
     def __init__(self, *, count: int = 100, prior: float = 0.3) -> None:
         self.count, self.prior = count, prior
         self.arrays: Arrays = {}
+        self._pools: dict[int, np.ndarray] = {}
 
     def fit(
         self, vectors: Vectors, quality: np.ndarray, weights: np.ndarray, means: np.ndarray, *, seed: int = 0
@@ -48,6 +50,7 @@ class Neighbours:
         near = np.empty((cells, reach), np.int32)
         for cell, centre in enumerate(centres):
             near[cell] = np.sort(np.argpartition(-(rows @ centre), reach - 1)[:reach])
+        self._pools = {}
         self.arrays = {
             "rows": rows,
             "order": kept[order].astype(np.int32),
@@ -68,14 +71,24 @@ class Neighbours:
         Likeness is the mean cosine with the ten nearest, of the TF-IDF row where there is one, before its reduction.
         """
         rows, length = _leading(vectors)
-        found, alike = self._look_up_one(rows[0]) if len(rows) == 1 else self._look_up_many(rows)
+        if len(rows) == 1:
+            similarity, candidates = self._similarity_one(rows[0])
+            return self._found_one(similarity, candidates), _alike_one(similarity) * length
+        found, alike = self._look_up_many(rows)
         return found, alike * length
+
+    def likeness(self, vectors: Vectors) -> np.ndarray:
+        """How like the log the query is, without the deviations.  -> (N,)"""
+        if len(vectors) != 1:
+            return self.look_up(vectors)[1]
+        rows, length = _leading(vectors)
+        return _alike_one(self._similarity_one(rows[0])[0]) * length
 
     def _look_up_many(self, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         result = np.zeros((len(vectors), self.arrays["gain"].shape[1]), np.float32)
         alike = np.zeros(len(vectors), np.float32)
         for block, rows, similarity in self._nearest(vectors, self.count):
-            closeness = np.maximum(similarity, 0) ** 3
+            closeness = _closeness(similarity)
             gain, some = self.arrays["gain"][rows], min(_ALIKE, similarity.shape[1])
             if len(self.arrays["known"]) == 0:
                 mass = closeness.sum(1, keepdims=True)
@@ -85,22 +98,26 @@ class Neighbours:
             alike[block] = np.partition(similarity, -some, axis=1)[:, -some:].mean(1)
         return result, alike
 
-    def _look_up_one(self, vector: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The same for one query, without the grouping by cells that takes longer than the search itself."""
+    # One query needs no grouping by cells, which takes longer than the search itself.
+
+    def _similarity_one(self, vector: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The similarity of every candidate, and the candidates.  (D,) -> (K,), (K,)"""
         arrays = self.arrays
-        candidates = arrays["near"][(arrays["centres"] @ vector).argmax()]
-        # All rows are candidates of the only centre, in their order.
-        pool = arrays["rows"] if len(arrays["near"]) == 1 else arrays["rows"].take(candidates, axis=0)
-        similarity = pool @ vector
+        cell = int((arrays["centres"] @ vector).argmax())
+        candidates = arrays["near"][cell]
+        if (pool := self._pools.get(cell)) is None:
+            # Fetching scattered rows takes several times as long as their products.
+            pool = self._pools[cell] = arrays["rows"].take(candidates, axis=0)
+        return pool @ vector, candidates
+
+    def _found_one(self, similarity: np.ndarray, candidates: np.ndarray) -> np.ndarray:
+        """(K,), (K,) -> (1, E)"""
+        arrays = self.arrays
         first = max(len(similarity) - self.count, 0)
         best = similarity.argpartition(first)[first:]
-        similarity, rows = similarity.take(best), candidates.take(best)
-        closeness = np.maximum(similarity, 0) ** 3
-        mass = closeness.sum() if len(arrays["known"]) == 0 else closeness @ arrays["known"].take(rows, axis=0)
-        least = max(len(similarity) - _ALIKE, 0)
-        similarity.partition(least)
-        found = closeness @ arrays["gain"].take(rows, axis=0) / (mass + np.float32(self.prior))
-        return found[None], similarity[least:].mean(keepdims=True)
+        closeness, rows = _closeness(similarity.take(best)), candidates.take(best)
+        mass = np.add.reduce(closeness) if len(arrays["known"]) == 0 else closeness @ arrays["known"].take(rows, axis=0)
+        return closeness[None] @ arrays["gain"].take(rows, axis=0) / (mass + np.float32(self.prior))
 
     def nearest(self, vectors: Vectors, count: int) -> tuple[np.ndarray, np.ndarray]:
         """The nearest logged rows and their similarity (the cosine), nearest first.  -> (N, count), (N, count)"""
@@ -129,10 +146,26 @@ class Neighbours:
                 yield block, candidates[best], np.take_along_axis(similarity, best, 1)
 
 
+def _closeness(similarity: np.ndarray) -> np.ndarray:
+    positive = np.maximum(similarity, 0)
+    return positive * positive * positive
+
+
+def _alike_one(similarity: np.ndarray) -> np.ndarray:
+    """The mean of the ten largest; their order is lost.  (K,) -> (1,)"""
+    least = max(len(similarity) - _ALIKE, 0)
+    similarity.partition(least)
+    largest = similarity[least:]
+    return np.add.reduce(largest, keepdims=True) / np.float32(len(largest))
+
+
 def _leading(vectors: Vectors) -> tuple[np.ndarray, np.ndarray]:
     """Unit vectors by which neighbours are looked for, and the length that they keep of the query.  -> (N, D), (N,)"""
     if vectors.wide is None or vectors.share is None:
         return vectors.dense, np.ones(len(vectors), np.float32)
     kept = vectors.dense[:, :_LEADING]
+    if len(kept) == 1:
+        size = np.float32(sqrt(kept[0] @ kept[0]))
+        return kept / max(size, np.float32(1e-12)), vectors.share * size
     length = np.sqrt(np.einsum("nd,nd->n", kept, kept))
     return kept / np.maximum(length, 1e-12)[:, None], length * vectors.share
