@@ -147,7 +147,7 @@ class NgramEncoder:
     def _wide(self, buckets: np.ndarray, starts: np.ndarray) -> Wide:
         column = self._column.take(buckets)
         known = column != _UNKNOWN
-        indices = column.compress(known).astype(np.int64 if len(starts) == 2 else np.int32)
+        indices: np.ndarray = column.compress(known).astype(np.int64 if len(starts) == 2 else np.int32)
         values = self.arrays["weights"].take(indices)
         columns = len(self.arrays["weights"])
         if len(starts) == 2:

@@ -78,19 +78,18 @@ class Fitted:
 
     def _deviations_of_one(self, vectors: Vectors) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The same for one query, which is spared the estimators that have no weight for it."""
+        total = nearby = np.zeros((1, len(self.extension)), np.float32)
         if self.memory in self.policies:
             nearby, similarity = self.memory.look_up(vectors)
         else:
-            nearby, similarity = None, self.memory.likeness(vectors)
+            similarity = self.memory.likeness(vectors)
         familiar = np.interp(similarity, *self.familiar)
-        near, total = familiar.item(), None
+        near = familiar.item()
         for policy, weight, abroad in zip(self.policies, self.weights, self.abroad, strict=True):
             share = near * weight + (1 - near) * abroad
-            if share == 0:
-                continue
-            part = np.float32(share) * (nearby if policy is self.memory else policy.deviations(vectors))
-            total = part if total is None else total + part
-        return np.zeros((1, len(self.extension)), np.float32) if total is None else total, similarity, familiar
+            if share > 0:
+                total = total + np.float32(share) * (nearby if policy is self.memory else policy.deviations(vectors))
+        return total, similarity, familiar
 
     def why_not(self, error: float) -> str:
         """Why the learned policy is not used at this price of an error; "" if it is."""
