@@ -17,7 +17,7 @@ ones, that a single estimator replaces the blend only if it is cheaper with conf
 agreement of estimates and outcomes over all trade-offs and not on the gain at each price of an error (its last form, agreement
 and not skill, was not compared on other rows at all).  After the tables in which the rejector lost everywhere: that its scores
 take the prices by a formula.  After RouterBench's first table, which fell back at three settings in ten: one more reason for
-the new verdict.  MMLU-Pro was not looked at before its tables.  Set for speed: cross-fitting on at most 4,000 rows and 20 passes
+the new verdict.  MMLU-Pro was not looked at before its tables.  Set for speed: cross-fitting on at most 6,000 rows and 20 passes
 of the networks, compared on no rows; neighbours by the 64 leading numbers of a vector among 512 rows, compared on 1,000 random
 rows of RouteLLM's and LLMRouter's data, where nothing changed beyond noise; leaving out estimators below a tenth of all weight,
 compared by cross-fitted cost.  After these two, all tables were run once more.

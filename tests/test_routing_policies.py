@@ -5,7 +5,6 @@ import torch
 from deferral.routing.encoders import NgramEncoder, Vectors, Wide
 from deferral.routing.policies import Clusters, Factors, Features, Heads, Linear, Neighbours, Rejector, expert_means
 from deferral.routing.policies.centres import nearest_centre, spherical_centres
-from deferral.routing.policies.one_cycle import OneCycle
 
 pytestmark = pytest.mark.ci_slow
 
@@ -204,20 +203,3 @@ def test_policies_take_the_vectors_of_the_embedded_encoder() -> None:
         means = expert_means(quality, weights)
         estimate = means + make().fit(vectors, quality, weights, means).deviations(vectors)
         np.testing.assert_array_equal(estimate.argmax(1), quality.argmax(1))
-
-
-def test_one_cycle_is_adamw_under_the_schedule_of_torch() -> None:
-    inputs, targets = torch.randn(50, 5), torch.randn(50)
-    ours, theirs = torch.nn.Linear(5, 1), torch.nn.Linear(5, 1)
-    ours.load_state_dict(theirs.state_dict())
-    cycle = OneCycle(list(ours.parameters()), 0.05, 37, decay=1e-2)
-    optimizer = torch.optim.AdamW(theirs.parameters(), lr=0.05, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.05, total_steps=38)
-    for _ in range(37):
-        cycle.step((ours(inputs)[:, 0] - targets).square().mean())
-        optimizer.zero_grad()
-        (theirs(inputs)[:, 0] - targets).square().mean().backward()
-        optimizer.step()
-        schedule.step()
-    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(one, other)

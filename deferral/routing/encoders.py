@@ -22,7 +22,6 @@ __all__ = ["CachedEncoder", "FunctionEncoder", "NgramEncoder", "Vectors", "Wide"
 
 Arrays = dict[str, np.ndarray]
 MOST_ROWS_OF_SVD = 20_000
-_MORE = 10  # directions that are iterated beyond those that are kept
 _COLUMNS, _UNKNOWN = 60_000, np.uint16(65_535)
 _FEW = 33
 
@@ -256,25 +255,15 @@ def _stored(path: Path) -> np.ndarray | None:
 
 
 def projection(matrix: Any, dimensions: int, *, seed: int) -> np.ndarray:
-    """The leading right singular vectors of a sparse matrix, by two rounds of subspace iteration.  (N, columns) -> (columns, D)
-
-    Halko, Martinsson, Tropp, "Finding Structure with Randomness" (2011).
-    """
+    """The leading right singular vectors of a sparse matrix.  (N, columns) -> (columns, D)"""
     size = min(dimensions, matrix.shape[0] - 1, matrix.shape[1] - 1)
     if size < 1:
         return np.zeros((matrix.shape[1], 1), np.float32)
-    from scipy.linalg import qr
+    # scikit-learn takes 140 MB, which whoever only routes need not hold.
+    from sklearn.utils.extmath import randomized_svd
 
-    # Each half-product begins with the rows, of which there are fewer than columns as a rule.
-    basis = np.random.default_rng(seed).standard_normal((matrix.shape[0], size + _MORE), np.float32)
-    for _ in range(2):
-        basis = matrix @ (matrix.T @ basis)
-        basis /= np.linalg.norm(basis, axis=0).clip(1e-30)
-    basis = qr(matrix.T @ basis, mode="economic", overwrite_a=True, check_finite=False)[0]
-    # The squares of the singular values are enough: the smallest of those that are kept is far from rounding.
-    turned = (matrix @ basis).astype(np.float64)
-    _, directions = np.linalg.eigh(turned.T @ turned)
-    return np.ascontiguousarray(basis @ directions[:, ::-1][:, :size].astype(np.float32))
+    _, _, directions = randomized_svd(matrix, size, n_iter=2, random_state=seed)
+    return np.ascontiguousarray(directions.T, np.float32)
 
 
 def reduced(wide: Wide, directions: np.ndarray, extra: np.ndarray) -> Vectors:

@@ -30,7 +30,7 @@ from deferral.routing.training import (
 __all__ = ["fitted"]
 
 # Cross-fitting more rows would not narrow the intervals enough to be waited for.
-_MOST_HELD_OUT = 4_000
+_MOST_HELD_OUT = 6_000
 _FEWEST_ROWS = 40
 _TEXT = 200
 

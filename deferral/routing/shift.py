@@ -34,12 +34,11 @@ def refitted(vectors: Vectors, rest: np.ndarray, *, seed: int) -> Vectors:
     if vectors.wide is None:
         return vectors
     from scipy.sparse import diags
+    from sklearn.preprocessing import normalize
 
     wide = vectors.wide.sparse()
     heard = np.bincount(wide[rest].indices, minlength=wide.shape[1]) >= 2
-    wide = (wide @ diags(heard.astype(np.float32))).tocsr()
-    length = np.sqrt(np.asarray(wide.power(2).sum(1))[:, 0])
-    wide = (diags(1 / np.maximum(length, np.float32(1e-12))) @ wide).tocsr()
+    wide = normalize((wide @ diags(heard.astype(np.float32))).tocsr())
     directions = projection(wide[rest], vectors.dense.shape[1], seed=seed)
     return reduced(Wide(wide.indices, wide.data, wide.indptr, wide.shape[1]), directions, vectors.extra)
 

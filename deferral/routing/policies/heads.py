@@ -96,8 +96,6 @@ def trained(
     import torch
     from torch import nn
 
-    from deferral.routing.policies.one_cycle import OneCycle
-
     generator = torch.Generator().manual_seed(seed)
     # Initial weights and dropout draw from the global generator; it is put back as it was.
     with torch.random.fork_rng(devices=[]):
@@ -110,10 +108,14 @@ def trained(
         rate = 6e-3 * (size / _BATCH) ** 0.5
         batches = -(-len(x) // size)
         epochs = max(min(20, max(2, _ROWS_SEEN // len(x))), -(-_FEWEST_STEPS // batches))
-        cycle = OneCycle(list(model.parameters()), rate, epochs * batches, decay=1e-2)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=1e-2, fused=True)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=epochs * batches + 1)
         for _ in range(epochs):
             for rows in torch.randperm(len(x), generator=generator).split(size):
-                cycle.step(loss(model(x[rows] if batch is None else batch(rows)), rows).mean())
+                optimizer.zero_grad()
+                loss(model(x[rows] if batch is None else batch(rows)), rows).mean().backward()
+                optimizer.step()
+                schedule.step()
     weights = {name: value.detach().numpy() for name, value in model.state_dict().items()}
     arrays = {name: np.ascontiguousarray(value.T) for name, value in weights.items()}
     *_, bias = arrays
