@@ -1,9 +1,9 @@
 """The cascade: one expert answers first, and by how sure it was of its answer that is kept, or another expert is asked.
 
-Two decisions, both at any price of an error e and at any prices (dollars) without refitting.  After the answer, with its confidence
-f, keeping it costs 1 - q_first(x, f), since its price is paid either way, and asking expert j costs 1 - q_j(x, f) + price_j / e.
-Before it, asking first costs price_first / e + E_f[the least of those], and going to an expert directly 1 - q_j(x) + price_j / e:
-the query goes where that is least.
+Two decisions, both at any price of an error e and at any prices (dollars) without refitting.  After the answer, with its
+confidence f, keeping it costs 1 - q_first(x, f), since its price is paid either way, and asking expert j costs
+1 - q_j(x, f) + price_j / e.  Before it, asking first costs price_first / e + E_f[the least of those], and going to an expert
+directly 1 - q_j(x) + price_j / e: the query goes where that is least.
 """
 
 from collections.abc import Mapping, Sequence
@@ -68,7 +68,9 @@ class Cascade:
             return ""
         worst = int(around[(judged.gain - judged.half_width)[around].argmin()])
         if np.isinf(judged.half_width[worst]):
-            return f"at ${judged.errors[worst]:.3g} an error too few of the held-out queries were asked first to say what that gains"
+            return (
+                f"at ${judged.errors[worst]:.3g} an error too few of the held-out queries were asked first to say what that gains"
+            )
         return (
             f"on held-out queries asking first saved {judged.gain[worst]:.4f} ± {judged.half_width[worst]:.4f} errors a query at "
             f"${judged.errors[worst]:.3g} an error: maybe nothing"
@@ -149,16 +151,16 @@ class Cascade:
         """Where it pays, and what it is worth at the judged price of an error that is nearest to this one."""
         judged = self.paid
         place = int(np.abs(np.log(judged.errors / error)).argmin())
+        gain, half = judged.gain[place], judged.half_width[place]
         better = judged.errors[judged.better]
         where = f"It pays at ${better[0]:.3g} to ${better[-1]:.3g} an error" if len(better) else "It pays at no price of an error"
         lines = [
             f"{where} ({len(better)} of the {len(judged.errors)} that were judged, from ${judged.errors[0]:.3g} to "
             f"${judged.errors[-1]:.3g}).",
-            f"At ${judged.errors[place]:.3g} an error: with {self.first} asked first where that is expected to pay "
-            f"{judged.cascaded[place]:.4f}, always {judged.always[place]:.4f}, never {judged.alone[place]:.4f}, best single expert "
-            f"{judged.single[place]:.4f} errors a query; saved {judged.gain[place]:.4f} ± {judged.half_width[place]:.4f} (95% for all "
-            "these prices together).  "
-            f"{judged.asked[place]:.0%} of the queries were asked first, {judged.deferred[place]:.0%} then deferred.",
+            f"At ${judged.errors[place]:.3g} an error, in errors a query: {self.first} asked first where that is expected to pay "
+            f"{judged.cascaded[place]:.4f}, always {judged.always[place]:.4f}, never {judged.alone[place]:.4f}; best single "
+            f"expert {judged.single[place]:.4f}; saved {gain:.4f} ± {half:.4f} (95% for all these prices together).  "
+            f"{judged.asked[place]:.0%} were asked first, {judged.deferred[place]:.0%} then deferred.",
         ]
         why = self.why_not(error)
         return "\n".join([*lines, *([f"At ${error:.3g} an error nobody is asked first: {why}."] if why else [])])

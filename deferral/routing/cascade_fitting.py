@@ -12,9 +12,9 @@ from deferral.routing.outcomes import Log, Table
 from deferral.routing.policies.heads import trained
 from deferral.routing.prices import error_range
 from deferral.routing.router import Router
-from deferral.routing.training import FOLDS, full_price, grid, random_folds
+from deferral.routing.training import FOLDS, full_price, grid, mean_and_half, random_folds
 
-__all__ = ["Answered", "answers_in", "fit_cascade"]
+__all__ = ["Answered", "answers_in", "fit_cascade", "gain_over"]
 
 _FEWEST = 200
 _KEPT = 4000
@@ -31,9 +31,9 @@ _Z = 3.09
 class Answered:
     """N answers of the expert that is asked first, and what is known of E experts on the same queries.
 
-    What was not observed is False in the mask; its quality counts for nothing, its price is the expected one.  `propensity` is the
-    probability with which a known cell came to be known, 1 where that is not known: then it must not have depended on more than
-    the query and the answer.
+    What was not observed is False in the mask; its quality counts for nothing, its price is the expected one.  `propensity` is
+    the probability with which a known cell came to be known, 1 where that is not known: then it must not have depended on more
+    than the query and the answer.
     """
 
     experts: tuple[str, ...]
@@ -84,33 +84,46 @@ def answers_in(
     propensity = np.where(np.isnan(table.propensity[query]) | table.full, 1.0, table.propensity[query]).astype(float)
     propensity[:, place] = 1.0
     sure = features([log.confidences[int(row)] for row in rows])
-    return Answered(
-        tuple(router.experts), first, sure, estimate[query], expected[query], quality, price, mask, propensity, query
-    )
+    return Answered(tuple(router.experts), first, sure, estimate[query], expected[query], quality, price, mask, propensity, query)
 
 
 def fit_cascade(answers: Answered, *, seed: int = 0) -> Cascade:
     """Learn when to keep an answer; `Cascade.paid` is what that is worth on folds of queries that were held out."""
+    errors = grid(answers.expected)
+    query, costs = _cross_fitted(answers, errors, seed)
+    return Cascade(answers.experts, answers.first, _learned(answers, seed), _judged(errors, query, *costs))
+
+
+def gain_over(old: Cascade, answers: Answered, error: float, *, seed: int = 0) -> tuple[float, float]:
+    """Errors a query that a cascade learned from these answers saves against an older one, and half its 95% interval.
+
+    On folds of queries that were held out from the new one; the old one is taken to have seen none of them.
+    """
+    query, (_, _, new, _, _, _, before) = _cross_fitted(answers, np.array([error]), seed, old)
+    return mean_and_half(np.bincount(query, before[0] - new[0]) / np.bincount(query))
+
+
+def _cross_fitted(
+    answers: Answered, errors: np.ndarray, seed: int, old: Cascade | None = None
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The numbers of the queries, and the costs of each answer by what was learned from those to the other folds of queries."""
     if len(answers) < _FEWEST:
         raise DataError(f"{len(answers)} answers with a confidence are too few to learn from, expected at least {_FEWEST}")
     if len(answers.experts) < 2:
         raise DataError(f"{answers.first} is the only expert; a cascade needs one more to defer to")
     codes, query = np.unique(answers.query, return_inverse=True)
     fold = random_folds(len(codes), seed=seed)[query]
-    errors = grid(answers.expected)
     parts = []
     for number in range(FOLDS):
         rest, held = answers.rows(np.flatnonzero(fold != number)), answers.rows(np.flatnonzero(fold == number))
-        arrays = _learned(rest, seed)
-        parts.append(_costs(Cascade(answers.experts, answers.first, arrays, _nothing(errors)), held, _guess(rest, held), errors))
+        guess, new = _guess(rest, held), Cascade(answers.experts, answers.first, _learned(rest, seed), _nothing(errors))
+        costs = _costs(new, held, guess, errors)
+        parts.append(costs if old is None else (*costs, _costs(old, held, guess, errors)[2]))
     order = np.concatenate([np.flatnonzero(fold == number) for number in range(FOLDS)])
-    columns = [np.concatenate(part, axis=1) for part in zip(*parts, strict=True)]
-    return Cascade(answers.experts, answers.first, _learned(answers, seed), _judged(errors, query[order], *columns))
+    return query[order], [np.concatenate(part, axis=1) for part in zip(*parts, strict=True)]
 
 
-def _foreseen(
-    table: Table, router: Router, seed: int, on_fold: Callable[[int, int], None]
-) -> tuple[np.ndarray, np.ndarray]:
+def _foreseen(table: Table, router: Router, seed: int, on_fold: Callable[[int, int], None]) -> tuple[np.ndarray, np.ndarray]:
     """Expected quality and price of every query, by routers that did not see it.  -> (N, E), (N, E)"""
     characters = np.array([len(text) for text in table.queries], float)
     if not router.knows(table.queries).any():
@@ -132,8 +145,8 @@ def _learned(answers: Answered, seed: int) -> Arrays:
     """The network, and the answers it was learned from as examples of answers to come.
 
     The two-stage deferral loss of `deferral.routing.policies.Rejector`, with the answer that is there as the action that has no
-    price: sum_a (ceiling - cost_a) l(scores, a), scores log(quality_a + (largest price - price_a) / e), quality the sigmoid of the
-    estimate's log-odds and the network's shift, e drawn anew for every row of every batch.
+    price: sum_a (ceiling - cost_a) l(scores, a), scores log(quality_a + (largest price - price_a) / e), quality the sigmoid of
+    the estimate's log-odds and the network's shift, e drawn anew for every row of every batch.
     """
     import torch
     from torch import Tensor, nn
@@ -260,8 +273,17 @@ def _judged(
     gain, half = np.array(columns).T
     # A mean of so few is no normal law.
     half = np.where(asked.sum(1) < _FEWEST_ASKED, np.inf, half)
-    means = [values.mean(1) for values in (alone, single[np.arange(len(errors)), :, best], always, cascaded)]
-    return Paid(np.asarray(errors, float), *means, gain, half, asked.mean(1), deferred.mean(1))
+    return Paid(
+        errors=np.asarray(errors, float),
+        alone=alone.mean(1),
+        single=single.mean(1).min(1),
+        always=always.mean(1),
+        cascaded=cascaded.mean(1),
+        gain=gain,
+        half_width=half,
+        asked=asked.mean(1),
+        deferred=deferred.mean(1),
+    )
 
 
 def _mean_and_half(values: np.ndarray) -> tuple[float, float]:
@@ -269,4 +291,4 @@ def _mean_and_half(values: np.ndarray) -> tuple[float, float]:
 
 
 def _nothing(errors: np.ndarray) -> Paid:
-    return Paid(errors, *np.full((6, len(errors)), np.nan), *np.zeros((2, len(errors))))
+    return Paid(errors, *(np.full(len(errors), np.nan) for _ in range(8)))

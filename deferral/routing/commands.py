@@ -278,7 +278,9 @@ def batch(queries: Path, out: Path, folder: Path, encoder: Path | None, workers:
 
 @route.command()
 @click.argument("log", type=_FILE)
-@click.option("--router", "-r", "folder", type=_FOLDER, required=True, help="Folder of the router, which the cascade is added to.")
+@click.option(
+    "--router", "-r", "folder", type=_FOLDER, required=True, help="Folder of the router, which the cascade is added to."
+)
 @click.option("--first", required=True, metavar="EXPERT", help="Who answers first.")
 @_encoder_options
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)

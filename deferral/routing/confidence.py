@@ -41,7 +41,8 @@ def confidence_of(logprobs: Sequence[float], alternatives: Sequence[Sequence[flo
     entropies = [_entropy(kept) for one in alternatives if (kept := [value for value in map(_number, one) if value is not None])]
     quantiles = np.quantile(found, [0.0, 0.1, 0.25, 0.5])
     entropy = float(np.mean(entropies)) if entropies else math.nan
-    return Confidence(float(len(found)), float(found.mean()), *map(float, quantiles), entropy)
+    least, tenth, quarter, median = map(float, quantiles)
+    return Confidence(float(len(found)), float(found.mean()), least, tenth, quarter, median, entropy)
 
 
 def confidence_of_reply(reply: Any) -> Confidence | None:
@@ -69,7 +70,9 @@ def check_confidence(row: int | str, value: object) -> Confidence | None:
         numeric = isinstance(number, int | float | np.integer | np.floating) and not isinstance(number, bool)
         low, high = (0.0, math.inf) if name in ("tokens", "entropy") else (-math.inf, 0.0)
         if not unknown and not (numeric and math.isfinite(number) and low <= number <= high):
-            raise DataError(f"row {row}, confidence: {name}: expected a finite number {'>=' if low == 0 else '<='} 0, got {number!r}")
+            raise DataError(
+                f"row {row}, confidence: {name}: expected a finite number {'>=' if low == 0 else '<='} 0, got {number!r}"
+            )
         numbers[name] = math.nan if unknown else float(number)
     if numbers["tokens"] < 1:
         raise DataError(f"row {row}, confidence: tokens: expected 1 or more, got {numbers['tokens']:g}; leave it out if unknown")
@@ -81,7 +84,7 @@ def _number(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float | np.floating) or value != value:
         return None
     # A rounded sum of probabilities may exceed 1 by a little.
-    return min(max(float(value), _LEAST), 0.0)
+    return float(min(max(value, _LEAST), 0.0))
 
 
 def _entropy(logprobs: Sequence[float]) -> float:

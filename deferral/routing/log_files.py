@@ -1,7 +1,8 @@
 """Logs in files: JSON Lines and Parquet, read and written in a stream.
 
 One outcome a line or row, with the fields of `Outcome`.  query, expert, quality and price must be there; a number that is not
-known is left out, null or NaN.  A confidence is an object of its numbers.  Fields of other names are an error, so that a misspelt one is not lost.
+known is left out, null or NaN; a confidence is an object of its numbers.  Fields of other names are an error, so that a
+misspelt one is not lost.
 """
 
 import json
