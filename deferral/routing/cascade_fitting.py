@@ -19,6 +19,7 @@ __all__ = ["Answered", "answers_in", "fit_cascade", "gain_over"]
 _FEWEST = 200
 _KEPT = 4000
 _HIDDEN = 16
+_FEWEST_STEPS = 400  # few weights, in a loss that is flat where qualities are off by a common factor
 _TINY = 1e-6
 _RIDGE = 10.0
 _FEWEST_KNOWN = 20
@@ -178,7 +179,7 @@ def _learned(answers: Answered, seed: int) -> Arrays:
             nn.Dropout(0.1), nn.Linear(_HIDDEN, len(answers.experts)),
         )  # fmt: skip
 
-    weights = trained(network, x, loss, start=torch.zeros(len(answers.experts)), seed=seed)
+    weights = trained(network, x, loss, start=torch.zeros(len(answers.experts)), seed=seed, fewest_steps=_FEWEST_STEPS)
     arrays = {**weights, "centre": centre.astype(np.float32), "scale": scale.astype(np.float32)}
     kept = np.random.default_rng(seed).permutation(len(answers))[:_KEPT]
     kept = kept[np.argsort(answers.estimate[kept, place], kind="stable")]

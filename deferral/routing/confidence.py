@@ -69,7 +69,7 @@ def check_confidence(row: int | str, value: object) -> Confidence | None:
         unknown = name == "entropy" and (number is None or number != number)
         numeric = isinstance(number, int | float | np.integer | np.floating) and not isinstance(number, bool)
         low, high = (0.0, math.inf) if name in ("tokens", "entropy") else (-math.inf, 0.0)
-        if not unknown and not (numeric and math.isfinite(number) and low <= number <= high):
+        if not unknown and not (numeric and abs(number) < 1e300 and low <= number <= high):
             raise DataError(
                 f"row {row}, confidence: {name}: expected a finite number {'>=' if low == 0 else '<='} 0, got {number!r}"
             )
