@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from deferral.cli import main
 from deferral.errors import DataError
@@ -123,24 +124,16 @@ def test_a_bad_confidence_is_an_error_that_names_the_row(tmp_path: Path, confide
 
 
 def test_the_least_of_the_loss_on_two_points_is_to_defer_as_bayes_does() -> None:
-    """Free scores at each of the two points: keep where 1 - q < 1 - q_large + price / e, for e from cents to dollars."""
-    import torch
-
+    """At each of two points the loss, convex in the scores, is least where softmax is in proportion to ceiling - cost."""
     errors = torch.logspace(-3, 0, 40, dtype=torch.float64)
-    right = torch.tensor([[0.95], [0.3]], dtype=torch.float64)
+    right = torch.tensor([[RIGHT[True]], [RIGHT[False]]], dtype=torch.float64)
     costs = torch.stack([(1 - right).expand(2, 40), 1 - LARGE + PRICE[1] / errors.expand(2, 40)], -1)
     ceiling = 1 + (PRICE[1] / errors)[None, :, None]
-    scores = torch.zeros(2, 40, 2, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([scores], max_iter=200, line_search_fn="strong_wolfe")
-
-    def loss() -> torch.Tensor:
-        optimizer.zero_grad()
-        total = two_stage_deferral(scores, costs, ceiling=ceiling).sum()
-        total.backward()
-        return total
-
-    optimizer.step(loss)
-    clear = (costs[..., 0] - costs[..., 1]).abs() > 0.01
+    scores = (ceiling - costs + 1e-9).log().requires_grad_()
+    two_stage_deferral(scores, costs, ceiling=ceiling).sum().backward()
+    assert scores.grad is not None
+    assert scores.grad.abs().max() < 1e-6
+    clear = (costs[..., 0] - costs[..., 1]).abs() > 1e-6
     assert torch.equal(scores.argmax(-1)[clear], costs.argmin(-1)[clear])
     assert {0, 1} == set(costs.argmin(-1)[clear].tolist())
 
@@ -167,7 +160,7 @@ def test_the_value_of_an_answer_to_come_is_its_closed_form(learned: Cascade) -> 
         asking, going = learned.before(estimate, price, error)
         other = 1 - LARGE + PRICE[1] / error
         bayes = PRICE[0] / error + np.mean([min(1 - right, other) for right in RIGHT.values()])
-        assert asking[0] == pytest.approx(bayes, abs=0.03)
+        assert asking[0] == pytest.approx(bayes, abs=0.07)  # 4 deviations of the mean of 256
         assert going[0] == pytest.approx(min(other, 1 - 0.625 + PRICE[0] / error))
 
 
@@ -180,8 +173,6 @@ def test_it_pays_where_log_probabilities_tell_and_nowhere_else(learned: Cascade)
     assert not blind.paid.better.any()
     assert "maybe nothing" in blind.why_not(0.005) or "too few" in blind.why_not(0.005)
     assert "It pays at no price of an error" in blind.report(0.005)
-    gain, half = gain_over(blind, two_points(1500, seed=2), 0.005)
-    assert gain > 2 * half > 0, "what knows nothing is replaced by what knows"
 
 
 @pytest.mark.ci_slow
@@ -301,7 +292,16 @@ def test_answers_of_a_log_are_each_what_was_logged() -> None:
         answers_in(log, unsure_router(), "large")
 
 
-@pytest.mark.ci_slow
+@pytest.mark.slow
+def test_what_knows_nothing_is_surpassed_by_what_knows(learned: Cascade) -> None:
+    flat = {name: 0 * value if name in ("4.weight", "4.bias", "shifts") else value for name, value in learned.arrays.items()}
+    gain, half = gain_over(replace(learned, arrays=flat), two_points(1500, seed=2), 0.005)
+    assert gain > 2 * half > 0
+    gain, half = gain_over(learned, two_points(1500, seed=2), 0.005)
+    assert gain < half
+
+
+@pytest.mark.slow
 def test_the_command_adds_a_cascade_only_where_it_pays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     router = unsure_router()
     router.cascade = None

@@ -18,8 +18,8 @@ from deferral.routing.encoders import Arrays
 __all__ = ["FEATURES", "Cascade", "Paid", "features", "logit", "network_input"]
 
 FEATURES = 8
-_NEIGHBOURS = 64
-_BLOCK = 512
+_NEIGHBOURS = 256
+_BLOCK = 256
 _FAR = 4.0
 
 
@@ -81,7 +81,7 @@ class Cascade:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Expected cost of asking first, and the least of going to an expert directly.  (N, E), (N, E) -> (N,), (N,)
 
-        What the answer will say is expected by the 64 held-out answers to the queries of the nearest estimate: their shifts are
+        What the answer will say is expected by the 256 held-out answers to the queries of the nearest estimate: their shifts are
         added to the estimates of this one.  `closed` (E,): experts that may not be asked.
         """
         place, held, shifts = self.place, self.arrays["held"], self.arrays["shifts"]
