@@ -139,8 +139,8 @@ class Exchange:
         if now.router.cascade is not None and self.kind == "chat" and asked.model in AUTO:
             left = gateway.limits.left(self.key)
             self.first = asking_first(now, gateway.silence, asked, wanted, choice, body, left)
-        first = self.first
-        with await gateway.limits.held(self.key, first.dollars if first else choice.price[choice.ranking[0]]) as hold:
+        with await self._held(choice) as hold:
+            first = self.first
 
             def ask(experts: Sequence[Expert], body_for: Callable[[Expert], bytes]) -> Awaitable[Call]:
                 return gateway.answerers.answer(experts, self.path, body_for, forwarded, asked)
@@ -153,6 +153,16 @@ class Exchange:
                 finally:
                     choice = self.choice = first.choice
             await self._hand_on(call, asked, choice, hold)
+
+    async def _held(self, choice: Choice) -> Hold:
+        """Dollars for whoever may answer; where they do not suffice for two answers after all, nobody is asked first."""
+        limits = self.gateway.limits
+        if self.first:
+            try:
+                return await limits.held(self.key, self.first.dollars)
+            except Refused:
+                self.first = None
+        return await limits.held(self.key, choice.price[choice.ranking[0]])
 
     async def _choose(self, now: "Generation", asked: Asked, wanted: Hints) -> Choice:
         key = self.key
