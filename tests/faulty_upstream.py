@@ -394,7 +394,15 @@ def _answer(seen: Seen) -> dict[str, Any]:
         choice["finish_reason"] = "tool_calls"
     else:
         choice["message"] = {"role": "assistant", "content": f"{request.get('model')}: {text}"}
+        if request.get("logprobs") and "mute" not in text:
+            choice["logprobs"] = {"content": _logprobs(-0.01 if "surely" in text else -2.5, request.get("top_logprobs", 0))}
     return reply
+
+
+def _logprobs(logprob: float, count: int) -> list[dict[str, Any]]:
+    """What is sure of itself has every token near certain; a text with "mute" in it is told without."""
+    others = [{"token": "o", "logprob": logprob - 3 * number} for number in range(count)]
+    return [{"token": "t", "logprob": logprob, "bytes": None, "top_logprobs": others} for _ in range(6)]
 
 
 def _events(seen: Seen) -> list[bytes]:

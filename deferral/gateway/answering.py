@@ -46,16 +46,19 @@ class Standing:
 
 
 class Call:
-    """A reply under way.  It holds a slot, and the breaker waits for its outcome: `end` it, once."""
+    """A reply under way.  It holds a slot, and the breaker waits for its outcome: `end` it; what ended stays as it ended."""
 
-    __slots__ = ("_began", "_standing", "_ticket", "attempts", "expert", "reply")
+    __slots__ = ("_began", "_ended", "_standing", "_ticket", "attempts", "expert", "reply")
 
     def __init__(self, expert: Expert, reply: Reply, standing: Standing, ticket: int, began: float, attempts: int) -> None:
         self.expert, self.reply, self.attempts = expert, reply, attempts
-        self._standing, self._ticket, self._began = standing, ticket, began
+        self._standing, self._ticket, self._began, self._ended = standing, ticket, began, False
 
     def end(self, good: bool | None) -> None:
         """The expert did well, did not, or (None) nothing can be said."""
+        if self._ended:
+            return
+        self._ended = True
         breaker = self._standing.breaker
         if good is None:
             breaker.leave(self._ticket)

@@ -17,6 +17,7 @@ from deferral.errors import DataError
 from deferral.gateway import admin, dashboard
 from deferral.gateway.access import Access
 from deferral.gateway.answering import Answerers
+from deferral.gateway.cascading import Silence
 from deferral.gateway.deciding import Decider
 from deferral.gateway.endpoints import Admin, error_handlers, routes
 from deferral.gateway.experts_file import Expert, read_experts
@@ -58,7 +59,7 @@ class Gateway:
         self.limits = limits_of(self.record, settings)
         self.reloads = Reloads(self.record.engine)
         self.access = Access(self.keys, settings)
-        self.metrics = Metrics()
+        self.metrics, self.silence = Metrics(), Silence()
         self._reloading = asyncio.Lock()
         self._following: asyncio.Task | None = None
 

@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -215,6 +216,53 @@ def retrain(
         sys.exit(3)
     if not dry_run:
         click.echo(f"{router} is the new router, {router}.previous the old one; gateways on this database take it in a second")
+
+
+@gateway.command()
+@click.argument("router", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option(
+    "--encoder",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder of the sentence encoder that the router was fitted with, if it was.",
+)
+@click.option("--dry-run", is_flag=True, help="Judge, and change nothing.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@_database
+def cascade(router: Path, encoder: Path | None, dry_run: bool, seed: int, database: str) -> None:
+    """Learn the cascade of ROUTER (a folder) again from the record; the new one replaces it only if it is better with confidence.
+
+    Exit status 0 if it is, 3 if not.  Gateways that run on the database take it within a second or two.
+    """
+    from deferral.gateway.cascade_answers import answers_on_record
+    from deferral.gateway.reloads import Reloads
+    from deferral.routing import Router
+    from deferral.routing.cascade_fitting import fit_cascade, gain_over
+
+    loaded = Router.load(router, encoder=encoder)
+    old, error = loaded.cascade, loaded.price_of_error
+    if old is None:
+        raise click.UsageError(f"{router} has no cascade; make the first with `deferral route cascade LOG -r {router}`")
+    left_out: Counter[str] = Counter()
+    with _opened(database) as store, _stages() as on_stage:
+        on_stage("reading the record")
+        answers = answers_on_record(store.engine, loaded.experts, old.first, left_out)
+        on_stage(f"learning from {len(answers):,} answers of {old.first}")
+        new = fit_cascade(answers, seed=seed)
+        gain, half = gain_over(old, answers, error, seed=seed)
+        better = new.why_not(error) == "" and gain > half
+        if better and not dry_run:
+            loaded.cascade = new
+            loaded.save(router)
+            Reloads(store.engine).announce()
+    click.echo(new.report(error))
+    click.echo("\n".join(f"{count} rows left out: {reason}" for reason, count in left_out.most_common()))
+    click.echo(
+        f"against the cascade that is there it saves {gain:.4f} ± {half:.4f} errors a query at ${error:.3g} an error (95%)"
+    )
+    if not better:
+        click.echo(f"{router} stays as it was")
+        sys.exit(3)
+    click.echo("it would replace it" if dry_run else f"{router} has the new one; gateways on this database take it in a second")
 
 
 @gateway.command()

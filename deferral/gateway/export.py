@@ -11,9 +11,10 @@ from sqlalchemy import Connection, Engine, Row, and_, or_, select
 
 from deferral.errors import DataError
 from deferral.gateway.database import decisions, feedback, texts
-from deferral.routing import Log, Outcome, write_log
+from deferral.gateway.schema import cascades
+from deferral.routing import Confidence, Log, Outcome, write_log
 
-__all__ = ["Exported", "Logged", "export", "logged", "nothing_left"]
+__all__ = ["Exported", "Logged", "confidence_in", "export", "latest", "logged", "nothing_left"]
 
 _PAGE = 2000
 _AUTO = "auto"
@@ -22,6 +23,7 @@ _AUTO = "auto"
 NAMED = "a client asked for the expert by name"
 FAILED = "there was no whole answer"
 FELL_BACK = "another expert answered than was drawn"
+CERTAIN = "an answer was kept or not by its own log-probabilities, with certainty (explore was 0)"
 NO_CHANCE = "the probability of the draw is not known"
 NO_TEXT = "the query was not stored"
 NO_QUALITY = "nobody said how good the answer was"
@@ -97,14 +99,15 @@ def logged(
             page = connection.execute(wanted).all()
             ids = [row.id for row in page]
             asked = dict(connection.execute(select(texts.c.decision, texts.c.query).where(texts.c.decision.in_(ids))).all())
-            said = _latest(connection, ids)
+            said = latest(connection, ids)
+            through = {one.decision: one for one in connection.execute(select(cascades).where(cascades.c.decision.in_(ids)))}
         for row in page:
-            quality = said.get(row.id, assumed_quality)
-            reason = _why_not(row, asked.get(row.id), quality)
+            quality, cascade = said.get(row.id, assumed_quality), through.get(row.id)
+            reason = _why_not(row, cascade, asked.get(row.id), quality)
             if reason:
                 left_out[reason] += 1
             else:
-                yield _logged(row, asked[row.id], float(quality), row.id not in said)  # type: ignore[arg-type]
+                yield _logged(row, cascade, asked[row.id], float(quality), row.id not in said)  # type: ignore[arg-type]
         if len(page) < _PAGE:
             return
         when, last = page[-1].time, page[-1].id
@@ -121,19 +124,21 @@ def nothing_left(left_out: Counter[str]) -> str:
     )
 
 
-def _latest(connection: Connection, ids: list[str]) -> dict[str, float]:
+def latest(connection: Connection, ids: list[str]) -> dict[str, float]:
     """The quality of each answer; of two opinions the later."""
     found = select(feedback.c.decision, feedback.c.quality).where(feedback.c.decision.in_(ids)).order_by(feedback.c.time)
     return dict(connection.execute(found).all())
 
 
-def _why_not(row: Row, query: str | None, quality: float | None) -> str:
+def _why_not(row: Row, cascade: Row | None, query: str | None, quality: float | None) -> str:
     if row.requested != _AUTO:
         return NAMED
     if row.outcome != "ok" or not row.expert:
         return FAILED
     if row.expert != row.chosen:
         return FELL_BACK
+    if cascade is not None and cascade.ending in ("kept", "deferred") and row.propensity == 1:
+        return CERTAIN
     if row.propensity is None or not 0 < row.propensity <= 1:
         return NO_CHANCE
     if query is None:
@@ -141,19 +146,29 @@ def _why_not(row: Row, query: str | None, quality: float | None) -> str:
     return "" if quality is not None else NO_QUALITY
 
 
-def _logged(row: Row, query: str, quality: float, assumed: bool) -> Logged:
+def _logged(row: Row, cascade: Row | None, query: str, quality: float, assumed: bool) -> Logged:
+    # What a first answer cost that was not given is no price of the one that was.
+    price = row.price if cascade is None else max(row.price - cascade.extra, 0.0)
     outcome = Outcome(
         query,
         row.expert,
         quality,
-        row.price,
+        price,
         row.input_tokens,
         row.output_tokens,
         math.nan if row.latency_s is None else row.latency_s,
         row.propensity,
         row.time,
         ("assumed",) if assumed else (),
+        confidence_in(cascade) if cascade is not None and cascade.ending == "kept" else None,
     )
     costs = {name: cost for name, (_, _, cost) in json.loads(row.expected).items()}
     allowed = tuple(name for name, cost in costs.items() if cost is not None or name == row.chosen)
     return Logged(outcome, allowed or (row.chosen,), row.price_of_error or math.nan)
+
+
+def confidence_in(cascade: Row) -> Confidence | None:
+    """The confidence of a first answer, as a row of the record holds it."""
+    if cascade.confidence is None:
+        return None
+    return Confidence(*(math.nan if number is None else float(number) for number in json.loads(cascade.confidence)))

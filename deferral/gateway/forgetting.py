@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from sqlalchemy import ColumnElement, Connection, Engine, delete, or_, select
 
 from deferral.gateway.database import alone, replacing, scrub
-from deferral.gateway.schema import decisions, feedback, forgotten, texts
+from deferral.gateway.schema import cascades, decisions, feedback, forgotten, texts
 
 __all__ = ["Forgotten", "forget"]
 
@@ -82,6 +82,7 @@ def _some(connection: Connection, wanted: ColumnElement[bool]) -> Forgotten:
         ids = [row.id for row in rows]
         said = connection.execute(delete(feedback).where(feedback.c.decision.in_(ids))).rowcount
         asked = connection.execute(delete(texts).where(texts.c.decision.in_(ids))).rowcount
+        connection.execute(delete(cascades).where(cascades.c.decision.in_(ids)))
         connection.execute(delete(decisions).where(d.id.in_(ids)))
     return Forgotten(len(ids), said, asked)
 

@@ -32,12 +32,12 @@ class Refused(Exception):
 class Hold:
     """Dollars set aside for a request in flight; `settle` exactly once.
 
-    As a context manager it is settled with 0 where nobody has settled it.
+    As a context manager it is settled with what is `spent` already, at first 0, where nobody has settled it.
     """
 
     def __init__(self, account: "Account | None", dollars: float, lock: threading.Lock) -> None:
         self._account, self._dollars, self._lock = account, dollars, lock
-        self.settled = False
+        self.settled, self.spent = False, 0.0
 
     def settle(self, actual: float) -> None:
         """What the request cost in the end."""
@@ -59,7 +59,7 @@ class Hold:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if not self.settled:
-            self.settle(0.0)
+            self.settle(self.spent)
 
 
 class Account:

@@ -68,6 +68,9 @@ class Metrics(Collector):
         self._failures = _Counts("deferral_upstream_failures", "Failed attempts, by expert and kind.", ("expert", "kind"))
         self._retries = _Counts("deferral_retries", "Attempts at the same expert once more.", ("expert",))
         self._price = _Counts("deferral_price_dollars", "What answers cost.", ("expert",))
+        self._cascades = _Counts(
+            "deferral_cascades", "Requests that an expert answered first, by outcome.", ("expert", "outcome")
+        )
         self._tokens = _Counts("deferral_tokens", "Tokens, by expert and direction.", ("expert", "direction"))
         self._best = _Counts("deferral_best_price_dollars", "What routed answers would have cost by the best expert.")
         self._latency = _Times("deferral_latency_seconds", "To the last byte.", ("expert",), _SECONDS)
@@ -104,6 +107,12 @@ class Metrics(Collector):
     def retried(self, expert: str) -> None:
         self._retries.values[expert,] += 1
 
+    def asked_first(self, expert: str, ending: str, extra: float) -> None:
+        """`extra` dollars were paid for an answer that was not given."""
+        self._cascades.values[expert, ending] += 1
+        self._price.values[expert,] += extra
+        self._saving -= extra
+
     def answered(
         self,
         expert: str,
@@ -129,7 +138,7 @@ class Metrics(Collector):
 
     def collect(self) -> Iterable[CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily]:
         """For a scraper."""
-        counts = (self._requests, self._refused, self._decisions, self._answers, self._failures, self._retries)
+        counts = (self._requests, self._refused, self._decisions, self._answers, self._failures, self._retries, self._cascades)
         for each in (*counts, self._price, self._tokens, self._best, self._latency, self._first, self._deciding):
             yield each.family()
         yield GaugeMetricFamily("deferral_saving_dollars", "Saved against always asking the best expert.", self._saving)

@@ -6,7 +6,7 @@ import math
 import os
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from time import perf_counter, time
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from deferral.gateway.access import problem_of
 from deferral.gateway.answering import Call, Unanswered
+from deferral.gateway.cascading import AskingFirst, asking_first
 from deferral.gateway.deciding import Choice, Limited, refusal
 from deferral.gateway.experts_file import AUTO, Expert
 from deferral.gateway.keys import ANYONE, Key
@@ -66,8 +67,8 @@ class Exchange:
     """One request and its reply."""
 
     __slots__ = (
-        "arrived", "asked", "began", "best", "choice", "gateway", "gone", "id", "kept", "key", "kind", "over", "path", "receive",
-        "send", "started", "status", "watcher",
+        "arrived", "asked", "began", "best", "choice", "first", "gateway", "gone", "id", "kept", "key", "kind", "over", "path",
+        "receive", "send", "started", "status", "watcher",
     )  # fmt: skip
 
     def __init__(self, proxy: Proxy, receive: Receive, send: Send) -> None:
@@ -79,6 +80,7 @@ class Exchange:
         self.key: Key = ANYONE
         self.asked: Asked | None = None
         self.choice: Choice | None = None
+        self.first: AskingFirst | None = None
         self.best: Expert | None = None
         # started: the client has the first bytes; over: it needs no watching any more; gone: it left.
         self.started = self.over = self.gone = self.kept = False
@@ -125,7 +127,8 @@ class Exchange:
         gateway, now = self.gateway, self.gateway.current
         asked = self.asked = parse(self.kind, body)
         began = perf_counter()
-        choice = self.choice = await self._choose(now, asked, hints(headers))
+        wanted = hints(headers)
+        choice = self.choice = await self._choose(now, asked, wanted)
         self.best = now.experts.get(choice.best)
         if asked.model in AUTO:
             gateway.metrics.decided(choice.ranking[0], perf_counter() - began, fast=choice.fast_path)
@@ -133,11 +136,33 @@ class Exchange:
         forwarded = {
             name.decode(): value.decode() for name in FORWARDED & headers.keys() if _PLAIN.fullmatch(value := headers[name])
         }
-        with await gateway.limits.held(self.key, choice.price[choice.ranking[0]]) as hold:
-            call = await gateway.answerers.answer(
-                ranking, self.path, lambda expert: with_model(body, expert.model), forwarded, asked
-            )
+        if now.router.cascade is not None and self.kind == "chat" and asked.model in AUTO:
+            left = gateway.limits.left(self.key)
+            self.first = asking_first(now, gateway.silence, asked, wanted, choice, body, left)
+        with await self._held(choice) as hold:
+            first = self.first
+
+            def ask(experts: Sequence[Expert], body_for: Callable[[Expert], bytes]) -> Awaitable[Call]:
+                return gateway.answerers.answer(experts, self.path, body_for, forwarded, asked)
+
+            if first is None:
+                call = await ask(ranking, lambda expert: with_model(body, expert.model))
+            else:
+                try:
+                    call = await first.answer(ask, asked.query, hold, self.began)
+                finally:
+                    choice = self.choice = first.choice
             await self._hand_on(call, asked, choice, hold)
+
+    async def _held(self, choice: Choice) -> Hold:
+        """Dollars for whoever may answer; where they do not suffice for two answers after all, nobody is asked first."""
+        limits = self.gateway.limits
+        if self.first:
+            try:
+                return await limits.held(self.key, self.first.dollars)
+            except Refused:
+                self.first = None
+        return await limits.held(self.key, choice.price[choice.ranking[0]])
 
     async def _choose(self, now: "Generation", asked: Asked, wanted: Hints) -> Choice:
         key = self.key
@@ -176,7 +201,7 @@ class Exchange:
             if meter is not None:
                 usage = meter.usage(asked.tokens)
             price = expert.price(usage.input_tokens, usage.output_tokens) if reply.status < 300 else 0.0
-            hold.settle(price)
+            hold.settle(price + self._extra)
             self._keep(expert.name, usage, outcome, price=price, first_byte_s=first_byte_s, attempts=call.attempts)
         self.over = True
         if reply.streamed:
@@ -222,17 +247,26 @@ class Exchange:
             (b"x-deferral-expert", name.encode()),
             (b"x-deferral-expected-price", b"%.6g" % choice.price.get(name, math.nan)),
             (b"x-deferral-propensity", b"%.6g" % choice.propensity),
-            (b"x-deferral-attempts", b"%d" % call.attempts),
+            (b"x-deferral-attempts", b"%d" % (call.attempts + (self.first.attempts if self.first else 0))),
             # Headers are ASCII, and a line of them ends where the line ends.
             (b"x-deferral-reason", reason.replace("±", "+-").encode("ascii", "replace").translate(_PRINTABLE)),
         ]
         if name in choice.cost:
             headers.append((b"x-deferral-expected-cost", b"%.6g" % choice.cost[name]))
+        if self.first and (row := self.first.row):
+            headers += [(b"x-deferral-first", row.first.encode()), (b"x-deferral-cascade", row.ending.encode())]
         return headers
+
+    @property
+    def _extra(self) -> float:
+        """Dollars for a first answer that is not given."""
+        return self.first.row.extra if self.first and self.first.row else 0.0
 
     async def _refuse(self, problem: Problem) -> None:
         self.status, self.over = problem.status, True
         attempts = problem.attempts if isinstance(problem, Unanswered) else 0
+        if self.first:
+            attempts += self.first.attempts
         outcome = "error" if attempts or problem.status == 500 else "refused"
         if outcome == "refused":
             self.gateway.metrics.refused(problem.code)
@@ -253,7 +287,7 @@ class Exchange:
         attempts: int = 0,
     ) -> None:
         """Put it on record, once; a request that was refused before it was understood has nothing to keep."""
-        asked, choice, gateway = self.asked, self.choice, self.gateway
+        asked, choice, gateway, cascade = self.asked, self.choice, self.gateway, self.first.row if self.first else None
         if asked is None or self.kept:
             return
         self.kept = True
@@ -275,7 +309,7 @@ class Exchange:
                 expected_price=choice.price if choice else {},
                 expected_cost=choice.cost if choice else {},
                 price_of_error=choice.price_of_error if choice else math.nan,
-                price=price,
+                price=price + self._extra,
                 estimated=usage.estimated,
                 input_tokens=usage.input_tokens,
                 output_tokens=usage.output_tokens,
@@ -289,8 +323,11 @@ class Exchange:
                 query=asked.query if gateway.settings.store_text else None,
                 reply_id=usage.reply_id,
                 best_price=best_price,
+                cascade=cascade,
             )
         )
+        if cascade:
+            gateway.metrics.asked_first(cascade.first, cascade.ending, cascade.extra)
         if expert:
             gateway.metrics.answered(
                 expert,

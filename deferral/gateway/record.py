@@ -31,7 +31,8 @@ from deferral.gateway.database import (
 )
 from deferral.gateway.ledger import recorded
 from deferral.gateway.minutes import add_to_minutes
-from deferral.gateway.rows import DecisionRow, plain, values
+from deferral.gateway.rows import DecisionRow, cascade_values, plain, values
+from deferral.gateway.schema import cascades
 
 __all__ = ["DecisionRow", "Record"]
 
@@ -262,6 +263,7 @@ class Record:
             with writing(connection):
                 plain_rows = [values(row) for row in rows]
                 insert_rows(connection, decisions, plain_rows)
+                insert_rows(connection, cascades, [cascade_values(row) for row in rows if row.cascade is not None])
                 add_to_minutes(connection, plain_rows)
                 if self.store_text:
                     insert_rows(connection, texts, list(self._texts(rows)))

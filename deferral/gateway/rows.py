@@ -6,9 +6,24 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-__all__ = ["DecisionRow", "plain", "values"]
+__all__ = ["CascadeRow", "DecisionRow", "cascade_values", "plain", "values"]
 
 _MOST_TOKENS = 2**53
+
+
+@dataclass(frozen=True, slots=True)
+class CascadeRow:
+    """That one expert answered first, and what became of its answer.
+
+    `ending`: "kept"; "deferred" to another expert; "failed", that other one, so that the first answer was given; "silent", the
+    first answer had no log-probabilities, so that the router's own choice holds; "unanswered", there was no first answer.
+    """
+
+    first: str
+    ending: str
+    extra: float = 0.0  # dollars, of the first answer where another was given
+    quality: float = math.nan  # expected of the first answer, once it was there
+    confidence: tuple[float, ...] | None = None  # the numbers of deferral.routing.Confidence
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +56,7 @@ class DecisionRow:
     query: str | None  # kept only where storing is switched on
     reply_id: str = ""  # the id inside the upstream's reply
     best_price: float = math.nan  # the same tokens at the price of the expert that is best on the mean
+    cascade: CascadeRow | None = None
 
 
 def values(row: DecisionRow) -> tuple[Any, ...]:
@@ -70,6 +86,15 @@ def values(row: DecisionRow) -> tuple[Any, ...]:
         bool(row.streamed),
         bool(row.fast_path),
     )
+
+
+def cascade_values(row: DecisionRow) -> tuple[Any, ...]:
+    """The cascade of a row that has one, in the order of the columns."""
+    cascade = row.cascade
+    assert cascade is not None
+    sure = cascade.confidence
+    numbers = None if sure is None else f"[{', '.join(map(_number, sure))}]"
+    return row.id[:64], cascade.first, cascade.ending, cascade.extra, _known(cascade.quality), numbers
 
 
 def plain(text: str) -> str:

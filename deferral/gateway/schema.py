@@ -5,6 +5,7 @@ from sqlalchemy import BigInteger, Boolean, Column, Float, Index, Integer, MetaD
 __all__ = [
     "VERSION",
     "admissions",
+    "cascades",
     "decisions",
     "feedback",
     "forgotten",
@@ -17,7 +18,7 @@ __all__ = [
     "version",
 ]
 
-VERSION = 2
+VERSION = 3
 
 tables = MetaData()
 decisions = Table(
@@ -68,6 +69,17 @@ texts = Table(
     Column("expires", Float(53), nullable=False),
     Index("texts_by_expiry", "expires"),
     Index("texts_by_time", "time"),
+)
+# Requests that one expert answered first, by the log-probabilities of whose answer it was kept or another expert asked.
+cascades = Table(
+    "cascades",
+    tables,
+    Column("decision", String(64), primary_key=True),
+    Column("first", String(200), nullable=False),
+    Column("ending", String(20), nullable=False),
+    Column("extra", Float(53), nullable=False),  # of the decision's price: what the first answer cost, where another was given
+    Column("quality", Float(53)),  # expected of the first answer, once it was there
+    Column("confidence", Text),  # JSON: the numbers of deferral.routing.Confidence, null where one is not known
 )
 keys = Table(
     "keys",

@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from sqlalchemy import Engine, func, select
+from sqlalchemy import Engine, func, or_, select
 
 from deferral.gateway.off_policy import Draws, doubly_robust
-from deferral.gateway.schema import decisions, feedback
+from deferral.gateway.schema import cascades, decisions, feedback
 
 __all__ = ["Point", "WhatIf", "what_if"]
 
@@ -58,10 +58,20 @@ def what_if(engine: Engine, *, since: float, until: float) -> WhatIf:
     error wherever that expert was drawn.  Qualities are corrected on the rows with feedback alone, and are the router's own
     where there is none.  Dudík, Langford, Li, "Doubly Robust Policy Evaluation and Learning" (2011), eq. 2.
     """
-    d = decisions.c
+    d, through = decisions.c, cascades.c
     opinion = select(func.avg(feedback.c.quality)).where(feedback.c.decision == d.id).scalar_subquery().label("quality")
     wanted = (
-        select(d.chosen, d.propensity, d.expected, d.price, d.price_of_error, opinion)
+        select(
+            d.chosen,
+            d.propensity,
+            d.expected,
+            (d.price - func.coalesce(through.extra, 0.0)).label("price"),
+            d.price_of_error,
+            opinion,
+        )
+        .outerjoin(cascades, through.decision == d.id)
+        # An answer that was kept by its log-probabilities, with certainty, says nothing of those that were not.
+        .where(or_(through.decision.is_(None), through.ending.not_in(("kept", "deferred")), d.propensity < 1))
         .where(d.time >= since, d.time < until, d.requested == "auto", d.outcome == "ok", d.expert == d.chosen)
         .where(d.propensity > 0, d.price_of_error > 0)
         .order_by(d.time.desc())

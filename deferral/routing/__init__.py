@@ -10,6 +10,9 @@ from importlib.util import find_spec
 if missing := [name for name in ("scipy", "safetensors") if find_spec(name) is None]:
     raise ImportError(f"the router needs {', '.join(missing)}: pip install 'deferral[router]'")
 
+from deferral.routing.cascade import Cascade
+from deferral.routing.cascade_fitting import answers_in, fit_cascade
+from deferral.routing.confidence import Confidence, confidence_of, confidence_of_reply
 from deferral.routing.constraints import Abilities, Needs
 from deferral.routing.decisions import Decision, Decisions
 from deferral.routing.encoders import CachedEncoder
@@ -21,6 +24,8 @@ from deferral.routing.router import Plan, Router
 __all__ = [
     "Abilities",
     "CachedEncoder",
+    "Cascade",
+    "Confidence",
     "Decision",
     "Decisions",
     "Log",
@@ -30,7 +35,11 @@ __all__ = [
     "PriceModel",
     "Router",
     "Table",
+    "answers_in",
+    "confidence_of",
+    "confidence_of_reply",
     "cost_table",
+    "fit_cascade",
     "list_prices",
     "log_of_table",
     "read_log",

@@ -1,5 +1,6 @@
 """`deferral route`: learn from a log which language model should answer.  Parses and prints, decides nothing."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 from deferral.errors import DataError
 from deferral.routing.batches import route_file
+from deferral.routing.cascade_fitting import answers_in, fit_cascade
 from deferral.routing.constraints import Needs
 from deferral.routing.encoders import CachedEncoder
 from deferral.routing.judging import cross_fitted, evaluation, held, joined, query_folds, tag_folds
@@ -272,6 +274,40 @@ def batch(queries: Path, out: Path, folder: Path, encoder: Path | None, workers:
 
         rows = route_file(folder, queries, out, setting=_setting(options), encoder=encoder, workers=workers, on_rows=on_rows)
     click.echo(f"wrote {out}, {rows:,} decisions")
+
+
+@route.command()
+@click.argument("log", type=_FILE)
+@click.option(
+    "--router", "-r", "folder", type=_FOLDER, required=True, help="Folder of the router, which the cascade is added to."
+)
+@click.option("--first", required=True, metavar="EXPERT", help="Who answers first.")
+@_encoder_options
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+def cascade(log: Path, folder: Path, first: str, encoder: Path | None, cache: Path | None, seed: int) -> None:
+    """Learn when to keep the answer of an expert that is asked first, and when to ask another after it.
+
+    The outcomes of EXPERT in LOG have a confidence: numbers out of the log-probabilities of its answers.  The router gets the
+    cascade only if it pays on held-out queries at some price of an error; else all stays as it was, and the exit status is 3.
+    """
+    outcomes, encode = _read(log), _encoder(encoder, cache)
+    router = Router.load(folder, encoder=encode)
+    with _progress("learning when to defer") as progress:
+        task = progress.add_task("learning when to defer", total=None)
+
+        def on_fold(done: int, of: int) -> None:
+            progress.update(task, description=f"what a router expects that did not see the query, {done + 1} of {of}")
+
+        answers = answers_in(outcomes, router, first, seed=seed, on_fold=on_fold)
+        progress.update(task, description=f"learning from {len(answers):,} answers of {first} when to defer")
+        found = fit_cascade(answers, seed=seed)
+    click.echo(found.report(router.price_of_error))
+    if not found.paid.better.any():
+        click.echo(f"{folder} stays as it was")
+        sys.exit(3)
+    router.cascade = found
+    router.save(folder)
+    click.echo(f"wrote {folder}; a gateway takes it when it is reloaded")
 
 
 @route.command("export-encoder")

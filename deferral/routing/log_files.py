@@ -1,7 +1,8 @@
 """Logs in files: JSON Lines and Parquet, read and written in a stream.
 
 One outcome a line or row, with the fields of `Outcome`.  query, expert, quality and price must be there; a number that is not
-known is left out, null or NaN.  Fields of other names are an error, so that a misspelt one is not lost.
+known is left out, null or NaN; a confidence is an object of its numbers.  Fields of other names are an error, so that a
+misspelt one is not lost.
 """
 
 import json
@@ -13,11 +14,12 @@ from typing import Any
 import numpy as np
 
 from deferral.errors import DataError
+from deferral.routing.confidence import Confidence, check_confidence
 from deferral.routing.outcomes import NUMBERS, Log, Outcome, check_number, check_tags, check_text
 
 __all__ = ["read_log", "write_log"]
 
-_FIELDS = ("query", "expert", *NUMBERS, "tags")
+_FIELDS = ("query", "expert", *NUMBERS, "tags", "confidence")
 _CHUNK = 20_000
 
 
@@ -66,7 +68,8 @@ def _add(log: Log, number: int, row: dict) -> None:
         raise DataError(f"row {number}, {strange[0]}: expected only the fields {', '.join(_FIELDS)}")
     tags = check_tags(number, row.get("tags") or ())
     numbers = {name: check_number(number, name, row.get(name)) for name in NUMBERS}
-    log._add(check_text(number, "query", row["query"]), check_text(number, "expert", row["expert"]), numbers, tags)
+    sure = check_confidence(number, row.get("confidence"))
+    log._add(check_text(number, "query", row["query"]), check_text(number, "expert", row["expert"]), numbers, tags, sure)
 
 
 def _read_jsonl(path: Path) -> Iterator[dict]:
@@ -104,7 +107,10 @@ def _rows(log: Log) -> Iterator[dict]:
 def _row(outcome: Outcome) -> dict:
     values = {name: getattr(outcome, name) for name in NUMBERS}
     known = {name: _shortest(name, value) for name, value in values.items() if not np.isnan(value)}
-    return {"query": outcome.query, "expert": outcome.expert, **known, **({"tags": list(outcome.tags)} if outcome.tags else {})}
+    row = {"query": outcome.query, "expert": outcome.expert, **known, **({"tags": list(outcome.tags)} if outcome.tags else {})}
+    if outcome.confidence is None:
+        return row
+    return {**row, "confidence": {name: value for name, value in outcome.confidence._asdict().items() if value == value}}
 
 
 def _shortest(name: str, value: float) -> float:
@@ -122,7 +128,8 @@ def _write_jsonl(log: Log, path: Path) -> None:
 def _write_parquet(log: Log, path: Path) -> None:
     pa = _pyarrow()
     numbers = [(name, pa.float64() if name in ("price", "time") else pa.float32()) for name in NUMBERS]
-    schema = pa.schema([("query", pa.string()), ("expert", pa.string()), *numbers, ("tags", pa.list_(pa.string()))])
+    sure = [("confidence", pa.struct([(name, pa.float64()) for name in Confidence._fields]))] if log.confidences else []
+    schema = pa.schema([("query", pa.string()), ("expert", pa.string()), *numbers, ("tags", pa.list_(pa.string())), *sure])
     with pa.parquet.ParquetWriter(path, schema) as writer:
         for start in range(0, len(log), _CHUNK):
             rows = [_row(log[number]) for number in range(start, min(start + _CHUNK, len(log)))]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from deferral.errors import DataError
+from deferral.routing.confidence import Confidence, check_confidence
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +31,7 @@ class Outcome:
     """One answer of one expert.  NaN marks a number that is not known; quality and price must be.
 
     `quality` in [0, 1], 1 a right answer; `price` in dollars; `propensity` the probability with which this expert was asked;
-    `time` in seconds since 1970.
+    `time` in seconds since 1970; `confidence` how sure the expert was, where its answer came with log-probabilities.
     """
 
     query: str
@@ -43,6 +44,7 @@ class Outcome:
     propensity: float = np.nan
     time: float = np.nan
     tags: tuple[str, ...] = ()
+    confidence: Confidence | None = None
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ class Log:
         self.queries: list[str] = []
         self.experts: list[str] = []
         self.tag_sets: list[tuple[str, ...]] = [()]
+        self.confidences: dict[int, Confidence] = {}  # by row, where there is one
         self._codes: tuple[dict, dict, dict] = ({}, {}, {(): 0})
         self._query, self._expert, self._tags = _Column(np.int32), _Column(np.int32), _Column(np.int32)
         self._numbers = {name: _Column(np.float64 if name in ("price", "time") else np.float32) for name in NUMBERS}
@@ -95,10 +98,19 @@ class Log:
         for outcome in outcomes:
             row = len(self) + 1
             numbers = {name: check_number(row, name, getattr(outcome, name)) for name in NUMBERS}
-            tags = check_tags(row, outcome.tags)
-            self._add(check_text(row, "query", outcome.query), check_text(row, "expert", outcome.expert), numbers, tags)
+            tags, sure = check_tags(row, outcome.tags), check_confidence(row, outcome.confidence)
+            self._add(check_text(row, "query", outcome.query), check_text(row, "expert", outcome.expert), numbers, tags, sure)
 
-    def _add(self, query: str, expert: str, numbers: dict[str, float], tags: tuple[str, ...] = ()) -> None:
+    def _add(
+        self,
+        query: str,
+        expert: str,
+        numbers: dict[str, float],
+        tags: tuple[str, ...] = (),
+        confidence: Confidence | None = None,
+    ) -> None:
+        if confidence is not None:
+            self.confidences[len(self)] = confidence
         by_query, by_expert, by_tags = self._codes
         self._query.add(_code(by_query, self.queries, query))
         self._expert.add(_code(by_expert, self.experts, expert))
@@ -110,7 +122,10 @@ class Log:
         """The outcome of a row, as it was added."""
         numbers = {name: float(column.values[row]) for name, column in self._numbers.items()}
         query, expert = self.queries[self._query.values[row]], self.experts[self._expert.values[row]]
-        return Outcome(query, expert, **numbers, tags=self.tag_sets[self._tags.values[row]])
+        place = row if row >= 0 else len(self) + row
+        return Outcome(
+            query, expert, **numbers, tags=self.tag_sets[self._tags.values[row]], confidence=self.confidences.get(place)
+        )
 
     def column(self, name: str) -> np.ndarray:
         """A column of numbers, or the codes of the column query, expert or tags.  -> (rows,), read-only"""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from deferral.errors import DataError
+from deferral.routing.cascade import Cascade
 from deferral.routing.constraints import Abilities
 from deferral.routing.encoders import NgramEncoder
 from deferral.routing.fitting import Fitted
@@ -54,6 +55,8 @@ def save(router: "Router", folder: Path) -> None:
     arrays["seen/queries"] = router._seen
     if router._witnesses is not None:
         arrays |= {f"witnesses/{name}": value for name, value in vars(router._witnesses).items()}
+    if router.cascade is not None:
+        arrays |= {f"cascade/{name}": value for name, value in router.cascade.numbers.items()}
     if state.judged is not None:
         arrays |= {f"judged/{name}": getattr(state.judged, name) for name in _JUDGED}
     names = {
@@ -74,6 +77,7 @@ def save(router: "Router", folder: Path) -> None:
         "held_costs": state.held_costs,
         "room": state.room,
         "texts": list(state.texts),
+        "cascade": None if router.cascade is None else router.cascade.names,
     }
     numbers = as_bytes({name: np.ascontiguousarray(array) for name, array in arrays.items()})
     names["sha256"] = digest = sha256(numbers).hexdigest()
@@ -121,6 +125,10 @@ def load(folder: Path, encode: Callable[[list[str]], Any] | str | Path | None) -
         router._seen = arrays["seen/queries"]
         if witnesses := _part(arrays, "witnesses"):
             router._witnesses = Witnesses(**witnesses)
+        if (cascade := names.get("cascade")) is not None:
+            router.cascade = Cascade.restored(cascade, _part(arrays, "cascade"))
+            if list(router.cascade.experts) != router.experts:
+                raise KeyError("the cascade is of other experts")
     except (KeyError, TypeError, SafetensorError, OSError) as error:
         raise DataError(f"{folder}: the router cannot be read, {type(error).__name__}: {error}; fit and save it again") from error
     return router

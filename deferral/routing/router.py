@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from deferral.routing.cascade import Cascade
 from deferral.routing.constraints import Abilities, Needs, able
 from deferral.routing.decisions import Decision, Decisions, why_learned
 from deferral.routing.encoders import FunctionEncoder, NgramEncoder, Vectors
@@ -84,6 +85,8 @@ class Router:
         self._seen = np.empty(0, np.uint64)
         self._witnesses: Witnesses | None = None
         self._plans: dict[Any, Plan] = {}
+        # When to keep the answer of an expert that is asked first; learned for these experts and prices, and dropped with them.
+        self.cascade: Cascade | None = None
 
     def fit(self, log: Log | Table, *, prices: PriceModel | None = None, certify: float = 0.0) -> "Router":
         """Learn from outcomes, and hold rows out to say what that is worth (`report`).
@@ -101,7 +104,7 @@ class Router:
         everything, table = table, table.rows(np.flatnonzero(~apart)) if apart.any() else table
         vectors = self.encoder.fit(table.queries)
         self._fitted = fitted(table, vectors, self.policies, prices=prices, seed=self.seed)
-        self._seen, self._witnesses = np.sort(fingerprints(table.queries)), None
+        self._seen, self._witnesses, self.cascade = np.sort(fingerprints(table.queries)), None, None
         self._plans.clear()
         return self.certify(everything.rows(np.flatnonzero(apart))) if apart.any() else self
 
@@ -379,6 +382,7 @@ class Router:
         if self._witnesses is not None:
             self._witnesses = self._witnesses.columns(kept)
         self.abilities.pop(name, None)
+        self.cascade = None
         self._plans.clear()
         return self
 
@@ -386,7 +390,7 @@ class Router:
         """From now on these prices, one per expert, without refitting."""
         if prices.base.shape != (len(self.experts),):
             raise ValueError(f"prices: expected one per expert, {len(self.experts)}, got {prices.base.shape}")
-        self._fitted = replace(self.fitted, prices=prices)
+        self._fitted, self.cascade = replace(self.fitted, prices=prices), None
         self._plans.clear()
         return self
 
@@ -410,6 +414,6 @@ class Router:
         if abilities is not None:
             self.abilities[name] = abilities
         # The rows that certify hold no outcome of the newcomer.
-        self._witnesses = None
+        self._witnesses = self.cascade = None
         self._plans.clear()
         return self

@@ -85,12 +85,13 @@ def trained(
     start: "Tensor",
     seed: int,
     batch: "Callable[[Tensor], Tensor] | None" = None,
+    fewest_steps: int = _FEWEST_STEPS,
 ) -> Arrays:
     """The weights of a network after AdamW with one cycle; matrices are transposed, ready for x @ weight.
 
     `loss(outputs, rows)` is one number per row of the batch, `batch(rows)` its inputs if they are not x[rows].  `start`, which
     the loss adds to the outputs, is part of the last bias that is returned.
-    Passes over the rows: as many as make 600,000 rows, 2 to 20, and at least 150 batches.  Batches of 512 rows, of
+    Passes over the rows: as many as make 600,000 rows, 2 to 20, and at least `fewest_steps` batches.  Batches of 512 rows, of
     up to 1,024 where there are more than 65,536 rows.
     """
     import torch
@@ -107,7 +108,7 @@ def trained(
         size = min(max(_BATCH, len(x) // 128), _LARGEST_BATCH)
         rate = 6e-3 * (size / _BATCH) ** 0.5
         batches = -(-len(x) // size)
-        epochs = max(min(20, max(2, _ROWS_SEEN // len(x))), -(-_FEWEST_STEPS // batches))
+        epochs = max(min(20, max(2, _ROWS_SEEN // len(x))), -(-fewest_steps // batches))
         optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=1e-2, fused=True)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=epochs * batches + 1)
         for _ in range(epochs):

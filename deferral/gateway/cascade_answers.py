@@ -1,0 +1,89 @@
+"""Answers to learn a cascade from, out of the gateway's record: numbers alone, so that no text need be stored."""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+from sqlalchemy import Engine, Row, select
+
+from deferral.errors import DataError
+from deferral.gateway.export import confidence_in, latest
+from deferral.gateway.schema import cascades, decisions
+from deferral.routing.cascade import features
+from deferral.routing.cascade_fitting import Answered
+
+__all__ = ["answers_on_record"]
+
+_PAGE = 500
+
+# In the order in which a row is looked at.
+NO_ANSWER = "there was no whole answer, or not by whom it was to be"
+CERTAIN = "it was kept or deferred with certainty: nothing can be said of the other (explore was 0)"
+OTHERS = "not every expert of the router might have been asked"
+NO_QUALITY = "nobody said how good the answer was"
+
+
+def answers_on_record(engine: Engine, experts: Sequence[str], first: str, left_out: Counter[str]) -> Answered:
+    """First answers that were kept or not by a draw, and the quality of what was given.
+
+    What was expected of every expert is what the router said before the answer.  `left_out` counts the other rows by reason.
+    DataError where none is left.
+    """
+    place = list(experts).index(first)
+    columns = (
+        decisions.c.id, decisions.c.expert, decisions.c.chosen, decisions.c.outcome, decisions.c.propensity,
+        decisions.c.expected, decisions.c.price, cascades.c.ending, cascades.c.extra, cascades.c.confidence,
+    )  # fmt: skip
+    wanted = (
+        select(*columns)
+        .join(cascades, cascades.c.decision == decisions.c.id)
+        .where(cascades.c.first == first, cascades.c.ending.in_(("kept", "deferred")))
+    )
+    found, last = [], ""
+    while True:
+        # In pages: a long transaction would keep the writer's journal from being emptied.
+        with engine.connect() as connection:
+            page = connection.execute(wanted.where(decisions.c.id > last).order_by(decisions.c.id).limit(_PAGE)).all()
+            said = latest(connection, [row.id for row in page])
+        for row in page:
+            expected = json.loads(row.expected)
+            if reason := _why_not(row, expected, experts, row.id in said):
+                left_out[reason] += 1
+            else:
+                found.append(_known(row, expected, experts, place, said[row.id]))
+        if len(page) < _PAGE:
+            break
+        last = page[-1].id
+    if not found:
+        reasons = "; ".join(f"{count} rows: {reason}" for reason, count in left_out.most_common()) or "there is none at all"
+        raise DataError(
+            f"no answer that {first} gave first can be learned from ({reasons}).  Serve with --explore, "
+            "with a cascade that pays, and judge answers (POST /v1/feedback)"
+        )
+    sure, *numbers = zip(*found, strict=True)
+    estimate, expected_price, quality, price, mask, propensity = (np.array(column) for column in numbers)
+    rows = np.arange(len(sure))
+    return Answered(tuple(experts), first, features(sure), estimate, expected_price, quality, price, mask, propensity, rows)
+
+
+def _why_not(row: Row, expected: dict, experts: Sequence[str], judged: bool) -> str:
+    if row.outcome != "ok" or row.expert != row.chosen or row.confidence is None:
+        return NO_ANSWER
+    if row.propensity is None or not 0 < row.propensity < 1:
+        return CERTAIN
+    if set(expected) != set(experts) or any(None in numbers for numbers in expected.values()):
+        return OTHERS
+    return "" if judged else NO_QUALITY
+
+
+def _known(row: Row, expected: dict, experts: Sequence[str], place: int, quality: float) -> tuple:
+    """A row of each array of `Answered`."""
+    given = list(experts).index(row.expert)
+    estimate = [min(max(expected[name][0], 0.0), 1.0) for name in experts]
+    prices = [expected[name][1] for name in experts]
+    paid, good, mask, propensity = list(prices), [0.0] * len(experts), [False] * len(experts), [1.0] * len(experts)
+    paid[given], good[given], mask[given], propensity[given] = row.price - row.extra, quality, True, row.propensity
+    if given != place:
+        paid[place] = row.extra
+    return confidence_in(row), estimate, prices, good, paid, mask, propensity
