@@ -19,6 +19,7 @@ from deferral.gateway.endpoints import error_handlers
 from deferral.gateway.keys import Key, Keys
 from deferral.gateway.probe import probe
 from deferral.gateway.record import Record
+from deferral.gateway.schema import VERSION
 
 
 @pytest.fixture
@@ -201,7 +202,7 @@ def test_tables_of_another_version_are_left_alone(keys: Keys, tmp_path: Path) ->
     with keys.engine.begin() as connection:
         connection.exec_driver_sql("UPDATE schema_version SET version = 99")
         connection.exec_driver_sql("DROP TABLE texts")
-    with pytest.raises(DataError, match="expected tables of version 2 or older, got 99"):
+    with pytest.raises(DataError, match=f"expected tables of version {VERSION} or older, got 99"):
         prepare(connect(str(tmp_path / "gateway.db")))
     with keys.engine.connect() as connection:
         assert not connection.dialect.has_table(connection, "texts")

@@ -53,7 +53,12 @@ class Gateway:
     def __init__(self, router: Router, experts: Mapping[str, Expert], settings: Settings) -> None:
         self.settings = settings
         self.current = generation(router, experts, settings)
-        self.record = Record(settings.database, store_text=settings.store_text, retention_days=settings.retention_days)
+        self.record = Record(
+            settings.database,
+            store_text=settings.store_text,
+            retention_days=settings.retention_days,
+            record_days=settings.record_days,
+        )
         self.keys = Keys(settings.database)
         self.limits = limits_of(self.record, settings)
         self.reloads = Reloads(self.record.engine)

@@ -41,6 +41,7 @@ class DecisionRow:
     query: str | None  # kept only where storing is switched on
     reply_id: str = ""  # the id inside the upstream's reply
     best_price: float = math.nan  # the same tokens at the price of the expert that is best on the mean
+    unlike: bool | None = None  # the query was less like the log than 19 in 20 are
 
 
 def values(row: DecisionRow) -> tuple[Any, ...]:
@@ -69,6 +70,7 @@ def values(row: DecisionRow) -> tuple[Any, ...]:
         row.attempts,
         bool(row.streamed),
         bool(row.fast_path),
+        row.unlike,
     )
 
 

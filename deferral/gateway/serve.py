@@ -144,6 +144,11 @@ def _allow_many_connections() -> None:
 @click.option("--store-text", is_flag=True, help="Keep the text of queries, which retraining needs; wants --retention-days.")
 @click.option("--retention-days", type=click.FloatRange(min=0, min_open=True), help="How long texts are kept.")
 @click.option(
+    "--record-days",
+    type=click.FloatRange(min=0, min_open=True),
+    help="How long decisions and feedback are kept.  [default: without an end]",
+)
+@click.option(
     "--deadline-ms",
     type=click.FloatRange(min=0, min_open=True),
     default=25.0,
@@ -165,6 +170,7 @@ def serve(
     explore: float | None,
     store_text: bool,
     retention_days: float | None,
+    record_days: float | None,
     deadline_ms: float,
     max_request_mb: float,
     log_level: str,
@@ -183,6 +189,7 @@ def serve(
             explore=explore,
             store_text=store_text,
             retention_days=retention_days,
+            record_days=record_days,
             admin_key=os.environ.get(_ADMIN_KEY) or None,
             max_request_bytes=int(max_request_mb * (1 << 20)),
             deadline_s=deadline_ms / 1000,
