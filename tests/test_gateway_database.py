@@ -65,7 +65,7 @@ def rows(engine: Engine, *tables: Table) -> dict[str, list]:
     found = {}
     with engine.connect() as connection:
         for table in tables or (decisions, feedback, keys, texts):
-            columns = [column for column in table.c if column.name != "unlike"]
+            columns = [column for column in table.c if column.name != "kind"]
             found[table.name] = connection.execute(select(*columns).order_by(*table.primary_key)).all()
     return found
 
@@ -103,7 +103,7 @@ def test_version_2_with_rows_comes_to_version_3(first_version: Engine) -> None:
     assert rows(first_version, *tables) == before
     with first_version.connect() as connection:
         assert connection.execute(select(version.c.version)).scalars().all() == [3]
-        assert connection.execute(select(decisions.c.unlike)).scalars().all() == [None, None]
+        assert connection.execute(select(decisions.c.kind)).scalars().all() == [None, None]
         for table in (alarms, looks, shadows):
             assert connection.execute(select(table)).all() == []
 

@@ -16,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 from deferral.errors import DataError
 from deferral.gateway import admin, dashboard
 from deferral.gateway.access import Access
+from deferral.gateway.alarms import Alarms
 from deferral.gateway.answering import Answerers
 from deferral.gateway.deciding import Decider
 from deferral.gateway.endpoints import Admin, error_handlers, routes
@@ -65,7 +66,8 @@ class Gateway:
         self.access = Access(self.keys, settings)
         self.metrics = Metrics()
         self._reloading = asyncio.Lock()
-        self._following: asyncio.Task | None = None
+        self.alarms = Alarms(self.record.engine)
+        self._following: list[asyncio.Task] = []
 
     @property
     def trouble(self) -> str:
@@ -85,14 +87,19 @@ class Gateway:
             lambda: {name: each.breaker.state for name, each in self.answerers.standings.items()},
             lambda: {name: each.slots.queued for name, each in self.answerers.standings.items()},
         )
-        self._following = asyncio.create_task(self.reloads.follow(self.reload))
+        self.metrics.watch_alarms(lambda: self.alarms.now)
+        self._following = [
+            asyncio.create_task(self.reloads.follow(self.reload)),
+            asyncio.create_task(self.alarms.follow(lambda: self.current.decider.expected)),
+        ]
 
     async def stop(self) -> None:
         """Everything is written before this returns."""
-        if self._following is not None:
-            self._following.cancel()
+        for task in self._following:
+            task.cancel()
         await self.answerers.upstream.close()
         self.current.decider.close()
+        await asyncio.to_thread(self.alarms.close)
         await asyncio.to_thread(self.limits.close)
         await self.record.close()
         await asyncio.to_thread(self.keys.close)

@@ -52,7 +52,7 @@ def pages() -> list[Route]:
 
 
 def routes(gateway: "Gateway") -> list[Route]:
-    """GET /history?hours=24, /what-if?hours=24, /decisions and /experts."""
+    """GET /history?hours=24, /what-if?hours=24, /decisions, /experts and /alarms."""
 
     async def read(request: Request, reader: Callable[..., Any]) -> Response:
         now = time.time()
@@ -82,7 +82,11 @@ def routes(gateway: "Gateway") -> list[Route]:
         ]
         return JSONResponse({"data": found, "trouble": gateway.trouble, "record": gateway.record.trouble})
 
+    async def drift(request: Request) -> Response:
+        return JSONResponse({"data": [alarm.as_json() for alarm in gateway.alarms.now]})
+
     return [
+        Route("/alarms", drift),
         Route("/history", over_time),
         Route("/what-if", other_settings),
         Route("/decisions", newest),

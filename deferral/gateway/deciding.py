@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from deferral.gateway.drift import Expected
 from deferral.gateway.experts_file import Expert
 from deferral.gateway.problems import Problem
 from deferral.gateway.requests import Asked, Hints
@@ -31,7 +32,7 @@ class Choice(NamedTuple):
     """Whom to ask, and after whose failure whom: `ranking` begins with the chosen one and goes on by expected cost.
 
     quality, price and cost (in errors) of every expert that might be asked; propensity of the chosen one; `best` is the expert
-    of the highest mean quality, "" where the router was not asked.
+    of the highest mean quality, "" where the router was not asked; `kind` is that of the query, as the router knows them.
     """
 
     ranking: tuple[str, ...]
@@ -43,6 +44,7 @@ class Choice(NamedTuple):
     price_of_error: float
     best: str
     fast_path: bool
+    kind: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,7 @@ class Decider:
         self.router, self.deadline_s = router, deadline_s
         names = [name for name in router.experts if name in experts and experts[name].route]
         self.experts = {name: _merged(experts[name], router.abilities.get(name)) for name in names}
+        self.expected = Expected(names, router.fitted.kind_names, router.fitted.kinds[1])
         self._place = {name: place for place, name in enumerate(router.experts)}
         self._best = router.experts[int(router.fitted.means.argmax())]
         self._at_once = isinstance(router.encoder, NgramEncoder)
@@ -191,6 +194,7 @@ class Decider:
             plan.price_of_error,
             self._best,
             fast,
+            decision.kind,
         )
 
 

@@ -289,6 +289,7 @@ class Exchange:
                 query=asked.query if gateway.settings.store_text else None,
                 reply_id=usage.reply_id,
                 best_price=best_price,
+                kind=choice.kind if choice else "",
             )
         )
         if expert:

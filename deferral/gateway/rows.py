@@ -41,7 +41,7 @@ class DecisionRow:
     query: str | None  # kept only where storing is switched on
     reply_id: str = ""  # the id inside the upstream's reply
     best_price: float = math.nan  # the same tokens at the price of the expert that is best on the mean
-    unlike: bool | None = None  # the query was less like the log than 19 in 20 are
+    kind: str = ""  # of query, as the router knows them; "" where it was not looked for
 
 
 def values(row: DecisionRow) -> tuple[Any, ...]:
@@ -70,7 +70,7 @@ def values(row: DecisionRow) -> tuple[Any, ...]:
         row.attempts,
         bool(row.streamed),
         bool(row.fast_path),
-        row.unlike,
+        row.kind or None,
     )
 
 

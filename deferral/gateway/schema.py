@@ -49,7 +49,7 @@ decisions = Table(
     Column("attempts", Integer, nullable=False),
     Column("streamed", Boolean, nullable=False),
     Column("fast_path", Boolean, nullable=False),
-    Column("unlike", Boolean),  # the query was less like the log than 19 in 20 are; null where that was not looked at
+    Column("kind", String(24)),  # of query, as the router that decided knows them
     Index("decisions_by_time", "time"),
     Index("decisions_by_key", "key", "time", "price"),
     Index("decisions_by_reply", "reply_id", "key"),

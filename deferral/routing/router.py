@@ -132,7 +132,8 @@ class Router:
 
     def decide(self, plan: Plan, vectors: Vectors, queries: Sequence[str]) -> Decisions:
         """Decisions for queries that are encoded already."""
-        return self.decide_estimated(plan, self.fitted.estimate(vectors), queries)
+        decisions = self.decide_estimated(plan, self.fitted.estimate(vectors), queries)
+        return replace(decisions, kinds=self.fitted.kinds_of(vectors))
 
     def decide_estimated(
         self, plan: Plan, estimated: tuple[np.ndarray, np.ndarray, np.ndarray], queries: Sequence[str]

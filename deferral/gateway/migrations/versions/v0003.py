@@ -1,4 +1,4 @@
-"""what drifts: alarms, looks, likeness to the log; what a candidate router would have decided"""
+"""what drifts: alarms, looks, the kind of a query; what a candidate router would have decided"""
 
 import sqlalchemy as sa
 from alembic import op
@@ -9,7 +9,7 @@ down_revision = "2"
 
 def upgrade() -> None:
     """New tables, and a column that may be null."""
-    op.add_column("decisions", sa.Column("unlike", sa.Boolean))
+    op.add_column("decisions", sa.Column("kind", sa.String(24)))
     op.create_table(
         "alarms",
         sa.Column("name", sa.String(20), primary_key=True),
