@@ -9,6 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from deferral.gateway.alarms import Alarm
+from deferral.gateway.shadow import Shadow
 
 __all__ = ["CONTENT_TYPE", "Metrics"]
 
@@ -80,6 +81,7 @@ class Metrics(Collector):
         self._states: Callable[[], Mapping[str, str]] = dict
         self._queued: Callable[[], Mapping[str, int]] = dict
         self._alarms: Callable[[], Sequence[Alarm]] = tuple
+        self._shadow: Callable[[], Shadow | None] = lambda: None
         self.registry = CollectorRegistry()
         self.registry.register(self)
 
@@ -90,6 +92,10 @@ class Metrics(Collector):
     def watch_alarms(self, alarms: Callable[[], Sequence[Alarm]]) -> None:
         """Also show what was seen of drift, which all gateways on a database know."""
         self._alarms = alarms
+
+    def watch_shadow(self, shadow: Callable[[], Shadow | None]) -> None:
+        """Also show how many requests a candidate router has decided."""
+        self._shadow = shadow
 
     def began(self) -> None:
         self._flying += 1
@@ -156,6 +162,13 @@ class Metrics(Collector):
             if seen.found is not None:
                 drift.add_metric([seen.name, seen.expert], seen.found)
         yield from (breakers, queues, ringing, drift)
+        if (shadow := self._shadow()) is not None:
+            scored = GaugeMetricFamily(
+                "deferral_shadow", "Requests that the candidate router decided, or had no time for.", labels=["what"]
+            )
+            scored.add_metric(["scored"], shadow.scored)
+            scored.add_metric(["dropped"], shadow.dropped)
+            yield scored
 
     def text(self) -> bytes:
         """All of it, in the format of Prometheus."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-__all__ = ["DecisionRow", "plain", "values"]
+__all__ = ["DecisionRow", "expected_json", "plain", "values"]
 
 _MOST_TOKENS = 2**53
 
@@ -56,7 +56,7 @@ def values(row: DecisionRow) -> tuple[Any, ...]:
         row.chosen,
         plain(row.reason),
         _known(row.propensity),
-        _expected(row),
+        expected_json(row.expected_quality, row.expected_price, row.expected_cost),
         _known(row.price_of_error),
         _known(row.best_price),
         row.price if 0 <= row.price < math.inf else 0.0,
@@ -79,12 +79,11 @@ def plain(text: str) -> str:
     return text if text.isascii() and "\0" not in text else text.encode("utf-8", "replace").decode().replace("\0", "\ufffd")
 
 
-def _expected(row: DecisionRow) -> str:
+def expected_json(quality: dict[str, float], price: dict[str, float], cost: dict[str, float]) -> str:
     """{expert: [quality, price, cost]} as JSON, in half the time of json.dumps."""
-    price, cost = row.expected_price, row.expected_cost
     entries = [
-        f"{_quoted(name)}: [{_number(quality)}, {_number(price.get(name, math.nan))}, {_number(cost.get(name, math.nan))}]"
-        for name, quality in row.expected_quality.items()
+        f"{_quoted(name)}: [{_number(good)}, {_number(price.get(name, math.nan))}, {_number(cost.get(name, math.nan))}]"
+        for name, good in quality.items()
     ]
     return f"{{{', '.join(entries)}}}"
 

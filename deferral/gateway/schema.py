@@ -168,6 +168,6 @@ shadows = Table(
     Column("candidate", String(64), nullable=False),  # the fingerprint of its folder
     Column("chosen", String(200), nullable=False),
     Column("expected", Text, nullable=False),  # as in decisions
-    Index("shadows_by_time", "candidate", "time"),
+    Index("shadows_by_time", "time"),
 )
 version = Table("schema_version", tables, Column("version", Integer, primary_key=True, autoincrement=False))

@@ -138,6 +138,21 @@ function drawAlarms(found) {
   return ringing ? `in service; ${ringing} ${ringing > 1 ? "alarms" : "alarm"} of drift` : "in service";
 }
 
+function drawShadow(found) {
+  $("shadow").hidden = !found.rows;
+  if (!found.rows) return;
+  $("agreement").textContent = `Decides as the live router does on ${share(found.agree / found.rows)} ` +
+    `[${share(found.low)}, ${share(found.high)}] of ${found.rows} requests; it is not used.`;
+  $("pairs").replaceChildren(...found.pairs.map(([live, other, count]) => row(
+    [live], [other, ...(live === other ? [] : ["differs"])], [String(count), "number"], [share(count / found.rows), "number"])));
+  const gain = found.gain;
+  $("gain").textContent = gain
+    ? `It would save ${gain.estimate.toFixed(4)} ± ${gain.half.toFixed(4)} errors a query (doubly robust, 95%), ` +
+      `${gain.weighted.toFixed(4)} by weights alone, from ${gain.rows} judged answers; where the two differ, ${gain.seen[0]} drew ` +
+      `the live choice and ${gain.seen[1]} the candidate's.`
+    : `What it would save is not known: ${found.why_no_gain}.`;
+}
+
 function drawSettings(found) {
   settings = found;
   const slider = $("setting");
@@ -210,6 +225,7 @@ async function look() {
       drawSettings(await ask(`what-if?hours=${hours}`));
       drawSums(history, standing);
       const drift = drawAlarms((await ask("alarms")).data);
+      drawShadow(await ask(`shadow?hours=${hours}`));
       const trouble = standing.trouble || standing.record;
       $("state").textContent = trouble || drift;
       $("state").classList.toggle("bad", Boolean(trouble));

@@ -32,4 +32,4 @@ def upgrade() -> None:
         sa.Column("chosen", sa.String(200), nullable=False),
         sa.Column("expected", sa.Text, nullable=False),
     )
-    op.create_index("shadows_by_time", "shadows", ["candidate", "time"])
+    op.create_index("shadows_by_time", "shadows", ["time"])
