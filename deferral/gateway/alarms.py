@@ -71,9 +71,11 @@ class Alarms:
         while True:
             try:
                 await asyncio.to_thread(self.look, expected())
-            except (SQLAlchemyError, ValueError) as error:
+            except SQLAlchemyError as error:
                 # Without its database it has other troubles, and tells of them.
                 _log.debug("drift could not be looked for: %s", type(error).__name__)
+            except Exception:
+                _log.exception("drift could not be looked for")
             await asyncio.sleep(_READ)
 
     def close(self) -> None:
