@@ -31,6 +31,11 @@ LEVEL = confidence(2)
 DAY = 86400.0
 
 
+@pytest.fixture(scope="module")
+def router() -> Router:
+    return small_router()
+
+
 def first_alarm(stream: list[np.ndarray], seen, *, window: int, step: int) -> int | None:
     """The look at which it rings for the first time, over a window that moves along; None: never."""
     for number in range((len(stream[0]) - window) // step):
@@ -213,8 +218,7 @@ def test_kinds_of_another_router_are_not_counted(tmp_path: Path) -> None:
     engine.dispose()
 
 
-def test_the_kinds_of_a_log_are_those_of_its_traffic_and_not_of_another(tmp_path: Path) -> None:
-    router = small_router()
+def test_the_kinds_of_a_log_are_those_of_its_traffic_and_not_of_another(tmp_path: Path, router: Router) -> None:
     router.save(tmp_path / "router")
     again = Router.load(tmp_path / "router")
     names, shares = again.fitted.kind_names, again.fitted.kinds[1]
@@ -230,8 +234,7 @@ def test_the_kinds_of_a_log_are_those_of_its_traffic_and_not_of_another(tmp_path
     assert rings(seen([f"{HARD} number {number} in full" for number in range(600)]), False)
 
 
-def test_the_gateway_keeps_the_kind_of_a_query() -> None:
-    router = small_router()
+def test_the_gateway_keeps_the_kind_of_a_query(router: Router) -> None:
     experts = {name: Expert(name=name, base_url="http://127.0.0.1:9/v1") for name in ("small", "large")}
     decider = Decider(router, experts, deadline_s=1.0)
     choice = asyncio.run(decider.choose(Asked("auto", EASY, 1, 0, False, False, False), Hints(), Limited()))
