@@ -46,6 +46,8 @@ SEED, DAY, BATCH = 0, 86400, 5000
 def traffic(rows: int, end: float) -> Iterator[tuple[DecisionRow, float | None]]:
     """Decisions spread over a day, oldest first, and the feedback on some."""
     generator = np.random.default_rng(SEED)
+    learned = router().fitted
+    kinds = np.random.default_rng(SEED + 1).choice(learned.kind_names, rows, p=learned.kinds[1]).tolist()
     for number in range(rows):
         small = float(np.clip(generator.normal(0.35 if generator.random() < 0.3 else 0.87, 0.05), 0, 1))
         quality = {"small": small, "large": LARGE}
@@ -62,7 +64,7 @@ def traffic(rows: int, end: float) -> Iterator[tuple[DecisionRow, float | None]]
             price_of_error=ERROR, price=paid, estimated=False, input_tokens=120, output_tokens=150, first_byte_s=0.1,
             latency_s=float(generator.exponential(0.4)), status=200, outcome="ok" if generator.random() < 0.99 else "error",
             attempts=1, streamed=False, fast_path=False, query=None,
-            best_price=PRICE["large"] * float(generator.uniform(0.5, 1.5)),
+            best_price=PRICE["large"] * float(generator.uniform(0.5, 1.5)), kind=kinds[number],
         )  # fmt: skip
         said = float(generator.random() < quality[expert]) if generator.random() < 0.3 else None
         yield row, said

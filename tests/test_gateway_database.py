@@ -5,14 +5,29 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sqlalchemy import Engine, inspect, select
+from sqlalchemy import Engine, Table, insert, inspect, select
 
 from deferral.errors import DataError
 from deferral.gateway import database as module
 from deferral.gateway.database import alone, clock, connect, prepare
 from deferral.gateway.keys import Keys
+from deferral.gateway.migrations import migrate
 from deferral.gateway.record import Record
-from deferral.gateway.schema import VERSION, decisions, feedback, keys, texts, version
+from deferral.gateway.schema import (
+    VERSION,
+    alarms,
+    decisions,
+    feedback,
+    forgotten,
+    grants,
+    keys,
+    looks,
+    minutes,
+    reloads,
+    shadows,
+    texts,
+    version,
+)  # fmt: skip
 
 FIRST = (Path(__file__).parent / "gateway_version_1.sql").read_text(encoding="utf-8")
 
@@ -45,9 +60,14 @@ def shape(engine: Engine) -> dict:
     }
 
 
-def rows(engine: Engine) -> dict[str, list]:
+def rows(engine: Engine, *tables: Table) -> dict[str, list]:
+    """All that version 1 knew of some tables."""
+    found = {}
     with engine.connect() as connection:
-        return {t.name: connection.execute(select(t).order_by(*t.primary_key)).all() for t in (decisions, feedback, keys, texts)}
+        for table in tables or (decisions, feedback, keys, texts):
+            columns = [column for column in table.c if column.name != "kind"]
+            found[table.name] = connection.execute(select(*columns).order_by(*table.primary_key)).all()
+    return found
 
 
 def test_an_older_database_comes_to_what_a_new_one_is_and_keeps_its_rows(first_version: Engine, tmp_path: Path) -> None:
@@ -62,6 +82,30 @@ def test_an_older_database_comes_to_what_a_new_one_is_and_keeps_its_rows(first_v
         assert connection.execute(select(version.c.version)).scalars().all() == [VERSION]
     prepare(first_version)
     new.dispose()
+
+
+def test_version_2_with_rows_comes_to_version_3(first_version: Engine) -> None:
+    given = {
+        minutes: {column.name: 1.0 for column in minutes.c} | {"expert": "small"},
+        forgotten: {"key": "k", "time": 900.0, "price": 0.5},
+        grants: {"key": "k", "start": 0.0, "worker": "w", "granted": 1.0, "spent": 0.5, "seen": 5.0},
+        reloads: {"id": 1, "count": 7},
+    }
+    with first_version.begin() as connection:
+        migrate(connection, 1, 2)
+        connection.execute(minutes.delete())
+        for table, values in given.items():
+            connection.execute(insert(table).values(values))
+    tables = (decisions, feedback, keys, texts, *given)
+    before = rows(first_version, *tables)
+    assert [len(found) for found in before.values()] == [2, 1, 1, 1, *[1] * len(given)]
+    prepare(first_version)
+    assert rows(first_version, *tables) == before
+    with first_version.connect() as connection:
+        assert connection.execute(select(version.c.version)).scalars().all() == [3]
+        assert connection.execute(select(decisions.c.kind)).scalars().all() == [None, None]
+        for table in (alarms, looks, shadows):
+            assert connection.execute(select(table)).all() == []
 
 
 def test_a_gateway_that_opens_an_older_database_goes_on_where_it_was(first_version: Engine, database: str) -> None:
@@ -92,7 +136,7 @@ def test_many_who_open_an_older_database_at_once_bring_it_up_once(
     for thread in threads:
         thread.join()
     assert faults == []
-    assert sum("the database goes to version 2" in line.message for line in caplog.records) == 1
+    assert sum(f"the database goes to version {VERSION}" in line.message for line in caplog.records) == 1
     for engine in engines:
         engine.dispose()
 

@@ -13,7 +13,7 @@ from starlette.testclient import TestClient
 
 from deferral.cli import main
 from deferral.gateway import forgetting as module
-from deferral.gateway import record as record_module
+from deferral.gateway import retention as retention_module
 from deferral.gateway.admin import routes
 from deferral.gateway.endpoints import error_handlers
 from deferral.gateway.forgetting import Forgotten, forget
@@ -106,7 +106,7 @@ def test_rows_are_written_while_others_are_deleted(database: str, monkeypatch: p
 
 
 def test_texts_whose_time_is_over_go_in_batches(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(record_module, "_CLEANED_AT_ONCE", 7)
+    monkeypatch.setattr(retention_module, "_AT_ONCE", 7)
     record = filled(database)
     record.stop()
     late = [Record(database, clock=lambda: NOW + 30 * 86400 + 1) for _ in range(2)]

@@ -102,6 +102,7 @@ def test_sums_by_the_minute_are_those_of_the_decisions_also_after_a_migration(da
         written = connection.execute(select(minutes).order_by(minutes.c.minute, minutes.c.expert)).all()
         for table in set(tables.tables) - {"decisions", "feedback", "texts", "keys", "schema_version"}:
             connection.exec_driver_sql(f"DROP TABLE {table}")
+        connection.exec_driver_sql("ALTER TABLE decisions DROP COLUMN kind")
         connection.exec_driver_sql("UPDATE schema_version SET version = 1")
     prepare(engine)
     with engine.connect() as connection:
@@ -162,7 +163,7 @@ def test_the_page_holds_nothing_and_its_data_wants_the_admin_key(served: Running
         total += len(body)
     assert total < 200_000
     assert served.ask("GET", "/dashboard/uPlot-LICENSE.txt")[0] == 404
-    for path in ("history", "what-if", "decisions", "experts"):
+    for path in ("history", "what-if", "decisions", "experts", "alarms"):
         assert served.ask("GET", f"/admin/{path}")[0] == 401
         assert served.ask("GET", f"/admin/{path}", key="x" * 20)[0] == 403
         status, _, body = served.ask("GET", f"/admin/{path}", key=ADMIN)
@@ -195,6 +196,10 @@ def test_in_a_browser(served: RunningGateway, tmp_path: Path) -> None:
         expect(page.locator("#state")).to_have_text("in service")
         expect(page.locator("#experts tr")).to_have_count(2)
         expect(page.locator("#decisions tr")).to_have_count(50)
+        served.state.alarms.look(served.state.current.decider.expected, time.time() + 601)
+        page.select_option("#hours", "168")
+        expect(page.locator("#alarms tr")).to_have_count(5)
+        expect(page.locator("#alarms tr").first).to_contain_text("Queries unlike the log")
         # A reason is text, whatever is in it.
         expect(page.locator("#decisions tr").first).to_contain_text("the <b>cheapest</b>")
         before = page.inner_text("#said")

@@ -14,6 +14,7 @@ import pytest
 from sqlalchemy import event, select
 
 from deferral.gateway import record as record_module
+from deferral.gateway import retention as retention_module
 from deferral.gateway.database import connect, decisions, feedback, prepare, texts
 from deferral.gateway.record import Record
 from deferral.gateway.status import status
@@ -50,7 +51,9 @@ def until(condition, seconds: float = 20.0) -> None:
 
 
 def test_a_row_comes_back_as_it_was(record: Record, database: str) -> None:
-    written = row(1, reply_id="chatcmpl-1", best_price=1e-3, expected_cost={"small": 0.6, "large": math.inf}, streamed=True)
+    written = row(
+        1, reply_id="chatcmpl-1", best_price=1e-3, kind="r-3", expected_cost={"small": 0.6, "large": math.inf}, streamed=True
+    )
     record.add(written)
     record.stop()
     (found,) = rows_of(database)
@@ -142,7 +145,7 @@ def test_text_is_kept_only_where_that_is_switched_on_and_then_for_its_time(path:
         with pytest.raises(ValueError, match="retention_days"):
             Record(str(path), **wrong)
     now, day = 1e9, 86400.0
-    monkeypatch.setattr(record_module, "_CLEANED_AT_ONCE", 2)
+    monkeypatch.setattr(retention_module, "_AT_ONCE", 2)
     made = Record(str(path), store_text=True, retention_days=3.0, clock=lambda: now)
     made.start()
     for number, age in enumerate([5, 4, 3.1, 2.9, 1, 0]):
@@ -151,7 +154,7 @@ def test_text_is_kept_only_where_that_is_switched_on_and_then_for_its_time(path:
     made.stop()
     again = Record(str(path), clock=lambda: now)
     again.start()
-    until(lambda: len(rows_of(path, texts)) == 3 and not again._to_scrub)
+    until(lambda: len(rows_of(path, texts)) == 3 and not again._retention.to_scrub)
     assert not any(b"my secret is 0!" in file.read_bytes() for file in path.parent.iterdir())
     assert any(b"my secret is 5!" in file.read_bytes() for file in path.parent.iterdir())
     again.stop()

@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from time import monotonic
+from typing import TYPE_CHECKING
 
 from deferral.gateway.breaker import Breaker
 from deferral.gateway.experts_file import Expert
@@ -13,6 +14,9 @@ from deferral.gateway.requests import Asked
 from deferral.gateway.retries import RetryBudget, backoff
 from deferral.gateway.slots import Full, Slots
 from deferral.gateway.upstream import Failure, Reply, Upstream
+
+if TYPE_CHECKING:
+    from deferral.gateway.tracing import Attempt, Tracing
 
 __all__ = ["Answerers", "Call", "Unanswered"]
 
@@ -48,10 +52,19 @@ class Standing:
 class Call:
     """A reply under way.  It holds a slot, and the breaker waits for its outcome: `end` it; what ended stays as it ended."""
 
-    __slots__ = ("_began", "_ended", "_standing", "_ticket", "attempts", "expert", "reply")
+    __slots__ = ("_began", "_ended", "_standing", "_ticket", "attempts", "expert", "reply", "traced")
 
-    def __init__(self, expert: Expert, reply: Reply, standing: Standing, ticket: int, began: float, attempts: int) -> None:
-        self.expert, self.reply, self.attempts = expert, reply, attempts
+    def __init__(
+        self,
+        expert: Expert,
+        reply: Reply,
+        standing: Standing,
+        ticket: int,
+        began: float,
+        attempts: int,
+        traced: "Attempt | None" = None,
+    ) -> None:
+        self.expert, self.reply, self.attempts, self.traced = expert, reply, attempts, traced
         self._standing, self._ticket, self._began, self._ended = standing, ticket, began, False
 
     def end(self, good: bool | None) -> None:
@@ -60,6 +73,8 @@ class Call:
             return
         self._ended = True
         breaker = self._standing.breaker
+        if self.traced is not None:
+            self.traced.end(good)
         if good is None:
             breaker.leave(self._ticket)
         elif good:
@@ -81,8 +96,8 @@ class Unanswered(Problem):
 class Answerers:
     """The experts as they are doing, over all reloads."""
 
-    def __init__(self, upstream: Upstream, metrics: Metrics, *, retry_share: float) -> None:
-        self.upstream, self.metrics = upstream, metrics
+    def __init__(self, upstream: Upstream, metrics: Metrics, *, retry_share: float, traces: "Tracing | None" = None) -> None:
+        self.upstream, self.metrics, self.traces = upstream, metrics, traces
         self.budget = RetryBudget(retry_share)
         self.standings: dict[str, Standing] = {}
 
@@ -153,13 +168,19 @@ class Answerers:
         fresh: bool,
     ) -> Call:
         began = monotonic()
+        traced = None if self.traces is None else self.traces.attempt(expert, path, attempts)
         try:
-            reply = await self.upstream.ask(expert, path, body, headers, asked, fresh=fresh)
+            sent = headers if traced is None else traced.headers(headers)
+            reply = await self.upstream.ask(expert, path, body, sent, asked, fresh=fresh)
+            if traced is not None:
+                traced.began(reply)
         except BaseException as error:
+            if traced is not None:
+                traced.failed(error)
             standing.blame(error, ticket, expert.name)
             standing.slots.give_back(monotonic() - began)
             raise
-        return Call(expert, reply, standing, ticket, began, attempts)
+        return Call(expert, reply, standing, ticket, began, attempts, traced)
 
 
 async def _entered(standing: Standing, expert: Expert) -> int:

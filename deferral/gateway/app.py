@@ -7,7 +7,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
 from starlette.routing import Mount, Route
@@ -16,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 from deferral.errors import DataError
 from deferral.gateway import admin, dashboard
 from deferral.gateway.access import Access
+from deferral.gateway.alarms import Alarms
 from deferral.gateway.answering import Answerers
 from deferral.gateway.cascading import Silence
 from deferral.gateway.deciding import Decider
@@ -27,10 +28,14 @@ from deferral.gateway.proxying import KINDS, Proxy
 from deferral.gateway.record import Record
 from deferral.gateway.reloads import Reloads
 from deferral.gateway.settings import Settings
+from deferral.gateway.shadow import Shadow, load_shadow
 from deferral.gateway.shared_limits import limits_of
 from deferral.gateway.upstream import Upstream
 from deferral.routing.encoders import FunctionEncoder
 from deferral.routing.router import Router
+
+if TYPE_CHECKING:
+    from deferral.gateway.tracing import Tracing
 
 __all__ = ["Gateway", "Generation", "gateway", "load_router"]
 
@@ -54,14 +59,22 @@ class Gateway:
     def __init__(self, router: Router, experts: Mapping[str, Expert], settings: Settings) -> None:
         self.settings = settings
         self.current = generation(router, experts, settings)
-        self.record = Record(settings.database, store_text=settings.store_text, retention_days=settings.retention_days)
+        self.record = Record(
+            settings.database,
+            store_text=settings.store_text,
+            retention_days=settings.retention_days,
+            record_days=settings.record_days,
+        )
         self.keys = Keys(settings.database)
         self.limits = limits_of(self.record, settings)
         self.reloads = Reloads(self.record.engine)
         self.access = Access(self.keys, settings)
         self.metrics, self.silence = Metrics(), Silence()
         self._reloading = asyncio.Lock()
-        self._following: asyncio.Task | None = None
+        self.alarms = Alarms(self.record.engine)
+        self.shadow: Shadow | None = None
+        self.traces = _traces() if settings.traces else None
+        self._following: list[asyncio.Task] = []
 
     @property
     def trouble(self) -> str:
@@ -75,23 +88,34 @@ class Gateway:
         """Open the database and the connections."""
         await asyncio.to_thread(self._open_database)
         upstream = Upstream(max_reply_bytes=self.settings.max_reply_bytes)
-        self.answerers = Answerers(upstream, self.metrics, retry_share=self.settings.retry_share)
+        self.answerers = Answerers(upstream, self.metrics, retry_share=self.settings.retry_share, traces=self.traces)
         self.answerers.update(self.current.experts)
         self.metrics.watch(
             lambda: {name: each.breaker.state for name, each in self.answerers.standings.items()},
             lambda: {name: each.slots.queued for name, each in self.answerers.standings.items()},
         )
-        self._following = asyncio.create_task(self.reloads.follow(self.reload))
+        await self._new_shadow()
+        self.metrics.watch_shadow(lambda: self.shadow)
+        self.metrics.watch_alarms(lambda: self.alarms.now)
+        self._following = [
+            asyncio.create_task(self.reloads.follow(self.reload)),
+            asyncio.create_task(self.alarms.follow(lambda: self.current.decider.expected)),
+        ]
 
     async def stop(self) -> None:
         """Everything is written before this returns."""
-        if self._following is not None:
-            self._following.cancel()
+        for task in self._following:
+            task.cancel()
         await self.answerers.upstream.close()
         self.current.decider.close()
+        if self.shadow is not None:
+            await asyncio.to_thread(self.shadow.close)
+        await asyncio.to_thread(self.alarms.close)
         await asyncio.to_thread(self.limits.close)
         await self.record.close()
         await asyncio.to_thread(self.keys.close)
+        if self.traces is not None:
+            await asyncio.to_thread(self.traces.close)
 
     async def reload(self) -> str:
         """Read the router folder and the experts file again.  -> what is in force now
@@ -106,6 +130,7 @@ class Gateway:
             # From here on in one step: no request sees half of it.
             self.current = fresh
             self.answerers.update(fresh.experts)
+            await self._new_shadow()
         message = f"experts {', '.join(fresh.experts)}; router of {', '.join(fresh.router.experts)}"
         _log.info("reloaded: %s", message)
         return message
@@ -115,6 +140,15 @@ class Gateway:
         message = await self.reload()
         await asyncio.to_thread(self.reloads.announce)
         return message
+
+    async def _new_shadow(self) -> None:
+        """The candidate as it is now; what is wrong with it is told in the log, and changes nothing else."""
+        folder, before = self.settings.shadow_folder, self.shadow
+        if folder is None:
+            return
+        self.shadow = await asyncio.to_thread(load_shadow, folder, self.settings.encoder, self.record.engine)
+        if before is not None:
+            await asyncio.to_thread(before.close)
 
     def _read(self) -> Generation:
         settings, now = self.settings, self.current
@@ -199,6 +233,13 @@ def load_router(settings: Settings, encode: Callable[[list[str]], Any] | None = 
     """The router of the settings' folder; `encode` is the encoder that is loaded already, if one is."""
     assert settings.router_folder is not None
     return Router.load(settings.router_folder, encoder=settings.encoder if encode is None else encode)
+
+
+def _traces() -> "Tracing":
+    # Whoever does without traces has nothing of them in memory.
+    from deferral.gateway.tracing import Tracing, provider
+
+    return Tracing(provider())
 
 
 def _on_hangup(state: Gateway) -> Callable[[], None]:

@@ -293,6 +293,20 @@ def status(hours: float, as_json: bool, url: str | None, admin_key: str | None, 
             click.echo(f"  {name} {value:g}")
 
 
+@gateway.command()
+@click.option("--hours", type=click.FloatRange(min=0, min_open=True), default=24.0, show_default=True, help="How far back.")
+@click.option("--json", "as_json", is_flag=True, help="The figures as JSON.")
+@_database
+def shadow(hours: float, as_json: bool, database: str) -> None:
+    """How the candidate of `deferral serve --shadow` compares with the live router: agreement, and what it would have gained."""
+    from deferral.gateway.agreement import agreement
+
+    now = time.time()
+    with _opened(database) as store:
+        found = agreement(store.engine, since=now - 3600 * hours, until=now)
+    click.echo(json.dumps(found.as_json()) if as_json else found)
+
+
 @contextmanager
 def _opened(database: str, *, create: bool = False) -> Iterator[Keys]:
     """The keys of a database, and with them its engine."""

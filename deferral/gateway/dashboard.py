@@ -12,6 +12,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from deferral.gateway.admin import hours_of
+from deferral.gateway.agreement import agreement
 from deferral.gateway.history import history, recent
 from deferral.gateway.what_if import what_if
 
@@ -52,7 +53,7 @@ def pages() -> list[Route]:
 
 
 def routes(gateway: "Gateway") -> list[Route]:
-    """GET /history?hours=24, /what-if?hours=24, /decisions and /experts."""
+    """GET /history?hours=24, /what-if?hours=24, /decisions, /experts, /alarms and /shadow?hours=24."""
 
     async def read(request: Request, reader: Callable[..., Any]) -> Response:
         now = time.time()
@@ -65,6 +66,9 @@ def routes(gateway: "Gateway") -> list[Route]:
 
     async def other_settings(request: Request) -> Response:
         return await read(request, what_if)
+
+    async def candidate(request: Request) -> Response:
+        return await read(request, agreement)
 
     async def newest(request: Request) -> Response:
         return JSONResponse({"data": await asyncio.to_thread(recent, gateway.record.engine)})
@@ -82,7 +86,12 @@ def routes(gateway: "Gateway") -> list[Route]:
         ]
         return JSONResponse({"data": found, "trouble": gateway.trouble, "record": gateway.record.trouble})
 
+    async def drift(request: Request) -> Response:
+        return JSONResponse({"data": [alarm.as_json() for alarm in gateway.alarms.now]})
+
     return [
+        Route("/alarms", drift),
+        Route("/shadow", candidate),
         Route("/history", over_time),
         Route("/what-if", other_settings),
         Route("/decisions", newest),

@@ -1,5 +1,6 @@
 """A database for the tables of the gateway.  What only SQLite or only PostgreSQL understands is in this file."""
 
+import json
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -8,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Dialect, Engine, Insert, Table, create_engine, event, insert, inspect, select
+from sqlalchemy import Column, Connection, Dialect, Engine, Insert, Table, create_engine, event, insert, inspect, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, OperationalError
@@ -23,8 +24,10 @@ __all__ = [
     "clock",
     "connect",
     "decisions",
+    "delete_among",
     "durable",
     "feedback",
+    "if_alone",
     "insert_rows",
     "keys",
     "prepare",
@@ -143,6 +146,17 @@ def alone(connection: Connection, name: str) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def if_alone(connection: Connection, name: str) -> Iterator[bool]:
+    """What `alone` does, but it does not wait for other machines.  -> whether this is the one; False: do nothing"""
+    with writing(connection):
+        mine = True
+        if connection.dialect.name == "postgresql":
+            lock = "SELECT pg_try_advisory_xact_lock(hashtextextended(%s, 0))"
+            mine = bool(connection.exec_driver_sql(lock, (f"deferral {name}",)).scalar_one())
+        yield mine
+
+
 def clock(connection: Connection) -> float:
     """The time that all who share the database agree on, in seconds since 1970."""
     if connection.dialect.name == "postgresql":
@@ -162,6 +176,18 @@ def insert_rows(connection: Connection, table: Table, rows: Sequence[tuple]) -> 
     if rows:
         # SQLAlchemy looks at every value of every row; a driver that takes tuples needs none of it.
         connection.exec_driver_sql(_insert(table, connection.dialect), list(rows))
+
+
+def delete_among(connection: Connection, column: Column[str], values: Sequence[str]) -> int:
+    """Delete the rows of the column's table whose value is one of these.  -> how many"""
+    name = column.table.name
+    # One parameter: SQLAlchemy would look at each value, on the time of the requests.
+    if connection.dialect.name == "postgresql":
+        found = connection.exec_driver_sql(f"DELETE FROM {name} WHERE {column.name} = ANY(%s)", (list(values),))
+    else:
+        listed = f"DELETE FROM {name} WHERE {column.name} IN (SELECT value FROM json_each(?))"
+        found = connection.exec_driver_sql(listed, (json.dumps(values),))
+    return found.rowcount
 
 
 def durable(connection: Connection, wanted: bool) -> None:

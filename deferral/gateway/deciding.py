@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from deferral.gateway.drift import Expected
 from deferral.gateway.experts_file import Expert
 from deferral.gateway.problems import Problem
 from deferral.gateway.requests import Asked, Hints
@@ -34,7 +35,7 @@ class Choice(NamedTuple):
     """Whom to ask, and after whose failure whom: `ranking` begins with the chosen one and goes on by expected cost.
 
     quality, price and cost (in errors) of every expert that might be asked; propensity of the chosen one; `best` is the expert
-    of the highest mean quality, "" where the router was not asked.
+    of the highest mean quality, "" where the router was not asked; `kind` is that of the query, as the router knows them.
     """
 
     ranking: tuple[str, ...]
@@ -46,6 +47,7 @@ class Choice(NamedTuple):
     price_of_error: float
     best: str
     fast_path: bool
+    kind: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,7 @@ class Decider:
         self.router, self.deadline_s = router, deadline_s
         names = [name for name in router.experts if name in experts and experts[name].route]
         self.experts = {name: _merged(experts[name], router.abilities.get(name)) for name in names}
+        self.expected = Expected(names, router.fitted.kind_names, router.fitted.kinds[1])
         self._place = {name: place for place, name in enumerate(router.experts)}
         self._best = router.experts[int(router.fitted.means.argmax())]
         self._at_once = isinstance(router.encoder, NgramEncoder)
@@ -89,8 +92,8 @@ class Decider:
         query = asked.query
         if self._at_once:
             return await self._in_turn(plan, query)
-        decisions = await self._in_worker(lambda: self._decided(plan, [query]), self.deadline_s)
-        return self._choice((decisions or self._by_mix(plan, query))[0], plan, fast=decisions is None)
+        decided = await self._in_worker(lambda: self._decided(plan, [query]), self.deadline_s)
+        return self._choice(decided[0] if decided else self._by_mix(plan, query)[0], plan, fast=decided is None)
 
     def close(self) -> None:
         """Whoever waits is still decided."""
@@ -157,9 +160,9 @@ class Decider:
         for plan in {id(plan): plan for plan, _, _ in waiting}.values():
             same = [(query, future) for of, query, future in waiting if of is plan]
             try:
-                decisions = self._decided(plan, [query for query, _ in same])
-                for row, (_, future) in enumerate(same):
-                    future.set_result(self._choice(decisions[row], plan, fast=False))
+                decided = self._decided(plan, [query for query, _ in same])
+                for decision, (_, future) in zip(decided, same, strict=True):
+                    future.set_result(self._choice(decision, plan, fast=False))
             except Exception as error:
                 for _, future in same:
                     if not future.done():
@@ -185,8 +188,12 @@ class Decider:
             # A result that nobody waited for may be an error; it would be reported as never retrieved.
             future.exception()
 
-    def _decided(self, plan: Plan, queries: list[str]) -> Decisions:
-        return self.router.decide(plan, self.router.encoder(queries), queries)
+    def _decided(self, plan: Plan, queries: list[str]) -> list[Decision]:
+        router, vectors = self.router, self.router.encoder(queries)
+        if len(queries) == 1:
+            return [router.decide_one(plan, vectors, queries[0])]
+        decisions = router.decide(plan, vectors, queries)
+        return [decisions[row] for row in range(len(queries))]
 
     def _by_mix(self, plan: Plan, query: str) -> Decisions:
         """Without looking at more of the query than its length."""
@@ -210,6 +217,7 @@ class Decider:
         return Choice(
             (decision.expert, *others), decision.why, decision.propensity, quality, price, cost, plan.price_of_error, self._best,
             fast,
+            decision.kind,
         )  # fmt: skip
 
 

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 
 from sqlalchemy import ColumnElement, Connection, Engine, delete, or_, select
 
-from deferral.gateway.database import alone, replacing, scrub
-from deferral.gateway.schema import cascades, decisions, feedback, forgotten, texts
+from deferral.gateway.database import alone, delete_among, replacing, scrub
+from deferral.gateway.schema import cascades, decisions, feedback, forgotten, shadows, texts
 
-__all__ = ["Forgotten", "forget"]
+__all__ = ["Forgotten", "forget", "forget_some"]
 
 _AT_ONCE = 500
 # Windows of budgets begin on a quarter of an hour in every time zone, and last at most a month.
@@ -55,7 +55,8 @@ def forget(
     with engine.connect() as connection:
         while True:
             began = time.monotonic()
-            gone = _some(connection, wanted)
+            with alone(connection, "forget"):
+                gone = forget_some(connection, wanted, _AT_ONCE)
             total = Forgotten(total.decisions + gone.decisions, total.feedback + gone.feedback, total.texts + gone.texts)
             progress(total)
             if gone.decisions < _AT_ONCE:
@@ -68,23 +69,22 @@ def forget(
     return total
 
 
-def _some(connection: Connection, wanted: ColumnElement[bool]) -> Forgotten:
+def forget_some(connection: Connection, wanted: ColumnElement[bool], count: int) -> Forgotten:
+    """Delete up to `count` such decisions, and all that hangs on them, in a transaction that is alone under "forget"."""
     d = decisions.c
-    with alone(connection, "forget"):
-        rows = connection.execute(select(d.id, d.key, d.time, d.price).where(wanted).limit(_AT_ONCE).with_for_update()).all()
-        if not rows:
-            return Forgotten()
-        costs: dict[tuple[str, float], float] = {}
-        for row in rows:
-            quarter = row.key, math.floor(row.time / _QUARTER) * float(_QUARTER)
-            costs[quarter] = costs.get(quarter, 0.0) + row.price
-        _keep_costs(connection, costs)
-        ids = [row.id for row in rows]
-        said = connection.execute(delete(feedback).where(feedback.c.decision.in_(ids))).rowcount
-        asked = connection.execute(delete(texts).where(texts.c.decision.in_(ids))).rowcount
-        connection.execute(delete(cascades).where(cascades.c.decision.in_(ids)))
-        connection.execute(delete(decisions).where(d.id.in_(ids)))
-    return Forgotten(len(ids), said, asked)
+    rows = connection.execute(select(d.id, d.key, d.time, d.price).where(wanted).limit(count).with_for_update()).all()
+    if not rows:
+        return Forgotten()
+    costs: dict[tuple[str, float], float] = {}
+    for row in rows:
+        quarter = row.key, math.floor(row.time / _QUARTER) * float(_QUARTER)
+        costs[quarter] = costs.get(quarter, 0.0) + row.price
+    _keep_costs(connection, costs)
+    ids = [row.id for row in rows]
+    for table in (shadows, cascades):
+        delete_among(connection, table.c.decision, ids)
+    said, asked = (delete_among(connection, table.c.decision, ids) for table in (feedback, texts))
+    return Forgotten(delete_among(connection, d.id, ids), said, asked)
 
 
 def _keep_costs(connection: Connection, costs: dict[tuple[str, float], float]) -> None:

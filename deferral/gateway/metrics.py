@@ -8,6 +8,9 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
+from deferral.gateway.alarms import Alarm
+from deferral.gateway.shadow import Shadow
+
 __all__ = ["CONTENT_TYPE", "Metrics"]
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -80,12 +83,22 @@ class Metrics(Collector):
         self._saving = 0.0
         self._states: Callable[[], Mapping[str, str]] = dict
         self._queued: Callable[[], Mapping[str, int]] = dict
+        self._alarms: Callable[[], Sequence[Alarm]] = tuple
+        self._shadow: Callable[[], Shadow | None] = lambda: None
         self.registry = CollectorRegistry()
         self.registry.register(self)
 
     def watch(self, states: Callable[[], Mapping[str, str]], queued: Callable[[], Mapping[str, int]]) -> None:
         """Also show how the experts are doing whenever somebody looks."""
         self._states, self._queued = states, queued
+
+    def watch_alarms(self, alarms: Callable[[], Sequence[Alarm]]) -> None:
+        """Also show what was seen of drift, which all gateways on a database know."""
+        self._alarms = alarms
+
+    def watch_shadow(self, shadow: Callable[[], Shadow | None]) -> None:
+        """Also show how many requests a candidate router has decided."""
+        self._shadow = shadow
 
     def began(self) -> None:
         self._flying += 1
@@ -149,7 +162,22 @@ class Metrics(Collector):
         queues = GaugeMetricFamily("deferral_queue_length", "Requests that wait for a slot of an expert.", labels=["expert"])
         for name, length in self._queued().items():
             queues.add_metric([name], length)
-        yield from (breakers, queues)
+        labels = ["alarm", "expert"]
+        ringing = GaugeMetricFamily("deferral_alarm", "1: the traffic has drifted from what the router learned.", labels=labels)
+        drift = GaugeMetricFamily("deferral_drift", "What the alarm looks at, in its own units.", labels=labels)
+        for alarm in self._alarms():
+            seen = alarm.seen
+            ringing.add_metric([seen.name, seen.expert], float(alarm.ringing))
+            if seen.found is not None:
+                drift.add_metric([seen.name, seen.expert], seen.found)
+        yield from (breakers, queues, ringing, drift)
+        if (shadow := self._shadow()) is not None:
+            scored = GaugeMetricFamily(
+                "deferral_shadow", "Requests that the candidate router decided, or had no time for.", labels=["what"]
+            )
+            scored.add_metric(["scored"], shadow.scored)
+            scored.add_metric(["dropped"], shadow.dropped)
+            yield scored
 
     def text(self) -> bytes:
         """All of it, in the format of Prometheus."""

@@ -28,6 +28,7 @@ from deferral.gateway.wire import Left, header_map, read_body, send_problem, sen
 
 if TYPE_CHECKING:
     from deferral.gateway.app import Gateway, Generation
+    from deferral.gateway.tracing import Exchanged
 
 __all__ = ["KINDS", "Proxy"]
 
@@ -68,7 +69,7 @@ class Exchange:
 
     __slots__ = (
         "arrived", "asked", "began", "best", "choice", "first", "gateway", "gone", "id", "kept", "key", "kind", "over", "path",
-        "receive", "send", "started", "status", "watcher",
+        "receive", "send", "started", "status", "traced", "watcher",
     )  # fmt: skip
 
     def __init__(self, proxy: Proxy, receive: Receive, send: Send) -> None:
@@ -86,11 +87,14 @@ class Exchange:
         self.started = self.over = self.gone = self.kept = False
         self.status = 500
         self.watcher: asyncio.Task | None = None
+        self.traced: Exchanged | None = None
 
     async def run(self, scope: Scope, headers: Mapping[bytes, bytes]) -> None:
         """No error leaves it."""
         gateway = self.gateway
         gateway.metrics.began()
+        if gateway.traces is not None:
+            self.traced = gateway.traces.request(self.kind, self.path, headers)
         task = asyncio.current_task()
         assert task is not None
         timer: asyncio.TimerHandle | None = None
@@ -122,13 +126,18 @@ class Exchange:
             if self.watcher is not None:
                 self.watcher.cancel()
             gateway.metrics.ended(self.kind, self.status)
+            if self.traced is not None:
+                self.traced.end(self.status)
+            # The client has its reply.
+            if gateway.shadow is not None and self.choice is not None and self.choice.cost and self.asked is not None:
+                gateway.shadow.offer(self.id, self.arrived, self.asked.query, self.choice)
 
     async def _serve(self, body: bytes, headers: Mapping[bytes, bytes]) -> None:
         gateway, now = self.gateway, self.gateway.current
         asked = self.asked = parse(self.kind, body)
         began = perf_counter()
         wanted = hints(headers)
-        choice = self.choice = await self._choose(now, asked, wanted)
+        choice = self.choice = await self._decided(now, asked, wanted)
         self.best = now.experts.get(choice.best)
         if asked.model in AUTO:
             gateway.metrics.decided(choice.ranking[0], perf_counter() - began, fast=choice.fast_path)
@@ -164,6 +173,14 @@ class Exchange:
                 self.first = None
         return await limits.held(self.key, choice.price[choice.ranking[0]])
 
+    async def _decided(self, now: "Generation", asked: Asked, wanted: Hints) -> Choice:
+        if self.traced is None:
+            return await self._choose(now, asked, wanted)
+        with self.traced.deciding() as decided:
+            choice = await self._choose(now, asked, wanted)
+            decided(choice)
+            return choice
+
     async def _choose(self, now: "Generation", asked: Asked, wanted: Hints) -> Choice:
         key = self.key
         if asked.model in AUTO:
@@ -186,6 +203,8 @@ class Exchange:
         """The reply of an expert, to the client and on record."""
         reply, expert = call.reply, call.expert
         first_byte_s = perf_counter() - self.began
+        if self.traced is not None:
+            self.traced.answered(call.traced)
         headers = [*reply.headers, *self._headers(call, choice)]
         self.status = reply.status
         usage, outcome, good = reply.usage, "cancelled", None
@@ -295,37 +314,40 @@ class Exchange:
         # The same tokens at the best expert's price: what it would have written instead, nobody knows.
         best = self.best if expert and self.status < 300 else None
         best_price = math.nan if best is None else best.price(usage.input_tokens, usage.output_tokens)
-        gateway.record.add(
-            DecisionRow(
-                id=self.id,
-                time=self.arrived,
-                key=self.key.id,
-                requested="auto" if asked.model in AUTO else asked.model,
-                expert=expert,
-                chosen=choice.ranking[0] if choice else "",
-                reason=choice.reason if choice else "",
-                propensity=choice.propensity if choice else math.nan,
-                expected_quality=choice.quality if choice else {},
-                expected_price=choice.price if choice else {},
-                expected_cost=choice.cost if choice else {},
-                price_of_error=choice.price_of_error if choice else math.nan,
-                price=price + self._extra,
-                estimated=usage.estimated,
-                input_tokens=usage.input_tokens,
-                output_tokens=usage.output_tokens,
-                first_byte_s=first_byte_s,
-                latency_s=latency,
-                status=self.status,
-                outcome=outcome,
-                attempts=attempts,
-                streamed=asked.stream,
-                fast_path=choice.fast_path if choice else False,
-                query=asked.query if gateway.settings.store_text else None,
-                reply_id=usage.reply_id,
-                best_price=best_price,
-                cascade=cascade,
-            )
+        row = DecisionRow(
+            id=self.id,
+            time=self.arrived,
+            key=self.key.id,
+            requested="auto" if asked.model in AUTO else asked.model,
+            expert=expert,
+            chosen=choice.ranking[0] if choice else "",
+            reason=choice.reason if choice else "",
+            propensity=choice.propensity if choice else math.nan,
+            expected_quality=choice.quality if choice else {},
+            expected_price=choice.price if choice else {},
+            expected_cost=choice.cost if choice else {},
+            price_of_error=choice.price_of_error if choice else math.nan,
+            price=price + self._extra,
+            estimated=usage.estimated,
+            input_tokens=usage.input_tokens,
+            output_tokens=usage.output_tokens,
+            first_byte_s=first_byte_s,
+            latency_s=latency,
+            status=self.status,
+            outcome=outcome,
+            attempts=attempts,
+            streamed=asked.stream,
+            fast_path=choice.fast_path if choice else False,
+            query=asked.query if gateway.settings.store_text else None,
+            reply_id=usage.reply_id,
+            best_price=best_price,
+            cascade=cascade,
+            kind=choice.kind if choice else "",
         )
+        if self.traced is None:
+            gateway.record.add(row)
+        else:
+            self.traced.record(row, gateway.record.add)
         if cascade:
             gateway.metrics.asked_first(cascade.first, cascade.ending, cascade.extra)
         if expert:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, delete, or_, select
+from sqlalchemy import Connection, select
 from sqlalchemy.exc import DataError as ValueRefused
 from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 
@@ -25,12 +25,12 @@ from deferral.gateway.database import (
     insert_rows,
     prepare,
     replacing,
-    scrub,
     texts,
     writing,
 )
 from deferral.gateway.ledger import recorded
 from deferral.gateway.minutes import add_to_minutes
+from deferral.gateway.retention import Retention
 from deferral.gateway.rows import DecisionRow, cascade_values, plain, values
 from deferral.gateway.schema import cascades
 
@@ -45,8 +45,6 @@ _MOST_CHARACTERS = 32_000_000
 _FIRST_RETRY, _LAST_RETRY = 0.05, 1.0
 _LOOK_AGAIN = 0.2
 _FEEDBACK_TIMEOUT = 10.0
-_CLEANING = 60.0
-_CLEANED_AT_ONCE = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +72,7 @@ class Record:
     """Decisions and feedback in a database.  Between `start` and `close` a thread of its own writes them.
 
     `url` is an SQLAlchemy URL or the path of an SQLite file.  Queries are kept only with `store_text`, and then for
-    `retention_days`; that time is kept for texts of earlier runs too.
+    `retention_days`; decisions and feedback for `record_days` (None: without an end).  Both hold for those of earlier runs too.
     """
 
     def __init__(
@@ -83,14 +81,17 @@ class Record:
         *,
         store_text: bool = False,
         retention_days: float | None = None,
+        record_days: float | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        if retention_days is not None and not 0 < retention_days < math.inf:
-            raise ValueError(f"retention_days: expected days above 0, got {retention_days}")
+        for name, days in (("retention_days", retention_days), ("record_days", record_days)):
+            if days is not None and not 0 < days < math.inf:
+                raise ValueError(f"{name}: expected days above 0, got {days}")
         if store_text and retention_days is None:
             raise ValueError("store_text: expected retention_days (--retention-days) as well; text is not kept without an end")
         self.store_text, self.retention_days, self._clock = store_text, retention_days, clock
         self.engine = connect(url)
+        self._retention = Retention(self.engine, text_days=retention_days, record_days=record_days, clock=clock)
         self._waiting: deque[DecisionRow | _Feedback] = deque()
         self._characters = _Passed()
         self._something, self._urgent = threading.Event(), threading.Event()
@@ -100,7 +101,6 @@ class Record:
         self._trouble = ""
         self._warned_at = -math.inf
         self._clean_at = 0.0
-        self._to_scrub = False
         self._ended = False
 
     def start(self) -> None:
@@ -276,34 +276,12 @@ class Record:
                 yield row.id, plain(row.query), row.time, row.time + kept_for
 
     def _clean(self) -> float:
-        """Delete some texts whose time is over.  -> seconds until there is more to do"""
-        now, began = self._clock(), time.monotonic()
-        over = texts.c.expires <= now
-        if self.retention_days is not None:
-            # A retention time that was shortened holds for older texts too.
-            over = or_(over, texts.c.time <= now - 86400 * self.retention_days)
+        """Delete some of what is over its time.  -> seconds until there is more to do"""
         try:
-            with self.engine.connect() as connection:
-                # Several workers clean: each takes what no other is at.
-                some = select(texts.c.decision).where(over).limit(_CLEANED_AT_ONCE).with_for_update(skip_locked=True)
-                if connection.execute(select(texts.c.decision).where(over).limit(1)).first() is None:
-                    found: Sequence[str] = []
-                else:
-                    connection.rollback()
-                    with writing(connection):
-                        found = connection.execute(some).scalars().all()
-                        connection.execute(delete(texts).where(texts.c.decision.in_(found)))
-                    self._to_scrub = True
-                if self._to_scrub and len(found) < _CLEANED_AT_ONCE:
-                    connection.rollback()
-                    self._to_scrub = not scrub(connection)
+            return self._retention.step()
         except SQLAlchemyError as error:
-            self._note(f"texts whose time is over cannot be deleted, {_reason(error)}")
+            self._note(f"what is over its time cannot be deleted, {_reason(error)}")
             return _LAST_RETRY
-        if len(found) == _CLEANED_AT_ONCE:
-            # As long a pause as it took: requests want the core, and other workers the database.
-            return time.monotonic() - began
-        return _LAST_RETRY if self._to_scrub else _CLEANING
 
     def _note(self, trouble: str) -> None:
         self._trouble = trouble

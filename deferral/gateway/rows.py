@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-__all__ = ["CascadeRow", "DecisionRow", "cascade_values", "plain", "values"]
+__all__ = ["CascadeRow", "DecisionRow", "cascade_values", "expected_json", "plain", "values"]
 
 _MOST_TOKENS = 2**53
 
@@ -57,6 +57,7 @@ class DecisionRow:
     reply_id: str = ""  # the id inside the upstream's reply
     best_price: float = math.nan  # the same tokens at the price of the expert that is best on the mean
     cascade: CascadeRow | None = None
+    kind: str = ""  # of query, as the router knows them; "" where it was not looked for
 
 
 def values(row: DecisionRow) -> tuple[Any, ...]:
@@ -71,7 +72,7 @@ def values(row: DecisionRow) -> tuple[Any, ...]:
         row.chosen,
         plain(row.reason),
         _known(row.propensity),
-        _expected(row),
+        expected_json(row.expected_quality, row.expected_price, row.expected_cost),
         _known(row.price_of_error),
         _known(row.best_price),
         row.price if 0 <= row.price < math.inf else 0.0,
@@ -85,6 +86,7 @@ def values(row: DecisionRow) -> tuple[Any, ...]:
         row.attempts,
         bool(row.streamed),
         bool(row.fast_path),
+        row.kind or None,
     )
 
 
@@ -102,12 +104,11 @@ def plain(text: str) -> str:
     return text if text.isascii() and "\0" not in text else text.encode("utf-8", "replace").decode().replace("\0", "\ufffd")
 
 
-def _expected(row: DecisionRow) -> str:
+def expected_json(quality: dict[str, float], price: dict[str, float], cost: dict[str, float]) -> str:
     """{expert: [quality, price, cost]} as JSON, in half the time of json.dumps."""
-    price, cost = row.expected_price, row.expected_cost
     entries = [
-        f"{_quoted(name)}: [{_number(quality)}, {_number(price.get(name, math.nan))}, {_number(cost.get(name, math.nan))}]"
-        for name, quality in row.expected_quality.items()
+        f"{_quoted(name)}: [{_number(good)}, {_number(price.get(name, math.nan))}, {_number(cost.get(name, math.nan))}]"
+        for name, good in quality.items()
     ]
     return f"{{{', '.join(entries)}}}"
 

@@ -5,14 +5,17 @@ from sqlalchemy import BigInteger, Boolean, Column, Float, Index, Integer, MetaD
 __all__ = [
     "VERSION",
     "admissions",
+    "alarms",
     "cascades",
     "decisions",
     "feedback",
     "forgotten",
     "grants",
     "keys",
+    "looks",
     "minutes",
     "reloads",
+    "shadows",
     "tables",
     "texts",
     "version",
@@ -47,6 +50,7 @@ decisions = Table(
     Column("attempts", Integer, nullable=False),
     Column("streamed", Boolean, nullable=False),
     Column("fast_path", Boolean, nullable=False),
+    Column("kind", String(24)),  # of query, as the router that decided knows them
     Index("decisions_by_time", "time"),
     Index("decisions_by_key", "key", "time", "price"),
     Index("decisions_by_reply", "reply_id", "key"),
@@ -147,5 +151,35 @@ reloads = Table(
     tables,
     Column("id", Integer, primary_key=True, autoincrement=False),
     Column("count", BigInteger, nullable=False),
+)
+# What was seen when drift was last looked for, in the units of each alarm, and whether that rings.
+alarms = Table(
+    "alarms",
+    tables,
+    Column("name", String(20), primary_key=True),
+    Column("expert", String(200), primary_key=True),  # "" is all of them
+    Column("rows", BigInteger, nullable=False),
+    Column("found", Float(53)),
+    Column("low", Float(53)),
+    Column("high", Float(53)),
+    Column("ringing", Boolean, nullable=False),
+    Column("since", Float(53), nullable=False),
+)
+looks = Table(
+    "looks",
+    tables,
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    Column("time", Float(53), nullable=False),
+)
+# What a candidate router would have decided.
+shadows = Table(
+    "shadows",
+    tables,
+    Column("decision", String(64), primary_key=True),
+    Column("time", Float(53), nullable=False),
+    Column("candidate", String(64), nullable=False),  # the fingerprint of its folder
+    Column("chosen", String(200), nullable=False),
+    Column("expected", Text, nullable=False),  # as in decisions
+    Index("shadows_by_time", "time"),
 )
 version = Table("schema_version", tables, Column("version", Integer, primary_key=True, autoincrement=False))

@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import click
@@ -42,6 +43,8 @@ def run(settings: Settings, *, log_level: str = "info") -> None:
         if settings.workers == 1:
             _serve(settings, log_level, listener)
             return
+        if settings.traces:
+            import_module("deferral.gateway.tracing")
         # Here a mistake in the files is an error of one command, and not of each worker.
         load_router(settings), read_experts(settings.experts_file)
         with logging_to(level=log_level):
@@ -141,8 +144,18 @@ def _allow_many_connections() -> None:
     type=click.FloatRange(0, 1, max_open=True),
     help="Share of the queries that go to an expert drawn at random.  [default: the router's own]",
 )
+@click.option(
+    "--shadow",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder of a candidate router, which decides beside ROUTER without being used; see `deferral gateway shadow`.",
+)
 @click.option("--store-text", is_flag=True, help="Keep the text of queries, which retraining needs; wants --retention-days.")
 @click.option("--retention-days", type=click.FloatRange(min=0, min_open=True), help="How long texts are kept.")
+@click.option(
+    "--record-days",
+    type=click.FloatRange(min=0, min_open=True),
+    help="How long decisions and feedback are kept.  [default: without an end]",
+)
 @click.option(
     "--deadline-ms",
     type=click.FloatRange(min=0, min_open=True),
@@ -153,6 +166,7 @@ def _allow_many_connections() -> None:
 @click.option(
     "--max-request-mb", type=click.FloatRange(min=0, min_open=True), default=10.0, show_default=True, help="Longest request."
 )
+@click.option("--traces", is_flag=True, help="Send spans by OpenTelemetry; the variables OTEL_* say where to, and of what.")
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info", show_default=True)
 def serve(
     router: Path,
@@ -163,10 +177,13 @@ def serve(
     workers: int,
     database: str,
     explore: float | None,
+    shadow: Path | None,
     store_text: bool,
     retention_days: float | None,
+    record_days: float | None,
     deadline_ms: float,
     max_request_mb: float,
+    traces: bool,
     log_level: str,
 ) -> None:
     """Serve an OpenAI-compatible API around the router in the folder ROUTER.
@@ -183,12 +200,15 @@ def serve(
             explore=explore,
             store_text=store_text,
             retention_days=retention_days,
+            record_days=record_days,
             admin_key=os.environ.get(_ADMIN_KEY) or None,
             max_request_bytes=int(max_request_mb * (1 << 20)),
             deadline_s=deadline_ms / 1000,
             router_folder=router,
             experts_file=experts,
             encoder=encoder,
+            shadow_folder=shadow,
+            traces=traces,
         )
         run(settings, log_level=log_level)
     except DataError:

@@ -14,9 +14,11 @@ class Settings:
     """Times in seconds, sizes in bytes.
 
     `explore` is the share of the queries that go to an expert drawn at random (None: the router's own); `deadline_s` is how
-    long a slow encoder may take before the static mix decides; `retry_share` bounds retries as a share of the requests;
+    long a slow encoder may take before the static mix decides; `retention_days` is how long texts are kept, `record_days` how
+    long decisions and feedback are (None: without an end); `retry_share` bounds retries as a share of the requests;
     `router_folder` and `experts_file` are what a reload reads; `encoder` is the folder of the sentence encoder that the router
-    was fitted with, if it was; `workers` is how many processes serve.
+    was fitted with, if it was; `shadow_folder` a candidate router that decides beside it without being used; `traces`
+    sends spans by OpenTelemetry, as its variables OTEL_* say; `workers` is how many processes serve.
     """
 
     database: str = "sqlite:///deferral-gateway.db"
@@ -26,6 +28,7 @@ class Settings:
     explore: float | None = None
     store_text: bool = False
     retention_days: float | None = None
+    record_days: float | None = None
     admin_key: str | None = field(default=None, repr=False)
     max_request_bytes: int = 10 * MIB
     max_reply_bytes: int = 32 * MIB
@@ -34,6 +37,8 @@ class Settings:
     router_folder: Path | None = None
     experts_file: Path | None = None
     encoder: Path | None = None
+    shadow_folder: Path | None = None
+    traces: bool = False
 
     def __post_init__(self) -> None:
         if self.explore is not None and not 0 <= self.explore < 1:

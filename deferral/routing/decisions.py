@@ -20,6 +20,7 @@ class Decision:
     fallback: bool
     similarity: float
     why: str
+    kind: str = ""  # of the kinds of queries in the log, the nearest; "" where it was not looked for
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Decisions:
     similarity: np.ndarray  # (N,) to the log
     price_of_error: float
     why_fallback: str  # of all rows, or "" where the learned policy is used
+    kinds: list[str] | None = None  # of each query
 
     def __len__(self) -> int:
         return len(self.actions)
@@ -57,6 +59,7 @@ class Decisions:
             bool(self.fallback[row]),
             float(self.similarity[row]),
             self._why(row, quality, price, cost),
+            self.kinds[row] if self.kinds else "",
         )
 
     def _why(self, row: int, quality: list[float], price: list[float], cost: list[float]) -> str:

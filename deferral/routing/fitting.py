@@ -3,12 +3,14 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from hashlib import blake2b
 
 import numpy as np
 
 from deferral.routing.encoders import Vectors
 from deferral.routing.outcomes import Table
 from deferral.routing.policies import Neighbours, Policy
+from deferral.routing.policies.centres import nearest_centre
 from deferral.routing.prices import PriceModel, error_range, fit_prices
 from deferral.routing.training import Judged
 
@@ -33,6 +35,7 @@ class Fitted:
     memory: Neighbours
     texts: tuple[str, ...]
     familiar: tuple[np.ndarray, np.ndarray]  # knots of similarity and of the chance that a query is like those of the log
+    kinds: tuple[np.ndarray, np.ndarray]  # centres (C, D) of the log's queries and the share that is nearest to each
     reliance: float  # the share of a deviation that is relied on for new subjects
     judged: Judged | None
     winner: str
@@ -90,6 +93,18 @@ class Fitted:
             if share > 0:
                 total = total + np.float32(share) * (nearby if policy is self.memory else policy.deviations(vectors))
         return total, similarity, familiar
+
+    @cached_property
+    def kind_names(self) -> list[str]:
+        """Of each kind: a mark of this fit, and a number, since those of another fit are others."""
+        mark = blake2b(np.ascontiguousarray(self.kinds[0]).tobytes(), digest_size=4).hexdigest()
+        return [f"{mark}-{number}" for number in range(len(self.kinds[0]))]
+
+    def kinds_of(self, vectors: Vectors) -> list[str]:
+        """The kind that each query is of, "" where no kinds are known."""
+        if not self.kind_names:
+            return [""] * len(vectors)
+        return [self.kind_names[number] for number in nearest_centre(vectors.dense, self.kinds[0])]
 
     def why_not(self, error: float) -> str:
         """Why the learned policy is not used at this price of an error; "" if it is."""

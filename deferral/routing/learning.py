@@ -11,6 +11,7 @@ from deferral.routing.fitting import Fitted
 from deferral.routing.outcomes import Table
 from deferral.routing.partial_logs import doubly_robust, observed
 from deferral.routing.policies import Heads, Neighbours, Policy, Rejector, expert_means
+from deferral.routing.policies.centres import nearest_centre, spherical_centres
 from deferral.routing.prices import PriceModel, fit_prices
 from deferral.routing.shift import familiarity, refitted, shifted_folds, shrinkage
 from deferral.routing.training import (
@@ -33,6 +34,7 @@ __all__ = ["fitted"]
 _MOST_HELD_OUT = 6_000
 _FEWEST_ROWS = 40
 _TEXT = 200
+_KINDS = 8
 
 
 def fitted(
@@ -69,6 +71,7 @@ def fitted(
         memory=memory,
         texts=tuple(text[:_TEXT] for text in table.queries),
         familiar=(np.array([0.0]), np.array([1.0])),
+        kinds=(np.empty((0, vectors.dense.shape[1]), np.float32), np.empty(0)),
         reliance=0.0,
         judged=None,
         winner="static mix",
@@ -126,6 +129,7 @@ def _learned(
         weights=tuple(here.get(policy.kind, 0.0) for policy in learned),
         abroad=tuple(abroad.get(policy.kind, 0.0) for policy in learned),
         familiar=familiar,
+        kinds=_kinds(vectors, seed),
         reliance=reliance,
         judged=judged(judged_as, held.means, p, held.truth, errors),
         winner=winner,
@@ -173,6 +177,12 @@ def _elsewhere(
     reliance = shrinkage(mixed(shifted.deviations, found), shifted.truth - shifted.means, cluster)
     familiar = familiarity(likeness, shifted.similarity, cluster)
     return {name: reliance * weight for name, weight in found.items()}, reliance, familiar
+
+
+def _kinds(vectors: Vectors, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """What queries the log is made of: centres, and the share of the log that is nearest to each.  -> (C, D), (C,)"""
+    centres = spherical_centres(vectors.dense, _KINDS, seed=seed)
+    return centres, np.bincount(nearest_centre(vectors.dense, centres), minlength=len(centres)) / len(vectors)
 
 
 def _only(held: HeldOut, names: Sequence[str]) -> HeldOut:

@@ -143,7 +143,8 @@ class Router:
 
     def decide(self, plan: Plan, vectors: Vectors, queries: Sequence[str]) -> Decisions:
         """Decisions for queries that are encoded already."""
-        return self.decide_estimated(plan, self.fitted.estimate(vectors), queries)
+        decisions = self.decide_estimated(plan, self.fitted.estimate(vectors), queries)
+        return replace(decisions, kinds=self.fitted.kinds_of(vectors))
 
     def decide_one(self, plan: Plan, vectors: Vectors, query: str) -> Decision:
         """`decide(plan, vectors, [query])[0]`, without the arrays, which take longer than a few sums."""
@@ -169,6 +170,7 @@ class Router:
             False,
             float(estimated[1][0]),
             why_learned(names[best], best, quality, price, cost, error),
+            state.kinds_of(vectors)[0],
         )
 
     def decide_estimated(

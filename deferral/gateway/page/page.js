@@ -114,6 +114,45 @@ function drawSums(history, standing) {
   }));
 }
 
+const units = { // of what an alarm looks at
+  unlike: share,
+  quality: (value) => `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(3)}`,
+  price: (value) => `×${value.toFixed(2)}`,
+};
+
+function drawAlarms(found) {
+  $("alarms").replaceChildren(...found.map((each) => {
+    const shown = units[each.name];
+    const seen = each.found == null ? ["too few", ""] : [shown(each.found), `${shown(each.low)} to ${shown(each.high)}`];
+    const since = new Date(1000 * each.since).toLocaleString([], { dateStyle: "short", timeStyle: "short" });
+    return row(
+      [each.title], [each.expert || "all"], each.ringing ? [`rings since ${since}`, "bad"] : ["quiet"], [seen[0], "number"],
+      [seen[1], "number"], [`${shown(each.least)} to ${each.most == null ? "…" : shown(each.most)}`, "number"],
+      [String(each.rows), "number"], [each.meaning],
+    );
+  }));
+  $("watched").textContent = found.length
+    ? "Looked for every ten minutes.  What to do is in the runbook, docs/operating.md, in the section of an alarm's name."
+    : "Not looked for yet: that is done a few seconds after the start, and then every ten minutes.";
+  const ringing = found.filter((each) => each.ringing).length;
+  return ringing ? `in service; ${ringing} ${ringing > 1 ? "alarms" : "alarm"} of drift` : "in service";
+}
+
+function drawShadow(found) {
+  $("shadow").hidden = !found.rows;
+  if (!found.rows) return;
+  $("agreement").textContent = `Decides as the live router does on ${share(found.agree / found.rows)} ` +
+    `[${share(found.low)}, ${share(found.high)}] of ${found.rows} requests; it is not used.`;
+  $("pairs").replaceChildren(...found.pairs.map(([live, other, count]) => row(
+    [live], [other, ...(live === other ? [] : ["differs"])], [String(count), "number"], [share(count / found.rows), "number"])));
+  const gain = found.gain;
+  $("gain").textContent = gain
+    ? `It would save ${gain.estimate.toFixed(4)} ± ${gain.half.toFixed(4)} errors a query (doubly robust, 95%), ` +
+      `${gain.weighted.toFixed(4)} by weights alone, from ${gain.rows} judged answers; where the two differ, ${gain.seen[0]} drew ` +
+      `the live choice and ${gain.seen[1]} the candidate's.`
+    : `What it would save is not known: ${found.why_no_gain}.`;
+}
+
 function drawSettings(found) {
   settings = found;
   const slider = $("setting");
@@ -185,8 +224,10 @@ async function look() {
       drawSums(history, standing);
       drawSettings(await ask(`what-if?hours=${hours}`));
       drawSums(history, standing);
+      const drift = drawAlarms((await ask("alarms")).data);
+      drawShadow(await ask(`shadow?hours=${hours}`));
       const trouble = standing.trouble || standing.record;
-      $("state").textContent = trouble || "in service";
+      $("state").textContent = trouble || drift;
       $("state").classList.toggle("bad", Boolean(trouble));
     }
     drawDecisions(await ask("decisions"));

@@ -1,0 +1,172 @@
+"""How a candidate router that decided beside the live one compares with it: agreement, and what it would have gained."""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from sqlalchemy import Engine, Row, func, select
+
+from deferral.gateway.off_policy import Draws, doubly_robust
+from deferral.gateway.schema import decisions, feedback, shadows
+
+__all__ = ["Agreement", "Gain", "agreement"]
+
+_ROWS = 20_000
+_FEWEST_SEEN = 20
+_Z = 1.96
+
+
+@dataclass(frozen=True)
+class Gain:
+    """What changing to the candidate saves, in errors a query, on the `rows` that were judged.
+
+    `estimate` is doubly robust, `half` half its 95% interval; `weighted` is the self-normalised inverse propensity estimate.
+    `seen`: of the rows on which the routers differ, those that drew the live choice, and the candidate's.
+    """
+
+    rows: int
+    differ: int
+    seen: tuple[int, int]
+    estimate: float
+    half: float
+    weighted: float
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Of the newest `rows` requests that the candidate (a fingerprint of its folder) decided as well; a 95% interval of Wilson.
+
+    `pairs`: how often the live router chose the first expert where the candidate chose the second.  `gain` is None where nothing
+    can be said, and `why_no_gain` says why.
+    """
+
+    candidate: str
+    rows: int
+    agree: int
+    low: float
+    high: float
+    pairs: list[tuple[str, str, int]]
+    gain: Gain | None
+    why_no_gain: str
+
+    def as_json(self) -> dict[str, Any]:
+        """The same as plain values."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        if not self.rows:
+            return self.why_no_gain
+        interval = f"{self.agree / self.rows:.1%} [{self.low:.1%}, {self.high:.1%}]"
+        lines = [f"candidate {self.candidate}: agrees on {self.agree} of {self.rows} requests, {interval}"]
+        lines += [f"  {live} -> {other}: {count}" for live, other, count in self.pairs if live != other]
+        if (gain := self.gain) is None:
+            return "\n".join([*lines, f"gain: not known, {self.why_no_gain}"])
+        low, high = gain.estimate - gain.half, gain.estimate + gain.half
+        lines += [
+            f"gain: {gain.estimate:.4f} [{low:.4f}, {high:.4f}] errors a query (doubly robust), "
+            f"{gain.weighted:.4f} (self-normalised weights)",
+            f"from {gain.rows} judged answers; where they differ, {gain.seen[0]} of {gain.differ} drew the live choice, "
+            f"{gain.seen[1]} the candidate's",
+        ]
+        return "\n".join(lines)
+
+
+def agreement(engine: Engine, *, since: float, until: float) -> Agreement:
+    """Of the candidate that decided last: since <= time < until, in seconds since 1970.
+
+    The live choice is the one without exploration: whom it asked with a propensity above 1/2, else the lowest expected cost.
+    The cost of an answer is 1 - quality + price / price_of_error; where nobody was drawn, the live router's expectation.
+    """
+    d, s = decisions.c, shadows.c
+    within = (s.time >= since) & (s.time < until)
+    opinion = select(func.avg(feedback.c.quality)).where(feedback.c.decision == d.id).scalar_subquery().label("quality")
+    with engine.connect() as connection:
+        candidate = connection.execute(select(s.candidate).where(within).order_by(s.time.desc()).limit(1)).scalar()
+        rows = connection.execute(
+            select(
+                s.chosen.label("other"),
+                d.chosen,
+                d.expert,
+                d.outcome,
+                d.propensity,
+                d.expected,
+                d.price,
+                d.price_of_error,
+                opinion,
+            )
+            .join(decisions, d.id == s.decision)
+            .where(within, s.candidate == candidate)
+            .order_by(s.time.desc())
+            .limit(_ROWS)
+        ).all()
+    if candidate is None or not rows:
+        return Agreement(
+            "", 0, 0, 0.0, 1.0, [], None, "no candidate has decided anything in this time (serve with --shadow FOLDER)"
+        )
+    expected = [json.loads(row.expected) for row in rows]
+    live = [_live(row, one) for row, one in zip(rows, expected, strict=True)]
+    pairs = Counter((mine, row.other) for mine, row in zip(live, rows, strict=True))
+    agree = sum(count for (mine, other), count in pairs.items() if mine == other)
+    gain, why = _gain(rows, expected, live)
+    listed = [(mine, other, count) for (mine, other), count in pairs.most_common()]
+    return Agreement(candidate, len(rows), agree, *_wilson(agree, len(rows)), listed, gain, why)
+
+
+def _live(row: Row, expected: dict[str, list]) -> str:
+    costs = {name: cost for name, (_, _, cost) in expected.items() if cost is not None}
+    if (row.propensity or 0.0) > 0.5 or not costs:
+        return str(row.chosen)
+    return min(costs, key=lambda name: costs[name])
+
+
+def _gain(rows: Sequence[Row], expected: list[dict], live: list[str]) -> tuple[Gain | None, str]:
+    """-> the gain, or why it is not known"""
+    usable = [
+        place
+        for place, (row, one) in enumerate(zip(rows, expected, strict=True))
+        if row.quality is not None and row.outcome == "ok" and row.expert == row.chosen and row.propensity and row.price_of_error
+        and {row.chosen, row.other, live[place]} <= one.keys()
+    ]  # fmt: skip
+    if not usable:
+        return None, "none of its answers was judged: send feedback"
+    experts = sorted({name for place in usable for name in expected[place]})
+    index = {name: number for number, name in enumerate(experts)}
+    estimate = np.full((len(usable), len(experts)), np.nan)
+    for line, place in enumerate(usable):
+        for name, (good, dollars, _) in expected[place].items():
+            if good is not None and dollars is not None:
+                estimate[line, index[name]] = 1 - good + dollars / rows[place].price_of_error
+    old, new, drawn = (
+        np.array([index[name] for name in names])
+        for names in ([live[p] for p in usable], [rows[p].other for p in usable], [rows[p].chosen for p in usable])
+    )
+    propensity, paid = np.array([(rows[p].propensity, rows[p].price / rows[p].price_of_error) for p in usable]).T
+    said = np.array([rows[p].quality for p in usable])
+    draws = Draws(drawn, propensity, 1 - said + paid, estimate, np.arange(len(usable)))
+    differ = old != new
+    seen = int((differ & (drawn == old)).sum()), int((differ & (drawn == new)).sum())
+    if not differ.any():
+        return None, f"the two decide the same on all {len(usable)} judged answers"
+    if not seen[1]:
+        return None, "nothing was explored: where the two differ, nobody was asked whom the candidate would ask (--explore 0.02)"
+    if min(seen) < _FEWEST_SEEN:
+        return None, (
+            f"too little was explored: where the two differ, {seen[0]} judged answers drew the live choice and {seen[1]} the "
+            f"candidate's, expected at least {_FEWEST_SEEN} of each"
+        )
+    gains = doubly_robust(draws, old) - doubly_robust(draws, new)
+    half = _Z * gains.std(ddof=1) / math.sqrt(len(gains))
+    weight_old, weight_new = draws.weight(old) * differ, draws.weight(new) * differ
+    weighted = differ.mean() * (np.average(draws.cost, weights=weight_old) - np.average(draws.cost, weights=weight_new))
+    return Gain(len(usable), int(differ.sum()), seen, float(gains.mean()), float(half), float(weighted)), ""
+
+
+def _wilson(hits: int, count: int) -> tuple[float, float]:
+    """The 95% interval of a share."""
+    share, doubt = hits / count, _Z**2 / count
+    middle, half = share + doubt / 2, _Z * math.sqrt(share * (1 - share) / count + doubt / (4 * count))
+    return max((middle - half) / (1 + doubt), 0.0), min((middle + half) / (1 + doubt), 1.0)

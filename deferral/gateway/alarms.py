@@ -1,0 +1,160 @@
+"""Alarms of drift: one of all gateways on a database looks for it, keeps what it saw there, and tells what rises and falls."""
+
+import asyncio
+import logging
+import math
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Connection, Engine, delete, select
+from sqlalchemy.exc import SQLAlchemyError
+
+from deferral.gateway.database import alone, clock, durable, replacing
+from deferral.gateway.drift import ALLOWED, EVERY, Expected, Seen, looked_at, rings
+from deferral.gateway.schema import alarms, looks
+
+__all__ = ["MEANINGS", "Alarm", "Alarms"]
+
+_log = logging.getLogger("deferral.gateway.alarms")
+
+_FIRST, _READ = 5.0, 30.0
+_ROW = 1
+# What each means; the runbook, docs/operating.md, has a section of this title.
+MEANINGS = {
+    "unlike": (
+        "Queries unlike the log",
+        "The queries are of other kinds, or in other shares, than those of the log.",
+    ),
+    "quality": ("Falling quality", "Answers are judged worse than the router expects of this expert."),
+    "price": ("A price that moved", "Answers of this expert cost more or less than the router expects."),
+}
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """What was seen last, and whether it rings, since when in seconds since 1970."""
+
+    seen: Seen
+    ringing: bool
+    since: float
+
+    def as_json(self) -> dict[str, Any]:
+        """For the page."""
+        seen = self.seen
+        least, most = ALLOWED[seen.name]
+        title, meaning = MEANINGS[seen.name]
+        return {
+            **{name: getattr(seen, name) for name in ("name", "expert", "rows", "found", "low", "high")},
+            "least": least,
+            "most": most if most < math.inf else None,
+            "ringing": self.ringing,
+            "since": self.since,
+            "title": title,
+            "meaning": meaning,
+        }
+
+
+class Alarms:
+    """The alarms of a database, as one gateway on it knows them: `now`."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._lock = threading.Lock()
+        self._closed = False
+        self.now: tuple[Alarm, ...] = ()
+
+    async def follow(self, expected: Callable[[], Expected]) -> None:
+        """Look whenever it is time, and read what others have found, until cancelled."""
+        await asyncio.sleep(_FIRST)
+        while True:
+            try:
+                await asyncio.to_thread(self.look, expected())
+            except SQLAlchemyError as error:
+                # Without its database it has other troubles, and tells of them.
+                _log.debug("drift could not be looked for: %s", type(error).__name__)
+            except Exception:
+                _log.exception("drift could not be looked for")
+            await asyncio.sleep(_READ)
+
+    def close(self) -> None:
+        """Whoever looks is waited for; nobody will again."""
+        self._closed = True
+        with self._lock:
+            pass
+
+    def look(self, expected: Expected, at: float | None = None) -> None:
+        """Look for drift, if nobody else has in the last ten minutes; then read what is known.  `at` is the time, for tests."""
+        with self._lock, self._engine.connect() as connection:
+            if self._closed:
+                return
+            durable(connection, False)
+            with alone(connection, "alarms"):
+                now = clock(connection) if at is None else at
+                mine = self._begun(connection, now)
+            if mine:
+                # Reading takes a moment, in which others may write.
+                found = looked_at(connection, expected, now)
+                connection.rollback()
+                with alone(connection, "alarms"):
+                    changed = _keep(connection, found, now)
+                for alarm in changed:
+                    _tell(alarm)
+            self.now = tuple(_known(connection).values())
+
+    @staticmethod
+    def _begun(connection: Connection, now: float) -> bool:
+        last = connection.execute(select(looks.c.time)).scalar()
+        # A clock that was set back must not end it for good.
+        if last is not None and now - EVERY < last <= now:
+            return False
+        connection.execute(replacing(connection, looks), [{"id": _ROW, "time": now}])
+        return True
+
+
+def _keep(connection: Connection, found: Sequence[Seen], now: float) -> list[Alarm]:
+    """-> those that have risen or fallen"""
+    before, changed, rows = _known(connection), [], []
+    for seen in found:
+        known = before.get((seen.name, seen.expert))
+        was = known is not None and known.ringing
+        alarm = Alarm(seen, rings(seen, was), now)
+        if alarm.ringing != was:
+            changed.append(alarm)
+        elif known is not None:
+            alarm = Alarm(seen, was, known.since)
+        rows.append(_row(alarm))
+    for name, expert in before.keys() - {(seen.name, seen.expert) for seen in found}:
+        if before[name, expert].ringing:
+            changed.append(Alarm(Seen(name, expert, 0), False, now))
+        connection.execute(delete(alarms).where(alarms.c.name == name, alarms.c.expert == expert))
+    connection.execute(replacing(connection, alarms), rows)
+    return changed
+
+
+def _known(connection: Connection) -> Mapping[tuple[str, str], Alarm]:
+    order = alarms.c.ringing.desc(), alarms.c.name.desc(), alarms.c.expert
+    return {
+        (row.name, row.expert): Alarm(Seen(row.name, row.expert, row.rows, row.found, row.low, row.high), row.ringing, row.since)
+        for row in connection.execute(select(alarms).order_by(*order))
+    }
+
+
+def _row(alarm: Alarm) -> dict[str, Any]:
+    return {**vars(alarm.seen), "ringing": alarm.ringing, "since": alarm.since}
+
+
+def _tell(alarm: Alarm) -> None:
+    seen = alarm.seen
+    least, most = ALLOWED[seen.name]
+    title, meaning = MEANINGS[seen.name]
+    whose = f" of {seen.expert}" if seen.expert else ""
+    if seen.found is None or seen.low is None or seen.high is None:
+        _log.warning("alarm over: %s%s; too few requests to say more", title, whose)
+        return
+    figures = f"{seen.found:.3f} [{seen.low:.3f}, {seen.high:.3f}] of {seen.rows}, allowed {least:.3g} to {most:.3g}"
+    if alarm.ringing:
+        _log.warning("alarm: %s%s: %s; %s See the section of that name in docs/operating.md", title, whose, figures, meaning)
+    else:
+        _log.warning("alarm over: %s%s: %s", title, whose, figures)
