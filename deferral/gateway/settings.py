@@ -4,6 +4,8 @@ import ipaddress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from deferral.gateway.conversations import RULES, Rules
+
 __all__ = ["Settings", "is_loopback"]
 
 MIB = 1 << 20
@@ -16,7 +18,8 @@ class Settings:
     `explore` is the share of the queries that go to an expert drawn at random (None: the router's own); `deadline_s` is how
     long a slow encoder may take before the static mix decides; `retry_share` bounds retries as a share of the requests;
     `router_folder` and `experts_file` are what a reload reads; `encoder` is the folder of the sentence encoder that the router
-    was fitted with, if it was; `workers` is how many processes serve.
+    was fitted with, if it was; `workers` is how many processes serve; `conversations` is when a conversation changes its expert
+    (None: every request is decided by itself).
     """
 
     database: str = "sqlite:///deferral-gateway.db"
@@ -34,6 +37,7 @@ class Settings:
     router_folder: Path | None = None
     experts_file: Path | None = None
     encoder: Path | None = None
+    conversations: Rules | None = RULES
 
     def __post_init__(self) -> None:
         if self.explore is not None and not 0 <= self.explore < 1:

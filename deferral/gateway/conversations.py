@@ -1,0 +1,313 @@
+"""Who answers the next turn of a conversation: whoever it is with, unless a change pays.
+
+Nothing is stored by default.  The messages of a request hold the user's earlier requests; each is scored as if it were new, and
+the rule below is replayed over them, so that every worker and replica decides alike, before and after a restart.  It is replayed
+under the settings and abilities that hold now; whoever is down for the moment keeps its place in the past and is passed over at
+the end.  Of long conversations the last 5 to 8 requests are replayed, beginning at every fourth, so that the beginning moves
+seldom.
+
+The rule, with costs in errors.  A conversation begins with the expert that the router would ask for its first request.  On a later
+request, the gain of another expert is what it saves, less the prompt cache that a change throws away: the tokens so far, at the
+difference between the uncached and the cached price of the expert that is changed to, over the price of an error.  An expert of
+higher expected quality is changed to at once where its gain exceeds `up`; one that is only cheaper after `patience` requests in
+a row whose largest gain was that of a cheaper one and exceeded `down`.  A request that is unlike the log changes nothing, since
+nothing is known of it.  A request of fewer characters than nearly all of the log, "and in French?" say, follows up the one
+before: that one is scored again, as it is for the results of tools.
+
+Where a client sends its last request alone, the header x-deferral-conversation says to which conversation it belongs.  Where each
+one is stays in the memory of the worker, under a hash of the key and the name, no text: at most 4,096 conversations, for an hour
+after the last request, and until a restart or a reload.  What is not there is replayed from the messages.
+"""
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from time import monotonic
+from typing import NamedTuple
+
+import numpy as np
+
+from deferral.gateway.experts_file import Expert
+from deferral.gateway.requests import Asked
+from deferral.routing.decisions import Decisions
+from deferral.routing.router import Plan, Router
+from deferral.routing.static import draws
+
+__all__ = ["RULES", "Conversations", "Place", "Rules", "Scored", "begun", "moved"]
+
+_MOST_TURNS, _STEP = 8, 4
+_MOST_SCORES = 4096
+_MOST_NAMES = 4096
+_KEPT_S = 3600.0
+# A follow-up is shorter than all but one in a hundred of the log's queries, and than a line.
+_RARE, _LINE = 0.01, 40
+
+
+@dataclass(frozen=True)
+class Rules:
+    """When a conversation changes its expert: margins in errors, patience in requests of the user.
+
+    `follow_up` is the length in characters under which a request follows up the one before; None takes it from the router's
+    log, 0 turns it off.
+    """
+
+    up: float = 0.0
+    down: float = 0.0
+    patience: int = 2
+    follow_up: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("up", "down"):
+            if not 0 <= getattr(self, name) < np.inf:
+                raise ValueError(f"{name}: expected a margin in errors, 0 or more, got {getattr(self, name)}")
+        if self.patience < 1:
+            raise ValueError(f"patience: expected 1 or more requests, got {self.patience}")
+        if self.follow_up is not None and self.follow_up < 0:
+            raise ValueError(f"follow_up: expected a number of characters, 0 or more, got {self.follow_up}")
+
+
+RULES = Rules()
+
+
+class Scored(NamedTuple):
+    """A request of the user, for E experts: what is expected of them, and what a change to each would cost in errors."""
+
+    query: str
+    quality: np.ndarray  # (E,)
+    cost: np.ndarray  # (E,) inf where it may not be asked
+    lost: np.ndarray  # (E,)
+    known: bool  # not unlike the log
+
+
+class Place(NamedTuple):
+    """Where a conversation is: with whom, and for how many requests in a row a cheaper expert was preferred.
+
+    Where the static mix drew the first expert, there is a place for every draw; `chance` is the draw's probability, and the
+    first of the places is the one that was drawn.
+    """
+
+    expert: int
+    waited: int
+    chance: float
+
+
+class _Held(NamedTuple):
+    before: tuple[Place, ...] | None
+    after: tuple[Place, ...]
+    turn: bytes
+    last: int
+    propensity: float
+    until: float
+
+
+def begun(first: Scored, mix: np.ndarray, cheapest_first: np.ndarray, salt: str) -> tuple[Place, ...]:
+    """Where a conversation begins.  `mix` (E,) draws where the request is unlike the log."""
+    if first.known:
+        return (Place(_cheapest(first.cost, cheapest_first), 0, 1.0),)
+    members = np.flatnonzero(mix)
+    if len(members) == 1:
+        return (Place(int(members[0]), 0, 1.0),)
+    drawn = min(int(np.searchsorted(np.cumsum(mix), draws([first.query], salt)[0], side="right")), int(members[-1]))
+    order = [drawn, *(int(member) for member in members if member != drawn)]
+    return tuple(Place(member, 0, float(mix[member])) for member in order)
+
+
+def moved(place: Place, turn: Scored, rules: Rules) -> Place:
+    """Where a conversation is after one more request."""
+    now = place.expert
+    if not turn.known or not np.isfinite(turn.cost[now]):
+        return place
+    gain = _gain(turn, now)
+    best = int(gain.argmax())
+    if turn.quality[best] > turn.quality[now]:
+        return place._replace(expert=best, waited=0) if gain[best] > rules.up else place._replace(waited=0)
+    if best == now or gain[best] <= rules.down:
+        return place._replace(waited=0)
+    waited = place.waited + 1
+    return place._replace(expert=best, waited=0) if waited >= rules.patience else place._replace(waited=waited)
+
+
+class Conversations:
+    """Conversations with the experts of one router."""
+
+    def __init__(self, router: Router, experts: Mapping[str, Expert], rules: Rules) -> None:
+        self.router, self.rules = router, rules
+        self.follow_up = _short(router) if rules.follow_up is None else rules.follow_up
+        served = [experts.get(name) for name in router.experts]
+        # Dollars for every token of a prompt that has to be read anew.
+        self._lost = np.array([0.0 if expert is None else expert.price(1, 0) - expert.price(1, 0, 1) for expert in served])
+        self._scores: OrderedDict[bytes, tuple[np.ndarray, float, float]] = OrderedDict()
+        self._held: OrderedDict[bytes, _Held] = OrderedDict()
+
+    def read(self, asked: Asked) -> Asked:
+        """The request without what only follows up, and without what is long ago; its query is that of the last turn left."""
+        turns = asked.turns
+        if len(turns) <= 1:
+            return asked
+        own = [turn for place, turn in enumerate(turns) if place == 0 or len(turn.query.strip()) >= self.follow_up]
+        begin = -(-max(len(own) - _MOST_TURNS, 0) // _STEP) * _STEP
+        return asked._replace(query=own[-1].query, turns=tuple(own[begin:]), follows=own[-1] is not turns[-1])
+
+    def decided(self, asked: Asked, plan: Plan, standing: Plan, name: bytes) -> tuple[Decisions, str]:
+        """Whom to ask, as `Router.decide` says it, and why.
+
+        `plan` allows whoever may be asked now, `standing` also those who are down for the moment; `name` stands for the
+        conversation, b"" where the messages hold it.
+        """
+        held = self._recalled(name)
+        if held is not None:
+            return self._recalling(held, asked, plan, standing, name)
+        turns = self._scored(asked, standing)
+        before, after = None, begun(turns[0], standing.mix, self.router.fitted.cheapest_first, self.router.salt)
+        for turn in turns[1:]:
+            before, after = after, tuple(moved(place, turn, self.rules) for place in after)
+        return self._finished(asked, plan, standing, name, before, after, turns[-1])
+
+    def _recalling(self, held: _Held, asked: Asked, plan: Plan, standing: Plan, name: bytes) -> tuple[Decisions, str]:
+        """The decision where it is remembered where the conversation is."""
+        last = asked.turns[-1]
+        fresh = asked._replace(turns=(last,))
+        same = _digest(last.query) == held.turn
+        follows = len(asked.turns) == 1 and len(last.query.strip()) < self.follow_up
+        [turn] = self._scored(fresh, standing)
+        if follows and not same and plan.mask[held.last]:
+            self._held[name] = held._replace(until=monotonic() + _KEPT_S)
+            decisions = self._row(plan, turn)
+            said = f"stays with {self.router.experts[held.last]}: the follow-up is short"
+            return replace(decisions, actions=np.array([held.last]), propensity=np.array([held.propensity])), said
+        # Whoever sends a request again, after the results of a tool say, is where he was.
+        before = held.before if same else held.after
+        if before is None:
+            after = held.after
+        else:
+            after = before if follows else tuple(moved(place, turn, self.rules) for place in before)
+        return self._finished(asked, plan, standing, name, before, after, turn)
+
+    def _finished(
+        self,
+        asked: Asked,
+        plan: Plan,
+        standing: Plan,
+        name: bytes,
+        before: tuple[Place, ...] | None,
+        after: tuple[Place, ...],
+        turn: Scored,
+    ) -> tuple[Decisions, str]:
+        """The decision where the places of the conversation are known."""
+        router = self.router
+        decisions = self._row(plan, turn)
+        now = turn if plan is standing else turn._replace(cost=np.where(plan.mask, turn.cost, np.inf))
+        places: list[Place] = []
+        for number, place in enumerate(after):
+            previous = place if before is None else before[number]
+            if plan.mask[place.expert]:
+                places.append(place)
+            elif plan.mask[previous.expert]:
+                places.append(previous)
+            else:
+                own = begun(now, plan.mix, router.fitted.cheapest_first, router.salt)
+                places += [one._replace(chance=one.chance * place.chance) for one in own]
+        usual = np.bincount([place.expert for place in places], [place.chance for place in places], len(router.experts))
+        chances = (1 - router.explore) * usual + router.explore * plan.mask / plan.mask.sum()
+        chosen = places[0].expert
+        explored = router.explore > 0 and draws([turn.query], router.salt + "explore")[0] < router.explore
+        said = self._why(asked, turn, plan, chosen, after[0], None if before is None else before[0])
+        if explored and int(decisions.actions[0]) != chosen:
+            said = f"drawn at random, to learn; the conversation stays with {router.experts[chosen]}"
+            chosen = int(decisions.actions[0])
+        if name:
+            self._remember(name, _Held(before, after, _digest(turn.query), chosen, float(chances[chosen]), monotonic() + _KEPT_S))
+        return replace(decisions, actions=np.array([chosen]), propensity=chances[[chosen]]), said
+
+    def _why(self, asked: Asked, turn: Scored, plan: Plan, chosen: int, after: Place, before: Place | None) -> str:
+        """Why the conversation is where it is; "" where the request by itself would have gone there too."""
+        names = self.router.experts
+        with_whom = (after if before is None else before).expert
+        if not plan.mask[with_whom] and (before is not None or asked.follows):
+            return f"leaves {names[with_whom]}, which may not be asked now, for {names[chosen]}"
+        if asked.follows:
+            return f"stays with {names[chosen]}: the follow-up is short"
+        if before is None:
+            return ""
+        gain = _gain(turn, with_whom)
+        best = int(gain.argmax())
+        if chosen != with_whom:
+            waited = f", for {self.rules.patience} requests" if turn.quality[chosen] <= turn.quality[with_whom] else ""
+            saves = turn.cost[with_whom] - turn.cost[chosen]
+            return f"leaves {names[with_whom]} for {names[chosen]}: it saves {saves:.3f} errors{waited}{_lost(turn, chosen)}"
+        if not turn.known:
+            return f"stays with {names[chosen]}: the request is unlike the log"
+        by_itself = int(turn.cost.argmin())
+        if turn.cost[by_itself] >= turn.cost[chosen]:
+            return ""
+        saves = f"{names[by_itself]} would save {turn.cost[chosen] - turn.cost[by_itself]:.3f} errors{_lost(turn, by_itself)}"
+        if best == by_itself and after.waited:
+            return f"stays with {names[chosen]}: {saves}, for {after.waited} of {self.rules.patience} requests"
+        return f"stays with {names[chosen]}: {saves}"
+
+    def _scored(self, asked: Asked, plan: Plan) -> list[Scored]:
+        """The turns, each scored as if it were a request by itself."""
+        queries = [turn.query for turn in asked.turns]
+        quality, similarity, trust = self._estimated(queries)
+        decisions = self.router.decide_estimated(plan, (quality, similarity, trust), queries)
+        tokens = np.array([asked.before(turn) for turn in asked.turns], float)
+        lost = tokens[:, None] * self._lost / plan.price_of_error
+        return [
+            Scored(query, quality[row], decisions.cost[row], lost[row], not decisions.fallback[row])
+            for row, query in enumerate(queries)
+        ]
+
+    def _estimated(self, queries: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What `Fitted.estimate` says, from memory where a turn has been scored before: its figures, by a hash of the text."""
+        keys = [_digest(query) for query in queries]
+        missing = [row for row, key in enumerate(keys) if key not in self._scores]
+        if missing:
+            found = self.router.fitted.estimate(self.router.encoder([queries[row] for row in missing]))
+            for row, quality, similarity, trust in zip(missing, *found, strict=True):
+                self._scores[keys[row]] = (quality, float(similarity), float(trust))
+        values = [self._scores[key] for key in keys]
+        for key in keys:
+            self._scores.move_to_end(key)
+        while len(self._scores) > _MOST_SCORES:
+            self._scores.popitem(last=False)
+        quality, similarity, trust = zip(*values, strict=True)
+        return np.stack(quality), np.array(similarity), np.array(trust)
+
+    def _row(self, plan: Plan, turn: Scored) -> Decisions:
+        return self.router.decide_estimated(plan, self._estimated([turn.query]), [turn.query])
+
+    def _recalled(self, name: bytes) -> _Held | None:
+        held = self._held.get(name) if name else None
+        return held if held is not None and held.until > monotonic() else None
+
+    def _remember(self, name: bytes, held: _Held) -> None:
+        self._held[name] = held
+        self._held.move_to_end(name)
+        while len(self._held) > _MOST_NAMES:
+            self._held.popitem(last=False)
+
+
+def _gain(turn: Scored, now: int) -> np.ndarray:
+    """What is saved by a change to each expert, 0 for staying.  -> (E,)"""
+    gain = turn.cost[now] - turn.cost - turn.lost
+    gain[now] = 0.0
+    return gain
+
+
+def _cheapest(cost: np.ndarray, cheapest_first: np.ndarray) -> int:
+    return int(cheapest_first[cost[cheapest_first].argmin()])
+
+
+def _lost(turn: Scored, expert: int) -> str:
+    return f", a change costs {turn.lost[expert]:.3f}" if turn.lost[expert] > 0 else ""
+
+
+def _short(router: Router) -> int:
+    """The length in characters below which a request is shorter than nearly all of the log."""
+    lengths = [len(text) for text in router.fitted.texts]
+    return min(int(np.quantile(lengths, _RARE)), _LINE) if lengths else _LINE
+
+
+def _digest(text: str) -> bytes:
+    return blake2b(text.encode("utf-8", "replace"), digest_size=16).digest()
