@@ -6,13 +6,13 @@ under the settings and abilities that hold now; whoever is down for the moment k
 the end.  Of long conversations the last 5 to 8 requests are replayed, beginning at every fourth, so that the beginning moves
 seldom.
 
-The rule, with costs in errors.  A conversation begins with the expert that the router would ask for its first request.  On a later
-request, the gain of another expert is what it saves, less the prompt cache that a change throws away: the tokens so far, at the
-difference between the uncached and the cached price of the expert that is changed to, over the price of an error.  An expert of
-higher expected quality is changed to at once where its gain exceeds `up`; one that is only cheaper after `patience` requests in
-a row whose largest gain was that of a cheaper one and exceeded `down`.  A request that is unlike the log changes nothing, since
-nothing is known of it.  A request of fewer characters than nearly all of the log, "and in French?" say, follows up the one
-before: that one is scored again, as it is for the results of tools.
+The rule, with costs in errors.  A conversation begins with the expert that the router would ask for its first request.  On a
+later request the gain of another expert is what it saves, less the prompt cache that a change throws away: the tokens so far,
+at the difference between the uncached and the cached price of the expert that is changed to, over the price of an error.  An
+expert of higher expected quality is changed to at once where its gain exceeds `up`; one that is only cheaper after `patience`
+requests in a row whose largest gain was that of a cheaper one and exceeded `down`.  A request that is unlike the log changes
+nothing, since nothing is known of it.  A request of fewer characters than nearly all of the log, "and in French?" say, follows
+up the one before: that one is scored again, as it is for the results of tools.
 
 Where a client sends its last request alone, the header x-deferral-conversation says to which conversation it belongs.  Where each
 one is stays in the memory of the worker, under a hash of the key and the name, no text: at most 4,096 conversations, for an hour
@@ -167,22 +167,18 @@ class Conversations:
     def _recalling(self, held: _Held, asked: Asked, plan: Plan, standing: Plan, name: bytes) -> tuple[Decisions, str]:
         """The decision where it is remembered where the conversation is."""
         last = asked.turns[-1]
-        fresh = asked._replace(turns=(last,))
-        same = _digest(last.query) == held.turn
-        follows = len(asked.turns) == 1 and len(last.query.strip()) < self.follow_up
-        [turn] = self._scored(fresh, standing)
-        if follows and not same and plan.mask[held.last]:
-            self._held[name] = held._replace(until=monotonic() + _KEPT_S)
-            decisions = self._row(plan, turn)
-            said = f"stays with {self.router.experts[held.last]}: the follow-up is short"
-            return replace(decisions, actions=np.array([held.last]), propensity=np.array([held.propensity])), said
-        # Whoever sends a request again, after the results of a tool say, is where he was.
-        before = held.before if same else held.after
-        if before is None:
-            after = held.after
-        else:
-            after = before if follows else tuple(moved(place, turn, self.rules) for place in before)
-        return self._finished(asked, plan, standing, name, before, after, turn)
+        [turn] = self._scored(asked._replace(turns=(last,)), standing)
+        if _digest(last.query) == held.turn:
+            # Asked again, after the results of a tool say: it is where it was.
+            return self._finished(asked, plan, standing, name, held.before, held.after, turn)
+        if len(last.query.strip()) >= self.follow_up:
+            after = tuple(moved(place, turn, self.rules) for place in held.after)
+            return self._finished(asked, plan, standing, name, held.after, after, turn)
+        if not plan.mask[held.last]:
+            return self._finished(asked._replace(follows=True), plan, standing, name, held.after, held.after, turn)
+        self._held[name] = held._replace(until=monotonic() + _KEPT_S)
+        decisions = replace(self._row(plan, turn), actions=np.array([held.last]), propensity=np.array([held.propensity]))
+        return decisions, f"stays with {self.router.experts[held.last]}: the follow-up is short"
 
     def _finished(
         self,

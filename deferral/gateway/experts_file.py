@@ -28,9 +28,10 @@ _LOOKS_LIKE_A_KEY = frozenset({"key", "api_key", "apikey", "token", "secret", "p
 class Expert:
     """An OpenAI-compatible server.  Prices in dollars per million tokens, times in seconds.
 
-    `model` is its name there; `key` comes from an environment variable and is never shown.  `cached_input_price=None` is that
-    of other input, `context_tokens=None` no limit, `region=None` anywhere.  `first_byte_s` is the longest wait for the first byte, and between two.  Beyond `max_concurrent`
-    requests wait, at most `max_waiting` of them.  With `route=False` it is reached by its name only.
+    `model` is its name there; `key` comes from an environment variable and is never shown.  `cached_input_price` is that of input
+    which the prompt cache holds, None where there is no discount.  `context_tokens=None` is no limit, `region=None` anywhere.
+    `first_byte_s` is the longest wait for the first byte, and between two.  Beyond `max_concurrent` requests wait, at most
+    `max_waiting` of them.  With `route=False` it is reached by its name only.
     """
 
     name: str
