@@ -8,9 +8,9 @@ seldom.
 
 The rule, with costs in errors.  A conversation begins with the expert that the router would ask for its first request.  On a
 later request the gain of another expert is what it saves, less the prompt cache that a change throws away: the tokens so far,
-at the difference between the uncached and the cached price of the expert that is changed to, over the price of an error.  An
-expert of higher expected quality is changed to at once where its gain exceeds `up`; one that is only cheaper after `patience`
-requests in a row whose largest gain was that of a cheaper one and exceeded `down`.  A request that is unlike the log changes
+at the difference between the uncached and the cached price of the expert that is changed to, over the price of an error.  Where
+the largest gain exceeds `down`, the conversation changes to that expert: at once if the quality of its answers alone gains more
+than `up`, else, since it is mainly cheaper, after `patience` such requests in a row.  A request that is unlike the log changes
 nothing, since nothing is known of it.  A request of fewer characters than nearly all of the log, "and in French?" say, follows
 up the one before: that one is scored again, as it is for the results of tools.
 
@@ -52,7 +52,7 @@ class Rules:
     log, 0 turns it off.
     """
 
-    up: float = 0.0
+    up: float = 0.01
     down: float = 0.0
     patience: int = 2
     follow_up: int | None = None
@@ -116,16 +116,18 @@ def begun(first: Scored, mix: np.ndarray, cheapest_first: np.ndarray, salt: str)
 def moved(place: Place, turn: Scored, rules: Rules) -> Place:
     """Where a conversation is after one more request."""
     now = place.expert
-    if not turn.known or not np.isfinite(turn.cost[now]):
+    if not np.isfinite(turn.cost[now]):
+        return place._replace(expert=int(turn.cost.argmin()), waited=0)
+    if not turn.known:
         return place
     gain = _gain(turn, now)
     best = int(gain.argmax())
-    if turn.quality[best] > turn.quality[now]:
-        return place._replace(expert=best, waited=0) if gain[best] > rules.up else place._replace(waited=0)
     if best == now or gain[best] <= rules.down:
         return place._replace(waited=0)
-    waited = place.waited + 1
-    return place._replace(expert=best, waited=0) if waited >= rules.patience else place._replace(waited=waited)
+    better = turn.quality[best] - turn.quality[now] - turn.lost[best]
+    if min(better, gain[best]) > rules.up or place.waited + 1 >= rules.patience:
+        return place._replace(expert=best, waited=0)
+    return place._replace(waited=place.waited + 1)
 
 
 class Conversations:
@@ -137,7 +139,7 @@ class Conversations:
         served = [experts.get(name) for name in router.experts]
         # Dollars for every token of a prompt that has to be read anew.
         self._lost = np.array([0.0 if expert is None else expert.price(1, 0) - expert.price(1, 0, 1) for expert in served])
-        self._scores: OrderedDict[bytes, tuple[np.ndarray, float, float]] = OrderedDict()
+        self._scores: OrderedDict[bytes, tuple[np.ndarray, np.ndarray, np.ndarray]] = OrderedDict()
         self._held: OrderedDict[bytes, _Held] = OrderedDict()
 
     def read(self, asked: Asked) -> Asked:
@@ -210,7 +212,7 @@ class Conversations:
         explored = router.explore > 0 and draws([turn.query], router.salt + "explore")[0] < router.explore
         said = self._why(asked, turn, plan, chosen, after[0], None if before is None else before[0])
         if explored and int(decisions.actions[0]) != chosen:
-            said = f"drawn at random, to learn; the conversation stays with {router.experts[chosen]}"
+            said = "" if before is None else f"drawn at random, to learn; the conversation stays with {router.experts[chosen]}"
             chosen = int(decisions.actions[0])
         if name:
             self._remember(name, _Held(before, after, _digest(turn.query), chosen, float(chances[chosen]), monotonic() + _KEPT_S))
@@ -229,9 +231,8 @@ class Conversations:
         gain = _gain(turn, with_whom)
         best = int(gain.argmax())
         if chosen != with_whom:
-            waited = f", for {self.rules.patience} requests" if turn.quality[chosen] <= turn.quality[with_whom] else ""
             saves = turn.cost[with_whom] - turn.cost[chosen]
-            return f"leaves {names[with_whom]} for {names[chosen]}: it saves {saves:.3f} errors{waited}{_lost(turn, chosen)}"
+            return f"leaves {names[with_whom]} for {names[chosen]}: it saves {saves:.3f} errors{_lost(turn, chosen)}"
         if not turn.known:
             return f"stays with {names[chosen]}: the request is unlike the log"
         by_itself = int(turn.cost.argmin())
@@ -249,26 +250,29 @@ class Conversations:
         decisions = self.router.decide_estimated(plan, (quality, similarity, trust), queries)
         tokens = np.array([asked.before(turn) for turn in asked.turns], float)
         lost = tokens[:, None] * self._lost / plan.price_of_error
+        # What is estimated beyond 1 is no better than 1.
+        shown = np.clip(quality, 0, 1)
         return [
-            Scored(query, quality[row], decisions.cost[row], lost[row], not decisions.fallback[row])
+            Scored(query, shown[row], decisions.cost[row], lost[row], not decisions.fallback[row])
             for row, query in enumerate(queries)
         ]
 
     def _estimated(self, queries: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """What `Fitted.estimate` says, from memory where a turn has been scored before: its figures, by a hash of the text."""
-        keys = [_digest(query) for query in queries]
-        missing = [row for row, key in enumerate(keys) if key not in self._scores]
-        if missing:
-            found = self.router.fitted.estimate(self.router.encoder([queries[row] for row in missing]))
-            for row, quality, similarity, trust in zip(missing, *found, strict=True):
-                self._scores[keys[row]] = (quality, float(similarity), float(trust))
-        values = [self._scores[key] for key in keys]
-        for key in keys:
+        found = []
+        for query in queries:
+            key = _digest(query)
+            one = self._scores.get(key)
+            if one is None:
+                # One at a time: in a batch sums are rounded otherwise, and others would not decide alike to the last digit.
+                one = self.router.fitted.estimate(self.router.encoder([query]))
+            self._scores[key] = one
             self._scores.move_to_end(key)
+            found.append(one)
         while len(self._scores) > _MOST_SCORES:
             self._scores.popitem(last=False)
-        quality, similarity, trust = zip(*values, strict=True)
-        return np.stack(quality), np.array(similarity), np.array(trust)
+        quality, similarity, trust = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        return quality, similarity, trust
 
     def _row(self, plan: Plan, turn: Scored) -> Decisions:
         return self.router.decide_estimated(plan, self._estimated([turn.query]), [turn.query])
