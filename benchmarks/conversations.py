@@ -17,7 +17,7 @@ Cost in errors: 1 - quality + dollars / price of an error.  It is measured at th
 most of the questions go to dear models.
 
 Rows.  15% of the questions are for choosing the margins (`--choose`, which prints the best of a grid; the defaults of
-`deferral.gateway.conversations.Rules` are what it gave), no router learns from them and no figure is measured on them.  Of the
+`deferral.gateway.hysteresis.Rules` are what it gave), no router learns from them and no figure is measured on them.  Of the
 others every seed draws its own training rows (3,000), and its conversations from the rest: 150 at each price of an error.
 """
 
@@ -41,9 +41,9 @@ from rich.progress import track
 from rich.table import Table as Printed
 
 from benchmarks.routers.data import Data, llmrouter, routellm
-from deferral.gateway.conversations import RULES, Rules
 from deferral.gateway.deciding import Decider, Limited
 from deferral.gateway.experts_file import Expert
+from deferral.gateway.hysteresis import RULES, Rules
 from deferral.gateway.requests import Asked, Hints, parse
 from deferral.routing.router import Router
 

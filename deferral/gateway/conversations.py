@@ -6,13 +6,8 @@ under the settings and abilities that hold now; whoever is down for the moment k
 the end.  Of long conversations the last 5 to 8 requests are replayed, beginning at every fourth, so that the beginning moves
 seldom.
 
-The rule, with costs in errors.  A conversation begins with the expert that the router would ask for its first request.  On a
-later request the gain of another expert is what it saves, less the prompt cache that a change throws away: the tokens so far,
-at the difference between the uncached and the cached price of the expert that is changed to, over the price of an error.  Where
-the largest gain exceeds `down`, the conversation changes to that expert: at once if the quality of its answers alone gains more
-than `up`, else, since it is mainly cheaper, after `patience` such requests in a row.  A request that is unlike the log changes
-nothing, since nothing is known of it.  A request of fewer characters than nearly all of the log, "and in French?" say, follows
-up the one before: that one is scored again, as it is for the results of tools.
+A request of fewer characters than nearly all of the log, "and in French?" say, follows up the one before: that one is scored
+again, as it is for the results of tools.
 
 Where a client sends its last request alone, the header x-deferral-conversation says to which conversation it belongs.  Where each
 one is stays in the memory of the worker, under a hash of the key and the name, no text: at most 4,096 conversations, for an hour
@@ -21,7 +16,7 @@ after the last request, and until a restart or a reload.  What is not there is r
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from hashlib import blake2b
 from time import monotonic
 from typing import NamedTuple
@@ -29,12 +24,13 @@ from typing import NamedTuple
 import numpy as np
 
 from deferral.gateway.experts_file import Expert
+from deferral.gateway.hysteresis import Place, Rules, Scored, begun, gain, moved
 from deferral.gateway.requests import Asked
 from deferral.routing.decisions import Decisions
 from deferral.routing.router import Plan, Router
 from deferral.routing.static import draws
 
-__all__ = ["RULES", "Conversations", "Place", "Rules", "Scored", "begun", "moved"]
+__all__ = ["Conversations"]
 
 _MOST_TURNS, _STEP = 8, 4
 _MOST_SCORES = 4096
@@ -44,54 +40,6 @@ _KEPT_S = 3600.0
 _RARE, _LINE = 0.01, 40
 
 
-@dataclass(frozen=True)
-class Rules:
-    """When a conversation changes its expert: margins in errors, patience in requests of the user.
-
-    `follow_up` is the length in characters under which a request follows up the one before; None takes it from the router's
-    log, 0 turns it off.
-    """
-
-    up: float = 0.01
-    down: float = 0.0
-    patience: int = 2
-    follow_up: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("up", "down"):
-            if not 0 <= getattr(self, name) < np.inf:
-                raise ValueError(f"{name}: expected a margin in errors, 0 or more, got {getattr(self, name)}")
-        if self.patience < 1:
-            raise ValueError(f"patience: expected 1 or more requests, got {self.patience}")
-        if self.follow_up is not None and self.follow_up < 0:
-            raise ValueError(f"follow_up: expected a number of characters, 0 or more, got {self.follow_up}")
-
-
-RULES = Rules()
-
-
-class Scored(NamedTuple):
-    """A request of the user, for E experts: what is expected of them, and what a change to each would cost in errors."""
-
-    query: str
-    quality: np.ndarray  # (E,)
-    cost: np.ndarray  # (E,) inf where it may not be asked
-    lost: np.ndarray  # (E,)
-    known: bool  # not unlike the log
-
-
-class Place(NamedTuple):
-    """Where a conversation is: with whom, and for how many requests in a row a cheaper expert was preferred.
-
-    Where the static mix drew the first expert, there is a place for every draw; `chance` is the draw's probability, and the
-    first of the places is the one that was drawn.
-    """
-
-    expert: int
-    waited: int
-    chance: float
-
-
 class _Held(NamedTuple):
     before: tuple[Place, ...] | None
     after: tuple[Place, ...]
@@ -99,35 +47,6 @@ class _Held(NamedTuple):
     last: int
     propensity: float
     until: float
-
-
-def begun(first: Scored, mix: np.ndarray, cheapest_first: np.ndarray, salt: str) -> tuple[Place, ...]:
-    """Where a conversation begins.  `mix` (E,) draws where the request is unlike the log."""
-    if first.known:
-        return (Place(_cheapest(first.cost, cheapest_first), 0, 1.0),)
-    members = np.flatnonzero(mix)
-    if len(members) == 1:
-        return (Place(int(members[0]), 0, 1.0),)
-    drawn = min(int(np.searchsorted(np.cumsum(mix), draws([first.query], salt)[0], side="right")), int(members[-1]))
-    order = [drawn, *(int(member) for member in members if member != drawn)]
-    return tuple(Place(member, 0, float(mix[member])) for member in order)
-
-
-def moved(place: Place, turn: Scored, rules: Rules) -> Place:
-    """Where a conversation is after one more request."""
-    now = place.expert
-    if not np.isfinite(turn.cost[now]):
-        return place._replace(expert=int(turn.cost.argmin()), waited=0)
-    if not turn.known:
-        return place
-    gain = _gain(turn, now)
-    best = int(gain.argmax())
-    if best == now or gain[best] <= rules.down:
-        return place._replace(waited=0)
-    better = turn.quality[best] - turn.quality[now] - turn.lost[best]
-    if min(better, gain[best]) > rules.up or place.waited + 1 >= rules.patience:
-        return place._replace(expert=best, waited=0)
-    return place._replace(waited=place.waited + 1)
 
 
 class Conversations:
@@ -228,8 +147,7 @@ class Conversations:
             return f"stays with {names[chosen]}: the follow-up is short"
         if before is None:
             return ""
-        gain = _gain(turn, with_whom)
-        best = int(gain.argmax())
+        best = int(gain(turn, with_whom).argmax())
         if chosen != with_whom:
             saves = turn.cost[with_whom] - turn.cost[chosen]
             return f"leaves {names[with_whom]} for {names[chosen]}: it saves {saves:.3f} errors{_lost(turn, chosen)}"
@@ -286,17 +204,6 @@ class Conversations:
         self._held.move_to_end(name)
         while len(self._held) > _MOST_NAMES:
             self._held.popitem(last=False)
-
-
-def _gain(turn: Scored, now: int) -> np.ndarray:
-    """What is saved by a change to each expert, 0 for staying.  -> (E,)"""
-    gain = turn.cost[now] - turn.cost - turn.lost
-    gain[now] = 0.0
-    return gain
-
-
-def _cheapest(cost: np.ndarray, cheapest_first: np.ndarray) -> int:
-    return int(cheapest_first[cost[cheapest_first].argmin()])
 
 
 def _lost(turn: Scored, expert: int) -> str:

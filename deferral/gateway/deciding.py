@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from deferral.gateway.conversations import RULES, Conversations, Rules
+from deferral.gateway.conversations import Conversations
 from deferral.gateway.experts_file import Expert
+from deferral.gateway.hysteresis import RULES, Rules
 from deferral.gateway.problems import Problem
 from deferral.gateway.requests import Asked, Hints
 from deferral.routing.constraints import Abilities, Needs

@@ -4,7 +4,7 @@ import ipaddress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from deferral.gateway.conversations import RULES, Rules
+from deferral.gateway.hysteresis import RULES, Rules
 
 __all__ = ["Settings", "is_loopback"]
 
