@@ -59,6 +59,11 @@ FOLLOW_UPS = (
     "can you say that more simply?", "thanks, and then?", "No. Try again.", "what does that mean?",
 )  # fmt: skip
 GRID = {"up": (0.0, 0.01, 0.03), "down": (0.0, 0.02, 0.05), "patience": (1, 2, 3)}
+BEGIN, END = "<!-- table of python -m benchmarks conversations -->", "<!-- end of the table -->"
+SHOWN = ("every request by itself", "stays with the first", "the rule", "always the best")
+DIGITS = {"switches": 2, "dollars": 3, "quality": 3, "cost": 3, "saved": 3}
+# A decider belongs to one event loop.
+LOOP = asyncio.new_event_loop()
 FIGURES = ("switches", "dollars", "quality", "cost")
 
 
@@ -194,7 +199,7 @@ def _decided(decider: Decider, requests: list[Asked], error: float, names: list[
         wanted = Hints(price_of_error=error)
         return [(await decider.choose(decider.read(asked), wanted, Limited())).ranking[0] for asked in requests]
 
-    return [names.index(name) for name in asyncio.run(run())]
+    return [names.index(name) for name in LOOP.run_until_complete(run())]
 
 
 def judged(conversations: list[list[Request]], choose: Chooser, data: Data, experts: dict[str, Expert], error: float) -> dict:
@@ -325,6 +330,27 @@ def command(folder: Path, seeds: int, count: int, choose: bool, out: Path) -> No
         show(lines, ["data", "price_of_error", "method", *FIGURES, "saved", "saved_deviation"])
     out.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     click.echo(f"wrote {out.name}")
+    if "measured" in record and out == RESULTS:
+        PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8"), record), encoding="utf-8")
+        click.echo(f"wrote the table in {PAGE.name}")
+
+
+def with_table(page: str, record: dict) -> str:
+    """The page with the table of these results between its marks."""
+    head, _, rest = page.partition(BEGIN)
+    _, _, tail = rest.partition(END)
+    titles = ("data", "$ an error", "method", "switches", "$ per 1,000 turns", "quality", "cost, errors", "saved, errors")
+    rows = [titles, tuple("---" if number == 2 or number == 0 else "---:" for number in range(len(titles)))]
+    for line in record["measured"]["lines"]:
+        if line["method"] in SHOWN:
+            figures = [_with_deviation(line, name, digits) for name, digits in DIGITS.items()]
+            rows.append((line["data"], f"{line['price_of_error']:g}", line["method"], *figures))
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return f"{head}{BEGIN}\n{table}\n{END}{tail}"
+
+
+def _with_deviation(line: dict, name: str, digits: int) -> str:
+    return f"{line[name]:.{digits}f} ± {line[f'{name}_deviation']:.{digits}f}"
 
 
 def show(lines: list[dict], columns: list[str]) -> None:

@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks import conversations as benchmark
 from deferral.errors import DataError
 from deferral.gateway import conversations
 from deferral.gateway.deciding import Choice, Decider, Limited
 from deferral.gateway.experts_file import Expert, read_experts
+from deferral.gateway.hysteresis import RULES as DEFAULT
 from deferral.gateway.hysteresis import Place, Rules, Scored, moved
 from deferral.gateway.requests import Asked, Hints, hints, parse
 from deferral.gateway.settings import Settings
@@ -424,6 +426,13 @@ def test_the_header_that_names_a_conversation() -> None:
     assert hints({b"x-deferral-conversation": b"mine"}).conversation == b"mine"
     assert hints({b"x-deferral-conversation": b""}).conversation == b""
     assert hints({}).conversation == b""
+
+
+def test_the_table_in_the_documentation_is_that_of_the_results() -> None:
+    page = benchmark.PAGE.read_text(encoding="utf-8")
+    record = json.loads(benchmark.RESULTS.read_text(encoding="utf-8"))
+    assert benchmark.with_table(page, record) == page, "run python -m benchmarks conversations"
+    assert Rules(**record["measured"]["rules"]) == DEFAULT
 
 
 @pytest.mark.ci_slow

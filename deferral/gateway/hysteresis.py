@@ -1,12 +1,11 @@
 """When a conversation changes its expert: fast up, slow down, and not for less than the prompt cache that is lost.
 
-A conversation begins with the expert that the router would ask for its first request.  On a
-later request the gain of another expert is what it saves, less the prompt cache that a change throws away: the tokens so far,
-at the difference between the uncached and the cached price of the expert that is changed to, over the price of an error.  Where
-the largest gain exceeds `down`, the conversation changes to that expert: at once if the quality of its answers alone gains more
-than `up`, else, since it is mainly cheaper, after `patience` such requests in a row.  A request that is unlike the log changes
-nothing, since nothing is known of it.
-Costs and margins are in errors.
+A conversation begins with the expert that the router would ask for its first request.  On a later request the gain of another
+expert is what it saves, less the prompt cache that a change throws away: the tokens so far, at the difference between the
+uncached and the cached price of the expert that is changed to, over the price of an error.  Where the largest gain exceeds
+`down`, the conversation changes to that expert: at once if the quality of its answers alone gains more than `up`, else, since it
+is mainly cheaper, after `patience` such requests in a row.  A request that is unlike the log changes nothing, since nothing is
+known of it.  Costs and margins are in errors.
 """
 
 from dataclasses import dataclass
