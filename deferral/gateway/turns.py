@@ -51,16 +51,18 @@ def conversation(messages: list[Any]) -> Conversation:
         if not isinstance(message, dict):
             continue
         role, content = message.get("role"), message.get("content")
-        text = content if isinstance(content, str) else text_of(content)
-        rest += len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
-        if isinstance(content, list):
-            for part in content:
+        if isinstance(content, str):
+            text = content
+        else:
+            text = text_of(content)
+            for part in content if isinstance(content, list) else ():
                 kind = str(part.get("type")) if isinstance(part, dict) else ""
                 if "image" in kind:
                     images += 1
                     image_bytes += _length(part)
                 elif kind in _PARTS_OF_TOOLS:
                     tools = True
+        rest += len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
         if role == "user":
             users_text = users_text or text
             if answered and (asked := _asked(text)):
