@@ -16,8 +16,8 @@ the conversation's end, which is kind to those who change often.  Quality is tha
 Cost in errors: 1 - quality + dollars / price of an error.  It is measured at three prices of an error, at which few, half and
 most of the questions go to dear models.
 
-Rows.  15% of the questions are for choosing the margins (`--choose`, which prints the best of a grid; the defaults of
-`deferral.gateway.hysteresis.Rules` are what it gave), no router learns from them and no figure is measured on them.  Of the
+Rows.  15% of the questions are for choosing (`--choose` prints a grid of margins and patiences): no router learns from them and no
+figure is measured on them.  Of the
 others every seed draws its own training rows (3,000), and its conversations from the rest: 150 at each price of an error.
 """
 
@@ -26,7 +26,6 @@ import itertools
 import json
 import os
 import platform
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -58,7 +57,7 @@ FOLLOW_UPS = (
     "yes", "go on", "and in French?", "why?", "are you sure?", "shorter, please", "explain the second step", "ok, continue",
     "can you say that more simply?", "thanks, and then?", "No. Try again.", "what does that mean?",
 )  # fmt: skip
-GRID = {"up": (0.0, 0.01, 0.03), "down": (0.0, 0.02, 0.05), "patience": (1, 2, 3)}
+GRID = {"up": (0.0, 0.01, 0.03), "down": (0.0, 0.02), "patience": (1, 2, 3)}
 BEGIN, END = "<!-- table of python -m benchmarks conversations -->", "<!-- end of the table -->"
 SHOWN = ("every request by itself", "stays with the first", "the rule", "always the best")
 DIGITS = {"switches": 2, "dollars": 3, "quality": 3, "cost": 3, "saved": 3}
@@ -180,9 +179,8 @@ def choosers(router: Router, experts: dict[str, Expert], error: float) -> dict[s
         "without what tools say": without_plumbing,
         "stays with the first": first,
         "the rule": by_rules(router, experts, error, RULES),
-        "the rule, without prompt caches": by_rules(
-            router, {name: replace(expert, cached_input_price=None) for name, expert in experts.items()}, error, RULES
-        ),
+        "the rule, down at once": by_rules(router, experts, error, replace(RULES, patience=1)),
+        "the rule, follow-ups scored": by_rules(router, experts, error, replace(RULES, follow_up=0)),
         "always the best": lambda conversation: [int(means.argmax())] * len(conversation),
         "always the cheapest": lambda conversation: [int(prices.argmin())] * len(conversation),
     }
@@ -303,7 +301,6 @@ def measured(name: str, seeds: list[tuple[Data, dict[str, Expert], Router]], cou
 def command(folder: Path, seeds: int, count: int, choose: bool, out: Path) -> None:
     """Switches, dollars, quality and cost of generated conversations."""
     torch.set_num_threads(1)
-    begun = time.perf_counter()
     found = {}
     for name in ERRORS:
         data, experts = priced(name, folder / "llm")
@@ -325,8 +322,7 @@ def command(folder: Path, seeds: int, count: int, choose: bool, out: Path) -> No
         show(lines[:10], list(lines[0]))
     else:
         lines = [line for name, each in found.items() for line in measured(name, each, count)]
-        rules = {"rules": asdict(RULES), "wall_seconds": round(time.perf_counter() - begun, 1)}
-        record["measured"] = {"command": "python -m benchmarks conversations", **about, **rules, "lines": lines}
+        record["measured"] = {"command": "python -m benchmarks conversations", **about, "rules": asdict(RULES), "lines": lines}
         show(lines, ["data", "price_of_error", "method", *FIGURES, "saved", "saved_deviation"])
     out.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     click.echo(f"wrote {out.name}")

@@ -153,10 +153,10 @@ def test_wrapped_texts_are_looked_through_a_bounded_number_of_times() -> None:
 SMALL, LARGE = 0, 1
 
 
-def scored(small: tuple[float, float], large: tuple[float, float], *, lost: float = 0.0, known: bool = True) -> Scored:
-    """Of (quality, cost) of both; a change to either costs `lost`."""
+def scored(small: tuple[float, float], large: tuple[float, float]) -> Scored:
+    """Of (quality, cost) of both."""
     quality, cost = np.array([small, large]).T
-    return Scored("a query", quality, cost, np.array([lost, lost]), known)
+    return Scored("a query", quality, cost, np.zeros(2), np.zeros(2), True)
 
 
 UP, DOWN, SAME = scored((0.2, 0.8), (0.9, 0.3)), scored((0.9, 0.1), (0.95, 0.3)), scored((0.9, 0.2), (0.9, 0.2))
@@ -174,6 +174,9 @@ UP, DOWN, SAME = scored((0.2, 0.8), (0.9, 0.3)), scored((0.9, 0.1), (0.95, 0.3))
         ((LARGE, 1), SAME, (LARGE, 0)),
         ((SMALL, 0), UP._replace(lost=np.array([0.6, 0.6])), (SMALL, 0)),
         ((LARGE, 1), DOWN._replace(lost=np.array([0.3, 0.3])), (LARGE, 0)),
+        ((LARGE, 0), SAME._replace(kept=np.array([0.0, 0.3])), (LARGE, 1)),
+        ((SMALL, 0), UP._replace(kept=np.array([0.0, 0.6])), (SMALL, 0)),
+        ((LARGE, 1), SAME._replace(kept=np.array([0.1, 0.3]), lost=np.array([0.3, 0.9])), (LARGE, 0)),
         ((LARGE, 1), DOWN._replace(known=False), (LARGE, 1)),
         ((SMALL, 0), UP._replace(known=False), (SMALL, 0)),
         ((SMALL, 0), UP._replace(cost=np.array([0.8, np.inf])), (SMALL, 0)),

@@ -56,8 +56,9 @@ class Conversations:
         self.router, self.rules = router, rules
         self.follow_up = _short(router) if rules.follow_up is None else rules.follow_up
         served = [experts.get(name) for name in router.experts]
-        # Dollars for every token of a prompt that has to be read anew.
-        self._lost = np.array([0.0 if expert is None else expert.price(1, 0) - expert.price(1, 0, 1) for expert in served])
+        # Dollars for every token that was read before: out of the prompt cache, and what is added without it.
+        self._kept = np.array([0.0 if expert is None else expert.price(1, 0, 1) for expert in served])
+        self._lost = np.array([0.0 if expert is None else expert.price(1, 0) for expert in served]) - self._kept
         self._scores: OrderedDict[bytes, tuple[np.ndarray, np.ndarray, np.ndarray]] = OrderedDict()
         self._held: OrderedDict[bytes, _Held] = OrderedDict()
 
@@ -147,31 +148,33 @@ class Conversations:
             return f"stays with {names[chosen]}: the follow-up is short"
         if before is None:
             return ""
-        best = int(gain(turn, with_whom).argmax())
+        saved = gain(turn, with_whom)
         if chosen != with_whom:
-            saves = turn.cost[with_whom] - turn.cost[chosen]
-            return f"leaves {names[with_whom]} for {names[chosen]}: it saves {saves:.3f} errors{_lost(turn, chosen)}"
+            return f"leaves {names[with_whom]} for {names[chosen]}: it saves {saved[chosen]:.3f} errors"
         if not turn.known:
             return f"stays with {names[chosen]}: the request is unlike the log"
-        by_itself = int(turn.cost.argmin())
-        if turn.cost[by_itself] >= turn.cost[chosen]:
+        if after.waited:
+            best, waited = int(saved.argmax()), f"for {after.waited} of {self.rules.patience} requests"
+            return f"stays with {names[chosen]}: {names[best]} would save {saved[best]:.3f} errors, {waited}"
+        best = int(turn.cost.argmin())
+        saves = turn.cost[chosen] - turn.cost[best]
+        if saves <= 0:
             return ""
-        saves = f"{names[by_itself]} would save {turn.cost[chosen] - turn.cost[by_itself]:.3f} errors{_lost(turn, by_itself)}"
-        if best == by_itself and after.waited:
-            return f"stays with {names[chosen]}: {saves}, for {after.waited} of {self.rules.patience} requests"
-        return f"stays with {names[chosen]}: {saves}"
+        return (
+            f"stays with {names[chosen]}: {names[best]} would save {saves:.3f} errors, a change costs {saves - saved[best]:.3f}"
+        )
 
     def _scored(self, asked: Asked, plan: Plan) -> list[Scored]:
         """The turns, each scored as if it were a request by itself."""
         queries = [turn.query for turn in asked.turns]
         quality, similarity, trust = self._estimated(queries)
         decisions = self.router.decide_estimated(plan, (quality, similarity, trust), queries)
-        tokens = np.array([asked.before(turn) for turn in asked.turns], float)
-        lost = tokens[:, None] * self._lost / plan.price_of_error
+        tokens = np.array([asked.before(turn) for turn in asked.turns], float)[:, None]
+        kept, lost = (tokens * dollars / plan.price_of_error for dollars in (self._kept, self._lost))
         # What is estimated beyond 1 is no better than 1.
         shown = np.clip(quality, 0, 1)
         return [
-            Scored(query, shown[row], decisions.cost[row], lost[row], not decisions.fallback[row])
+            Scored(query, shown[row], decisions.cost[row], kept[row], lost[row], not decisions.fallback[row])
             for row, query in enumerate(queries)
         ]
 
@@ -204,10 +207,6 @@ class Conversations:
         self._held.move_to_end(name)
         while len(self._held) > _MOST_NAMES:
             self._held.popitem(last=False)
-
-
-def _lost(turn: Scored, expert: int) -> str:
-    return f", a change costs {turn.lost[expert]:.3f}" if turn.lost[expert] > 0 else ""
 
 
 def _short(router: Router) -> int:

@@ -1,11 +1,14 @@
-"""When a conversation changes its expert: fast up, slow down, and not for less than the prompt cache that is lost.
+"""When a conversation changes its expert: fast up, slow down, and not for less than the change costs.
 
-A conversation begins with the expert that the router would ask for its first request.  On a later request the gain of another
-expert is what it saves, less the prompt cache that a change throws away: the tokens so far, at the difference between the
-uncached and the cached price of the expert that is changed to, over the price of an error.  Where the largest gain exceeds
-`down`, the conversation changes to that expert: at once if the quality of its answers alone gains more than `up`, else, since it
-is mainly cheaper, after `patience` such requests in a row.  A request that is unlike the log changes nothing, since nothing is
-known of it.  Costs and margins are in errors.
+A conversation begins with the expert that the router would ask for its first request.  A later request is read with all that
+came before it: by the expert whom the conversation is with at its price of cached input, by any other at its full price of
+input, since a change loses the prompt cache.  Over the price of an error these dollars are errors, as all prices are.  The gain
+of another expert is what it saves of the expected cost, reading included.  Where the largest gain exceeds `down`, the
+conversation changes to that expert: at once if the quality of its answers alone, less the lost cache, gains more than `up`; else,
+since it is mainly cheaper, after `patience` such requests in a row.  A request that is unlike the log changes nothing, since
+nothing is known of it.
+
+The router's expected price is taken to be that of a request by itself, as it is where the router was fitted on single requests.
 """
 
 from dataclasses import dataclass
@@ -45,11 +48,15 @@ RULES = Rules()
 
 
 class Scored(NamedTuple):
-    """A request of the user, for E experts: what is expected of them, and what a change to each would cost in errors."""
+    """A request of the user, for E experts: what is expected of them, and what it costs to read what came before, in errors.
+
+    `kept` is the cost of that where the prompt cache holds it, `lost` what is added where the cache does not.
+    """
 
     query: str
     quality: np.ndarray  # (E,)
     cost: np.ndarray  # (E,) inf where it may not be asked
+    kept: np.ndarray  # (E,)
     lost: np.ndarray  # (E,)
     known: bool  # not unlike the log
 
@@ -97,7 +104,7 @@ def moved(place: Place, turn: Scored, rules: Rules) -> Place:
 
 def gain(turn: Scored, now: int) -> np.ndarray:
     """What is saved by a change to each expert, 0 for staying.  -> (E,)"""
-    saved = turn.cost[now] - turn.cost - turn.lost
+    saved = turn.cost[now] + turn.kept[now] - turn.cost - turn.kept - turn.lost
     saved[now] = 0.0
     return saved
 
