@@ -16,9 +16,9 @@ the conversation's end, which is kind to those who change often.  Quality is tha
 Cost in errors: 1 - quality + dollars / price of an error.  It is measured at three prices of an error, at which few, half and
 most of the questions go to dear models.
 
-Rows.  15% of the questions are for choosing (`--choose` prints a grid of margins and patiences): no router learns from them and no
-figure is measured on them.  Of the
-others every seed draws its own training rows (3,000), and its conversations from the rest: 150 at each price of an error.
+Rows.  15% of the questions are for choosing (`--choose` prints a grid of margins and patiences): no router learns from them and
+no figure is measured on them.  Of the others every seed draws its own training rows (3,000), and its conversations from the rest:
+100 at each price of an error.
 """
 
 import asyncio
@@ -295,7 +295,7 @@ def measured(name: str, seeds: list[tuple[Data, dict[str, Expert], Router]], cou
     help="Folder with llm/ in it.",
 )
 @click.option("--seeds", default=3, show_default=True, help="Draws of training rows and conversations.")
-@click.option("--conversations", "count", default=150, show_default=True, help="At each price of an error, of each seed.")
+@click.option("--conversations", "count", default=100, show_default=True, help="At each price of an error, of each seed.")
 @click.option("--choose", is_flag=True, help="Try the grid of margins on the rows for choosing, and measure nothing else.")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), default=RESULTS, show_default=True)
 def command(folder: Path, seeds: int, count: int, choose: bool, out: Path) -> None:
