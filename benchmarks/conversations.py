@@ -18,7 +18,9 @@ most of the questions go to dear models.
 
 Rows.  15% of the questions are for choosing (`--choose` prints a grid of margins and patiences): no router learns from them and
 no figure is measured on them.  Of the others every seed draws its own training rows (3,000), and its conversations from the rest:
-100 at each price of an error.
+100 at each price of an error.  Of the settings that go down slowly (patience 2 or 3) the defaults of
+`deferral.gateway.hysteresis.Rules` were the best there; going down at once was a little cheaper still.  Also on these rows, what
+was said so far came to be part of the comparison: a first form took off the lost cache alone, and cost more.
 """
 
 import asyncio
@@ -318,7 +320,8 @@ def command(folder: Path, seeds: int, count: int, choose: bool, out: Path) -> No
     }
     if choose:
         lines = chosen_rules(found, count)
-        record["choosing"] = {"command": "python -m benchmarks conversations --choose", **about, "lines": lines}
+        chosen = f"python -m benchmarks conversations --choose --conversations {count}"
+        record["choosing"] = {"command": chosen, **about, "lines": lines}
         show(lines[:10], list(lines[0]))
     else:
         lines = [line for name, each in found.items() for line in measured(name, each, count)]
