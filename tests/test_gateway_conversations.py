@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from benchmarks import conversations as benchmark
 from deferral.errors import DataError
-from deferral.gateway import conversations
+from deferral.gateway import conversations, serve
 from deferral.gateway.deciding import Choice, Decider, Limited
 from deferral.gateway.experts_file import Expert, read_experts
 from deferral.gateway.hysteresis import RULES as DEFAULT
@@ -429,6 +430,16 @@ def test_the_header_that_names_a_conversation() -> None:
     assert hints({b"x-deferral-conversation": b"mine"}).conversation == b"mine"
     assert hints({b"x-deferral-conversation": b""}).conversation == b""
     assert hints({}).conversation == b""
+
+
+def test_the_options_of_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    served: list[Settings] = []
+    monkeypatch.setattr(serve, "run", lambda settings, **_: served.append(settings))
+    file = tmp_path / "experts.toml"
+    file.touch()
+    for options in ([], ["--patience", "3", "--follow-up", "10"], ["--no-conversations"]):
+        assert CliRunner().invoke(serve.serve, [str(tmp_path), "--experts", str(file), *options]).exit_code == 0
+    assert [settings.conversations for settings in served] == [DEFAULT, Rules(patience=3, follow_up=10), None]
 
 
 def test_the_table_in_the_documentation_is_that_of_the_results() -> None:
