@@ -169,7 +169,7 @@ class Conversations:
         queries = [turn.query for turn in asked.turns]
         quality, similarity, trust = self._estimated(queries)
         decisions = self.router.decide_estimated(plan, (quality, similarity, trust), queries)
-        tokens = np.array([asked.before(turn) for turn in asked.turns], float)[:, None]
+        tokens = np.array([turn.before for turn in asked.turns], float)[:, None]
         kept, lost = (tokens * dollars / plan.price_of_error for dollars in (self._kept, self._lost))
         # What is estimated beyond 1 is no better than 1.
         shown = np.clip(quality, 0, 1)

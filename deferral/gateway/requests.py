@@ -9,14 +9,12 @@ from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 from deferral.gateway.problems import Problem
-from deferral.gateway.turns import Turn, conversation, text_of
+from deferral.gateway.turns import BYTES_PER_TOKEN, Turn, conversation, text_of
 
 __all__ = ["Asked", "Hints", "Kind", "hints", "parse", "with_model"]
 
 Kind = Literal["chat", "completions", "embeddings"]
 
-# A rule of thumb of English text in today's tokenizers; in other scripts a character has more bytes and more tokens.
-_BYTES_PER_TOKEN = 4
 _IMAGE_TOKENS = 1000
 _MODEL = re.compile(rb'"model"\s*:\s*("[^"\\]*(?:\\.[^"\\]*)*")', re.DOTALL)
 _SPACE, _COLON, _COMMA = (re.compile(rf"[ \t\n\r]*{sign}[ \t\n\r]*") for sign in ("", ":", ",?"))
@@ -39,10 +37,6 @@ class Asked(NamedTuple):
     stream: bool
     turns: tuple[Turn, ...] = ()
     follows: bool = False
-
-    def before(self, turn: Turn) -> int:
-        """About how many tokens of the request come before a turn: what a prompt cache may hold."""
-        return max(self.tokens - turn.rest // _BYTES_PER_TOKEN, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +95,7 @@ def parse(kind: Kind, body: bytes) -> Asked:
     else:
         name = "prompt" if kind == "completions" else "input"
         turns, tools, images, image_bytes = (Turn(text_of(request.get(name)), 0),), False, 0, 0
-    tokens = (len(body) - image_bytes) // _BYTES_PER_TOKEN + images * _IMAGE_TOKENS
+    tokens = (len(body) - image_bytes) // BYTES_PER_TOKEN + images * _IMAGE_TOKENS
     allowed = request.get("max_completion_tokens", request.get("max_tokens"))
     output = allowed if isinstance(allowed, int) and not isinstance(allowed, bool) and 0 < allowed < 1 << 31 else 0
     return Asked(model, turns[-1].query, tokens, output, tools, images > 0, stream is True, turns)

@@ -9,7 +9,10 @@ of a message.  What the user sends twice without an answer in between is one tur
 import re
 from typing import Any, NamedTuple
 
-__all__ = ["Conversation", "Turn", "conversation", "text_of"]
+__all__ = ["BYTES_PER_TOKEN", "Conversation", "Turn", "conversation", "text_of"]
+
+# A rule of thumb of English text in today's tokenizers; in other scripts a character has more bytes and more tokens.
+BYTES_PER_TOKEN = 4
 
 _WRAPPED = (
     "tool_response", "tool_result", "tool_results", "tool_output", "function_result", "function_results", "function_response",
@@ -26,10 +29,10 @@ _PARTS_OF_TOOLS = frozenset({"tool_result", "tool_use", "tool_call"})
 
 
 class Turn(NamedTuple):
-    """A request of the user; `rest` is how many bytes of text there are from it to the end of the conversation."""
+    """A request of the user, and about how many tokens of text come before it: the same, whatever comes after it."""
 
     query: str
-    rest: int
+    before: int
 
 
 class Conversation(NamedTuple):
@@ -43,7 +46,7 @@ class Conversation(NamedTuple):
 
 def conversation(messages: list[Any]) -> Conversation:
     """What is said in a list of messages; whatever is no message is skipped."""
-    turns: list[Turn] = []
+    turns: list[tuple[str, int]] = []
     rest = 0
     users_text, other_text = "", ""
     tools, images, image_bytes, answered = False, 0, 0, True
@@ -66,7 +69,7 @@ def conversation(messages: list[Any]) -> Conversation:
         if role == "user":
             users_text = users_text or text
             if answered and (asked := _asked(text)):
-                turns.append(Turn(asked, rest))
+                turns.append((asked, rest))
                 answered = False
         elif role == "tool" or role == "function":
             tools = True
@@ -75,9 +78,9 @@ def conversation(messages: list[Any]) -> Conversation:
             answered = answered or role == "assistant"
             other_text = other_text or text
     if not turns:
-        turns.append(Turn(users_text if users_text or _has_user(messages) else other_text, rest))
-    turns.reverse()
-    return Conversation(tuple(turns), tools, images, image_bytes)
+        turns.append((users_text if users_text or _has_user(messages) else other_text, rest))
+    found = tuple(Turn(query, (rest - after) // BYTES_PER_TOKEN) for query, after in reversed(turns))
+    return Conversation(found, tools, images, image_bytes)
 
 
 def text_of(content: Any) -> str:
