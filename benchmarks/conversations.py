@@ -1,8 +1,9 @@
 """Conversations at the gateway, with its rule and without.  python -m benchmarks conversations
 
 Claim: in generated conversations the gateway's rule costs less a turn, lost prompt caches and wrong answers together, than
-deciding every request by itself, with fewer changes of the expert.  Where what was said so far costs more to read than a better
-answer is worth, always the cheapest costs less still; the router's prices, those of single requests, do not know.
+deciding every request by itself, with fewer changes of the expert; no less where nearly all goes to one expert anyway.  Where
+what was said so far costs more to read than a better answer is worth, always the cheapest costs less still: a conversation begins
+where the router's prices, those of single requests, say.
 
 Traffic.  A question with the answers of E models comes from RouteLLM's MMLU data (E = 2, by subject) or LLMRouter's (E = 9, by
 task).  A conversation has 2 turns or more, 8 on average, and 20 at most.  With probability 0.3 a turn follows up the one before
