@@ -20,9 +20,10 @@ and nearly all of the questions go to dear models when they are asked by themsel
 
 Rows.  15% of the questions are for choosing: no router learns from them and no figure is measured on them.  On them `--choose`
 tries a grid of margins and patiences, at the first three prices of an error.  Of the settings that go down slowly (patience 2 or
-3) the defaults of `deferral.gateway.hysteresis.Rules` were within 0.002 of the best; going down at once was a little cheaper still,
-0.005.  On these rows, too, what was said so far came to be part of the comparison: a first form took off the lost cache alone, and cost more.  Of
-the other rows every seed draws its own for training (3,000), and its conversations from the rest: 100 at each price of an error.
+3) the defaults of `deferral.gateway.hysteresis.Rules` were within 0.002 of the best; going down at once was 0.005 cheaper than
+these.  On these rows, too, what was said so far came to be part of the comparison: a first form took off the lost cache alone,
+and cost more.  Of the other rows every seed draws its own for training (3,000), and its conversations from the rest: 100 at each
+price of an error.
 """
 
 import asyncio
