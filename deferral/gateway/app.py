@@ -226,7 +226,8 @@ def generation(router: Router, experts: Mapping[str, Expert], settings: Settings
         _log.warning("out of service, since the experts file does not have them: %s", ", ".join(missing))
     if settings.explore is not None:
         router.explore = settings.explore
-    return Generation(router, dict(experts), Decider(router, experts, deadline_s=settings.deadline_s))
+    decider = Decider(router, experts, deadline_s=settings.deadline_s, rules=settings.conversations)
+    return Generation(router, dict(experts), decider)
 
 
 def load_router(settings: Settings, encode: Callable[[list[str]], Any] | None = None) -> Router:

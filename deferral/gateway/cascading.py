@@ -74,6 +74,9 @@ def asking_first(
     cascade = now.router.cascade
     if cascade is None or asked.stream or asked.tools or asked.images or choice.fast_path or len(choice.ranking) < 2:
         return None
+    # A conversation stays where its prompt cache is.
+    if len(asked.turns) > 1 or asked.follows or wanted.conversation:
+        return None
     # A budget or a floor for many queries, or a cap on the time, was met without a second call.
     if wanted.budget is not None or wanted.min_quality is not None or wanted.max_latency is not None:
         return None

@@ -7,12 +7,15 @@ from collections import deque
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from deferral.gateway.conversations import Conversations
 from deferral.gateway.drift import Expected
 from deferral.gateway.experts_file import Expert
+from deferral.gateway.hysteresis import RULES, Rules
 from deferral.gateway.problems import Problem
 from deferral.gateway.requests import Asked, Hints
 from deferral.routing.constraints import Abilities, Needs
@@ -29,6 +32,7 @@ _MOST_WAITING = 32
 # Queries that are decided in one turn of the event loop.  Of a thousand that come in the same moment, few may be decided before
 # the loop looks after the others: it would take their replies for late.
 _TOGETHER = 16
+_CONVERSATIONS = 4
 
 
 class Choice(NamedTuple):
@@ -52,12 +56,15 @@ class Choice(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Limited:
-    """What the key and the state of the experts leave open.  `left` in dollars; `down` has the seconds to wait for each."""
+    """What the key and the state of the experts leave open.  `left` in dollars; `down` has the seconds to wait for each; `key` is
+    the key's id.
+    """
 
     allow: Collection[str] | None = None
     left: float | None = None
     thrift: float = 1.0
     down: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    key: str = ""
 
 
 class Decider:
@@ -65,19 +72,22 @@ class Decider:
 
     With the n-gram encoder, whose work is bounded by its 2,000 characters, queries are decided where they are: a thread would
     compete for the same interpreter lock.  Those of one turn of the event loop are decided together, eight in the time of three.
-    Any other encoder runs in one worker thread, and after `deadline_s` the static mix decides instead.
+    Any other encoder runs in one worker thread, and after `deadline_s` the static mix decides instead.  With `rules=None` every
+    request of a conversation is decided by itself.
     """
 
-    def __init__(self, router: Router, experts: Mapping[str, Expert], *, deadline_s: float) -> None:
+    def __init__(self, router: Router, experts: Mapping[str, Expert], *, deadline_s: float, rules: Rules | None = RULES) -> None:
         self.router, self.deadline_s = router, deadline_s
         names = [name for name in router.experts if name in experts and experts[name].route]
         self.experts = {name: _merged(experts[name], router.abilities.get(name)) for name in names}
         self.expected = Expected(names, router.fitted.kind_names, router.fitted.kinds[1])
+        self.conversations = None if rules is None else Conversations(router, self.experts, rules)
         self._place = {name: place for place, name in enumerate(router.experts)}
         self._best = router.experts[int(router.fitted.means.argmax())]
         self._at_once = isinstance(router.encoder, NgramEncoder)
         self._plans: dict[Any, Plan] = {}
         self._together: deque[tuple[Plan, str, asyncio.Future[Choice]]] = deque()
+        self._one_of_few = asyncio.Semaphore(_CONVERSATIONS)
         # Plans are cached by the router, and a cache that two threads fill may lose what one has just put there.
         self._planner = copy.copy(router)
         self._planner._plans = {}
@@ -86,30 +96,67 @@ class Decider:
         # The first decision loads what later ones find loaded.
         self._decided(router.plan(needs=Needs(allow=frozenset(names))), ["a first query", "and a second"])
 
+    def read(self, asked: Asked) -> Asked:
+        """The request as it is scored and kept on record: where it only follows up, with the query that it follows."""
+        return asked if self.conversations is None else self.conversations.read(asked)
+
     async def choose(self, asked: Asked, hints: Hints, limited: Limited) -> Choice:
         """Problem 4xx where a constraint leaves nobody or a hint cannot be met, 503 where all who may answer are down."""
-        plan = await self._plan(self._allowed(asked, hints, limited), hints, limited.thrift)
+        able = self._able(asked, hints, limited)
+        now = self._now(able, asked, limited)
+        plan = await self._plan(now, hints, limited.thrift)
+        if self.conversations is not None and (len(asked.turns) > 1 or asked.follows or hints.conversation):
+            standing = plan if now == able else await self._plan(able, hints, limited.thrift)
+            return await self._in_conversation(self.conversations, asked, plan, standing, _named(hints.conversation, limited.key))
         query = asked.query
         if self._at_once:
             return await self._in_turn(plan, query)
         decided = await self._in_worker(lambda: self._decided(plan, [query]), self.deadline_s)
         return self._choice(decided[0] if decided else self._by_mix(plan, query)[0], plan, fast=decided is None)
 
+    async def _in_conversation(
+        self, conversations: Conversations, asked: Asked, plan: Plan, standing: Plan, name: bytes
+    ) -> Choice:
+        def decided() -> tuple[Decisions, str]:
+            return conversations.decided(asked, plan, standing, name)
+
+        if self._at_once:
+            await self._one_of_few.acquire()
+            asyncio.get_running_loop().call_soon(self._one_of_few.release)
+            found = decided()
+        else:
+            found = await self._in_worker(decided, self.deadline_s)
+            if found is None:
+                return self._choice(self._by_mix(plan, asked.query)[0], plan, fast=True)
+        decisions, said = found
+        choice = self._choice(decisions[0], plan, fast=False)
+        if not said:
+            return choice
+        # The static mix is not what kept the conversation where it is.
+        return choice._replace(reason=said if decisions.fallback[0] else f"{said}; {choice.reason}")
+
     def close(self) -> None:
         """Whoever waits is still decided."""
         self._worker.shutdown(wait=False)
 
-    def _allowed(self, asked: Asked, hints: Hints, limited: Limited) -> frozenset[str]:
+    def _able(self, asked: Asked, hints: Hints, limited: Limited) -> frozenset[str]:
         reasons = {name: refusal(expert, asked, hints, limited.allow) for name, expert in self.experts.items()}
         names = [name for name, reason in reasons.items() if not reason]
         if not names:
             shown = [f"{name}: {reason}" for name, reason in reasons.items() if limited.allow is None or name in limited.allow]
             why = "; ".join(shown) or "none is allowed for this key"
             raise Problem(400, "no_expert_left", f"no expert may answer this request: {why}")
+        return frozenset(names)
+
+    def _now(self, names: frozenset[str], asked: Asked, limited: Limited) -> frozenset[str]:
+        """Those of them that are up, and that the key can pay."""
+        if not limited.down and limited.left is None:
+            return names
         up = [name for name in names if name not in limited.down]
         if not up:
             wait = min(limited.down[name] for name in names)
-            raise Problem(503, "experts_down", f"all who may answer are down: {', '.join(names)}", retry_after=wait)
+            shown = ", ".join(name for name in self.experts if name in names)
+            raise Problem(503, "experts_down", f"all who may answer are down: {shown}", retry_after=wait)
         if limited.left is not None:
             price = self.router.fitted.prices(np.array([len(asked.query)], float))[0]
             affordable = [name for name in up if price[self._place[name]] <= limited.left]
@@ -236,6 +283,11 @@ def refusal(expert: Expert, asked: Asked, hints: Hints, allow: Collection[str] |
     if hints.regions is not None and expert.region is not None and expert.region not in hints.regions:
         return f"it is in {expert.region}"
     return ""
+
+
+def _named(name: bytes, key: str) -> bytes:
+    """What stands for a conversation of a key; b"" where it has no name."""
+    return blake2b(name, digest_size=16, key=key.encode()[:64]).digest() if name else b""
 
 
 def _merged(expert: Expert, can: Abilities | None) -> Expert:

@@ -28,10 +28,11 @@ _LOOKS_LIKE_A_KEY = frozenset({"key", "api_key", "apikey", "token", "secret", "p
 class Expert:
     """An OpenAI-compatible server.  Prices in dollars per million tokens, times in seconds.
 
-    `model` is its name there; `key` comes from an environment variable and is never shown.  `context_tokens=None` is no limit,
-    `region=None` anywhere.  `first_byte_s` is the longest wait for the first byte, and between two.  Beyond `max_concurrent`
-    requests wait, at most `max_waiting` of them.  With `route=False` it is reached by its name only.  `logprobs`: it reports the
-    log-probabilities of its answers where a chat asks for them, so that a cascade may ask it first.
+    `model` is its name there; `key` comes from an environment variable and is never shown.  `cached_input_price` is that of input
+    which the prompt cache holds, None where there is no discount.  `context_tokens=None` is no limit, `region=None` anywhere.
+    `first_byte_s` is the longest wait for the first byte, and between two.  Beyond `max_concurrent` requests wait, at most
+    `max_waiting` of them.  With `route=False` it is reached by its name only.  `logprobs`: it reports the log-probabilities of
+    its answers where a chat asks for them, so that a cascade may ask it first.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Expert:
     key: str | None = field(default=None, repr=False)
     input_price: float = 0.0
     output_price: float = 0.0
+    cached_input_price: float | None = None
     context_tokens: int | None = None
     tools: bool = True
     images: bool = True
@@ -58,9 +60,12 @@ class Expert:
         object.__setattr__(self, "base_url", self.base_url.rstrip("/"))
         object.__setattr__(self, "model", self.model or self.name)
 
-    def price(self, input_tokens: float, output_tokens: float) -> float:
-        """Dollars."""
-        return (input_tokens * self.input_price + output_tokens * self.output_price) / 1e6
+    def price(self, input_tokens: float, output_tokens: float, cached_tokens: float = 0) -> float:
+        """Dollars, where the prompt cache held `cached_tokens` of the input."""
+        dollars = input_tokens * self.input_price + output_tokens * self.output_price
+        if self.cached_input_price is not None:
+            dollars -= min(cached_tokens, input_tokens) * (self.input_price - self.cached_input_price)
+        return dollars / 1e6
 
 
 class _FieldError(ValueError):
@@ -167,13 +172,20 @@ def _check_key(expert: Expert) -> None:
 
 
 def _check_numbers(expert: Expert) -> None:
-    for name in ("input_price", "output_price", "connect_s", "first_byte_s", "total_s"):
+    for name in ("input_price", "output_price", "cached_input_price", "connect_s", "first_byte_s", "total_s"):
         value = getattr(expert, name)
+        if value is None and name == "cached_input_price":
+            continue
         least = "0 or more" if name.endswith("price") else "above 0"
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise _FieldError(name, f"expected a number, {least}, got {value!r}")
         if value < 0 or (value == 0 and least == "above 0"):
             raise _FieldError(name, f"expected a number, {least}, got {value!r}")
+    if expert.cached_input_price is not None and expert.cached_input_price > expert.input_price:
+        dearest = expert.input_price
+        raise _FieldError(
+            "cached_input_price", f"expected at most the input_price, {dearest:g}, got {expert.cached_input_price:g}"
+        )
     for name, fewest in (("context_tokens", 1), ("max_concurrent", 1), ("max_waiting", 0)):
         value = getattr(expert, name)
         if value is None and name == "context_tokens":

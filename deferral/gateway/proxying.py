@@ -135,6 +135,8 @@ class Exchange:
     async def _serve(self, body: bytes, headers: Mapping[bytes, bytes]) -> None:
         gateway, now = self.gateway, self.gateway.current
         asked = self.asked = parse(self.kind, body)
+        if asked.model in AUTO:
+            asked = self.asked = now.decider.read(asked)
         began = perf_counter()
         wanted = hints(headers)
         choice = self.choice = await self._decided(now, asked, wanted)
@@ -189,7 +191,8 @@ class Exchange:
                 raise Problem(400, "auto_not_possible", message, param="model")
             limits, budgeted = self.gateway.limits, key.budget is not None
             left, thrift = (limits.left(key), limits.thrift(key)) if budgeted else (None, 1.0)
-            return await now.decider.choose(asked, wanted, Limited(key.experts, left, thrift, self.gateway.answerers.down()))
+            down = self.gateway.answerers.down()
+            return await now.decider.choose(asked, wanted, Limited(key.experts, left, thrift, down, key.id))
         expert = now.experts.get(asked.model)
         if expert is None or (key.experts is not None and expert.name not in key.experts):
             message = f"model: {asked.model[:100]!r} is no expert that this key may ask; GET /v1/models lists them"
@@ -219,7 +222,8 @@ class Exchange:
             call.end(good)
             if meter is not None:
                 usage = meter.usage(asked.tokens)
-            price = expert.price(usage.input_tokens, usage.output_tokens) if reply.status < 300 else 0.0
+            tokens = (usage.input_tokens, usage.output_tokens, usage.cached_tokens)
+            price = expert.price(*tokens) if reply.status < 300 else 0.0
             hold.settle(price + self._extra)
             self._keep(expert.name, usage, outcome, price=price, first_byte_s=first_byte_s, attempts=call.attempts)
         self.over = True
@@ -313,7 +317,7 @@ class Exchange:
         latency = perf_counter() - self.began
         # The same tokens at the best expert's price: what it would have written instead, nobody knows.
         best = self.best if expert and self.status < 300 else None
-        best_price = math.nan if best is None else best.price(usage.input_tokens, usage.output_tokens)
+        best_price = math.nan if best is None else best.price(usage.input_tokens, usage.output_tokens, usage.cached_tokens)
         row = DecisionRow(
             id=self.id,
             time=self.arrived,

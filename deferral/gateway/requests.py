@@ -9,13 +9,12 @@ from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 from deferral.gateway.problems import Problem
+from deferral.gateway.turns import BYTES_PER_TOKEN, Turn, conversation, text_of
 
 __all__ = ["Asked", "Hints", "Kind", "hints", "parse", "with_model"]
 
 Kind = Literal["chat", "completions", "embeddings"]
 
-# A rule of thumb of English text in today's tokenizers; in other scripts a character has more bytes and more tokens.
-_BYTES_PER_TOKEN = 4
 _IMAGE_TOKENS = 1000
 _MODEL = re.compile(rb'"model"\s*:\s*("[^"\\]*(?:\\.[^"\\]*)*")', re.DOTALL)
 _SPACE, _COLON, _COMMA = (re.compile(rf"[ \t\n\r]*{sign}[ \t\n\r]*") for sign in ("", ":", ",?"))
@@ -23,7 +22,11 @@ _DECODER = json.JSONDecoder()
 
 
 class Asked(NamedTuple):
-    """`tokens` is estimated, `output_tokens` what the client allows (0: not said)."""
+    """`tokens` is estimated, `output_tokens` what the client allows (0: not said).
+
+    `query` is what is scored: the last of the `turns`, which are the user's requests, oldest first.  With `follows` it is not the
+    newest, which only follows it up.
+    """
 
     model: str
     query: str
@@ -32,17 +35,20 @@ class Asked(NamedTuple):
     tools: bool
     images: bool
     stream: bool
+    turns: tuple[Turn, ...] = ()
+    follows: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Hints:
-    """Settings of the trade-off for one request, and where it may be answered."""
+    """Settings of the trade-off for one request, where it may be answered, and the name of its conversation, if it has one."""
 
     price_of_error: float | None = None
     budget: float | None = None
     max_latency: float | None = None
     min_quality: float | None = None
     regions: frozenset[str] | None = None
+    conversation: bytes = b""
 
     @property
     def setting(self) -> tuple[float | None, float | None, float | None, float | None]:
@@ -81,15 +87,18 @@ def parse(kind: Kind, body: bytes) -> Asked:
     if stream is not None and not isinstance(stream, bool):
         raise Problem(400, "invalid_type", f"stream: expected true or false, got {_kind(stream)}", param="stream")
     if kind == "chat":
-        query, tools, images, image_bytes = _messages(request.get("messages"))
+        messages = request.get("messages")
+        if not isinstance(messages, list):
+            raise Problem(400, "invalid_messages", f"messages: expected a list, got {_kind(messages)}", param="messages")
+        turns, tools, images, image_bytes = conversation(messages)
         tools = tools or bool(request.get("tools")) or bool(request.get("functions"))
     else:
         name = "prompt" if kind == "completions" else "input"
-        query, tools, images, image_bytes = _text(request.get(name)), False, 0, 0
-    tokens = (len(body) - image_bytes) // _BYTES_PER_TOKEN + images * _IMAGE_TOKENS
+        turns, tools, images, image_bytes = (Turn(text_of(request.get(name)), 0),), False, 0, 0
+    tokens = (len(body) - image_bytes) // BYTES_PER_TOKEN + images * _IMAGE_TOKENS
     allowed = request.get("max_completion_tokens", request.get("max_tokens"))
     output = allowed if isinstance(allowed, int) and not isinstance(allowed, bool) and 0 < allowed < 1 << 31 else 0
-    return Asked(model, query, tokens, output, tools, images > 0, stream is True)
+    return Asked(model, turns[-1].query, tokens, output, tools, images > 0, stream is True, turns)
 
 
 def with_model(body: bytes, model: str) -> bytes:
@@ -125,48 +134,9 @@ def hints(headers: Mapping[bytes, bytes]) -> Hints:
             raise Problem(400, "invalid_hint", f"{shown}: expected a number above 0, got {_shown(text)}", param=shown)
     if regions := headers.get(b"x-deferral-regions"):
         values["regions"] = frozenset(region.strip() for region in regions.decode("latin-1").split(","))
+    if conversation_name := headers.get(b"x-deferral-conversation"):
+        values["conversation"] = conversation_name
     return Hints(**values) if values else NO_HINTS
-
-
-def _messages(messages: Any) -> tuple[str, bool, int, int]:
-    """Text of the last message of the user, whether tools are in use, images, and the bytes of these."""
-    if not isinstance(messages, list):
-        raise Problem(400, "invalid_messages", f"messages: expected a list, got {_kind(messages)}", param="messages")
-    query: str | None = None
-    fallback = ""
-    tools, images, image_bytes = False, 0, 0
-    for message in reversed(messages):
-        if not isinstance(message, dict):
-            continue
-        role, content = message.get("role"), message.get("content")
-        if role == "tool" or role == "function" or "tool_calls" in message:
-            tools = True
-        if isinstance(content, list):
-            for part in content:
-                if isinstance(part, dict) and "image" in str(part.get("type")):
-                    images += 1
-                    image_bytes += _length(part)
-        if query is None and role == "user":
-            query = _text(content)
-        elif not fallback:
-            fallback = _text(content)
-    return fallback if query is None else query, tools, images, image_bytes
-
-
-def _text(content: Any) -> str:
-    """Of a content, a prompt or an input: a text, or a list of texts and parts."""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        return ""
-    texts = (part if isinstance(part, str) else part.get("text") if isinstance(part, dict) else None for part in content)
-    return "\n".join(text for text in texts if isinstance(text, str))
-
-
-def _length(part: dict[str, Any]) -> int:
-    image = part.get("image_url", part.get("image"))
-    url = image.get("url") if isinstance(image, dict) else image
-    return len(url) if isinstance(url, str) else 0
 
 
 def _with_top_level_model(text: str, value: str) -> str:

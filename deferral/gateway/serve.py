@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import socket
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -16,6 +17,7 @@ from deferral.errors import DataError
 from deferral.gateway.access import must_have_key
 from deferral.gateway.app import gateway, load_router
 from deferral.gateway.experts_file import read_experts
+from deferral.gateway.hysteresis import RULES
 from deferral.gateway.listening import BACKLOG, listening
 from deferral.gateway.logs import logging_to
 from deferral.gateway.protocol import Protocol
@@ -167,6 +169,19 @@ def _allow_many_connections() -> None:
     "--max-request-mb", type=click.FloatRange(min=0, min_open=True), default=10.0, show_default=True, help="Longest request."
 )
 @click.option("--traces", is_flag=True, help="Send spans by OpenTelemetry; the variables OTEL_* say where to, and of what.")
+@click.option("--no-conversations", is_flag=True, help="Decide every request of a conversation by itself.")
+@click.option(
+    "--patience",
+    type=click.IntRange(min=1),
+    default=RULES.patience,
+    show_default=True,
+    help="Requests in a row for which a cheaper expert has to be preferred before a conversation changes to it.",
+)
+@click.option(
+    "--follow-up",
+    type=click.IntRange(min=0),
+    help="Characters under which a request follows up the one before.  [default: by the router's log, 40 at most]",
+)
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info", show_default=True)
 def serve(
     router: Path,
@@ -184,6 +199,9 @@ def serve(
     deadline_ms: float,
     max_request_mb: float,
     traces: bool,
+    no_conversations: bool,
+    patience: int,
+    follow_up: int | None,
     log_level: str,
 ) -> None:
     """Serve an OpenAI-compatible API around the router in the folder ROUTER.
@@ -209,6 +227,7 @@ def serve(
             encoder=encoder,
             shadow_folder=shadow,
             traces=traces,
+            conversations=None if no_conversations else replace(RULES, patience=patience, follow_up=follow_up),
         )
         run(settings, log_level=log_level)
     except DataError:

@@ -16,12 +16,13 @@ _FINISHED = re.compile(rb'"finish_reason"\s*:\s*"')
 
 
 class Usage(NamedTuple):
-    """Tokens of a reply, and its own id ("" where it has none)."""
+    """Tokens of a reply, and its own id ("" where it has none); `cached_tokens` of the input came out of the prompt cache."""
 
     input_tokens: int
     output_tokens: int
     estimated: bool
     reply_id: str
+    cached_tokens: int = 0
 
 
 def usage_of(body: bytes, input_tokens: int) -> Usage | None:
@@ -85,7 +86,9 @@ def _usage(reported: Any, head: bytes, input_tokens: int, characters: int) -> Us
     if isinstance(reported, dict):
         into, out = reported.get("prompt_tokens"), reported.get("completion_tokens", 0)
         if _is_count(into) and _is_count(out):
-            return Usage(into, out, False, reply_id)
+            details = reported.get("prompt_tokens_details")
+            cached = details.get("cached_tokens") if isinstance(details, dict) else 0
+            return Usage(into, out, False, reply_id, min(cached, into) if _is_count(cached) else 0)
     return Usage(input_tokens, -(-characters // _CHARACTERS_PER_TOKEN), True, reply_id)
 
 

@@ -1,0 +1,135 @@
+"""What the user asked for, turn by turn: the messages of a conversation without the plumbing of tools.
+
+Agents send a model's calls of tools and their results back as messages, and repeat the whole conversation each time.  A request
+of the user is a message with the role user that says something, its tool results left out: content parts of the type
+tool_result, and texts in the tags that frameworks wrap around what they put into the user's mouth, at the beginning and the end
+of a message.  What the user sends twice without an answer in between is one turn, and the last message of it counts.
+"""
+
+import re
+from typing import Any, NamedTuple
+
+__all__ = ["BYTES_PER_TOKEN", "Conversation", "Turn", "conversation", "text_of"]
+
+# A rule of thumb of English text in today's tokenizers; in other scripts a character has more bytes and more tokens.
+BYTES_PER_TOKEN = 4
+
+_WRAPPED = (
+    "tool_response", "tool_result", "tool_results", "tool_output", "function_result", "function_results", "function_response",
+    "observation", "system-reminder", "environment_details", "environment_context",
+)  # fmt: skip
+_OPENING = re.compile(rf"<({'|'.join(_WRAPPED)})(?:\s[^<>]*)?>")
+_CLOSING = re.compile(rf"</({'|'.join(_WRAPPED)})>")
+_LONGEST_CLOSING = max(map(len, _WRAPPED)) + 3
+# ReAct has no tags.
+_OBSERVED = "Observation:"
+# More of them in one message are taken for text: reading a request takes a bounded time.
+_MOST_WRAPPED = 32
+_PARTS_OF_TOOLS = frozenset({"tool_result", "tool_use", "tool_call"})
+
+
+class Turn(NamedTuple):
+    """A request of the user, and about how many tokens of text come before it: the same, whatever comes after it."""
+
+    query: str
+    before: int
+
+
+class Conversation(NamedTuple):
+    """The requests of the user, oldest first, at least one: without any, the last text that there is stands for it."""
+
+    turns: tuple[Turn, ...]
+    tools: bool
+    images: int
+    image_bytes: int
+
+
+def conversation(messages: list[Any]) -> Conversation:
+    """What is said in a list of messages; whatever is no message is skipped."""
+    turns: list[tuple[str, int]] = []
+    rest = 0
+    users_text, other_text = "", ""
+    tools, images, image_bytes, answered = False, 0, 0, True
+    for message in reversed(messages):
+        if not isinstance(message, dict):
+            continue
+        role, content = message.get("role"), message.get("content")
+        if isinstance(content, str):
+            text = content
+        else:
+            text = text_of(content)
+            for part in content if isinstance(content, list) else ():
+                kind = str(part.get("type")) if isinstance(part, dict) else ""
+                if "image" in kind:
+                    images += 1
+                    image_bytes += _length(part)
+                elif kind in _PARTS_OF_TOOLS:
+                    tools = True
+        rest += len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
+        if role == "user":
+            users_text = users_text or text
+            if answered and (asked := _asked(text)):
+                turns.append((asked, rest))
+                answered = False
+        elif role == "tool" or role == "function":
+            tools = True
+        else:
+            tools = tools or "tool_calls" in message or "function_call" in message
+            answered = answered or role == "assistant"
+            other_text = other_text or text
+    if not turns:
+        turns.append((users_text if users_text or _has_user(messages) else other_text, rest))
+    found = tuple(Turn(query, (rest - after) // BYTES_PER_TOKEN) for query, after in reversed(turns))
+    return Conversation(found, tools, images, image_bytes)
+
+
+def text_of(content: Any) -> str:
+    """Of a content, a prompt or an input: a text, or a list of texts and parts.  Results of tools are left out."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        return ""
+    texts = (
+        part if isinstance(part, str) else part.get("text") if isinstance(part, dict) and not _of_tools(part) else None
+        for part in content
+    )
+    return "\n".join(text for text in texts if isinstance(text, str))
+
+
+def _has_user(messages: list[Any]) -> bool:
+    return any(isinstance(message, dict) and message.get("role") == "user" for message in messages)
+
+
+def _of_tools(part: dict[str, Any]) -> bool:
+    kind = part.get("type")
+    return isinstance(kind, str) and kind in _PARTS_OF_TOOLS
+
+
+def _asked(text: str) -> str:
+    """A message of the user without what was wrapped into it; "" where nothing is left, as it was where nothing is wrapped."""
+    bare = text.strip()
+    if bare.startswith(_OBSERVED):
+        return ""
+    if not bare.startswith("<") and not bare.endswith(">"):
+        return text if bare else ""
+    for _ in range(_MOST_WRAPPED):
+        if (opening := _OPENING.match(bare)) is None:
+            break
+        closing = f"</{opening[1]}>"
+        if (end := bare.find(closing, opening.end())) < 0:
+            break
+        bare = bare[end + len(closing) :].lstrip()
+    for _ in range(_MOST_WRAPPED):
+        place = bare.rfind("</", -_LONGEST_CLOSING)
+        if place < 0 or (found := _CLOSING.fullmatch(bare, place)) is None:
+            break
+        if (begin := bare.rfind(f"<{found[1]}>", 0, place)) < 0:
+            break
+        bare = bare[:begin].rstrip()
+    return bare
+
+
+def _length(part: dict[str, Any]) -> int:
+    image = part.get("image_url", part.get("image"))
+    url = image.get("url") if isinstance(image, dict) else image
+    return len(url) if isinstance(url, str) else 0
