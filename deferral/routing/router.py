@@ -150,7 +150,7 @@ class Router:
         """`decide(plan, vectors, [query])[0]`, without the arrays, which take longer than a few sums."""
         estimated = self.fitted.estimate(vectors)
         if self.explore > 0 or plan.why_fallback or estimated[2][0] < _LEAST_TRUST:
-            return self.decide_estimated(plan, estimated, [query])[0]
+            return replace(self.decide_estimated(plan, estimated, [query]), kinds=self.fitted.kinds_of(vectors))[0]
         state, characters, error = self.fitted, len(query), plan.price_of_error
         quality = estimated[0][0].tolist()
         price = [base + characters * rate for base, rate in state.rates]
