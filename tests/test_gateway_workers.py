@@ -78,6 +78,16 @@ def ask(gateway: Serving, method: str, path: str, token: str) -> tuple[int, dict
         connection.close()
 
 
+def metrics(gateway: Serving) -> str:
+    """Of all workers, by whichever answers."""
+    connection = http.client.HTTPConnection("127.0.0.1", gateway.port, timeout=20)
+    try:
+        connection.request("GET", "/metrics", headers={"authorization": f"Bearer {ADMIN}"})
+        return connection.getresponse().read().decode()
+    finally:
+        connection.close()
+
+
 def workers(gateway: Serving) -> set[int]:
     """The processes that serve, by what they said of themselves, as far as they live."""
     said = {int(pid) for pid in re.findall(r"Started server process \[(\d+)\]", gateway.log)}
@@ -115,6 +125,8 @@ def test_three_workers_hold_one_budget_one_rate_and_one_router(
     statuses = spend(gateway, tokens["budget"], model="large", max_tokens=10)
     assert set(statuses) == {200, 429}
     assert spend(gateway, tokens["rate"], 6, model="small").count(200) == 30
+    answered = f'deferral_answers_total{{expert="large",outcome="ok"}} {statuses.count(200):.1f}'
+    until(lambda: answered in metrics(gateway), 5)
 
     file = folder / "experts.toml"
     good = file.read_text()

@@ -31,6 +31,7 @@ from deferral.gateway.settings import Settings
 from deferral.gateway.shadow import Shadow, load_shadow
 from deferral.gateway.shared_limits import limits_of
 from deferral.gateway.upstream import Upstream
+from deferral.gateway.worker_metrics import WorkerMetrics
 from deferral.routing.encoders import FunctionEncoder
 from deferral.routing.router import Router
 
@@ -74,6 +75,8 @@ class Gateway:
         self.alarms = Alarms(self.record.engine)
         self.shadow: Shadow | None = None
         self.traces = _traces() if settings.traces else None
+        shared = self.settings.metrics_folder
+        self.worker_metrics = None if shared is None else WorkerMetrics(self.metrics, shared)
         self._following: list[asyncio.Task] = []
 
     @property
@@ -101,11 +104,15 @@ class Gateway:
             asyncio.create_task(self.reloads.follow(self.reload)),
             asyncio.create_task(self.alarms.follow(lambda: self.current.decider.expected)),
         ]
+        if self.worker_metrics is not None:
+            self._following.append(asyncio.create_task(self.worker_metrics.follow()))
 
     async def stop(self) -> None:
         """Everything is written before this returns."""
         for task in self._following:
             task.cancel()
+        if self.worker_metrics is not None:
+            self.worker_metrics.leave()
         await self.answerers.upstream.close()
         self.current.decider.close()
         if self.shadow is not None:

@@ -74,7 +74,7 @@ def routes(gateway: "Gateway") -> list[Route]:
             gateway.access.client(request.scope, headers)
         else:
             gateway.access.admin(headers)
-        return Response(gateway.metrics.text(), headers={"content-type": CONTENT_TYPE})
+        return Response((gateway.worker_metrics or gateway.metrics).text(), headers={"content-type": CONTENT_TYPE})
 
     return [
         Route("/v1/models", models),

@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import socket
+import tempfile
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -51,7 +52,9 @@ def run(settings: Settings, *, log_level: str = "info") -> None:
         load_router(settings), read_experts(settings.experts_file)
         with logging_to(level=log_level):
             _log.info("%d workers at %s:%d", settings.workers, *listener.getsockname()[:2])
-            supervise(partial(_serve, settings, log_level), listener, settings.workers)
+            with tempfile.TemporaryDirectory(prefix="deferral-metrics-") as folder:
+                shared = replace(settings, metrics_folder=Path(folder))
+                supervise(partial(_serve, shared, log_level), listener, settings.workers)
 
 
 def _serve(settings: Settings, log_level: str, listener: socket.socket) -> None:

@@ -20,8 +20,9 @@ class Settings:
     long decisions and feedback are (None: without an end); `retry_share` bounds retries as a share of the requests;
     `router_folder` and `experts_file` are what a reload reads; `encoder` is the folder of the sentence encoder that the router
     was fitted with, if it was; `shadow_folder` a candidate router that decides beside it without being used; `traces`
-    sends spans by OpenTelemetry, as its variables OTEL_* say; `workers` is how many processes serve; `conversations` is when a
-    conversation changes its expert (None: every request is decided by itself).
+    sends spans by OpenTelemetry, as its variables OTEL_* say; `workers` is how many processes serve, `metrics_folder` where
+    they add up their metrics; `conversations` is when a conversation changes its expert (None: every request is decided by
+    itself).
     """
 
     database: str = "sqlite:///deferral-gateway.db"
@@ -42,6 +43,7 @@ class Settings:
     encoder: Path | None = None
     shadow_folder: Path | None = None
     traces: bool = False
+    metrics_folder: Path | None = None
     conversations: Rules | None = RULES
 
     def __post_init__(self) -> None:

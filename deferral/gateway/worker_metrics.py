@@ -1,0 +1,84 @@
+"""Metrics of several workers as one: each leaves its own where the others find them, and whoever is scraped adds them up."""
+
+import asyncio
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry, Metric, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
+
+from deferral.gateway.metrics import Metrics
+
+__all__ = ["WorkerMetrics"]
+
+_EVERY = 1.0
+# What each worker sees of the same thing; the others are shares of a sum.
+_SEEN_BY_ALL = frozenset({"deferral_breaker_open", "deferral_alarm", "deferral_drift"})
+
+
+class WorkerMetrics:
+    """Those of this worker and, at most a second old, those of the others, by files in a folder that they share.
+
+    What a worker counted stays counted when it ends; what it had under way ends with it.
+    """
+
+    def __init__(self, metrics: Metrics, folder: Path) -> None:
+        self._metrics, self._folder = metrics, folder
+
+    async def follow(self) -> None:
+        """Leave them for the others, every second."""
+        while True:
+            self.leave()
+            await asyncio.sleep(_EVERY)
+
+    def leave(self) -> None:
+        """Leave them for the others."""
+        path = self._folder / f"{os.getpid()}.prom"
+        partial = path.with_suffix(".partial")
+        partial.write_bytes(self._metrics.text())
+        os.replace(partial, path)
+
+    def text(self) -> bytes:
+        """Of all workers, in the format of Prometheus."""
+        self.leave()
+        registry = CollectorRegistry()
+        registry.register(_Sums(sorted(self._folder.glob("*.prom"))))
+        return generate_latest(registry)
+
+
+class _Sums(Collector):
+    def __init__(self, paths: Iterable[Path]) -> None:
+        self._paths = paths
+
+    def collect(self) -> Iterable[Metric]:
+        families: dict[str, Metric] = {}
+        values: dict[str, dict[tuple[str, tuple[tuple[str, str], ...]], float]] = {}
+        for path in self._paths:
+            lives = _lives(int(path.stem))
+            for family in text_string_to_metric_families(path.read_text()):
+                if family.type == "gauge" and not lives and family.name != "deferral_saving_dollars":
+                    continue
+                families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+                found = values.setdefault(family.name, {})
+                for sample in family.samples:
+                    key = sample.name, tuple(sorted(sample.labels.items()))
+                    if family.name in _SEEN_BY_ALL:
+                        found[key] = max(found.get(key, sample.value), sample.value, key=abs)
+                    else:
+                        found[key] = found.get(key, 0.0) + sample.value
+        for name, metric in families.items():
+            for (sample_name, labels), value in values[name].items():
+                metric.add_sample(sample_name, dict(labels), value)
+            yield metric
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

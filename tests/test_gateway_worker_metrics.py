@@ -1,0 +1,57 @@
+"""What several workers count is one sum, whichever of them is asked."""
+
+import multiprocessing
+import os
+from pathlib import Path
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from deferral.gateway.metrics import Metrics
+from deferral.gateway.worker_metrics import WorkerMetrics
+
+
+def counted(answers: int, breaker: str, flying: int = 0) -> Metrics:
+    metrics = Metrics()
+    metrics.watch(lambda: {"small": breaker}, lambda: {"small": 2})
+    for number in range(answers):
+        metrics.began()
+        metrics.answered(
+            "small", "ok", price=0.5, best_price=0.75, input_tokens=3, output_tokens=4, first_byte_s=0.02, latency_s=0.1 * number
+        )
+        metrics.ended("chat", 200)
+    for _ in range(flying):
+        metrics.began()
+    return metrics
+
+
+def samples(text: bytes) -> dict[tuple, float]:
+    return {
+        (sample.name, *sorted(sample.labels.values())): sample.value
+        for family in text_string_to_metric_families(text.decode())
+        for sample in family.samples
+    }
+
+
+def leave(folder: Path) -> None:
+    WorkerMetrics(counted(4, "open", flying=5), folder).leave()
+
+
+def test_one_worker_alone_says_what_it_counted(tmp_path: Path) -> None:
+    metrics = counted(3, "half-open", flying=1)
+    assert samples(WorkerMetrics(metrics, tmp_path).text()) == samples(metrics.text())
+
+
+def test_others_are_added_and_the_ended_stay_in_the_counters_alone(tmp_path: Path) -> None:
+    # A process that lives: the one that runs this test.
+    (tmp_path / f"{os.getppid()}.prom").write_bytes(counted(2, "half-open", flying=1).text())
+    ended = multiprocessing.get_context("spawn").Process(target=leave, args=(tmp_path,))
+    ended.start()
+    ended.join()
+    found = samples(WorkerMetrics(counted(3, "closed", flying=1), tmp_path).text())
+    assert found["deferral_answers_total", "ok", "small"] == 3 + 2 + 4
+    assert found["deferral_latency_seconds_count", "small"] == 9
+    assert found["deferral_latency_seconds_bucket", "0.1", "small"] == 2 + 2 + 2
+    assert found["deferral_saving_dollars",] == 9 * 0.25
+    assert found["deferral_requests_in_flight",] == 2, "what the ended one had under way has ended"
+    assert found["deferral_queue_length", "small"] == 4
+    assert found["deferral_breaker_open", "small"] == 0.5, "the worst of those that live"
