@@ -4,6 +4,7 @@ import asyncio
 import json
 import socket
 import sqlite3
+import sys
 import threading
 import time
 from collections import Counter
@@ -20,6 +21,7 @@ import uvicorn
 
 from deferral.cli import main
 from deferral.errors import DataError
+from deferral.gateway import cascading
 from deferral.gateway.answering import Unanswered
 from deferral.gateway.cascade_answers import answers_on_record
 from deferral.gateway.cascading import AskingFirst, Silence, asking_first
@@ -29,6 +31,7 @@ from deferral.gateway.experts_file import Expert
 from deferral.gateway.export import CERTAIN, logged
 from deferral.gateway.forgetting import forget
 from deferral.gateway.limits import Hold
+from deferral.gateway.problems import Problem
 from deferral.gateway.record import Record
 from deferral.gateway.requests import Hints, parse
 from deferral.gateway.rows import CascadeRow
@@ -59,7 +62,7 @@ class FakeCall:
 
     def __init__(self, expert: Expert, body: bytes, status: int = 200) -> None:
         self.expert, self.attempts, self.ended = expert, 1, []
-        self.reply = Reply(status, [], body, Usage(100, 1000, False, "r"))
+        self.reply = Reply(status, [], body, Usage(100, 1000, False, "r", cached_tokens=40))
 
     def end(self, good: bool | None) -> None:
         if not self.ended:
@@ -170,6 +173,29 @@ def test_an_unsure_answer_is_deferred_and_both_are_paid(router: Router) -> None:
     assert first.row.extra == hold.spent == pytest.approx(0.0011)
 
 
+def test_a_first_answer_costs_less_for_what_the_prompt_cache_held(router: Router) -> None:
+    first = first_of(router)
+    first.now.experts["small"] = replace(first.first, cached_input_price=0.0)
+    _, hold, _ = answered(first, {"small": told(CONTENT), "large": told(None)})
+    assert first.row.extra == hold.spent == pytest.approx(0.00106), "of 100 tokens of input 40 were cached"
+
+
+def test_a_request_that_is_too_deep_to_be_written_is_not_asked_first(router: Router) -> None:
+    count, choice = 0, a_choice(router)
+    for depth in range(sys.getrecursionlimit() - 300, sys.getrecursionlimit()):
+        deep: Any = "[" * depth + "]" * depth
+        body = json.dumps({"model": "auto", "messages": [{"role": "user", "content": GUESS}], "x": 0}).replace("0", deep).encode()
+        try:
+            asked = parse("chat", body)
+        except Problem:
+            continue
+        first = asking_first(first_of(router).now, Silence(), asked, Hints(), choice, body, None)
+        count += first is not None
+        reply = body.replace(b'"messages"', b'"choices": [{"logprobs": {"content": []}}], "messages"')
+        assert cascading._without_logprobs(cascading._parsed(reply), reply)
+    assert count > 0
+
+
 def test_who_asks_for_log_probabilities_gets_every_byte_of_them(router: Router) -> None:
     call, _, [(_, body)] = answered(first_of(router, logprobs=True), {"small": told(SURE_CONTENT)})
     assert call.reply.body == told(SURE_CONTENT)
@@ -230,6 +256,17 @@ def test_who_never_tells_is_not_asked_first_for_a_while() -> None:
     silence.missed("small", "why")
     assert silence.of("small")
     assert not silence.of("large")
+
+
+def test_requests_that_all_refuse_do_not_end_the_asking_for_others(router: Router) -> None:
+    refusal = (400, b'{"error": {}}')
+    for second, quiet in ((refusal, False), (told(None), True)):
+        silence = Silence()
+        for _ in range(3):
+            first = first_of(router)
+            first.silence = silence
+            answered(first, {"small": refusal, "large": second})
+        assert silence.of("small") is quiet
 
 
 def test_what_is_kept_or_not_is_drawn_where_the_router_explores() -> None:
