@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import socket
 import sqlite3
 import sys
@@ -330,6 +331,9 @@ def test_the_record_keeps_both_prices_and_no_text_is_needed_to_learn_from_it(dat
     outcomes = [one.outcome for one in logged(engine, left_out)]
     assert [outcome.price for outcome in outcomes] == pytest.approx([1e-4, 1e-3, 1e-4])
     assert [outcome.confidence is not None for outcome in outcomes] == [True, False, False]
+    assert [outcome.latency_s for outcome in outcomes[:2]] == [0.25, pytest.approx(math.nan, nan_ok=True)], (
+        "of one answer, or not"
+    )
     assert left_out[CERTAIN] == 1
     assert what_if(engine, since=0, until=1e9).rows == 5, "what was kept with certainty proves nothing"
     with pytest.raises(DataError, match="Serve with --explore"):
