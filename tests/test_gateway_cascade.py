@@ -403,7 +403,8 @@ def test_through_a_gateway_answers_are_kept_or_deferred_charged_and_recorded(run
     assert (small.model, small.json["top_logprobs"], large.model) == ("small", 5, "large")
     assert "logprobs" not in large.json
     deferred = on_record(running, headers["x-deferral-id"])
-    assert (deferred["ending"], deferred["extra"], deferred["price"]) == (
+    assert (deferred["attempts"], deferred["ending"], deferred["extra"], deferred["price"]) == (
+        2,
         "deferred",
         pytest.approx(47e-6),
         pytest.approx(47e-4 + 47e-6),

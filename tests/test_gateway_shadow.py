@@ -155,6 +155,9 @@ def test_a_full_queue_drops_and_counts(tmp_path: Path, router: Router) -> None:
         shadow.offer(f"id-{number}", 1.0, f"{EASY} {number}", choice)
     until(lambda: shadow.scored + shadow.dropped == 2000)
     assert shadow.dropped > 0
+    dropped = shadow.dropped
+    shadow.offer("long", 1.0, "x" * 40_000, choice)
+    assert shadow.dropped == dropped + 1
     shadow.offer("nobody", 1.0, EASY, choice._replace(cost={"another": 0.1}))
     dropped = shadow.dropped
     until(lambda: shadow.dropped == dropped + 1 or shadow.dropped > dropped)
