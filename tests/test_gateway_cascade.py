@@ -412,6 +412,10 @@ def test_through_a_gateway_answers_are_kept_or_deferred_charged_and_recorded(run
     assert gateway.state.limits.left(key) == pytest.approx(1.0 - 47e-4 - 2 * 47e-6)
     metrics = gateway.ask("GET", "/metrics", key=None)[2] if gateway.state.access.open else gateway.state.metrics.text()
     assert b'deferral_cascades_total{expert="small",outcome="deferred"} 1.0' in metrics
+    del upstream.seen[:]
+    body = {"model": "auto", "messages": [{"role": "user", "content": f"{GUESS} 72"}]}
+    status, headers, _ = gateway.ask("POST", "/v1/chat/completions", body, key=token, idempotency_key="once")
+    assert (status, len(upstream.seen), "x-deferral-cascade" in headers) == (200, 1, False), "two would have one key"
     # Easy and hard queries are routed as ever, and so is what is streamed or asked for by name.
     for text, fields in (
         (f"{EASY} 7", {}),

@@ -147,7 +147,9 @@ class Exchange:
         forwarded = {
             name.decode(): value.decode() for name in FORWARDED & headers.keys() if _PLAIN.fullmatch(value := headers[name])
         }
-        if now.router.cascade is not None and self.kind == "chat" and asked.model in AUTO:
+        # An idempotency key promises one request, and not two that differ.
+        alone = "idempotency-key" in forwarded
+        if now.router.cascade is not None and self.kind == "chat" and asked.model in AUTO and not alone:
             left = gateway.limits.left(self.key)
             self.first = asking_first(now, gateway.silence, asked, wanted, choice, body, left)
         with await self._held(choice) as hold:
