@@ -78,10 +78,11 @@ class Agreement:
 def agreement(engine: Engine, *, since: float, until: float) -> Agreement:
     """Of the candidate that decided last: since <= time < until, in seconds since 1970.
 
-    The live choice is the one without exploration: whom it asked with a propensity above 1/2, else the lowest expected cost of
-    the others.  An answer that was kept or not by its log-probabilities was no choice of the router: that is the lowest expected
-    cost, and such an answer counts for the gain only where it was drawn.  The cost of an answer is
-    1 - quality + price / price_of_error; where nobody was drawn, the live router's expectation.
+    The candidate decides every request by itself, also in a conversation that stays where it is.  The live choice is the one
+    without exploration: whom it asked with a propensity above 1/2, else the lowest expected cost of the others.  An answer that
+    was kept or not by its log-probabilities was no choice of the router: that is the lowest expected cost, and such an answer
+    counts for the gain only where it was drawn.  The cost of an answer is 1 - quality + price / price_of_error; where nobody was
+    drawn, the live router's expectation.
     """
     d, s, through = decisions.c, shadows.c, cascades.c
     within = (s.time >= since) & (s.time < until)
