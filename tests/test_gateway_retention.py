@@ -12,18 +12,19 @@ from deferral.gateway.keys import Key
 from deferral.gateway.limits import Limits
 from deferral.gateway.record import Record
 from deferral.gateway.retention import Retention
-from deferral.gateway.schema import decisions, feedback, minutes, shadows, texts
+from deferral.gateway.rows import CascadeRow
+from deferral.gateway.schema import cascades, decisions, feedback, minutes, shadows, texts
 from tests.gateway_rows import row
 
 NOW, DAY = time.time(), 86400.0
 
 
 def filled(database: str) -> Record:
-    """20 decisions of the key "a", from 20 hours ago to one; judged, with texts, and shadowed."""
+    """20 decisions of the key "a", from 20 hours ago to one; judged, with texts, shadowed, and asked first."""
     made = Record(database, store_text=True, retention_days=30.0, clock=lambda: NOW)
     made.start()
     for number in range(20):
-        made.add(row(number, time=NOW - (20 - number) * 3600 + 1, key="a", price=0.25))
+        made.add(row(number, time=NOW - (20 - number) * 3600 + 1, key="a", price=0.25, cascade=CascadeRow("small", "kept")))
 
     async def judge() -> None:
         for number in range(20):
@@ -39,7 +40,7 @@ def filled(database: str) -> Record:
 
 def counts(record: Record) -> list[int]:
     with record.engine.connect() as connection:
-        tables = (decisions, feedback, texts, shadows)
+        tables = (decisions, feedback, texts, shadows, cascades)
         return [connection.execute(select(func.count()).select_from(table)).scalar_one() for table in tables]
 
 
@@ -49,13 +50,13 @@ def test_decisions_go_when_their_time_is_over_with_all_that_hangs_on_them(databa
     spent = record.spent("a", 0.0)
     kept = Retention(record.engine, text_days=None, record_days=None, clock=lambda: NOW)
     assert kept.step() == module._EVERY
-    assert counts(record) == [20] * 4
+    assert counts(record) == [20] * 5
     half = Retention(record.engine, text_days=None, record_days=0.5, clock=lambda: NOW)
     steps = 0
     while half.step() < 1.0:
         steps += 1
     assert steps == 2
-    assert counts(record) == [12] * 4
+    assert counts(record) == [12] * 5
     with record.engine.connect() as connection:
         oldest = connection.execute(select(func.min(decisions.c.time))).scalar_one()
         assert connection.execute(select(func.sum(minutes.c.requests))).scalar_one() == 20
@@ -70,12 +71,12 @@ def test_what_was_said_while_its_decision_went_goes_too(database: str) -> None:
     all_of_it = Retention(record.engine, text_days=None, record_days=0.01, clock=lambda: NOW)
     while all_of_it.step() < 1.0:
         pass
-    assert counts(record) == [0] * 4
+    assert counts(record) == [0] * 5
     with record.engine.begin() as connection:
         connection.execute(insert(feedback).values(decision="id-3", key="a", quality=1.0, time=NOW - 3600))
         connection.execute(insert(feedback).values(decision="id-4", key="a", quality=1.0, time=NOW))
     all_of_it.step()
-    assert counts(record) == [0, 1, 0, 0]
+    assert counts(record) == [0, 1, 0, 0, 0]
     record.stop()
 
 
@@ -107,9 +108,9 @@ def test_one_worker_deletes_decisions_and_the_others_do_not_wait(database: str) 
     retention = Retention(record.engine, text_days=None, record_days=0.5, clock=lambda: NOW)
     with record.engine.connect() as connection, alone(connection, "forget"):
         assert retention.step() == module._EVERY
-    assert counts(record) == [20] * 4
+    assert counts(record) == [20] * 5
     retention.step()
-    assert counts(record) == [12] * 4
+    assert counts(record) == [12] * 5
     record.stop()
 
 
