@@ -327,6 +327,15 @@ def test_a_budget_first_routes_cheaper_then_refuses(running: Any) -> None:
     assert sum(row["price"] for row in rows(running, f"key = '{key.id}'")) <= 0.012 + 1e-9
 
 
+def test_what_a_long_conversation_sends_is_set_aside(running: Any) -> None:
+    gateway = running.gateway
+    token, _ = gateway.state.keys.create("short of money", budget=0.012, window="month")
+    # 15,000 tokens, too many for the small one.  The router expects $0.01 of the question.
+    messages = [{"role": "system", "content": "x" * 60_000}, {"role": "user", "content": HARD}]
+    status, _, said = gateway.chat(HARD, key=token, messages=messages)
+    assert (status, said["error"]["code"]) == (429, "insufficient_quota")
+
+
 def test_requests_of_any_size_are_read_no_further_than_allowed(running: Any) -> None:
     gateway = running.gateway
     head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {running.key}\r\n".encode()

@@ -152,7 +152,8 @@ class Exchange:
         if now.router.cascade is not None and self.kind == "chat" and asked.model in AUTO and not alone:
             left = gateway.limits.left(self.key)
             self.first = asking_first(now, gateway.silence, asked, wanted, choice, body, left)
-        with await self._held(choice) as hold:
+        # What is expected goes by the query; a long conversation before it costs more.
+        with await self._held(choice, ranking[0].price(asked.tokens, 0)) as hold:
             first = self.first
 
             def ask(experts: Sequence[Expert], body_for: Callable[[Expert], bytes]) -> Awaitable[Call]:
@@ -167,15 +168,15 @@ class Exchange:
                     choice = self.choice = first.choice
             await self._hand_on(call, asked, choice, hold)
 
-    async def _held(self, choice: Choice) -> Hold:
-        """Dollars for whoever may answer; where they do not suffice for two answers after all, nobody is asked first."""
+    async def _held(self, choice: Choice, sent: float) -> Hold:
+        """Dollars for whoever may answer, at least those of what is sent; where they do not do for two, nobody is asked first."""
         limits = self.gateway.limits
         if self.first:
             try:
                 return await limits.held(self.key, self.first.dollars)
             except Refused:
                 self.first = None
-        return await limits.held(self.key, choice.price[choice.ranking[0]])
+        return await limits.held(self.key, max(choice.price[choice.ranking[0]], sent))
 
     async def _decided(self, now: "Generation", asked: Asked, wanted: Hints) -> Choice:
         if self.traced is None:
