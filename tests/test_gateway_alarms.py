@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from sqlalchemy import literal, null, select, update
 
 from deferral.gateway import drift
 from deferral.gateway.alarms import MEANINGS, Alarms
@@ -20,6 +21,7 @@ from deferral.gateway.experts_file import Expert
 from deferral.gateway.metrics import Metrics
 from deferral.gateway.requests import Asked, Hints
 from deferral.gateway.rows import values
+from deferral.gateway.schema import cascades
 from deferral.routing import Router
 from tests.gateway_rows import row
 from tests.running_gateway import EASY, HARD, small_router
@@ -241,6 +243,33 @@ def test_the_gateway_keeps_the_kind_of_a_query(router: Router) -> None:
     assert choice.kind == router.route(EASY).kind != ""
     assert (decider.expected.experts, decider.expected.kinds) == (["small", "large"], router.fitted.kind_names)
     decider.close()
+
+
+def test_what_a_first_answer_decided_rings_neither_for_the_quality_nor_for_the_price(tmp_path: Path) -> None:
+    """Deferred: the queries are harder than was expected before the first answer, which was paid for as well."""
+    database = str(tmp_path / "g.db")
+    filled(database, 800)
+    engine = connect(database)
+    with engine.connect() as connection:
+        before = looked_at(connection, EXPECTED, NOW)
+    with engine.begin() as connection:
+        large = select(decisions.c.id).where(decisions.c.expert == "large")
+        columns = decisions.c.id, literal("small"), literal("silent"), literal(0.25), null(), null()
+        connection.execute(cascades.insert().from_select(list(cascades.c), select(*columns).where(decisions.c.id.in_(large))))
+        connection.execute(update(decisions).where(decisions.c.expert == "large").values(price=decisions.c.price + 0.25))
+    with engine.connect() as connection:
+        after = looked_at(connection, EXPECTED, NOW)
+    assert [replace(seen, found=None, low=None, high=None) for seen in after] == [
+        replace(seen, found=None, low=None, high=None) for seen in before
+    ]
+    assert [seen.found for seen in after] == pytest.approx([seen.found for seen in before])
+    with engine.begin() as connection:
+        connection.execute(update(cascades).values(ending="deferred"))
+    with engine.connect() as connection:
+        judged = {seen.expert: seen.rows for seen in looked_at(connection, EXPECTED, NOW) if seen.name == "quality"}
+    assert judged["small"] > 100
+    assert judged["large"] == 0
+    engine.dispose()
 
 
 def test_a_burst_does_not_stand_for_the_day(tmp_path: Path) -> None:

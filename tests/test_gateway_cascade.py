@@ -2,8 +2,10 @@
 
 import asyncio
 import json
+import math
 import socket
 import sqlite3
+import sys
 import threading
 import time
 from collections import Counter
@@ -20,6 +22,7 @@ import uvicorn
 
 from deferral.cli import main
 from deferral.errors import DataError
+from deferral.gateway import cascading
 from deferral.gateway.answering import Unanswered
 from deferral.gateway.cascade_answers import answers_on_record
 from deferral.gateway.cascading import AskingFirst, Silence, asking_first
@@ -29,6 +32,7 @@ from deferral.gateway.experts_file import Expert
 from deferral.gateway.export import CERTAIN, logged
 from deferral.gateway.forgetting import forget
 from deferral.gateway.limits import Hold
+from deferral.gateway.problems import Problem
 from deferral.gateway.record import Record
 from deferral.gateway.requests import Hints, parse
 from deferral.gateway.rows import CascadeRow
@@ -59,7 +63,7 @@ class FakeCall:
 
     def __init__(self, expert: Expert, body: bytes, status: int = 200) -> None:
         self.expert, self.attempts, self.ended = expert, 1, []
-        self.reply = Reply(status, [], body, Usage(100, 1000, False, "r"))
+        self.reply = Reply(status, [], body, Usage(100, 1000, False, "r", cached_tokens=40))
 
     def end(self, good: bool | None) -> None:
         if not self.ended:
@@ -170,6 +174,29 @@ def test_an_unsure_answer_is_deferred_and_both_are_paid(router: Router) -> None:
     assert first.row.extra == hold.spent == pytest.approx(0.0011)
 
 
+def test_a_first_answer_costs_less_for_what_the_prompt_cache_held(router: Router) -> None:
+    first = first_of(router)
+    first.now.experts["small"] = replace(first.first, cached_input_price=0.0)
+    _, hold, _ = answered(first, {"small": told(CONTENT), "large": told(None)})
+    assert first.row.extra == hold.spent == pytest.approx(0.00106), "of 100 tokens of input 40 were cached"
+
+
+def test_a_request_that_is_too_deep_to_be_written_is_not_asked_first(router: Router) -> None:
+    count, choice = 0, a_choice(router)
+    for depth in range(sys.getrecursionlimit() - 300, sys.getrecursionlimit()):
+        deep: Any = "[" * depth + "]" * depth
+        body = json.dumps({"model": "auto", "messages": [{"role": "user", "content": GUESS}], "x": 0}).replace("0", deep).encode()
+        try:
+            asked = parse("chat", body)
+        except Problem:
+            continue
+        first = asking_first(first_of(router).now, Silence(), asked, Hints(), choice, body, None)
+        count += first is not None
+        reply = body.replace(b'"messages"', b'"choices": [{"logprobs": {"content": []}}], "messages"')
+        assert cascading._without_logprobs(cascading._parsed(reply), reply)
+    assert count > 0
+
+
 def test_who_asks_for_log_probabilities_gets_every_byte_of_them(router: Router) -> None:
     call, _, [(_, body)] = answered(first_of(router, logprobs=True), {"small": told(SURE_CONTENT)})
     assert call.reply.body == told(SURE_CONTENT)
@@ -230,6 +257,17 @@ def test_who_never_tells_is_not_asked_first_for_a_while() -> None:
     silence.missed("small", "why")
     assert silence.of("small")
     assert not silence.of("large")
+
+
+def test_requests_that_all_refuse_do_not_end_the_asking_for_others(router: Router) -> None:
+    refusal = (400, b'{"error": {}}')
+    for second, quiet in ((refusal, False), (told(None), True)):
+        silence = Silence()
+        for _ in range(3):
+            first = first_of(router)
+            first.silence = silence
+            answered(first, {"small": refusal, "large": second})
+        assert silence.of("small") is quiet
 
 
 def test_what_is_kept_or_not_is_drawn_where_the_router_explores() -> None:
@@ -293,6 +331,9 @@ def test_the_record_keeps_both_prices_and_no_text_is_needed_to_learn_from_it(dat
     outcomes = [one.outcome for one in logged(engine, left_out)]
     assert [outcome.price for outcome in outcomes] == pytest.approx([1e-4, 1e-3, 1e-4])
     assert [outcome.confidence is not None for outcome in outcomes] == [True, False, False]
+    assert [outcome.latency_s for outcome in outcomes[:2]] == [0.25, pytest.approx(math.nan, nan_ok=True)], (
+        "of one answer, or not"
+    )
     assert left_out[CERTAIN] == 1
     assert what_if(engine, since=0, until=1e9).rows == 5, "what was kept with certainty proves nothing"
     with pytest.raises(DataError, match="Serve with --explore"):
@@ -362,7 +403,8 @@ def test_through_a_gateway_answers_are_kept_or_deferred_charged_and_recorded(run
     assert (small.model, small.json["top_logprobs"], large.model) == ("small", 5, "large")
     assert "logprobs" not in large.json
     deferred = on_record(running, headers["x-deferral-id"])
-    assert (deferred["ending"], deferred["extra"], deferred["price"]) == (
+    assert (deferred["attempts"], deferred["ending"], deferred["extra"], deferred["price"]) == (
+        2,
         "deferred",
         pytest.approx(47e-6),
         pytest.approx(47e-4 + 47e-6),
@@ -370,6 +412,10 @@ def test_through_a_gateway_answers_are_kept_or_deferred_charged_and_recorded(run
     assert gateway.state.limits.left(key) == pytest.approx(1.0 - 47e-4 - 2 * 47e-6)
     metrics = gateway.ask("GET", "/metrics", key=None)[2] if gateway.state.access.open else gateway.state.metrics.text()
     assert b'deferral_cascades_total{expert="small",outcome="deferred"} 1.0' in metrics
+    del upstream.seen[:]
+    body = {"model": "auto", "messages": [{"role": "user", "content": f"{GUESS} 72"}]}
+    status, headers, _ = gateway.ask("POST", "/v1/chat/completions", body, key=token, idempotency_key="once")
+    assert (status, len(upstream.seen), "x-deferral-cascade" in headers) == (200, 1, False), "two would have one key"
     # Easy and hard queries are routed as ever, and so is what is streamed or asked for by name.
     for text, fields in (
         (f"{EASY} 7", {}),

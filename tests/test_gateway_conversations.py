@@ -309,6 +309,7 @@ def test_a_named_conversation_is_held_for_its_key_and_for_a_while(router: Router
     held = both.conversations._held  # type: ignore[union-attr]
     for number in range(9):
         choose(both, [user(hard(number))], name=b"%d" % number)
+        assert choose(both, [user("yes")], name=b"0").reason.startswith("stays with large"), "in use, it is not forgotten"
     assert len(held) == 3
     assert not any(EASY.encode() in name or HARD.encode() in name for name in held)
 

@@ -1,6 +1,7 @@
 """Hard constraints, hints, and what happens when a decision takes too long."""
 
 import asyncio
+import json
 import math
 import time
 
@@ -10,7 +11,7 @@ import pytest
 from deferral.gateway.deciding import Choice, Decider, Limited
 from deferral.gateway.experts_file import Expert
 from deferral.gateway.problems import Problem
-from deferral.gateway.requests import Asked, Hints
+from deferral.gateway.requests import Asked, Hints, parse
 from deferral.routing import Abilities, Router
 from tests.running_gateway import EASY, HARD, small_router
 
@@ -169,3 +170,37 @@ def test_many_decisions_at_once_leave_the_event_loop_time_for_others(router: Rou
     rounds, decided = asyncio.run(run())
     assert decided == 40
     assert rounds >= 3, "sixteen at a time"
+
+
+@pytest.mark.parametrize("earlier", [[], [HARD]], ids=["single", "conversation"])
+def test_whoever_leaves_while_waiting_for_a_turn_holds_up_nobody(router: Router, earlier: list[str]) -> None:
+    turns = [{"role": "user", "content": text} for text in earlier] + [{"role": "assistant", "content": ""}] * len(earlier)
+
+    async def run() -> tuple[list, Choice]:
+        decider = Decider(router, EXPERTS, deadline_s=1.0)
+
+        def chosen(number: int) -> asyncio.Task[Choice]:
+            messages = [*turns, {"role": "user", "content": f"{EASY} {number}"}]
+            request = parse("chat", json.dumps({"model": "auto", "messages": messages}).encode())
+            return asyncio.create_task(decider.choose(decider.read(request), Hints(), Limited()))
+
+        waiting = [chosen(number) for number in range(60)]
+        for leaving in (waiting[::3], waiting[1::3]):
+            await asyncio.sleep(0)
+            for task in leaving:
+                task.cancel()
+        return await asyncio.gather(*waiting, return_exceptions=True), await chosen(99)
+
+    found, later = asyncio.run(run())
+    assert all(isinstance(one, Choice) for one in [*found[2::3], later])
+    assert any(isinstance(one, asyncio.CancelledError) for one in found)
+
+
+def test_a_decision_that_fails_is_told_to_all_who_wait_for_it(router: Router) -> None:
+    async def run() -> list:
+        decider = Decider(router, EXPERTS, deadline_s=1.0)
+        decider._decided = lambda *_: 1 / 0  # type: ignore[assignment]
+        choices = (decider.choose(asked(f"{EASY} {number}"), Hints(), Limited()) for number in range(40))
+        return await asyncio.wait_for(asyncio.gather(*choices, return_exceptions=True), 10)
+
+    assert {type(one) for one in asyncio.run(run())} == {ZeroDivisionError}

@@ -135,9 +135,10 @@ def test_another_setting_is_judged_by_what_was_drawn_not_by_what_was_expected(tm
 
 def test_without_feedback_or_rows_it_says_so(tmp_path: Path) -> None:
     rows, _ = traffic(50, end=10_000.0, explore=0.0)
-    # A conversation that stays where it is has drawn nothing.
+    # A conversation that stays where it is has drawn nothing, also where others explore.
     kept = {"small": "large", "large": "small"}[rows[0].chosen]
     rows[0] = replace(rows[0], chosen=kept, expert=kept)
+    rows[2] = replace(rows[2], chosen=kept, expert=kept, propensity=0.95)
     path = stored(tmp_path / "g.db", rows, [])
     found = what_if(connect(path), since=0, until=10_000)
     assert (found.rows, found.judged, found.explored) == (50, 0, 0)

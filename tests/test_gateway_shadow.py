@@ -3,19 +3,21 @@
 import json
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from sqlalchemy import select
+from sqlalchemy import literal, null, select, update
 
 from deferral.cli import main
-from deferral.gateway.agreement import agreement
+from deferral.gateway.agreement import Gain, agreement
 from deferral.gateway.database import connect, decisions, feedback, insert_rows, prepare
 from deferral.gateway.deciding import Choice
 from deferral.gateway.experts_file import Expert
-from deferral.gateway.rows import values
-from deferral.gateway.schema import shadows
+from deferral.gateway.rows import CascadeRow, cascade_values, values
+from deferral.gateway.schema import cascades, shadows
 from deferral.gateway.settings import Settings
 from deferral.gateway.shadow import Shadow, load_shadow
 from deferral.routing import Router
@@ -86,6 +88,48 @@ def test_the_gain_is_what_the_candidate_would_have_saved(tmp_path: Path, capsys:
     assert "agrees on 1000 of 2000 requests" in capsys.readouterr().out
 
 
+def test_what_an_answer_decided_is_not_taken_for_a_choice_of_the_router(tmp_path: Path) -> None:
+    path = recorded(tmp_path / "g.db", 2000, explore=0.3)
+    engine = connect(path)
+    before = agreement(engine, since=0, until=1e6)
+    with engine.begin() as connection:
+        # A first answer that was paid for and not given changes nothing of what the given one is worth.
+        connection.execute(update(decisions).values(price=decisions.c.price + 0.5))
+        columns = decisions.c.id, literal("small"), literal("silent"), literal(0.5), null(), null()
+        connection.execute(cascades.insert().from_select(list(cascades.c), select(*columns)))
+    assert agreement(engine, since=0, until=1e6) == replace(before, gain=approximately(before.gain))
+    costs = {"small": 0.3, "large": 0.4}
+    kept = [
+        row(number, expert="large", chosen="large", propensity=1.0, expected_cost=costs, cascade=CascadeRow("large", "kept"))
+        for number in range(5000, 5100)
+    ]
+    with engine.begin() as connection:
+        insert_rows(connection, decisions, [values(one) for one in kept])
+        insert_rows(connection, cascades, [cascade_values(one) for one in kept])
+        insert_rows(connection, shadows, [(one.id, one.time, "c", "small", "{}") for one in kept])
+        insert_rows(connection, feedback, [(one.id, "", 1.0, one.time) for one in kept])
+    after = agreement(engine, since=0, until=1e6)
+    assert (after.rows, after.agree) == (2100, 1100), "the router is for the small one, whatever an answer said"
+    assert after.gain == approximately(before.gain), "what was certain says nothing of the others"
+    engine.dispose()
+
+
+def approximately(gain: Gain | None) -> Any:
+    assert gain is not None
+    return replace(gain, **{name: pytest.approx(getattr(gain, name)) for name in ("estimate", "half", "weighted")})
+
+
+def test_what_was_drawn_from_a_conversation_that_stays_elsewhere_is_not_the_live_choice(tmp_path: Path) -> None:
+    """The small one is cheaper, and drawn by chance: the conversation is with the large one."""
+    engine = connect(str(tmp_path / "g.db"))
+    prepare(engine)
+    with engine.begin() as connection:
+        insert_rows(connection, decisions, [values(row(propensity=0.05, expected_cost={"small": 0.3, "large": 0.4}))])
+        insert_rows(connection, shadows, [("id-0", 1000.0, "c", "large", "{}")])
+    assert agreement(engine, since=0, until=1e6).pairs == [("large", "large", 1)]
+    engine.dispose()
+
+
 def test_without_exploration_or_judgements_no_gain_is_told(tmp_path: Path) -> None:
     found = agreement(connect(recorded(tmp_path / "a.db", 400, explore=0.0)), since=0, until=1e6)
     assert (found.agree, found.gain) == (200, None)
@@ -111,6 +155,9 @@ def test_a_full_queue_drops_and_counts(tmp_path: Path, router: Router) -> None:
         shadow.offer(f"id-{number}", 1.0, f"{EASY} {number}", choice)
     until(lambda: shadow.scored + shadow.dropped == 2000)
     assert shadow.dropped > 0
+    dropped = shadow.dropped
+    shadow.offer("long", 1.0, "x" * 40_000, choice)
+    assert shadow.dropped == dropped + 1
     shadow.offer("nobody", 1.0, EASY, choice._replace(cost={"another": 0.1}))
     dropped = shadow.dropped
     until(lambda: shadow.dropped == dropped + 1 or shadow.dropped > dropped)

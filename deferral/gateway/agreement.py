@@ -11,7 +11,7 @@ import numpy as np
 from sqlalchemy import Engine, Row, func, select
 
 from deferral.gateway.off_policy import Draws, doubly_robust
-from deferral.gateway.schema import decisions, feedback, shadows
+from deferral.gateway.schema import cascades, decisions, feedback, shadows
 
 __all__ = ["Agreement", "Gain", "agreement"]
 
@@ -78,10 +78,12 @@ class Agreement:
 def agreement(engine: Engine, *, since: float, until: float) -> Agreement:
     """Of the candidate that decided last: since <= time < until, in seconds since 1970.
 
-    The live choice is the one without exploration: whom it asked with a propensity above 1/2, else the lowest expected cost.
-    The cost of an answer is 1 - quality + price / price_of_error; where nobody was drawn, the live router's expectation.
+    The live choice is the one without exploration: whom it asked with a propensity above 1/2, else the lowest expected cost of
+    the others.  An answer that was kept or not by its log-probabilities was no choice of the router: that is the lowest expected
+    cost, and such an answer counts for the gain only where it was drawn.  The cost of an answer is
+    1 - quality + price / price_of_error; where nobody was drawn, the live router's expectation.
     """
-    d, s = decisions.c, shadows.c
+    d, s, through = decisions.c, shadows.c, cascades.c
     within = (s.time >= since) & (s.time < until)
     opinion = select(func.avg(feedback.c.quality)).where(feedback.c.decision == d.id).scalar_subquery().label("quality")
     with engine.connect() as connection:
@@ -94,11 +96,14 @@ def agreement(engine: Engine, *, since: float, until: float) -> Agreement:
                 d.outcome,
                 d.propensity,
                 d.expected,
-                d.price,
+                # What a first answer cost that was not given is no price of the one that was.
+                (d.price - func.coalesce(through.extra, 0.0)).label("price"),
                 d.price_of_error,
+                through.ending,
                 opinion,
             )
             .join(decisions, d.id == s.decision)
+            .outerjoin(cascades, through.decision == d.id)
             .where(within, s.candidate == candidate)
             .order_by(s.time.desc())
             .limit(_ROWS)
@@ -118,9 +123,17 @@ def agreement(engine: Engine, *, since: float, until: float) -> Agreement:
 
 def _live(row: Row, expected: dict[str, list]) -> str:
     costs = {name: cost for name, (_, _, cost) in expected.items() if cost is not None}
-    if (row.propensity or 0.0) > 0.5 or not costs:
-        return str(row.chosen)
-    return min(costs, key=lambda name: costs[name])
+    if not _by_answer(row):
+        if (row.propensity or 0.0) > 0.5:
+            return str(row.chosen)
+        # Drawn by chance from another that the router, or the conversation, is for.
+        costs = {name: cost for name, cost in costs.items() if name != row.chosen}
+    return min(costs, key=lambda name: costs[name], default=str(row.chosen))
+
+
+def _by_answer(row: Row) -> bool:
+    """Whether a first answer was kept or not by its log-probabilities."""
+    return row.ending in ("kept", "deferred")
 
 
 def _gain(rows: Sequence[Row], expected: list[dict], live: list[str]) -> tuple[Gain | None, str]:
@@ -129,6 +142,7 @@ def _gain(rows: Sequence[Row], expected: list[dict], live: list[str]) -> tuple[G
         place
         for place, (row, one) in enumerate(zip(rows, expected, strict=True))
         if row.quality is not None and row.outcome == "ok" and row.expert == row.chosen and row.propensity and row.price_of_error
+        and (row.propensity < 1 or not _by_answer(row))
         and {row.chosen, row.other, live[place]} <= one.keys()
     ]  # fmt: skip
     if not usable:

@@ -90,15 +90,23 @@ def asking_first(
     asking, going = cascade.before(estimate, price, error, closed)
     if asking[0] >= going[0]:
         return None
-    request = json.loads(body)
-    if request.get("n") not in (None, 1):
+    try:
+        request = json.loads(body)
+        if request.get("n") not in (None, 1):
+            return None
+        wanted_by_client = request.get("logprobs") is True
+        first_body = with_model(body, first.model) if wanted_by_client else _with_logprobs(request, first.model)
+    except RecursionError:
+        # It could just be read, and lies too deep to be written.
         return None
-    return AskingFirst(cascade, now, choice, request, body, dollars, silence)
+    return AskingFirst(cascade, now, choice, body, first_body, wanted_by_client, dollars, silence)
 
 
 @dataclass(slots=True)
 class AskingFirst:
     """A request that somebody answers first.  `dollars` are what both answers are expected to cost at most.
+
+    `wanted`: the client itself asks for log-probabilities, so its request goes out, and the reply comes back, untouched.
 
     After `answer`, also where that fails: `choice` is what was decided in the end, `row` what is to be recorded, `attempts` those
     of calls whose answer is not given.
@@ -107,8 +115,9 @@ class AskingFirst:
     cascade: Cascade
     now: "Generation"
     choice: Choice
-    request: dict[str, Any]
     body: bytes
+    first_body: bytes
+    wanted: bool
     dollars: float
     silence: Silence
     row: CascadeRow | None = None
@@ -123,7 +132,7 @@ class AskingFirst:
         """The call whose answer is given, of a request that `began` then (`perf_counter`); Unanswered where there is none."""
         first = self.first
         try:
-            call = await ask([first], self._first_body)
+            call = await ask([first], lambda _: self.first_body)
         except Unanswered as nobody:
             self._says("unanswered", "but did not")
             self.attempts += nobody.attempts
@@ -133,10 +142,10 @@ class AskingFirst:
                 # Perhaps it refuses to report them; perhaps the request is wrong, and then whoever is asked will say so.
                 return await self._alone(ask, call, f"but refused, with status {call.reply.status}", 0.0)
             usage = call.reply.usage
-            hold.spent = first.price(usage.input_tokens, usage.output_tokens)
+            hold.spent = first.price(usage.input_tokens, usage.output_tokens, usage.cached_tokens)
             reply = _parsed(call.reply.body)
             sure = confidence_of_reply(reply)
-            if not self._wanted:
+            if not self.wanted:
                 call.reply.body = _without_logprobs(reply, call.reply.body)
             if sure is None:
                 return await self._alone(ask, call, "and did so without log-probabilities", hold.spent)
@@ -193,14 +202,20 @@ class AskingFirst:
 
     async def _alone(self, ask: Ask, call: Call, how: str, spent: float) -> Call:
         """An answer without log-probabilities says nothing of itself: what the router chose alone holds."""
-        self.silence.missed(self.first.name, how)
+        answered = call.reply.status < 300
+        if answered:
+            self.silence.missed(self.first.name, how)
         self._says("silent", how)
-        if call.reply.status < 300 and self.choice.ranking[0] == self.first.name:
+        if answered and self.choice.ranking[0] == self.first.name:
             return call
         call.end(True)
         self.attempts += call.attempts
         self._says("silent", "", spent)
-        return await ask(self._ranked(), self._plain_body)
+        found = await ask(self._ranked(), self._plain_body)
+        # What is refused by all says nothing of log-probabilities, and one client must not end the asking for the others.
+        if not answered and found.reply.status < 300:
+            self.silence.missed(self.first.name, how)
+        return found
 
     def _says(self, ending: str, how: str, extra: float = 0.0) -> None:
         if how:
@@ -210,18 +225,8 @@ class AskingFirst:
     def _ranked(self, *, but: str = "") -> list[Expert]:
         return [self.now.experts[name] for name in self.choice.ranking if name != but]
 
-    @property
-    def _wanted(self) -> bool:
-        """Whether the client itself wants log-probabilities: then its request goes out, and the reply comes back, untouched."""
-        return self.request.get("logprobs") is True
-
     def _plain_body(self, expert: Expert) -> bytes:
         return with_model(self.body, expert.model)
-
-    def _first_body(self, expert: Expert) -> bytes:
-        if self._wanted:
-            return self._plain_body(expert)
-        return json.dumps({**self.request, "model": expert.model, "logprobs": True, "top_logprobs": _ALTERNATIVES}).encode()
 
 
 def _drawn(router: Router, query: str, best: int, allowed: np.ndarray) -> tuple[int, float]:
@@ -238,6 +243,10 @@ def _columns(cascade: Cascade, choice: Choice, means: np.ndarray) -> tuple[np.nd
     estimate = [choice.quality.get(name, float(mean)) for name, mean in zip(names, means, strict=True)]
     price = [choice.price.get(name, 0.0) for name in names]
     return np.array([estimate]), np.array([price]), np.array([name not in choice.cost for name in names])
+
+
+def _with_logprobs(request: dict[str, Any], model: str) -> bytes:
+    return json.dumps({**request, "model": model, "logprobs": True, "top_logprobs": _ALTERNATIVES}).encode()
 
 
 def _parsed(body: bytes) -> Any:
@@ -257,6 +266,6 @@ def _without_logprobs(reply: Any, body: bytes) -> bytes:
         one["logprobs"] = None
     try:
         return json.dumps(reply, separators=(",", ":"), allow_nan=False).encode()
-    except ValueError:
+    except (ValueError, RecursionError):
         # Numbers that JSON does not have would be spoiled; the log-probabilities do no harm.
         return body

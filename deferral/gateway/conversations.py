@@ -98,7 +98,7 @@ class Conversations:
             return self._finished(asked, plan, standing, name, held.after, after, turn)
         if not plan.mask[held.last]:
             return self._finished(asked._replace(follows=True), plan, standing, name, held.after, held.after, turn)
-        self._held[name] = held._replace(until=monotonic() + _KEPT_S)
+        self._remember(name, held._replace(until=monotonic() + _KEPT_S))
         decisions = replace(self._row(plan, turn), actions=np.array([held.last]), propensity=np.array([held.propensity]))
         return decisions, f"stays with {self.router.experts[held.last]}: the follow-up is short"
 

@@ -5,6 +5,9 @@ their shares there (the distance in total variation).
 quality: of each expert, the mean of the judged quality less the one that was expected of the answer.
 price: of each expert, what its answers cost over what they were expected to cost.
 
+Answers that were kept, or asked for, by the log-probabilities of a first one were chosen for more than was expected of them
+before it: they do not count for the quality.
+
 An alarm rises when the whole interval lies outside of what is allowed, and falls when the estimate is back inside.  The interval
 is at such a level that over all looks of a month at all experts one alarm in ten months is false, however often the same answers
 are looked at (a union bound), as long as requests are independent and what is allowed holds.
@@ -16,9 +19,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from sqlalchemy import Column, Connection, Row, Select, select
+from sqlalchemy import Column, Connection, Row, Select, func, or_, select
 
-from deferral.gateway.schema import decisions, feedback
+from deferral.gateway.schema import cascades, decisions, feedback
 
 __all__ = ["ALLOWED", "EVERY", "Expected", "Seen", "confidence", "interval", "looked_at", "price", "quality", "rings", "unlike"]
 
@@ -115,10 +118,14 @@ def looked_at(connection: Connection, expected: Expected, now: float) -> list[Se
     """
     d, experts = decisions.c, expected.experts
     level = confidence(len(experts))
-    routed = select(d.expert, d.price, d.expected, d.outcome, d.kind).where(d.requested == "auto")
-    rows = _spread(connection, routed, d.time, now, slot=300.0, span=86400.0)
+    # What a first answer cost that was not given is no price of the one that was.
+    own_price = (d.price - func.coalesce(cascades.c.extra, 0.0)).label("price")
+    routed = select(d.expert, own_price, d.expected, d.outcome, d.kind).outerjoin(cascades, cascades.c.decision == d.id)
+    rows = _spread(connection, routed.where(d.requested == "auto"), d.time, now, slot=300.0, span=86400.0)
     said = select(d.expert, feedback.c.quality, d.expected).join(decisions, d.id == feedback.c.decision)
-    judged = _spread(connection, said.where(d.requested == "auto"), feedback.c.time, now, slot=3600.0, span=604800.0)
+    said = said.outerjoin(cascades, cascades.c.decision == d.id)
+    by_itself = or_(cascades.c.ending.is_(None), cascades.c.ending.in_(("silent", "unanswered")))
+    judged = _spread(connection, said.where(d.requested == "auto", by_itself), feedback.c.time, now, slot=3600.0, span=604800.0)
     paid: dict[str, list[tuple[float, float]]] = {name: [] for name in experts}
     good: dict[str, list[tuple[float, float]]] = {name: [] for name in experts}
     for row in rows:

@@ -149,6 +149,8 @@ def _why_not(row: Row, cascade: Row | None, query: str | None, quality: float | 
 def _logged(row: Row, cascade: Row | None, query: str, quality: float, assumed: bool) -> Logged:
     # What a first answer cost that was not given is no price of the one that was.
     price = row.price if cascade is None else max(row.price - cascade.extra, 0.0)
+    # Nor is the time of two answers that of one.
+    waited = cascade is not None and row.expert != cascade.first
     outcome = Outcome(
         query,
         row.expert,
@@ -156,7 +158,7 @@ def _logged(row: Row, cascade: Row | None, query: str, quality: float, assumed: 
         price,
         row.input_tokens,
         row.output_tokens,
-        math.nan if row.latency_s is None else row.latency_s,
+        math.nan if row.latency_s is None or waited else row.latency_s,
         row.propensity,
         row.time,
         ("assumed",) if assumed else (),

@@ -147,7 +147,9 @@ class Exchange:
         forwarded = {
             name.decode(): value.decode() for name in FORWARDED & headers.keys() if _PLAIN.fullmatch(value := headers[name])
         }
-        if now.router.cascade is not None and self.kind == "chat" and asked.model in AUTO:
+        # An idempotency key promises one request, and not two that differ.
+        alone = "idempotency-key" in forwarded
+        if now.router.cascade is not None and self.kind == "chat" and asked.model in AUTO and not alone:
             left = gateway.limits.left(self.key)
             self.first = asking_first(now, gateway.silence, asked, wanted, choice, body, left)
         with await self._held(choice) as hold:
@@ -225,7 +227,7 @@ class Exchange:
             tokens = (usage.input_tokens, usage.output_tokens, usage.cached_tokens)
             price = expert.price(*tokens) if reply.status < 300 else 0.0
             hold.settle(price + self._extra)
-            self._keep(expert.name, usage, outcome, price=price, first_byte_s=first_byte_s, attempts=call.attempts)
+            self._keep(expert.name, usage, outcome, price=price, first_byte_s=first_byte_s, attempts=self._attempts(call))
         self.over = True
         if reply.streamed:
             await self.send({"type": "http.response.body", "body": b"", "more_body": False})
@@ -270,7 +272,7 @@ class Exchange:
             (b"x-deferral-expert", name.encode()),
             (b"x-deferral-expected-price", b"%.6g" % choice.price.get(name, math.nan)),
             (b"x-deferral-propensity", b"%.6g" % choice.propensity),
-            (b"x-deferral-attempts", b"%d" % (call.attempts + (self.first.attempts if self.first else 0))),
+            (b"x-deferral-attempts", b"%d" % self._attempts(call)),
             # Headers are ASCII, and a line of them ends where the line ends.
             (b"x-deferral-reason", reason.replace("±", "+-").encode("ascii", "replace").translate(_PRINTABLE)),
         ]
@@ -279,6 +281,10 @@ class Exchange:
         if self.first and (row := self.first.row):
             headers += [(b"x-deferral-first", row.first.encode()), (b"x-deferral-cascade", row.ending.encode())]
         return headers
+
+    def _attempts(self, call: Call) -> int:
+        """With those at a first answer that is not given."""
+        return call.attempts + (self.first.attempts if self.first else 0)
 
     @property
     def _extra(self) -> float:

@@ -24,6 +24,8 @@ __all__ = ["Shadow", "load_shadow"]
 _log = logging.getLogger("deferral.gateway.shadow")
 
 _MOST_WAITING = 256
+# Longer queries are not kept waiting: texts of megabytes would add up.
+_MOST_CHARACTERS = 32_768
 _AT_ONCE = 16
 _LOOK = 1.0
 # A pause of so many times what a batch took: requests want the interpreter.
@@ -40,7 +42,7 @@ class _Item:
 
 
 class Shadow:
-    """Decides beside the live router, and keeps that.  What finds the queue full is dropped and counted."""
+    """Decides beside the live router, and keeps that.  What finds the queue full, or is very long, is dropped and counted."""
 
     def __init__(self, router: Router, mark: str, engine: Engine) -> None:
         self.router, self.mark, self._engine = router, mark, engine
@@ -55,6 +57,9 @@ class Shadow:
 
     def offer(self, identity: str, time: float, query: str, choice: Choice) -> None:
         """A request that the live router has decided.  Never blocks, never fails."""
+        if len(query) > _MOST_CHARACTERS:
+            self.dropped += 1
+            return
         try:
             self._queue.put_nowait(_Item(identity, time, query, frozenset(choice.cost), choice.price_of_error))
         except queue.Full:

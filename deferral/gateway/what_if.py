@@ -34,9 +34,9 @@ class Point:
 class WhatIf:
     """The settings from the cheapest on, over the newest `rows` routed answers, `judged` of them with feedback.
 
-    `explored` of them were drawn from another expert than the one of the lowest expected cost (and not just kept with it by their
-    conversation): only through these is it known what experts answer that the router does not ask; without them that is its own
-    estimate, and so are the intervals.
+    `explored` of them were drawn, with a propensity of at most 1/2, from another expert than the one of the lowest expected cost
+    (what a conversation or a first answer keeps has a higher one): only through these is it known what experts answer that the
+    router does not ask; without them that is its own estimate, and so are the intervals.
     """
 
     rows: int
@@ -112,7 +112,7 @@ def what_if(engine: Engine, *, since: float, until: float) -> WhatIf:
     return WhatIf(
         rows=len(drawn),
         judged=int(judged.sum()),
-        explored=int(((drawn != best) & (propensity < 1)).sum()),
+        explored=int(((drawn != best) & (propensity <= 0.5)).sum()),
         present=float(present[0]),
         points=points,
         qualities={name: (len(each), float(each.mean())) for name, each in own.items() if len(each)},
