@@ -4,7 +4,8 @@ Claim: the page and its files are under 200 kB, and its first data, the history 
 within 100 ms with a million decisions in the database (SQLite, on two cores).  The traffic is made: a small and a large expert,
 three queries in ten hard, one in twenty drawn at random, feedback on three in ten.  Requests are made over loopback, one at a
 time; "from the decisions" is the same history summed from the decisions themselves.  The pictures (--pictures, needs Chromium)
-are of 20,000 decisions.
+are of 20,000 decisions; in them the small expert is judged worse than was expected in the second half of the day, so that an
+alarm rings, and a candidate router, which asks the large expert for half of the simple queries as well, has decided beside it.
 """
 
 import http.client
@@ -32,6 +33,7 @@ from deferral.gateway.database import connect, decisions, feedback, insert_rows,
 from deferral.gateway.experts_file import Expert
 from deferral.gateway.minutes import add_to_minutes
 from deferral.gateway.rows import DecisionRow, values
+from deferral.gateway.schema import shadows
 from deferral.gateway.settings import Settings
 from deferral.routing import Router, log_of_table
 from deferral.routing.policies import Linear
@@ -41,15 +43,16 @@ DOCS = Path(__file__).parent.parent / "docs"
 ADMIN = "the-admin-key-of-this-benchmark"
 PRICE, LARGE, ERROR = {"small": 2e-4, "large": 3e-3}, 0.95, 0.01
 SEED, DAY, BATCH = 0, 86400, 5000
+FALL, SIMPLE = 0.5, 0.87  # of the small expert's quality, in the pictures; what is expected of it on the mean of simple queries
 
 
-def traffic(rows: int, end: float) -> Iterator[tuple[DecisionRow, float | None]]:
-    """Decisions spread over a day, oldest first, and the feedback on some."""
+def traffic(rows: int, end: float, fall: float) -> Iterator[tuple[DecisionRow, float | None]]:
+    """Decisions spread over a day, oldest first, and the feedback on some; the small expert's falls in the second half."""
     generator = np.random.default_rng(SEED)
     learned = router().fitted
     kinds = np.random.default_rng(SEED + 1).choice(learned.kind_names, rows, p=learned.kinds[1]).tolist()
     for number in range(rows):
-        small = float(np.clip(generator.normal(0.35 if generator.random() < 0.3 else 0.87, 0.05), 0, 1))
+        small = float(np.clip(generator.normal(0.35 if generator.random() < 0.3 else SIMPLE, 0.05), 0, 1))
         quality = {"small": small, "large": LARGE}
         cost = {name: 1 - quality[name] + PRICE[name] / ERROR for name in PRICE}
         best = min(cost, key=lambda name: cost[name])
@@ -66,30 +69,38 @@ def traffic(rows: int, end: float) -> Iterator[tuple[DecisionRow, float | None]]
             attempts=1, streamed=False, fast_path=False, query=None,
             best_price=PRICE["large"] * float(generator.uniform(0.5, 1.5)), kind=kinds[number],
         )  # fmt: skip
-        said = float(generator.random() < quality[expert]) if generator.random() < 0.3 else None
+        true = quality[expert] - (fall if expert == "small" and 2 * number >= rows else 0.0)
+        said = float(generator.random() < true) if generator.random() < 0.3 else None
         yield row, said
 
 
-def filled(path: Path, rows: int) -> str:
-    """A database with that much traffic up to now."""
+def filled(path: Path, rows: int, *, drawn: bool = False) -> str:
+    """A database with that much traffic up to now; to be `drawn`, with a quality that falls and a candidate router as well."""
     engine = connect(str(path))
     prepare(engine)
     waiting: list[tuple] = []
     judged: list[tuple] = []
+    beside: list[tuple] = []
 
     def write() -> None:
         with engine.begin() as connection:
             insert_rows(connection, decisions, waiting)
             add_to_minutes(connection, waiting)
             insert_rows(connection, feedback, judged)
+            insert_rows(connection, shadows, beside)
         waiting.clear()
         judged.clear()
+        beside.clear()
 
-    with click.progressbar(traffic(rows, time.time()), length=rows, label=f"writing {rows} decisions") as shown:
+    with click.progressbar(
+        traffic(rows, time.time(), FALL if drawn else 0.0), length=rows, label=f"writing {rows} decisions"
+    ) as shown:
         for row, said in shown:
             waiting.append(values(row))
             if said is not None:
                 judged.append((row.id, "", said, row.time))
+            if drawn:
+                beside.append((row.id, row.time, "made", "small" if row.expected_quality["small"] > SIMPLE else "large", "{}"))
             if len(waiting) == BATCH:
                 write()
         write()
@@ -166,8 +177,11 @@ def pictures(port: int) -> None:
             page.fill("#key", ADMIN)
             page.keyboard.press("Enter")
             page.wait_for_selector("#grounds:not(:empty)")
+            # The first look at the alarms is some seconds after the start, and the page's next one some after that.
+            page.wait_for_selector("#alarms tr")
+            page.wait_for_selector("#pairs tr")
             page.wait_for_timeout(300)
-            page.screenshot(path=DOCS / f"gateway-page{name}.png")
+            page.screenshot(path=DOCS / f"gateway-page{name}.png", full_page=True)
             page.close()
         browser.close()
 
@@ -180,7 +194,7 @@ def pictures(port: int) -> None:
 def command(rows: int, rounds: int, draw: bool, out: Path) -> None:
     """Size and time of the page, or its pictures."""
     with tempfile.TemporaryDirectory() as folder:
-        database = filled(Path(folder) / "gateway.db", 20_000 if draw else rows)
+        database = filled(Path(folder) / "gateway.db", 20_000 if draw else rows, drawn=draw)
         with served(database) as port:
             if draw:
                 pictures(port)

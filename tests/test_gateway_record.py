@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sqlalchemy import event, select
+from sqlalchemy import event, insert, select
 
 from deferral.gateway import record as record_module
 from deferral.gateway import retention as retention_module
 from deferral.gateway.database import connect, decisions, feedback, prepare, texts
 from deferral.gateway.record import Record
+from deferral.gateway.schema import alarms
 from deferral.gateway.status import status
 from tests.gateway_rows import row
 
@@ -237,6 +238,15 @@ def test_status_adds_up(record: Record) -> None:
     assert (shares["small"].judged, shares["small"].mean_quality, shares["small"].mean_latency_s) == (2, 0.5, 0.5)
     assert (found.judged, found.mean_quality) == (3, pytest.approx(2 / 3))
     json.dumps(found.as_json())
+    assert "$1.00 spent" in found.summary(24)
+    assert "$0.00720 saved" in found.summary(24)
+    assert "alarm" not in found.summary(24)
+    rings = {"name": "quality", "expert": "small", "rows": 200, "found": -0.5, "low": -0.6, "high": -0.4, "since": 60.0}
+    with record.engine.begin() as connection:
+        connection.execute(insert(alarms), [{**rings, "ringing": True}, {**rings, "expert": "large", "ringing": False}])
+    assert (
+        status(record.engine, [], since=10.0).summary(24).endswith("alarm: Falling quality of small, since 1970-01-01 00:01 UTC")
+    )
     empty = status(record.engine, [], since=1e12)
     assert (empty.requests, empty.price, empty.mean_quality, empty.shares) == (0, 0.0, None, ())
 

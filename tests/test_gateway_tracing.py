@@ -12,9 +12,11 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanKind, StatusCode
 
 from deferral.gateway.experts_file import Expert
+from deferral.gateway.rows import CascadeRow
 from deferral.gateway.settings import Settings
 from deferral.gateway.tracing import Tracing, provider
 from tests.faulty_upstream import Upstream
+from tests.gateway_rows import row
 from tests.running_gateway import EASY, HARD, RunningGateway, small_router
 from tests.test_gateway_shadow import until
 
@@ -113,6 +115,19 @@ def test_a_stream_ends_its_span_with_its_last_byte_and_a_refusal_has_one_too(ser
     spans = spans_of(kept)
     assert spans["decide"][0].attributes["error.type"] == "model_not_found"
     assert spans["POST /v1/chat/completions"][0].attributes["http.response.status_code"] == 404
+
+
+def test_who_answered_first_is_told() -> None:
+    kept, made = InMemorySpanExporter(), TracerProvider()
+    made.add_span_processor(SimpleSpanProcessor(kept))
+    for cascade in (CascadeRow("small", "deferred"), None):
+        exchanged = Tracing(made).request("chat", "/chat/completions", {})
+        exchanged.record(row(attempts=2, cascade=cascade), lambda kept: None)
+        exchanged.end(200)
+    told, alone = (span.attributes for span in kept.get_finished_spans() if span.kind == SpanKind.SERVER)
+    assert (told["deferral.first"], told["deferral.cascade"], told["deferral.attempts"]) == ("small", "deferred", 2)
+    assert not {"deferral.first", "deferral.cascade"} & alone.keys()
+    made.shutdown()
 
 
 def test_the_standard_variables_say_where_spans_go(monkeypatch: pytest.MonkeyPatch) -> None:

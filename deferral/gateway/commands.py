@@ -103,6 +103,10 @@ def create(
 def list_keys(database: str) -> None:
     """All keys that ever were."""
     table = Table("id", "name", "experts", "a minute", "budget", "created", "revoked")
+    for place in (0, 5, 6):  # what is cut off there cannot be guessed
+        table.columns[place].no_wrap = True
+    for column in table.columns:
+        column.overflow = "fold"
     with _opened(database) as store:
         for issued in store.list():
             table.add_row(*_cells(issued))
@@ -272,7 +276,7 @@ def cascade(router: Path, encoder: Path | None, dry_run: bool, seed: int, databa
 @click.option("--admin-key", envvar="DEFERRAL_ADMIN_KEY", help="For /metrics at --url.  [default: $DEFERRAL_ADMIN_KEY]")
 @_database
 def status(hours: float, as_json: bool, url: str | None, admin_key: str | None, database: str) -> None:
-    """What the gateway did: requests, experts' shares, cost and saving, errors, feedback, budgets."""
+    """What the gateway did: requests, experts' shares, cost and saving, errors, feedback, budgets, and alarms that ring."""
     from deferral.gateway.probe import probe
     from deferral.gateway.status import status as read
 
@@ -291,6 +295,8 @@ def status(hours: float, as_json: bool, url: str | None, admin_key: str | None, 
         click.echo(f"{url}: {running['ready']}")
         for name, value in running["metrics"].items():
             click.echo(f"  {name} {value:g}")
+        if not running["metrics"]:
+            click.echo("  its metrics want the admin key: --admin-key, or DEFERRAL_ADMIN_KEY", err=True)
 
 
 @gateway.command()

@@ -50,7 +50,9 @@ class Settings:
         if self.explore is not None and not 0 <= self.explore < 1:
             raise ValueError(f"explore: expected a share of the queries in [0, 1), got {self.explore}")
         if self.admin_key is not None and len(self.admin_key) < 16:
-            raise ValueError("admin_key: expected at least 16 characters; make one with `openssl rand -hex 32`")
+            raise ValueError(
+                "admin_key (DEFERRAL_ADMIN_KEY): expected at least 16 characters; make one with `openssl rand -hex 32`"
+            )
         if not 0 <= self.retry_share <= 1:
             raise ValueError(f"retry_share: expected a share of the requests in [0, 1], got {self.retry_share}")
         if not 1 <= self.workers <= 256:

@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection, Engine, case, distinct, func, select
 
+from deferral.gateway.alarms import MEANINGS
 from deferral.gateway.database import decisions, feedback
 from deferral.gateway.keys import Key
 from deferral.gateway.ledger import recorded
+from deferral.gateway.schema import alarms
 from deferral.gateway.windows import span, time_zone
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["Budget", "Share", "Status", "status"]
+__all__ = ["Budget", "Ringing", "Share", "Status", "status"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,19 @@ class Budget:
 
 
 @dataclass(frozen=True)
+class Ringing:
+    """An alarm of drift that rings, of one expert or of all (""), since when in seconds since 1970."""
+
+    title: str
+    expert: str
+    since: float
+
+    def __str__(self) -> str:
+        whose = f" of {self.expert}" if self.expert else ""
+        return f"alarm: {self.title}{whose}, since {_minute(self.since)}"
+
+
+@dataclass(frozen=True)
 class Status:
     """Of the requests that arrived at `since` or later.  Prices in dollars.
 
@@ -67,6 +82,7 @@ class Status:
     judged: int
     mean_quality: float | None
     budgets: tuple[Budget, ...]
+    alarms: tuple[Ringing, ...]  # as they were seen last, whatever `since` is
 
     def as_json(self) -> dict[str, Any]:
         """The same as plain values."""
@@ -77,13 +93,16 @@ class Status:
         lines = [f"{self.requests} requests in {hours:g} hours, {self.routed} of them routed, {self.streamed} streamed"]
         if self.outcomes:
             lines.append(", ".join(f"{count} {outcome}" for outcome, count in self.outcomes.items()))
-        lines.append(f"${self.price:.4f} spent" + (f" ({self.estimated} prices are estimates)" if self.estimated else ""))
+        lines.append(f"{_dollars(self.price)} spent" + (f" ({self.estimated} prices are estimates)" if self.estimated else ""))
         if self.saving_requests:
-            lines.append(f"${self.saving:.4f} saved against always the best expert, over {self.saving_requests} routed answers")
+            lines.append(
+                f"{_dollars(self.saving)} saved against always the best expert, over {self.saving_requests} routed answers"
+            )
         if self.fast_path:
             lines.append(f"{self.fast_path} decided by the static mix, since the encoder took too long")
         if self.mean_quality is not None:
             lines.append(f"{self.judged} answers judged, mean quality {self.mean_quality:.3f}")
+        lines += map(str, self.alarms)
         return "\n".join(lines)
 
     def tables(self) -> "list[Table]":
@@ -98,16 +117,15 @@ class Status:
                 f"{share.requests / self.requests:.1%}",
                 str(share.requests),
                 str(share.failed),
-                f"${share.price:.4f}",
+                _dollars(share.price),
                 "" if share.mean_latency_s is None else f"{share.mean_latency_s:.2f} s",
                 str(share.judged),
                 "" if share.mean_quality is None else f"{share.mean_quality:.3f}",
             )
         budgets = Table("key", "name", "spent", "budget", "window ends")
         for budget in self.budgets:
-            ends = datetime.fromtimestamp(budget.ends, UTC).strftime("%Y-%m-%d %H:%M UTC")
             wanted = f"${budget.budget:g} a {budget.window}"
-            budgets.add_row(budget.key, escape(budget.name), f"${budget.spent:.4f}", wanted, ends)
+            budgets.add_row(budget.key, escape(budget.name), _dollars(budget.spent), wanted, _minute(budget.ends))
         return [table for table in (experts, budgets) if table.row_count]
 
 
@@ -150,6 +168,7 @@ def status(engine: Engine, keys: Iterable[Key], *, since: float = 0.0, now: floa
             .group_by(d.expert)
         ).all()
         budgets = tuple(_budget(connection, key, now) for key in keys if key.budget is not None)
+        ringing = connection.execute(select(alarms).where(alarms.c.ringing).order_by(alarms.c.since)).all()
     quality = {expert: (count, float(summed)) for expert, count, summed in judged}
     judgements = sum(count for count, _ in quality.values())
     return Status(
@@ -163,6 +182,7 @@ def status(engine: Engine, keys: Iterable[Key], *, since: float = 0.0, now: floa
         judged=judgements,
         mean_quality=sum(summed for _, summed in quality.values()) / judgements if judgements else None,
         budgets=budgets,
+        alarms=tuple(Ringing(MEANINGS[one.name][0], one.expert, one.since) for one in ringing),
     )
 
 
@@ -172,6 +192,19 @@ def _count(condition: Any) -> Any:
 
 def _judged(found: tuple[int, float] | None) -> tuple[int, float | None]:
     return (found[0], found[1] / found[0]) if found else (0, None)
+
+
+def _dollars(value: float) -> str:
+    """Cents, and three digits of what is less than a dollar: a small model's answers cost millionths."""
+    sign, size = "-" if value < 0 else "", abs(value)
+    if size == 0 or size >= 1:
+        return f"{sign}${size:.2f}"
+    places = min(2 - math.floor(math.log10(size)), 9)
+    return f"{sign}${size:.{places}f}"
+
+
+def _minute(time: float) -> str:
+    return datetime.fromtimestamp(time, UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def _budget(connection: Connection, key: Key, now: float) -> Budget:

@@ -138,6 +138,7 @@ class Exchanged:
             "deferral.propensity": row.propensity, "deferral.price": row.price, "deferral.estimated": row.estimated,
             "deferral.cost": row.expected_cost.get(row.expert, math.nan), "deferral.outcome": row.outcome,
             "deferral.attempts": row.attempts,
+            **({"deferral.first": row.cascade.first, "deferral.cascade": row.cascade.ending} if row.cascade else {}),
         }))  # fmt: skip
 
     def answered(self, attempt: "Attempt | None") -> None:

@@ -57,6 +57,7 @@ function drawHistory(found) {
     axes: [{}, { values: (_, ticks) => ticks.map(share), size: 60 }],
     series: [{}, ...experts.map((expert, place) => ({
       label: named(expert), stroke: COLOURS[place % COLOURS.length], width: 2, spanGaps: true,
+      points: { show: true, size: 4 }, // a line of one step alone is nothing to see
       value: (_, value) => (value == null ? "" : share(value)),
     }))],
   }, [times, ...experts.map((expert) => found.experts[expert].map(
@@ -116,7 +117,7 @@ function drawSums(history, standing) {
 
 const units = { // of what an alarm looks at
   unlike: share,
-  quality: (value) => `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(3)}`,
+  quality: (value) => `${value <= -0.0005 ? "−" : "+"}${Math.abs(value).toFixed(3)}`,
   price: (value) => `×${value.toFixed(2)}`,
 };
 
@@ -134,8 +135,7 @@ function drawAlarms(found) {
   $("watched").textContent = found.length
     ? "Looked for every ten minutes.  What to do is in the runbook, docs/operating.md, in the section of an alarm's name."
     : "Not looked for yet: that is done a few seconds after the start, and then every ten minutes.";
-  const ringing = found.filter((each) => each.ringing).length;
-  return ringing ? `in service; ${ringing} ${ringing > 1 ? "alarms" : "alarm"} of drift` : "in service";
+  return found.filter((each) => each.ringing).length;
 }
 
 function drawShadow(found) {
@@ -224,11 +224,11 @@ async function look() {
       drawSums(history, standing);
       drawSettings(await ask(`what-if?hours=${hours}`));
       drawSums(history, standing);
-      const drift = drawAlarms((await ask("alarms")).data);
+      const ringing = drawAlarms((await ask("alarms")).data);
       drawShadow(await ask(`shadow?hours=${hours}`));
       const trouble = standing.trouble || standing.record;
-      $("state").textContent = trouble || drift;
-      $("state").classList.toggle("bad", Boolean(trouble));
+      $("state").textContent = trouble || (ringing ? `in service; alarms of drift: ${ringing}` : "in service");
+      $("state").classList.toggle("bad", Boolean(trouble || ringing));
     }
     drawDecisions(await ask("decisions"));
     looks += 1;
