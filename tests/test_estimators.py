@@ -55,8 +55,7 @@ EXPECTED_FAILURES = {
 
 def checked_estimators() -> list:
     """The fast tests hold one regressor; the others, and those that choose their penalty, are slow."""
-    marks = {cls: pytest.mark.slow if cls is DeferralClassifier else pytest.mark.ci_slow for cls in CLASSES}
-    slow = [pytest.param(cls(), marks=marks[cls]) for cls in CLASSES if cls is not DeferralRegressor]
+    slow = [pytest.param(cls(), marks=pytest.mark.slow) for cls in CLASSES if cls is not DeferralRegressor]
     return [DeferralRegressor(), pytest.param(DeferralClassifier(l2=10.0), marks=pytest.mark.ci_slow), *slow]
 
 

@@ -47,7 +47,7 @@ def first_alarm(stream: list[np.ndarray], seen, *, window: int, step: int) -> in
     return None
 
 
-@pytest.mark.parametrize("days", [5, pytest.param(60, marks=pytest.mark.ci_slow)])
+@pytest.mark.parametrize("days", [5, pytest.param(60, marks=pytest.mark.slow)])
 def test_healthy_traffic_is_silent_for_months_also_at_the_edge_of_what_is_allowed(days: int) -> None:
     """A look every ten minutes at 2,000 rows of which 60 are new: skewed prices, judgements of right and wrong."""
     generator, looks = np.random.default_rng(5), days * 144

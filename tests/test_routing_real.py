@@ -61,7 +61,7 @@ def test_a_router_of_real_outcomes_beats_the_static_mix(folder: Path) -> None:
     assert aiq(routed, low, high) > aiq(static, low, high) + 0.02
 
 
-@pytest.mark.ci_slow
+@pytest.mark.slow
 def test_two_models_are_told_apart_on_real_questions(folder: Path) -> None:
     routing = pytest.importorskip("benchmarks.routing")
     data = routing.routellm(folder)

@@ -414,6 +414,7 @@ def test_an_expert_with_one_outcome_is_taken_to_be_near_the_others() -> None:
     assert some.route(texts[0]).expert in EXPERTS
 
 
+@pytest.mark.slow
 def test_a_partial_log_is_learned_from() -> None:
     texts, _, quality, price = world(1500)
     asked = np.random.default_rng(0).random((1500, 3)) < 0.34

@@ -89,6 +89,7 @@ def test_vectors_are_those_of_torch_alone_and_beside_longer_texts(source: Path, 
 
 
 @pytest.mark.ci_slow
+@pytest.mark.slow
 def test_sentence_transformers_and_onnxruntime_agree(source: Path, tmp_path: Path) -> None:
     from tokenizers import Tokenizer
     from transformers import BertTokenizerFast
