@@ -298,7 +298,7 @@ def test_what_knows_nothing_is_surpassed_by_what_knows(learned: Cascade) -> None
     gain, half = gain_over(replace(learned, arrays=flat), two_points(1500, seed=2), 0.005)
     assert gain > 2 * half > 0
     gain, half = gain_over(learned, two_points(1500, seed=2), 0.005)
-    assert gain < half
+    assert gain <= half
 
 
 @pytest.mark.slow
