@@ -71,7 +71,7 @@ class Decider:
     """One router with the experts of one experts file.  `close` ends its worker.
 
     With the n-gram encoder, whose work is bounded by its 2,000 characters, queries are decided where they are: a thread would
-    compete for the same interpreter lock.  Those of one turn of the event loop are decided together, eight in the time of three.
+    compete for the same interpreter lock.  Those of one turn of the event loop are decided together.
     Any other encoder runs in one worker thread, and after `deadline_s` the static mix decides instead.  With `rules=None` every
     request of a conversation is decided by itself.
     """

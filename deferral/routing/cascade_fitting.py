@@ -10,6 +10,7 @@ from deferral.routing.cascade import Cascade, Paid, features, logit, network_inp
 from deferral.routing.encoders import Arrays, FunctionEncoder
 from deferral.routing.outcomes import Log, Table
 from deferral.routing.policies.heads import trained
+from deferral.routing.policies.rejector import priced_loss
 from deferral.routing.prices import error_range
 from deferral.routing.router import Router
 from deferral.routing.training import FOLDS, full_price, grid, mean_and_half, random_folds
@@ -20,7 +21,6 @@ _FEWEST = 200
 _KEPT = 4000
 _HIDDEN = 16
 _FEWEST_STEPS = 400  # few weights, in a loss that is flat where qualities are off by a common factor
-_TINY = 1e-6
 _RIDGE = 10.0
 _FEWEST_KNOWN = 20
 _FEWEST_ASKED = 20
@@ -145,14 +145,11 @@ def _foreseen(table: Table, router: Router, seed: int, on_fold: Callable[[int, i
 def _learned(answers: Answered, seed: int) -> Arrays:
     """The network, and the answers it was learned from as examples of answers to come.
 
-    The two-stage deferral loss of `deferral.routing.policies.Rejector`, with the answer that is there as the action that has no
-    price: sum_a (ceiling - cost_a) l(scores, a), scores log(quality_a + (largest price - price_a) / e), quality the sigmoid of
-    the estimate's log-odds and the network's shift, e drawn anew for every row of every batch.
+    The loss of `deferral.routing.policies.Rejector`, `priced_loss`, with the answer that is there as the action that has no
+    price; log-odds are those of the estimate and the network's shift.
     """
     import torch
     from torch import Tensor, nn
-
-    from deferral.losses import two_stage_deferral
 
     place = answers.experts.index(answers.first)
     centre, scale = _standard(answers.confidence)
@@ -162,16 +159,10 @@ def _learned(answers: Answered, seed: int) -> Arrays:
     start = torch.from_numpy(logit(answers.estimate)).float()
     wrong = torch.from_numpy(1 - np.where(answers.mask, answers.quality, _guess(answers, answers))).float()
     dollars = torch.from_numpy(to_come).float()
-    low, high = np.log(error_range(to_come))
-    generator = torch.Generator().manual_seed(seed)
+    at_any_price = priced_loss(error_range(to_come), seed=seed)
 
     def loss(outputs: Tensor, rows: Tensor) -> Tensor:
-        errors = torch.exp(low + (high - low) * torch.rand(len(rows), 1, generator=generator))
-        relative = dollars[rows] / errors
-        largest = relative.amax(-1, keepdim=True)
-        scores = torch.log(torch.sigmoid(outputs + start[rows]) + largest - relative + _TINY)
-        each = two_stage_deferral(scores, wrong[rows] + relative, ceiling=1 + largest)
-        return each / (1 + largest.squeeze(-1))
+        return at_any_price(outputs + start[rows], wrong[rows], dollars[rows])
 
     def network() -> nn.Sequential:
         return nn.Sequential(

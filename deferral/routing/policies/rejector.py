@@ -1,12 +1,18 @@
 """The rejector trained by the two-stage deferral loss: it decides at any trade-off and prices, and says what it expects."""
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from deferral.routing.encoders import Arrays, Vectors
 from deferral.routing.policies.heads import trained
 from deferral.routing.prices import error_range
 
-__all__ = ["Rejector"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Rejector", "priced_loss"]
 
 _TINY = 1e-6
 
@@ -45,8 +51,6 @@ class Rejector:
         import torch
         from torch import Tensor, nn
 
-        from deferral.losses import two_stage_deferral
-
         if price is None:
             raise ValueError("price: a rejector learns decisions, which depend on prices; expected an array of shape (N, E)")
         x = torch.from_numpy(vectors.joined)
@@ -54,17 +58,10 @@ class Rejector:
         wrong = torch.from_numpy(1 - np.clip(quality, 0, 1)).float()
         dollars, known = torch.from_numpy(np.asarray(price)).float(), torch.from_numpy(weights > 0)
         importance = torch.from_numpy(weights.sum(1) / np.maximum((weights > 0).sum(1), 1)).float()
-        low, high = np.log(error_range(price))
-        generator = torch.Generator().manual_seed(seed)
+        at_any_price = priced_loss(error_range(price), seed=seed)
 
         def loss(outputs: Tensor, rows: Tensor) -> Tensor:
-            errors = torch.exp(low + (high - low) * torch.rand(len(rows), 1, generator=generator))
-            relative = dollars[rows] / errors
-            largest = relative.amax(-1, keepdim=True)
-            scores = torch.log(torch.sigmoid(outputs + start) + largest - relative + _TINY)
-            each = two_stage_deferral(scores, wrong[rows] + relative, ceiling=1 + largest, mask=known[rows])
-            # A row whose prices exceed an error by far would drown the others.
-            return importance[rows] * each / (1 + largest.squeeze(-1))
+            return importance[rows] * at_any_price(outputs + start, wrong[rows], dollars[rows], known[rows])
 
         def network() -> nn.Sequential:
             if self.hidden == 0:
@@ -89,3 +86,28 @@ class Rejector:
         relative = np.asarray(price) / price_of_error
         quality = self.arrays["means"] + self.deviations(vectors)
         return np.log(quality + relative.max(1, keepdims=True) - relative + _TINY)
+
+
+def priced_loss(errors: tuple[float, float], *, seed: int) -> "Callable[..., Tensor]":
+    """The two-stage deferral loss of B rows, the price of an error drawn anew for each, log-uniformly between these two.
+
+    f(log_odds (B, E) of a right answer, wrong (B, E), price (B, E) in dollars, mask (B, E) = None) -> (B,)
+    sum_e (ceiling - cost_e) l(scores, e) / (1 + largest price / price_of_error), the scores as `Rejector` says.
+    """
+    import torch
+
+    from deferral.losses import two_stage_deferral
+
+    low, high = np.log(errors)
+    generator = torch.Generator().manual_seed(seed)
+
+    def loss(log_odds: "Tensor", wrong: "Tensor", price: "Tensor", mask: "Tensor | None" = None) -> "Tensor":
+        drawn = torch.exp(low + (high - low) * torch.rand(len(price), 1, generator=generator))
+        relative = price / drawn
+        largest = relative.amax(-1, keepdim=True)
+        scores = torch.log(torch.sigmoid(log_odds) + largest - relative + _TINY)
+        each = two_stage_deferral(scores, wrong + relative, ceiling=1 + largest, mask=mask)
+        # A row whose prices exceed an error by far would drown the others.
+        return each / (1 + largest.squeeze(-1))
+
+    return loss
