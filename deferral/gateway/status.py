@@ -111,6 +111,7 @@ class Status:
         from rich.table import Table
 
         experts = Table("expert", "share", "requests", "failed", "price", "latency", "judged", "quality")
+        experts.columns[4].overflow = "fold"  # a price that is cut off is another one
         for share in self.shares:
             experts.add_row(
                 escape(share.expert) or "(nobody)",
