@@ -113,6 +113,23 @@ def test_parts_are_small_and_come_back(worker: Workers) -> None:
     assert one.left(ANYONE) is None
 
 
+def test_workers_that_are_asked_all_the_time_do_not_keep_what_none_can_use(worker: Workers) -> None:
+    gates = [worker() for _ in range(3)]
+    for gate in gates:
+        gate.hold(KEY, 0.3).settle(0.0)
+    sold = 0
+    for _ in range(4):
+        for gate in gates:
+            # Each has .3, together they have .9; nobody has the .4 that every request wants.
+            with suppress(Refused):
+                gate.hold(KEY, 0.4).settle(0.4)
+                sold += 1
+            gate._accounts["k"].no_better_until = 0.0  # type: ignore[attr-defined]
+        for gate in gates:
+            gate.tell()
+    assert sold == 2
+
+
 def test_most_requests_need_no_database(worker: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
     gate, exchanges = worker(), []
     exchange = gate.ledger.exchange

@@ -2,8 +2,8 @@
 
 A request must not wait for the database, and a limit must hold over all workers.  So a worker takes a part at a time: of a budget
 a sixteenth of what is free, of a rate what it needs for a moment; the requests are then counted in its memory.  What is granted
-to all workers together never exceeds the limit, whatever becomes of a worker.  Near the end the parts shrink, and a worker that
-is not asked gives back what it has.  Each exchange is one transaction under a lock on the key.
+to all workers together never exceeds the limit, whatever becomes of a worker.  Near the end the parts shrink, and a worker
+that sets nothing aside gives back what it has.  Each exchange is one transaction under a lock on the key.
 """
 
 import secrets
@@ -92,7 +92,7 @@ class Ledger:
                 elsewhere = sum(max(row.granted - row.spent, 0.0) for row in rows.values())
                 free = max(budget - others - granted, 0.0)
                 added = min(free, max(wanted, _PART * free)) if 0 < wanted <= free + unspent else 0.0
-                if granted or spent or added:
+                if known or granted or spent or added:
                     self._write(connection, key, start, self.worker, granted + added, spent, now)
         return Part(added, free - added, elsewhere)
 

@@ -34,7 +34,7 @@ _MOST_AT_ONCE = 1 / 240
 class _Part(Account):
     """An account of which this worker holds a part."""
 
-    __slots__ = ("asked", "elsewhere", "good_until", "no_better_until", "refused", "since", "told")
+    __slots__ = ("elsewhere", "good_until", "no_better_until", "refused", "since", "told", "used")
 
     def __init__(self, span: Span, free: float) -> None:
         super().__init__(span, 0.0, 0.0)
@@ -42,7 +42,7 @@ class _Part(Account):
         # Granted and spent as the ledger has them; what was spent before it took this worker for dead is left out there.
         self.told: tuple[float, float] | None = None
         self.since = 0.0
-        self.asked, self.elsewhere, self.refused = False, 0.0, 0.0
+        self.used, self.elsewhere, self.refused = False, 0.0, 0.0
         self.good_until = self.no_better_until = 0.0
 
     def covers(self, dollars: float) -> bool:
@@ -149,13 +149,14 @@ class SharedLimits(Limits):
             return super().hold(key, dollars)
         account = self._account(key)
         assert isinstance(account, _Part)
-        account.asked = True
         with self._lock:
             if account.covers(dollars):
+                account.used = True
                 return self._set_aside(account, dollars)
         if dollars < account.refused or time.monotonic() >= account.no_better_until:
             made = self._exchange(key, account, dollars)
             if made is not None:
+                account.used = True
                 return made
             account.refused, account.no_better_until = dollars, time.monotonic() + _NO_BETTER
         refused = self._spent(key, account)
@@ -165,14 +166,17 @@ class SharedLimits(Limits):
         raise refused
 
     def tell(self) -> None:
-        """Tell the ledger what was spent, and give back what was not asked for since the last time."""
+        """Tell the ledger what was spent, and give back what nothing was set aside of since the last time.
+
+        Also where requests came that it could not cover: else each worker would keep less than any of them needs.
+        """
         for name, account in list(self._accounts.items()):
             assert isinstance(account, _Part)
             key = self._keys[name]
             with self._lock:
-                if not account.asked:
+                if not account.used:
                     account.granted = min(account.granted, account.spent + account.held)
-                account.asked = False
+                account.used = False
                 now = account.granted - account.since, account.spent - account.since
                 news = now != account.told if account.told is not None else now != (0.0, 0.0)
                 # Whoever has something to spend, or spends it at present, must not be taken for dead.
@@ -222,7 +226,7 @@ class SharedLimits(Limits):
                     account.free, account.elsewhere = part.free, part.elsewhere
                     account.granted += part.added
                     account.good_until = began + SILENT / 2
-                    if granted or spent or part.added:
+                    if account.told is not None or granted or spent or part.added:
                         account.told = granted + part.added, spent
                     return self._set_aside(account, dollars) if dollars is not None and account.covers(dollars) else None
 
