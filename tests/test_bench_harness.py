@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from benchmarks.harness.images import augment
 from benchmarks.harness.judging import Judged, Outputs, figures, fixed, judge, single_stage
 from benchmarks.harness.networks import NETWORKS
 from benchmarks.harness.progress import Display
-from benchmarks.harness.running import RESULTS
+from benchmarks.harness.running import RESULTS, Busy, Finding, Part, running
 from benchmarks.harness.training import Diverged, OutOfTime, Recipe, Watch, _utilisation, outputs_of, train
 from deferral.costs import single_stage_costs
 from deferral.datasets import Images
@@ -98,6 +99,31 @@ def test_a_claim_keeps_others_out_until_it_ends(tmp_path: Path) -> None:
             assert other
     with results.claim("cell") as again:
         assert again
+
+
+def test_what_needs_what_another_process_makes_comes_last(tmp_path: Path) -> None:
+    order: list[int] = []
+    with running(
+        out=tmp_path, seeds=3, device="cpu", threads=1, root=None, budget_minutes=None, most_cells=None, quiet=True
+    ) as run:
+        other = ExitStack()
+        other.enter_context(run.results.claim("stage"))
+
+        def work(cell: Cell) -> Finding:
+            if cell.seed == 0:
+                with run.claim("stage") as mine:
+                    if not mine:
+                        # It ends only after the next cell has begun.
+                        order.append(-1)
+                        raise Busy("stage")
+            else:
+                other.close()
+            order.append(cell.seed)
+            outputs = Outputs(torch.zeros(4, 2), torch.ones(4, 2))
+            return Finding([Part(judge(outputs, outputs), {})], {})
+
+        run.each([Cell("table", "data", "method", "c=0.2", seed, "laptop") for seed in (0, 1)], work)
+    assert order == [-1, 1, 0]
 
 
 def test_the_time_left_comes_from_all_cells_however_long_they_take(capsys: pytest.CaptureFixture[str]) -> None:

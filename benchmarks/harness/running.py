@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,17 @@ from benchmarks.harness.progress import Display
 from benchmarks.harness.training import Diverged, OutOfTime, Recipe, Watch
 from deferral.datasets import DataError, Images
 
-__all__ = ["RESULTS", "Finding", "Part", "Run", "image_options", "options", "running", "settings_of"]
+__all__ = ["RESULTS", "Busy", "Finding", "Part", "Run", "image_options", "options", "running", "settings_of"]
 
 RESULTS = Path(__file__).parent.parent / "results"
+
+
+class Busy(Exception):
+    """Another process makes what this cell needs, and holds the `lock` meanwhile."""
+
+    def __init__(self, lock: str) -> None:
+        super().__init__(f"another process holds {lock}")
+        self.lock = lock
 
 
 @dataclass(frozen=True)
@@ -98,19 +107,24 @@ class Run:
         return Watch(lambda epoch, loss: self.display.epoch(what, epoch, epochs, loss), self.deadline)
 
     def each(self, cells: Sequence[Cell], work: Callable[[Cell], Finding]) -> None:
-        """Do the cells that are neither finished nor claimed by another process.
+        """Do the cells that are neither finished nor claimed by another process; those that need what another makes come last.
 
         A cell that diverges is told and left open, and the others go on.  Raises OutOfTime when the deadline has passed.
         """
         done, diverged = 0, 0
         self.display.start(cells, len([cell for cell in cells if self.results.finished(cell)]))
-        for cell in cells:
+        postponed: list[tuple[Cell, str]] = []
+        # What is postponed meanwhile is seen too.
+        for cell, awaited in chain(((cell, "") for cell in cells), postponed):
             if ranks.agree(self.results.finished(cell)):
                 continue
             if done == self.most_cells:
                 break
             if ranks.agree(time.monotonic() > self.deadline):
                 raise OutOfTime
+            if awaited:
+                with self.claim(awaited, wait=True):
+                    pass
             with self.claim(f"{cell.table}-{cell.preset}-{cell.name}") as mine:
                 # Another process may have finished it since.
                 if not mine or ranks.agree(self.results.finished(cell)):
@@ -122,6 +136,9 @@ class Run:
                     finding = work(cell)
                 except Diverged as error:
                     self.display.say(f"diverged: {cell.table}, {cell.name}: {error}")
+                except Busy as busy:
+                    postponed.append((cell, busy.lock))
+                    continue
                 if finding is not None and ranks.first():
                     self._finish(cell, finding, time.monotonic() - started, time.process_time() - cpu)
                 if ranks.agree(finding is not None):

@@ -17,7 +17,7 @@ from benchmarks.harness import ranks
 from benchmarks.harness.cells import write_whole
 from benchmarks.harness.images import CLASSES
 from benchmarks.harness.networks import NETWORKS
-from benchmarks.harness.running import Run
+from benchmarks.harness.running import Busy, Run
 from benchmarks.harness.training import Recipe, outputs_of, train
 from deferral.datasets import Images
 
@@ -80,13 +80,18 @@ def rows_by_purpose(run: Run, total: int, seed: int) -> tuple[Tensor, Tensor, Te
 
 
 def first_stage(run: Run, data: str, seed: int) -> FirstStage:
-    """The tables of the first stage; the network is trained, or resumed, where they are not there yet."""
+    """The tables of the first stage; the network is trained, or resumed, where they are not there yet.
+
+    Raises Busy while another process does that.
+    """
     preset = run.preset
     # Tables of another recipe or other rows must not be taken for these.
     made_by = (preset.network[data], preset.predictor_rows, preset.stage2_rows, preset.calibration_rows, recipe_for(run, data))
     name = f"stage1-{run.preset_name}-{data}-seed{seed}-{hashlib.sha256(repr(made_by).encode()).hexdigest()[:8]}"
     path = run.results.work / f"{name}.npz"
-    with run.claim(name, wait=True):
+    with run.claim(name) as mine:
+        if not mine:
+            raise Busy(name)
         if ranks.agree(not path.is_file()):
             _write_tables(run, data, seed, path)
     with np.load(path, allow_pickle=False) as arrays:
