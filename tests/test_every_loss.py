@@ -141,8 +141,13 @@ def test_float16_at_ten_thousand_is_finite(case: Case) -> None:
         assert scores.grad.isfinite().all()
 
 
+FIRST_OF_FUNCTION = {case.function: case for case in reversed(CASES)}.values()
+
+
 @pytest.mark.ci_slow
-@every_loss
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, id=repr(c), marks=() if c in FIRST_OF_FUNCTION else pytest.mark.slow) for c in CASES]
+)
 def test_compiled_equals_eager_in_one_graph(case: Case) -> None:
     scores, rows = example(case.setting, dtype=torch.float32)
     torch._dynamo.reset()
