@@ -216,23 +216,32 @@ def sse(world: World) -> dict[str, Any]:
 
 
 def latency(world: World) -> dict[str, Any]:
-    """What the gateway adds at one connection, over the upstream itself; p99 at half of its highest throughput."""
-    gateway = world.gateway()
-    added: dict[str, list[float]] = {"p50": [], "p99": []}
+    """What is added at one connection, over the upstream itself; latencies at half of the gateway's highest throughput.
+
+    The bare pass-through stands beside the gateway in both, at the same rate.
+    """
+    servers = {"gateway": world.gateway(), "bare": world.passthrough()}
+    added: dict[str, dict[str, list[float]]] = {server: {"p50": [], "p99": []} for server in servers}
     for _ in range(world.rounds):
-        direct, through = (world.wrk(url, clients=1) for url in (world.upstream(), gateway.url))
-        for name, values in added.items():
-            values.append(through[name] - direct[name])
-    most = world.wrk(gateway.url)["per_second"]
-    half = [
-        _load("rate", gateway.url, world, "--rate", str(most / 2), "--seconds", str(world.seconds)) for _ in range(world.rounds)
-    ]
+        direct = world.wrk(world.upstream(), clients=1)
+        for name, server in servers.items():
+            through = world.wrk(server.url, clients=1, model="auto" if name == "gateway" else "small")
+            for share, values in added[name].items():
+                values.append(through[share] - direct[share])
+    most = world.wrk(servers["gateway"].url)["per_second"]
+    half: dict[str, list[dict[str, float]]] = {server: [] for server in servers}
+    for _ in range(world.rounds):
+        for name, server in servers.items():
+            half[name].append(_load("rate", server.url, world, "--rate", str(most / 2), "--seconds", str(world.seconds)))
     return {
-        "added_ms": {name: _spread(values) for name, values in added.items()},
+        "added_ms": {name: {share: _spread(values) for share, values in shares.items()} for name, shares in added.items()},
         "most_per_second": most,
-        "half_ms": {name: _spread([1000 * one[name] for one in half]) for name in ("p50", "p90", "p99")},
-        "half_per_second": _spread([one["per_second"] for one in half]),
-        "bad": sum(one["bad"] for one in half),
+        "half_ms": {
+            name: {share: _spread([1000 * one[share] for one in runs]) for share in ("p50", "p90", "p99")}
+            for name, runs in half.items()
+        },
+        "half_per_second": _spread([one["per_second"] for one in half["gateway"]]),
+        "bad": sum(one["bad"] for runs in half.values() for one in runs),
     }
 
 
@@ -272,24 +281,31 @@ def held(world: World) -> dict[str, Any]:
 
 
 def litellm(world: World) -> dict[str, Any]:
-    """Throughput and CPU time a request of LiteLLM's proxy, and of the gateway, on the same upstream."""
-    servers = [world.litellm(), world.gateway()]
-    taken: dict[str, list[dict[str, float]]] = {server.name: [] for server in servers}
-    for server in servers:
+    """Throughput and CPU time a request of LiteLLM's proxy, and of the gateway, on the same upstream.
+
+    LiteLLM looks a name up; the gateway does the same by name, and, routed, decides as well.
+    """
+    lines = {"litellm": (world.litellm(), "auto"), "named": (world.gateway(), "small"), "routed": (world.gateway(), "auto")}
+    taken: dict[str, list[dict[str, float]]] = {name: [] for name in lines}
+    for server, model in lines.values():
         # LiteLLM loads much of itself with its first request.
         world.one(server.url)
-        world.wrk(server.url, seconds=2)
+        world.wrk(server.url, seconds=2, model=model)
     for _ in range(world.rounds):
-        for server in servers:
+        for name, (server, model) in lines.items():
             before = server.cpu()
-            load = world.wrk(server.url, seconds=max(world.seconds, 5))
+            load = world.wrk(server.url, seconds=max(world.seconds, 5), model=model)
             each = (server.cpu() - before) / max(load["requests"], 1)
-            taken[server.name].append({"cpu_ms": 1000 * each, "per_second": load["per_second"]})
-    rounds = list(zip(taken["gateway"], taken["litellm"], strict=True))
+            taken[name].append({"cpu_ms": 1000 * each, "per_second": load["per_second"]})
+
+    def over(name: str, figure: str, *, inverse: bool = False) -> dict[str, float]:
+        pairs = [(mine[figure], theirs[figure]) for mine, theirs in zip(taken[name], taken["litellm"], strict=True)]
+        return _spread([theirs / mine if inverse else mine / theirs for mine, theirs in pairs])
+
     return {
         **{name: {key: _spread([one[key] for one in rows]) for key in rows[0]} for name, rows in taken.items()},
-        "throughput_ratio": _spread([mine["per_second"] / theirs["per_second"] for mine, theirs in rounds]),
-        "cpu_ratio": _spread([theirs["cpu_ms"] / mine["cpu_ms"] for mine, theirs in rounds]),
+        "throughput_ratio": {name: over(name, "per_second") for name in ("named", "routed")},
+        "cpu_ratio": {name: over(name, "cpu_ms", inverse=True) for name in ("named", "routed")},
         "litellm_mb": world.servers["litellm"].memory()["now"],
     }
 
@@ -339,10 +355,17 @@ def claims(found: dict[str, Any]) -> list[dict[str, Any]]:
     for name in ("blend", "linear", "named"):
         claim(f"CPU a request / bare, {name}", "cpu", lambda part, name=name: part[name]["cpu_ratio"]["median"], 1.5)
         claim(f"CPU a stream of 40 / bare, {name}", "sse", lambda part, name=name: part[name]["cpu_ratio"]["median"], 1.3)
-    claim("throughput / LiteLLM's", "litellm", lambda part: part["throughput_ratio"]["median"], 20, least=True)
-    claim("added p50 at one connection, ms", "latency", lambda part: part["added_ms"]["p50"]["median"], 1)
-    claim("added p99 at one connection, ms", "latency", lambda part: part["added_ms"]["p99"]["median"], 4)
-    claim("p99 at half of the highest throughput, ms", "latency", lambda part: part["half_ms"]["p99"]["median"], 10)
+    for name in ("named", "routed"):
+        claim(
+            f"throughput / LiteLLM's, {name}",
+            "litellm",
+            lambda part, name=name: part["throughput_ratio"][name]["median"],
+            20,
+            least=True,
+        )
+    claim("added p50 at one connection, ms", "latency", lambda part: part["added_ms"]["gateway"]["p50"]["median"], 1)
+    claim("added p99 at one connection, ms", "latency", lambda part: part["added_ms"]["gateway"]["p99"]["median"], 4)
+    claim("p99 at half of the highest throughput, ms", "latency", lambda part: part["half_ms"]["gateway"]["p99"]["median"], 10)
     claim("resident memory, MB", "memory", lambda part: part["mb_most"], 120)
     claim("growth of memory", "memory", lambda part: part["growth"], 0.05)
     claim("streams whole of 1,000", "held", lambda part: part["whole"], 1000, least=True)
