@@ -100,6 +100,8 @@ class Gateway:
         await self._new_shadow()
         self.metrics.watch_shadow(lambda: self.shadow)
         self.metrics.watch_alarms(lambda: self.alarms.now)
+        self.metrics.watch_record(self.record)
+        self.metrics.watch_budgets(lambda: self.limits.known(self.keys))
         self._following = [
             asyncio.create_task(self.reloads.follow(self.reload)),
             asyncio.create_task(self.alarms.follow(lambda: self.current.decider.expected)),
