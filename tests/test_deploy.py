@@ -77,7 +77,7 @@ def test_compose_names_what_is_here() -> None:
     services = compose()["services"]
     gateway, postgres = services["gateway"], services["postgres"]
     assert (DEPLOY / gateway["build"]["context"] / gateway["build"]["dockerfile"]).is_file()
-    assert set(gateway["environment"]) == READ
+    assert set(gateway["environment"]) == READ | {"DEFERRAL_ALARM_URL"}
     url, server = gateway["environment"]["DEFERRAL_DATABASE"], postgres["environment"]
     assert url == f"postgresql+psycopg://{server['POSTGRES_USER']}:${{POSTGRES_PASSWORD}}@postgres/{server['POSTGRES_DB']}"
     mounted = dict(volume.split(":")[:2] for volume in gateway["volumes"])
