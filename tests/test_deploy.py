@@ -77,7 +77,7 @@ def test_compose_names_what_is_here() -> None:
     services = compose()["services"]
     gateway, postgres = services["gateway"], services["postgres"]
     assert (DEPLOY / gateway["build"]["context"] / gateway["build"]["dockerfile"]).is_file()
-    assert set(gateway["environment"]) == READ
+    assert set(gateway["environment"]) == READ | {"DEFERRAL_ALARM_URL"}
     url, server = gateway["environment"]["DEFERRAL_DATABASE"], postgres["environment"]
     assert url == f"postgresql+psycopg://{server['POSTGRES_USER']}:${{POSTGRES_PASSWORD}}@postgres/{server['POSTGRES_DB']}"
     mounted = dict(volume.split(":")[:2] for volume in gateway["volumes"])
@@ -86,8 +86,34 @@ def test_compose_names_what_is_here() -> None:
     first, last = re.fullmatch(r"127\.0\.0\.1:(\d+)-(\d+):8080", gateway["ports"][0]).groups()  # type: ignore[union-attr]
     assert int(last) - int(first) + 1 == replicas == 2
     assert set(gateway["depends_on"]) <= set(services)
-    assert [volume.split(":")[0] for volume in postgres["volumes"]] == list(compose()["volumes"])
+    kept = [volume.split(":")[0] for service in services.values() for volume in service["volumes"] if not volume.startswith(".")]
+    assert kept == list(compose()["volumes"])
     assert int(gateway["stop_grace_period"].removesuffix("s")) > max(expert.total_s for expert in EXPERTS.values()) + 30
+
+
+def test_who_watches_is_asked_for_and_finds_the_gateway() -> None:
+    services, secrets = compose()["services"], compose()["secrets"]
+    assert {name for name, service in services.items() if "profiles" in service} == {"prometheus", "grafana"}
+    for name in ("prometheus", "grafana"):
+        assert services[name]["profiles"] == ["watch"]
+        assert all(port.startswith("127.0.0.1:") for port in services[name]["ports"])
+        assert all((DEPLOY / volume.split(":")[0]).is_file() for volume in services[name]["volumes"] if volume.startswith("."))
+    watch = {path.name: yaml.safe_load(path.read_text(encoding="utf-8")) for path in (DEPLOY / "watch").glob("*.yaml")}
+    [scraped] = watch["prometheus.yaml"]["scrape_configs"]
+    [secret] = services["prometheus"]["secrets"]
+    assert scraped["authorization"]["credentials_file"] == f"/run/secrets/{secret}"
+    assert secrets == {secret: {"environment": "DEFERRAL_ADMIN_KEY"}}
+    [found] = scraped["dns_sd_configs"]
+    assert (found["names"], found["port"]) == (["gateway"], int(container()["EXPOSE"][0]))
+    rules = watch["alerts.yaml"]["groups"][0]["rules"]
+    assert any(f'up{{job="{scraped["job_name"]}"}}' in rule["expr"] for rule in rules)
+    mounted = dict(volume.split(":")[:2] for name in ("prometheus", "grafana") for volume in services[name]["volumes"])
+    folder = Path(mounted["./watch/prometheus.yaml"]).parent
+    assert [str(folder / name) for name in watch["prometheus.yaml"]["rule_files"]] == [mounted["./watch/alerts.yaml"]]
+    [provider] = watch["grafana-dashboards.yaml"]["providers"]
+    assert Path(mounted["./watch/dashboard.json"]).parent == Path(provider["options"]["path"])
+    [source] = watch["grafana-datasources.yaml"]["datasources"]
+    assert source["url"] == f"http://prometheus:{services['prometheus']['ports'][0].split(':')[-1]}"
 
 
 def test_kubernetes_names_what_is_here() -> None:

@@ -23,6 +23,7 @@ from deferral.gateway.schema import (
     keys,
     looks,
     minutes,
+    notices,
     reloads,
     shadows,
     texts,
@@ -84,7 +85,7 @@ def test_an_older_database_comes_to_what_a_new_one_is_and_keeps_its_rows(first_v
     new.dispose()
 
 
-def test_version_2_with_rows_comes_to_version_3(first_version: Engine) -> None:
+def test_version_2_with_rows_comes_to_the_newest(first_version: Engine) -> None:
     given = {
         minutes: {column.name: 1.0 for column in minutes.c} | {"expert": "small"},
         forgotten: {"key": "k", "time": 900.0, "price": 0.5},
@@ -102,9 +103,9 @@ def test_version_2_with_rows_comes_to_version_3(first_version: Engine) -> None:
     prepare(first_version)
     assert rows(first_version, *tables) == before
     with first_version.connect() as connection:
-        assert connection.execute(select(version.c.version)).scalars().all() == [3]
+        assert connection.execute(select(version.c.version)).scalars().all() == [VERSION]
         assert connection.execute(select(decisions.c.kind)).scalars().all() == [None, None]
-        for table in (alarms, looks, shadows):
+        for table in (alarms, looks, notices, shadows):
             assert connection.execute(select(table)).all() == []
 
 

@@ -119,6 +119,17 @@ def test_no_request_is_taken_whose_row_could_not_be_kept() -> None:
     assert refused.value.status == 503
 
 
+def test_what_is_known_of_budgets_is_what_was_spent_or_set_aside_in_this_window() -> None:
+    clock = Clock()
+    gate, key, other = limits(clock), Key("k", "k", budget=1.0, window="day"), Key("o", "o", budget=2.0)
+    assert gate.known([key, other, ANYONE]) == [], "nobody has asked yet"
+    gate.hold(key, 0.25).settle(0.5)
+    gate.hold(key, 0.25)
+    assert gate.known([key, other, ANYONE]) == [(key, 0.75)]
+    clock.now = NOON + 12 * 3600
+    assert gate.known([key, other, ANYONE]) == []
+
+
 def test_a_budget_is_held_then_settled_then_refused_until_its_window_ends() -> None:
     clock = Clock()
     gate, key = limits(clock), Key("k", "k", budget=1.0, window="day")

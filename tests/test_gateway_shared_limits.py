@@ -95,6 +95,10 @@ def test_parts_are_small_and_come_back(worker: Workers) -> None:
     one.hold(KEY, 0.01).settle(0.01)
     assert granted(one) == pytest.approx(1 / 16)
     assert two.left(KEY) == pytest.approx(15 / 16)
+    assert [gate.known([KEY]) for gate in (one, two)] == [[(KEY, pytest.approx(spent))] for spent in (0.01, 0.0)]
+    one.tell()
+    two._exchange(KEY, two._accounts["k"])  # type: ignore[arg-type]
+    assert two.known([KEY]) == [(KEY, pytest.approx(0.01))], "what another has and has not spent is not spent"
     # All that is left is wanted at once: what the first does not need comes back after two rounds without a request.
     with pytest.raises(Refused) as refused:
         two.hold(KEY, 0.98)

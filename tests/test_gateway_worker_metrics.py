@@ -3,15 +3,19 @@
 import multiprocessing
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from deferral.gateway.keys import Key
 from deferral.gateway.metrics import Metrics
 from deferral.gateway.worker_metrics import WorkerMetrics
 
 
 def counted(answers: int, breaker: str, flying: int = 0) -> Metrics:
     metrics = Metrics()
+    metrics.watch_record(SimpleNamespace(waiting=answers, trouble="no space" if breaker == "open" else ""))  # type: ignore[arg-type]
+    metrics.watch_budgets(lambda: [(Key("k", "alice", budget=10.0), float(answers))])
     metrics.watch(lambda: {"small": breaker}, lambda: {"small": 2})
     for number in range(answers):
         metrics.began()
@@ -52,6 +56,19 @@ def test_others_are_added_and_the_ended_stay_in_the_counters_alone(tmp_path: Pat
     assert found["deferral_latency_seconds_count", "small"] == 9
     assert found["deferral_latency_seconds_bucket", "0.1", "small"] == 2 + 2 + 2
     assert found["deferral_saving_dollars",] == 9 * 0.25
+    assert found["deferral_best_price_dollars_total",] - found["deferral_routed_price_dollars_total",] == 9 * 0.25
+    assert found["deferral_record_waiting",] == 3 + 2
+    assert found["deferral_record_failing",] == 0, "the one that failed has ended"
+    assert found["deferral_budget_dollars", "alice", "k", "month"] == 10, "all see the same budget"
+    assert found["deferral_budget_spent_dollars", "alice", "k", "month"] == 3, "who knows of more knows it better"
     assert found["deferral_requests_in_flight",] == 2, "what the ended one had under way has ended"
     assert found["deferral_queue_length", "small"] == 4
     assert found["deferral_breaker_open", "small"] == 0.5, "the worst of those that live"
+
+
+def test_of_many_budgets_those_are_shown_that_are_nearest_to_their_end() -> None:
+    metrics = Metrics()
+    keys = [Key(f"k{number}", "many", budget=float(number + 1)) for number in range(1000)]
+    metrics.watch_budgets(lambda: [(key, 0.5) for key in keys])
+    shown = {labels[0] for name, *labels in samples(metrics.text()) if name == "deferral_budget_spent_dollars"}
+    assert shown == {key.id for key in keys[:100]}

@@ -13,6 +13,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from deferral.gateway.database import alone, clock, durable, replacing
 from deferral.gateway.drift import ALLOWED, EVERY, Expected, Seen, looked_at, rings
+from deferral.gateway.notices import Notices, keep_notices
 from deferral.gateway.schema import alarms, looks
 
 __all__ = ["MEANINGS", "Alarm", "Alarms"]
@@ -57,20 +58,22 @@ class Alarm:
 
 
 class Alarms:
-    """The alarms of a database, as one gateway on it knows them: `now`."""
+    """The alarms of a database, as one gateway on it knows them: `now`.  What rises and falls goes out by `notices` as well."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, engine: Engine, notices: Notices | None = None) -> None:
+        self._engine, self._notices = engine, notices
         self._lock = threading.Lock()
         self._closed = False
         self.now: tuple[Alarm, ...] = ()
 
     async def follow(self, expected: Callable[[], Expected]) -> None:
-        """Look whenever it is time, and read what others have found, until cancelled."""
+        """Look whenever it is time, read what others have found, and send what is due, until cancelled."""
         await asyncio.sleep(_FIRST)
         while True:
             try:
                 await asyncio.to_thread(self.look, expected())
+                if self._notices is not None:
+                    await self._notices.send()
             except SQLAlchemyError as error:
                 # Without its database it has other troubles, and tells of them.
                 _log.debug("drift could not be looked for: %s", type(error).__name__)
@@ -99,8 +102,10 @@ class Alarms:
                 connection.rollback()
                 with alone(connection, "alarms"):
                     changed = _keep(connection, found, now)
+                    if self._notices is not None:
+                        keep_notices(connection, [_notice(alarm) for alarm in changed])
                 for alarm in changed:
-                    _tell(alarm)
+                    _log.warning("%s", _said(alarm))
             self.now = tuple(_known(connection).values())
 
     @staticmethod
@@ -145,16 +150,18 @@ def _row(alarm: Alarm) -> dict[str, Any]:
     return {**vars(alarm.seen), "ringing": alarm.ringing, "since": alarm.since}
 
 
-def _tell(alarm: Alarm) -> None:
+def _said(alarm: Alarm) -> str:
     seen = alarm.seen
     least, most = ALLOWED[seen.name]
     title, meaning = MEANINGS[seen.name]
-    whose = f" of {seen.expert}" if seen.expert else ""
+    what = ("alarm: " if alarm.ringing else "alarm over: ") + title + (f" of {seen.expert}" if seen.expert else "")
     if seen.found is None or seen.low is None or seen.high is None:
-        _log.warning("alarm over: %s%s; too few requests to say more", title, whose)
-        return
+        return f"{what}; too few requests to say more"
     figures = f"{seen.found:.3f} [{seen.low:.3f}, {seen.high:.3f}] of {seen.rows}, allowed {least:.3g} to {most:.3g}"
-    if alarm.ringing:
-        _log.warning("alarm: %s%s: %s; %s See the section of that name in docs/operating.md", title, whose, figures, meaning)
-    else:
-        _log.warning("alarm over: %s%s: %s", title, whose, figures)
+    advice = f"; {meaning} See the section of that name in docs/operating.md" if alarm.ringing else ""
+    return f"{what}: {figures}{advice}"
+
+
+def _notice(alarm: Alarm) -> dict[str, Any]:
+    """`text` is what chats show of it."""
+    return {"text": _said(alarm), "status": "raised" if alarm.ringing else "over", **alarm.as_json()}

@@ -24,6 +24,7 @@ from deferral.gateway.endpoints import Admin, error_handlers, routes
 from deferral.gateway.experts_file import Expert, read_experts
 from deferral.gateway.keys import Keys
 from deferral.gateway.metrics import Metrics
+from deferral.gateway.notices import Notices
 from deferral.gateway.proxying import KINDS, Proxy
 from deferral.gateway.record import Record
 from deferral.gateway.reloads import Reloads
@@ -72,7 +73,8 @@ class Gateway:
         self.access = Access(self.keys, settings)
         self.metrics, self.silence = Metrics(), Silence()
         self._reloading = asyncio.Lock()
-        self.alarms = Alarms(self.record.engine)
+        url, token = settings.alarm_url, settings.alarm_token
+        self.alarms = Alarms(self.record.engine, None if url is None else Notices(self.record.engine, url, token))
         self.shadow: Shadow | None = None
         self.traces = _traces() if settings.traces else None
         shared = self.settings.metrics_folder
@@ -100,6 +102,8 @@ class Gateway:
         await self._new_shadow()
         self.metrics.watch_shadow(lambda: self.shadow)
         self.metrics.watch_alarms(lambda: self.alarms.now)
+        self.metrics.watch_record(self.record)
+        self.metrics.watch_budgets(lambda: self.limits.known(self.keys))
         self._following = [
             asyncio.create_task(self.reloads.follow(self.reload)),
             asyncio.create_task(self.alarms.follow(lambda: self.current.decider.expected)),

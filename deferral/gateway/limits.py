@@ -79,6 +79,11 @@ class Account:
         """Dollars that are granted, and neither spent nor set aside."""
         return self.granted - self.spent - self.held
 
+    @property
+    def left(self) -> float:
+        """Dollars that anybody may still spend, as far as this process knows."""
+        return self.unspent + self.free
+
 
 class Limits:
     """Rate limits and budgets of keys, for one process.  What was spent in a window is read from the record once, then counted.
@@ -135,6 +140,16 @@ class Limits:
             return None
         account = self._account(key)
         return max(account.unspent + account.free, 0.0)
+
+    def known(self, keys: Iterable[Key]) -> list[tuple[Key, float]]:
+        """Of those with a budget, what is spent or set aside in the present window, without a look at the database.
+
+        A key that was not asked for in this window is left out.
+        """
+        now = self._clock()
+        with self._lock:
+            found = [(key, key.budget, self._accounts.get(key.id)) for key in keys if key.budget is not None]
+            return [(key, budget - account.left) for key, budget, account in found if account is not None and now in account.span]
 
     def thrift(self, key: Key) -> float:
         """A factor in (0, 1] on the price of an error, so that a budget that runs low is stretched before it ends.

@@ -3,12 +3,15 @@
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from heapq import nlargest
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
 from deferral.gateway.alarms import Alarm
+from deferral.gateway.keys import Key
+from deferral.gateway.record import Record
 from deferral.gateway.shadow import Shadow
 
 __all__ = ["CONTENT_TYPE", "Metrics"]
@@ -16,6 +19,8 @@ __all__ = ["CONTENT_TYPE", "Metrics"]
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 _DECIDING = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1)
+# Of thousands of keys those matter that come near their budget; a scrape must not hold up requests.
+_BUDGETS = 100
 _STATES = {"closed": 0.0, "half-open": 0.5, "open": 1.0}
 
 _Labels = tuple[str, ...]
@@ -27,6 +32,8 @@ class _Counts:
     def __init__(self, name: str, text: str, labels: Sequence[str] = ()) -> None:
         self.name, self.text, self.labels = name, text, labels
         self.values: defaultdict[_Labels, float] = defaultdict(float)
+        if not labels:
+            self.values[()] = 0.0
 
     def family(self) -> CounterMetricFamily:
         family = CounterMetricFamily(self.name, self.text, labels=self.labels)
@@ -76,15 +83,19 @@ class Metrics(Collector):
         )
         self._tokens = _Counts("deferral_tokens", "Tokens, by expert and direction.", ("expert", "direction"))
         self._best = _Counts("deferral_best_price_dollars", "What routed answers would have cost by the best expert.")
+        self._routed = _Counts(
+            "deferral_routed_price_dollars", "What routed answers cost, with first answers that were not given."
+        )
         self._latency = _Times("deferral_latency_seconds", "To the last byte.", ("expert",), _SECONDS)
         self._first = _Times("deferral_first_byte_seconds", "To the first byte.", ("expert",), _SECONDS)
         self._deciding = _Times("deferral_decision_seconds", "Time of a decision.", (), _DECIDING)
         self._flying = 0
-        self._saving = 0.0
         self._states: Callable[[], Mapping[str, str]] = dict
         self._queued: Callable[[], Mapping[str, int]] = dict
         self._alarms: Callable[[], Sequence[Alarm]] = tuple
         self._shadow: Callable[[], Shadow | None] = lambda: None
+        self._record: Record | None = None
+        self._budgets: Callable[[], Iterable[tuple[Key, float]]] = tuple
         self.registry = CollectorRegistry()
         self.registry.register(self)
 
@@ -99,6 +110,14 @@ class Metrics(Collector):
     def watch_shadow(self, shadow: Callable[[], Shadow | None]) -> None:
         """Also show how many requests a candidate router has decided."""
         self._shadow = shadow
+
+    def watch_record(self, record: Record) -> None:
+        """Also show whether rows come into the database."""
+        self._record = record
+
+    def watch_budgets(self, budgets: Callable[[], Iterable[tuple[Key, float]]]) -> None:
+        """Also show what keys have spent of their budgets: of the 100 that have spent the largest share."""
+        self._budgets = budgets
 
     def began(self) -> None:
         self._flying += 1
@@ -124,7 +143,7 @@ class Metrics(Collector):
         """`extra` dollars were paid for an answer that was not given."""
         self._cascades.values[expert, ending] += 1
         self._price.values[expert,] += extra
-        self._saving -= extra
+        self._routed.values[()] += extra
 
     def answered(
         self,
@@ -147,14 +166,16 @@ class Metrics(Collector):
         self._latency.add((expert,), latency_s)
         if best_price == best_price:
             self._best.values[()] += best_price
-            self._saving += best_price - price
+            self._routed.values[()] += price
 
     def collect(self) -> Iterable[CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily]:
         """For a scraper."""
         counts = (self._requests, self._refused, self._decisions, self._answers, self._failures, self._retries, self._cascades)
-        for each in (*counts, self._price, self._tokens, self._best, self._latency, self._first, self._deciding):
+        dollars = self._price, self._best, self._routed
+        for each in (*counts, *dollars, self._tokens, self._latency, self._first, self._deciding):
             yield each.family()
-        yield GaugeMetricFamily("deferral_saving_dollars", "Saved against always asking the best expert.", self._saving)
+        saving = self._best.values[()] - self._routed.values[()]
+        yield GaugeMetricFamily("deferral_saving_dollars", "Saved against always asking the best expert.", saving)
         yield GaugeMetricFamily("deferral_requests_in_flight", "Requests under way.", self._flying)
         breakers = GaugeMetricFamily("deferral_breaker_open", "1: left alone, 0.5: on trial, 0: asked.", labels=["expert"])
         for name, state in self._states().items():
@@ -178,6 +199,25 @@ class Metrics(Collector):
             scored.add_metric(["scored"], shadow.scored)
             scored.add_metric(["dropped"], shadow.dropped)
             yield scored
+        yield from self._kept()
+        yield from self._spent()
+
+    def _kept(self) -> Iterable[GaugeMetricFamily]:
+        if self._record is not None:
+            waiting, failing = self._record.waiting, bool(self._record.trouble)
+            yield GaugeMetricFamily("deferral_record_waiting", "Rows that wait to be written.", waiting)
+            yield GaugeMetricFamily("deferral_record_failing", "1: the database takes no rows.", failing)
+
+    def _spent(self) -> Iterable[GaugeMetricFamily]:
+        labels = ["key", "name", "window"]
+        budgets = GaugeMetricFamily("deferral_budget_dollars", "What a key may spend in its window.", labels=labels)
+        spent = GaugeMetricFamily("deferral_budget_spent_dollars", "Of that, spent or set aside.", labels=labels)
+        known = ((key, dollars, key.budget) for key, dollars in self._budgets() if key.budget)
+        for key, dollars, budget in nlargest(_BUDGETS, known, key=lambda one: one[1] / one[2]):
+            whose = key.id, key.name, key.window
+            budgets.add_metric(whose, budget)
+            spent.add_metric(whose, dollars)
+        return budgets, spent
 
     def text(self) -> bytes:
         """All of it, in the format of Prometheus."""

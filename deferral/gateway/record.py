@@ -130,6 +130,11 @@ class Record:
         return "the writer has ended" if self._ended else self._trouble
 
     @property
+    def waiting(self) -> int:
+        """Rows that are not in the database yet."""
+        return len(self._waiting)
+
+    @property
     def full(self) -> bool:
         """The database has failed for so long that no more rows can be kept in memory: take no request."""
         return self._ended or len(self._waiting) >= _MOST_WAITING or self._characters.inside >= _MOST_CHARACTERS

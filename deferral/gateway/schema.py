@@ -14,6 +14,7 @@ __all__ = [
     "keys",
     "looks",
     "minutes",
+    "notices",
     "reloads",
     "shadows",
     "tables",
@@ -21,7 +22,7 @@ __all__ = [
     "version",
 ]
 
-VERSION = 3
+VERSION = 4
 
 tables = MetaData()
 decisions = Table(
@@ -170,6 +171,16 @@ looks = Table(
     tables,
     Column("id", Integer, primary_key=True, autoincrement=False),
     Column("time", Float(53), nullable=False),
+)
+# What is still to be told of alarms.
+notices = Table(
+    "notices",
+    tables,
+    Column("id", String(32), primary_key=True),
+    Column("time", Float(53), nullable=False),
+    Column("body", Text, nullable=False),  # JSON, as it is sent
+    Column("attempts", Integer, nullable=False),
+    Column("due", Float(53), nullable=False),  # until then it failed lately, or somebody is at it
 )
 # What a candidate router would have decided.
 shadows = Table(

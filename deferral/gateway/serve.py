@@ -33,6 +33,7 @@ _KEEP_ALIVE = 75
 _CONNECTIONS = 65_536
 _OBJECTS_PER_COLLECTION = 5_000
 _ADMIN_KEY = "DEFERRAL_ADMIN_KEY"
+_ALARM_TOKEN = "DEFERRAL_ALARM_TOKEN"
 
 
 def run(settings: Settings, *, log_level: str = "info") -> None:
@@ -171,6 +172,11 @@ def _allow_many_connections() -> None:
 @click.option(
     "--max-request-mb", type=click.FloatRange(min=0, min_open=True), default=10.0, show_default=True, help="Longest request."
 )
+@click.option(
+    "--alarm-url",
+    envvar="DEFERRAL_ALARM_URL",
+    help="Where alarms of drift are posted to as JSON; an address that is a secret belongs into DEFERRAL_ALARM_URL.",
+)
 @click.option("--traces", is_flag=True, help="Send spans by OpenTelemetry; the variables OTEL_* say where to, and of what.")
 @click.option("--no-conversations", is_flag=True, help="Decide every request of a conversation by itself.")
 @click.option(
@@ -201,6 +207,7 @@ def serve(
     record_days: float | None,
     deadline_ms: float,
     max_request_mb: float,
+    alarm_url: str | None,
     traces: bool,
     no_conversations: bool,
     patience: int,
@@ -211,6 +218,7 @@ def serve(
 
     SIGHUP reads ROUTER and the experts file again, without dropping a request; SIGTERM ends when all is answered.  The admin
     endpoints want the key in the environment variable DEFERRAL_ADMIN_KEY, or one made by `deferral gateway keys create --admin`.
+    What is posted to the alarm URL carries the token in DEFERRAL_ALARM_TOKEN, if there is one.
     """
     try:
         settings = Settings(
@@ -229,6 +237,8 @@ def serve(
             experts_file=experts,
             encoder=encoder,
             shadow_folder=shadow,
+            alarm_url=alarm_url or None,
+            alarm_token=os.environ.get(_ALARM_TOKEN) or None,
             traces=traces,
             conversations=None if no_conversations else replace(RULES, patience=patience, follow_up=follow_up),
         )

@@ -3,6 +3,7 @@
 import ipaddress
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from deferral.gateway.hysteresis import RULES, Rules
 
@@ -21,8 +22,8 @@ class Settings:
     `router_folder` and `experts_file` are what a reload reads; `encoder` is the folder of the sentence encoder that the router
     was fitted with, if it was; `shadow_folder` a candidate router that decides beside it without being used; `traces`
     sends spans by OpenTelemetry, as its variables OTEL_* say; `workers` is how many processes serve, `metrics_folder` where
-    they add up their metrics; `conversations` is when a conversation changes its expert (None: every request is decided by
-    itself).
+    they add up their metrics; `alarm_url` is where alarms of drift are posted to, with the bearer `alarm_token` if there is
+    one; `conversations` is when a conversation changes its expert (None: every request is decided by itself).
     """
 
     database: str = "sqlite:///deferral-gateway.db"
@@ -44,6 +45,8 @@ class Settings:
     shadow_folder: Path | None = None
     traces: bool = False
     metrics_folder: Path | None = None
+    alarm_url: str | None = field(default=None, repr=False)
+    alarm_token: str | None = field(default=None, repr=False)
     conversations: Rules | None = RULES
 
     def __post_init__(self) -> None:
@@ -53,6 +56,11 @@ class Settings:
             raise ValueError(
                 "admin_key (DEFERRAL_ADMIN_KEY): expected at least 16 characters; make one with `openssl rand -hex 32`"
             )
+        if self.alarm_url is not None and not _is_address(self.alarm_url):
+            # It is not repeated: such addresses are often secrets.
+            raise ValueError("alarm_url: expected an address that begins with http:// or https:// and names a host; got another")
+        if self.alarm_token is not None and self.alarm_url is None:
+            raise ValueError("alarm_token (DEFERRAL_ALARM_TOKEN): expected alarm_url (--alarm-url) as well; it is sent there")
         if not 0 <= self.retry_share <= 1:
             raise ValueError(f"retry_share: expected a share of the requests in [0, 1], got {self.retry_share}")
         if not 1 <= self.workers <= 256:
@@ -60,6 +68,14 @@ class Settings:
         for name in ("max_request_bytes", "max_reply_bytes", "deadline_s"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected a number above 0, got {getattr(self, name)}")
+
+
+def _is_address(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
 
 
 def is_loopback(host: str) -> bool:

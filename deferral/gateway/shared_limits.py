@@ -45,6 +45,11 @@ class _Part(Account):
         self.used, self.elsewhere, self.refused = False, 0.0, 0.0
         self.good_until = self.no_better_until = 0.0
 
+    @property
+    def left(self) -> float:
+        """With what other workers have and have not spent."""
+        return super().left + self.elsewhere
+
     def covers(self, dollars: float) -> bool:
         """Whether they can be set aside here and now."""
         return 0 < self.unspent >= dollars - _CRUMB and time.monotonic() < self.good_until
@@ -160,7 +165,7 @@ class SharedLimits(Limits):
                 return made
             account.refused, account.no_better_until = dollars, time.monotonic() + _NO_BETTER
         refused = self._spent(key, account)
-        if account.unspent + account.free + account.elsewhere >= max(dollars, _CRUMB):
+        if account.left >= max(dollars, _CRUMB):
             # Other workers have it; what they do not spend comes back.
             refused.retry_after = _TELL
         raise refused

@@ -15,7 +15,12 @@ __all__ = ["WorkerMetrics"]
 
 _EVERY = 1.0
 # What each worker sees of the same thing; the others are shares of a sum.
-_SEEN_BY_ALL = frozenset({"deferral_breaker_open", "deferral_alarm", "deferral_drift"})
+_SEEN_BY_ALL = frozenset(
+    {
+        "deferral_breaker_open", "deferral_alarm", "deferral_drift", "deferral_record_failing", "deferral_budget_dollars",
+        "deferral_budget_spent_dollars",
+    }
+)  # fmt: skip
 
 
 class WorkerMetrics:
