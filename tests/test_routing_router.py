@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from deferral.datasets import DataError
-from deferral.routing import Abilities, Log, Needs, Outcome, Router, list_prices, log_of_table
+from deferral.routing import Abilities, Log, Needs, Outcome, PriceModel, Router, list_prices, log_of_table
 from deferral.routing.persistence import FORMAT
 from deferral.routing.policies import Clusters, Linear, Neighbours
 
@@ -284,6 +284,33 @@ def test_new_prices_need_no_refitting() -> None:
     assert (some.route_batch(texts).actions == 2).mean() > 0.3
     with pytest.raises(ValueError, match="one per expert"):
         some.with_prices(list_prices([0], [1.0], 10))
+
+
+def test_new_prices_turn_budget_and_mix() -> None:
+    texts, _, quality, price = world(300)
+    before = Router(0.1, policies=QUICK).fit(log_of_table(texts, EXPERTS, quality, price))
+    fitted = before.fitted.prices
+    dearer = Router(0.1, policies=QUICK).fit(log_of_table(texts, EXPERTS, quality, price))
+    dearer.with_prices(PriceModel(10 * fitted.base, 10 * fitted.per_character))
+    for budget in (5.0, 12.0):
+        one, ten = before.plan(budget=budget), dearer.plan(budget=10 * budget)
+        assert ten.price_of_error == pytest.approx(10 * one.price_of_error)
+        np.testing.assert_allclose(ten.mix, one.mix)
+        spent = dearer.route_batch(texts, budget=10 * budget)
+        assert spent.price[np.arange(300), spent.actions].mean() <= 0.0101 * budget
+    with pytest.raises(ValueError, match="the cheapest expert costs"):
+        dearer.plan(budget=5.0)
+    assert dearer.plan(price_of_error=0.1, learned=False).mix.argmax() == 0
+
+
+def test_a_newcomer_is_as_dear_as_long_queries_make_it(tmp_path: Path) -> None:
+    texts, _, quality, price = world(100)
+    long = [text + 50 * " and so on" for text in texts]
+    some = Router(0.1, policies=QUICK).fit(log_of_table(long, EXPERTS, quality, price))
+    some.describe_expert("planned", quality=0.9, price=0.0, per_character=1e-4)
+    some.save(tmp_path / "router")
+    for one in (some, Router.load(tmp_path / "router")):
+        assert one.fitted.mean_price[-1] == pytest.approx(1e-4 * np.mean([len(text) for text in long]))
 
 
 def test_an_explanation_names_the_nearest_logged_queries() -> None:

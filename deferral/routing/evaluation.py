@@ -53,18 +53,27 @@ def trade_offs(price: np.ndarray, count: int = 60) -> np.ndarray:
     return np.concatenate([[np.inf], np.geomspace(1000 * largest, smallest / 2, count), [1e-6 * smallest]])
 
 
-def curve(estimate: np.ndarray, price: np.ndarray, quality: np.ndarray, errors: np.ndarray | None = None) -> Curve:
-    """Decisions argmax(estimate - price / price_of_error) for each price of an error.  (N, E), (N, E), (N, E) -> Curve
+def curve(
+    estimate: np.ndarray,
+    price: np.ndarray,
+    quality: np.ndarray,
+    errors: np.ndarray | None = None,
+    expected: np.ndarray | None = None,
+) -> Curve:
+    """Decisions argmax(estimate - expected / price_of_error) for each price of an error.  (N, E), (N, E), (N, E) -> Curve
 
-    Ties go to the cheaper expert (the first of equal price).
+    `expected` (N, E) are the prices as they are known before the answers, by default those paid: right where they are fixed, and
+    hindsight where they hang on what an expert writes.  Ties go to the cheaper expert (the first of equal price).
     """
-    if not estimate.shape == price.shape == quality.shape:
-        raise ValueError(f"expected three tables of one shape, got {estimate.shape}, {price.shape} and {quality.shape}")
+    expected = price if expected is None else expected
+    if not estimate.shape == price.shape == quality.shape == expected.shape:
+        shapes = ", ".join(str(values.shape) for values in (estimate, price, quality, expected))
+        raise ValueError(f"expected tables of one shape, got {shapes}")
     errors = trade_offs(price) if errors is None else errors
     rows = np.arange(len(price))
     order = np.argsort(price.mean(0), kind="stable")
-    estimate, price, quality = estimate[:, order], price[:, order], quality[:, order]
-    chosen = [(estimate - price / error).argmax(1) for error in errors]
+    estimate, price, quality, expected = (values[:, order] for values in (estimate, price, quality, expected))
+    chosen = [(estimate - expected / error).argmax(1) for error in errors]
     return Curve(np.stack([price[rows, one] for one in chosen]), np.stack([quality[rows, one] for one in chosen]))
 
 
@@ -193,10 +202,13 @@ class Routability:
         return line if self.room > 0.01 else f"{line}; these experts are not complementary, routing among them cannot gain"
 
 
-def routability(estimate: np.ndarray, price: np.ndarray, quality: np.ndarray) -> Routability:
-    """The room between static mix and oracle, and how much of it held-out estimates recover.  (N, E), (N, E), (N, E)"""
+def routability(estimate: np.ndarray, price: np.ndarray, quality: np.ndarray, expected: np.ndarray | None = None) -> Routability:
+    """The room between static mix and oracle, and how much of it held-out estimates recover.  (N, E), (N, E), (N, E)
+
+    `expected` (N, E) are the prices by which the estimates decide: see `curve`.
+    """
     low, high = float(price.mean(0).min()), float(price.mean(0).max())
-    static, routed = static_curve(price, quality).points(), curve(estimate, price, quality).points()
+    static, routed = static_curve(price, quality).points(), curve(estimate, price, quality, expected=expected).points()
     perfect = curve(quality, price, quality).points()
     return Routability(aiq(static, low, high), aiq(routed, low, high), aiq(np.concatenate([perfect, static]), low, high))
 

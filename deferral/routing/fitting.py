@@ -42,7 +42,8 @@ class Fitted:
     held_costs: dict[str, float]
     held_quality: np.ndarray  # (M, E) outcomes of rows held out
     held_estimate: np.ndarray  # (M, E)
-    held_price: np.ndarray  # (M, E)
+    held_price: np.ndarray  # (M, E) dollars, as they were paid
+    held_length: np.ndarray  # (M,) characters
     room: str
 
     @cached_property
@@ -59,6 +60,11 @@ class Fitted:
     def rates(self) -> list[tuple[float, float]]:
         """The price of an expert and what it rises by a character of the query, in dollars.  -> E pairs"""
         return list(zip(self.prices.base.tolist(), self.prices.per_character.tolist(), strict=True))
+
+    @cached_property
+    def _held_expected(self) -> np.ndarray:
+        """The prices by which held-out rows are decided; those paid in a folder of an earlier version.  -> (M, E)"""
+        return self._foreseen(self.prices) if len(self.held_length) else self.held_price
 
     def estimate(self, vectors: Vectors) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Expected quality of every expert, likeness to the log, and how far the query is trusted.  -> (N, E), (N,), (N,)"""
@@ -236,11 +242,23 @@ class Fitted:
             extension=widened(self.extension, combination[:, None]),
             held_quality=widened(self.held_quality, expected),
             held_estimate=widened(self.held_estimate, expected),
-            held_price=widened(self.held_price, np.broadcast_to(mean_price, (len(self.held_price), 1))),
+            held_price=widened(self.held_price, self._foreseen(prices)),
         )
 
+    def with_prices(self, prices: PriceModel) -> "Fitted":
+        """The same experts at other prices.  What was found worth routing stays what it was at the prices of the fit."""
+        mean_price = prices.base + prices.per_character * self._mean_length()
+        return replace(self, prices=prices, mean_price=mean_price, held_price=self._foreseen(prices))
+
+    def _foreseen(self, prices: PriceModel) -> np.ndarray:
+        """What the held-out rows are expected to cost.  -> (M, E)"""
+        lengths = self.held_length if len(self.held_length) else np.full(len(self.held_price), self._mean_length())
+        return prices(lengths)
+
     def _mean_length(self) -> float:
-        """Characters of a logged query, as far as texts are kept."""
+        """Characters of a logged query; of a log too short to hold rows out, as far as texts are kept."""
+        if len(self.held_length):
+            return float(self.held_length.mean())
         return float(np.mean([len(text) for text in self.texts])) if self.texts else 0.0
 
     def _check_new(self, name: str) -> None:
@@ -258,7 +276,7 @@ class Fitted:
             return float(self.mean_price[best]), float(self.means[best])
         order = self.cheapest_first
         order = order[mask[order]]
-        chosen = order[(self.held_estimate[:, order] - self.held_price[:, order] / error).argmax(1)]
+        chosen = order[(self.held_estimate[:, order] - self._held_expected[:, order] / error).argmax(1)]
         rows = np.arange(len(chosen))
         return float(self.held_price[rows, chosen].mean()), float(self.held_quality[rows, chosen].mean())
 

@@ -52,6 +52,7 @@ def save(router: "Router", folder: Path) -> None:
     arrays |= {f"state/{name}": getattr(state, name) for name in _ARRAYS}
     arrays |= {"familiar/similarity": state.familiar[0], "familiar/chance": state.familiar[1]}
     arrays |= {"kinds/centres": state.kinds[0], "kinds/shares": state.kinds[1]}
+    arrays["held/length"] = state.held_length
     arrays |= {"prices/base": state.prices.base, "prices/per_character": state.prices.per_character}
     arrays["seen/queries"] = router._seen
     if router._witnesses is not None:
@@ -154,7 +155,8 @@ def _state(names: dict, arrays: dict[str, np.ndarray]) -> Fitted:
         memory=memory,
         texts=tuple(names["texts"]),
         familiar=(arrays["familiar/similarity"], arrays["familiar/chance"]),
-        # Folders of earlier versions have none.
+        # Folders of earlier versions have none of these.
+        held_length=arrays.get("held/length", np.empty(0)),
         kinds=(arrays.get("kinds/centres", np.empty((0, 0), np.float32)), arrays.get("kinds/shares", np.empty(0))),
         reliance=names["reliance"],
         judged=Judged(**judged) if judged else None,

@@ -392,7 +392,7 @@ class Router:
         """From now on these prices, one per expert, without refitting."""
         if prices.base.shape != (len(self.experts),):
             raise ValueError(f"prices: expected one per expert, {len(self.experts)}, got {prices.base.shape}")
-        self._fitted, self.cascade = replace(self.fitted, prices=prices), None
+        self._fitted, self.cascade = self.fitted.with_prices(prices), None
         self._plans.clear()
         return self
 
