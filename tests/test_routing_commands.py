@@ -1,6 +1,8 @@
 """`deferral route` from end to end, and files of queries that survive being stopped."""
 
+import fcntl
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -122,6 +124,25 @@ def test_simulate_says_what_the_router_would_have_cost(folder: Path, tmp_path: P
     assert "'stranger'" in call("simulate", tmp_path / "strange.jsonl", "-r", folder).output
 
 
+@pytest.mark.slow
+def test_workers_end_with_the_process_that_was_killed() -> None:
+    program = """
+from multiprocessing import get_context
+from deferral.routing.batches import _end_with_parent
+if __name__ == "__main__":
+    worker = get_context("spawn").Process(target=_end_with_parent)
+    worker.start()
+    print("started", flush=True)
+    worker.join()
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == "started\n"
+        parent.kill()
+        # The end of the file comes when the last process that holds it has ended.
+        assert parent.communicate(timeout=120)[0] == ""
+
+
 @pytest.mark.ci_slow
 def test_a_batch_goes_on_where_it_was_killed(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batching, "_CHUNK", 40)
@@ -161,6 +182,11 @@ def test_a_batch_goes_on_where_it_was_killed(folder: Path, tmp_path: Path, monke
     (tmp_path / "another.txt").write_text("precious")
     with pytest.raises(DataError, match="it is there already"):
         call("batch", tmp_path / "in.txt", tmp_path / "another.txt", "-r", folder)
+    with (tmp_path / "locked.partial").open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(DataError, match=r"locked.partial: another process is writing it"):
+            route_file(folder, tmp_path / "in.jsonl", tmp_path / "locked")
+    assert route_file(folder, tmp_path / "in.jsonl", tmp_path / "locked") == 102
     (tmp_path / "mine.partial").write_text("precious")
     with pytest.raises(DataError, match=r"mine.partial: it was begun with another"):
         route_file(folder, tmp_path / "in.jsonl", tmp_path / "mine")

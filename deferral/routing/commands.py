@@ -230,7 +230,11 @@ def simulate(
     Every outcome of the log is one decision, with the propensity with which its expert was asked.
     """
     router = Router.load(folder, encoder=_encoder(encoder, cache))
-    events = events_of(_read(log), router.experts)
+    outcomes = _read(log)
+    events = events_of(outcomes, router.experts)
+    for name in router.experts:
+        if name not in outcomes.experts:
+            click.echo(f"no outcome of {name} in the log: to ips and self-normalised, decisions for it are none", err=True)
     seen = router.knows(events.queries)
     if seen.any() and not include_seen:
         click.echo(f"left out: {int(seen.sum()):,} queries that the router was fitted on", err=True)
@@ -244,6 +248,8 @@ def simulate(
         price = router.fitted.prices(np.array([len(query) for query in events.queries], float))
         policies = {"router": chances}
         for place, name in enumerate(router.experts):
+            if name not in outcomes.experts:
+                continue
             policies[f"always {name}"] = np.tile(np.eye(len(router.experts))[place], (len(chances), 1))
         replays = {
             name: replay(events, one, error, quality=quality, price=price, resamples=resamples, seed=seed)

@@ -8,7 +8,7 @@ from hashlib import blake2b
 import numpy as np
 
 from deferral.routing.encoders import Vectors
-from deferral.routing.outcomes import Table
+from deferral.routing.outcomes import Table, check_text
 from deferral.routing.policies import Neighbours, Policy
 from deferral.routing.policies.centres import nearest_centre
 from deferral.routing.prices import PriceModel, error_range, fit_prices
@@ -262,6 +262,7 @@ class Fitted:
         return float(np.mean([len(text) for text in self.texts])) if self.texts else 0.0
 
     def _check_new(self, name: str) -> None:
+        check_text("of the new expert", "expert", name)
         if name in self.experts:
             raise ValueError(f"{name!r} is an expert already; remove it first, or fit the router on all outcomes")
 

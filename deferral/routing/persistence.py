@@ -83,6 +83,7 @@ def save(router: "Router", folder: Path) -> None:
     }
     numbers = as_bytes({name: np.ascontiguousarray(array) for name, array in arrays.items()})
     names["sha256"] = digest = sha256(numbers).hexdigest()
+    names["names_sha256"] = _digest(names)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / _NUMBERS.format(digest[:12])
     _put(path, numbers)
@@ -131,7 +132,7 @@ def load(folder: Path, encode: Callable[[list[str]], Any] | str | Path | None) -
             router.cascade = Cascade.restored(cascade, _part(arrays, "cascade"))
             if list(router.cascade.experts) != router.experts:
                 raise KeyError("the cascade is of other experts")
-    except (KeyError, TypeError, SafetensorError, OSError) as error:
+    except (KeyError, TypeError, AttributeError, SafetensorError, OSError) as error:
         raise DataError(f"{folder}: the router cannot be read, {type(error).__name__}: {error}; fit and save it again") from error
     return router
 
@@ -202,7 +203,14 @@ def _names(folder: Path) -> dict:
         newer = isinstance(found, int) and found > FORMAT
         what = "a newer deferral wrote it: update deferral" if newer else "fit and save the router again"
         raise DataError(f"{folder}: expected format {FORMAT}, got {found!r}; {what}")
+    # Folders of earlier versions have none.
+    if names.pop("names_sha256", None) not in (None, _digest(names)):
+        raise DataError(f"{folder}: {_NAMES} is not as it was written; it is corrupted: fit and save the router again")
     return names
+
+
+def _digest(names: dict) -> str:
+    return sha256(json.dumps(names).encode()).hexdigest()
 
 
 def _put(path: Path, content: bytes) -> None:
