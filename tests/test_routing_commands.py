@@ -120,6 +120,12 @@ def test_simulate_says_what_the_router_would_have_cost(folder: Path, tmp_path: P
     assert result.exit_code == 0, result.output
     for word in ("ips", "self-normalised", "doubly robust", "always coder", "as logged"):
         assert word in result.output
+    router = Router.load(folder).describe_expert("half \ud800", quality=0.9, price=0.1)
+    router.save(tmp_path / "wider")
+    wider = call("simulate", tmp_path / "log.parquet", "-r", tmp_path / "wider", "--resamples", 100)
+    assert r"no outcome of half \ud800 in the log" in wider.stderr
+    assert "always half" not in wider.output
+    assert r"half \ud800" in call("explain", "q", "-r", tmp_path / "wider").stdout
     write_log(Log([Outcome("q", "stranger", 1.0, 0.0)]), tmp_path / "strange.jsonl")
     assert "'stranger'" in call("simulate", tmp_path / "strange.jsonl", "-r", folder).output
 

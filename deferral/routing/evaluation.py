@@ -182,7 +182,7 @@ class Routability:
 
     static_mix: float
     predicted: float
-    oracle: float
+    oracle: float  # NaN where not every expert answered every query
 
     @property
     def room(self) -> float:
@@ -195,6 +195,11 @@ class Routability:
         return (self.predicted - self.static_mix) / self.room if self.room > 0 else 0.0
 
     def __str__(self) -> str:
+        if np.isnan(self.oracle):
+            return (
+                f"static mix {self.static_mix:.3f}, routed {self.predicted:.3f}; how much more there is to gain cannot be known, "
+                "since not every expert answered every query"
+            )
         line = (
             f"static mix {self.static_mix:.3f}, routed {self.predicted:.3f}, oracle {self.oracle:.3f}: "
             f"{100 * self.predictable:.0f}% of the room of {self.room:.3f} is predictable"

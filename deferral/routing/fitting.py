@@ -168,7 +168,7 @@ class Fitted:
             f"used: {self.winner}{', since none alone is cheaper with confidence' if self.winner == 'blend' else ''}.",
             f"At ${at.errors[place]:.3g} an error{apart}: routed {at.learned[place]:.4f}, "
             f"best single expert {at.static[place]:.4f}, random {at.random[place]:.4f}, "
-            f"oracle {at.oracle[place]:.4f} errors a query; saved {at.gain[place]:.4f} ± {at.half_width[place]:.4f} (95%).",
+            f"oracle {_known(at.oracle[place])} errors a query; saved {at.gain[place]:.4f} ± {at.half_width[place]:.4f} (95%).",
             f"Routability: {self.room}.",
         ]
         why = self.why_not(error)
@@ -290,3 +290,7 @@ class Fitted:
             # The first that breaks it ends the search: price rises with the price of an error.
             return float(errors[max(int(np.argmin(met)) - 1, 0) if not met.all() else -1])
         return float(errors[int(np.argmax(met)) if met.any() else -1])
+
+
+def _known(value: float) -> str:
+    return "not known" if np.isnan(value) else f"{value:.4f}"

@@ -126,6 +126,11 @@ def _learned(
     )
     near = np.interp(likeness, *familiar)[:, None].astype(np.float32)
     judged_as = held.means + near * (estimates[winner] - held.means) + (1 - near) * mixed(held.deviations, abroad)
+    verdict = judged(judged_as, expected, held.means, p, held.truth, errors)
+    room = routability(judged_as.astype(np.float64), p, held.truth, expected)
+    if (weights != 1).any():
+        # Of doubly robust outcomes, the best one of a query is mostly the one that chance raised most.
+        verdict, room = replace(verdict, oracle=np.full_like(verdict.oracle, np.nan)), replace(room, oracle=np.nan)
     return replace(
         state,
         policies=learned,
@@ -134,14 +139,14 @@ def _learned(
         familiar=familiar,
         kinds=_kinds(vectors, seed),
         reliance=reliance,
-        judged=judged(judged_as, expected, held.means, p, held.truth, errors),
+        judged=verdict,
         winner=winner,
         held_costs=costs,
         held_quality=held.truth.astype(np.float32),
         held_estimate=judged_as.astype(np.float32),
         held_price=p,
         held_length=length[some],
-        room=str(routability(judged_as.astype(np.float64), p, held.truth, expected)),
+        room=str(room),
     )
 
 

@@ -50,7 +50,7 @@ class Judged:
     learned: np.ndarray  # (G,)
     static: np.ndarray  # (G,)
     random: np.ndarray  # (G,)
-    oracle: np.ndarray  # (G,)
+    oracle: np.ndarray  # (G,) NaN where not every expert answered every query
     gain: np.ndarray  # (G,) static - learned, paired
     half_width: np.ndarray  # (G,) of its 95% interval
     overall: np.ndarray  # (3,) mean agreement of estimated and true deviations, half of its 95% interval, mean skill
