@@ -85,7 +85,8 @@ def test_evaluate_judges_by_folds_and_a_router_on_other_queries(folder: Path, tm
     result = call("evaluate", tmp_path / "log.jsonl", "--by-tag", "--folds", 3, "--resamples", 100, "-o", tmp_path / "out")
     assert result.exit_code == 0, result.output
     stored = json.loads((tmp_path / "out" / "evaluation.json").read_text())
-    assert stored["rows"] == 150
+    assert (stored["rows"], stored["groups"]) == (150, 3)
+    assert "150 queries of 3 subjects" in result.output
     # On a subject that was never seen there is nothing to go by.
     assert stored["figures"]["routed"]["AIQ"]["estimate"] < stored["figures"]["oracle"]["AIQ"]["estimate"]
     assert (tmp_path / "out" / "curve.png").stat().st_size > 1000

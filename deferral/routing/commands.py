@@ -17,7 +17,7 @@ from deferral.routing.batches import route_file
 from deferral.routing.cascade_fitting import answers_in, fit_cascade
 from deferral.routing.constraints import Needs
 from deferral.routing.encoders import CachedEncoder
-from deferral.routing.judging import cross_fitted, evaluation, held, joined, query_folds, tag_folds
+from deferral.routing.judging import cross_fitted, evaluation, held, joined, query_folds, subjects, tag_folds
 from deferral.routing.log_files import read_log
 from deferral.routing.onnx_export import export
 from deferral.routing.outcomes import Log
@@ -169,7 +169,7 @@ def evaluate(
         raise click.UsageError("--by-tag goes without --router: it fits routers of its own")
     outcomes = _read(log)
     table = outcomes.table()
-    encode = _encoder(encoder, cache)
+    encode, group = _encoder(encoder, cache), None
     if folder is not None:
         router = Router.load(folder, encoder=encode)
         new = ~router.knows(table.queries)
@@ -188,8 +188,10 @@ def evaluate(
                 parts.append(part)
                 progress.advance(task)
         rows = joined(parts)
+        if by_tag:
+            group = subjects(outcomes, table)[1][np.argsort(fold, kind="stable")]
     with _working("bootstrap"):
-        found = evaluation(rows, resamples=resamples, seed=seed)
+        found = evaluation(rows, group=group, resamples=resamples, seed=seed)
     show_evaluation(found)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)

@@ -160,18 +160,27 @@ def best_expert(quality: np.ndarray, price: np.ndarray) -> int:
 
 
 def intervals_of(
-    figure: Callable[[np.ndarray], np.ndarray], rows: int, *, resamples: int = 1000, seed: int = 0
+    figure: Callable[[np.ndarray], np.ndarray],
+    rows: int,
+    *,
+    group: np.ndarray | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
 ) -> "list[Interval]":
-    """Figures with their 95% intervals over the rows.  `figure` maps weights (N,) to several numbers (F,) -> F intervals"""
+    """Figures with their 95% intervals over the rows.  `figure` maps weights (N,) to several numbers (F,) -> F intervals
+
+    `group` (N,) numbers the rows from 0: those of one number, queries of one subject say, are drawn together.
+    """
 
     import torch
 
     from deferral.intervals import bootstrap, interval
 
     def many(weights: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(np.stack([np.asarray(figure(one), float) for one in weights.numpy()]))
+        return torch.from_numpy(np.stack([np.asarray(figure(one[member]), float) for one in weights.numpy()]))
 
-    resampled = bootstrap(many, rows, resamples=resamples, seed=seed)
+    member = np.arange(rows) if group is None else group
+    resampled = bootstrap(many, int(member.max()) + 1, resamples=resamples, seed=seed)
     estimates = np.asarray(figure(np.ones(rows)), float)
     return [interval(float(estimate), resampled[:, place]) for place, estimate in enumerate(estimates)]
 

@@ -162,13 +162,14 @@ class Fitted:
             return "Too little to learn from: the static mix is used."
         place = int(np.abs(np.log(self.judged.errors / error)).argmin())
         at = self.judged
+        oracle = "" if np.isnan(at.oracle[place]) else f", oracle {at.oracle[place]:.4f}"
         apart = "" if abs(at.errors[place] / error - 1) < 0.01 else f" (of those tried the nearest to ${error:.3g})"
         lines = [
             f"Held-out cost over all trade-offs: {', '.join(f'{name} {cost:.4f}' for name, cost in self.held_costs.items())}; "
             f"used: {self.winner}{', since none alone is cheaper with confidence' if self.winner == 'blend' else ''}.",
             f"At ${at.errors[place]:.3g} an error{apart}: routed {at.learned[place]:.4f}, "
-            f"best single expert {at.static[place]:.4f}, random {at.random[place]:.4f}, "
-            f"oracle {_known(at.oracle[place])} errors a query; saved {at.gain[place]:.4f} ± {at.half_width[place]:.4f} (95%).",
+            f"best single expert {at.static[place]:.4f}, random {at.random[place]:.4f}"
+            f"{oracle} errors a query; saved {at.gain[place]:.4f} ± {at.half_width[place]:.4f} (95%).",
             f"Routability: {self.room}.",
         ]
         why = self.why_not(error)
@@ -290,7 +291,3 @@ class Fitted:
             # The first that breaks it ends the search: price rises with the price of an error.
             return float(errors[max(int(np.argmin(met)) - 1, 0) if not met.all() else -1])
         return float(errors[int(np.argmax(met)) if met.any() else -1])
-
-
-def _known(value: float) -> str:
-    return "not known" if np.isnan(value) else f"{value:.4f}"
