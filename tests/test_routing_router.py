@@ -438,6 +438,27 @@ def test_a_save_that_breaks_off_leaves_the_old_router(tmp_path: Path, monkeypatc
     assert len(list((tmp_path / "router").iterdir())) == 2
 
 
+def test_two_that_save_at_once_leave_one_whole_router(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts, _, quality, price = world(30)
+    other = Router(0.1, policies=QUICK).fit(log_of_table(texts, ["x", "y", "z"], quality, price))
+    router().save(tmp_path / "router")
+    real, started = os.replace, threading.Event()
+    second = threading.Thread(target=router().save, args=(tmp_path / "router",))
+
+    def replace(source: Path, target: Path) -> None:
+        if Path(target).name == "router.json" and not started.is_set():
+            # Between the numbers and the names of the first, the second begins.
+            started.set()
+            second.start()
+            second.join(0.2)
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    other.save(tmp_path / "router")
+    second.join()
+    assert Router.load(tmp_path / "router").experts == EXPERTS
+
+
 def test_readers_see_the_old_router_or_the_new_one(tmp_path: Path) -> None:
     texts, _, quality, price = world(60)
     two = [Router(0.1, policies=QUICK).fit(log_of_table(texts, names, quality, price)) for names in (EXPERTS, ["x", "y", "z"])]

@@ -6,7 +6,8 @@ Replacing router.json is one step of the file system, so that a reader sees the 
 import json
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
@@ -86,11 +87,29 @@ def save(router: "Router", folder: Path) -> None:
     names["names_sha256"] = _digest(names)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / _NUMBERS.format(digest[:12])
-    _put(path, numbers)
-    _put(folder / _NAMES, json.dumps(names).encode())
-    for other in folder.glob(_NUMBERS.format("*")):
-        if other != path:
-            other.unlink(missing_ok=True)
+    with _alone(folder):
+        _put(path, numbers)
+        _put(folder / _NAMES, json.dumps(names).encode())
+        for other in folder.glob(_NUMBERS.format("*")):
+            if other != path:
+                other.unlink(missing_ok=True)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One saves at a time: each removes the numbers of the others."""
+    try:
+        import fcntl
+    except ModuleNotFoundError:
+        # Windows has no such locks.
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def check_place(folder: Path) -> None:
