@@ -126,6 +126,21 @@ def test_what_needs_what_another_process_makes_comes_last(tmp_path: Path) -> Non
     assert order == [-1, 1, 0]
 
 
+def test_waiting_for_another_process_ends_with_the_time_budget(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def work(cell: Cell) -> Finding:
+        raise Busy("stage")
+
+    with (
+        running(
+            out=tmp_path, seeds=1, device="cpu", threads=1, root=None, budget_minutes=0.002, most_cells=None, quiet=True
+        ) as run,
+        run.results.claim("stage"),
+    ):
+        run.each([CELL], work)
+    assert "the time budget is spent" in capsys.readouterr().err
+    assert not run.results.finished(CELL)
+
+
 def test_the_time_left_comes_from_all_cells_however_long_they_take(capsys: pytest.CaptureFixture[str]) -> None:
     display, clock = Display(quiet=True), [0.0]
     display._progress.get_time = lambda: clock[0]

@@ -248,7 +248,7 @@ def test_a_cascade_is_saved_with_its_router_and_dropped_with_what_it_was_learned
     assert Router.load(tmp_path / "router").cascade is None
     names = json.loads((tmp_path / "router" / "router.json").read_text(encoding="utf-8"))
     (tmp_path / "router" / "router.json").write_text(
-        json.dumps(names | {"cascade": {"experts": ["x"], "first": "x"}}), encoding="utf-8"
+        json.dumps(names | {"cascade": {"experts": ["x"], "first": "x"}, "names_sha256": None}), encoding="utf-8"
     )
     with pytest.raises(DataError, match="cannot be read"):
         Router.load(tmp_path / "router")

@@ -1,6 +1,8 @@
 """`deferral route` from end to end, and files of queries that survive being stopped."""
 
+import fcntl
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -83,7 +85,8 @@ def test_evaluate_judges_by_folds_and_a_router_on_other_queries(folder: Path, tm
     result = call("evaluate", tmp_path / "log.jsonl", "--by-tag", "--folds", 3, "--resamples", 100, "-o", tmp_path / "out")
     assert result.exit_code == 0, result.output
     stored = json.loads((tmp_path / "out" / "evaluation.json").read_text())
-    assert stored["rows"] == 150
+    assert (stored["rows"], stored["groups"]) == (150, 3)
+    assert "150 queries of 3 subjects" in result.output
     # On a subject that was never seen there is nothing to go by.
     assert stored["figures"]["routed"]["AIQ"]["estimate"] < stored["figures"]["oracle"]["AIQ"]["estimate"]
     assert (tmp_path / "out" / "curve.png").stat().st_size > 1000
@@ -118,8 +121,33 @@ def test_simulate_says_what_the_router_would_have_cost(folder: Path, tmp_path: P
     assert result.exit_code == 0, result.output
     for word in ("ips", "self-normalised", "doubly robust", "always coder", "as logged"):
         assert word in result.output
+    router = Router.load(folder).describe_expert("half \ud800", quality=0.9, price=0.1)
+    router.save(tmp_path / "wider")
+    wider = call("simulate", tmp_path / "log.parquet", "-r", tmp_path / "wider", "--resamples", 100)
+    assert r"no outcome of half \ud800 in the log" in wider.stderr
+    assert "always half" not in wider.output
+    assert r"half \ud800" in call("explain", "q", "-r", tmp_path / "wider").stdout
     write_log(Log([Outcome("q", "stranger", 1.0, 0.0)]), tmp_path / "strange.jsonl")
     assert "'stranger'" in call("simulate", tmp_path / "strange.jsonl", "-r", folder).output
+
+
+@pytest.mark.slow
+def test_workers_end_with_the_process_that_was_killed() -> None:
+    program = """
+from multiprocessing import get_context
+from deferral.routing.batches import _end_with_parent
+if __name__ == "__main__":
+    worker = get_context("spawn").Process(target=_end_with_parent)
+    worker.start()
+    print("started", flush=True)
+    worker.join()
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == "started\n"
+        parent.kill()
+        # The end of the file comes when the last process that holds it has ended.
+        assert parent.communicate(timeout=120)[0] == ""
 
 
 @pytest.mark.ci_slow
@@ -161,6 +189,11 @@ def test_a_batch_goes_on_where_it_was_killed(folder: Path, tmp_path: Path, monke
     (tmp_path / "another.txt").write_text("precious")
     with pytest.raises(DataError, match="it is there already"):
         call("batch", tmp_path / "in.txt", tmp_path / "another.txt", "-r", folder)
+    with (tmp_path / "locked.partial").open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(DataError, match=r"locked.partial: another process is writing it"):
+            route_file(folder, tmp_path / "in.jsonl", tmp_path / "locked")
+    assert route_file(folder, tmp_path / "in.jsonl", tmp_path / "locked") == 102
     (tmp_path / "mine.partial").write_text("precious")
     with pytest.raises(DataError, match=r"mine.partial: it was begun with another"):
         route_file(folder, tmp_path / "in.jsonl", tmp_path / "mine")

@@ -1,4 +1,5 @@
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -138,6 +139,17 @@ def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
         covered += found.low <= 0.3 <= found.high
     assert 0.88 < covered / 150 < 0.99
     assert bootstrap(lambda weights: weights.sum(-1), 3, resamples=4).eq(3).all()
+
+
+def test_rows_of_a_group_are_drawn_together() -> None:
+    values = np.random.default_rng(0).random(10)
+
+    def mean_of(values: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+        return lambda weights: np.array([weights @ values / weights.sum()])
+
+    (alone,) = intervals_of(mean_of(values), 10, resamples=50)
+    (together,) = intervals_of(mean_of(values.repeat(4)), 40, group=np.arange(10).repeat(4), resamples=50)
+    assert tuple(vars(alone).values()) == pytest.approx(tuple(vars(together).values()))
 
 
 def test_the_static_mix_is_optimal_among_mixes() -> None:

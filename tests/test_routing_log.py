@@ -100,7 +100,9 @@ def test_costs_are_errors_plus_prices_in_units_of_one_error() -> None:
         ({"quality": "good"}, "row 2, quality"),
         ({"price": -0.1}, "row 2, price: expected a number that is finite and not negative, got -0.1"),
         ({"price": float("inf")}, "row 2, price"),
+        ({"price": 10**400}, "row 2, price: expected a number that is finite and not negative, got inf"),
         ({"propensity": 0.0}, "row 2, propensity"),
+        ({"propensity": 1e-60}, "row 2, propensity: expected a probability above 0, got 1e-60"),
         ({"expert": " "}, "row 2, expert"),
         ({"query": None}, "row 2, query"),
         ({"tags": "maths"}, "row 2, tags: expected a list of texts"),
@@ -134,12 +136,24 @@ def test_a_bad_line_is_named_by_file_row_and_field(tmp_path: Path, line: str, me
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.parametrize("value", ["9" * 5000, "[" * 100_000], ids=["digits", "depth"])
+def test_json_that_python_refuses_is_a_bad_line(tmp_path: Path, value: str) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_text(f'{{"query": {value}')
+    with pytest.raises(DataError, match="row 1: expected one JSON object"):
+        read_log(path)
+
+
 def test_a_parquet_file_that_was_cut_off_and_text_that_it_cannot_hold(tmp_path: Path) -> None:
     write_log(some_log(), tmp_path / "log.parquet")
     whole = (tmp_path / "log.parquet").read_bytes()
     (tmp_path / "log.parquet").write_bytes(whole[:-20])
     with pytest.raises(DataError, match="cannot be read as Parquet"):
         read_log(tmp_path / "log.parquet")
+    (tmp_path / "log.parquet").write_bytes(whole[:20] + b"\xff\x00" * 20 + whole[60:])
+    with pytest.raises(DataError, match="cannot be read as Parquet"):
+        read_log(tmp_path / "log.parquet")
+    (tmp_path / "log.parquet").write_bytes(whole[:-20])
     half = Log([Outcome("half \ud800", "a", 1.0, 0.0)])
     with pytest.raises(DataError, match=r"rows 1 to 1: .* write .jsonl"):
         write_log(half, tmp_path / "log.parquet")

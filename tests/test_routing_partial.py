@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from deferral.routing.encoders import NgramEncoder, Vectors
+from deferral.routing.evaluation import routability
 from deferral.routing.outcomes import Table
 from deferral.routing.partial_logs import OutcomeModel, doubly_robust, observed
 from deferral.routing.shift import familiarity, refitted, shifted_folds, shrinkage
@@ -142,9 +143,21 @@ def test_a_policy_without_skill_is_not_better_and_one_with_skill_is_not_turned_d
     quality = np.stack([known, generator.random(3000) < 0.6], -1).astype(float)
     errors = np.geomspace(1.2, 200, 20)
     good = np.stack([0.3 + 0.4 * known, np.full(3000, 0.6)], -1)
-    assert judged(good, means, price, quality, errors).better.all()
+    assert judged(good, price, means, price, quality, errors).better.all()
     bad = np.stack([0.7 - 0.4 * known, np.full(3000, 0.6)], -1)
-    assert not judged(bad, means, price, quality, errors).better.any()
+    assert not judged(bad, price, means, price, quality, errors).better.any()
+
+
+def test_a_policy_is_not_judged_by_prices_that_it_cannot_know() -> None:
+    generator = np.random.default_rng(0)
+    means = quality = np.tile([0.5, 0.6], (500, 1))
+    paid = generator.lognormal(size=(500, 2)) * [0.5, 1.0]
+    expected, errors = np.broadcast_to(paid.mean(0), paid.shape), np.geomspace(1, 100, 9)
+    found = judged(means, expected, means, paid, quality, errors)
+    np.testing.assert_array_equal(found.gain, 0)
+    hindsight, foresight = (routability(means, paid, quality, prices) for prices in (None, expected))
+    assert hindsight.predicted > foresight.predicted + 0.01
+    assert foresight.predicted == pytest.approx(foresight.static_mix, abs=1e-9)
 
 
 def test_blending_weights_follow_the_rows_of_mass() -> None:

@@ -102,6 +102,10 @@ def test_a_router_proves_its_floor_by_rows_that_were_not_in_the_fit() -> None:
     router.describe_expert("new", quality=0.9, price=0.001)
     with pytest.raises(ValueError, match="no rows that certify it"):
         router.plan(certified_quality=0.9)
+    with pytest.raises(ValueError, match="certify: expected every expert's outcome"):
+        Router(0.1, policies=QUICK).fit(holes, certify=0.1)
+    with pytest.raises(ValueError, match="leaves none to learn from"):
+        Router(0.1, policies=QUICK).fit(log_of_table(texts[:2], EXPERTS, quality[:2], price[:2]), certify=0.999)
     split = Router(0.1, policies=QUICK).fit(log_of_table(texts, EXPERTS, quality, price), certify=0.4)
     assert 200 <= 600 - split.knows(texts).sum() <= 280
     assert split.plan(certified_quality=0.8).price_of_error > 0
@@ -156,6 +160,11 @@ def test_a_full_table_is_replayed_exactly() -> None:
     for name in METHODS:
         assert one.quality[name].estimate == pytest.approx(truth, rel=1e-6)
     assert one.cost["ips"].estimate == pytest.approx(1 - truth + (chances * price).sum(1).mean() / 0.5, rel=1e-6)
+    # Whoever asks everyone may well log that everyone was certain to be asked.
+    certain = log_of_table([f"q{i}" for i in range(40)], ["a", "b", "c"], quality, price, propensity=np.ones((40, 3)))
+    again = events_of(certain, ["a", "b", "c", "new"])
+    np.testing.assert_array_equal(again.propensity, events.propensity)
+    assert (again.assumed, events.assumed) == (0, 0)
     half = events.of_queries(np.arange(40) < 20)
     assert len(half.query) == 60
     assert half.query.max() == 19

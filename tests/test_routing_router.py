@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from deferral.datasets import DataError
-from deferral.routing import Abilities, Log, Needs, Outcome, Router, list_prices, log_of_table
+from deferral.routing import Abilities, Log, Needs, Outcome, PriceModel, Router, list_prices, log_of_table
 from deferral.routing.persistence import FORMAT
 from deferral.routing.policies import Clusters, Linear, Neighbours
 
@@ -286,6 +286,33 @@ def test_new_prices_need_no_refitting() -> None:
         some.with_prices(list_prices([0], [1.0], 10))
 
 
+def test_new_prices_turn_budget_and_mix() -> None:
+    texts, _, quality, price = world(300)
+    before = Router(0.1, policies=QUICK).fit(log_of_table(texts, EXPERTS, quality, price))
+    fitted = before.fitted.prices
+    dearer = Router(0.1, policies=QUICK).fit(log_of_table(texts, EXPERTS, quality, price))
+    dearer.with_prices(PriceModel(10 * fitted.base, 10 * fitted.per_character))
+    for budget in (5.0, 12.0):
+        one, ten = before.plan(budget=budget), dearer.plan(budget=10 * budget)
+        assert ten.price_of_error == pytest.approx(10 * one.price_of_error)
+        np.testing.assert_allclose(ten.mix, one.mix)
+        spent = dearer.route_batch(texts, budget=10 * budget)
+        assert spent.price[np.arange(300), spent.actions].mean() <= 0.0101 * budget
+    with pytest.raises(ValueError, match="the cheapest expert costs"):
+        dearer.plan(budget=5.0)
+    assert dearer.plan(price_of_error=0.1, learned=False).mix.argmax() == 0
+
+
+def test_a_newcomer_is_as_dear_as_long_queries_make_it(tmp_path: Path) -> None:
+    texts, _, quality, price = world(100)
+    long = [text + 50 * " and so on" for text in texts]
+    some = Router(0.1, policies=QUICK).fit(log_of_table(long, EXPERTS, quality, price))
+    some.describe_expert("planned", quality=0.9, price=0.0, per_character=1e-4)
+    some.save(tmp_path / "router")
+    for one in (some, Router.load(tmp_path / "router")):
+        assert one.fitted.mean_price[-1] == pytest.approx(1e-4 * np.mean([len(text) for text in long]))
+
+
 def test_an_explanation_names_the_nearest_logged_queries() -> None:
     texts, *_ = world(600)
     decision, nearest = router().explain(texts[17], count=3)
@@ -314,6 +341,44 @@ print(Router.load({str(tmp_path / "router")!r}).route({texts[3]!r}).cost)
     assert [path.name for path in tmp_path.iterdir()] == ["router"]
 
 
+def test_no_query_is_no_decision() -> None:
+    decisions = router().route_batch([])
+    assert (len(decisions), decisions.names, decisions.quality.shape) == (0, [], (0, 3))
+    texts, _, quality, price = world(60)
+    own = Router(0.1, encoder=lambda queries: [[len(query), 1.0] for query in queries], policies=QUICK)
+    assert own.fit(log_of_table(texts, EXPERTS, quality, price)).route_batch([]).names == []
+
+
+def test_settings_may_be_asked_for_by_many_threads() -> None:
+    some = copy.copy(router())
+    some._plans = {}
+
+    class Cleared(dict):
+        def __getitem__(self, key: object) -> object:
+            self.clear()
+            return super().__getitem__(key)
+
+        def __contains__(self, key: object) -> bool:
+            found = super().__contains__(key)
+            self.clear()
+            return found
+
+    some._plans = Cleared()
+    for _ in range(2):
+        assert some.plan(price_of_error=np.float32(0.25)).price_of_error == 0.25
+
+
+def test_a_table_with_a_bad_cell_is_an_error() -> None:
+    texts, _, quality, price = world(60)
+    for row, column, value in ((3, 1, np.nan), (4, 2, 1.5)):
+        table = log_of_table(texts, EXPERTS, quality, price).table()
+        table.quality[row, column] = value
+        with pytest.raises(ValueError, match=f"query {row + 1}, {EXPERTS[column]}: expected a quality"):
+            Router(0.1, policies=QUICK).fit(table)
+    with pytest.raises(ValueError, match="of the new expert, expert: expected a name"):
+        copy.copy(router()).describe_expert(" ", quality=0.5, price=0.1)
+
+
 def test_a_bad_folder_is_a_clear_error_and_a_good_one_is_not_lost(tmp_path: Path) -> None:
     folder = tmp_path / "router"
     with pytest.raises(DataError, match="there is no router"):
@@ -321,17 +386,21 @@ def test_a_bad_folder_is_a_clear_error_and_a_good_one_is_not_lost(tmp_path: Path
     router().save(folder)
     names, (numbers,) = folder / "router.json", folder.glob("state.*.safetensors")
     good, whole = names.read_text(), numbers.read_bytes()
+    without_digest = {key: value for key, value in json.loads(good).items() if key != "names_sha256"}
     for text, message in (
         (good[:100], "cannot be read"),
         (json.dumps({**json.loads(good), "format": FORMAT + 1}), "a newer deferral wrote it"),
+        (good.replace('"price_of_error": 0.1', '"price_of_error": 0.9'), "it is corrupted"),
         (json.dumps({**json.loads(good), "format": "x"}), "fit and save the router again"),
-        (json.dumps({key: value for key, value in json.loads(good).items() if key != "experts"}), "KeyError: 'experts'"),
-        (json.dumps({**json.loads(good), "sha256": "0" * 64}), "cannot be read"),
+        (json.dumps({**without_digest, "experts": None}), "cannot be read, TypeError"),
+        (json.dumps({**without_digest, "sha256": "0" * 64}), "cannot be read"),
         ("[]", "no description"),
     ):
         names.write_text(text)
         with pytest.raises(DataError, match=message):
             Router.load(folder)
+    names.write_text(json.dumps(without_digest))  # as an earlier version wrote it
+    assert Router.load(folder).experts == EXPERTS
     names.write_text(good)
     for bad in (whole[:-10], whole[:-1] + b"?", b""):
         numbers.write_bytes(bad)
@@ -367,6 +436,27 @@ def test_a_save_that_breaks_off_leaves_the_old_router(tmp_path: Path, monkeypatc
     other.save(tmp_path / "router")
     assert Router.load(tmp_path / "router").experts == ["x", "y", "z"]
     assert len(list((tmp_path / "router").iterdir())) == 2
+
+
+def test_two_that_save_at_once_leave_one_whole_router(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts, _, quality, price = world(30)
+    other = Router(0.1, policies=QUICK).fit(log_of_table(texts, ["x", "y", "z"], quality, price))
+    router().save(tmp_path / "router")
+    real, started = os.replace, threading.Event()
+    second = threading.Thread(target=router().save, args=(tmp_path / "router",))
+
+    def replace(source: Path, target: Path) -> None:
+        if Path(target).name == "router.json" and not started.is_set():
+            # Between the numbers and the names of the first, the second begins.
+            started.set()
+            second.start()
+            second.join(0.2)
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    other.save(tmp_path / "router")
+    second.join()
+    assert Router.load(tmp_path / "router").experts == EXPERTS
 
 
 def test_readers_see_the_old_router_or_the_new_one(tmp_path: Path) -> None:
@@ -410,6 +500,8 @@ def test_an_expert_with_one_outcome_is_taken_to_be_near_the_others() -> None:
     mask[1:, 1] = False
     some = Router(0.1, policies=QUICK).fit(log_of_table(texts, EXPERTS, quality, price, mask))
     others = np.delete(some.fitted.means, 1)
+    assert "oracle" not in some.report
+    assert "how much more there is to gain cannot be known" in some.report
     assert others.min() - 0.1 < some.fitted.means[1] < others.max() + 0.1
     assert some.route(texts[0]).expert in EXPERTS
 

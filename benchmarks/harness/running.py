@@ -28,6 +28,7 @@ from deferral.datasets import DataError, Images
 __all__ = ["RESULTS", "Busy", "Finding", "Part", "Run", "image_options", "options", "running", "settings_of"]
 
 RESULTS = Path(__file__).parent.parent / "results"
+_PATIENCE = 0.2  # seconds between two looks at a lock
 
 
 class Busy(Exception):
@@ -97,9 +98,9 @@ class Run:
         return load(data, self.data_root, self.device)
 
     @contextmanager
-    def claim(self, name: str, *, wait: bool = False) -> Iterator[bool]:
+    def claim(self, name: str) -> Iterator[bool]:
         """The lock of that name as in `Results.claim`, held by the first rank for all."""
-        with self.results.claim(name, wait=wait) if ranks.first() else nullcontext(False) as mine:
+        with self.results.claim(name) if ranks.first() else nullcontext(False) as mine:
             yield bool(ranks.agree(mine))
 
     def watch(self, what: str, epochs: int) -> Watch:
@@ -123,8 +124,7 @@ class Run:
             if ranks.agree(time.monotonic() > self.deadline):
                 raise OutOfTime
             if awaited:
-                with self.claim(awaited, wait=True):
-                    pass
+                self._await(awaited)
             with self.claim(f"{cell.table}-{cell.preset}-{cell.name}") as mine:
                 # Another process may have finished it since.
                 if not mine or ranks.agree(self.results.finished(cell)):
@@ -147,6 +147,16 @@ class Run:
                     diverged += 1
         if diverged:
             raise click.ClickException(f"{diverged} cells diverged and are left open")
+
+    def _await(self, lock: str) -> None:
+        """Returns when no other process holds the lock.  Raises OutOfTime at the deadline."""
+        while True:
+            with self.claim(lock) as free:
+                if free:
+                    return
+            if ranks.agree(time.monotonic() > self.deadline):
+                raise OutOfTime
+            time.sleep(_PATIENCE)
 
     def _finish(self, cell: Cell, finding: Finding, seconds: float, cpu_seconds: float) -> None:
         record = {
@@ -199,7 +209,7 @@ def options(*, presets: Sequence[str] = tuple(PRESETS), seeds: int = 3) -> Calla
                 envvar="DEFERRAL_DATA",
                 help="Folder of the data.  [default: $DEFERRAL_DATA]",
             ),
-            click.option("--budget-minutes", type=float, help="Stop at the first checkpoint after this time."),
+            click.option("--budget-minutes", type=click.FloatRange(min=0), help="Stop at the first checkpoint after this time."),
             click.option("--cells", "most_cells", type=click.IntRange(min=1), help="Stop after this many new cells."),
             click.option("--quiet", is_flag=True, help="One line a cell, for logs."),
         ]

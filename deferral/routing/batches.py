@@ -12,9 +12,10 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict
 from hashlib import sha256
 from itertools import islice
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
-from typing import Any
+from threading import Thread
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -43,8 +44,7 @@ def route_file(
     `queries` is .jsonl, one object with "query" a line, or any other text file, one query a line (an empty line is an empty
     query).  `setting` are those of `Router.plan`.  Calls `on_rows(rows done, bytes of the file read)` as it goes on.
     """
-    if out.exists():
-        raise DataError(f"{out}: it is there already; remove it or name another file")
+    _check_free(out)
     if workers < 1:
         raise ValueError(f"workers: expected at least 1, got {workers}")
     setting = {name: value for name, value in (setting or {}).items() if value is not None}
@@ -57,21 +57,42 @@ def route_file(
         "setting": {name: _plain(value) for name, value in setting.items()},
     }
     partial, note = out.with_name(f"{out.name}.partial"), out.with_name(f"{out.name}.partial.json")
-    rows = _whole_lines(partial, note, work)
-    chunks = _chunks(queries, rows)
-    if workers == 1:
-        decided = _decided_here(chunks, router, setting, rows)
-    else:
-        decided = _decided_by(workers, chunks, (folder, encoder, setting), rows)
     with partial.open("ab") as file:
+        _claim(file, partial)
+        # Who held it before may have finished.
+        _check_free(out)
+        rows = _whole_lines(partial, note, work)
+        chunks = _chunks(queries, rows)
+        if workers == 1:
+            decided = _decided_here(chunks, router, setting, rows)
+        else:
+            decided = _decided_by(workers, chunks, (folder, encoder, setting), rows)
         for lines, read in decided:
             file.write(lines)
             file.flush()
             rows += lines.count(b"\n")
             on_rows(rows, read)
-    os.replace(partial, out)
+        os.replace(partial, out)
     note.unlink()
     return rows
+
+
+def _check_free(out: Path) -> None:
+    if out.exists():
+        raise DataError(f"{out}: it is there already; remove it or name another file")
+
+
+def _claim(file: BinaryIO, partial: Path) -> None:
+    """DataError where another process writes the same decisions: each row would be there twice."""
+    try:
+        import fcntl
+    except ModuleNotFoundError:
+        # Windows has no such locks.
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise DataError(f"{partial}: another process is writing it; wait for it, or stop it first") from None
 
 
 def _plain(value: Any) -> Any:
@@ -83,9 +104,8 @@ def _plain(value: Any) -> Any:
 
 def _whole_lines(partial: Path, note: Path, work: dict) -> int:
     """How many decisions an earlier run has left whole; what it began of another is cut off."""
-    if not partial.exists():
+    if partial.stat().st_size == 0:
         note.write_text(json.dumps(work), encoding="utf-8")
-        partial.touch()
         return 0
     try:
         begun = json.loads(note.read_text(encoding="utf-8"))
@@ -161,7 +181,16 @@ _of_worker: dict[str, Any] = {}
 
 def _begin(folder: Path, encoder: Path | None, setting: dict) -> None:
     torch.set_num_threads(1)
+    Thread(target=_end_with_parent, daemon=True).start()
     _of_worker.update(router=Router.load(folder, encoder=encoder), setting=setting)
+
+
+def _end_with_parent() -> None:
+    """A worker waits for work for ever if who gave it was killed."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _work(queries: list[str], first: int) -> bytes:

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from deferral.routing.batches import route_file
 from deferral.routing.cascade_fitting import answers_in, fit_cascade
 from deferral.routing.constraints import Needs
 from deferral.routing.encoders import CachedEncoder
-from deferral.routing.judging import cross_fitted, evaluation, held, joined, query_folds, tag_folds
+from deferral.routing.judging import cross_fitted, evaluation, held, joined, query_folds, subjects, tag_folds
 from deferral.routing.log_files import read_log
 from deferral.routing.onnx_export import export
 from deferral.routing.outcomes import Log
@@ -51,6 +52,9 @@ class _Route(click.Group):
 @click.group(cls=_Route)
 def route() -> None:
     """Learn from a log which language model should answer, and prove what that saves."""
+    # What was logged may not be writable here: half a surrogate pair, or anything else than ASCII.
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _encoder_options(command: Callable) -> Callable:
@@ -165,7 +169,7 @@ def evaluate(
         raise click.UsageError("--by-tag goes without --router: it fits routers of its own")
     outcomes = _read(log)
     table = outcomes.table()
-    encode = _encoder(encoder, cache)
+    encode, group = _encoder(encoder, cache), None
     if folder is not None:
         router = Router.load(folder, encoder=encode)
         new = ~router.knows(table.queries)
@@ -184,8 +188,10 @@ def evaluate(
                 parts.append(part)
                 progress.advance(task)
         rows = joined(parts)
+        if by_tag:
+            group = subjects(outcomes, table)[1][np.argsort(fold, kind="stable")]
     with _working("bootstrap"):
-        found = evaluation(rows, resamples=resamples, seed=seed)
+        found = evaluation(rows, group=group, resamples=resamples, seed=seed)
     show_evaluation(found)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
@@ -230,7 +236,11 @@ def simulate(
     Every outcome of the log is one decision, with the propensity with which its expert was asked.
     """
     router = Router.load(folder, encoder=_encoder(encoder, cache))
-    events = events_of(_read(log), router.experts)
+    outcomes = _read(log)
+    events = events_of(outcomes, router.experts)
+    for name in router.experts:
+        if name not in outcomes.experts:
+            click.echo(f"no outcome of {name} in the log: to ips and self-normalised, decisions for it are none", err=True)
     seen = router.knows(events.queries)
     if seen.any() and not include_seen:
         click.echo(f"left out: {int(seen.sum()):,} queries that the router was fitted on", err=True)
@@ -244,6 +254,8 @@ def simulate(
         price = router.fitted.prices(np.array([len(query) for query in events.queries], float))
         policies = {"router": chances}
         for place, name in enumerate(router.experts):
+            if name not in outcomes.experts:
+                continue
             policies[f"always {name}"] = np.tile(np.eye(len(router.experts))[place], (len(chances), 1))
         replays = {
             name: replay(events, one, error, quality=quality, price=price, resamples=resamples, seed=seed)

@@ -198,6 +198,10 @@ class FunctionEncoder:
         """The vectors of queries.  N -> Vectors"""
         if not self.arrays:
             raise ValueError("the encoder is not fitted; call fit first")
+        if len(queries) == 0:
+            return Vectors(
+                np.empty((0, len(self.arrays["mean"])), np.float32), np.empty((0, len(self.arrays["center"])), np.float32)
+            )
         features = np.stack([_cheap(query) for query in queries])
         extra = _standardised(features, self.arrays)
         return Vectors(_unit(self._encoded(queries) - self.arrays["mean"]), extra)

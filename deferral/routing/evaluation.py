@@ -53,18 +53,27 @@ def trade_offs(price: np.ndarray, count: int = 60) -> np.ndarray:
     return np.concatenate([[np.inf], np.geomspace(1000 * largest, smallest / 2, count), [1e-6 * smallest]])
 
 
-def curve(estimate: np.ndarray, price: np.ndarray, quality: np.ndarray, errors: np.ndarray | None = None) -> Curve:
-    """Decisions argmax(estimate - price / price_of_error) for each price of an error.  (N, E), (N, E), (N, E) -> Curve
+def curve(
+    estimate: np.ndarray,
+    price: np.ndarray,
+    quality: np.ndarray,
+    errors: np.ndarray | None = None,
+    expected: np.ndarray | None = None,
+) -> Curve:
+    """Decisions argmax(estimate - expected / price_of_error) for each price of an error.  (N, E), (N, E), (N, E) -> Curve
 
-    Ties go to the cheaper expert (the first of equal price).
+    `expected` (N, E) are the prices as they are known before the answers, by default those paid: right where they are fixed, and
+    hindsight where they hang on what an expert writes.  Ties go to the cheaper expert (the first of equal price).
     """
-    if not estimate.shape == price.shape == quality.shape:
-        raise ValueError(f"expected three tables of one shape, got {estimate.shape}, {price.shape} and {quality.shape}")
+    expected = price if expected is None else expected
+    if not estimate.shape == price.shape == quality.shape == expected.shape:
+        shapes = ", ".join(str(values.shape) for values in (estimate, price, quality, expected))
+        raise ValueError(f"expected tables of one shape, got {shapes}")
     errors = trade_offs(price) if errors is None else errors
     rows = np.arange(len(price))
     order = np.argsort(price.mean(0), kind="stable")
-    estimate, price, quality = estimate[:, order], price[:, order], quality[:, order]
-    chosen = [(estimate - price / error).argmax(1) for error in errors]
+    estimate, price, quality, expected = (values[:, order] for values in (estimate, price, quality, expected))
+    chosen = [(estimate - expected / error).argmax(1) for error in errors]
     return Curve(np.stack([price[rows, one] for one in chosen]), np.stack([quality[rows, one] for one in chosen]))
 
 
@@ -151,18 +160,27 @@ def best_expert(quality: np.ndarray, price: np.ndarray) -> int:
 
 
 def intervals_of(
-    figure: Callable[[np.ndarray], np.ndarray], rows: int, *, resamples: int = 1000, seed: int = 0
+    figure: Callable[[np.ndarray], np.ndarray],
+    rows: int,
+    *,
+    group: np.ndarray | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
 ) -> "list[Interval]":
-    """Figures with their 95% intervals over the rows.  `figure` maps weights (N,) to several numbers (F,) -> F intervals"""
+    """Figures with their 95% intervals over the rows.  `figure` maps weights (N,) to several numbers (F,) -> F intervals
+
+    `group` (N,) numbers the rows from 0: those of one number, queries of one subject say, are drawn together.
+    """
 
     import torch
 
     from deferral.intervals import bootstrap, interval
 
     def many(weights: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(np.stack([np.asarray(figure(one), float) for one in weights.numpy()]))
+        return torch.from_numpy(np.stack([np.asarray(figure(one[member]), float) for one in weights.numpy()]))
 
-    resampled = bootstrap(many, rows, resamples=resamples, seed=seed)
+    member = np.arange(rows) if group is None else group
+    resampled = bootstrap(many, int(member.max()) + 1, resamples=resamples, seed=seed)
     estimates = np.asarray(figure(np.ones(rows)), float)
     return [interval(float(estimate), resampled[:, place]) for place, estimate in enumerate(estimates)]
 
@@ -173,7 +191,7 @@ class Routability:
 
     static_mix: float
     predicted: float
-    oracle: float
+    oracle: float  # NaN where not every expert answered every query
 
     @property
     def room(self) -> float:
@@ -186,6 +204,11 @@ class Routability:
         return (self.predicted - self.static_mix) / self.room if self.room > 0 else 0.0
 
     def __str__(self) -> str:
+        if np.isnan(self.oracle):
+            return (
+                f"static mix {self.static_mix:.3f}, routed {self.predicted:.3f}; how much more there is to gain cannot be known, "
+                "since not every expert answered every query"
+            )
         line = (
             f"static mix {self.static_mix:.3f}, routed {self.predicted:.3f}, oracle {self.oracle:.3f}: "
             f"{100 * self.predictable:.0f}% of the room of {self.room:.3f} is predictable"
@@ -193,10 +216,13 @@ class Routability:
         return line if self.room > 0.01 else f"{line}; these experts are not complementary, routing among them cannot gain"
 
 
-def routability(estimate: np.ndarray, price: np.ndarray, quality: np.ndarray) -> Routability:
-    """The room between static mix and oracle, and how much of it held-out estimates recover.  (N, E), (N, E), (N, E)"""
+def routability(estimate: np.ndarray, price: np.ndarray, quality: np.ndarray, expected: np.ndarray | None = None) -> Routability:
+    """The room between static mix and oracle, and how much of it held-out estimates recover.  (N, E), (N, E), (N, E)
+
+    `expected` (N, E) are the prices by which the estimates decide: see `curve`.
+    """
     low, high = float(price.mean(0).min()), float(price.mean(0).max())
-    static, routed = static_curve(price, quality).points(), curve(estimate, price, quality).points()
+    static, routed = static_curve(price, quality).points(), curve(estimate, price, quality, expected=expected).points()
     perfect = curve(quality, price, quality).points()
     return Routability(aiq(static, low, high), aiq(routed, low, high), aiq(np.concatenate([perfect, static]), low, high))
 

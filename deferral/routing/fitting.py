@@ -8,7 +8,7 @@ from hashlib import blake2b
 import numpy as np
 
 from deferral.routing.encoders import Vectors
-from deferral.routing.outcomes import Table
+from deferral.routing.outcomes import Table, check_text
 from deferral.routing.policies import Neighbours, Policy
 from deferral.routing.policies.centres import nearest_centre
 from deferral.routing.prices import PriceModel, error_range, fit_prices
@@ -42,7 +42,8 @@ class Fitted:
     held_costs: dict[str, float]
     held_quality: np.ndarray  # (M, E) outcomes of rows held out
     held_estimate: np.ndarray  # (M, E)
-    held_price: np.ndarray  # (M, E)
+    held_price: np.ndarray  # (M, E) dollars, as they were paid
+    held_length: np.ndarray  # (M,) characters
     room: str
 
     @cached_property
@@ -59,6 +60,11 @@ class Fitted:
     def rates(self) -> list[tuple[float, float]]:
         """The price of an expert and what it rises by a character of the query, in dollars.  -> E pairs"""
         return list(zip(self.prices.base.tolist(), self.prices.per_character.tolist(), strict=True))
+
+    @cached_property
+    def _held_expected(self) -> np.ndarray:
+        """The prices by which held-out rows are decided; those paid in a folder of an earlier version.  -> (M, E)"""
+        return self._foreseen(self.prices) if len(self.held_length) else self.held_price
 
     def estimate(self, vectors: Vectors) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Expected quality of every expert, likeness to the log, and how far the query is trusted.  -> (N, E), (N,), (N,)"""
@@ -156,13 +162,14 @@ class Fitted:
             return "Too little to learn from: the static mix is used."
         place = int(np.abs(np.log(self.judged.errors / error)).argmin())
         at = self.judged
+        oracle = "" if np.isnan(at.oracle[place]) else f", oracle {at.oracle[place]:.4f}"
         apart = "" if abs(at.errors[place] / error - 1) < 0.01 else f" (of those tried the nearest to ${error:.3g})"
         lines = [
             f"Held-out cost over all trade-offs: {', '.join(f'{name} {cost:.4f}' for name, cost in self.held_costs.items())}; "
             f"used: {self.winner}{', since none alone is cheaper with confidence' if self.winner == 'blend' else ''}.",
             f"At ${at.errors[place]:.3g} an error{apart}: routed {at.learned[place]:.4f}, "
-            f"best single expert {at.static[place]:.4f}, random {at.random[place]:.4f}, "
-            f"oracle {at.oracle[place]:.4f} errors a query; saved {at.gain[place]:.4f} ± {at.half_width[place]:.4f} (95%).",
+            f"best single expert {at.static[place]:.4f}, random {at.random[place]:.4f}"
+            f"{oracle} errors a query; saved {at.gain[place]:.4f} ± {at.half_width[place]:.4f} (95%).",
             f"Routability: {self.room}.",
         ]
         why = self.why_not(error)
@@ -236,14 +243,27 @@ class Fitted:
             extension=widened(self.extension, combination[:, None]),
             held_quality=widened(self.held_quality, expected),
             held_estimate=widened(self.held_estimate, expected),
-            held_price=widened(self.held_price, np.broadcast_to(mean_price, (len(self.held_price), 1))),
+            held_price=widened(self.held_price, self._foreseen(prices)),
         )
 
+    def with_prices(self, prices: PriceModel) -> "Fitted":
+        """The same experts at other prices.  What was found worth routing stays what it was at the prices of the fit."""
+        mean_price = prices.base + prices.per_character * self._mean_length()
+        return replace(self, prices=prices, mean_price=mean_price, held_price=self._foreseen(prices))
+
+    def _foreseen(self, prices: PriceModel) -> np.ndarray:
+        """What the held-out rows are expected to cost.  -> (M, E)"""
+        lengths = self.held_length if len(self.held_length) else np.full(len(self.held_price), self._mean_length())
+        return prices(lengths)
+
     def _mean_length(self) -> float:
-        """Characters of a logged query, as far as texts are kept."""
+        """Characters of a logged query; of a log too short to hold rows out, as far as texts are kept."""
+        if len(self.held_length):
+            return float(self.held_length.mean())
         return float(np.mean([len(text) for text in self.texts])) if self.texts else 0.0
 
     def _check_new(self, name: str) -> None:
+        check_text("of the new expert", "expert", name)
         if name in self.experts:
             raise ValueError(f"{name!r} is an expert already; remove it first, or fit the router on all outcomes")
 
@@ -258,7 +278,7 @@ class Fitted:
             return float(self.mean_price[best]), float(self.means[best])
         order = self.cheapest_first
         order = order[mask[order]]
-        chosen = order[(self.held_estimate[:, order] - self.held_price[:, order] / error).argmax(1)]
+        chosen = order[(self.held_estimate[:, order] - self._held_expected[:, order] / error).argmax(1)]
         rows = np.arange(len(chosen))
         return float(self.held_price[rows, chosen].mean()), float(self.held_quality[rows, chosen].mean())
 

@@ -23,7 +23,7 @@ from deferral.routing.evaluation import (
 from deferral.routing.outcomes import Log, Table
 from deferral.routing.router import Router
 
-__all__ = ["SHARES", "Evaluation", "Held", "cross_fitted", "evaluation", "held", "joined", "query_folds", "tag_folds"]
+__all__ = ["SHARES", "Evaluation", "Held", "cross_fitted", "evaluation", "held", "joined", "query_folds", "subjects", "tag_folds"]
 
 SHARES = (1.0, 0.98, 0.95)
 
@@ -48,6 +48,7 @@ class Evaluation:
     """Figures by policy, and the points (mean price, mean quality) of each curve."""
 
     rows: int
+    groups: int | None  # subjects, over which the intervals are; None: over queries
     experts: list[str]
     best: str
     fallback: float
@@ -115,13 +116,8 @@ def query_folds(table: Table, folds: int, *, seed: int = 0) -> np.ndarray:
 
 
 def tag_folds(log: Log, table: Table, folds: int) -> np.ndarray:
-    """Folds of whole subjects: queries of the same first tag stay together, the largest go to the emptiest fold.  -> (N,)"""
-    first = {query: tags[0] for query, tags in _tags(log).items() if tags}
-    if missing := [query for query in table.queries if query not in first]:
-        raise ValueError(
-            f"tags: {len(missing)} queries have no tag, the first is {missing[0][:60]!r}; expected a subject for each"
-        )
-    subject, member = np.unique([first[query] for query in table.queries], return_inverse=True)
+    """Folds of whole subjects: the largest go to the emptiest fold.  -> (N,)"""
+    subject, member = subjects(log, table)
     if len(subject) < folds:
         raise ValueError(
             f"tags: expected at least {folds} subjects, one per fold, got {len(subject)}: {', '.join(subject)}; "
@@ -134,10 +130,22 @@ def tag_folds(log: Log, table: Table, folds: int) -> np.ndarray:
     return fold[member]
 
 
-def evaluation(rows: Held, *, resamples: int = 1000, seed: int = 0) -> Evaluation:
+def subjects(log: Log, table: Table) -> tuple[list[str], np.ndarray]:
+    """The subjects of a log, the first tags of its queries, and that of every query by its number.  -> S, (N,)"""
+    first = {query: tags[0] for query, tags in _tags(log).items() if tags}
+    if missing := [query for query in table.queries if query not in first]:
+        raise ValueError(
+            f"tags: {len(missing)} queries have no tag, the first is {missing[0][:60]!r}; expected a subject for each"
+        )
+    subject, member = np.unique([first[query] for query in table.queries], return_inverse=True)
+    return subject.tolist(), member
+
+
+def evaluation(rows: Held, *, group: np.ndarray | None = None, resamples: int = 1000, seed: int = 0) -> Evaluation:
     """AIQ, saving at 100, 98 and 95% of the best expert's quality, and for two experts APGR and CPT, with 95% intervals.
 
-    RouterBench's and RouteLLM's definitions: see `deferral.routing.evaluation`.
+    RouterBench's and RouteLLM's definitions: see `deferral.routing.evaluation`.  Intervals are over the queries, or, with the
+    number of the subject of each as `group` (N,), over subjects: what these say of subjects to come.
     """
     count = np.arange(len(rows.quality))
     curves = {
@@ -159,13 +167,13 @@ def evaluation(rows: Held, *, resamples: int = 1000, seed: int = 0) -> Evaluatio
             found += [saving(corners, qualities[best], prices[best], share) for share in SHARES]
         return np.array([*found, *(found[len(names) * place] - found[2 * len(names)] for place in range(len(curves)))])
 
-    flat = intervals_of(figures, len(rows.quality), resamples=resamples, seed=seed)
+    flat = intervals_of(figures, len(rows.quality), group=group, resamples=resamples, seed=seed)
     by_policy = {
         policy: dict(zip(names, flat[len(names) * place : len(names) * (place + 1)], strict=True))
         for place, policy in enumerate(curves)
     }
     if len(rows.experts) == 2:
-        for policy, values in _two_experts(rows, resamples, seed).items():
+        for policy, values in _two_experts(rows, group, resamples, seed).items():
             by_policy.setdefault(policy, {}).update(values)
     for place, name in enumerate(rows.experts):
         one = intervals_of(
@@ -173,12 +181,14 @@ def evaluation(rows: Held, *, resamples: int = 1000, seed: int = 0) -> Evaluatio
                 [weights @ rows.quality[:, place] / weights.sum(), weights @ rows.price[:, place] / weights.sum()]
             ),
             len(rows.quality),
+            group=group,
             resamples=resamples,
             seed=seed,
         )
         by_policy[f"always {name}"] = {"quality": one[0], "price": one[1]}
     return Evaluation(
         len(rows.quality),
+        None if group is None else len(np.unique(group)),
         rows.experts,
         rows.experts[best],
         float(rows.fallback.mean()),
@@ -188,7 +198,7 @@ def evaluation(rows: Held, *, resamples: int = 1000, seed: int = 0) -> Evaluatio
     )
 
 
-def _two_experts(rows: Held, resamples: int, seed: int) -> dict[str, dict[str, Interval]]:
+def _two_experts(rows: Held, group: np.ndarray | None, resamples: int, seed: int) -> dict[str, dict[str, Interval]]:
     """APGR, CPT(50) and CPT(80) of the estimated gain, of random calls and of the oracle."""
     best = best_expert(rows.quality, rows.price)
     gain = rows.quality[:, best] - rows.quality[:, 1 - best]
@@ -200,6 +210,7 @@ def _two_experts(rows: Held, resamples: int, seed: int) -> dict[str, dict[str, I
                 [apgr(score, gain, weights), cpt(score, gain, 0.5, weights), cpt(score, gain, 0.8, weights)]
             ),
             len(gain),
+            group=group,
             resamples=resamples,
             seed=seed,
         )

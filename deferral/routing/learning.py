@@ -54,7 +54,8 @@ def fitted(
     ones = np.ones_like(outcomes)
     means = expert_means(outcomes, ones)
     model = fit_prices(table) if prices is None else prices
-    price = full_price(table, model) if prices is None else model(np.array([len(text) for text in table.queries], float))
+    length = np.array([len(text) for text in table.queries], float)
+    price = full_price(table, model) if prices is None else model(length)
     rows, experts = quality.shape
     memory = Neighbours()
     memory.fit(vectors, outcomes, ones, means, seed=seed)
@@ -79,11 +80,12 @@ def fitted(
         held_quality=np.empty((0, experts), np.float32),
         held_estimate=np.empty((0, experts), np.float32),
         held_price=np.empty((0, experts)),
+        held_length=np.empty(0),
         room="",
     )
     if rows < _FEWEST_ROWS or experts < 2:
         return state
-    return _learned(state, vectors, quality, weights, outcomes, price, policies, seed)
+    return _learned(state, vectors, quality, weights, outcomes, price, length, policies, seed)
 
 
 def _learned(
@@ -93,6 +95,7 @@ def _learned(
     weights: np.ndarray,
     outcomes: np.ndarray,
     price: np.ndarray,
+    length: np.ndarray,
     policies: Sequence[Callable[[], Policy]],
     seed: int,
 ) -> Fitted:
@@ -101,12 +104,12 @@ def _learned(
         some = np.sort(np.random.default_rng(seed).choice(len(some), _MOST_HELD_OUT, replace=False))
     part, p = vectors.rows(some), price[some]
     held = held_out(policies, part, quality[some], weights[some], p, random_folds(len(some), seed=seed), seed=seed)
-    errors = grid(p)
+    errors, expected = grid(p), state.prices(length[some])
     names = list(held.deviations)
     estimates = {name: held.means + _without_own_fold(held, [name]) for name in names}
     if len(names) > 1:
         estimates["blend"] = held.means + _without_own_fold(held, names)
-    verdicts = {name: judged(estimate, held.means, p, held.truth, errors) for name, estimate in estimates.items()}
+    verdicts = {name: judged(estimate, expected, held.means, p, held.truth, errors) for name, estimate in estimates.items()}
     costs = {name: float(verdict.learned.mean()) for name, verdict in verdicts.items()}
     winner = min(costs, key=lambda name: costs[name])
     if "blend" in verdicts and winner != "blend":
@@ -123,6 +126,11 @@ def _learned(
     )
     near = np.interp(likeness, *familiar)[:, None].astype(np.float32)
     judged_as = held.means + near * (estimates[winner] - held.means) + (1 - near) * mixed(held.deviations, abroad)
+    verdict = judged(judged_as, expected, held.means, p, held.truth, errors)
+    room = routability(judged_as.astype(np.float64), p, held.truth, expected)
+    if (weights != 1).any():
+        # Of doubly robust outcomes, the best one of a query is mostly the one that chance raised most.
+        verdict, room = replace(verdict, oracle=np.full_like(verdict.oracle, np.nan)), replace(room, oracle=np.nan)
     return replace(
         state,
         policies=learned,
@@ -131,13 +139,14 @@ def _learned(
         familiar=familiar,
         kinds=_kinds(vectors, seed),
         reliance=reliance,
-        judged=judged(judged_as, held.means, p, held.truth, errors),
+        judged=verdict,
         winner=winner,
         held_costs=costs,
         held_quality=held.truth.astype(np.float32),
         held_estimate=judged_as.astype(np.float32),
         held_price=p,
-        room=str(routability(judged_as.astype(np.float64), p, held.truth)),
+        held_length=length[some],
+        room=str(room),
     )
 
 

@@ -77,8 +77,8 @@ def _read_jsonl(path: Path) -> Iterator[dict]:
         for number, line in enumerate(lines, start=1):
             try:
                 row = json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                if line.endswith(b"\n"):
+            except (ValueError, RecursionError) as error:
+                if line.endswith(b"\n") or not isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
                     raise DataError(f"{path}: row {number}: expected one JSON object, {error}") from None
                 raise DataError(
                     f"{path}: row {number}: the last line is cut off; the {number - 1} rows before it are whole.  Remove it "
@@ -95,7 +95,9 @@ def _read_parquet(path: Path) -> Iterator[dict]:
         with pa.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=_CHUNK):
                 yield from batch.to_pylist()
-    except pa.ArrowInvalid as error:
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: cannot be read as Parquet: {error}") from error
 
 

@@ -208,7 +208,8 @@ def cost_table(table: Table, price_of_error: float) -> "tuple[Tensor, Tensor]":
 
 
 def check_price_of_error(price_of_error: float) -> None:
-    if not isinstance(price_of_error, float | int) or isinstance(price_of_error, bool) or not 0 < price_of_error < np.inf:
+    known = isinstance(price_of_error, float | int | np.floating | np.integer) and not isinstance(price_of_error, bool)
+    if not known or not 0 < price_of_error < np.inf:
         raise ValueError(f"price_of_error: expected what a wrong answer is worth, in dollars, above 0, got {price_of_error!r}")
 
 
@@ -220,14 +221,19 @@ def check_number(row: int | str, name: str, value: object) -> float:
         return np.nan
     if not isinstance(value, int | float | np.integer | np.floating) or isinstance(value, bool):
         raise DataError(f"row {row}, {name}: expected a number, got {value!r}")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = np.inf
     if np.isnan(number) and not required:
         return number
     if not low <= number <= high or np.isinf(number):
         bounds = f"in [{low:g}, {high:g}]" if np.isfinite(high) else "that is finite and not negative" if low == 0 else ""
         raise DataError(f"row {row}, {name}: expected a number {bounds}, got {number:g}".replace("  ", " ").replace(" ,", ","))
-    if name == "propensity" and number == 0:
-        raise DataError(f"row {row}, propensity: expected a probability above 0, got 0; what cannot happen did not happen")
+    if name == "propensity" and np.float32(number) == 0:
+        raise DataError(
+            f"row {row}, propensity: expected a probability above 0, got {number:g}; what cannot happen did not happen"
+        )
     return number
 
 

@@ -6,7 +6,8 @@ Replacing router.json is one step of the file system, so that a reader sees the 
 import json
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
@@ -52,6 +53,7 @@ def save(router: "Router", folder: Path) -> None:
     arrays |= {f"state/{name}": getattr(state, name) for name in _ARRAYS}
     arrays |= {"familiar/similarity": state.familiar[0], "familiar/chance": state.familiar[1]}
     arrays |= {"kinds/centres": state.kinds[0], "kinds/shares": state.kinds[1]}
+    arrays["held/length"] = state.held_length
     arrays |= {"prices/base": state.prices.base, "prices/per_character": state.prices.per_character}
     arrays["seen/queries"] = router._seen
     if router._witnesses is not None:
@@ -82,13 +84,32 @@ def save(router: "Router", folder: Path) -> None:
     }
     numbers = as_bytes({name: np.ascontiguousarray(array) for name, array in arrays.items()})
     names["sha256"] = digest = sha256(numbers).hexdigest()
+    names["names_sha256"] = _digest(names)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / _NUMBERS.format(digest[:12])
-    _put(path, numbers)
-    _put(folder / _NAMES, json.dumps(names).encode())
-    for other in folder.glob(_NUMBERS.format("*")):
-        if other != path:
-            other.unlink(missing_ok=True)
+    with _alone(folder):
+        _put(path, numbers)
+        _put(folder / _NAMES, json.dumps(names).encode())
+        for other in folder.glob(_NUMBERS.format("*")):
+            if other != path:
+                other.unlink(missing_ok=True)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One saves at a time: each removes the numbers of the others."""
+    try:
+        import fcntl
+    except ModuleNotFoundError:
+        # Windows has no such locks.
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def check_place(folder: Path) -> None:
@@ -130,7 +151,7 @@ def load(folder: Path, encode: Callable[[list[str]], Any] | str | Path | None) -
             router.cascade = Cascade.restored(cascade, _part(arrays, "cascade"))
             if list(router.cascade.experts) != router.experts:
                 raise KeyError("the cascade is of other experts")
-    except (KeyError, TypeError, SafetensorError, OSError) as error:
+    except (KeyError, TypeError, AttributeError, SafetensorError, OSError) as error:
         raise DataError(f"{folder}: the router cannot be read, {type(error).__name__}: {error}; fit and save it again") from error
     return router
 
@@ -154,7 +175,8 @@ def _state(names: dict, arrays: dict[str, np.ndarray]) -> Fitted:
         memory=memory,
         texts=tuple(names["texts"]),
         familiar=(arrays["familiar/similarity"], arrays["familiar/chance"]),
-        # Folders of earlier versions have none.
+        # Folders of earlier versions have none of these.
+        held_length=arrays.get("held/length", np.empty(0)),
         kinds=(arrays.get("kinds/centres", np.empty((0, 0), np.float32)), arrays.get("kinds/shares", np.empty(0))),
         reliance=names["reliance"],
         judged=Judged(**judged) if judged else None,
@@ -200,7 +222,14 @@ def _names(folder: Path) -> dict:
         newer = isinstance(found, int) and found > FORMAT
         what = "a newer deferral wrote it: update deferral" if newer else "fit and save the router again"
         raise DataError(f"{folder}: expected format {FORMAT}, got {found!r}; {what}")
+    # Folders of earlier versions have none.
+    if names.pop("names_sha256", None) not in (None, _digest(names)):
+        raise DataError(f"{folder}: {_NAMES} is not as it was written; it is corrupted: fit and save the router again")
     return names
+
+
+def _digest(names: dict) -> str:
+    return sha256(json.dumps(names).encode()).hexdigest()
 
 
 def _put(path: Path, content: bytes) -> None:

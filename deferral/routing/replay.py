@@ -2,7 +2,8 @@
 
 Every logged outcome is one decision: a query, the expert that was asked, the propensity with which it was, and what came of it.
 Where no propensity is logged, the assumption is that who was asked did not depend on the query, and the propensity is the
-expert's share of the outcomes without one.  That makes a full table exact: each expert answered each query.
+expert's share of the outcomes without one.  In a full table each expert answered each query, whatever the log says of
+propensities: there a query is as many decisions as there are experts, each taken with the same probability, which is exact.
 """
 
 from collections.abc import Sequence
@@ -46,6 +47,13 @@ class Events:
         )
 
 
+def _full(log: Log) -> bool:
+    """Whether every expert answered every query, and each as often."""
+    cells = log.column("query").astype(np.int64) * len(log.experts) + log.column("expert")
+    counts = np.bincount(cells, minlength=len(log.queries) * len(log.experts))
+    return len(log) > 0 and bool(counts.min() == counts.max())
+
+
 @dataclass(frozen=True)
 class Replay:
     """The worth of a policy: its mean quality, price in dollars and cost in errors by each of `METHODS`."""
@@ -65,6 +73,8 @@ def events_of(log: Log, experts: Sequence[str]) -> Events:
     propensity = log.column("propensity").astype(float)
     missing = np.isnan(propensity)
     share = np.bincount(expert[missing], minlength=len(experts)) / max(missing.sum(), 1)
+    if _full(log):
+        missing, propensity = np.zeros(len(log), bool), np.full(len(log), 1 / len(log.experts))
     return Events(
         log.queries,
         log.column("query"),

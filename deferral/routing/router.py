@@ -96,11 +96,16 @@ class Router:
         logs assumes what `deferral.routing.training.observed` says.
         """
         table = log.table() if isinstance(log, Log) else log
+        _check_values(table)
         if unknown := sorted(set(self.abilities) - set(table.experts)):
             raise ValueError(f"abilities: {unknown[0]!r} has no outcome; the log holds {', '.join(table.experts)}")
         if not 0 <= certify < 1:
             raise ValueError(f"certify: expected a share of the queries in [0, 1), got {certify}")
         apart = np.random.default_rng(self.seed).random(len(table.queries)) < certify
+        if apart.all():
+            raise ValueError(f"certify: of {len(apart)} queries it leaves none to learn from; ask for less than {certify:g}")
+        if certify > 0:
+            _check_full(table)
         everything, table = table, table.rows(np.flatnonzero(~apart)) if apart.any() else table
         vectors = self.encoder.fit(table.queries)
         self._fitted = fitted(table, vectors, self.policies, prices=prices, seed=self.seed)
@@ -247,11 +252,13 @@ class Router:
         the held-out verdict on whether to use the learned policy.
         """
         key = (price_of_error, budget, min_quality, max_latency, needs, learned, certified_quality, confidence)
-        if key not in self._plans:
+        # Other threads may clear what is kept between any two steps.
+        plan = self._plans.get(key)
+        if plan is None:
             if len(self._plans) >= _PLANS:
                 self._plans.clear()
-            self._plans[key] = self._planned(*key)
-        return self._plans[key]
+            plan = self._plans[key] = self._planned(*key)
+        return plan
 
     def _planned(
         self,
@@ -328,12 +335,7 @@ class Router:
         if sorted(table.experts) != sorted(self.experts):
             raise ValueError(f"certify: expected outcomes of {', '.join(self.experts)}, got those of {', '.join(table.experts)}")
         order = [table.experts.index(name) for name in self.experts]
-        if not table.full:
-            row, column = np.argwhere(~table.mask)[0]
-            raise ValueError(
-                f"certify: expected every expert's outcome on every query; {table.experts[column]} has none on query {row + 1}, "
-                f"{table.queries[row][:60]!r}"
-            )
+        _check_full(table)
         if (known := self.knows(table.queries)).any():
             raise ValueError(
                 f"certify: {int(known.sum())} of {len(known)} queries were in the log of the fit, the first is query "
@@ -392,7 +394,7 @@ class Router:
         """From now on these prices, one per expert, without refitting."""
         if prices.base.shape != (len(self.experts),):
             raise ValueError(f"prices: expected one per expert, {len(self.experts)}, got {prices.base.shape}")
-        self._fitted, self.cascade = replace(self.fitted, prices=prices), None
+        self._fitted, self.cascade = self.fitted.with_prices(prices), None
         self._plans.clear()
         return self
 
@@ -419,3 +421,23 @@ class Router:
         self._witnesses = self.cascade = None
         self._plans.clear()
         return self
+
+
+def _check_values(table: Table) -> None:
+    with np.errstate(invalid="ignore"):
+        good = ~table.mask | ((table.quality >= 0) & (table.quality <= 1) & (table.price >= 0) & np.isfinite(table.price))
+    if not good.all():
+        row, column = np.argwhere(~good)[0]
+        raise ValueError(
+            f"query {row + 1}, {table.experts[column]}: expected a quality in [0, 1] and a price that is not negative, got "
+            f"{table.quality[row, column]:g} and {table.price[row, column]:g}"
+        )
+
+
+def _check_full(table: Table) -> None:
+    if not table.full:
+        row, column = np.argwhere(~table.mask)[0]
+        raise ValueError(
+            f"certify: expected every expert's outcome on every query; {table.experts[column]} has none on query {row + 1}, "
+            f"{table.queries[row][:60]!r}"
+        )

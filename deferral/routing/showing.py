@@ -23,11 +23,15 @@ def show_evaluation(found: Evaluation) -> None:
     """Figures by policy with intervals, the gain over the static mix, and what always asking one expert gives."""
     columns = list(dict.fromkeys(name for values in found.figures.values() for name in values))
     figures = [name for name in columns if name not in ("quality", "price")]
-    table = _table(f"{found.rows:,} queries, estimate [95% interval]", "policy", *figures, "AIQ over the static mix of the fit")
+    over = "" if found.groups is None else f" of {found.groups:,} subjects"
+    interval = "95% interval" if found.groups is None else "95% interval over subjects"
+    table = _table(
+        f"{found.rows:,} queries{over}, estimate [{interval}]", "policy", *figures, "AIQ over the static mix of the fit"
+    )
     for policy, values in found.figures.items():
         if not policy.startswith("always "):
-            over = found.over_static.get(policy)
-            table.add_row(escape(policy), *(_ends(values.get(name)) for name in figures), _ends(over) if over else "")
+            row = [values.get(name) for name in figures] + [found.over_static.get(policy)]
+            table.add_row(escape(policy), *map(_ends, row))
     _print(table)
     table = _table("\nalways one expert", "expert", "quality", "dollars a query")
     for policy, values in found.figures.items():

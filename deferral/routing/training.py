@@ -50,7 +50,7 @@ class Judged:
     learned: np.ndarray  # (G,)
     static: np.ndarray  # (G,)
     random: np.ndarray  # (G,)
-    oracle: np.ndarray  # (G,)
+    oracle: np.ndarray  # (G,) NaN where not every expert answered every query
     gain: np.ndarray  # (G,) static - learned, paired
     half_width: np.ndarray  # (G,) of its 95% interval
     overall: np.ndarray  # (3,) mean agreement of estimated and true deviations, half of its 95% interval, mean skill
@@ -189,13 +189,17 @@ def skill(estimate: np.ndarray, means: np.ndarray, quality: np.ndarray) -> tuple
     return agreement, 2 * agreement - (d * d).sum(1)
 
 
-def judged(estimate: np.ndarray, means: np.ndarray, price: np.ndarray, quality: np.ndarray, errors: np.ndarray) -> Judged:
+def judged(
+    estimate: np.ndarray, expected: np.ndarray, means: np.ndarray, price: np.ndarray, quality: np.ndarray, errors: np.ndarray
+) -> Judged:
     """Held-out cost of deciding by the estimates at every price of an error, and of what it must beat.
 
-    The single expert is chosen on the rows outside the fold, as the estimates are made.  Ties go to the cheaper expert.
+    estimate, expected, means, price, quality (N, E).  Decisions go by the expected price, since what an answer costs is known
+    after it only, and pay `price`.  The single expert is chosen on the rows outside the fold, as the estimates are made.  Ties
+    go to the cheaper expert.
     """
     order = np.argsort(price.mean(0), kind="stable")
-    sorted_estimate, sorted_price = estimate[:, order], price[:, order]
+    sorted_estimate, sorted_price = estimate[:, order], expected[:, order]
     columns = []
     total = np.zeros(len(quality))
     for error in errors:

@@ -36,7 +36,7 @@ class Clusters:
     def deviations(self, vectors: Vectors) -> np.ndarray:
         """Expected quality above the expert's mean.  -> (N, E)"""
         centres, gain = self.arrays["centres"], self.arrays["gain"]
-        if len(vectors) > 1:
+        if len(vectors) != 1:
             each = [values[nearest_centre(vectors.dense, found)] for found, values in zip(centres, gain, strict=True)]
             return np.sum(each, axis=0) / np.float32(len(gain))
         # One product for all clusterings of one query.
