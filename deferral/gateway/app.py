@@ -170,6 +170,7 @@ class Gateway:
         self.keys.start()
         self.access.started()
         self.limits.load(list(self.keys))
+        self.keys.tell(self.limits.follow)
         self.reloads.start()
 
 
