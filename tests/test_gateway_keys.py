@@ -372,9 +372,10 @@ def test_keys_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "$2.5 a day, Asia/Tokyo" in listed
     assert token not in listed
     assert "bob [/red]" in run("status")
-    assert "revoked" in run("keys", "revoke", key.id)
+    ended_key = keys.create("short")[1].id
+    assert "revoked" in run("keys", "revoke", ended_key)
     with pytest.raises(SystemExit) as ended:
-        run("keys", "revoke", key.id)
+        run("keys", "revoke", ended_key)
     assert ended.value.code == 2
     kept = keys.create("twice")[1].id
     with pytest.raises(SystemExit):
@@ -390,6 +391,45 @@ def test_keys_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit):
         run("keys", "create", "eve", "--zone", "Mars/Olympus")
     assert "time zone: expected a name" in capsys.readouterr().err
+    assert "window day -> week; budget $2.5 -> $4; a running" in run("keys", "set", key.id, "--budget", "4", "--window", "week")
+    assert "is so already" in run("keys", "set", key.id, "--budget", "4")
+    run("keys", "set", "bob [/red]", "--no-budget", "--any-rate", "--all-experts", "--name", "rob", "--zone", "UTC")
+    keys.refresh()
+    assert keys.find(token) == Key(key.id, "rob", window="week")
+    other = run("keys", "rotate", "rob", "--grace-hours", "2").strip()
+    keys.refresh()
+    assert keys.find(token) == keys.find(other) == Key(key.id, "rob", window="week")
+    listed = run("keys", "list")
+    assert "former token until" in listed
+    assert token not in listed
+    assert other not in listed
+    run("keys", "rotate", "rob")
+    assert "former" not in run("keys", "list")
+    keys.refresh()
+    mistakes = {
+        "neither the id nor the name of a key; see": ("nobody", "--budget", "3"),
+        "is revoked, which is for good": (ended_key, "--budget", "3"),
+        "nothing to change": ("eve",),
+        "-3.0 is not in the range x>0": ("eve", "--budget", "-3"),
+        "0 is not in the range": ("eve", "--requests-per-minute", "0"),
+        "expected either --budget or --no-budget": ("eve", "--budget", "3", "--no-budget"),
+        "expected either --expert or --all-experts": ("eve", "--expert", "small", "--all-experts"),
+        "has no 'smal'; it has small": ("eve", "--expert", "smal", "--experts", str(tmp_path / "experts.toml")),
+        "time zone: expected a name": ("eve", "--zone", "Mars/Olympus"),
+        "'year' is not one of": ("eve", "--window", "year"),
+        "name: expected up to 200 printable": ("eve", "--name", ""),
+    }
+    before = keys.list()
+    for message, arguments in mistakes.items():
+        with pytest.raises(SystemExit) as ended:
+            run("keys", "set", *arguments)
+        assert ended.value.code == 2
+        assert message in " ".join(capsys.readouterr().err.split())
+    for arguments in (("nobody",), (ended_key,), ("eve", "--grace-hours", "-1"), ("eve", "--grace-hours", "inf")):
+        with pytest.raises(SystemExit):
+            run("keys", "rotate", *arguments)
+        assert capsys.readouterr().out == ""
+    assert keys.list() == before
     assert json.loads(run("status", "--json"))["requests"] == 0
     with pytest.raises(SystemExit):
         run("status", "--url", "http://127.0.0.1:9")
@@ -411,7 +451,25 @@ def test_admin_endpoints_make_and_end_keys(tmp_path: Path) -> None:
         assert (listed["name"], listed["revoked"], "token" in listed) == ("bob", None, False)
         (budget,) = client.get("/status", params={"hours": 1}).json()["budgets"]
         assert (budget["key"], budget["spent"]) == (key.id, 0.0)
+        path, body = f"/keys/{key.id}", {"budget": 5, "experts": None, "window": "day"}
+        changed = client.patch(path, json=body)
+        assert (changed.status_code, "token" in changed.json()) == (200, False)
+        assert {name: changed.json()[name] for name in ("id", "name", *body)} == {"id": key.id, "name": "bob", **body}
+        assert store.find(made.json()["token"]) == replace(key, budget=5.0, experts=None, window="day")
+        for wrong in (b"{}", b'{"admin": true}', b'{"budget": -1}', b'{"zone": null}', b'{"experts": "a"}'):
+            assert client.patch(path, content=wrong).status_code == 400, wrong
+        assert client.patch("/keys/nobody", json=body).status_code == 404
+        rotated = client.post(f"{path}/token", json={"grace_hours": 1})
+        assert (rotated.status_code, rotated.json()["former_until"] > time.time()) == (201, True)
+        for token in (made.json()["token"], rotated.json()["token"]):
+            assert store.find(token) is not None
+        for wrong in (b'{"grace_hours": -1}', b'{"grace_hours": "1"}', b'{"hours": 1}', b"[]"):
+            assert client.post(f"{path}/token", content=wrong).status_code == 400, wrong
+        assert client.post("/keys/nobody/token").status_code == 404
+        assert client.post(f"{path}/token").json()["former_until"] is None
+        assert store.find(made.json()["token"]) is None
         assert client.delete(f"/keys/{key.id}").status_code == 200
+        assert client.patch(path, json=body).status_code == 404
         assert client.delete(f"/keys/{key.id}").status_code == 404
         assert store.find(made.json()["token"]) is None
         wrong = [
