@@ -21,7 +21,7 @@ from deferral.gateway.database import clock, connect, prepare, writing
 from deferral.gateway.database import keys as table
 from deferral.gateway.windows import WINDOWS, WindowName, time_zone
 
-__all__ = ["ANYONE", "PREFIX", "Issued", "Key", "Keys", "UnknownKey"]
+__all__ = ["ANYONE", "PREFIX", "Issued", "Key", "Keys", "UnknownKey", "key_of"]
 
 _log = logging.getLogger("deferral.gateway.keys")
 
@@ -178,7 +178,7 @@ class Keys:
         if not settings:
             raise ValueError(f"nothing to change; expected one of {', '.join(_SETTINGS)}")
         with self.engine.connect() as connection, writing(connection):
-            before = _key(_named(connection, key))
+            before = key_of(_named(connection, key))
             wanted = {name: getattr(before, name) for name in _SETTINGS} | settings
             _check(*(wanted[name] for name in _SETTINGS))
             if wanted["experts"] is not None:
@@ -206,7 +206,7 @@ class Keys:
         # The token is valid by now, and must not be lost; whoever serves reads again anyway.
         with suppress(SQLAlchemyError):
             self.refresh()
-        return token, Issued(_key(row), row.created, None, until)
+        return token, Issued(key_of(row), row.created, None, until)
 
     def revoke(self, id: str) -> bool:
         """End a key, by its id or the prefix that is shown; False where there is none that is valid."""
@@ -221,7 +221,7 @@ class Keys:
         """All keys that ever were, oldest first."""
         with self.engine.connect() as connection:
             rows = connection.execute(select(table).order_by(table.c.created, table.c.id)).all()
-        return [Issued(_key(row), row.created, row.revoked, row.former_until) for row in rows]
+        return [Issued(key_of(row), row.created, row.revoked, row.former_until) for row in rows]
 
     def refresh(self) -> None:
         """Read the keys again."""
@@ -273,10 +273,11 @@ def _columns(key: Key) -> dict[str, Any]:
 
 def _known(row: Row) -> _Known:
     former = b"" if row.former is None else bytes.fromhex(row.former)
-    return _Known(bytes.fromhex(row.hash), _key(row), former, row.former_until or 0.0)
+    return _Known(bytes.fromhex(row.hash), key_of(row), former, row.former_until or 0.0)
 
 
-def _key(row: Row) -> Key:
+def key_of(row: Row) -> Key:
+    """The key of a row of the table."""
     experts = None if row.experts is None else frozenset(json.loads(row.experts))
     return Key(row.id, row.name, experts, row.requests_per_minute, row.budget, row.window, row.zone, row.admin)
 
