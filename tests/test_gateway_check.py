@@ -220,8 +220,8 @@ def test_a_database_is_looked_at_and_left_as_it_is(router: Path, tmp_path: Path,
     engine = connect(database)
     with engine.connect() as connection:
         assert not connection.dialect.has_table(connection, "keys")
-    for statement in FIRST.strip().removesuffix(";").split(";\n"):
-        with engine.begin() as connection:
+    with engine.begin() as connection:
+        for statement in FIRST.strip().removesuffix(";").split(";\n"):
             connection.exec_driver_sql(statement)
     assert f"has tables of version 1; they go to {VERSION}" in found(settings, "note")[1]
     assert not any("nobody may ask" in fault for fault in found(settings, "fault")), "its key is seen in tables of any version"

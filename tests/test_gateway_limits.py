@@ -331,6 +331,10 @@ def test_a_window_that_cannot_be_read_is_tried_again(no_wait: None, caplog: pyte
     record.spent = read  # type: ignore[method-assign]
     gate.follow([month])
     assert gate.left(month) == 0.5
+    # A zone that this machine does not know keeps no other key from its change.
+    gate.follow([replace(month, zone="Mars/Olympus"), ANYONE])
+    gate.follow([replace(month, budget=2.0)])
+    assert gate.left(month) == 1.5
 
 
 def test_another_rate_holds_for_what_was_asked_already() -> None:

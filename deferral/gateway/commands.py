@@ -42,7 +42,7 @@ class _Commands(click.Group):
 
 @click.group(cls=_Commands)
 def gateway() -> None:
-    """Keys, record, retraining and status of a gateway, and a check before it goes live."""
+    """Check, keys, record, retraining and status of a gateway."""
 
 
 gateway.add_command(keys)

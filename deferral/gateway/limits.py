@@ -130,9 +130,10 @@ class Limits:
                 else:
                     # Its window has ended in the meantime, and another has begun: that one is moved the next time.
                     self._keys[key.id] = before
-            except Refused as refused:
+            except (Refused, ValueError) as error:
+                # ValueError: a time zone that this machine does not know.
                 self._keys[key.id] = before
-                _log.error("the key %s keeps its earlier limits for the moment: %s", key.id, refused.message)
+                _log.error("the key %s keeps its earlier limits for the moment: %s", key.id, error)
 
     def close(self) -> None:
         """No request comes any more."""
