@@ -6,6 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from datetime import UTC, datetime
 from types import TracebackType
 
@@ -116,7 +117,7 @@ class Limits:
         moving = {key.id: account for before, key in changed if (account := self._to_move(before, key)) is not None}
         counted = {name: account.spent for name, account in moving.items()}
         if moving:
-            # What was counted here until now is on record when that is read.
+            # What was spent until now is on record when that is read.
             time.sleep(_WRITTEN)
         for before, key in changed:
             account, self._keys[key.id] = self._accounts.get(key.id), key
@@ -202,8 +203,15 @@ class Limits:
 
     def _to_move(self, before: Key, key: Key) -> Account | None:
         """The account of a key whose window is another now, or that had no budget, so that nothing was counted."""
-        stays = before.budget is not None and (before.window, before.zone) == (key.window, key.zone)
-        return None if stays or key.budget is None else self._accounts.get(key.id)
+        if key.budget is None:
+            return None
+        if before.budget is None:
+            # From here on it counts, and what came before is read once it is written.
+            with suppress(Refused, ValueError):
+                self._account(key)
+        elif (before.window, before.zone) == (key.window, key.zone):
+            return None
+        return self._accounts.get(key.id)
 
     def _take_over(self, before: Key, key: Key, account: Account | None) -> None:
         """What has changed where the window is the same."""
