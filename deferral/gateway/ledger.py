@@ -85,7 +85,9 @@ class Ledger:
                     rows = {row.worker: row for row in _grants(connection, key, start)}
                 if known and self.worker not in rows:
                     return Part(0.0, 0.0, 0.0, lost=True)
-                rows.pop(self.worker, None)
+                if rows.pop(self.worker, None) is not None and not known:
+                    # Of a time when it counted otherwise: the record has it.
+                    connection.execute(_of(key, start, [self.worker]))
                 silent = [row for name, row in rows.items() if name != _ENDED and row.seen < now - SILENT]
                 first = not known and len(silent) == len(rows) - 1
                 joins |= first
