@@ -93,6 +93,8 @@ def test_tokens_are_compared_in_constant_time(keys: Keys, monkeypatch: pytest.Mo
 def test_a_changed_key_is_the_same_key(shared_keys: Keys) -> None:
     keys = shared_keys
     token, key = keys.create("bob", experts=["a"], requests_per_minute=60, budget=2)
+    with pytest.raises(UnknownKey):
+        keys.change("b\0b", budget=5)
     assert keys.change(key.id, budget=5) == (key, replace(key, budget=5.0))
     assert keys.find(token) == replace(key, budget=5.0)
     everything = {

@@ -255,7 +255,9 @@ def _token(id: str) -> str:
 def _named(connection: Connection, key: str) -> Row:
     """The row of a key by its id, its prefix or its name, locked; UnknownKey says why there is none."""
     identity = key.removeprefix(PREFIX)
-    rows = connection.execute(select(table).where((table.c.id == identity) | (table.c.name == key)).with_for_update()).all()
+    named = (table.c.id == identity) | (table.c.name == key)
+    # A database may refuse to look for a NUL.
+    rows = connection.execute(select(table).where(named).with_for_update()).all() if key.isprintable() else []
     found = [row for row in rows if row.id == identity] or [row for row in rows if row.revoked is None] or rows
     if not found:
         raise UnknownKey(f"{key[:200]!r} is neither the id nor the name of a key")

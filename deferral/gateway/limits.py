@@ -99,6 +99,7 @@ class Limits:
         self._accounts: dict[str, Account] = {}
         # As they were read last: a request may still hold an earlier one.
         self._keys: dict[str, Key] = {}
+        self._said: dict[str, str] = {}
 
     def load(self, keys: Iterable[Key]) -> None:
         """Read what these keys have spent; else that waits for their first request."""
@@ -131,10 +132,13 @@ class Limits:
                 else:
                     # Its window has ended in the meantime, and another has begun: that one is moved the next time.
                     self._keys[key.id] = before
+                self._said.pop(key.id, None)
             except (Refused, ValueError) as error:
                 # ValueError: a time zone that this machine does not know.
                 self._keys[key.id] = before
-                _log.error("the key %s keeps its earlier limits for the moment: %s", key.id, error)
+                if self._said.get(key.id) != str(error):
+                    _log.error("the key %s keeps its earlier limits for the moment: %s", key.id, error)
+                self._said[key.id] = str(error)
 
     def close(self) -> None:
         """No request comes any more."""
