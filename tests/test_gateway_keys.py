@@ -1,13 +1,16 @@
 import hmac
 import json
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from sqlalchemy import Engine, event
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
@@ -16,7 +19,7 @@ from deferral.errors import DataError
 from deferral.gateway.admin import routes
 from deferral.gateway.database import connect, prepare
 from deferral.gateway.endpoints import error_handlers
-from deferral.gateway.keys import Key, Keys
+from deferral.gateway.keys import Key, Keys, UnknownKey
 from deferral.gateway.probe import probe
 from deferral.gateway.record import Record
 from deferral.gateway.schema import VERSION
@@ -85,6 +88,125 @@ def test_tokens_are_compared_in_constant_time(keys: Keys, monkeypatch: pytest.Mo
     assert keys.find(f"dk-{key.id}-guess") is None
     assert keys.find("dk-nobody-guess") is None
     assert len(compared) == 3
+
+
+def test_a_changed_key_is_the_same_key(shared_keys: Keys) -> None:
+    keys = shared_keys
+    token, key = keys.create("bob", experts=["a"], requests_per_minute=60, budget=2)
+    with pytest.raises(UnknownKey):
+        keys.change("b\0b", budget=5)
+    assert keys.change(key.id, budget=5) == (key, replace(key, budget=5.0))
+    assert keys.find(token) == replace(key, budget=5.0)
+    everything = {
+        "name": "eve",
+        "experts": None,
+        "requests_per_minute": None,
+        "budget": None,
+        "window": "day",
+        "zone": "Asia/Tokyo",
+    }
+    # By its name, and by the prefix that is shown.
+    _, after = keys.change("bob", **everything)
+    assert after == Key(key.id, "eve", window="day", zone="Asia/Tokyo")
+    assert keys.change(f"dk-{key.id}", experts={"b", "c"})[1].experts == frozenset({"b", "c"})
+    assert [issued.key for issued in keys.list()] == [keys.find(token)]
+
+
+def test_a_change_that_makes_no_sense_changes_nothing(keys: Keys) -> None:
+    token, key = keys.create("bob", budget=2)
+    twins = [keys.create("twin")[1].id for _ in range(2)]
+    keys.revoke(keys.create("gone")[1].id)
+    before = keys.list()
+    for settings, message in WRONG:
+        with pytest.raises(ValueError, match=message):
+            keys.change("bob", **({"budget": 9} | settings))
+    for settings, message in (
+        ({}, "nothing to change; expected one of name, experts"),
+        ({"admin": True}, "admin: not to be changed"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            keys.change("bob", **settings)
+    for name, message in {
+        "nobody": "'nobody' is neither the id nor the name",
+        "gone": r"\(gone\) is revoked, which is for good",
+        "twin": f"'twin' is the name of 2 keys; say which by its id, (?={twins[0]}|{twins[1]})",
+    }.items():
+        with pytest.raises(UnknownKey, match=message):
+            keys.change(name, budget=9)
+        with pytest.raises(UnknownKey, match=message):
+            keys.rotate(name)
+    for hours in (-1, float("nan"), float("inf"), 9000, True, "1"):
+        with pytest.raises(ValueError, match="grace_hours: expected hours from 0"):
+            keys.rotate("bob", grace_hours=hours)  # type: ignore[arg-type]
+    assert keys.list() == before
+    assert keys.find(token) == key
+    # A name is free again when its key is revoked.
+    keys.revoke(twins[0])
+    assert keys.change("twin", budget=9)[1].id == twins[1]
+
+
+def test_a_rotated_key_has_another_token_and_the_old_one_as_long_as_was_said(
+    shared_keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = shared_keys
+    first, key = keys.create("bob", budget=2)
+    second, issued = keys.rotate("bob")
+    assert (issued.key, issued.former_until) == (key, None)
+    assert (keys.find(first), keys.find(second)) == (None, key)
+    third, issued = keys.rotate(key.id, grace_hours=2)
+    assert issued.former_until == pytest.approx(time.time() + 7200, abs=60)
+    assert keys.list() == [issued]
+    assert (keys.find(first), keys.find(second), keys.find(third)) == (None, key, key)
+    assert keys.find(f"{second[:-1]}{'A' if second[-1] != 'A' else 'B'}") is None
+    # What may change meanwhile holds for both.
+    _, key = keys.change("bob", budget=3)
+    assert (keys.find(second), keys.find(third)) == (key, key)
+    with monkeypatch.context() as later:
+        later.setattr("deferral.gateway.keys.time.time", lambda: issued.former_until)
+        assert (keys.find(second), keys.find(third)) == (None, key)
+    # A third token ends the oldest: two are valid at most.
+    fourth, _ = keys.rotate("bob", grace_hours=0.5)
+    assert [keys.find(token) for token in (first, second, third, fourth)] == [None, None, key, key]
+    fifth, _ = keys.rotate("bob")
+    assert [keys.find(token) for token in (third, fourth, fifth)] == [None, None, key]
+    keys.rotate("bob", grace_hours=1)
+    keys.revoke(key.id)
+    assert keys.find(fifth) is None
+
+
+def test_former_tokens_are_compared_in_constant_time_and_stored_as_hashes(
+    keys: Keys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG")
+    first, key = keys.create("bob")
+    second, _ = keys.rotate("bob", grace_hours=1)
+    compared = []
+    compare = hmac.compare_digest
+    monkeypatch.setattr("hmac.compare_digest", lambda *pair: (compared.append(pair), compare(*pair))[1])
+    assert keys.find(first) == key
+    assert len(compared) == 2
+    for token in (first, second):
+        secret = token.split("-", 2)[2]
+        assert not any(secret.encode() in path.read_bytes() for path in tmp_path.iterdir())
+        assert secret not in caplog.text + repr(keys.list()) + repr(keys._found)
+
+
+def test_a_new_token_is_not_lost_where_the_database_fails_a_moment_later(keys: Keys, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys.create("bob")
+    with monkeypatch.context() as away:
+        away.setattr(keys, "refresh", lambda: (_ for _ in ()).throw(SQLAlchemyError()))
+        token, issued = keys.rotate("bob")
+    keys.refresh()
+    assert keys.find(token) == issued.key
+
+
+def test_changes_at_the_same_time_are_all_kept(shared_keys: Keys) -> None:
+    _, key = shared_keys.create("bob")
+    settings = [{"budget": 5.0}, {"requests_per_minute": 7}, {"window": "day"}, {"experts": frozenset({"a"})}]
+    with ThreadPoolExecutor(len(settings)) as pool:
+        for made in [pool.submit(shared_keys.change, key.id, **setting) for setting in settings]:
+            made.result()
+    assert list(shared_keys) == [Key(key.id, "bob", frozenset({"a"}), 7, 5.0, "day")]
 
 
 def test_a_revoked_key_opens_nothing_and_stays_on_the_list(shared_keys: Keys) -> None:
@@ -252,9 +374,10 @@ def test_keys_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "$2.5 a day, Asia/Tokyo" in listed
     assert token not in listed
     assert "bob [/red]" in run("status")
-    assert "revoked" in run("keys", "revoke", key.id)
+    ended_key = keys.create("short")[1].id
+    assert "revoked" in run("keys", "revoke", ended_key)
     with pytest.raises(SystemExit) as ended:
-        run("keys", "revoke", key.id)
+        run("keys", "revoke", ended_key)
     assert ended.value.code == 2
     kept = keys.create("twice")[1].id
     with pytest.raises(SystemExit):
@@ -270,6 +393,45 @@ def test_keys_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit):
         run("keys", "create", "eve", "--zone", "Mars/Olympus")
     assert "time zone: expected a name" in capsys.readouterr().err
+    assert "window day -> week; budget $2.5 -> $4; a running" in run("keys", "set", key.id, "--budget", "4", "--window", "week")
+    assert "is so already" in run("keys", "set", key.id, "--budget", "4")
+    run("keys", "set", "bob [/red]", "--no-budget", "--any-rate", "--all-experts", "--name", "rob", "--zone", "UTC")
+    keys.refresh()
+    assert keys.find(token) == Key(key.id, "rob", window="week")
+    other = run("keys", "rotate", "rob", "--grace-hours", "2").strip()
+    keys.refresh()
+    assert keys.find(token) == keys.find(other) == Key(key.id, "rob", window="week")
+    listed = run("keys", "list")
+    assert "former token until" in listed
+    assert token not in listed
+    assert other not in listed
+    run("keys", "rotate", "rob")
+    assert "former" not in run("keys", "list")
+    keys.refresh()
+    mistakes = {
+        "neither the id nor the name of a key; see": ("nobody", "--budget", "3"),
+        "is revoked, which is for good": (ended_key, "--budget", "3"),
+        "nothing to change": ("eve",),
+        "-3.0 is not in the range x>0": ("eve", "--budget", "-3"),
+        "0 is not in the range": ("eve", "--requests-per-minute", "0"),
+        "expected either --budget or --no-budget": ("eve", "--budget", "3", "--no-budget"),
+        "expected either --expert or --all-experts": ("eve", "--expert", "small", "--all-experts"),
+        "has no 'smal'; it has small": ("eve", "--expert", "smal", "--experts", str(tmp_path / "experts.toml")),
+        "time zone: expected a name": ("eve", "--zone", "Mars/Olympus"),
+        "'year' is not one of": ("eve", "--window", "year"),
+        "name: expected up to 200 printable": ("eve", "--name", ""),
+    }
+    before = keys.list()
+    for message, arguments in mistakes.items():
+        with pytest.raises(SystemExit) as ended:
+            run("keys", "set", *arguments)
+        assert ended.value.code == 2
+        assert message in " ".join(capsys.readouterr().err.split())
+    for arguments in (("nobody",), (ended_key,), ("eve", "--grace-hours", "-1"), ("eve", "--grace-hours", "inf")):
+        with pytest.raises(SystemExit):
+            run("keys", "rotate", *arguments)
+        assert capsys.readouterr().out == ""
+    assert keys.list() == before
     assert json.loads(run("status", "--json"))["requests"] == 0
     with pytest.raises(SystemExit):
         run("status", "--url", "http://127.0.0.1:9")
@@ -291,7 +453,25 @@ def test_admin_endpoints_make_and_end_keys(tmp_path: Path) -> None:
         assert (listed["name"], listed["revoked"], "token" in listed) == ("bob", None, False)
         (budget,) = client.get("/status", params={"hours": 1}).json()["budgets"]
         assert (budget["key"], budget["spent"]) == (key.id, 0.0)
+        path, body = f"/keys/{key.id}", {"budget": 5, "experts": None, "window": "day"}
+        changed = client.patch(path, json=body)
+        assert (changed.status_code, "token" in changed.json()) == (200, False)
+        assert {name: changed.json()[name] for name in ("id", "name", *body)} == {"id": key.id, "name": "bob", **body}
+        assert store.find(made.json()["token"]) == replace(key, budget=5.0, experts=None, window="day")
+        for wrong in (b"{}", b'{"admin": true}', b'{"budget": -1}', b'{"zone": null}', b'{"experts": "a"}'):
+            assert client.patch(path, content=wrong).status_code == 400, wrong
+        assert client.patch("/keys/nobody", json=body).status_code == 404
+        rotated = client.post(f"{path}/token", json={"grace_hours": 1})
+        assert (rotated.status_code, rotated.json()["former_until"] > time.time()) == (201, True)
+        for token in (made.json()["token"], rotated.json()["token"]):
+            assert store.find(token) is not None
+        for wrong in (b'{"grace_hours": -1}', b'{"grace_hours": "1"}', b'{"hours": 1}', b"[]"):
+            assert client.post(f"{path}/token", content=wrong).status_code == 400, wrong
+        assert client.post("/keys/nobody/token").status_code == 404
+        assert client.post(f"{path}/token").json()["former_until"] is None
+        assert store.find(made.json()["token"]) is None
         assert client.delete(f"/keys/{key.id}").status_code == 200
+        assert client.patch(path, json=body).status_code == 404
         assert client.delete(f"/keys/{key.id}").status_code == 404
         assert store.find(made.json()["token"]) is None
         wrong = [

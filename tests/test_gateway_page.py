@@ -104,6 +104,8 @@ def test_sums_by_the_minute_are_those_of_the_decisions_also_after_a_migration(da
         for table in set(tables.tables) - {"decisions", "feedback", "texts", "keys", "schema_version"}:
             connection.exec_driver_sql(f"DROP TABLE {table}")
         connection.exec_driver_sql("ALTER TABLE decisions DROP COLUMN kind")
+        for column in ("former", "former_until"):
+            connection.exec_driver_sql(f"ALTER TABLE keys DROP COLUMN {column}")
         connection.exec_driver_sql("UPDATE schema_version SET version = 1")
     prepare(engine)
     with engine.connect() as connection:

@@ -151,7 +151,9 @@ def test_the_guide_shows_files_and_commands_that_exist(tmp_path: Path) -> None:
         found: click.Command = gateway if words[0] == "gateway" else serve
         for word in words[1:]:
             if isinstance(found, click.Group):
-                found = found.commands[word]
+                command_of = found.get_command(click.Context(found), word)
+                assert command_of is not None, command
+                found = command_of
             elif word.startswith("--"):
                 assert any(word in parameter.opts for parameter in found.params), command
 

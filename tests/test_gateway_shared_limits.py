@@ -1,21 +1,28 @@
 """Several workers on one database: what is granted to all of them together never exceeds a budget or a rate."""
 
 import asyncio
+import itertools
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
+from datetime import UTC, datetime
 
 import pytest
 from sqlalchemy import select, update
 
 from deferral.gateway import shared_limits as module
+from deferral.gateway.database import insert_rows
 from deferral.gateway.keys import ANYONE, Key
+from deferral.gateway.ledger import recorded
 from deferral.gateway.limits import Limits, Refused
 from deferral.gateway.record import Record
-from deferral.gateway.schema import grants
+from deferral.gateway.rows import values
+from deferral.gateway.schema import decisions, grants
 from deferral.gateway.settings import Settings
 from deferral.gateway.shared_limits import SharedLimits, limits_of
+from deferral.gateway.windows import span, time_zone
 from tests.gateway_rows import row
 
 
@@ -53,6 +60,24 @@ def granted(gate: SharedLimits) -> float:
     return sum(max(row.granted, row.spent) for row in rows)
 
 
+def granted_in(gate: SharedLimits, key: Key) -> float:
+    """Of the key's window at noon; another may have the rows of its own."""
+    start = span(key.window, NOON, time_zone(key.zone)).start
+    with gate.ledger.engine.connect() as connection:
+        rows = connection.execute(select(grants).where(grants.c.start == start)).all()
+    return sum(max(row.granted, row.spent) for row in rows)
+
+
+def at_noon(worker: Workers) -> SharedLimits:
+    """Another worker, whose window does not end while the test runs."""
+    gate = worker()
+    gate._clock = lambda: NOON
+    return gate
+
+
+PRICE = 1 / 32
+NUMBERS = itertools.count()
+NOON = datetime(2026, 6, 17, 12, tzinfo=UTC).timestamp()
 KEY = Key("k", "k", budget=1.0, window="month")
 
 
@@ -299,6 +324,99 @@ def test_a_client_that_leaves_while_the_database_is_asked_holds_nothing(worker: 
     account = gate._accounts["k"]
     assert (account.held, account.flying, account.spent) == (0.0, 0, 0.0)
     assert account.granted > 0
+
+
+def spend(gate: SharedLimits, key: Key, dollars: float) -> None:
+    """Of the account, where there is one, and on record at once."""
+    gate.hold(key, dollars).settle(dollars)
+    with gate.ledger.engine.begin() as connection:
+        insert_rows(connection, decisions, [values(row(next(NUMBERS), key=key.id, time=NOON, price=dollars))])
+
+
+def test_a_lower_budget_takes_back_what_was_granted(worker: Workers) -> None:
+    gates = one, two = at_noon(worker), at_noon(worker)
+    for gate in gates:
+        gate.load([KEY])
+        gate.hold(KEY, 0.3).settle(0.3)
+    # Each has more than it spent; of 0.5 nothing is left.
+    lower = replace(KEY, budget=0.5)
+    for gate in gates:
+        gate.follow([lower])
+    for gate in gates:
+        for key in (lower, KEY):  # a request may have begun before the change
+            with pytest.raises(Refused):
+                gate.hold(key, 0.001)
+        assert gate.left(lower) == 0.0
+    assert granted(one) == pytest.approx(0.6)
+    higher = replace(KEY, budget=0.75)
+    for gate in gates:
+        gate.follow([higher])
+    two.hold(higher, 0.14).settle(0.14)
+    with pytest.raises(Refused):
+        one.hold(higher, 0.02)
+
+
+def test_another_window_counts_what_all_workers_spent(worker: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three workers hear of it one after the other, and spend in between; then it changes back."""
+    monkeypatch.setattr("deferral.gateway.limits._WRITTEN", 0.0)
+    gates = [at_noon(worker) for _ in range(3)]
+    for gate in gates:
+        gate.load([KEY])
+        spend(gate, KEY, PRICE)
+    # Twice what others spent and told nobody as yet, which is a second's, may count twice.
+    for key, untold in ((replace(KEY, window="day"), 0), (KEY, 2)):
+        for gate in gates:
+            gate.follow([key])
+            for each in gates:
+                spend(each, key, PRICE)
+                if not untold:
+                    each.tell()
+        for gate in gates:
+            gate.tell()
+            gate.tell()
+        with gates[0].ledger.engine.connect() as connection:
+            total = recorded(connection, "k", 0.0)
+        assert total - 1e-9 <= granted_in(gates[0], key) <= total + untold * PRICE + 1e-9
+    total = granted_in(gates[0], KEY)
+    for gate in gates:
+        with pytest.raises(Refused):
+            gate.hold(KEY, 1 - total + 0.001)
+    gates[1]._accounts["k"].no_better_until = 0.0  # type: ignore[attr-defined]
+    gates[1].hold(KEY, 1 - total - 0.001).settle(0.0)
+
+
+def test_what_no_worker_was_told_is_on_record(worker: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A budget ends and comes back: neither who counted before nor who comes new has what was spent in between."""
+    monkeypatch.setattr("deferral.gateway.limits._WRITTEN", 0.0)
+    one, two, free = at_noon(worker), at_noon(worker), replace(KEY, budget=None)
+    for gate in (one, two):
+        gate.load([KEY])
+        spend(gate, KEY, 0.125)
+        gate.tell()
+        gate.follow([free])
+        spend(gate, free, 0.125)
+        gate.tell()
+    one.hold(KEY, 0.001).settle(0.0)  # late: its account is there again
+    spend(one, free, 0.125)
+    three = at_noon(worker)
+    for gate in (one, two, three):
+        gate.load([KEY]) if gate is three else gate.follow([KEY])
+    for gate in (one, two, three):
+        assert 0.25 <= gate.left(KEY) <= 0.375 + 1e-9  # type: ignore[operator]
+        with pytest.raises(Refused):
+            gate.hold(KEY, 0.376)
+
+
+def test_another_rate_holds_at_once(worker: Workers) -> None:
+    gate, key = worker(), Key("k", "k", requests_per_minute=2)
+    gate.admit(key)
+    gate.admit(key)
+    for refused in (key, replace(key, requests_per_minute=1)):
+        with pytest.raises(Refused):
+            gate.admit(refused)
+    gate.admit(replace(key, requests_per_minute=3))
+    with pytest.raises(Refused):
+        gate.admit(replace(key, requests_per_minute=3))
 
 
 def test_limits_are_shared_wherever_another_worker_may_be(database: str) -> None:

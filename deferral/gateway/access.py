@@ -10,7 +10,7 @@ from deferral.gateway.limits import Refused
 from deferral.gateway.problems import Problem
 from deferral.gateway.settings import Settings, is_loopback
 
-__all__ = ["Access", "must_have_key", "problem_of"]
+__all__ = ["Access", "must_have_key", "no_key", "problem_of"]
 
 
 class Access:
@@ -74,12 +74,17 @@ def must_have_key(settings: Settings) -> None:
     keys.start()
     try:
         if not is_loopback(settings.host) and all(key.admin for key in keys):
-            raise ValueError(
-                f"{settings.host}: other machines could reach this gateway, and it has no key; make one with "
-                "`deferral gateway keys create`, or bind to 127.0.0.1"
-            )
+            raise ValueError(no_key(settings.host))
     finally:
         keys.close()
+
+
+def no_key(host: str) -> str:
+    """Why a gateway without a key is not served at an address that others can reach."""
+    return (
+        f"{host}: other machines could reach this gateway, and it has no key; make one with `deferral gateway keys create`, or "
+        "bind to 127.0.0.1"
+    )
 
 
 def problem_of(refused: Refused) -> Problem:

@@ -3,6 +3,8 @@
 import asyncio
 import json
 import time
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request
@@ -10,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from deferral.gateway.forgetting import forget
-from deferral.gateway.keys import PREFIX, Issued, Key, Keys
+from deferral.gateway.keys import PREFIX, Issued, Key, Keys, UnknownKey
 from deferral.gateway.problems import Problem
 from deferral.gateway.status import status
 from deferral.gateway.wire import header_map, read_body
@@ -18,7 +20,7 @@ from deferral.gateway.wire import header_map, read_body
 if TYPE_CHECKING:
     from deferral.gateway.app import Gateway
 
-__all__ = ["create_key", "hours_of", "routes", "shown"]
+__all__ = ["change_key", "create_key", "hours_of", "rotate_key", "routes", "shown"]
 
 _MOST_BYTES = 1 << 16
 _WRITTEN = 0.2
@@ -26,7 +28,7 @@ _SETTINGS = ("name", "experts", "requests_per_minute", "budget", "window", "zone
 
 
 def routes(gateway: "Gateway") -> list[Route]:
-    """POST and GET /keys, DELETE /keys/ID, DELETE /keys/ID/record, DELETE /responses/ID, GET /status?hours=24."""
+    """POST, GET /keys; PATCH, DELETE /keys/ID; POST /keys/ID/token; DELETE /keys/ID/record, /responses/ID; GET /status."""
 
     async def keys(request: Request) -> Response:
         if request.method == "GET":
@@ -35,11 +37,18 @@ def routes(gateway: "Gateway") -> list[Route]:
         body = await read_body(request.receive, header_map(request.scope), _MOST_BYTES)
         return JSONResponse(await asyncio.to_thread(create_key, gateway.keys, body), 201)
 
-    async def revoke(request: Request) -> Response:
+    async def key(request: Request) -> Response:
         identity = request.path_params["id"]
+        if request.method == "PATCH":
+            body = await read_body(request.receive, header_map(request.scope), _MOST_BYTES)
+            return JSONResponse(await asyncio.to_thread(change_key, gateway.keys, identity, body))
         if not await asyncio.to_thread(gateway.keys.revoke, identity):
             raise Problem(404, "key_not_found", f"{identity[:100]!r} is no valid key")
         return JSONResponse({"id": identity, "object": "key", "revoked": True})
+
+    async def token(request: Request) -> Response:
+        body = await read_body(request.receive, header_map(request.scope), _MOST_BYTES)
+        return JSONResponse(await asyncio.to_thread(rotate_key, gateway.keys, request.path_params["id"], body), 201)
 
     async def forget_key(request: Request) -> Response:
         return await deleted(key=request.path_params["id"].removeprefix(PREFIX))
@@ -67,7 +76,8 @@ def routes(gateway: "Gateway") -> list[Route]:
 
     return [
         Route("/keys", keys, methods=["GET", "POST"]),
-        Route("/keys/{id}", revoke, methods=["DELETE"]),
+        Route("/keys/{id}", key, methods=["PATCH", "DELETE"]),
+        Route("/keys/{id}/token", token, methods=["POST"]),
         Route("/keys/{id}/record", forget_key, methods=["DELETE"]),
         Route("/responses/{id:path}", forget_response, methods=["DELETE"]),
         Route("/status", happened),
@@ -76,23 +86,53 @@ def routes(gateway: "Gateway") -> list[Route]:
 
 def create_key(keys: Keys, body: bytes) -> dict[str, Any]:
     """A key from the JSON of its settings.  -> it, and its token, which is shown this once"""
+    wanted = _wanted(body, _SETTINGS)
+    if "name" not in wanted:
+        raise Problem(400, "invalid_key", "expected at least a name", param="name")
+    with _problems():
+        token, key = keys.create(**wanted)
+    return {**_settings(key), "object": "key", "token": token}
+
+
+def change_key(keys: Keys, id: str, body: bytes) -> dict[str, Any]:
+    """Other settings for a key, from their JSON; null lifts a restriction.  -> the key as it is now"""
+    wanted = _wanted(body, _SETTINGS[:-1])
+    with _problems():
+        _, key = keys.change(id, **wanted)
+    return {**_settings(key), "object": "key"}
+
+
+def rotate_key(keys: Keys, id: str, body: bytes) -> dict[str, Any]:
+    """A new token for a key; {"grace_hours": 24} is how long the one of before stays valid.  -> it, shown this once"""
+    wanted = _wanted(body or b"{}", ("grace_hours",))
+    with _problems():
+        token, issued = keys.rotate(id, **wanted)
+    return {**shown(issued), "token": token}
+
+
+def _wanted(body: bytes, names: Collection[str]) -> dict[str, Any]:
     try:
         wanted = json.loads(body)
     except (ValueError, RecursionError):
         wanted = None
-    if not isinstance(wanted, dict) or "name" not in wanted:
-        raise Problem(400, "invalid_json", 'the body: expected the settings of a key, {"name": ..., "budget": ...}')
-    if strange := [name for name in wanted if name not in _SETTINGS]:
-        raise Problem(
-            400, "invalid_key", f"expected only {', '.join(_SETTINGS)}, got {strange[0][:100]!r}", param=strange[0][:100]
-        )
+    if not isinstance(wanted, dict):
+        raise Problem(400, "invalid_json", f"the body: expected an object with {', '.join(names)}")
+    if strange := [name for name in wanted if name not in names]:
+        raise Problem(400, "invalid_key", f"expected only {', '.join(names)}, got {strange[0][:100]!r}", param=strange[0][:100])
     if not isinstance(wanted.get("experts"), list | None) or not isinstance(wanted.get("admin", False), bool):
         raise Problem(400, "invalid_key", "expected a list of names as experts, and true or false as admin")
+    return wanted
+
+
+@contextmanager
+def _problems() -> Iterator[None]:
+    """What the keys refuse, for the client."""
     try:
-        token, key = keys.create(**wanted)
+        yield
+    except UnknownKey as error:
+        raise Problem(404, "key_not_found", str(error)) from None
     except (ValueError, TypeError) as error:
         raise Problem(400, "invalid_key", str(error)) from None
-    return {**_settings(key), "object": "key", "token": token}
 
 
 def shown(issued: Issued) -> dict[str, Any]:
@@ -103,6 +143,7 @@ def shown(issued: Issued) -> dict[str, Any]:
         "prefix": issued.prefix,
         "created": issued.created,
         "revoked": issued.revoked,
+        "former_until": issued.former_until,
     }
 
 

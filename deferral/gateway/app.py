@@ -39,7 +39,7 @@ from deferral.routing.router import Router
 if TYPE_CHECKING:
     from deferral.gateway.tracing import Tracing
 
-__all__ = ["Gateway", "Generation", "gateway", "load_router"]
+__all__ = ["Gateway", "Generation", "gateway", "load_router", "out_of_service"]
 
 _log = logging.getLogger("deferral.gateway")
 
@@ -174,6 +174,7 @@ class Gateway:
         self.keys.start()
         self.access.started()
         self.limits.load(list(self.keys))
+        self.keys.tell(self.limits.follow)
         self.reloads.start()
 
 
@@ -224,6 +225,16 @@ def gateway(router: Router, experts: Mapping[str, Expert], *, settings: Settings
 
 def generation(router: Router, experts: Mapping[str, Expert], settings: Settings) -> Generation:
     """ValueError where an expert is not known to the router, or none of the router's is left."""
+    if missing := out_of_service(router, experts):
+        _log.warning("out of service, since the experts file does not have them: %s", ", ".join(missing))
+    if settings.explore is not None:
+        router.explore = settings.explore
+    decider = Decider(router, experts, deadline_s=settings.deadline_s, rules=settings.conversations)
+    return Generation(router, dict(experts), decider)
+
+
+def out_of_service(router: Router, experts: Mapping[str, Expert]) -> list[str]:
+    """The experts of the router that are not there; ValueError where one is not known to it, or none of its own is left."""
     known = set(router.experts)
     if unknown := [name for name, expert in experts.items() if expert.route and name not in known]:
         raise ValueError(
@@ -233,12 +244,7 @@ def generation(router: Router, experts: Mapping[str, Expert], settings: Settings
     served = [name for name in router.experts if name in experts and experts[name].route]
     if not served:
         raise ValueError(f"experts: none of the router's is there; expected at least one of {', '.join(router.experts)}")
-    if missing := sorted(known - set(served)):
-        _log.warning("out of service, since the experts file does not have them: %s", ", ".join(missing))
-    if settings.explore is not None:
-        router.explore = settings.explore
-    decider = Decider(router, experts, deadline_s=settings.deadline_s, rules=settings.conversations)
-    return Generation(router, dict(experts), decider)
+    return sorted(known - set(served))
 
 
 def load_router(settings: Settings, encode: Callable[[list[str]], Any] | None = None) -> Router:

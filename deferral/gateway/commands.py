@@ -7,30 +7,20 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import click
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-from sqlalchemy.exc import SQLAlchemyError
 
 from deferral.errors import DataError
-from deferral.gateway.database import prepare
-from deferral.gateway.experts_file import expert_names
-from deferral.gateway.keys import PREFIX, Issued, Keys
-from deferral.gateway.windows import WINDOWS
+from deferral.gateway.key_commands import keys
+from deferral.gateway.keys import PREFIX
+from deferral.gateway.opened import database_option, opened
 
 __all__ = ["gateway"]
 
-_database = click.option(
-    "--database",
-    default="sqlite:///deferral-gateway.db",
-    show_default=True,
-    envvar="DEFERRAL_DATABASE",
-    help="The gateway's database: the path of an SQLite file, or an SQLAlchemy URL.",
-)
+_CHECK = "check"
 _assumed = click.option(
     "--assume-quality",
     type=click.FloatRange(0, 1),
@@ -38,100 +28,31 @@ _assumed = click.option(
 )
 
 
-@click.group()
+class _Commands(click.Group):
+    """`check` reads all that `serve` does; the other commands need not wait for its imports."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return sorted([*super().list_commands(context), _CHECK])
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        if name == _CHECK:
+            return import_module("deferral.gateway.check_command").check
+        return super().get_command(context, name)
+
+
+@click.group(cls=_Commands)
 def gateway() -> None:
-    """Keys, record, retraining and status of a gateway."""
+    """Check, keys, record, retraining and status of a gateway."""
 
 
-@gateway.group()
-def keys() -> None:
-    """Who may ask: create, list and revoke API keys."""
-
-
-@keys.command()
-@click.argument("name")
-@click.option("--expert", "experts", multiple=True, help="Only this expert; may be given several times.")
-@click.option(
-    "--experts",
-    "experts_file",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="The gateway's experts file, to look up the names that --expert gives.",
-)
-@click.option("--requests-per-minute", type=click.IntRange(min=1), help="At most so many in any 60 seconds.")
-@click.option("--budget", type=click.FloatRange(min=0, min_open=True), help="Dollars in each window.")
-@click.option("--window", type=click.Choice(WINDOWS), default="month", show_default=True, help="The budget's calendar window.")
-@click.option("--zone", default="UTC", show_default=True, help="The time zone in which windows begin, as Europe/Berlin.")
-@click.option("--admin", is_flag=True, help="For the admin endpoints, and for nothing else.")
-@_database
-def create(
-    name: str,
-    experts: tuple[str, ...],
-    experts_file: Path | None,
-    requests_per_minute: int | None,
-    budget: float | None,
-    window: Any,
-    zone: str,
-    admin: bool,
-    database: str,
-) -> None:
-    """Make a key for NAME, and print it: this once, since only its hash is kept."""
-    if experts_file is not None:
-        known = expert_names(experts_file)
-        if unknown := [each for each in experts if each not in known]:
-            raise click.BadParameter(f"{experts_file} has no {unknown[0]!r}; it has {', '.join(known)}", param_hint="--expert")
-    with _opened(database, create=True) as store:
-        try:
-            token, key = store.create(
-                name,
-                experts=experts or None,
-                requests_per_minute=requests_per_minute,
-                budget=budget,
-                window=window,
-                zone=zone,
-                admin=admin,
-            )
-        except ValueError as error:
-            raise click.UsageError(str(error)) from None
-    if experts and experts_file is None:
-        click.echo(f"whether there is an expert {', '.join(experts)} was not looked up; --experts FILE does that", err=True)
-    click.echo(f"key {key.id} for {name}; it is valid within two seconds, and shown this once:", err=True)
-    click.echo(token)
-
-
-@keys.command("list")
-@_database
-def list_keys(database: str) -> None:
-    """All keys that ever were."""
-    table = Table("id", "name", "experts", "a minute", "budget", "created", "revoked")
-    for place in (0, 5, 6):  # what is cut off there cannot be guessed
-        table.columns[place].no_wrap = True
-    for column in table.columns:
-        column.overflow = "fold"
-    with _opened(database) as store:
-        for issued in store.list():
-            table.add_row(*_cells(issued))
-    Console().print(table)
-
-
-@keys.command()
-@click.argument("id")
-@_database
-def revoke(id: str, database: str) -> None:
-    """End the key ID; a running gateway refuses it within two seconds."""
-    with _opened(database) as store:
-        known = store.revoke(id)
-        so_named = [key.id for key in store if key.name == id]
-    if not known:
-        named = f" but a name; keys are revoked by their id, {' or '.join(so_named)}" if so_named else ""
-        raise click.BadParameter(f"{id!r} is no valid key{named}; see `deferral gateway keys list`", param_hint="ID")
-    click.echo(f"{id} is revoked")
+gateway.add_command(keys)
 
 
 @gateway.command()
 @click.option("--key", help="All that is on record of this key, by its id or the prefix that is shown.")
 @click.option("--response", help="One response, by x-deferral-id or by the reply's own id.")
 @click.confirmation_option(prompt="It cannot be undone.  Delete it?")
-@_database
+@database_option
 def forget(key: str | None, response: str | None, database: str) -> None:
     """Delete decisions, judgements and texts from the record; what they cost stays in the key's budget."""
     from deferral.gateway.forgetting import forget as delete
@@ -139,7 +60,7 @@ def forget(key: str | None, response: str | None, database: str) -> None:
     if (key is None) == (response is None):
         raise click.UsageError("expected either --key or --response")
     identity = None if key is None else key.removeprefix(PREFIX)
-    with _opened(database) as store, Console(stderr=True).status("deleting") as shown:
+    with opened(database) as store, Console(stderr=True).status("deleting") as shown:
         gone = delete(store.engine, key=identity, response=response, progress=lambda so_far: shown.update(str(so_far)))
     if not gone.decisions:
         raise DataError(f"nothing is on record of {key or response!r}; what was just answered is written a moment later")
@@ -151,13 +72,13 @@ def forget(key: str | None, response: str | None, database: str) -> None:
 @click.option("--since", type=click.DateTime(), help="Requests that arrived then or later (UTC).")
 @click.option("--until", type=click.DateTime(), help="Requests that arrived before then (UTC).")
 @_assumed
-@_database
+@database_option
 def export(file: Path, since: datetime | None, until: datetime | None, assume_quality: float | None, database: str) -> None:
     """Write the router's log, with propensities, to FILE (.jsonl or .parquet)."""
     from deferral.gateway.export import export as write
 
     times = {name: _seconds(value) for name, value in (("since", since), ("until", until)) if value is not None}
-    with _opened(database) as store:
+    with opened(database) as store:
         click.echo(write(store.engine, file, assumed_quality=assume_quality, **times))
     click.echo(f"wrote {file}")
 
@@ -177,7 +98,7 @@ def export(file: Path, since: datetime | None, until: datetime | None, assume_qu
 @click.option("--dry-run", is_flag=True, help="Judge, and change nothing.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the intervals.")
 @_assumed
-@_database
+@database_option
 def retrain(
     router: Path,
     log: Path | None,
@@ -196,7 +117,7 @@ def retrain(
     from deferral.routing import Router, read_log
 
     old_log = None if log is None else read_log(log)
-    with _opened(database) as store, _stages() as on_stage:
+    with opened(database) as store, _stages() as on_stage:
         try:
             verdict = learn(
                 store.engine,
@@ -231,7 +152,7 @@ def retrain(
 )
 @click.option("--dry-run", is_flag=True, help="Judge, and change nothing.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-@_database
+@database_option
 def cascade(router: Path, encoder: Path | None, dry_run: bool, seed: int, database: str) -> None:
     """Learn the cascade of ROUTER (a folder) again from the record; the new one replaces it only if it is better with confidence.
 
@@ -247,7 +168,7 @@ def cascade(router: Path, encoder: Path | None, dry_run: bool, seed: int, databa
     if old is None:
         raise click.UsageError(f"{router} has no cascade; make the first with `deferral route cascade LOG -r {router}`")
     left_out: Counter[str] = Counter()
-    with _opened(database) as store, _stages() as on_stage:
+    with opened(database) as store, _stages() as on_stage:
         on_stage("reading the record")
         answers = answers_on_record(store.engine, loaded.experts, old.first, left_out)
         on_stage(f"learning from {len(answers):,} answers of {old.first}")
@@ -274,14 +195,14 @@ def cascade(router: Path, encoder: Path | None, dry_run: bool, seed: int, databa
 @click.option("--json", "as_json", is_flag=True, help="The figures as JSON.")
 @click.option("--url", help="Also ask the gateway that runs there, http://127.0.0.1:8080 say.")
 @click.option("--admin-key", envvar="DEFERRAL_ADMIN_KEY", help="For /metrics at --url.  [default: $DEFERRAL_ADMIN_KEY]")
-@_database
+@database_option
 def status(hours: float, as_json: bool, url: str | None, admin_key: str | None, database: str) -> None:
     """What the gateway did: requests, experts' shares, cost and saving, errors, feedback, budgets, and alarms that ring."""
     from deferral.gateway.probe import probe
     from deferral.gateway.status import status as read
 
     now = time.time()
-    with _opened(database) as store:
+    with opened(database) as store:
         found = read(store.engine, list(store), since=now - 3600 * hours, now=now)
     running = None if url is None else probe(url, admin_key)
     if as_json:
@@ -302,32 +223,15 @@ def status(hours: float, as_json: bool, url: str | None, admin_key: str | None, 
 @gateway.command()
 @click.option("--hours", type=click.FloatRange(min=0, min_open=True), default=24.0, show_default=True, help="How far back.")
 @click.option("--json", "as_json", is_flag=True, help="The figures as JSON.")
-@_database
+@database_option
 def shadow(hours: float, as_json: bool, database: str) -> None:
     """How the candidate of `deferral serve --shadow` compares with the live router: agreement, and what it would have gained."""
     from deferral.gateway.agreement import agreement
 
     now = time.time()
-    with _opened(database) as store:
+    with opened(database) as store:
         found = agreement(store.engine, since=now - 3600 * hours, until=now)
     click.echo(json.dumps(found.as_json()) if as_json else found)
-
-
-@contextmanager
-def _opened(database: str, *, create: bool = False) -> Iterator[Keys]:
-    """The keys of a database, and with them its engine."""
-    try:
-        store = Keys(database)
-    except ValueError as error:
-        raise click.BadParameter(str(error), param_hint="--database") from None
-    try:
-        prepare(store.engine, create=create)
-        store.refresh()
-        yield store
-    except SQLAlchemyError as error:
-        raise DataError(f"the database fails: {getattr(error, 'orig', None) or error}") from error
-    finally:
-        store.close()
 
 
 @contextmanager
@@ -339,23 +243,6 @@ def _stages() -> Iterator[Callable[[str], None]]:
         return
     with console.status("") as status:
         yield status.update
-
-
-def _cells(issued: Issued) -> list[str]:
-    key = issued.key
-    return [
-        key.id,
-        escape(key.name) + (" (admin)" if key.admin else ""),
-        "all" if key.experts is None else escape(", ".join(sorted(key.experts))),
-        "" if key.requests_per_minute is None else str(key.requests_per_minute),
-        "" if key.budget is None else f"${key.budget:g} a {key.window}, {key.zone}",
-        _day(issued.created),
-        "" if issued.revoked is None else _day(issued.revoked),
-    ]
-
-
-def _day(time: float) -> str:
-    return datetime.fromtimestamp(time, UTC).strftime("%Y-%m-%d")
 
 
 def _seconds(moment: datetime) -> float:

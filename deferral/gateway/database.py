@@ -30,6 +30,7 @@ __all__ = [
     "if_alone",
     "insert_rows",
     "keys",
+    "look",
     "prepare",
     "replacing",
     "scrub",
@@ -95,7 +96,46 @@ def prepare(engine: Engine, *, create: bool = True) -> None:
                 raise DataError(f"{name}: the database cannot be opened, {error.orig}") from error
             time.sleep(0.02)
     if found > VERSION:
-        raise DataError(f"{name}: expected tables of version {VERSION} or older, got {found}; use the deferral that wrote them")
+        raise _newer(name, found)
+
+
+def look(engine: Engine) -> int:
+    """The version of the tables, 0 where there are none; nothing is changed.
+
+    DataError where this is no database, cannot be reached or cannot be written, or is of a newer version.
+    """
+    name = engine.url.render_as_string(hide_password=True)
+    if engine.dialect.name == "sqlite":
+        path = Path(str(engine.url.database))
+        if not path.exists():
+            if not os.access(path.parent, os.W_OK | os.X_OK):
+                raise DataError(f"{path}: cannot be made, {path.parent} is no folder that may be written to; create it first")
+            return 0
+    try:
+        found = _found(engine)
+        with engine.connect() as connection, _for_nothing(connection):
+            if found == 0:
+                tables.create_all(connection)
+    except DBAPIError as error:
+        raise DataError(f"{name}: the database cannot be used, {error.orig}") from error
+    if found > VERSION:
+        raise _newer(name, found)
+    return found
+
+
+@contextmanager
+def _for_nothing(connection: Connection) -> Iterator[None]:
+    """A transaction that could write, and of which nothing stays."""
+    if connection.dialect.name == "sqlite":
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+    try:
+        yield
+    finally:
+        connection.rollback()
+
+
+def _newer(name: str, found: int) -> DataError:
+    return DataError(f"{name}: expected tables of version {VERSION} or older, got {found}; use the deferral that wrote them")
 
 
 def _found(engine: Engine) -> int:

@@ -8,24 +8,29 @@ import math
 import secrets
 import threading
 import time
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from hashlib import sha256
+from typing import Any
 
-from sqlalchemy import Row, insert, select, update
+from sqlalchemy import Connection, Row, insert, select, update
 from sqlalchemy.exc import SQLAlchemyError
 
-from deferral.gateway.database import connect, prepare
+from deferral.gateway.database import clock, connect, prepare, writing
 from deferral.gateway.database import keys as table
 from deferral.gateway.windows import WINDOWS, WindowName, time_zone
 
-__all__ = ["ANYONE", "PREFIX", "Issued", "Key", "Keys"]
+__all__ = ["ANYONE", "PREFIX", "Issued", "Key", "Keys", "UnknownKey", "key_of"]
 
 _log = logging.getLogger("deferral.gateway.keys")
 
 _REFRESH = 2.0
 _MARK = "dk"
 PREFIX = f"{_MARK}-"
+_SETTINGS = ("name", "experts", "requests_per_minute", "budget", "window", "zone")
+_HOUR = 3600.0
+_LONGEST_GRACE = 8760.0
 
 
 @dataclass(frozen=True)
@@ -50,16 +55,34 @@ ANYONE = Key("", "anyone")
 
 @dataclass(frozen=True)
 class Issued:
-    """A key on the list: when it was made and revoked, in seconds since 1970."""
+    """A key on the list: when it was made and revoked, until when the token before its last is valid, in seconds since 1970."""
 
     key: Key
     created: float
     revoked: float | None
+    former_until: float | None = None
 
     @property
     def prefix(self) -> str:
         """The part of the token that is no secret."""
         return f"{PREFIX}{self.key.id}"
+
+
+class UnknownKey(ValueError):
+    """No key that is valid is meant, or more than one."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What a token must hash to; `former` is that of the token before, until a time in seconds since 1970."""
+
+    hash: bytes
+    key: Key | None
+    former: bytes = b""
+    former_until: float = 0.0
+
+
+_NOBODY = _Known(b"", None)
 
 
 class Keys:
@@ -71,7 +94,8 @@ class Keys:
 
     def __init__(self, url: str) -> None:
         self.engine = connect(url)
-        self._found: dict[str, tuple[bytes, Key]] = {}
+        self._found: dict[str, _Known] = {}
+        self._told: Callable[[Iterable[Key]], None] = lambda keys: None
         self._reading = threading.Lock()
         self._end = threading.Event()
         self._thread: threading.Thread | None = None
@@ -83,6 +107,10 @@ class Keys:
         self._end.clear()
         self._thread = threading.Thread(target=self._run, name="keys", daemon=True)
         self._thread.start()
+
+    def tell(self, whom: Callable[[Iterable[Key]], None]) -> None:
+        """Call it with all keys whenever they have been read again; in the thread that read them."""
+        self._told = whom
 
     def close(self) -> None:
         """Stop refreshing."""
@@ -96,14 +124,18 @@ class Keys:
         return len(self._found)
 
     def __iter__(self) -> Iterator[Key]:
-        return iter([key for _, key in self._found.values()])
+        return iter([known.key for known in self._found.values() if known.key is not None])
 
     def find(self, token: str) -> Key | None:
         """The key of a token, None if there is none or it is revoked."""
         digest = _digest(token)
         parts = token.split("-", 2)
-        known, key = self._found.get(parts[1] if len(parts) == 3 else "", (b"", None))
-        return key if hmac.compare_digest(digest, known) else None
+        known = self._found.get(parts[1] if len(parts) == 3 else "", _NOBODY)
+        if hmac.compare_digest(digest, known.hash):
+            return known.key
+        if known.former and hmac.compare_digest(digest, known.former) and time.time() < known.former_until:
+            return known.key
+        return None
 
     def create(
         self,
@@ -120,18 +152,13 @@ class Keys:
         _check(name, experts, requests_per_minute, budget, window, zone)
         # Base32 has no sign that splits a token or a double click.
         identity = base64.b32encode(secrets.token_bytes(5)).decode().lower()
-        token = f"{_MARK}-{identity}-{secrets.token_urlsafe(32)}"
+        token = _token(identity)
         allowed = None if experts is None else frozenset(experts)
         key = Key(identity, name, allowed, requests_per_minute, None if budget is None else float(budget), window, zone, admin)
         row = {
             "id": identity,
-            "name": name,
             "hash": _digest(token).hex(),
-            "experts": None if allowed is None else json.dumps(sorted(allowed)),
-            "requests_per_minute": requests_per_minute,
-            "budget": key.budget,
-            "window": window,
-            "zone": zone,
+            **_columns(key),
             "admin": bool(admin),
             "created": time.time(),
         }
@@ -139,6 +166,47 @@ class Keys:
             connection.execute(insert(table).values(**row))
         self.refresh()
         return token, key
+
+    def change(self, key: str, **settings: Any) -> tuple[Key, Key]:
+        """Give a key other settings, those of `create` but for `admin`; it stays the same key, its spending and its record too.
+
+        `key` is its id, the prefix that is shown, or a name that no other valid key has; UnknownKey where it is none of these.
+        None lifts a restriction.  ValueError where a setting makes no sense; then nothing has changed.  -> before, after
+        """
+        if unknown := [name for name in settings if name not in _SETTINGS]:
+            raise ValueError(f"{unknown[0]}: not to be changed; expected one of {', '.join(_SETTINGS)}")
+        if not settings:
+            raise ValueError(f"nothing to change; expected one of {', '.join(_SETTINGS)}")
+        with self.engine.connect() as connection, writing(connection):
+            before = key_of(_named(connection, key))
+            wanted = {name: getattr(before, name) for name in _SETTINGS} | settings
+            _check(*(wanted[name] for name in _SETTINGS))
+            if wanted["experts"] is not None:
+                wanted["experts"] = frozenset(wanted["experts"])
+            if wanted["budget"] is not None:
+                wanted["budget"] = float(wanted["budget"])
+            after = replace(before, **wanted)
+            connection.execute(update(table).where(table.c.id == before.id).values(**_columns(after)))
+        self.refresh()
+        return before, after
+
+    def rotate(self, key: str, *, grace_hours: float = 0.0) -> tuple[str, Issued]:
+        """Another token for a key, named as in `change`; it is shown this once.  -> it, and the key
+
+        The token that it had ends now, or after `grace_hours`; one from before that ends now.
+        """
+        if isinstance(grace_hours, bool) or not isinstance(grace_hours, int | float) or not 0 <= grace_hours <= _LONGEST_GRACE:
+            raise ValueError(f"grace_hours: expected hours from 0 to {_LONGEST_GRACE:.0f}, got {grace_hours!r}")
+        with self.engine.connect() as connection, writing(connection):
+            row = _named(connection, key)
+            token = _token(row.id)
+            former, until = (row.hash, clock(connection) + _HOUR * grace_hours) if grace_hours else (None, None)
+            values = {"hash": _digest(token).hex(), "former": former, "former_until": until}
+            connection.execute(update(table).where(table.c.id == row.id).values(**values))
+        # The token is valid by now, and must not be lost; whoever serves reads again anyway.
+        with suppress(SQLAlchemyError):
+            self.refresh()
+        return token, Issued(key_of(row), row.created, None, until)
 
     def revoke(self, id: str) -> bool:
         """End a key, by its id or the prefix that is shown; False where there is none that is valid."""
@@ -153,14 +221,15 @@ class Keys:
         """All keys that ever were, oldest first."""
         with self.engine.connect() as connection:
             rows = connection.execute(select(table).order_by(table.c.created, table.c.id)).all()
-        return [Issued(_key(row), row.created, row.revoked) for row in rows]
+        return [Issued(key_of(row), row.created, row.revoked, row.former_until) for row in rows]
 
     def refresh(self) -> None:
         """Read the keys again."""
         # One at a time: what was read earlier must not replace what was read later.
         with self._reading, self.engine.connect() as connection:
             rows = connection.execute(select(table).where(table.c.revoked.is_(None))).all()
-            self._found = {row.id: (bytes.fromhex(row.hash), _key(row)) for row in rows}
+            self._found = {row.id: _known(row) for row in rows}
+            self._told(list(self))
 
     def _run(self) -> None:
         failing = False
@@ -179,7 +248,38 @@ def _digest(token: str) -> bytes:
     return sha256(token.encode("utf-8", "surrogatepass")).digest()
 
 
-def _key(row: Row) -> Key:
+def _token(id: str) -> str:
+    return f"{_MARK}-{id}-{secrets.token_urlsafe(32)}"
+
+
+def _named(connection: Connection, key: str) -> Row:
+    """The row of a key by its id, its prefix or its name, locked; UnknownKey says why there is none."""
+    identity = key.removeprefix(PREFIX)
+    named = (table.c.id == identity) | (table.c.name == key)
+    # A database may refuse to look for a NUL.
+    rows = connection.execute(select(table).where(named).with_for_update()).all() if key.isprintable() else []
+    found = [row for row in rows if row.id == identity] or [row for row in rows if row.revoked is None] or rows
+    if not found:
+        raise UnknownKey(f"{key[:200]!r} is neither the id nor the name of a key")
+    if found[0].revoked is not None:
+        raise UnknownKey(f"the key {found[0].id} ({found[0].name}) is revoked, which is for good; make another")
+    if len(found) > 1:
+        raise UnknownKey(f"{key!r} is the name of {len(found)} keys; say which by its id, {' or '.join(row.id for row in found)}")
+    return found[0]
+
+
+def _columns(key: Key) -> dict[str, Any]:
+    settings = {name: getattr(key, name) for name in _SETTINGS}
+    return settings | {"experts": None if key.experts is None else json.dumps(sorted(key.experts))}
+
+
+def _known(row: Row) -> _Known:
+    former = b"" if row.former is None else bytes.fromhex(row.former)
+    return _Known(bytes.fromhex(row.hash), key_of(row), former, row.former_until or 0.0)
+
+
+def key_of(row: Row) -> Key:
+    """The key of a row of the table."""
     experts = None if row.experts is None else frozenset(json.loads(row.experts))
     return Key(row.id, row.name, experts, row.requests_per_minute, row.budget, row.window, row.zone, row.admin)
 

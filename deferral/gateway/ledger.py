@@ -65,10 +65,12 @@ class Ledger:
         unspent: float = 0.0,
         wanted: float = 0.0,
         known: bool,
+        joins: bool = False,
     ) -> Part:
         """Tell what this worker was granted and has spent in the window that began at `start`, and ask for `wanted` dollars.
 
-        Nothing is added where that and the `unspent` that it has would not do.  `known`: it has told of itself before.
+        Nothing is added where that and the `unspent` that it has would not do.  `known`: it has told of itself before.  `joins`:
+        the record is looked at as well, since the key may have had no budget, or another window, for some of this one.
         """
         with self.engine.connect() as connection:
             durable(connection, False)
@@ -83,11 +85,14 @@ class Ledger:
                     rows = {row.worker: row for row in _grants(connection, key, start)}
                 if known and self.worker not in rows:
                     return Part(0.0, 0.0, 0.0, lost=True)
-                rows.pop(self.worker, None)
+                if rows.pop(self.worker, None) is not None and not known:
+                    # Of a time when it counted otherwise: the record has it.
+                    connection.execute(_of(key, start, [self.worker]))
                 silent = [row for name, row in rows.items() if name != _ENDED and row.seen < now - SILENT]
                 first = not known and len(silent) == len(rows) - 1
-                if silent or first:
-                    rows = self._bury(connection, rows, silent, 0.0 if first else spent, now, first=first)
+                joins |= first
+                if silent or joins:
+                    rows = self._bury(connection, rows, silent, 0.0 if joins else spent, now, joins=joins)
                 others = sum(max(row.granted, row.spent) for row in rows.values())
                 elsewhere = sum(max(row.granted - row.spent, 0.0) for row in rows.values())
                 free = max(budget - others - granted, 0.0)
@@ -132,17 +137,17 @@ class Ledger:
         return Admission(made, count, 0.0)
 
     def _bury(
-        self, connection: Connection, rows: dict[str, Row], silent: Sequence[Row], mine: float, now: float, *, first: bool
+        self, connection: Connection, rows: dict[str, Row], silent: Sequence[Row], mine: float, now: float, *, joins: bool
     ) -> dict[str, Row]:
         """Dead workers have spent what is on record and not another's: at least what they told, at most what they had.
 
-        For the `first` worker the record alone says it: others may have spent who shared nothing.
+        Where the worker `joins` the record alone says it: others may have spent who shared nothing.
         """
         ended, names = rows[_ENDED], [row.worker for row in silent]
         alive = mine + sum(row.spent for name, row in rows.items() if name not in (_ENDED, *names))
         told, had = sum(row.spent for row in silent), sum(max(row.granted, row.spent) for row in silent)
         on_record = recorded(connection, ended.key, ended.start) - alive
-        total = max(on_record if first else min(on_record, ended.spent + had), ended.spent + told)
+        total = max(on_record if joins else min(on_record, ended.spent + had), ended.spent + told)
         self._write(connection, ended.key, ended.start, _ENDED, total, total, now)
         connection.execute(_of(ended.key, ended.start, names))
         return {row.worker: row for row in _grants(connection, ended.key, ended.start) if row.worker != self.worker}

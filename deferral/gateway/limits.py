@@ -1,10 +1,12 @@
 """How often and for how much a key may ask: rate limits, and budgets over calendar windows."""
 
+import logging
 import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from datetime import UTC, datetime
 from types import TracebackType
 
@@ -16,7 +18,11 @@ from deferral.gateway.windows import Span, span, time_zone
 
 __all__ = ["Account", "Hold", "Limits", "Refused", "too_often", "unreadable"]
 
+_log = logging.getLogger("deferral.gateway.limits")
+
 _MINUTE = 60.0
+# A row is in the database so many seconds after its reply.
+_WRITTEN = 0.2
 _PLENTY = 0.5
 _LEAST_THRIFT = 1e-6
 
@@ -93,15 +99,51 @@ class Limits:
 
     def __init__(self, record: Record, clock: Callable[[], float] = time.time) -> None:
         self._record, self._clock = record, clock
-        self._lock = threading.Lock()
+        self._lock, self._opening = threading.Lock(), threading.Lock()
         self._times: dict[str, deque[float]] = {}
         self._accounts: dict[str, Account] = {}
+        # As they were read last: a request may still hold an earlier one.
+        self._keys: dict[str, Key] = {}
+        self._said: dict[str, str] = {}
 
     def load(self, keys: Iterable[Key]) -> None:
         """Read what these keys have spent; else that waits for their first request."""
         for key in keys:
+            self._keys[key.id] = key
             if key.budget is not None:
                 self._account(key)
+
+    def follow(self, keys: Iterable[Key]) -> None:
+        """Take over what has changed in these keys, which are all that there are; to be called in one thread at a time.
+
+        Another budget holds for what was spent already.  What was spent in another window is read from the record.
+        """
+        changed = [(self._keys.setdefault(key.id, key), key) for key in keys]
+        changed = [(before, key) for before, key in changed if before != key]
+        moving = {key.id: account for before, key in changed if (account := self._to_move(before, key)) is not None}
+        counted = {name: account.spent for name, account in moving.items()}
+        if moving:
+            # What was spent until now is on record when that is read.
+            time.sleep(_WRITTEN)
+        for before, key in changed:
+            account, self._keys[key.id] = self._accounts.get(key.id), key
+            try:
+                if key.id not in moving:
+                    self._take_over(before, key, account)
+                elif self._record.trouble:
+                    raise unreadable()
+                elif account is moving[key.id]:
+                    self._move(key, account, span(key.window, self._clock(), time_zone(key.zone)), counted[key.id])
+                else:
+                    # Its window has ended in the meantime, and another has begun: that one is moved the next time.
+                    self._keys[key.id] = before
+                self._said.pop(key.id, None)
+            except (Refused, ValueError) as error:
+                # ValueError: a time zone that this machine does not know.
+                self._keys[key.id] = before
+                if self._said.get(key.id) != str(error):
+                    _log.error("the key %s keeps its earlier limits for the moment: %s", key.id, error)
+                self._said[key.id] = str(error)
 
     def close(self) -> None:
         """No request comes any more."""
@@ -178,6 +220,42 @@ class Limits:
                 raise self._spent(key, account)
             return self._set_aside(account, dollars)
 
+    def _to_move(self, before: Key, key: Key) -> Account | None:
+        """The account of a key whose window is another now, or that had no budget, so that nothing was counted."""
+        if key.budget is None:
+            return None
+        if before.budget is None:
+            # From here on it counts, and what came before is read once it is written.
+            with suppress(Refused, ValueError):
+                self._account(key)
+        elif (before.window, before.zone) == (key.window, key.zone):
+            return None
+        return self._accounts.get(key.id)
+
+    def _take_over(self, before: Key, key: Key, account: Account | None) -> None:
+        """What has changed where the window is the same."""
+        if account is None:
+            return
+        if key.budget is None:
+            with self._lock:
+                self._accounts.pop(key.id, None)
+        elif before.budget != key.budget:
+            self._grant(key, account)
+
+    def _move(self, key: Key, account: Account, window: Span, counted: float) -> None:
+        """To another window; requests in flight stay set aside."""
+        assert key.budget is not None
+        spent = self._spent_since(key, window.start)
+        with self._lock:
+            account.span, account.granted = window, key.budget
+            account.spent += spent - counted
+
+    def _grant(self, key: Key, account: Account) -> None:
+        """What it may spend by a budget that has changed."""
+        assert key.budget is not None
+        with self._lock:
+            account.granted = key.budget
+
     def _set_aside(self, account: Account, dollars: float) -> Hold:
         """Under the lock."""
         account.held += dollars
@@ -208,14 +286,22 @@ class Limits:
         account = self._accounts.get(key.id)
         if account is not None and now in account.span:
             return account
-        window = span(key.window, now, time_zone(key.zone))
-        # A window that has begun while this process was counting holds nothing yet.
-        opened = self._open(key, window, fresh=account is not None and account.span.end == window.start)
-        with self._lock:
+        # Two that open it would each count from nothing.
+        with self._opening:
             account = self._accounts.get(key.id)
             if account is None or now not in account.span:
-                self._accounts[key.id] = account = opened
+                key = self._latest(key)
+                window = span(key.window, now, time_zone(key.zone))
+                # A window that has begun while this process was counting holds nothing yet.
+                account = self._open(key, window, fresh=account is not None and account.span.end == window.start)
+                with self._lock:
+                    self._accounts[key.id] = account
             return account
+
+    def _latest(self, key: Key) -> Key:
+        """The key as it is now, where it still has a budget; a request may have begun before it was changed."""
+        latest = self._keys.get(key.id, key)
+        return key if latest.budget is None else latest
 
     def _open(self, key: Key, window: Span, *, fresh: bool) -> Account:
         assert key.budget is not None

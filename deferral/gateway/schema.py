@@ -100,6 +100,8 @@ keys = Table(
     Column("admin", Boolean, nullable=False),
     Column("created", Float(53), nullable=False),
     Column("revoked", Float(53)),
+    Column("former", String(64)),  # the hash of the token before, which is valid until then
+    Column("former_until", Float(53)),
 )
 # How much of a key's budget each worker may spend in a window, and has spent; worker "" stands for those that have ended.
 grants = Table(

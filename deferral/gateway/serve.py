@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import click
 import uvicorn
@@ -25,7 +26,7 @@ from deferral.gateway.protocol import Protocol
 from deferral.gateway.settings import Settings
 from deferral.gateway.workers import supervise
 
-__all__ = ["run", "serve"]
+__all__ = ["run", "serve", "settings_of"]
 
 _log = logging.getLogger("deferral.gateway")
 # Clients keep connections for later; one that the server closes first may lose a request on its way.
@@ -192,7 +193,22 @@ def _allow_many_connections() -> None:
     help="Characters under which a request follows up the one before.  [default: by the router's log, 40 at most]",
 )
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info", show_default=True)
-def serve(
+def serve(log_level: str, **options: Any) -> None:
+    """Serve an OpenAI-compatible API around the router in the folder ROUTER.
+
+    SIGHUP reads ROUTER and the experts file again, without dropping a request; SIGTERM ends when all is answered.  The admin
+    endpoints want the key in the environment variable DEFERRAL_ADMIN_KEY, or one made by `deferral gateway keys create --admin`.
+    What is posted to the alarm URL carries the token in DEFERRAL_ALARM_TOKEN, if there is one.
+    """
+    try:
+        run(settings_of(**options), log_level=log_level)
+    except DataError:
+        raise
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+
+
+def settings_of(
     router: Path,
     experts: Path,
     encoder: Path | None,
@@ -212,38 +228,26 @@ def serve(
     no_conversations: bool,
     patience: int,
     follow_up: int | None,
-    log_level: str,
-) -> None:
-    """Serve an OpenAI-compatible API around the router in the folder ROUTER.
-
-    SIGHUP reads ROUTER and the experts file again, without dropping a request; SIGTERM ends when all is answered.  The admin
-    endpoints want the key in the environment variable DEFERRAL_ADMIN_KEY, or one made by `deferral gateway keys create --admin`.
-    What is posted to the alarm URL carries the token in DEFERRAL_ALARM_TOKEN, if there is one.
-    """
-    try:
-        settings = Settings(
-            database=database,
-            host=host,
-            port=port,
-            workers=workers,
-            explore=explore,
-            store_text=store_text,
-            retention_days=retention_days,
-            record_days=record_days,
-            admin_key=os.environ.get(_ADMIN_KEY) or None,
-            max_request_bytes=int(max_request_mb * (1 << 20)),
-            deadline_s=deadline_ms / 1000,
-            router_folder=router,
-            experts_file=experts,
-            encoder=encoder,
-            shadow_folder=shadow,
-            alarm_url=alarm_url or None,
-            alarm_token=os.environ.get(_ALARM_TOKEN) or None,
-            traces=traces,
-            conversations=None if no_conversations else replace(RULES, patience=patience, follow_up=follow_up),
-        )
-        run(settings, log_level=log_level)
-    except DataError:
-        raise
-    except ValueError as error:
-        raise click.UsageError(str(error)) from None
+) -> Settings:
+    """The settings that the options of `serve` stand for; ValueError where they make no sense."""
+    return Settings(
+        database=database,
+        host=host,
+        port=port,
+        workers=workers,
+        explore=explore,
+        store_text=store_text,
+        retention_days=retention_days,
+        record_days=record_days,
+        admin_key=os.environ.get(_ADMIN_KEY) or None,
+        max_request_bytes=int(max_request_mb * (1 << 20)),
+        deadline_s=deadline_ms / 1000,
+        router_folder=router,
+        experts_file=experts,
+        encoder=encoder,
+        shadow_folder=shadow,
+        alarm_url=alarm_url or None,
+        alarm_token=os.environ.get(_ALARM_TOKEN) or None,
+        traces=traces,
+        conversations=None if no_conversations else replace(RULES, patience=patience, follow_up=follow_up),
+    )

@@ -34,7 +34,7 @@ _MOST_AT_ONCE = 1 / 240
 class _Part(Account):
     """An account of which this worker holds a part."""
 
-    __slots__ = ("elsewhere", "good_until", "no_better_until", "refused", "since", "told", "used")
+    __slots__ = ("elsewhere", "good_until", "joins", "no_better_until", "refused", "since", "told", "used")
 
     def __init__(self, span: Span, free: float) -> None:
         super().__init__(span, 0.0, 0.0)
@@ -42,6 +42,8 @@ class _Part(Account):
         # Granted and spent as the ledger has them; what was spent before it took this worker for dead is left out there.
         self.told: tuple[float, float] | None = None
         self.since = 0.0
+        # Others may have spent in this window what they told nobody: see Ledger.exchange.
+        self.joins = False
         self.used, self.elsewhere, self.refused = False, 0.0, 0.0
         self.good_until = self.no_better_until = 0.0
 
@@ -58,11 +60,11 @@ class _Part(Account):
 class _Rate:
     """What this worker may let through of a key's rate."""
 
-    __slots__ = ("batch", "closed_until", "count", "id", "left", "until", "waiting")
+    __slots__ = ("batch", "closed_for", "closed_until", "count", "id", "left", "until", "waiting")
 
     def __init__(self) -> None:
         self.id, self.count, self.left, self.until = "", 0, 0, 0.0
-        self.waiting, self.batch, self.closed_until = 0, 1, 0.0
+        self.waiting, self.batch, self.closed_for, self.closed_until = 0, 1, 0, 0.0
 
 
 class SharedLimits(Limits):
@@ -76,7 +78,6 @@ class SharedLimits(Limits):
     def __init__(self, record: Record, clock: Callable[[], float] = time.time) -> None:
         super().__init__(record, clock)
         self.ledger = Ledger(record.engine)
-        self._keys: dict[str, Key] = {}
         self._rates: dict[str, _Rate] = {}
         self._turns: dict[str, asyncio.Lock] = {}
         # One exchange of a key at a time: what was told earlier must not replace what was told later.
@@ -177,7 +178,6 @@ class SharedLimits(Limits):
         """
         for name, account in list(self._accounts.items()):
             assert isinstance(account, _Part)
-            key = self._keys[name]
             with self._lock:
                 if not account.used:
                     account.granted = min(account.granted, account.spent + account.held)
@@ -186,19 +186,35 @@ class SharedLimits(Limits):
                 news = now != account.told if account.told is not None else now != (0.0, 0.0)
                 # Whoever has something to spend, or spends it at present, must not be taken for dead.
                 alive = account.flying or account.unspent > 0
-            if news or alive:
-                self._exchange(key, account)
+            if (news or alive) and self._keys[name].budget is not None:
+                self._exchange(self._keys[name], account)
 
     def _open(self, key: Key, window: Span, *, fresh: bool) -> Account:
         assert key.budget is not None
-        self._keys[key.id] = key
+        self._keys.setdefault(key.id, key)
         account = _Part(window, key.budget)
         if not fresh:
+            account.joins = True
             self._exchange(key, account)
         return account
 
+    def _move(self, key: Key, account: Account, window: Span, counted: float) -> None:
+        assert isinstance(account, _Part)
+        with self._exchanging.setdefault(key.id, threading.Lock()), self._lock:
+            # What was spent until then is on record, and in flight is what is granted.
+            account.span, account.since, account.told, account.joins = window, counted, None, True
+            account.granted, account.no_better_until = account.spent + account.held, 0.0
+        self._exchange(key, account)
+
+    def _grant(self, key: Key, account: Account) -> None:
+        assert isinstance(account, _Part)
+        with self._exchanging.setdefault(key.id, threading.Lock()), self._lock:
+            account.granted, account.no_better_until = min(account.granted, account.spent + account.held), 0.0
+        self._exchange(key, account)
+
     def _exchange(self, key: Key, account: _Part, dollars: float | None = None) -> Hold | None:
         """Tell the ledger, and ask it for dollars to be set aside.  -> the hold, where that could be done"""
+        key = self._latest(key)
         assert key.budget is not None
         wanted = 0.0 if dollars is None else max(dollars, _CRUMB)
         with self._exchanging.setdefault(key.id, threading.Lock()):
@@ -219,6 +235,7 @@ class SharedLimits(Limits):
                         unspent=unspent,
                         wanted=wanted,
                         known=account.told is not None,
+                        joins=account.joins,
                     )
                 except SQLAlchemyError as error:
                     raise unreadable() from error
@@ -228,6 +245,7 @@ class SharedLimits(Limits):
                         account.since, account.told = account.since + account.told[1], None
                         account.granted = account.spent + account.held
                         continue
+                    account.joins = False
                     account.free, account.elsewhere = part.free, part.elsewhere
                     account.granted += part.added
                     account.good_until = began + SILENT / 2
@@ -241,7 +259,7 @@ class SharedLimits(Limits):
             if now < rate.until and rate.left > 0:
                 rate.left -= 1
                 return True
-        if now < rate.closed_until:
+        if now < rate.closed_until and rate.closed_for == key.requests_per_minute:
             raise too_often(key, rate.closed_until - now)
         return False
 
@@ -261,7 +279,7 @@ class SharedLimits(Limits):
         with self._lock:
             rate.id, rate.count, rate.left, rate.until = got.id, got.count, got.count, began + LIFE
         if not got.count:
-            rate.closed_until = time.monotonic() + got.wait
+            rate.closed_for, rate.closed_until = key.requests_per_minute, time.monotonic() + got.wait
 
     def _run(self) -> None:
         while not self._end.wait(_TELL):

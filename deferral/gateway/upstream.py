@@ -123,6 +123,16 @@ class Upstream:
             response.close()
             raise
 
+    async def look(self, expert: Expert, path: str, timeout_s: float) -> tuple[int, bytes]:
+        """GET a path, by a new connection.  -> status and body, whatever they are; Failure where none came"""
+        prepared = _prepared(expert, path)
+        timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=expert.connect_s)
+        try:
+            async with self._fresh.get(prepared.url, headers=prepared.headers, timeout=timeout, allow_redirects=False) as reply:
+                return reply.status, await self._whole(reply)
+        except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
+            raise _unanswered(error, fresh=True) from error
+
     async def _reply(self, response: aiohttp.ClientResponse, asked: Asked, path: str) -> Reply:
         status = response.status
         if status in _MISCONFIGURED or status >= 500 or status in _OVERLOADED or 300 <= status < 400 or status < 200:

@@ -1,4 +1,4 @@
-"""what is still to be told of alarms"""
+"""what is still to be told of alarms; the token that a key had before, and until when it is valid"""
 
 import sqlalchemy as sa
 from alembic import op
@@ -8,7 +8,7 @@ down_revision = "3"
 
 
 def upgrade() -> None:
-    """A table that is new."""
+    """A table that is new, and columns that may be null; a gateway of version 3 that still runs knows the new token alone."""
     op.create_table(
         "notices",
         sa.Column("id", sa.String(32), primary_key=True),
@@ -17,3 +17,5 @@ def upgrade() -> None:
         sa.Column("attempts", sa.Integer, nullable=False),
         sa.Column("due", sa.Float(53), nullable=False),
     )
+    op.add_column("keys", sa.Column("former", sa.String(64)))
+    op.add_column("keys", sa.Column("former_until", sa.Float(53)))

@@ -1,0 +1,212 @@
+"""What a gateway needs before it goes live: its files, its database, its address and its experts, looked at and not changed."""
+
+import asyncio
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeVar
+
+from sqlalchemy import Engine, select
+from sqlalchemy.exc import SQLAlchemyError
+
+from deferral.errors import DataError
+from deferral.gateway.access import no_key
+from deferral.gateway.app import load_router, out_of_service
+from deferral.gateway.database import VERSION, look
+from deferral.gateway.database import keys as table
+from deferral.gateway.experts_file import Expert, read_experts
+from deferral.gateway.keys import Key, key_of
+from deferral.gateway.listening import listening
+from deferral.gateway.reaching import Reached, reach
+from deferral.gateway.record import Record
+from deferral.gateway.settings import Settings, is_loopback
+from deferral.routing.router import Router
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["Checked", "Finding", "check"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was found of a part: as it should be, worth a note, or a fault, with which the gateway or its requests would fail."""
+
+    kind: Literal["good", "note", "fault"]
+    part: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.part}: {self.text}"
+
+
+@dataclass(frozen=True)
+class Checked:
+    """All that was looked at."""
+
+    findings: tuple[Finding, ...]
+    experts: tuple[Reached, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether the gateway would start and every expert answer, as far as could be seen."""
+        return not any(finding.kind == "fault" for finding in self.findings)
+
+    def table(self) -> "Table":
+        """The experts, for a terminal."""
+        from rich.markup import escape
+        from rich.table import Table
+
+        made = Table("expert", "reachable", "key accepted", "model served", "$ per million tokens", "one token")
+        for column in made.columns:
+            column.overflow = "fold"
+        for found in self.experts:
+            expert = found.expert
+            made.add_row(
+                escape(expert.name),
+                found.reachable,
+                found.key or "none set",
+                f"{found.model} ({escape(expert.model)})",
+                f"{expert.input_price:g} in, {expert.output_price:g} out" if found.priced else "none given",
+                "" if found.seconds is None else f"{found.seconds:.2f} s",
+            )
+        return made
+
+
+def check(settings: Settings, *, ask: bool, on_stage: Callable[[str], None] = lambda stage: None) -> Checked:
+    """Look at everything that `deferral serve` needs with these settings, and change nothing.
+
+    Every expert is asked for its models, and with `ask` for a completion of one token, which costs what that costs.
+    """
+    findings: list[Finding] = []
+    assert settings.router_folder is not None
+    assert settings.experts_file is not None
+    router = _tried(findings, "router", lambda: load_router(settings))
+    experts = _tried(findings, "experts file", lambda: read_experts(settings.experts_file or Path()))
+    findings += _files(settings, router, experts)
+    on_stage("looking at the database and the address")
+    findings += _database(settings, experts)
+    findings += _address(settings)
+    reached: list[Reached] = []
+    if experts:
+        on_stage(f"reaching {', '.join(experts)}")
+        reached = asyncio.run(reach(experts.values(), ask=ask))
+    for one in reached:
+        findings += [Finding("fault", one.expert.name, text) for text in one.faults]
+        findings += [Finding("note", one.expert.name, text) for text in one.notes]
+    return Checked(tuple(findings), tuple(reached))
+
+
+def _tried(findings: list[Finding], part: str, read: Callable[[], T]) -> T | None:
+    """What was read, or a fault."""
+    try:
+        return read()
+    except (ValueError, OSError, ImportError) as error:
+        findings.append(Finding("fault", part, str(error)))
+        return None
+
+
+def _files(settings: Settings, router: Router | None, experts: Mapping[str, Expert] | None) -> list[Finding]:
+    found: list[Finding] = []
+    if router is not None and experts is not None:
+        found += _together(router, experts)
+    if settings.shadow_folder is not None:
+        candidate = settings.shadow_folder
+        _tried(found, "candidate", lambda: Router.load(candidate, encoder=settings.encoder))
+    if settings.traces:
+        _tried(found, "traces", lambda: import_module("deferral.gateway.tracing"))
+    return found
+
+
+def _together(router: Router, experts: Mapping[str, Expert]) -> list[Finding]:
+    """The router's experts against those of the file."""
+    found: list[Finding] = []
+    missing = _tried(found, "experts file", lambda: out_of_service(router, experts))
+    if missing is None:
+        return found
+    served = [name for name in router.experts if name not in missing]
+    found.append(Finding("good", "router", f"knows {', '.join(router.experts)}; the file has {', '.join(served)} of them"))
+    if missing:
+        text = f"{', '.join(missing)} of the router is not in the file, or route = false, and so out of service"
+        found.append(Finding("note", "router", text))
+    cascade = router.cascade
+    if cascade is not None and (cascade.first in missing or not experts[cascade.first].logprobs):
+        text = f"its cascade is not used: it needs {cascade.first} with logprobs = true, and a server that reports them"
+        found.append(Finding("note", "router", text))
+    return found
+
+
+def _database(settings: Settings, experts: Mapping[str, Expert] | None) -> list[Finding]:
+    found: list[Finding] = []
+    record = _tried(
+        found,
+        "database",
+        lambda: Record(
+            settings.database,
+            store_text=settings.store_text,
+            retention_days=settings.retention_days,
+            record_days=settings.record_days,
+        ),
+    )
+    if record is None:
+        return found
+    try:
+        version = _tried(found, "database", lambda: look(record.engine))
+        if version is None:
+            return found
+        issued = _issued(record.engine) if version else []
+    except SQLAlchemyError as error:
+        return [Finding("fault", "database", f"its keys cannot be read, {getattr(error, 'orig', None) or error}")]
+    finally:
+        record.engine.dispose()
+    name = record.engine.url.render_as_string(hide_password=True)
+    if version == 0:
+        found.append(Finding("good", "database", f"{name} can be written; its tables will be made"))
+    elif version < VERSION:
+        text = f"{name} has tables of version {version}; they go to {VERSION}, and there is no way back: make a copy before"
+        found.append(Finding("note", "database", text))
+    else:
+        found.append(Finding("good", "database", f"{name} has tables of version {version}, and can be written"))
+    return found + _who_may_ask(settings, issued, experts)
+
+
+def _issued(engine: Engine) -> list[tuple[Key, bool]]:
+    """Every key that ever was, and whether it is valid; in tables of any version."""
+    names = ("id", "name", "experts", "requests_per_minute", "budget", "window", "zone", "admin", "revoked")
+    with engine.connect() as connection:
+        return [(key_of(row), row.revoked is None) for row in connection.execute(select(*(table.c[name] for name in names)))]
+
+
+def _who_may_ask(settings: Settings, issued: list[tuple[Key, bool]], experts: Mapping[str, Expert] | None) -> list[Finding]:
+    found = []
+    clients = [key for key, valid in issued if valid and not key.admin]
+    if clients:
+        found.append(Finding("good", "keys", f"{len(clients)} for clients"))
+    elif not is_loopback(settings.host):
+        found.append(Finding("fault", "keys", no_key(settings.host)))
+    elif issued:
+        text = "nobody may ask: there were keys, and none is left for clients; `deferral gateway keys create NAME` makes one"
+        found.append(Finding("fault", "keys", text))
+    else:
+        text = "there is none, so that whoever is on this machine may ask; `deferral gateway keys create NAME` makes one"
+        found.append(Finding("note", "keys", text))
+    for key in clients:
+        if key.experts is None or experts is None:
+            continue
+        if unknown := sorted(key.experts - set(experts)):
+            kind: Literal["fault", "note"] = "fault" if len(unknown) == len(key.experts) else "note"
+            only = " only" if kind == "fault" else ""
+            text = f"{key.id} ({key.name}) may{only} ask {', '.join(unknown)}, which the experts file does not have"
+            found.append(Finding(kind, "keys", f"{text}; `deferral gateway keys set {key.id} --expert NAME` says whom else"))
+    return found
+
+
+def _address(settings: Settings) -> list[Finding]:
+    try:
+        listening(settings.host, settings.port).close()
+    except DataError as error:
+        return [Finding("fault", "address", f"{error} (--port 0 leaves this out, where the gateway that is there stays)")]
+    return [Finding("good", "address", f"{settings.host}:{settings.port} is free")]

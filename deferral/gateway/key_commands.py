@@ -1,0 +1,232 @@
+"""The commands `deferral gateway keys`: they parse and print, and decide nothing."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from deferral.gateway.experts_file import expert_names
+from deferral.gateway.keys import Issued, Key, UnknownKey
+from deferral.gateway.opened import database_option, opened
+from deferral.gateway.windows import WINDOWS
+
+__all__ = ["keys"]
+
+_experts_file = click.option(
+    "--experts",
+    "experts_file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="The gateway's experts file, to look up the names that --expert gives.",
+)
+_rate, _budget = click.IntRange(min=1, max=1_000_000), click.FloatRange(min=0, min_open=True)
+_SOON = "a running gateway takes it within two seconds"
+
+
+@click.group()
+def keys() -> None:
+    """Who may ask: create, list, change, rotate and revoke API keys."""
+
+
+@keys.command()
+@click.argument("name")
+@click.option("--expert", "experts", multiple=True, help="Only this expert; may be given several times.")
+@_experts_file
+@click.option("--requests-per-minute", type=_rate, help="At most so many in any 60 seconds.")
+@click.option("--budget", type=_budget, help="Dollars in each window.")
+@click.option("--window", type=click.Choice(WINDOWS), default="month", show_default=True, help="The budget's calendar window.")
+@click.option("--zone", default="UTC", show_default=True, help="The time zone in which windows begin, as Europe/Berlin.")
+@click.option("--admin", is_flag=True, help="For the admin endpoints, and for nothing else.")
+@database_option
+def create(
+    name: str,
+    experts: tuple[str, ...],
+    experts_file: Path | None,
+    requests_per_minute: int | None,
+    budget: float | None,
+    window: Any,
+    zone: str,
+    admin: bool,
+    database: str,
+) -> None:
+    """Make a key for NAME, and print it: this once, since only its hash is kept."""
+    _look_up(experts, experts_file)
+    with opened(database, create=True) as store, _usage():
+        token, key = store.create(
+            name,
+            experts=experts or None,
+            requests_per_minute=requests_per_minute,
+            budget=budget,
+            window=window,
+            zone=zone,
+            admin=admin,
+        )
+    _say_what_was_not_looked_up(experts, experts_file)
+    click.echo(f"key {key.id} for {name}; it is valid within two seconds, and shown this once:", err=True)
+    click.echo(token)
+
+
+@keys.command("set")
+@click.argument("key", metavar="NAME")
+@click.option("--name", help="Another name.")
+@click.option("--expert", "experts", multiple=True, help="Only this expert; may be given several times.")
+@click.option("--all-experts", is_flag=True, help="No longer only some experts.")
+@_experts_file
+@click.option("--requests-per-minute", type=_rate, help="At most so many in any 60 seconds.")
+@click.option("--any-rate", is_flag=True, help="No longer only so many requests a minute.")
+@click.option("--budget", type=_budget, help="Dollars in each window.")
+@click.option("--no-budget", is_flag=True, help="No longer a budget.")
+@click.option("--window", type=click.Choice(WINDOWS), help="The budget's calendar window.")
+@click.option("--zone", help="The time zone in which windows begin, as Europe/Berlin.")
+@database_option
+def change(
+    key: str,
+    experts: tuple[str, ...],
+    all_experts: bool,
+    experts_file: Path | None,
+    requests_per_minute: int | None,
+    any_rate: bool,
+    budget: float | None,
+    no_budget: bool,
+    database: str,
+    **others: str | None,
+) -> None:
+    """Give the key NAME other settings; what is not given stays, and so do its token, its spending and its record.
+
+    NAME is the key's name, or its id where several have that name.
+    """
+    _look_up(experts, experts_file)
+    settings: dict[str, Any] = {name: value for name, value in others.items() if value is not None}
+    for name, option, value, flag, lifted in (
+        ("experts", "--expert", experts or None, "--all-experts", all_experts),
+        ("requests_per_minute", "--requests-per-minute", requests_per_minute, "--any-rate", any_rate),
+        ("budget", "--budget", budget, "--no-budget", no_budget),
+    ):
+        if lifted and value is not None:
+            raise click.UsageError(f"expected either {option} or {flag}")
+        if lifted or value is not None:
+            settings[name] = value
+    if not settings:
+        raise click.UsageError("nothing to change; see `deferral gateway keys set --help` for what can be")
+    with opened(database) as store, _usage():
+        before, after = store.change(key, **settings)
+    _say_what_was_not_looked_up(experts, experts_file)
+    if before == after:
+        click.echo(f"key {after.id} for {after.name} is so already")
+        return
+    was, now = ({name: _shown(one, name) for name in settings} for one in (before, after))
+    changed = [f"{name} {was[name]} -> {now[name]}" for name in settings if was[name] != now[name]]
+    click.echo(f"key {after.id} for {after.name}: {'; '.join(changed)}; {_SOON}")
+
+
+@keys.command()
+@click.argument("key", metavar="NAME")
+@click.option(
+    "--grace-hours",
+    type=click.FloatRange(0, 8760),
+    default=0.0,
+    help="How long the token of before is valid beside the new one.  [default: it ends at once]",
+)
+@database_option
+def rotate(key: str, grace_hours: float, database: str) -> None:
+    """Give the key NAME a new token, and print it: this once, since only its hash is kept.
+
+    NAME is the key's name, or its id where several have that name.  All else stays.  Two tokens are valid at most: one that a
+    rotation before has left valid ends.
+    """
+    with opened(database) as store, _usage():
+        token, issued = store.rotate(key, grace_hours=grace_hours)
+    ends = "ends now" if issued.former_until is None else f"is valid until {_minute(issued.former_until)}"
+    click.echo(f"key {issued.key.id} for {issued.key.name}: the token of before {ends}; {_SOON}; shown this once:", err=True)
+    click.echo(token)
+
+
+@keys.command("list")
+@database_option
+def list_keys(database: str) -> None:
+    """All keys that ever were."""
+    with opened(database) as store:
+        issued = store.list()
+    former = [_former(one, time.time()) for one in issued]
+    more = ["former token until"] if any(former) else []
+    table = Table("id", "name", "experts", "a minute", "budget", "created", "revoked", *more)
+    for place in (0, 5, 6):  # what is cut off there cannot be guessed
+        table.columns[place].no_wrap = True
+    for column in table.columns:
+        column.overflow = "fold"
+    for one, until in zip(issued, former, strict=True):
+        table.add_row(*_cells(one), *([until] if more else []))
+    Console().print(table)
+
+
+@keys.command()
+@click.argument("id")
+@database_option
+def revoke(id: str, database: str) -> None:
+    """End the key ID; a running gateway refuses it within two seconds."""
+    with opened(database) as store:
+        known = store.revoke(id)
+        so_named = [key.id for key in store if key.name == id]
+    if not known:
+        named = f" but a name; keys are revoked by their id, {' or '.join(so_named)}" if so_named else ""
+        raise click.BadParameter(f"{id!r} is no valid key{named}; see `deferral gateway keys list`", param_hint="ID")
+    click.echo(f"{id} is revoked")
+
+
+def _look_up(experts: tuple[str, ...], experts_file: Path | None) -> None:
+    if experts_file is None:
+        return
+    known = expert_names(experts_file)
+    if unknown := [each for each in experts if each not in known]:
+        raise click.BadParameter(f"{experts_file} has no {unknown[0]!r}; it has {', '.join(known)}", param_hint="--expert")
+
+
+def _say_what_was_not_looked_up(experts: tuple[str, ...], experts_file: Path | None) -> None:
+    if experts and experts_file is None:
+        click.echo(f"whether there is an expert {', '.join(experts)} was not looked up; --experts FILE does that", err=True)
+
+
+@contextmanager
+def _usage() -> Iterator[None]:
+    """What the keys refuse is a mistake in the command's arguments."""
+    try:
+        yield
+    except UnknownKey as error:
+        raise click.BadParameter(f"{error}; see `deferral gateway keys list`", param_hint="NAME") from None
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+
+
+def _shown(key: Key, setting: str) -> str:
+    if setting == "experts":
+        return "all" if key.experts is None else ", ".join(sorted(key.experts))
+    value = getattr(key, setting)
+    return "none" if value is None else f"${value:g}" if setting == "budget" else str(value)
+
+
+def _cells(issued: Issued) -> list[str]:
+    key = issued.key
+    return [
+        key.id,
+        escape(key.name) + (" (admin)" if key.admin else ""),
+        escape(_shown(key, "experts")),
+        "" if key.requests_per_minute is None else str(key.requests_per_minute),
+        "" if key.budget is None else f"${key.budget:g} a {key.window}, {key.zone}",
+        _minute(issued.created)[:10],
+        "" if issued.revoked is None else _minute(issued.revoked)[:10],
+    ]
+
+
+def _former(issued: Issued, now: float) -> str:
+    until = issued.former_until if issued.revoked is None else None
+    return "" if until is None or until <= now else _minute(until)
+
+
+def _minute(time: float) -> str:
+    return datetime.fromtimestamp(time, UTC).strftime("%Y-%m-%d %H:%M UTC")
