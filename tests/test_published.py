@@ -213,11 +213,20 @@ def test_the_minimiser_carries_the_experts_accuracy(mu: float) -> None:
     torch.testing.assert_close(read, accuracy[:1], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("mu", [0.5, 1.0, 1.5])
+def test_the_minimiser_carries_the_experts_costs_at_a_ceiling_above_one(mu: float) -> None:
+    law, costs = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64), torch.tensor([0.3, 1.1], dtype=torch.float64)
+    scores = fitted(lambda s: losses.single_stage_deferral(s, law, costs, mu=mu, ceiling=1.25), 5)
+    torch.testing.assert_close(losses.expert_correctness(scores, 3, mu=mu, ceiling=1.25), 1 - costs, atol=1e-4, rtol=1e-4)
+
+
 def test_correctness_is_refused_where_it_is_not_defined() -> None:
     with pytest.raises(ValueError, match="picce defines no probability"):
         losses.expert_correctness(torch.randn(5), 3, loss=losses.picce)
     with pytest.raises(ValueError, match="only rank the actions"):
         losses.expert_correctness(torch.randn(5), 3, mu=2.0)
+    with pytest.raises(ValueError, match="none but with single_stage_deferral, got mu=1.7"):
+        losses.expert_correctness(torch.randn(5), 3, loss=losses.one_vs_all, mu=1.7)
     with pytest.raises(ValueError, match=r"expected 1\.\.4"):
         losses.expert_correctness(torch.randn(5), 5)
     assert math.isclose(float(losses.expert_correctness(torch.zeros(4), 3)[0]), 1 / 3, rel_tol=1e-6)
