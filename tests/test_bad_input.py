@@ -16,6 +16,7 @@ from deferral.losses import (
     two_stage_abstention,
     two_stage_deferral,
 )
+from deferral.losses.margin import sigmoid
 from deferral.losses.predictor_rejector import constrained_rho_hinge, double_mae, mae
 from deferral.validation import check_costs, check_mask, check_scores
 
@@ -76,6 +77,11 @@ COSTS = torch.rand(4, 2)
             lambda: predictor_rejector_abstention(SCORES, SCORES[:, 0], TARGETS, 0.1, base=constrained_rho_hinge, psi=1.0),
             ValueError,
             "psi=5 only",
+        ),
+        (
+            lambda: predictor_rejector_abstention(SCORES, SCORES[:, 0], TARGETS, 0.1, phi=sigmoid, alpha=2.0),
+            ValueError,
+            "with alpha=2 and beta=1 the psi of a convex phi, 2, is inconsistent for a bounded one",
         ),
     ],
 )

@@ -253,6 +253,15 @@ def test_gradients_flow_into_the_costs(batch) -> None:
     torch.testing.assert_close(costs.grad, scores.log_softmax(-1)[:, K:])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_half_precision_rejector_is_lifted_before_it_is_scaled(dtype: torch.dtype) -> None:
+    """3 * 3e4 is beyond float16."""
+    scores, r, targets = torch.zeros(3, K), torch.tensor([3e4, -3e4, 0.7], dtype=dtype), torch.zeros(3, dtype=torch.int64)
+    loss = partial(predictor_rejector_abstention, scores, targets=targets, cost=0.1, alpha=3.0, beta=1.3)
+    torch.testing.assert_close(loss(r), loss(r.float()))
+    assert loss(r).isfinite().all()
+
+
 def test_sum_losses_of_two_actions_are_the_margin() -> None:
     scores = torch.tensor([[1.0, -0.5]])
     torch.testing.assert_close(sum_losses(scores, phi=logistic), logistic(torch.tensor([[1.5, -1.5]])))
