@@ -1,6 +1,7 @@
 """Bad input to losses: what was expected, what came, what to do."""
 
 import functools
+import math
 import re
 
 import pytest
@@ -10,7 +11,11 @@ import torch.nn.functional as F
 from deferral import Criterion, check_targets
 from deferral.losses import (
     comp_sum,
+    max_margin,
     predictor_rejector_abstention,
+    realizable_deferral,
+    regression_abstention,
+    regression_deferral,
     score_based_abstention,
     single_stage_deferral,
     two_stage_abstention,
@@ -83,6 +88,11 @@ COSTS = torch.rand(4, 2)
             ValueError,
             "with alpha=2 and beta=1 the psi of a convex phi, 2, is inconsistent for a bounded one",
         ),
+        (lambda: regression_abstention(SCORES[:, 0], SCORES[:, 1], torch.rand(4, 1)), ValueError, "rejector and cost differ"),
+        (lambda: regression_abstention(SCORES[:, 0], SCORES[:, 1], math.nan), ValueError, "non-negative number"),
+        (lambda: regression_deferral(SCORES[:, 0], SCORES, torch.rand(2, 4, 4)), ValueError, "scores and expert_costs differ"),
+        (lambda: realizable_deferral(SCORES, TARGETS, TARGETS == 0), TypeError, "expert_cost: expected a floating dtype"),
+        (lambda: max_margin(SCORES[:, :1], SCORES[:, :1]), ValueError, "at least two actions"),
     ],
 )
 def test_shapes_dtypes_and_pairings(call, error: type[Exception], said: str) -> None:

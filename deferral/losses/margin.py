@@ -106,6 +106,8 @@ def constrained_losses(scores: Tensor, *, phi: Margin, mask: Tensor | None = Non
 
 def max_losses(scores: Tensor, *, phi: Margin, mask: Tensor | None = None) -> Tensor:
     """l(s, k) = Phi(s_k - max_{i != k} s_i), for every k.  (..., A) -> (..., A), at least two actions known in each row"""
+    if scores.shape[-1] < 2:
+        raise ValueError(f"scores: expected at least two actions, each one's rival is the best other, got {tuple(scores.shape)}")
     scores = lift(scores)
     known = scores if mask is None else scores.masked_fill(~action_mask(scores, mask, 0), -torch.inf)
     top = known.topk(2, dim=-1)

@@ -86,8 +86,8 @@ def predictor_rejector_abstention(
     psi = _consistent_psi(base, psi, scores.shape[-1], alpha, beta)
     if alpha != beta and getattr(phi, "func", phi) in (sigmoid, rho_margin):
         raise ValueError(
-            f"phi: with alpha={alpha:g} and beta={beta:g} the psi of a convex phi, {psi:g}, is inconsistent for a bounded one, whose r "
-            "grows without end; take alpha = beta, or a convex phi such as exponential or logistic"
+            f"phi: with alpha={alpha:g} and beta={beta:g} the psi of a convex phi, {psi:g}, is inconsistent for a bounded one, "
+            "whose r grows without end; take alpha = beta, or a convex phi such as exponential or logistic"
         )
     targets, counts = without_ignored(targets, ignore_index)
     loss = predictor_rejector_formula(base(scores, targets), rejector, psi * cost, phi=phi, alpha=alpha, beta=beta)

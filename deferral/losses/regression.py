@@ -35,6 +35,7 @@ def regression_deferral(
             f"scores: expected one more column than experts (action 0 keeps the prediction), got scores {tuple(scores.shape)} "
             f"and expert_costs {tuple(expert_costs.shape)}"
         )
+    require_batch("scores", scores.shape[:-1], "expert_costs", expert_costs.shape[:-1])
     batch = torch.broadcast_shapes(predictor_loss.shape, expert_costs.shape[:-1])
     costs = torch.cat([predictor_loss.expand(batch).unsqueeze(-1), expert_costs.expand(*batch, expert_costs.shape[-1])], dim=-1)
     num_experts: Tensor | int = expert_costs.shape[-1]
@@ -62,6 +63,8 @@ def regression_abstention(predictor_loss: Tensor, rejector: Tensor, cost: Tensor
             f"one rejector value per row: rejector {tuple(rejector.shape)}, predictor_loss {tuple(predictor_loss.shape)}; "
             "a model with one output needs .squeeze(-1)"
         )
-    if not isinstance(cost, Tensor) and cost < 0:
+    if isinstance(cost, Tensor):
+        require_batch("rejector", rejector.shape, "cost", cost.shape)
+    elif not cost >= 0:
         raise ValueError(f"cost: expected a non-negative number in the units of the loss, got {cost}")
     return predictor_loss * phi(-rejector) + cost * phi(rejector)
