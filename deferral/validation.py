@@ -178,7 +178,8 @@ def check_costs(costs: Tensor, *, ceiling: float | Tensor | None = 1.0, mask: Te
     if ceiling is not None and not high <= ceiling * (1 + 1e-5):
         raise ValueError(
             f"{name}: the largest is {high:g}, above ceiling={ceiling:g}; the weight ceiling - cost would be negative and the "
-            f"risk unbounded below.  Pass ceiling={high:g} (1 + the largest price), here and to the loss, or lower the price"
+            f"risk unbounded below.  Pass ceiling={high:g} (1 + the largest price), here and to the loss if it takes one, or "
+            "lower the price"
         )
 
 

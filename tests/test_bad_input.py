@@ -10,8 +10,13 @@ import torch.nn.functional as F
 
 from deferral import Criterion, check_targets
 from deferral.losses import (
+    asymmetric_softmax,
     comp_sum,
+    madras,
     max_margin,
+    mixture_of_experts,
+    mozannar_sontag,
+    one_vs_all,
     predictor_rejector_abstention,
     realizable_deferral,
     regression_abstention,
@@ -152,6 +157,50 @@ def test_criterion_checks_two_stage_costs_and_masks() -> None:
     assert "partial" in repr(Criterion(functools.partial(two_stage_deferral, mu=1.7)))
     with pytest.raises(TypeError, match="no option named margin"):
         Criterion(two_stage_deferral, margin=1)
+
+
+def test_criterion_leaves_the_costs_of_regression_open_above() -> None:
+    error, dear = SCORES[:, 0].square(), 3 * torch.ones(4, 4)
+    Criterion(regression_deferral)(error, SCORES, dear)
+    Criterion(regression_abstention)(error, SCORES[:, 1], dear[:, 0])
+    with pytest.raises(ValueError, match="predictor_loss: expected finite numbers"):
+        Criterion(regression_deferral)(error * torch.nan, SCORES, dear)
+    with pytest.raises(ValueError, match="own action"):
+        Criterion(regression_deferral)(error, SCORES, dear, mask=torch.zeros(4, 5, dtype=torch.bool))
+
+
+@pytest.mark.parametrize(
+    ("loss", "arguments"),
+    [
+        (mozannar_sontag, (SCORES[:, :4], TARGETS, COSTS[:, 0].round())),
+        (asymmetric_softmax, (SCORES[:, :4], TARGETS, COSTS[:, 0] > 0.5)),
+        (realizable_deferral, (SCORES[:, :4], TARGETS, COSTS[:, 0])),
+        (madras, (SCORES[:, :4], SCORES[:, 4], TARGETS, COSTS[:, 0])),
+        (mixture_of_experts, (SCORES[:, :3], SCORES[:, :4], TARGETS, SCORES[:, :3] > 0)),
+        (comp_sum, (SCORES[:, :4], torch.rand(4, 4))),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_criterion_does_not_take_a_mask_as_long_as_the_scores_are_wide_for_one_of_actions(loss, arguments) -> None:
+    """Four rows, or as many experts as classes: the mask's last axis is as long as that of the scores."""
+    missing = torch.tensor([False, True, True, True])
+    missing = missing[:3].expand(4, 3) if loss is mixture_of_experts else missing
+    torch.testing.assert_close(Criterion(loss)(*arguments, mask=missing), loss(*arguments, mask=missing).mean())
+
+
+def test_criterion_checks_what_is_said_of_experts() -> None:
+    for loss in (mozannar_sontag, realizable_deferral):
+        with pytest.raises(ValueError, match=r"expert_co\w+: the largest is 2"):
+            Criterion(loss)(SCORES[:, :4], TARGETS, torch.tensor([0.0, 2.0, 0.0, 1.0]))
+        unknown = torch.tensor([0.0, torch.nan, 0.0, 1.0])
+        with pytest.raises(ValueError, match="got NaN in 1 places"):
+            Criterion(loss)(SCORES[:, :4], TARGETS, unknown)
+        assert Criterion(loss)(SCORES[:, :4], TARGETS, unknown, mask=~unknown.isnan()).isfinite()
+    law, every = F.one_hot(TARGETS, 3).float(), torch.tensor([0.2, 0.9])
+    torch.testing.assert_close(
+        Criterion(single_stage_deferral)(SCORES, law, every), single_stage_deferral(SCORES, law, every).mean()
+    )
+    torch.testing.assert_close(Criterion(one_vs_all)(SCORES, law, every.round()), one_vs_all(SCORES, law, every.round()).mean())
 
 
 def test_checks_of_values() -> None:
