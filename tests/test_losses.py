@@ -267,6 +267,21 @@ def test_sum_losses_of_two_actions_are_the_margin() -> None:
     torch.testing.assert_close(sum_losses(scores, phi=logistic), logistic(torch.tensor([[1.5, -1.5]])))
 
 
+@pytest.mark.parametrize("rho", [0.5, 1.0])
+def test_the_constrained_rho_margin_is_consistent(rho: float) -> None:
+    """At least sum_a w_a - w_decided, and equal to it at rho (A - 1) for one action and -rho for the others.
+
+    Flat where no score is near 0, so that no minimiser by gradients shows it.
+    """
+    scores, weights = 2 * torch.randn(4000, 5, dtype=torch.float64), torch.rand(4000, 5, dtype=torch.float64)
+    decided = scores.argmax(-1, keepdim=True)
+    left = (weights.sum(-1, keepdim=True) - weights.gather(-1, decided)).squeeze(-1)
+    phi = partial(rho_margin, rho=rho)
+    assert (constrained_margin(scores, weights, phi=phi) >= left - 1e-12).all()
+    vertex = torch.full_like(scores, -rho).scatter(-1, decided, 4 * rho)
+    torch.testing.assert_close(constrained_margin(vertex, weights, phi=phi), left)
+
+
 def test_ignored_rows_cost_nothing_and_pull_nothing(batch) -> None:
     scores, targets, costs = batch
     ignored = targets.index_fill(0, torch.tensor([1, 3]), -100)
