@@ -12,8 +12,11 @@ from deferral import Criterion, single_stage_costs
 from deferral.losses import (
     comp_sum,
     constrained_margin,
+    cost_sensitive_abstention,
     max_margin,
     predictor_rejector_abstention,
+    realizable_deferral,
+    regression_deferral,
     rejector_of_scores,
     score_based_abstention,
     single_stage_deferral,
@@ -280,6 +283,26 @@ def test_the_constrained_rho_margin_is_consistent(rho: float) -> None:
     assert (constrained_margin(scores, weights, phi=phi) >= left - 1e-12).all()
     vertex = torch.full_like(scores, -rho).scatter(-1, decided, 4 * rho)
     torch.testing.assert_close(constrained_margin(vertex, weights, phi=phi), left)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_costs_in_half_precision_are_lifted_before_they_are_taken_from_anything(batch, dtype: torch.dtype) -> None:
+    """Costs may be half where scores are not: 1 - cost is then rounded no more than the cost was, and no target is at all."""
+    scores, targets, costs = (part.float() if part.is_floating_point() else part for part in batch)
+    law, full, router = F.one_hot(targets, K) * 0.94 + 0.015, torch.ones(B, E, dtype=torch.bool), scores[:, : 1 + E]
+    for loss in (
+        lambda c: single_stage_deferral(scores, targets, c),
+        lambda c: single_stage_deferral(scores, law, c),
+        lambda c: single_stage_deferral(scores, targets, c, ceiling=1.3),
+        lambda c: two_stage_deferral(router[:, 1:], c, ceiling=1.3, mask=full),
+        lambda c: score_based_abstention(scores[:, : K + 1], targets, c[:, 0]),
+        lambda c: realizable_deferral(scores[:, : K + 1], targets, c[:, 0]),
+        lambda c: cost_sensitive_abstention(scores[:, :K], targets, c[:, 0]),
+        lambda c: regression_deferral(c[:, 0], router, c),
+    ):
+        torch.testing.assert_close(loss(costs.to(dtype)), loss(costs.to(dtype).float()), rtol=1e-6, atol=1e-6)
+    # The sum of the costs is beyond float16.
+    assert regression_deferral(torch.full((B,), 3e4).to(dtype), router, torch.full((B, E), 3e4).to(dtype)).isfinite().all()
 
 
 def test_ignored_rows_cost_nothing_and_pull_nothing(batch) -> None:

@@ -151,6 +151,7 @@ def cost_sensitive_abstention(scores: Tensor, targets: Tensor, cost: Tensor | fl
     require_cost_range(cost)
     if isinstance(cost, Tensor):
         require_batch("scores", scores.shape[:-1], "cost", cost.shape)
+        cost = lift(cost)
     scores = lift(scores)
     hit = targets if targets.is_floating_point() else F.one_hot(targets, scores.shape[-1]).to(scores.dtype)
     accept, reject = (hit * phi(scores)).sum(dim=-1), ((1 - hit) * phi(-scores)).sum(dim=-1)

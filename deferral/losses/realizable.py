@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deferral.losses.comp_sum import ABSENT, log_probabilities
-from deferral.numerics import log_add_exp
+from deferral.numerics import lift, log_add_exp
 from deferral.validation import action_mask, require_actions, require_batch, require_floating, require_targets
 
 __all__ = ["realizable_deferral", "realizable_experts", "realizable_router"]
@@ -42,7 +42,7 @@ def realizable_deferral(
     classes, expert = candidates(log_p[..., :-1], targets), log_p[..., -1:]
     alone = _psi(classes, q)
     together = _psi(log_add_exp(classes, expert), q)
-    cost = expert_cost.unsqueeze(-1)
+    cost = lift(expert_cost).unsqueeze(-1)
     return expected_loss(cost * alone + (1 - cost) * together, targets)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from deferral.losses.comp_sum import comp_sum_of_costs
 from deferral.losses.margin import Margin, logistic
+from deferral.numerics import lift
 from deferral.validation import action_mask, require_batch, require_floating
 
 __all__ = ["regression_abstention", "regression_deferral"]
@@ -36,6 +37,7 @@ def regression_deferral(
             f"and expert_costs {tuple(expert_costs.shape)}"
         )
     require_batch("scores", scores.shape[:-1], "expert_costs", expert_costs.shape[:-1])
+    predictor_loss, expert_costs = lift(predictor_loss), lift(expert_costs)
     batch = torch.broadcast_shapes(predictor_loss.shape, expert_costs.shape[:-1])
     costs = torch.cat([predictor_loss.expand(batch).unsqueeze(-1), expert_costs.expand(*batch, expert_costs.shape[-1])], dim=-1)
     num_experts: Tensor | int = expert_costs.shape[-1]
