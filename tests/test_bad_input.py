@@ -1,14 +1,14 @@
 """Bad input to losses: what was expected, what came, what to do."""
 
-import functools
 import math
 import re
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from deferral import Criterion, check_targets
+from deferral import Criterion, check_targets, chow_scores
 from deferral.losses import (
     asymmetric_softmax,
     comp_sum,
@@ -19,14 +19,17 @@ from deferral.losses import (
     one_vs_all,
     predictor_rejector_abstention,
     realizable_deferral,
+    realizable_surrogate,
     regression_abstention,
     regression_deferral,
+    rejector_of_scores,
     score_based_abstention,
+    selective_net,
     single_stage_deferral,
     two_stage_abstention,
     two_stage_deferral,
 )
-from deferral.losses.margin import sigmoid
+from deferral.losses.margin import rho_hinge, rho_margin, sigmoid
 from deferral.losses.predictor_rejector import constrained_rho_hinge, double_mae, mae
 from deferral.validation import check_costs, check_mask, check_scores
 
@@ -98,6 +101,18 @@ COSTS = torch.rand(4, 2)
         (lambda: regression_deferral(SCORES[:, 0], SCORES, torch.rand(2, 4, 4)), ValueError, "scores and expert_costs differ"),
         (lambda: realizable_deferral(SCORES, TARGETS, TARGETS == 0), TypeError, "expert_cost: expected a floating dtype"),
         (lambda: max_margin(SCORES[:, :1], SCORES[:, :1]), ValueError, "at least two actions"),
+        (lambda: single_stage_deferral(SCORES, TARGETS, COSTS, ceiling=0.5), ValueError, "at least 1, the cost of a wrong class"),
+        (lambda: single_stage_deferral(SCORES, TARGETS, COSTS, ceiling=1 + COSTS[:, :1]), ValueError, "a number of at least 1"),
+        (lambda: two_stage_deferral(SCORES, torch.rand(4, 5), ceiling=math.nan), ValueError, "a number >= 0, got nan"),
+        (lambda: two_stage_deferral(SCORES, torch.rand(4, 5), ceiling=torch.ones(3, 1)), ValueError, "scores and ceiling differ"),
+        (lambda: max_margin(SCORES, SCORES.abs(), phi=partial(rho_margin, rho=-1.0)), ValueError, "a margin above 0, got -1.0"),
+        (lambda: rho_hinge(SCORES, rho=0.0), ValueError, "a margin above 0, got 0.0"),
+        (lambda: mozannar_sontag(SCORES, TARGETS, COSTS[:, 0], alpha=-1.0), ValueError, "alpha: expected a number in [0, 1]"),
+        (lambda: realizable_surrogate(SCORES, TARGETS, COSTS[:, 0], alpha=2.0), ValueError, "alpha: expected a number in [0, 1]"),
+        (lambda: selective_net(*COSTS.T, COSTS[:, 0], coverage=0.9, penalty=-1.0), ValueError, "penalty: expected a number >= 0"),
+        (lambda: score_based_abstention(SCORES, TARGETS, [0.1] * 4), TypeError, "a number or a torch tensor, got list"),
+        (lambda: rejector_of_scores(SCORES[:, :1]), ValueError, "class scores and the score of abstaining"),
+        (lambda: chow_scores(10 * SCORES, 0.1), ValueError, "are they raw scores?  Pass scores.softmax(-1)"),
     ],
 )
 def test_shapes_dtypes_and_pairings(call, error: type[Exception], said: str) -> None:
@@ -154,7 +169,7 @@ def test_criterion_checks_two_stage_costs_and_masks() -> None:
         Criterion(two_stage_deferral, ceiling=torch.tensor(1.0))(SCORES[:, :3], 9 * costs)
     with pytest.raises(ValueError, match="wrong: the largest is 7"):
         Criterion(two_stage_abstention, cost=0.1)(SCORES[:, 0], torch.tensor([0.0, 1.0, 7.0, 0.0]))
-    assert "partial" in repr(Criterion(functools.partial(two_stage_deferral, mu=1.7)))
+    assert "partial" in repr(Criterion(partial(two_stage_deferral, mu=1.7)))
     with pytest.raises(TypeError, match="no option named margin"):
         Criterion(two_stage_deferral, margin=1)
 

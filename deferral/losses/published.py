@@ -15,7 +15,14 @@ from deferral.losses.comp_sum import ABSENT, comp_sum_at, log_probabilities
 from deferral.losses.margin import Margin, logistic
 from deferral.losses.realizable import candidates, expected_loss, realizable_deferral
 from deferral.numerics import lift, log_add_exp
-from deferral.validation import action_mask, require_batch, require_cost_range, require_floating, require_targets
+from deferral.validation import (
+    action_mask,
+    require_batch,
+    require_cost_range,
+    require_floating,
+    require_share,
+    require_targets,
+)
 
 __all__ = [
     "asymmetric_softmax",
@@ -40,6 +47,7 @@ def mozannar_sontag(
     Bayes-consistent at alpha = 1 only, where it is `single_stage_deferral` with cost 1 - m.
     Mozannar, Sontag, "Consistent Estimators for Learning to Defer to an Expert" (ICML 2020), eq. 4; natural logarithm.
     """
+    require_share("alpha", alpha)
     expert_correct = _of_one(scores, targets, expert_correct)
     if mask is not None:
         mask = _of_one_expert(scores, mask)
@@ -133,6 +141,7 @@ def realizable_surrogate(
     Mozannar, Lang, Wei, Sattigeri, Das, Sontag, "Who Should Predict? Exact Algorithms for Learning to Defer to Humans"
     (AISTATS 2023), section 6, eq. 14.
     """
+    require_share("alpha", alpha)
     expert_correct = _of_one(scores, targets, expert_correct)
     loss = 2 * alpha * realizable_deferral(scores, targets, 1 - expert_correct, q=0.0, mask=mask)
     if alpha == 1.0:
@@ -272,6 +281,9 @@ def selective_net(
         )
     if not 0 < coverage <= 1:
         raise ValueError(f"coverage: expected a number above 0 and at most 1, got {coverage}")
+    require_share("alpha", alpha)
+    if not penalty >= 0:
+        raise ValueError(f"penalty: expected a number >= 0, got {penalty}")
     log_g = F.logsigmoid(lift(selection))
     # mean(l g) / mean(g) as a softmax of log g: right where every g underflows.
     selective_risk = (log_g.softmax(dim=0) * losses).sum()

@@ -40,5 +40,7 @@ def rejector_of_scores(scores: Tensor) -> Tensor:
     This is the second stage of the score-based form: the class scores are fixed, the abstain score is learned.
     """
     require_floating("scores", scores)
+    if scores.shape[-1] < 2:
+        raise ValueError(f"scores: expected class scores and the score of abstaining, got shape {tuple(scores.shape)}")
     scores = lift(scores)
     return scores[..., :-1].detach().amax(dim=-1) - scores[..., -1]
