@@ -13,7 +13,7 @@ from torch import Tensor
 from deferral.losses.closed_form import closed_form, has_closed_form
 from deferral.losses.comp_sum import ABSENT, comp_sum_at, log_probabilities
 from deferral.losses.margin import Margin, logistic
-from deferral.losses.realizable import candidates, expected_loss, realizable_deferral
+from deferral.losses.realizable import candidates, expected_loss, log_mass, realizable_deferral
 from deferral.numerics import lift, log_add_exp
 from deferral.validation import (
     action_mask,
@@ -95,7 +95,7 @@ def _binary_problems(scores: Tensor, correct: Tensor, targets: Tensor, ceiling: 
     own = scores.shape[-1] - correct.shape[-1]
     torch.sum(F.softplus(scores, threshold=40), dim=-1, keepdim=True, out=losses)
     losses.sub_(scores[:, :own].gather(-1, targets))
-    losses.sub_((correct * scores[:, own:].where(correct != 0, 0.0)).sum(dim=-1, keepdim=True))
+    losses.sub_((correct * scores[:, own:].clamp(min=ABSENT)).sum(dim=-1, keepdim=True))
     torch.sigmoid(scores, out=descent).neg_()
     descent[:, :own].scatter_add_(-1, targets, torch.ones_like(losses))
     descent[:, own:].add_(correct)
@@ -208,7 +208,7 @@ def mixture_of_experts(
         mask = action_mask(gate, mask, 1)
         expert_correct = expert_correct.where(mask[..., 1:], 0)
     log_w, log_p = log_probabilities(gate, mask), log_probabilities(scores)
-    right = log_w[..., 1:].masked_fill(expert_correct == 0, ABSENT).logsumexp(dim=-1, keepdim=True)
+    right = log_mass(log_w[..., 1:], expert_correct != 0)
     return -expected_loss(log_add_exp(log_w[..., :1] + candidates(log_p, targets), right), targets)
 
 

@@ -63,7 +63,7 @@ def realizable_experts(
         mask = action_mask(scores, mask, num_classes)
         expert_correct = expert_correct.where(mask[..., num_classes:], 0)
     log_p = log_probabilities(scores, mask)
-    right = log_p[..., num_classes:].masked_fill(expert_correct == 0, ABSENT).logsumexp(dim=-1, keepdim=True)
+    right = log_mass(log_p[..., num_classes:], expert_correct != 0)
     return expected_loss(_psi(log_add_exp(candidates(log_p[..., :num_classes], targets), right), q), targets)
 
 
@@ -90,6 +90,12 @@ def _psi(log_t: Tensor, q: float) -> Tensor:
     if not 0.0 <= q <= 1.0:
         raise ValueError(f"q: expected a number in [0, 1] (0 logarithmic, 1 linear), got {q}")
     return -log_t if q == 0 else -torch.expm1(q * log_t) / q
+
+
+def log_mass(log_p: Tensor, right: Tensor) -> Tensor:
+    """log sum of p over the columns that are right; hugely negative where none is, with all derivatives.  (..., E) -> (..., 1)"""
+    some = right.any(dim=-1, keepdim=True)
+    return log_p.masked_fill(~right & some, -torch.inf).logsumexp(dim=-1, keepdim=True).masked_fill(~some, ABSENT)
 
 
 def candidates(classes: Tensor, targets: Tensor) -> Tensor:
