@@ -68,7 +68,7 @@ CLAIMS = {
         "Bayes for Phi exponential, logistic, squared hinge, rho-margin; not for the hinge",
         AWASTHI,
     ),
-    "constrained_margin": ("any weights over A actions", "Bayes for Phi exponential, hinge, squared hinge", AWASTHI),
+    "constrained_margin": ("any weights over A actions", "Bayes for Phi exponential, hinge, squared hinge, rho-margin", AWASTHI),
     "max_margin": ("any weights over A actions", "Bayes for the rho-margin; not for the hinge nor the exponential", AWASTHI),
     "realizable_deferral": (
         "deferral to one expert, single stage",

@@ -264,8 +264,9 @@ def _groups(order: Tensor, weights: Tensor | None, **columns: Tensor) -> tuple[T
     for name, column in columns.items():
         if column.shape != order.shape:
             raise ValueError(f"{name}: expected one number per row, {tuple(order.shape)}, got shape {tuple(column.shape)}")
-        if bool(column.isnan().any()):
-            raise ValueError(f"{name}: expected numbers, got NaN in {int(column.isnan().sum())} rows; leave those rows out")
+        bad = ~column.isfinite()
+        if bool(bad.any()):
+            raise ValueError(f"{name}: expected numbers, got NaN or infinity in {int(bad.sum())} rows; leave those rows out")
     values, rows = order.sort()
     tie = torch.cat([values.new_zeros(1, dtype=torch.long), (values[1:] != values[:-1]).long().cumsum(0)])
     weights = check_weights(weights, order)[..., rows]

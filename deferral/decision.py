@@ -103,8 +103,15 @@ def oracle(costs: Tensor, *, mask: Tensor | None = None) -> Tensor:
 def chow_scores(probabilities: Tensor, cost: Tensor | float) -> Tensor:
     """[p_1 .. p_K, 1 - cost]: `decide` on it abstains iff max p <= 1 - cost (Chow 1970).  (..., K) -> (..., K+1)
 
-    With one expert of expected cost `cost`, the last action asks that expert.
+    With one expert of expected cost `cost`, the last action asks that expert.  Reads the values: raw scores are refused.
     """
     require_floating("probabilities", probabilities)
+    # A softmax in half precision may end a little above 1.
+    outside = ~((probabilities >= 0) & (probabilities <= 1.001))
+    if bool(outside.any()):
+        raise ValueError(
+            f"probabilities: expected numbers in [0, 1], got {float(probabilities[outside][0]):g} and {int(outside.sum()) - 1} "
+            "more; are they raw scores?  Pass scores.softmax(-1)"
+        )
     threshold = torch.as_tensor(1 - cost, dtype=probabilities.dtype, device=probabilities.device)
     return torch.cat([probabilities, threshold.expand(probabilities.shape[:-1]).unsqueeze(-1)], dim=-1)

@@ -20,23 +20,24 @@ __all__ = ["average", "check_weights", "correct", "deferral_cost", "kept", "load
 def deferral_cost(costs: Tensor, actions: Tensor, *, mask: Tensor | None = None) -> Tensor:
     """The cost of the action taken: the deferral loss itself.  (..., A), (...,) -> (...,)
 
-    With a mask (..., A) or (..., E), the cost of an action that is not known is NaN.
+    With a mask (..., A) or (..., E), the cost of an action that is not known is NaN, and so is that of action -1 (nobody's).
     """
-    return _known(pick(costs, actions), costs, actions, mask)
+    return _known(pick(costs, actions.clamp(min=0)), costs, actions, mask)
 
 
 @numpy_or_torch
 def correct(answers: Tensor, targets: Tensor, actions: Tensor, *, mask: Tensor | None = None) -> Tensor:
     """1 where the answer of whoever was asked is right, 0 where it is wrong.  (..., A), (...,), (...,) -> (...,)
 
-    `answers` (..., A) has one column per action, class indices.  NaN where the action gives no answer: the answer is -1
-    (abstaining), or the mask (..., A) or (..., E) says that it is not known.  The average is the system accuracy.
+    `answers` (..., A) has one column per action, class indices.  NaN where there is no answer: it is -1 (abstaining) or NaN, the
+    mask (..., A) or (..., E) says that it is not known, or the action is -1 (nobody's).  The average is the system accuracy.
     """
     if targets.shape != actions.shape:
         raise ValueError(f"one target per row: actions {tuple(actions.shape)}, targets {tuple(targets.shape)}")
-    answer = pick(answers, actions)
+    answer = pick(answers, actions.clamp(min=0))
     # As int64: 255 is a class of uint8 answers, and -1 is not.
-    right = (answer == targets).to(torch.get_default_dtype()).where(answer.long() != -1, torch.nan)
+    given = (answer.long() != -1) & ~answer.isnan()
+    right = (answer == targets).to(torch.get_default_dtype()).where(given, torch.nan)
     return _known(right, answers, actions, mask)
 
 
@@ -128,4 +129,7 @@ def check_weights(weights: Tensor | None, rows: Tensor) -> Tensor:
 
 
 def _known(values: Tensor, table: Tensor, actions: Tensor, mask: Tensor | None) -> Tensor:
-    return values if mask is None else values.where(pick(action_mask(table, mask).expand(table.shape), actions), torch.nan)
+    known = actions >= 0
+    if mask is not None:
+        known = known & pick(action_mask(table, mask).expand(table.shape), actions.clamp(min=0))
+    return values.where(known, torch.nan)

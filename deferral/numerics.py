@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["KNEE", "exp_linear", "expm1_linear", "lift"]
+__all__ = ["KNEE", "exp_linear", "expm1_linear", "lift", "log_add_exp"]
 
 # e^10 = 2.2e4 fits float16, and rows past it still pull with a constant, finite slope.
 KNEE = 10.0
@@ -27,3 +27,8 @@ def exp_linear(t: Tensor) -> Tensor:
 def expm1_linear(t: Tensor) -> Tensor:
     """exp(t) - 1, accurate near 0, with the same tangent beyond the knee."""
     return torch.expm1(t.clamp(max=KNEE)) + math.exp(KNEE) * torch.relu(t - KNEE)
+
+
+def log_add_exp(a: Tensor, b: Tensor) -> Tensor:
+    """log(e^a + e^b), with a second derivative however far apart they lie: that of `torch.logaddexp` is then NaN."""
+    return torch.stack(torch.broadcast_tensors(a, b)).logsumexp(dim=0)

@@ -18,6 +18,7 @@ __all__ = [
     "require_ceiling",
     "require_cost_range",
     "require_floating",
+    "require_share",
     "require_targets",
 ]
 
@@ -102,17 +103,30 @@ def action_mask(scores: Tensor, mask: Tensor, num_own: int | None = None) -> Ten
     return mask
 
 
-def require_ceiling(ceiling: Tensor | float) -> None:
-    """ValueError unless the ceiling is a number, or one number per row that stands before all actions: (..., 1)."""
-    if isinstance(ceiling, Tensor) and ceiling.dim() > 0 and ceiling.shape[-1] != 1:
+def require_ceiling(scores: Tensor, ceiling: Tensor | float) -> None:
+    """ValueError unless the ceiling is a number >= 0, or one number per row that stands before all actions: (..., 1)."""
+    if not isinstance(ceiling, Tensor):
+        if not ceiling >= 0:
+            raise ValueError(f"ceiling: expected the largest cost that can occur, a number >= 0, got {ceiling}")
+        return
+    if ceiling.dim() > 0 and ceiling.shape[-1] != 1:
         raise ValueError(
             f"ceiling: expected a number or one per row of shape (..., 1), got {_shape(ceiling)}; keep the last axis: "
             "costs.sum(-1, keepdim=True)"
         )
+    require_batch("scores", scores.shape[:-1], "ceiling", ceiling.shape[:-1])
+
+
+def require_share(name: str, value: float) -> None:
+    """ValueError unless the number lies in [0, 1]."""
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name}: expected a number in [0, 1], got {value}")
 
 
 def require_cost_range(cost: Tensor | float) -> None:
     """ValueError for a cost of abstention given as a number outside [0, 1]; tensors are checked by `check_costs`."""
+    if hasattr(cost, "__len__") and not isinstance(cost, Tensor):
+        raise TypeError(f"cost: expected a number or a torch tensor, got {type(cost).__name__}; convert it with torch.as_tensor")
     if not isinstance(cost, Tensor) and not 0.0 <= cost <= 1.0:
         raise ValueError(
             f"cost: expected a number in [0, 1], in units of one error, got {cost}; abstaining at a cost above 1 is never "
@@ -178,7 +192,8 @@ def check_costs(costs: Tensor, *, ceiling: float | Tensor | None = 1.0, mask: Te
     if ceiling is not None and not high <= ceiling * (1 + 1e-5):
         raise ValueError(
             f"{name}: the largest is {high:g}, above ceiling={ceiling:g}; the weight ceiling - cost would be negative and the "
-            f"risk unbounded below.  Pass ceiling={high:g} (1 + the largest price), here and to the loss, or lower the price"
+            f"risk unbounded below.  Pass ceiling={high:g} (1 + the largest price), here and to the loss if it takes one, or "
+            "lower the price"
         )
 
 

@@ -13,6 +13,7 @@ from deferral.losses.margin import exponential, hinge, logistic, rho_margin, sig
 from deferral.losses.predictor_rejector import (
     constrained_rho_hinge,
     double_mae,
+    mae,
     max_rho_margin,
     predictor_rejector_formula,
 )
@@ -136,6 +137,10 @@ def double_mae_with_psi_one(scores: Tensor, rejector: Tensor, targets: Tensor, c
     return predictor_rejector_formula(double_mae(scores, targets), rejector, cost)
 
 
+def two_slopes_of_a_bounded_phi(scores: Tensor, rejector: Tensor, targets: Tensor, cost: Tensor) -> Tensor:
+    return predictor_rejector_formula(mae(scores, targets), rejector, 2 * cost, phi=sigmoid, alpha=2.0)
+
+
 def single_stage_of_one(scores: Tensor, targets: Tensor, expert_correct: Tensor, *, mu: float) -> Tensor:
     return losses.single_stage_deferral(scores, targets, 1 - expert_correct[..., :1], mu=mu)
 
@@ -251,6 +256,7 @@ CASES = [
     # Pairings that are known to be inconsistent: the test that passes the others must be seen to fail them.
     case(cross_entropy_pair, PAIR, "targets", "cost", bayes=False),
     case(double_mae_with_psi_one, PAIR, "targets", "cost", bayes=False),
+    case(two_slopes_of_a_bounded_phi, PAIR, "targets", "cost", bayes=False),
     two_stage_over(losses.sum_margin, hinge, bayes=False),
     two_stage_over(losses.max_margin, hinge, bayes=False),
     two_stage_over(losses.max_margin, exponential, bayes=False),

@@ -1,21 +1,35 @@
 """Bad input to losses: what was expected, what came, what to do."""
 
-import functools
+import math
 import re
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from deferral import Criterion, check_targets
+from deferral import Criterion, check_targets, chow_scores
 from deferral.losses import (
+    asymmetric_softmax,
     comp_sum,
+    madras,
+    max_margin,
+    mixture_of_experts,
+    mozannar_sontag,
+    one_vs_all,
     predictor_rejector_abstention,
+    realizable_deferral,
+    realizable_surrogate,
+    regression_abstention,
+    regression_deferral,
+    rejector_of_scores,
     score_based_abstention,
+    selective_net,
     single_stage_deferral,
     two_stage_abstention,
     two_stage_deferral,
 )
+from deferral.losses.margin import rho_hinge, rho_margin, sigmoid
 from deferral.losses.predictor_rejector import constrained_rho_hinge, double_mae, mae
 from deferral.validation import check_costs, check_mask, check_scores
 
@@ -77,6 +91,28 @@ COSTS = torch.rand(4, 2)
             ValueError,
             "psi=5 only",
         ),
+        (
+            lambda: predictor_rejector_abstention(SCORES, SCORES[:, 0], TARGETS, 0.1, phi=sigmoid, alpha=2.0),
+            ValueError,
+            "with alpha=2 and beta=1 the psi of a convex phi, 2, is inconsistent for a bounded one",
+        ),
+        (lambda: regression_abstention(SCORES[:, 0], SCORES[:, 1], torch.rand(4, 1)), ValueError, "rejector and cost differ"),
+        (lambda: regression_abstention(SCORES[:, 0], SCORES[:, 1], math.nan), ValueError, "non-negative number"),
+        (lambda: regression_deferral(SCORES[:, 0], SCORES, torch.rand(2, 4, 4)), ValueError, "scores and expert_costs differ"),
+        (lambda: realizable_deferral(SCORES, TARGETS, TARGETS == 0), TypeError, "expert_cost: expected a floating dtype"),
+        (lambda: max_margin(SCORES[:, :1], SCORES[:, :1]), ValueError, "at least two actions"),
+        (lambda: single_stage_deferral(SCORES, TARGETS, COSTS, ceiling=0.5), ValueError, "at least 1, the cost of a wrong class"),
+        (lambda: single_stage_deferral(SCORES, TARGETS, COSTS, ceiling=1 + COSTS[:, :1]), ValueError, "a number of at least 1"),
+        (lambda: two_stage_deferral(SCORES, torch.rand(4, 5), ceiling=math.nan), ValueError, "a number >= 0, got nan"),
+        (lambda: two_stage_deferral(SCORES, torch.rand(4, 5), ceiling=torch.ones(3, 1)), ValueError, "scores and ceiling differ"),
+        (lambda: max_margin(SCORES, SCORES.abs(), phi=partial(rho_margin, rho=-1.0)), ValueError, "a margin above 0, got -1.0"),
+        (lambda: rho_hinge(SCORES, rho=0.0), ValueError, "a margin above 0, got 0.0"),
+        (lambda: mozannar_sontag(SCORES, TARGETS, COSTS[:, 0], alpha=-1.0), ValueError, "alpha: expected a number in [0, 1]"),
+        (lambda: realizable_surrogate(SCORES, TARGETS, COSTS[:, 0], alpha=2.0), ValueError, "alpha: expected a number in [0, 1]"),
+        (lambda: selective_net(*COSTS.T, COSTS[:, 0], coverage=0.9, penalty=-1.0), ValueError, "penalty: expected a number >= 0"),
+        (lambda: score_based_abstention(SCORES, TARGETS, [0.1] * 4), TypeError, "a number or a torch tensor, got list"),
+        (lambda: rejector_of_scores(SCORES[:, :1]), ValueError, "class scores and the score of abstaining"),
+        (lambda: chow_scores(10 * SCORES, 0.1), ValueError, "are they raw scores?  Pass scores.softmax(-1)"),
     ],
 )
 def test_shapes_dtypes_and_pairings(call, error: type[Exception], said: str) -> None:
@@ -133,9 +169,53 @@ def test_criterion_checks_two_stage_costs_and_masks() -> None:
         Criterion(two_stage_deferral, ceiling=torch.tensor(1.0))(SCORES[:, :3], 9 * costs)
     with pytest.raises(ValueError, match="wrong: the largest is 7"):
         Criterion(two_stage_abstention, cost=0.1)(SCORES[:, 0], torch.tensor([0.0, 1.0, 7.0, 0.0]))
-    assert "partial" in repr(Criterion(functools.partial(two_stage_deferral, mu=1.7)))
+    assert "partial" in repr(Criterion(partial(two_stage_deferral, mu=1.7)))
     with pytest.raises(TypeError, match="no option named margin"):
         Criterion(two_stage_deferral, margin=1)
+
+
+def test_criterion_leaves_the_costs_of_regression_open_above() -> None:
+    error, dear = SCORES[:, 0].square(), 3 * torch.ones(4, 4)
+    Criterion(regression_deferral)(error, SCORES, dear)
+    Criterion(regression_abstention)(error, SCORES[:, 1], dear[:, 0])
+    with pytest.raises(ValueError, match="predictor_loss: expected finite numbers"):
+        Criterion(regression_deferral)(error * torch.nan, SCORES, dear)
+    with pytest.raises(ValueError, match="own action"):
+        Criterion(regression_deferral)(error, SCORES, dear, mask=torch.zeros(4, 5, dtype=torch.bool))
+
+
+@pytest.mark.parametrize(
+    ("loss", "arguments"),
+    [
+        (mozannar_sontag, (SCORES[:, :4], TARGETS, COSTS[:, 0].round())),
+        (asymmetric_softmax, (SCORES[:, :4], TARGETS, COSTS[:, 0] > 0.5)),
+        (realizable_deferral, (SCORES[:, :4], TARGETS, COSTS[:, 0])),
+        (madras, (SCORES[:, :4], SCORES[:, 4], TARGETS, COSTS[:, 0])),
+        (mixture_of_experts, (SCORES[:, :3], SCORES[:, :4], TARGETS, SCORES[:, :3] > 0)),
+        (comp_sum, (SCORES[:, :4], torch.rand(4, 4))),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_criterion_does_not_take_a_mask_as_long_as_the_scores_are_wide_for_one_of_actions(loss, arguments) -> None:
+    """Four rows, or as many experts as classes: the mask's last axis is as long as that of the scores."""
+    missing = torch.tensor([False, True, True, True])
+    missing = missing[:3].expand(4, 3) if loss is mixture_of_experts else missing
+    torch.testing.assert_close(Criterion(loss)(*arguments, mask=missing), loss(*arguments, mask=missing).mean())
+
+
+def test_criterion_checks_what_is_said_of_experts() -> None:
+    for loss in (mozannar_sontag, realizable_deferral):
+        with pytest.raises(ValueError, match=r"expert_co\w+: the largest is 2"):
+            Criterion(loss)(SCORES[:, :4], TARGETS, torch.tensor([0.0, 2.0, 0.0, 1.0]))
+        unknown = torch.tensor([0.0, torch.nan, 0.0, 1.0])
+        with pytest.raises(ValueError, match="got NaN in 1 places"):
+            Criterion(loss)(SCORES[:, :4], TARGETS, unknown)
+        assert Criterion(loss)(SCORES[:, :4], TARGETS, unknown, mask=~unknown.isnan()).isfinite()
+    law, every = F.one_hot(TARGETS, 3).float(), torch.tensor([0.2, 0.9])
+    torch.testing.assert_close(
+        Criterion(single_stage_deferral)(SCORES, law, every), single_stage_deferral(SCORES, law, every).mean()
+    )
+    torch.testing.assert_close(Criterion(one_vs_all)(SCORES, law, every.round()), one_vs_all(SCORES, law, every.round()).mean())
 
 
 def test_checks_of_values() -> None:

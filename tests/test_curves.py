@@ -246,6 +246,8 @@ def test_bad_input() -> None:
         aurc(torch.tensor([0.0, torch.nan, 1.0]), rows)
     with pytest.raises(ValueError, match="loss: expected numbers, got NaN"):
         risk_coverage_curve(rows, torch.tensor([0.0, torch.nan, 1.0]))
+    with pytest.raises(ValueError, match="loss: expected numbers, got NaN or infinity in 1 rows"):
+        aurc(rows, torch.tensor([0.0, torch.inf, 1.0]))
     with pytest.raises(ValueError, match="weights: expected one per row"):
         aurc(rows, rows, torch.ones(4))
     with pytest.raises(ValueError, match="weights: expected finite"):

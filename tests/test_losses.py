@@ -12,8 +12,11 @@ from deferral import Criterion, single_stage_costs
 from deferral.losses import (
     comp_sum,
     constrained_margin,
+    cost_sensitive_abstention,
     max_margin,
     predictor_rejector_abstention,
+    realizable_deferral,
+    regression_deferral,
     rejector_of_scores,
     score_based_abstention,
     single_stage_deferral,
@@ -253,9 +256,53 @@ def test_gradients_flow_into_the_costs(batch) -> None:
     torch.testing.assert_close(costs.grad, scores.log_softmax(-1)[:, K:])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_half_precision_rejector_is_lifted_before_it_is_scaled(dtype: torch.dtype) -> None:
+    """3 * 3e4 is beyond float16."""
+    scores, r, targets = torch.zeros(3, K), torch.tensor([3e4, -3e4, 0.7], dtype=dtype), torch.zeros(3, dtype=torch.int64)
+    loss = partial(predictor_rejector_abstention, scores, targets=targets, cost=0.1, alpha=3.0, beta=1.3)
+    torch.testing.assert_close(loss(r), loss(r.float()))
+    assert loss(r).isfinite().all()
+
+
 def test_sum_losses_of_two_actions_are_the_margin() -> None:
     scores = torch.tensor([[1.0, -0.5]])
     torch.testing.assert_close(sum_losses(scores, phi=logistic), logistic(torch.tensor([[1.5, -1.5]])))
+
+
+@pytest.mark.parametrize("rho", [0.5, 1.0])
+def test_the_constrained_rho_margin_is_consistent(rho: float) -> None:
+    """At least sum_a w_a - w_decided, and equal to it at rho (A - 1) for one action and -rho for the others.
+
+    Flat where no score is near 0, so that no minimiser by gradients shows it.
+    """
+    scores, weights = 2 * torch.randn(4000, 5, dtype=torch.float64), torch.rand(4000, 5, dtype=torch.float64)
+    decided = scores.argmax(-1, keepdim=True)
+    left = (weights.sum(-1, keepdim=True) - weights.gather(-1, decided)).squeeze(-1)
+    phi = partial(rho_margin, rho=rho)
+    assert (constrained_margin(scores, weights, phi=phi) >= left - 1e-12).all()
+    vertex = torch.full_like(scores, -rho).scatter(-1, decided, 4 * rho)
+    torch.testing.assert_close(constrained_margin(vertex, weights, phi=phi), left)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_costs_in_half_precision_are_lifted_before_they_are_taken_from_anything(batch, dtype: torch.dtype) -> None:
+    """Costs may be half where scores are not: 1 - cost is then rounded no more than the cost was, and no target is at all."""
+    scores, targets, costs = (part.float() if part.is_floating_point() else part for part in batch)
+    law, full, router = F.one_hot(targets, K) * 0.94 + 0.015, torch.ones(B, E, dtype=torch.bool), scores[:, : 1 + E]
+    for loss in (
+        lambda c: single_stage_deferral(scores, targets, c),
+        lambda c: single_stage_deferral(scores, law, c),
+        lambda c: single_stage_deferral(scores, targets, c, ceiling=1.3),
+        lambda c: two_stage_deferral(router[:, 1:], c, ceiling=1.3, mask=full),
+        lambda c: score_based_abstention(scores[:, : K + 1], targets, c[:, 0]),
+        lambda c: realizable_deferral(scores[:, : K + 1], targets, c[:, 0]),
+        lambda c: cost_sensitive_abstention(scores[:, :K], targets, c[:, 0]),
+        lambda c: regression_deferral(c[:, 0], router, c),
+    ):
+        torch.testing.assert_close(loss(costs.to(dtype)), loss(costs.to(dtype).float()), rtol=1e-6, atol=1e-6)
+    # The sum of the costs is beyond float16.
+    assert regression_deferral(torch.full((B,), 3e4).to(dtype), router, torch.full((B, E), 3e4).to(dtype)).isfinite().all()
 
 
 def test_ignored_rows_cost_nothing_and_pull_nothing(batch) -> None:

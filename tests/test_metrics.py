@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from deferral import error_costs, pick
+from deferral import decide, error_costs, pick
 from deferral.metrics import average, correct, deferral_cost, kept, load, selective_risk, system_figures
 
 
@@ -70,6 +70,21 @@ def test_what_is_nobodys_is_not_kept_and_a_class_is_not_a_missing_answer() -> No
     assert kept(torch.tensor([-1, 0, 1])).tolist() == [0, 1, 0]
     answers = torch.tensor([[255, 3]], dtype=torch.uint8)
     assert correct(answers, torch.tensor([255]), torch.tensor([0])).tolist() == [1]
+
+
+def test_what_nobody_answers_has_no_cost_and_is_neither_right_nor_wrong() -> None:
+    """`decide` gives action -1 where every action is masked."""
+    mask = torch.tensor([[True, True], [False, False]])
+    actions = decide(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), mask=mask)
+    costs, answers, targets = torch.tensor([[0.25, 1.0], [0.5, 0.5]]), torch.tensor([[1, 0], [1, 1]]), torch.tensor([1, 1])
+    assert actions.tolist() == [0, -1]
+    for known in (None, mask):
+        figures = system_figures(costs, answers, targets, actions, mask=known)
+        assert float(figures["deferral cost"]) == 0.25
+        assert (float(figures["system accuracy"]), float(figures["answered"]), float(figures["coverage"])) == (1.0, 0.5, 0.5)
+        assert figures["load"].tolist() == [0.0]
+    unknown = correct(torch.tensor([[torch.nan, 1.0]]), torch.tensor([1]), torch.tensor([0]))
+    assert unknown.isnan().all()
 
 
 def test_weights_are_numbers_of_copies_and_keep_their_leading_dimensions() -> None:

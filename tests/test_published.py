@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 
 import pytest
 import torch
@@ -213,14 +214,80 @@ def test_the_minimiser_carries_the_experts_accuracy(mu: float) -> None:
     torch.testing.assert_close(read, accuracy[:1], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("mu", [0.5, 1.0, 1.5])
+def test_the_minimiser_carries_the_experts_costs_at_a_ceiling_above_one(mu: float) -> None:
+    law, costs = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64), torch.tensor([0.3, 1.1], dtype=torch.float64)
+    scores = fitted(lambda s: losses.single_stage_deferral(s, law, costs, mu=mu, ceiling=1.25), 5)
+    torch.testing.assert_close(losses.expert_correctness(scores, 3, mu=mu, ceiling=1.25), 1 - costs, atol=1e-4, rtol=1e-4)
+
+
 def test_correctness_is_refused_where_it_is_not_defined() -> None:
     with pytest.raises(ValueError, match="picce defines no probability"):
         losses.expert_correctness(torch.randn(5), 3, loss=losses.picce)
     with pytest.raises(ValueError, match="only rank the actions"):
         losses.expert_correctness(torch.randn(5), 3, mu=2.0)
+    with pytest.raises(ValueError, match="none but with single_stage_deferral, got mu="):
+        losses.expert_correctness(torch.randn(5), 3, loss=losses.one_vs_all, mu=1.7)
     with pytest.raises(ValueError, match=r"expected 1\.\.4"):
         losses.expert_correctness(torch.randn(5), 5)
     assert math.isclose(float(losses.expert_correctness(torch.zeros(4), 3)[0]), 1 / 3, rel_tol=1e-6)
+
+
+OF_EXPERTS = [
+    losses.one_vs_all,
+    losses.picce,
+    losses.realizable_experts,
+    lambda s, y, m: losses.mixture_of_experts(s[:, :K], s[:, -1 - E :], y, m),
+    lambda s, y, m: losses.mozannar_sontag(s[:, [*range(K), -1]], y, m[:, -1]),
+    lambda s, y, m: losses.asymmetric_softmax(s[:, [*range(K), -1]], y, m[:, -1]),
+    lambda s, y, m: losses.realizable_surrogate(s[:, [*range(K), -1]], y, m[:, -1]),
+]
+of_experts = pytest.mark.parametrize(
+    "loss", OF_EXPERTS, ids=["ova", "picce", "realizable", "mixture", "mozannar_sontag", "asymmetric", "surrogate"]
+)
+
+
+@of_experts
+def test_an_answer_that_is_right_may_be_said_in_bool(loss, batch) -> None:
+    scores, y, m = batch
+    torch.testing.assert_close(loss(scores, y, m.bool()), loss(scores, y, m))
+
+
+@of_experts
+@pytest.mark.parametrize("soft", [False, True])
+def test_a_wrong_expert_at_minus_infinity_is_no_nan(loss, soft: bool, batch) -> None:
+    scores, y, m = batch
+    scores[:, -1], m[:, -1] = -torch.inf, 0.0
+    far = scores.index_fill(1, torch.tensor([K + E - 1]), -1e4)
+    targets = F.one_hot(y, K).double() if soft else y
+    loss_there = loss(scores.requires_grad_(), targets, m)
+    torch.testing.assert_close(loss_there, loss(far, targets, m))
+    assert torch.autograd.grad(loss_there.sum(), scores)[0].isfinite().all()
+
+
+@of_experts
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+def test_second_derivatives_are_finite(loss, scale: float, batch) -> None:
+    scores, y, m = batch
+    assert torch.func.hessian(lambda s: loss(s, y, m).sum())(scale * scores).isfinite().all()
+    gamble = torch.func.hessian(lambda s: losses.deep_gamblers(s, y, reward=2.2).sum())
+    assert gamble(scale * scores[:, : K + 1]).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda s, y, m: losses.madras(s[:, :K], s[:, -1:], y, m[:, 0]), "squeeze(-1)"),
+        (lambda s, y, m: losses.madras(s[:, :K], s[:, -1], y, m[:, :1]), "scores and expert_cost differ in rows"),
+        (lambda s, y, m: losses.cost_sensitive_abstention(s, y, m[:, :1]), "scores and cost differ in rows"),
+        (lambda s, y, m: losses.mixture_of_experts(s, s[:, None, : 1 + E], y, m), "scores and gate differ in rows"),
+        (lambda s, y, m: losses.mixture_of_experts(s, s[:, : 1 + E], y, m[None]), "scores and expert_correct differ in rows"),
+        (lambda s, y, m: losses.asymmetric_softmax(s[:, :2], 0 * y, m[:, 0]), "at least two classes and one expert"),
+    ],
+)
+def test_shapes_that_would_broadcast_to_a_table_are_refused(call, said: str, batch) -> None:
+    with pytest.raises(ValueError, match=re.escape(said)):
+        call(*batch)
 
 
 @pytest.mark.parametrize(

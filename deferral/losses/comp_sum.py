@@ -58,7 +58,7 @@ def targeted_comp_sum(scores: Tensor, targets: Tensor, weights: Tensor, *, mu: f
         mask = action_mask(scores, mask, scores.shape[-1] - weights.shape[-1])
     if targets.is_floating_point():
         batch = scores.shape[:-1]
-        every = torch.cat([targets.to(weights.dtype), weights.expand(*batch, weights.shape[-1])], dim=-1)
+        every = torch.cat([targets, weights.expand(*batch, weights.shape[-1])], dim=-1)
         return _kernel(scores, every, None, mu, mask)
     return _kernel(scores, weights, targets, mu, mask)
 
@@ -111,7 +111,7 @@ def _kernel(
     """The weights belong to the last columns, the target to those before; with a ceiling, costs stand for their weights."""
     if not 0.0 <= mu <= 2.0:
         raise ValueError(f"mu: expected a number in [0, 2] (0 sum-exponential, 1 logistic, 2 MAE), got {mu}")
-    scores = lift(scores)
+    scores, weights = lift(scores), lift(weights)
     # Close to the logistic, 1 - p^(mu-1) is a difference of sums that cancel; the formula takes it by expm1.
     # A compiler takes each exponential of the formula twice, which is dear on a CPU; elsewhere a table more to move is.
     direct = has_closed_form(weights, ceiling, compiled=scores.device.type == "cpu") and (mu == 1 or abs(mu - 1) >= 0.05)

@@ -14,21 +14,32 @@ __all__ = ["expert_correctness"]
 
 
 def expert_correctness(
-    scores: Tensor, num_classes: int, *, loss: Callable[..., Tensor] = single_stage_deferral, mu: float = 1.0
+    scores: Tensor,
+    num_classes: int,
+    *,
+    loss: Callable[..., Tensor] = single_stage_deferral,
+    mu: float = 1.0,
+    ceiling: float = 1.0,
 ) -> Tensor:
     """The expert's probability of being right that the minimiser of `loss` carries.  (..., K+E) -> (..., E)
 
-    `single_stage_deferral` and `mozannar_sontag`: p_{K+j}^(2-mu) / sum_k p_k^(2-mu), mu < 2; an odds against the classes, so
-    that it may exceed 1 (mu = 1: Verma et al. 2023, eq. 12).  `one_vs_all`: sigmoid(s_{K+j}) (eq. 13).  `asymmetric_softmax`:
-    sigmoid(z), one expert.  With prices it is 1 - E[cost_j | x].  Other losses define none: ValueError.
+    `single_stage_deferral` and `mozannar_sontag` (alpha = 1): p_{K+j}^(2-mu) / sum_k p_k^(2-mu), mu < 2; an odds against the
+    classes, so that it may exceed 1 (mu = 1: Verma et al. 2023, eq. 12).  `one_vs_all`: sigmoid(s_{K+j}) (eq. 13).
+    `asymmetric_softmax`: sigmoid(z), one expert.  Other losses define none: ValueError.
+
+    `mu` and `ceiling` are those that `single_stage_deferral` was trained with.  With prices the result is 1 - E[cost_j | x]: at a
+    ceiling above 1 the odds are (ceiling - E[cost_j | x]) / (1 + K (ceiling - 1)), which is solved for the cost.
     """
     if not 0 < num_classes < scores.shape[-1]:
         raise ValueError(f"num_classes: expected 1..{scores.shape[-1] - 1} for scores {tuple(scores.shape)}, got {num_classes}")
+    if loss is not single_stage_deferral and (mu, ceiling) != (1.0, 1.0):
+        raise ValueError(f"mu, ceiling: expected none but with single_stage_deferral, got mu={mu} and ceiling={ceiling}")
     if loss in (single_stage_deferral, mozannar_sontag):
         if not 0 <= mu < 2:
             raise ValueError(f"mu: expected a number in [0, 2), got {mu}; at mu = 2 the scores only rank the actions")
         log_odds = (2 - mu) * log_probabilities(scores)
-        return (log_odds[..., num_classes:] - log_odds[..., :num_classes].logsumexp(dim=-1, keepdim=True)).exp()
+        odds = (log_odds[..., num_classes:] - log_odds[..., :num_classes].logsumexp(dim=-1, keepdim=True)).exp()
+        return odds * (1 + num_classes * (ceiling - 1)) - (ceiling - 1)
     if loss is one_vs_all:
         return torch.sigmoid(lift(scores)[..., num_classes:])
     if loss is asymmetric_softmax:

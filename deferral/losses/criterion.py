@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from deferral.losses.published import cost_sensitive_abstention
@@ -53,7 +54,7 @@ class Criterion(nn.Module):
         return getattr(self.loss, "__name__", repr(self.loss))
 
     def _check_labels(self, given: dict[str, Any]) -> None:
-        for name in ("scores", "rejector"):
+        for name in ("scores", "rejector", "gate", "predictor_loss"):
             if name in given:
                 check_scores(given[name], name=name)
         targets = given.get("targets")
@@ -64,29 +65,49 @@ class Criterion(nn.Module):
 
     @staticmethod
     def _check_costs(given: dict[str, Any]) -> None:
-        mask, ceiling = given.get("mask"), given.get("ceiling", 1.0)
-        for name in ("cost", "wrong"):
-            if isinstance(given.get(name), Tensor):
-                check_costs(given[name].float(), name=name)
-        for name, own in (("expert_costs", 0), ("costs", 1)):
-            if name not in given:
+        mask = given.get("mask")
+        # In regression costs are in the units of the loss, and open above.
+        ceiling = None if "predictor_loss" in given else given.get("ceiling", 1.0)
+        for name in ("cost", "wrong", "expert_cost", "expert_correct", "expert_costs", "costs"):
+            if not isinstance(given.get(name), Tensor):
                 continue
-            costs = given[name]
-            known = None if mask is None else mask[..., mask.shape[-1] - costs.shape[-1] + own :]
-            check_costs(costs[..., own:], ceiling=ceiling, mask=known, name=name)
-            check_costs(costs[..., :own], ceiling=ceiling, name=name)
-        if mask is not None and "scores" in given:
-            experts = given["expert_costs"].shape[-1] if "expert_costs" in given else given["scores"].shape[-1] - 1
-            check_mask(mask, given["scores"].shape[-1] - experts, given["scores"].shape[-1])
+            costs = given[name] if given[name].is_floating_point() else given[name].float()
+            own = 1 if name == "costs" else 0
+            experts = costs.shape[-1] - own if costs.dim() else 0
+            asked, known = _last(costs, experts), None if mask is None else _last(mask, experts)
+            if known is not None:
+                asked, known = torch.broadcast_tensors(asked, known)
+            check_costs(asked, ceiling=ceiling, mask=known, name=name)
+            if own:
+                check_costs(costs[..., :own], ceiling=ceiling, name=name)
+        if mask is not None:
+            _check_own(mask, given)
 
     def _extra_columns(self, given: dict[str, Any]) -> int:
         """How many columns of the scores stand behind the class columns: one per expert, none, or one for abstaining."""
         if "rejector" in given or "gate" in given or getattr(self.loss, "func", self.loss) is cost_sensitive_abstention:
             return 0
-        for name in ("expert_costs", "expert_correct"):
-            if name in given and given[name].dim() == given["scores"].dim():
-                return given[name].shape[-1]
-        return 1
+        if "expert_costs" in given:
+            return given["expert_costs"].shape[-1]
+        correct = given.get("expert_correct")
+        # One number per row belongs to a single expert.
+        return 1 if correct is None or correct.shape == given["scores"].shape[:-1] else correct.shape[-1]
+
+
+def _last(table: Tensor, columns: int) -> Tensor:
+    return table[..., table.shape[-1] - columns :] if table.dim() else table
+
+
+def _check_own(mask: Tensor, given: dict[str, Any]) -> None:
+    """Own actions can always be taken.  Where the mask is of one expert alone, or of any actions, there is nothing to check."""
+    if "costs" in given or "predictor_loss" in given:
+        check_mask(mask, 1, given["scores"].shape[-1])
+    elif "gate" in given:
+        check_mask(mask, 1, given["gate"].shape[-1])
+    elif "expert_costs" in given:
+        check_mask(mask, given["scores"].shape[-1] - given["expert_costs"].shape[-1], given["scores"].shape[-1])
+    elif "expert_correct" in given and mask.dim() == given["scores"].dim():
+        check_mask(mask, given["scores"].shape[-1] - given["expert_correct"].shape[-1], given["scores"].shape[-1])
 
 
 def _mean(losses: Tensor, given: dict[str, Any]) -> Tensor:

@@ -61,12 +61,14 @@ def squared_hinge(t: Tensor) -> Tensor:
 
 
 def rho_margin(t: Tensor, *, rho: float = 1.0) -> Tensor:
-    """min(max(0, 1 - t / rho), 1)."""
+    """min(max(0, 1 - t / rho), 1), rho > 0."""
+    _require_rho(rho)
     return (1 - lift(t) / rho).clamp(0.0, 1.0)
 
 
 def rho_hinge(t: Tensor, *, rho: float = 1.0) -> Tensor:
-    """max(0, 1 - t / rho)."""
+    """max(0, 1 - t / rho), rho > 0."""
+    _require_rho(rho)
     return torch.relu(1 - lift(t) / rho)
 
 
@@ -106,6 +108,8 @@ def constrained_losses(scores: Tensor, *, phi: Margin, mask: Tensor | None = Non
 
 def max_losses(scores: Tensor, *, phi: Margin, mask: Tensor | None = None) -> Tensor:
     """l(s, k) = Phi(s_k - max_{i != k} s_i), for every k.  (..., A) -> (..., A), at least two actions known in each row"""
+    if scores.shape[-1] < 2:
+        raise ValueError(f"scores: expected at least two actions, each one's rival is the best other, got {tuple(scores.shape)}")
     scores = lift(scores)
     known = scores if mask is None else scores.masked_fill(~action_mask(scores, mask, 0), -torch.inf)
     top = known.topk(2, dim=-1)
@@ -145,6 +149,11 @@ def max_margin(scores: Tensor, weights: Tensor, *, phi: Margin = rho_margin, mas
     Bayes-consistent for the rho-margin; not for the hinge nor the exponential.
     """
     return _weighted(max_losses, scores, weights, phi, mask, columns=8 * scores.shape[-1])
+
+
+def _require_rho(rho: float) -> None:
+    if not rho > 0:
+        raise ValueError(f"rho: expected a margin above 0, got {rho}")
 
 
 def _weighted(

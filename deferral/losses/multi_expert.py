@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deferral.losses.comp_sum import comp_sum, comp_sum_of_costs, targeted_comp_sum, without_ignored
+from deferral.numerics import lift
 from deferral.validation import action_mask, require_actions, require_batch, require_ceiling, require_floating, require_targets
 
 __all__ = ["single_stage_deferral", "two_stage_deferral"]
@@ -38,6 +39,12 @@ def single_stage_deferral(
     num_classes = scores.shape[-1] - expert_costs.shape[-1]
     require_targets(scores, targets, num_classes)
     require_batch("scores", scores.shape[:-1], "expert_costs", expert_costs.shape[:-1])
+    if isinstance(ceiling, Tensor) or not ceiling >= 1:
+        raise ValueError(
+            f"ceiling: expected a number of at least 1, the cost of a wrong class, got {ceiling}; the weight ceiling - 1 of the "
+            "wrong classes would be negative and the risk unbounded below"
+        )
+    expert_costs = lift(expert_costs)
     targets, counts = without_ignored(targets, ignore_index)
     if ceiling == 1.0:
         loss = targeted_comp_sum(scores, targets, 1 - expert_costs, mu=mu, mask=mask)
@@ -68,5 +75,5 @@ def two_stage_deferral(
     """
     require_floating("scores", scores)
     require_actions(scores, costs)
-    require_ceiling(ceiling)
+    require_ceiling(scores, ceiling)
     return comp_sum_of_costs(scores, costs, ceiling, mu=mu, mask=mask if mask is None else action_mask(scores, mask, 1))

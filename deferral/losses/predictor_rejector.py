@@ -10,7 +10,17 @@ import torch
 from torch import Tensor
 
 from deferral.losses.comp_sum import comp_sum_at, log_probabilities, without_ignored
-from deferral.losses.margin import Margin, constrained_losses, exponential, logistic, max_losses, rho_hinge, rho_margin
+from deferral.losses.margin import (
+    Margin,
+    constrained_losses,
+    exponential,
+    logistic,
+    max_losses,
+    rho_hinge,
+    rho_margin,
+    sigmoid,
+)
+from deferral.numerics import lift
 from deferral.validation import require_batch, require_cost_range, require_floating, require_targets
 
 __all__ = [
@@ -64,7 +74,8 @@ def predictor_rejector_abstention(
     Answer iff r > 0 (`decide_pair`).  `base` is the l of the predictor: `mae` (the default), `double_mae`, `max_rho_margin` or
     `constrained_rho_hinge`.  Bayes-consistent iff psi = alpha / beta * m, where the base's optimal conditional loss is
     m * (1 - max p): m = 1, 2, 1 and K in that order (ALT 2024, Theorem 1 and Corollary 3).  `psi=None` takes the right one.
-    Raises ValueError for another psi, and for a base of which no such m exists, cross-entropy among them.
+    Raises ValueError for another psi, and for a base of which no such m exists, cross-entropy among them.  That holds for a
+    convex `phi`; the sigmoid and the rho-margin need alpha = beta.
 
     `double_mae` is realizable consistent too (Corollary 10).  The gradient of mae carries a factor p_y: start the predictor
     with some epochs of cross-entropy.  Rows whose target is `ignore_index` give 0.
@@ -73,6 +84,11 @@ def predictor_rejector_abstention(
     require_targets(scores, targets, scores.shape[-1])
     _require_rejector(rejector, scores.shape[:-1], cost)
     psi = _consistent_psi(base, psi, scores.shape[-1], alpha, beta)
+    if alpha != beta and getattr(phi, "func", phi) in (sigmoid, rho_margin):
+        raise ValueError(
+            f"phi: with alpha={alpha:g} and beta={beta:g} the psi of a convex phi, {psi:g}, is inconsistent for a bounded one, "
+            "whose r grows without end; take alpha = beta, or a convex phi such as exponential or logistic"
+        )
     targets, counts = without_ignored(targets, ignore_index)
     loss = predictor_rejector_formula(base(scores, targets), rejector, psi * cost, phi=phi, alpha=alpha, beta=beta)
     return loss if counts is None else loss.where(counts, 0.0)
@@ -92,6 +108,7 @@ def predictor_rejector_formula(
     ALT 2024, eq. 3.
     """
     require_floating("rejector", rejector)
+    rejector = lift(rejector)
     return predictor_loss * phi(-alpha * rejector) + transformed_cost * phi(beta * rejector)
 
 

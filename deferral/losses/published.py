@@ -1,7 +1,7 @@
 """Losses by other authors that ours are compared with: each agrees with its paper's formula, in nats and in log space.
 
-`expert_correct` is 1 where the expert's answer is right, 0 where it is wrong: (..., E), or (...,) for one expert.  `mask`, of
-the same shape, True = known: an expert whose answer is missing leaves the row.
+`expert_correct` is 1 or True where the expert's answer is right, 0 or False where it is wrong: (..., E), or (...,) for one
+expert.  `mask`, of the same shape, True = known: an expert whose answer is missing leaves the row.
 """
 
 import math
@@ -11,11 +11,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deferral.losses.closed_form import closed_form, has_closed_form
-from deferral.losses.comp_sum import comp_sum_at, log_probabilities
+from deferral.losses.comp_sum import ABSENT, comp_sum_at, log_probabilities
 from deferral.losses.margin import Margin, logistic
-from deferral.losses.realizable import realizable_deferral
-from deferral.numerics import lift
-from deferral.validation import action_mask, require_batch, require_cost_range, require_floating, require_targets
+from deferral.losses.realizable import candidates, expected_loss, log_mass, realizable_deferral
+from deferral.numerics import lift, log_add_exp
+from deferral.validation import (
+    action_mask,
+    require_batch,
+    require_cost_range,
+    require_floating,
+    require_share,
+    require_targets,
+)
 
 __all__ = [
     "asymmetric_softmax",
@@ -40,13 +47,15 @@ def mozannar_sontag(
     Bayes-consistent at alpha = 1 only, where it is `single_stage_deferral` with cost 1 - m.
     Mozannar, Sontag, "Consistent Estimators for Learning to Defer to an Expert" (ICML 2020), eq. 4; natural logarithm.
     """
-    _require_one_expert(scores, targets, expert_correct)
+    require_share("alpha", alpha)
+    expert_correct = _of_one(scores, targets, expert_correct)
     if mask is not None:
         mask = _of_one_expert(scores, mask)
-        expert_correct = expert_correct.where(mask[..., -1], 0)
+        expert_correct = expert_correct.where(mask[..., -1], 0.0)
     log_p = log_probabilities(scores, mask)
     weight = alpha * expert_correct + 1 - expert_correct
-    return weight * comp_sum_at(log_p[..., :-1], targets, 1.0) - expert_correct * log_p[..., -1]
+    pulled = log_p[..., -1].where(expert_correct != 0, 0.0)
+    return weight * comp_sum_at(log_p[..., :-1], targets, 1.0) - expert_correct * pulled
 
 
 def one_vs_all(
@@ -67,6 +76,8 @@ def one_vs_all(
     if phi is logistic and mask is None and not targets.is_floating_point() and has_closed_form(expert_correct):
         correct = expert_correct.to(scores.dtype).expand(*targets.shape, expert_correct.shape[-1])
         return closed_form(_binary_problems, scores, correct, targets.unsqueeze(-1), None, columns=scores.shape[-1])
+    # At -inf a binary problem whose answer is no costs nothing, and 0 * inf would be NaN.
+    scores = scores.clamp(min=ABSENT)
     hit = targets if targets.is_floating_point() else F.one_hot(targets, num_classes)
     hits = torch.cat([hit.to(scores.dtype), expert_correct.to(scores.dtype).expand(*hit.shape[:-1], -1)], dim=-1)
     if mask is not None:
@@ -84,7 +95,7 @@ def _binary_problems(scores: Tensor, correct: Tensor, targets: Tensor, ceiling: 
     own = scores.shape[-1] - correct.shape[-1]
     torch.sum(F.softplus(scores, threshold=40), dim=-1, keepdim=True, out=losses)
     losses.sub_(scores[:, :own].gather(-1, targets))
-    losses.sub_((correct * scores[:, own:]).sum(dim=-1, keepdim=True))
+    losses.sub_((correct * scores[:, own:].clamp(min=ABSENT)).sum(dim=-1, keepdim=True))
     torch.sigmoid(scores, out=descent).neg_()
     descent[:, :own].scatter_add_(-1, targets, torch.ones_like(losses))
     descent[:, own:].add_(correct)
@@ -97,13 +108,18 @@ def asymmetric_softmax(scores: Tensor, targets: Tensor, expert_correct: Tensor, 
     Cao, Mozannar, Feng, Wei, An, "In Defense of Softmax Parametrization for Calibrated and Consistent Learning to Defer"
     (NeurIPS 2023), eq. 7 in closed form.
     """
-    _require_one_expert(scores, targets, expert_correct)
+    expert_correct = _of_one(scores, targets, expert_correct)
+    if scores.shape[-1] < 3:
+        raise ValueError(
+            f"scores: expected at least two classes and one expert, got shape {tuple(scores.shape)}; the expert's score is set "
+            "against all classes but the best"
+        )
     z = asymmetric_logit(scores)
     classification = comp_sum_at(log_probabilities(scores[..., :-1]), targets, 1.0)
     if mask is not None:
         known = _of_one_expert(scores, mask)[..., -1]
-        z, expert_correct = z.where(known, 0.0), expert_correct.where(known, 0)
-    skill = expert_correct * logistic(z) + (1 - expert_correct) * logistic(-z)
+        z, expert_correct = z.where(known, 0.0), expert_correct.where(known, 0.0)
+    skill = expert_correct * logistic(z.where(expert_correct != 0, 0.0)) + (1 - expert_correct) * logistic(-z)
     return classification + (skill if mask is None else skill.where(known, 0.0))
 
 
@@ -125,7 +141,8 @@ def realizable_surrogate(
     Mozannar, Lang, Wei, Sattigeri, Das, Sontag, "Who Should Predict? Exact Algorithms for Learning to Defer to Humans"
     (AISTATS 2023), section 6, eq. 14.
     """
-    _require_one_expert(scores, targets, expert_correct)
+    require_share("alpha", alpha)
+    expert_correct = _of_one(scores, targets, expert_correct)
     loss = 2 * alpha * realizable_deferral(scores, targets, 1 - expert_correct, q=0.0, mask=mask)
     if alpha == 1.0:
         return loss
@@ -141,6 +158,9 @@ def cost_sensitive_abstention(scores: Tensor, targets: Tensor, cost: Tensor | fl
     require_floating("scores", scores)
     require_targets(scores, targets, scores.shape[-1])
     require_cost_range(cost)
+    if isinstance(cost, Tensor):
+        require_batch("scores", scores.shape[:-1], "cost", cost.shape)
+        cost = lift(cost)
     scores = lift(scores)
     hit = targets if targets.is_floating_point() else F.one_hot(targets, scores.shape[-1]).to(scores.dtype)
     accept, reject = (hit * phi(scores)).sum(dim=-1), ((1 - hit) * phi(-scores)).sum(dim=-1)
@@ -155,6 +175,13 @@ def madras(scores: Tensor, rejector: Tensor, targets: Tensor, expert_cost: Tenso
     """
     require_floating("rejector", rejector)
     require_targets(scores, targets, scores.shape[-1])
+    if rejector.shape != scores.shape[:-1]:
+        raise ValueError(
+            f"one rejector value per row: expected shape {tuple(scores.shape[:-1])}, got {tuple(rejector.shape)}; "
+            "a model with one output needs .squeeze(-1)"
+        )
+    require_floating("expert_cost", expert_cost)
+    require_batch("scores", scores.shape[:-1], "expert_cost", expert_cost.shape)
     gate = torch.sigmoid(lift(rejector))
     if mask is not None:
         gate, expert_cost = gate.where(mask, 0.0), expert_cost.where(mask, 0.0)
@@ -175,15 +202,14 @@ def mixture_of_experts(
             f"gate: expected one column for the classifier and one per expert, got {tuple(gate.shape)} for expert_correct "
             f"{tuple(expert_correct.shape)}"
         )
+    require_batch("scores", scores.shape[:-1], "gate", gate.shape[:-1])
+    require_batch("scores", scores.shape[:-1], "expert_correct", expert_correct.shape[:-1])
     if mask is not None:
         mask = action_mask(gate, mask, 1)
         expert_correct = expert_correct.where(mask[..., 1:], 0)
     log_w, log_p = log_probabilities(gate, mask), log_probabilities(scores)
-    right = log_w[..., 1:].masked_fill(expert_correct == 0, -torch.inf).logsumexp(dim=-1)
-    if targets.is_floating_point():
-        return -(targets * torch.logaddexp(log_w[..., :1] + log_p, right.unsqueeze(-1))).sum(dim=-1)
-    own = log_w[..., 0] + log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-    return -torch.logaddexp(own, right)
+    right = log_mass(log_w[..., 1:], expert_correct != 0)
+    return -expected_loss(log_add_exp(log_w[..., :1] + candidates(log_p, targets), right), targets)
 
 
 def deep_gamblers(scores: Tensor, targets: Tensor, *, reward: float) -> Tensor:
@@ -199,10 +225,8 @@ def deep_gamblers(scores: Tensor, targets: Tensor, *, reward: float) -> Tensor:
     if not 1 < reward <= num_classes:
         raise ValueError(f"reward: expected a number above 1 and at most the {num_classes} classes, got {reward}")
     log_p = log_probabilities(scores)
-    gains = torch.logaddexp(math.log(reward) + log_p[..., :-1], log_p[..., -1:])
-    if targets.is_floating_point():
-        return -(targets * gains).sum(dim=-1)
-    return -gains.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    gains = log_add_exp(math.log(reward) + candidates(log_p[..., :-1], targets), log_p[..., -1:])
+    return -expected_loss(gains, targets)
 
 
 def picce(scores: Tensor, targets: Tensor, expert_correct: Tensor, *, mask: Tensor | None = None) -> Tensor:
@@ -257,17 +281,22 @@ def selective_net(
         )
     if not 0 < coverage <= 1:
         raise ValueError(f"coverage: expected a number above 0 and at most 1, got {coverage}")
+    require_share("alpha", alpha)
+    if not penalty >= 0:
+        raise ValueError(f"penalty: expected a number >= 0, got {penalty}")
     log_g = F.logsigmoid(lift(selection))
     # mean(l g) / mean(g) as a softmax of log g: right where every g underflows.
     selective_risk = (log_g.softmax(dim=0) * losses).sum()
     shortfall = torch.relu(coverage - log_g.exp().mean())
-    return alpha * (selective_risk + penalty * shortfall.square()) + (1 - alpha) * auxiliary_losses.mean()
+    return alpha * (selective_risk + penalty * shortfall.square()) + (1 - alpha) * lift(auxiliary_losses).mean()
 
 
-def _require_one_expert(scores: Tensor, targets: Tensor, expert_correct: Tensor) -> None:
+def _of_one(scores: Tensor, targets: Tensor, expert_correct: Tensor) -> Tensor:
+    """Whether one expert is right, as numbers; ValueError unless there is one for every row.  (...,)"""
     require_floating("scores", scores)
     require_targets(scores, targets, scores.shape[-1] - 1)
     require_batch("scores", scores.shape[:-1], "expert_correct", expert_correct.shape)
+    return expert_correct.to(lift(scores).dtype)
 
 
 def _of_one_expert(scores: Tensor, mask: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ arXiv 2407.13732) and "Mastering Multiple-Expert Routing" (ICML 2025, arXiv 2506
 import torch
 from torch import Tensor
 
-from deferral.losses.comp_sum import log_probabilities
+from deferral.losses.comp_sum import ABSENT, log_probabilities
+from deferral.numerics import lift, log_add_exp
 from deferral.validation import action_mask, require_actions, require_batch, require_floating, require_targets
 
 __all__ = ["realizable_deferral", "realizable_experts", "realizable_router"]
@@ -31,17 +32,18 @@ def realizable_deferral(
     NeurIPS 2024, section 4 (L_RL2D).
     """
     require_floating("scores", scores)
+    require_floating("expert_cost", expert_cost)
     require_targets(scores, targets, scores.shape[-1] - 1)
     require_batch("scores", scores.shape[:-1], "expert_cost", expert_cost.shape)
     if mask is not None:
         expert_cost = expert_cost.where(mask, 1.0)
         mask = action_mask(scores, mask.unsqueeze(-1), scores.shape[-1] - 1)
     log_p = log_probabilities(scores, mask)
-    classes, expert = _candidates(log_p[..., :-1], targets), log_p[..., -1:]
+    classes, expert = candidates(log_p[..., :-1], targets), log_p[..., -1:]
     alone = _psi(classes, q)
-    together = _psi(torch.logaddexp(classes, expert), q)
-    cost = expert_cost.unsqueeze(-1)
-    return _expected(cost * alone + (1 - cost) * together, targets)
+    together = _psi(log_add_exp(classes, expert), q)
+    cost = lift(expert_cost).unsqueeze(-1)
+    return expected_loss(cost * alone + (1 - cost) * together, targets)
 
 
 def realizable_experts(
@@ -61,8 +63,8 @@ def realizable_experts(
         mask = action_mask(scores, mask, num_classes)
         expert_correct = expert_correct.where(mask[..., num_classes:], 0)
     log_p = log_probabilities(scores, mask)
-    right = log_p[..., num_classes:].masked_fill(expert_correct == 0, -torch.inf).logsumexp(dim=-1, keepdim=True)
-    return _expected(_psi(torch.logaddexp(_candidates(log_p[..., :num_classes], targets), right), q), targets)
+    right = log_mass(log_p[..., num_classes:], expert_correct != 0)
+    return expected_loss(_psi(log_add_exp(candidates(log_p[..., :num_classes], targets), right), q), targets)
 
 
 def realizable_router(scores: Tensor, costs: Tensor, *, mask: Tensor | None = None) -> Tensor:
@@ -90,10 +92,17 @@ def _psi(log_t: Tensor, q: float) -> Tensor:
     return -log_t if q == 0 else -torch.expm1(q * log_t) / q
 
 
-def _candidates(classes: Tensor, targets: Tensor) -> Tensor:
+def log_mass(log_p: Tensor, right: Tensor) -> Tensor:
+    """log sum of p over the columns that are right; hugely negative where none is, with all derivatives.  (..., E) -> (..., 1)"""
+    some = right.any(dim=-1, keepdim=True)
+    return log_p.masked_fill(~right & some, -torch.inf).logsumexp(dim=-1, keepdim=True).masked_fill(~some, ABSENT)
+
+
+def candidates(classes: Tensor, targets: Tensor) -> Tensor:
     """The classes that may be right: the target's column, or all under probabilities.  (..., K) -> (..., 1) or (..., K)"""
     return classes if targets.is_floating_point() else classes.gather(-1, targets.unsqueeze(-1))
 
 
-def _expected(losses: Tensor, targets: Tensor) -> Tensor:
+def expected_loss(losses: Tensor, targets: Tensor) -> Tensor:
+    """The candidates' losses, weighed by their probabilities.  (..., 1) or (..., K) -> (...,)"""
     return (targets * losses).sum(dim=-1) if targets.is_floating_point() else losses.squeeze(-1)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from deferral.losses.comp_sum import comp_sum_of_costs
 from deferral.losses.margin import Margin, logistic
+from deferral.numerics import lift
 from deferral.validation import action_mask, require_batch, require_floating
 
 __all__ = ["regression_abstention", "regression_deferral"]
@@ -35,6 +36,8 @@ def regression_deferral(
             f"scores: expected one more column than experts (action 0 keeps the prediction), got scores {tuple(scores.shape)} "
             f"and expert_costs {tuple(expert_costs.shape)}"
         )
+    require_batch("scores", scores.shape[:-1], "expert_costs", expert_costs.shape[:-1])
+    predictor_loss, expert_costs = lift(predictor_loss), lift(expert_costs)
     batch = torch.broadcast_shapes(predictor_loss.shape, expert_costs.shape[:-1])
     costs = torch.cat([predictor_loss.expand(batch).unsqueeze(-1), expert_costs.expand(*batch, expert_costs.shape[-1])], dim=-1)
     num_experts: Tensor | int = expert_costs.shape[-1]
@@ -62,6 +65,8 @@ def regression_abstention(predictor_loss: Tensor, rejector: Tensor, cost: Tensor
             f"one rejector value per row: rejector {tuple(rejector.shape)}, predictor_loss {tuple(predictor_loss.shape)}; "
             "a model with one output needs .squeeze(-1)"
         )
-    if not isinstance(cost, Tensor) and cost < 0:
+    if isinstance(cost, Tensor):
+        require_batch("rejector", rejector.shape, "cost", cost.shape)
+    elif not cost >= 0:
         raise ValueError(f"cost: expected a non-negative number in the units of the loss, got {cost}")
     return predictor_loss * phi(-rejector) + cost * phi(rejector)

@@ -28,7 +28,7 @@ def score_based_abstention(
     require_cost_range(cost)
     if isinstance(cost, Tensor):
         require_batch("scores", scores.shape[:-1], "cost", cost.shape)
-    weight = (1 - cost).unsqueeze(-1) if isinstance(cost, Tensor) else lift(scores).new_full((1,), 1 - cost)
+    weight = (1 - lift(cost)).unsqueeze(-1) if isinstance(cost, Tensor) else lift(scores).new_full((1,), 1 - cost)
     targets, counts = without_ignored(targets, ignore_index)
     loss = targeted_comp_sum(scores, targets, weight, mu=mu)
     return loss if counts is None else loss.where(counts, 0.0)
@@ -40,5 +40,7 @@ def rejector_of_scores(scores: Tensor) -> Tensor:
     This is the second stage of the score-based form: the class scores are fixed, the abstain score is learned.
     """
     require_floating("scores", scores)
+    if scores.shape[-1] < 2:
+        raise ValueError(f"scores: expected class scores and the score of abstaining, got shape {tuple(scores.shape)}")
     scores = lift(scores)
     return scores[..., :-1].detach().amax(dim=-1) - scores[..., -1]
