@@ -70,7 +70,9 @@ def test_a_response_is_forgotten_by_either_id(database: str) -> None:
     record = filled(database)
     assert forget(record.engine, response="id-1") == Forgotten(1, 1, 1)
     assert forget(record.engine, response="reply-3") == Forgotten(1, 1, 1)
-    assert forget(record.engine, response="nothing") == Forgotten()
+    for unknown in ("nothing", "\0"):
+        assert forget(record.engine, response=unknown) == Forgotten()
+    assert forget(record.engine, key="\0") == Forgotten()
     assert counts(record) == [18, 2, 18]
     assert record.spent("b", 0.0) == 2.5
     record.stop()

@@ -217,6 +217,7 @@ def test_a_revoked_key_opens_nothing_and_stays_on_the_list(shared_keys: Keys) ->
     assert keys.find(token) is None
     assert not keys.revoke(key.id)
     assert not keys.revoke("nobody")
+    assert not keys.revoke("\0")
     listed = keys.list()
     assert [issued.key for issued in listed] == [key, other]
     assert [issued.revoked is None for issued in listed] == [False, True]

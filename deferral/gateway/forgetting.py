@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from sqlalchemy import ColumnElement, Connection, Engine, delete, or_, select
 
 from deferral.gateway.database import alone, delete_among, replacing, scrub
+from deferral.gateway.rows import plain
 from deferral.gateway.schema import cascades, decisions, feedback, forgotten, shadows, texts
 
 __all__ = ["Forgotten", "forget", "forget_some"]
@@ -50,7 +51,9 @@ def forget(
     d = decisions.c
     if (key is None) == (response is None):
         raise ValueError("forget: expected either a key or a response")
-    wanted = d.key == key if response is None else or_(d.id == response, d.reply_id == response)
+    # A database may refuse to look for a NUL.
+    name = plain(response or key or "")
+    wanted = d.key == name if response is None else or_(d.id == name, d.reply_id == name)
     total = Forgotten()
     with engine.connect() as connection:
         while True:

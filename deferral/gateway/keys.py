@@ -19,6 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from deferral.gateway.database import clock, connect, prepare, writing
 from deferral.gateway.database import keys as table
+from deferral.gateway.rows import plain
 from deferral.gateway.windows import WINDOWS, WindowName, time_zone
 
 __all__ = ["ANYONE", "PREFIX", "Issued", "Key", "Keys", "UnknownKey", "key_of"]
@@ -210,7 +211,7 @@ class Keys:
 
     def revoke(self, id: str) -> bool:
         """End a key, by its id or the prefix that is shown; False where there is none that is valid."""
-        identity = id.removeprefix(PREFIX)
+        identity = plain(id.removeprefix(PREFIX))
         valid = (table.c.id == identity) & table.c.revoked.is_(None)
         with self.engine.begin() as connection:
             changed = connection.execute(update(table).where(valid).values(revoked=time.time())).rowcount
