@@ -25,6 +25,8 @@ How to read the tables.  A cost is the mean over the test rows, in errors; with 
 seeds, with one seed ± half of its 95% bootstrap interval.  Thresholds are fitted on calibration rows for every method, baselines
 included; "natural threshold" is the same scores without that.  A difference is paired over the test rows, its brackets cover
 every seed's 95% interval.  "Cheaper" and "dearer" count the intervals that lie on one side of zero.
+Minutes are sums over the cells, where other work on the machine makes them more; started twice, a command shares its cells
+between two processes, a core each, and takes half as long.
 """
 
 
@@ -146,7 +148,8 @@ def _section(section: Section, records: Sequence[Record]) -> list[str]:
     lines = [f"## {section.title}", "", "```text", section.about.strip(), "```", ""]
     for preset, entries in section.entries.items():
         mine = [record for record in records if record["cell"]["preset"] == preset]
-        commands = " and ".join(f"`python -m benchmarks {name} --preset {preset}`" for name in section.commands)
+        where = "" if preset == "laptop" else " --device cuda"
+        commands = " and ".join(f"`python -m benchmarks {name} --preset {preset}{where}`" for name in section.commands)
         lines += [f"### {section.title}: {preset}", "", f"{commands}.  {_provenance(mine)}", ""]
         if not mine and not section.published:
             continue
