@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 import uvicorn
+from threadpoolctl import threadpool_limits
 
 from deferral.errors import DataError
 from deferral.gateway.access import must_have_key
@@ -64,6 +65,8 @@ def _serve(settings: Settings, log_level: str, listener: socket.socket) -> None:
     assert settings.experts_file is not None
     router, experts = load_router(settings), read_experts(settings.experts_file)
     _allow_many_connections()
+    # A product of one query takes less time than it takes to wake another thread.
+    threadpool_limits(1, user_api="blas")
     # When all is done, uvicorn raises the signal that ended it once more, for whoever was there before.
     for ending in (signal.SIGTERM, signal.SIGINT):
         signal.signal(ending, lambda *_: None)

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 
 from deferral.errors import DataError
 from deferral.routing.constraints import Needs
@@ -57,7 +58,8 @@ def route_file(
         "setting": {name: _plain(value) for name, value in setting.items()},
     }
     partial, note = out.with_name(f"{out.name}.partial"), out.with_name(f"{out.name}.partial.json")
-    with partial.open("ab") as file:
+    # One thread as in the workers, so that the last digit does not hang on their number.
+    with partial.open("ab") as file, threadpool_limits(1, user_api="blas"):
         _claim(file, partial)
         # Who held it before may have finished.
         _check_free(out)
@@ -181,6 +183,8 @@ _of_worker: dict[str, Any] = {}
 
 def _begin(folder: Path, encoder: Path | None, setting: dict) -> None:
     torch.set_num_threads(1)
+    # Of as many processes as there are cores, each would keep the others from theirs.
+    threadpool_limits(1, user_api="blas")
     Thread(target=_end_with_parent, daemon=True).start()
     _of_worker.update(router=Router.load(folder, encoder=encoder), setting=setting)
 
