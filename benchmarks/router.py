@@ -14,7 +14,6 @@ import json
 import multiprocessing
 import os
 import platform
-import resource
 import statistics
 import tempfile
 import time
@@ -27,6 +26,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table as Printed
+from threadpoolctl import threadpool_limits
 
 from deferral.routing import Log, Outcome, Router, Table, read_log, write_log
 from deferral.routing.batches import route_file
@@ -177,14 +177,20 @@ def writing(rows: int, folder: Path) -> dict:
 
 
 def _peak() -> float:
-    # Linux counts in KiB.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    """GiB of this process alone; what `getrusage` says begins with the memory of the process that started it."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 2**20
 
 
 def _alone(job: Callable[..., dict], *arguments: object) -> dict:
     """The job in a process of its own, with one thread: its peak of memory is its own too."""
-    with multiprocessing.get_context("spawn").Pool(1, torch.set_num_threads, (1,)) as pool:
+    with multiprocessing.get_context("spawn").Pool(1, _one_thread) as pool:
         return pool.apply(job, arguments)
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+    threadpool_limits(1, user_api="blas")
 
 
 def draw(lines: list[dict], path: Path) -> None:
