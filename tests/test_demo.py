@@ -75,12 +75,12 @@ def test_figures_are_consistent(comparison: Comparison) -> None:
     assert always_a.cost.estimate == pytest.approx(1 - always_a.accuracy.estimate + 0.15)
 
 
-@pytest.mark.ci_slow
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_table(comparison: Comparison) -> None:
     assert run(0).figures == comparison.figures
 
 
-@pytest.mark.ci_slow
+@pytest.mark.slow
 def test_a_useless_expert_is_hardly_asked() -> None:
     useless = run(0, useless_expert=True)
     assert useless.experts == ["A", "B", "C", "D"]
@@ -88,7 +88,7 @@ def test_a_useless_expert_is_hardly_asked() -> None:
         assert useless.figures[name].loads[3].estimate < 0.02, name
 
 
-@pytest.mark.ci_slow
+@pytest.mark.slow
 def test_training_resumes_as_if_it_had_not_been_stopped(tmp_path: Path) -> None:
     data = load_digits()
     images = torch.nn.functional.interpolate(255 * data.images[:600], size=32).expand(-1, 3, -1, -1).byte()
