@@ -38,22 +38,30 @@ def test_a_folder_without_onnx_needs_sentence_transformers(tmp_path: Path, monke
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A BERT of two layers with random weights, and a tokenizer trained on a few sentences."""
+    """A BERT of two layers with random weights, and a tokenizer of the words of a few sentences."""
     import torch
 
     from deferral.torchvision_compat import import_torchvision
 
     import_torchvision()
-    from tokenizers import BertWordPieceTokenizer
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordPiece
+    from tokenizers.normalizers import BertNormalizer
+    from tokenizers.pre_tokenizers import BertPreTokenizer
     from transformers import BertConfig, BertModel
 
     folder = tmp_path_factory.mktemp("encoder") / "tiny"
-    words = BertWordPieceTokenizer()
-    words.train_from_iterator(world(200)[0], vocab_size=300, show_progress=False)
-    torch.manual_seed(0)
+    # Training a vocabulary breaks ties by chance.
+    letters = [chr(code) for code in range(33, 127)]
+    known = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
+    known += sorted({word for text in world(200)[0] for word in text.lower().split()} - {*letters})
+    vocabulary = {word: number for number, word in enumerate(known)}
+    words = Tokenizer(WordPiece(vocabulary, unk_token="[UNK]"))
+    words.normalizer, words.pre_tokenizer = BertNormalizer(), BertPreTokenizer()
+    torch.manual_seed(2)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
     # Attention that is far from even, so that a mask left out is seen.
-    config = BertConfig(vocab_size=words.get_vocab_size(), max_position_embeddings=64, initializer_range=0.3, **sizes)
+    config = BertConfig(vocab_size=len(vocabulary), max_position_embeddings=64, initializer_range=0.3, **sizes)
     BertModel(config).save_pretrained(folder)
     words.save(str(folder / "tokenizer.json"))
     return folder
