@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from deferral.gateway.forgetting import forget
-from deferral.gateway.keys import PREFIX, Issued, Key, Keys, UnknownKey
+from deferral.gateway.keys import PREFIX, SETTINGS, Issued, Key, Keys, UnknownKey
 from deferral.gateway.problems import Problem
 from deferral.gateway.status import status
 from deferral.gateway.wire import header_map, read_body
@@ -24,7 +24,6 @@ __all__ = ["change_key", "create_key", "hours_of", "rotate_key", "routes", "show
 
 _MOST_BYTES = 1 << 16
 _WRITTEN = 0.2
-_SETTINGS = ("name", "experts", "requests_per_minute", "budget", "window", "zone", "admin")
 
 
 def routes(gateway: "Gateway") -> list[Route]:
@@ -86,7 +85,7 @@ def routes(gateway: "Gateway") -> list[Route]:
 
 def create_key(keys: Keys, body: bytes) -> dict[str, Any]:
     """A key from the JSON of its settings.  -> it, and its token, which is shown this once"""
-    wanted = _wanted(body, _SETTINGS)
+    wanted = _wanted(body, (*SETTINGS, "admin"))
     if "name" not in wanted:
         raise Problem(400, "invalid_key", "expected at least a name", param="name")
     with _problems():
@@ -96,7 +95,7 @@ def create_key(keys: Keys, body: bytes) -> dict[str, Any]:
 
 def change_key(keys: Keys, id: str, body: bytes) -> dict[str, Any]:
     """Other settings for a key, from their JSON; null lifts a restriction.  -> the key as it is now"""
-    wanted = _wanted(body, _SETTINGS[:-1])
+    wanted = _wanted(body, SETTINGS)
     with _problems():
         _, key = keys.change(id, **wanted)
     return {**_settings(key), "object": "key"}

@@ -22,14 +22,15 @@ from deferral.gateway.database import keys as table
 from deferral.gateway.rows import plain
 from deferral.gateway.windows import WINDOWS, WindowName, time_zone
 
-__all__ = ["ANYONE", "PREFIX", "Issued", "Key", "Keys", "UnknownKey", "key_of"]
+__all__ = ["ANYONE", "PREFIX", "SETTINGS", "Issued", "Key", "Keys", "UnknownKey", "key_of"]
 
 _log = logging.getLogger("deferral.gateway.keys")
 
 _REFRESH = 2.0
 _MARK = "dk"
 PREFIX = f"{_MARK}-"
-_SETTINGS = ("name", "experts", "requests_per_minute", "budget", "window", "zone")
+# What may be changed of a key.
+SETTINGS = ("name", "experts", "requests_per_minute", "budget", "window", "zone")
 _HOUR = 3600.0
 _LONGEST_GRACE = 8760.0
 
@@ -174,14 +175,14 @@ class Keys:
         `key` is its id, the prefix that is shown, or a name that no other valid key has; UnknownKey where it is none of these.
         None lifts a restriction.  ValueError where a setting makes no sense; then nothing has changed.  -> before, after
         """
-        if unknown := [name for name in settings if name not in _SETTINGS]:
-            raise ValueError(f"{unknown[0]}: not to be changed; expected one of {', '.join(_SETTINGS)}")
+        if unknown := [name for name in settings if name not in SETTINGS]:
+            raise ValueError(f"{unknown[0]}: not to be changed; expected one of {', '.join(SETTINGS)}")
         if not settings:
-            raise ValueError(f"nothing to change; expected one of {', '.join(_SETTINGS)}")
+            raise ValueError(f"nothing to change; expected one of {', '.join(SETTINGS)}")
         with self.engine.connect() as connection, writing(connection):
             before = key_of(_named(connection, key))
-            wanted = {name: getattr(before, name) for name in _SETTINGS} | settings
-            _check(*(wanted[name] for name in _SETTINGS))
+            wanted = {name: getattr(before, name) for name in SETTINGS} | settings
+            _check(*(wanted[name] for name in SETTINGS))
             if wanted["experts"] is not None:
                 wanted["experts"] = frozenset(wanted["experts"])
             if wanted["budget"] is not None:
@@ -270,7 +271,7 @@ def _named(connection: Connection, key: str) -> Row:
 
 
 def _columns(key: Key) -> dict[str, Any]:
-    settings = {name: getattr(key, name) for name in _SETTINGS}
+    settings = {name: getattr(key, name) for name in SETTINGS}
     return settings | {"experts": None if key.experts is None else json.dumps(sorted(key.experts))}
 
 

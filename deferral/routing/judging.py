@@ -219,11 +219,10 @@ def _two_experts(rows: Held, group: np.ndarray | None, resamples: int, seed: int
 
 
 def _check_full(table: Table) -> None:
-    if not table.full:
-        row, column = np.argwhere(~table.mask)[0]
+    if gap := table.gap:
         raise ValueError(
-            f"expected every expert's outcome on every query: {table.experts[column]} has none on query {row + 1}, "
-            f"{table.queries[row][:60]!r}; a log of single answers is judged by `deferral route simulate`"
+            f"expected every expert's outcome on every query: {gap}; a log of single answers is judged by "
+            "`deferral route simulate`"
         )
 
 

@@ -67,6 +67,14 @@ class Table:
         """True if every expert answered every query."""
         return bool(self.mask.all())
 
+    @property
+    def gap(self) -> str:
+        """The first outcome that is missing, in words; "" where the table is full."""
+        if self.full:
+            return ""
+        row, column = np.argwhere(~self.mask)[0]
+        return f"{self.experts[column]} has none on query {row + 1}, {self.queries[row][:60]!r}"
+
     def rows(self, rows: np.ndarray) -> "Table":
         """The same table for some of the queries, by their indices."""
         arrays = (self.quality, self.price, self.mask, self.latency, self.propensity)

@@ -435,9 +435,5 @@ def _check_values(table: Table) -> None:
 
 
 def _check_full(table: Table) -> None:
-    if not table.full:
-        row, column = np.argwhere(~table.mask)[0]
-        raise ValueError(
-            f"certify: expected every expert's outcome on every query; {table.experts[column]} has none on query {row + 1}, "
-            f"{table.queries[row][:60]!r}"
-        )
+    if gap := table.gap:
+        raise ValueError(f"certify: expected every expert's outcome on every query; {gap}")
