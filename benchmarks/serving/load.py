@@ -55,7 +55,6 @@ async def rate(url: str, bodies: list[bytes], key: str, clients: int, per_second
     await asyncio.gather(*map(client, range(clients)))
     latencies.sort()
     taken = time.perf_counter() - began
-    # The first second warms caches up.
     return {"requests": count, "per_second": count / taken, "bad": bad} | {
         f"p{share}": latencies[min(int(share / 100 * len(latencies)), len(latencies) - 1)] for share in (50, 90, 99)
     }

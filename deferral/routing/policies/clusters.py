@@ -8,6 +8,8 @@ from deferral.routing.policies.policy import centred
 
 __all__ = ["Clusters"]
 
+_FEW = 64
+
 
 class Clusters:
     """sum over the cluster of (quality - mean) / (its size + prior), averaged over `repeats` clusterings from other starts."""
@@ -36,11 +38,11 @@ class Clusters:
     def deviations(self, vectors: Vectors) -> np.ndarray:
         """Expected quality above the expert's mean.  -> (N, E)"""
         centres, gain = self.arrays["centres"], self.arrays["gain"]
-        if len(vectors) != 1:
+        if len(vectors) > _FEW:
             each = [values[nearest_centre(vectors.dense, found)] for found, values in zip(centres, gain, strict=True)]
             return np.sum(each, axis=0) / np.float32(len(gain))
-        # One product for all clusterings of one query.
+        # One product for all clusterings, whose table would be large for many queries.
         repeats, count, size = centres.shape
-        nearest = (centres.reshape(-1, size) @ vectors.dense[0]).reshape(repeats, count).argmax(1)
+        nearest = (vectors.dense @ centres.reshape(-1, size).T).reshape(-1, repeats, count).argmax(2)
         rows = gain.reshape(repeats * count, -1).take(nearest + np.arange(0, repeats * count, count), axis=0)
-        return np.add.reduce(rows, keepdims=True) / np.float32(repeats)
+        return np.add.reduce(rows, axis=1) / np.float32(repeats)

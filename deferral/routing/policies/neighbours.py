@@ -104,11 +104,7 @@ class Neighbours:
         """The similarity of every candidate, and the candidates.  (D,) -> (K,), (K,)"""
         arrays = self.arrays
         cell = int((arrays["centres"] @ vector).argmax())
-        candidates = arrays["near"][cell]
-        if (pool := self._pools.get(cell)) is None:
-            # Fetching scattered rows takes several times as long as their products.
-            pool = self._pools[cell] = arrays["rows"].take(candidates, axis=0)
-        return pool @ vector, candidates
+        return self._pool(cell) @ vector, arrays["near"][cell]
 
     def _found_one(self, similarity: np.ndarray, candidates: np.ndarray) -> np.ndarray:
         """(K,), (K,) -> (1, E)"""
@@ -132,18 +128,23 @@ class Neighbours:
 
     def _nearest(self, vectors: np.ndarray, count: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """(rows of the batch, (n, count) logged rows, (n, count) similarity), cell by cell."""
-        near, rows = self.arrays["near"], self.arrays["rows"]
+        near = self.arrays["near"]
         count = min(count, near.shape[1])
         cell = nearest_centre(vectors, self.arrays["centres"])
         for number in np.unique(cell):
-            candidates = near[number]
-            pool = rows.take(candidates, axis=0)
+            candidates, pool = near[number], self._pool(number)
             members = np.flatnonzero(cell == number)
             for start in range(0, len(members), _BLOCK):
                 block = members[start : start + _BLOCK]
                 similarity = vectors[block] @ pool.T
                 best = np.argpartition(-similarity, count - 1, axis=1)[:, :count]
                 yield block, candidates[best], np.take_along_axis(similarity, best, 1)
+
+    def _pool(self, cell: int) -> np.ndarray:
+        """The rows near a centre, side by side: to fetch them takes several times as long as their products.  -> (K, D)"""
+        if (pool := self._pools.get(cell)) is None:
+            pool = self._pools[cell] = self.arrays["rows"].take(self.arrays["near"][cell], axis=0)
+        return pool
 
 
 def _closeness(similarity: np.ndarray) -> np.ndarray:
