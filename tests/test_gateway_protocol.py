@@ -166,6 +166,29 @@ def test_who_says_nothing_is_sent_away() -> None:
     assert replies_to(patience=0) == []
 
 
+def test_a_client_that_leaves_is_gone_for_the_request_under_way_though_more_had_been_sent() -> None:
+    async def run() -> None:
+        told, begun = asyncio.Event(), asyncio.Event()
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            await receive()
+            begun.set()
+            if (await receive())["type"] == "http.disconnect":
+                told.set()
+
+        loop, config = asyncio.get_running_loop(), Config(app, http=Protocol, ws="none")
+        config.load()
+        server = await loop.create_server(lambda: Protocol(config, ServerState(), {}, loop), "127.0.0.1", 0)
+        _, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+        writer.write(2 * (HEAD + b"content-length: 0\r\n\r\n"))
+        await begun.wait()
+        writer.close()
+        await asyncio.wait_for(told.wait(), 10)
+        server.close()
+
+    asyncio.run(run())
+
+
 def test_half_a_request_is_waited_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("deferral.gateway.wire._LONGEST_UPLOAD_S", 0.01)
 

@@ -4,7 +4,7 @@ import asyncio
 from typing import Any, cast
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 __all__ = ["Protocol"]
 
@@ -21,11 +21,20 @@ class Protocol(HttpToolsProtocol):
 
     # Bytes since the last that were the end of a head, or a part of a body.
     _unfinished = 0
+    _running: RequestResponseCycle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client has connected."""
         super().connection_made(cast(asyncio.Transport, Gathering(transport, self.loop)))
         self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+
+    def connection_lost(self, error: Exception | None) -> None:  # type: ignore[override]
+        """The client is gone: the request that is answered learns of it, and not only the last that was sent."""
+        super().connection_lost(error)
+        running = self._running
+        if running is not None and not running.response_complete:
+            running.disconnected = True
+            running.message_event.set()
 
     def data_received(self, data: bytes) -> None:
         """Some bytes of requests."""
@@ -57,6 +66,10 @@ class Protocol(HttpToolsProtocol):
         """The end of a request."""
         if not self.parser.should_upgrade():
             super().on_message_complete()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
 
     def _not_upgraded(self, rest: bytes) -> None:
         """The parser takes what follows the head for another protocol: once more, without the wish."""
