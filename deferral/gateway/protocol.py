@@ -28,7 +28,7 @@ class Protocol(HttpToolsProtocol):
         super().connection_made(cast(asyncio.Transport, Gathering(transport, self.loop)))
         self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 
-    def connection_lost(self, error: Exception | None) -> None:  # type: ignore[override]
+    def connection_lost(self, error: Exception | None) -> None:
         """The client is gone: the request that is answered learns of it, and not only the last that was sent."""
         super().connection_lost(error)
         running = self._running
