@@ -1,12 +1,19 @@
-"""Replies leave in as few system calls as they can, whole and in order."""
+"""Replies leave in as few system calls as they can, whole and in order; requests are bounded, and never upgraded."""
 
 import asyncio
+import json
+from typing import Any
 
 import pytest
 
 pytest.importorskip("uvicorn")
 
-from deferral.gateway.protocol import Gathering
+from uvicorn import Config
+from uvicorn.server import ServerState
+
+from deferral.gateway.problems import Problem
+from deferral.gateway.protocol import Gathering, Protocol
+from deferral.gateway.wire import header_map, read_body, send_json
 
 
 class _Wire:
@@ -79,3 +86,115 @@ def test_the_rest_is_the_transports_own(wire):
         assert Gathering(wire, asyncio.get_running_loop()).get_extra_info("peername") == "peername"
 
     asyncio.run(asks())
+
+
+async def tell(scope: Any, receive: Any, send: Any) -> None:
+    """An app that repeats what it was sent."""
+    headers = header_map(scope)
+    body = await read_body(receive, headers, 1 << 20)
+    await send_json(send, {"body": body.decode(), "headers": sorted(name.decode() for name in headers)})
+
+
+def replies_to(*packets: bytes, patience: int = 75) -> list[Any]:
+    """What a server answers until it closes the connection: bodies, read where they are JSON."""
+
+    async def run() -> bytes:
+        loop, config = asyncio.get_running_loop(), Config(tell, http=Protocol, ws="none", timeout_keep_alive=patience)
+        config.load()
+        server = await loop.create_server(lambda: Protocol(config, ServerState(), {}, loop), "127.0.0.1", 0)
+        reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+        said = b""
+        try:
+            for packet in packets:
+                writer.write(packet)
+                await asyncio.sleep(0.001)
+            while part := await reader.read(1 << 16):
+                said += part
+        except ConnectionError:
+            # Whoever is refused is sent away before all is read.
+            pass
+        writer.close()
+        server.close()
+        return said
+
+    bodies = [part.partition(b"\r\n\r\n")[2] for part in asyncio.run(run()).split(b"HTTP/1.1 ")[1:]]
+    return [json.loads(body) if body.startswith(b"{") else body.decode() for body in bodies]
+
+
+HEAD = b"POST / HTTP/1.1\r\nhost: x\r\n"
+END = HEAD + b"connection: close\r\ncontent-length: 3\r\n\r\nend"
+WISH = b"connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAEA\r\n"
+
+
+@pytest.mark.parametrize(
+    "packets",
+    [
+        [HEAD + WISH + b"content-length: 4\r\n\r\nbody" + END],
+        [HEAD, WISH + b"content-length: 4\r\n", b"\r\n", b"bo", b"dy", END],
+        [HEAD + WISH + b"transfer-encoding: chunked\r\n\r\n", b"4\r\nbody\r\n", b"0\r\n\r\n" + END],
+    ],
+)
+def test_a_wish_to_be_upgraded_is_not_granted_and_its_request_answered(packets: list[bytes]) -> None:
+    first, last = replies_to(*packets)
+    assert first["body"] == "body"
+    assert "http2-settings" in first["headers"]
+    assert last["body"] == "end"
+
+
+def test_what_cannot_be_served_is_refused_once() -> None:
+    for data in (b"CONNECT a:1 HTTP/1.1\r\nhost: a\r\n\r\n", b"CONNECT a:1 HTTP/1.1\r\n" + WISH + b"\r\n"):
+        assert replies_to(data) == ["CONNECT is not served"]
+    assert replies_to(b"no HTTP\r\n\r\n") == ["this is no HTTP/1.1"]
+
+
+def test_trailers_are_no_headers() -> None:
+    chunks = b"connection: close\r\ntransfer-encoding: chunked\r\n\r\n4\r\nbody\r\n0\r\nauthorization: Bearer x\r\n\r\n"
+    [reply] = replies_to(HEAD + chunks)
+    assert (reply["body"], "authorization" in reply["headers"]) == ("body", False)
+
+
+@pytest.mark.parametrize("line", [b"a" * 20_000, b"x-a: b\r\n" * 2_000])
+def test_a_head_without_an_end_is_sent_away(line: bytes) -> None:
+    replies = replies_to(HEAD + b"x-long: ", *[line] * 20)
+    assert replies in (["expected a head of at most 65536 bytes"], []), "a reset may overtake the reply"
+    # Trailers come within a request, and get no answer of their own.
+    replies = replies_to(HEAD + b"transfer-encoding: chunked\r\n\r\n4\r\nbody\r\n0\r\nx-long: ", *[line] * 20)
+    assert replies == []
+
+
+def test_who_says_nothing_is_sent_away() -> None:
+    assert replies_to(patience=0) == []
+
+
+def test_a_client_that_leaves_is_gone_for_the_request_under_way_though_more_had_been_sent() -> None:
+    async def run() -> None:
+        told, begun = asyncio.Event(), asyncio.Event()
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            await receive()
+            begun.set()
+            if (await receive())["type"] == "http.disconnect":
+                told.set()
+
+        loop, config = asyncio.get_running_loop(), Config(app, http=Protocol, ws="none")
+        config.load()
+        server = await loop.create_server(lambda: Protocol(config, ServerState(), {}, loop), "127.0.0.1", 0)
+        _, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+        writer.write(2 * (HEAD + b"content-length: 0\r\n\r\n"))
+        await begun.wait()
+        writer.close()
+        await asyncio.wait_for(told.wait(), 10)
+        server.close()
+
+    asyncio.run(run())
+
+
+def test_half_a_request_is_waited_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deferral.gateway.wire._LONGEST_UPLOAD_S", 0.01)
+
+    async def receive() -> Any:
+        await asyncio.sleep(60)
+
+    with pytest.raises(Problem) as caught:
+        asyncio.run(read_body(receive, {}, 100))
+    assert (caught.value.status, caught.value.headers) == (408, {"connection": "close"})

@@ -1,16 +1,22 @@
 """What each kind of failure means: asked again, blamed, left alone, and what the client is told."""
 
 import asyncio
+import gzip
+import json
 import ssl
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime, formatdate
 
 import aiohttp
 import pytest
 
-from deferral.gateway.answering import Standing, _nobody
+from deferral.gateway.answering import Answerers, Call, Standing, Unanswered, _nobody
 from deferral.gateway.experts_file import Expert
-from deferral.gateway.upstream import Failure, _refused, _retry_after, _unanswered
+from deferral.gateway.metrics import Metrics
+from deferral.gateway.requests import parse
+from deferral.gateway.upstream import Failure, Upstream, _refused, _retry_after, _unanswered
+from deferral.gateway.usage import StreamMeter, error_of
 
 CHAT = "/chat/completions"
 
@@ -48,11 +54,11 @@ def test_what_an_exception_means() -> None:
         (aiohttp.ClientOSError(), 502, True),
         (aiohttp.ClientPayloadError(), 502, False),
     ):
-        for fresh in (False, True):
-            failure = _unanswered(error, fresh=fresh)
+        for reused in (False, True):
+            failure = _unanswered(error, reused=reused)
             assert (failure.status, failure.again, failure.blame) == (status, again, True), error
             disconnected = isinstance(error, aiohttp.ServerDisconnectedError) or type(error) is aiohttp.ClientOSError
-            assert failure.stale is (disconnected and not fresh)
+            assert failure.stale is (disconnected and reused)
 
 
 def test_retry_after_is_a_number_or_a_date() -> None:
@@ -88,3 +94,133 @@ def test_the_chosen_one_says_what_kind_of_problem_it_is_and_all_are_named() -> N
     assert (problem.status, problem.code, problem.attempts) == (504, "upstream_timeout", 3)
     assert problem.message == "small failed; small did not answer in time; large failed"
     assert _nobody([(small, broken)], 1).headers == {"retry-after": "3"}
+
+
+ANSWER = {"id": "c1", "choices": [{"message": {"content": "yes"}}], "usage": {"prompt_tokens": 7, "completion_tokens": 3}}
+CHUNK = b'{"choices": [{"delta": {"content": "the end is [DONE]"}}]}'
+
+
+def whole(body: object = ANSWER, head: bytes = b"", status: int = 200, *, packed: bool = False) -> bytes:
+    data = json.dumps(body).encode()
+    data = gzip.compress(data) if packed else data
+    begin = b"HTTP/1.1 %d X\r\ncontent-type: application/json\r\n%bcontent-length: %d\r\n\r\n"
+    return begin % (status, head, len(data)) + data
+
+
+def streamed(*events: bytes) -> bytes:
+    data = b"".join(b"data: " + event + b"\n\n" for event in events)
+    return b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ncontent-length: %d\r\n\r\n" % len(data) + data
+
+
+def asked(connections: Sequence[Sequence[bytes]], times: int = 1, key: str | None = None) -> tuple[list[Call | Exception], int]:
+    """Calls of an expert, one after another, that may never be retried; one list of replies for each connection, b"" ends it.
+
+    -> what came of each, and how many requests the expert got
+    """
+    served: list[bytes] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for reply in waiting.pop(0):
+            head = await reader.readuntil(b"\r\n\r\n")
+            await reader.readexactly(int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0]))
+            served.append(head)
+            if not reply:
+                break
+            writer.write(reply)
+        writer.close()
+
+    async def run() -> list[Call | Exception]:
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        expert = Expert("small", f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1", key=key)
+        upstream = Upstream(max_reply_bytes=1 << 20)
+        answerers = Answerers(upstream, Metrics(), retry_share=0.0)
+        answerers.update({"small": expert})
+        body = b'{"model": "small", "messages": [], "stream": true}'
+        found: list[Call | Exception] = []
+        for _ in range(times):
+            try:
+                call = await answerers.answer([expert], CHAT, lambda _: body, {}, parse("chat", body))
+                call.end(True)
+                found.append(call)
+            except Unanswered as nobody:
+                found.append(nobody)
+        assert answerers.standings["small"].slots.taken == 0
+        await upstream.close()
+        server.close()
+        return found
+
+    waiting = list(connections)
+    return asyncio.run(run()), len(served)
+
+
+def test_a_connection_that_ended_while_it_was_idle_is_replaced_and_no_other_is() -> None:
+    answers, requests = asked([[whole(), b""], [whole()]], times=2)
+    assert [call.attempts for call in answers if isinstance(call, Call)] == [1, 2]
+    assert requests == 3
+    # Nothing was idle here: that is a failure like others, for the retry budget to decide on, and there is none.
+    [nobody], requests = asked([[b""], [whole()]])
+    assert isinstance(nobody, Unanswered)
+    assert (nobody.status, nobody.attempts, requests) == (502, 1, 1)
+
+
+def test_a_compressed_reply_is_understood_though_nobody_asked_for_it() -> None:
+    [call], _ = asked([[whole(head=b"content-encoding: gzip\r\n", packed=True)]])
+    assert isinstance(call, Call)
+    assert json.loads(call.reply.body) == ANSWER
+    assert (call.reply.usage.output_tokens, call.reply.usage.estimated) == (3, False)
+    assert b"content-encoding" not in dict(call.reply.headers)
+
+
+def test_headers_that_no_client_could_be_sent_are_left_out() -> None:
+    [call], _ = asked([[whole(head=b"x-odd: a\x01b\r\nx-even: caf\xe9\r\n")]])
+    assert isinstance(call, Call)
+    assert (b"x-even", b"caf\xe9") in call.reply.headers
+    assert b"x-odd" not in dict(call.reply.headers)
+
+
+def test_an_error_that_repeats_the_key_keeps_it_secret() -> None:
+    echo = {"error": {"message": "your headers: Bearer sk-0123456789"}}
+    [call], _ = asked([[whole(echo, status=422)]], key="sk-0123456789")
+    assert isinstance(call, Call)
+    assert call.reply.body == json.dumps(echo).encode().replace(b"sk-0123456789", b"***")
+
+
+@pytest.mark.parametrize("reply", [whole({"error": {"message": "busy", "code": 503}}), streamed(b'{"error": "busy"}', b"[DONE]")])
+def test_an_error_in_place_of_an_answer_is_a_failure_whatever_its_status_says(reply: bytes) -> None:
+    [nobody], _ = asked([[reply]])
+    assert isinstance(nobody, Unanswered)
+    assert (nobody.status, nobody.code) == (502, "upstream_error")
+    [call], _ = asked([[whole({"error": {"message": "no such tool", "code": 400}})]])
+    assert isinstance(call, Call), "the client's own fault is told to the client"
+
+
+def test_what_is_an_error_and_what_is_an_answer() -> None:
+    assert error_of(b'{"error": {"code": 429}}') == 429
+    assert error_of(b'{"error": {"code": "overloaded"}}') == error_of(b'{"error": "no"}') == 502
+    assert error_of(b': a comment\n\ndata: {"error": {"code": 503}}\n\n') == 503
+    for answer in (
+        b'{"error": null}',
+        b'{"choices": [{}], "error": {}}',
+        b'{"data": [1], "error": "x"}',
+        b'["error"]',
+        b'{"error": {',
+    ):
+        assert error_of(answer) is None
+
+
+@pytest.mark.parametrize(
+    ("events", "finished"),
+    [
+        ([CHUNK, b"[DONE]"], True),
+        ([CHUNK, b'{"choices": [{"finish_reason": "stop"}]}'], True),
+        ([CHUNK], False),
+        ([CHUNK, b'{"error": {"message": "overloaded"}}', b"[DONE]"], False),
+        ([CHUNK, b'{"choices": [{"finish_reason": "error"}]}', b"[DONE]"], False),
+    ],
+)
+def test_a_stream_is_over_when_it_says_so_and_not_when_the_answer_does(events: list[bytes], finished: bool) -> None:
+    for end in (b"\n\n", b"\r\n\r\n"):
+        meter = StreamMeter()
+        for event in events:
+            meter.feed(b"data: " + event + end)
+        assert meter.finished is finished

@@ -140,12 +140,14 @@ class Answerers:
                     return await self._call(expert, standing, ticket, path, body, headers, asked, attempts, fresh=not again)
                 except Failure as failure:
                     failures.append((expert, failure))
-                    self.metrics.failed(expert.name, failure.code)
+                    if not failure.stale:
+                        self.metrics.failed(expert.name, failure.code)
                     _log.log(_level(failure), "%s %s (%s)", expert.name, failure.message, failure.code)
                     if not again or not self._worth_again(failure):
                         break
-                    self.metrics.retried(expert.name)
-                    await asyncio.sleep(0.0 if failure.stale else max(backoff(1), failure.rest or 0.0))
+                    if not failure.stale:
+                        self.metrics.retried(expert.name)
+                        await asyncio.sleep(max(backoff(1), failure.rest or 0.0))
         raise _nobody(failures, attempts)
 
     def _worth_again(self, failure: Failure) -> bool:

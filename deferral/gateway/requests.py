@@ -96,7 +96,7 @@ def parse(kind: Kind, body: bytes) -> Asked:
         name = "prompt" if kind == "completions" else "input"
         turns, tools, images, image_bytes = (Turn(text_of(request.get(name)), 0),), False, 0, 0
     tokens = (len(body) - image_bytes) // BYTES_PER_TOKEN + images * _IMAGE_TOKENS
-    allowed = request.get("max_completion_tokens", request.get("max_tokens"))
+    allowed = request.get("max_completion_tokens") or request.get("max_tokens")
     output = allowed if isinstance(allowed, int) and not isinstance(allowed, bool) and 0 < allowed < 1 << 31 else 0
     return Asked(model, turns[-1].query, tokens, output, tools, images > 0, stream is True, turns)
 

@@ -1,10 +1,12 @@
 """One attempt: a request goes to an expert, and a reply comes back whole, or begins, or it is a failure of a known kind."""
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from time import time
+from time import monotonic, time
 from typing import Any
 
 import aiohttp
@@ -12,7 +14,7 @@ from yarl import URL
 
 from deferral.gateway.experts_file import Expert
 from deferral.gateway.requests import Asked
-from deferral.gateway.usage import Usage, usage_of
+from deferral.gateway.usage import Usage, error_of, usage_of
 
 __all__ = ["Failure", "Reply", "Upstream"]
 
@@ -28,15 +30,24 @@ _OWN = frozenset(
 )  # fmt: skip
 # Servers close idle connections; uvicorn, which many of them are built on, after 5 seconds.
 _KEEP_ALIVE = 4.0
+# By aiohttp, before anybody looks at a reply.
+_DECODED = frozenset({b"identity", b"gzip", b"deflate", b"br", b"zstd"})
 _MISCONFIGURED = frozenset({401, 402, 403, 404, 405})
 _OVERLOADED = frozenset({408, 425, 429})
+# A connection that was closed while it was idle is found to be so by the first answer of the other end's machine.
+_STALE_S = 1.0
+_opened: ContextVar[bool] = ContextVar("opened")
+# Of a header that came; the parser of replies is not as strict.
+_FIT = re.compile(rb"[\t -~\x80-\xff]*")
+# Shorter ones are words, such as servers without keys are given.
+_SHORTEST_SECRET = 8
 
 
 class Failure(Exception):
     """An attempt that gave the client nothing.
 
     `again`: the same expert may be asked once more; `blame`: the breaker counts it; `rest`: seconds for which the expert wants
-    to be left alone; `stale`: the connection had perhaps been closed while it was idle, and a new one is due.  `status` and
+    to be left alone; `stale`: the connection had been closed while it was idle, it seems, and a new one is due.  `status` and
     `code` are for the client, if nobody else answers.  The message never quotes the upstream, which may repeat a key.
     """
 
@@ -110,15 +121,18 @@ class Upstream:
         if prepared is None or prepared.expert is not expert:
             prepared = self._prepared[expert.name, path] = _prepared(expert, path)
         sent = {**headers, **prepared.headers} if headers else prepared.headers
+        began = monotonic()
+        _opened.set(False)
         try:
             # A redirect would take the key to another place.
             response = await (self._fresh if fresh else self._session).post(
                 prepared.url, data=body, headers=sent, timeout=prepared.timeout, allow_redirects=False
             )
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
-            raise _unanswered(error, fresh=fresh) from error
+            reused = not _opened.get() and monotonic() - began < _STALE_S
+            raise _unanswered(error, reused=reused) from error
         try:
-            return await self._reply(response, asked, path)
+            return await self._reply(response, asked, path, prepared.secret)
         except BaseException:
             response.close()
             raise
@@ -126,39 +140,43 @@ class Upstream:
     async def look(self, expert: Expert, path: str, timeout_s: float) -> tuple[int, bytes]:
         """GET a path, by a new connection.  -> status and body, whatever they are; Failure where none came"""
         prepared = _prepared(expert, path)
-        timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=expert.connect_s)
+        timeout = aiohttp.ClientTimeout(total=timeout_s, connect=expert.connect_s)
         try:
             async with self._fresh.get(prepared.url, headers=prepared.headers, timeout=timeout, allow_redirects=False) as reply:
                 return reply.status, await self._whole(reply)
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
-            raise _unanswered(error, fresh=True) from error
+            raise _unanswered(error, reused=False) from error
 
-    async def _reply(self, response: aiohttp.ClientResponse, asked: Asked, path: str) -> Reply:
+    async def _reply(self, response: aiohttp.ClientResponse, asked: Asked, path: str, secret: bytes) -> Reply:
         status = response.status
-        if status in _MISCONFIGURED or status >= 500 or status in _OVERLOADED or 300 <= status < 400 or status < 200:
+        if _is_failure(status):
             raise _refused(status, path, _retry_after(response.headers.get("Retry-After")))
         kind = response.headers.get("Content-Type", "").lower()
         events = kind.startswith("text/event-stream")
         if status < 300 and not (kind.startswith("application/json") or (events and asked.stream)):
             raise Failure(502, "upstream_bad_reply", f"answered neither JSON nor a stream that was asked for: {_shown(kind)}")
-        headers = [(name.lower(), value) for name, value in response.raw_headers if _handed_on(name.lower())]
+        headers = [(name.lower(), value) for name, value in response.raw_headers if _handed_on(name.lower(), value)]
         unknown = Usage(asked.tokens, 0, True, "")
         try:
             if events and status < 300:
                 first = await response.content.readany()
                 if not first:
                     raise Failure(502, "upstream_bad_reply", "ended its stream before the first byte", again=True)
+                _check_error(first, path)
                 return Reply(status, headers, first, unknown, response)
             body = await self._whole(response)
         except TimeoutError as error:
             raise Failure(504, "upstream_timeout", "did not go on with its reply in time") from error
         except (aiohttp.ClientError, OSError, ValueError) as error:
             raise Failure(502, "upstream_bad_reply", "broke off its reply") from error
-        if status >= 300 or response.headers.get("Content-Encoding", "identity").lower() != "identity":
+        if status >= 300 and len(secret) >= _SHORTEST_SECRET:
+            body = body.replace(secret, b"***")
+        if status >= 300 or response.headers.get("Content-Encoding", "identity").lower().encode() not in _DECODED:
             return Reply(status, headers, body, unknown)
         usage = usage_of(body, asked.tokens)
         if usage is None:
             raise Failure(502, "upstream_bad_reply", "answered with JSON that cannot be read")
+        _check_error(body, path)
         return Reply(status, headers, body, usage)
 
     async def _whole(self, response: aiohttp.ClientResponse) -> bytes:
@@ -180,29 +198,51 @@ class _Prepared:
     url: URL
     headers: dict[str, str]
     timeout: aiohttp.ClientTimeout
+    secret: bytes  # the key
 
 
 def _prepared(expert: Expert, path: str) -> _Prepared:
-    # Compressed replies could not be looked at without another copy.
+    # To be compressed for this hop is not worth the time; who does so anyway is understood.
     headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
     if expert.key is not None:
         headers["Authorization"] = f"Bearer {expert.key}"
-    timeout = aiohttp.ClientTimeout(total=expert.total_s, sock_connect=expert.connect_s, sock_read=expert.first_byte_s)
-    return _Prepared(expert, URL(expert.base_url + path), headers, timeout)
+    timeout = aiohttp.ClientTimeout(total=expert.total_s, connect=expert.connect_s, sock_read=expert.first_byte_s)
+    return _Prepared(expert, URL(expert.base_url + path), headers, timeout, (expert.key or "").encode())
 
 
-def _handed_on(name: bytes) -> bool:
-    return name not in _OWN and not name.startswith(b"x-deferral-")
+def _handed_on(name: bytes, value: bytes) -> bool:
+    if name == b"content-encoding" and value.lower() in _DECODED:
+        return False
+    return name not in _OWN and not name.startswith(b"x-deferral-") and _FIT.fullmatch(value) is not None
+
+
+def _is_failure(status: int) -> bool:
+    return status in _MISCONFIGURED or status >= 500 or status in _OVERLOADED or 300 <= status < 400 or status < 200
+
+
+def _check_error(beginning: bytes, path: str) -> None:
+    """Failure where a reply that calls itself an answer is an error, and one that is not the client's own fault."""
+    status = error_of(beginning)
+    if status is not None and _is_failure(status):
+        raise _refused(status, path, None)
+
+
+class _Connector(aiohttp.TCPConnector):
+    """Tells whoever asks whether a connection was opened for the request."""
+
+    async def _create_connection(self, *request: Any) -> Any:
+        _opened.set(True)
+        return await super()._create_connection(*request)
 
 
 def _session(**connections: Any) -> aiohttp.ClientSession:
     # How many requests an expert gets at a time is decided before this.
-    connector = aiohttp.TCPConnector(limit=0, ttl_dns_cache=30, **connections)
-    return aiohttp.ClientSession(connector=connector, auto_decompress=False, cookie_jar=aiohttp.DummyCookieJar())
+    connector = _Connector(limit=0, ttl_dns_cache=30, **connections)
+    return aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
 
 
-def _unanswered(error: Exception, *, fresh: bool) -> Failure:
-    """Nothing of a reply has come."""
+def _unanswered(error: Exception, *, reused: bool) -> Failure:
+    """Nothing of a reply has come; `reused`: the connection was there before, and it ended at once."""
     if isinstance(error, aiohttp.ConnectionTimeoutError):
         return Failure(504, "upstream_timeout", "could not be reached in time")
     if isinstance(error, TimeoutError | asyncio.TimeoutError):
@@ -212,7 +252,7 @@ def _unanswered(error: Exception, *, fresh: bool) -> Failure:
     if isinstance(error, aiohttp.ClientConnectorError):
         return Failure(502, "upstream_unreachable", "cannot be reached", again=True)
     if isinstance(error, aiohttp.ServerDisconnectedError | aiohttp.ClientOSError | ConnectionError):
-        return Failure(502, "upstream_bad_reply", "closed the connection before it answered", again=True, stale=not fresh)
+        return Failure(502, "upstream_bad_reply", "closed the connection before it answered", again=True, stale=reused)
     return Failure(502, "upstream_bad_reply", "answered something that is no HTTP")
 
 

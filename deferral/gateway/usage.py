@@ -4,7 +4,7 @@ import json
 import re
 from typing import Any, NamedTuple, TypeGuard
 
-__all__ = ["StreamMeter", "Usage", "usage_of"]
+__all__ = ["StreamMeter", "Usage", "error_of", "usage_of"]
 
 _CHARACTERS_PER_TOKEN = 4
 _READ_WHOLE = 1 << 17
@@ -12,7 +12,11 @@ _TAIL = 4096
 _TEXT = re.compile(rb'"(?:content|reasoning_content|text|arguments)"\s*:\s*"([^"\\]*(?:\\.[^"\\]*)*)"')
 _ID = re.compile(rb'"id"\s*:\s*"([^"\\]{1,200})"')
 _USAGE = re.compile(rb'"usage"\s*:\s*(\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})')
-_FINISHED = re.compile(rb'"finish_reason"\s*:\s*"')
+# Texts of a model are quoted, and have no line ends of their own: it cannot write any of these.
+_FINISHED = re.compile(rb'"finish_reason"\s*:\s*"|(?:^|[\r\n])data: ?\[DONE\]')
+_FAILED = re.compile(rb'(?:^|[\r\n])data: ?\{\s*"error"\s*:\s*[{"]|"finish_reason"\s*:\s*"error"')
+_EVENT = re.compile(rb"(?:^|[\r\n])data: ?(\{[^\r\n]*)")
+_ANSWERS = ("choices", "data")
 
 
 class Usage(NamedTuple):
@@ -44,6 +48,24 @@ def usage_of(body: bytes, input_tokens: int) -> Usage | None:
     return _usage(usage, body[:_TAIL], input_tokens, characters)
 
 
+def error_of(beginning: bytes) -> int | None:
+    """The status that an error names which came in place of an answer, as a reply of status 200 or the first event of a stream.
+
+    502 where it names none; None where there is no error, or an answer beside it.
+    """
+    if b'"error"' not in beginning:
+        return None
+    event = _EVENT.search(beginning)
+    try:
+        reply = json.loads(event[1] if event else beginning)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(reply, dict) or not reply.get("error") or any(reply.get(name) for name in _ANSWERS):
+        return None
+    code = reply["error"].get("code") if isinstance(reply["error"], dict) else None
+    return code if _is_count(code) and 400 <= code < 600 else 502
+
+
 class StreamMeter:
     """What passes by of a stream of events."""
 
@@ -65,7 +87,7 @@ class StreamMeter:
     @property
     def finished(self) -> bool:
         """Whether the end of the answer has been seen, and not only of the bytes."""
-        return b"[DONE]" in self._tail or _FINISHED.search(self._tail) is not None
+        return _FINISHED.search(self._tail) is not None and _FAILED.search(self._tail) is None
 
     def usage(self, input_tokens: int) -> Usage:
         """Tokens so far, `input_tokens` being the estimate."""
