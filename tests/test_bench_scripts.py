@@ -305,6 +305,7 @@ def test_svhn_is_downloaded_checked_and_run(mirror: Path, tmp_path: Path) -> Non
     assert records["always abstain"]["parts"][0]["cost"]["estimate"] == pytest.approx(0.2)
     single = records["Mozannar-Sontag (mu=1)"]["settings"]
     assert single["speed"]["images_per_second"] > 0
+    assert records["two-stage score-based"]["settings"]["first_stage"]["images_per_second"] > 0
     cell = Cell(**records["two-stage score-based"]["cell"])
     assert len(Results(out).samples(cell)["cost0"]) == 200
     # The loader: digit 0 is written as 10, and channels come last but one.
