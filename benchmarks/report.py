@@ -1,6 +1,7 @@
 """Writes docs/reproduction.md and its pictures from all cells found.  python -m benchmarks report"""
 
 import inspect
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +14,7 @@ from benchmarks.harness.cells import Results
 from benchmarks.harness.presets import PRESETS
 from benchmarks.harness.running import RESULTS
 from benchmarks.harness.tables import Record, Section, by_method, by_point, chosen, matrix, verdicts
+from deferral.datasets import DataError
 
 PAGE = Path(__file__).parent.parent / "docs" / "reproduction.md"
 INTRODUCTION = """\
@@ -24,7 +26,9 @@ commit.  Published figures stand beside ours where they are known to us.
 How to read the tables.  A cost is the mean over the test rows, in errors; with several seeds it is the mean ± the deviation over
 seeds, with one seed ± half of its 95% bootstrap interval.  Thresholds are fitted on calibration rows for every method, baselines
 included; "natural threshold" is the same scores without that.  A difference is paired over the test rows, its brackets cover
-every seed's 95% interval.  "Cheaper" and "dearer" count the intervals that lie on one side of zero.
+every seed's 95% interval.  "Cheaper" and "dearer" count the intervals that lie on one side of zero.  "Ours minus published" has
+a 95% interval, over our seeds, or over the test rows where there is one seed; in the published protocol (preset paper) a figure
+is held where that interval reaches zero or below, and not held where all of it lies above.
 Minutes are sums over the cells, where other work on the machine makes them more; started twice, a command shares its cells
 between two processes, a core each, and takes half as long.
 """
@@ -134,8 +138,11 @@ def pictures(results: Results, folder: Path) -> list[Path]:
 def command(out: Path) -> None:
     """The page and its pictures."""
     results = Results(out)
-    paths = pictures(results, PAGE.parent)
-    PAGE.write_text(page(results), encoding="utf-8")
+    try:
+        text, paths = page(results), pictures(results, PAGE.parent)
+    except DataError as error:
+        raise click.ClickException(str(error)) from error
+    PAGE.write_text(text, encoding="utf-8")
     click.echo("\n".join(f"wrote {path}" for path in [PAGE, *paths]))
 
 
@@ -176,7 +183,19 @@ def _provenance(records: Sequence[Record]) -> str:
     measure = "CPU time" if all("cpu_seconds" in record for record in records) else "one process"
     minutes = sum(record["cpu_seconds" if measure == "CPU time" else "wall_seconds"] for record in records) / 60
     machines = sorted({f"{r['machine']['device']}, torch {r['machine']['torch']}" for r in records})
-    return f"{len(records)} cells, {minutes:.1f} minutes of {measure}; {'; '.join(machines)}."
+    mixed = _mixed(records)
+    warning = f"  Cells of several settings stand together ({', '.join(mixed)}): delete the outdated ones." if mixed else ""
+    return f"{len(records)} cells, {minutes:.1f} minutes of {measure}; {'; '.join(machines)}.{warning}"
+
+
+def _mixed(records: Sequence[Record]) -> list[str]:
+    """The data sets whose cells were trained in more than one way: a preset may change between two runs."""
+    found: dict[str, set[str]] = {}
+    for record in records:
+        network, rows, recipe = (record["settings"].get(key) for key in ("network", "rows", "recipe"))
+        recipe = {key: value for key, value in (recipe or {}).items() if key not in ("bfloat16", "compiled")}
+        found.setdefault(record["cell"]["data"], set()).add(json.dumps([network, rows, recipe], sort_keys=True))
+    return sorted(data for data, ways in found.items() if len(ways) > 1)
 
 
 def _of(record: Record) -> tuple[str, str]:

@@ -1,27 +1,37 @@
 """The harness of the published tables: cells, images, heads, training that resumes, figures, the page."""
 
+import errno
 import json
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from benchmarks.harness.cells import Cell, Results, write_whole
+from benchmarks.harness import training
+from benchmarks.harness.abstention import SINGLE_STAGE
+from benchmarks.harness.abstention import Loss as CostLoss
+from benchmarks.harness.cells import Cell, NotFinite, Results, write_whole
 from benchmarks.harness.heads import Head, at, fit
 from benchmarks.harness.images import augment
 from benchmarks.harness.judging import Judged, Outputs, figures, fixed, judge, single_stage
 from benchmarks.harness.networks import NETWORKS
+from benchmarks.harness.presets import PRESETS
 from benchmarks.harness.progress import Display
-from benchmarks.harness.running import RESULTS, Busy, Finding, Part, running
+from benchmarks.harness.running import RESULTS, Busy, Finding, Part, Run, running
 from benchmarks.harness.training import Diverged, OutOfTime, Recipe, Watch, _utilisation, outputs_of, train
 from deferral.costs import single_stage_costs
-from deferral.datasets import Images
+from deferral.datasets import DataError, Images
 from deferral.decision import decide
 from deferral.metrics import deferral_cost
 
@@ -35,6 +45,23 @@ def synthetic(rows: int = 150) -> Images:
         torch.randint(0, 256, (rows, 3, 32, 32), generator=generator, dtype=torch.uint8),
         torch.randint(10, (rows,), generator=generator),
     )
+
+
+def started(folder: Path, *, device: str = "cpu", budget_minutes: float | None = None) -> AbstractContextManager[Run]:
+    return running(
+        out=folder,
+        seeds=1,
+        device=device,
+        threads=1,
+        root=None,
+        budget_minutes=budget_minutes,
+        most_cells=None,
+        quiet=True,
+    )
+
+
+def partial_cost(loss: CostLoss) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    return lambda scores, labels: loss(scores, labels, 0.05)
 
 
 def cross_entropy(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -54,14 +81,25 @@ def test_a_cell_is_finished_when_its_figures_are_there(tmp_path: Path) -> None:
     assert Cell(**record["cell"]) == CELL
     assert results.samples(CELL)["cost"].tolist() == [0, 1, 2]
     assert results.path(CELL).name == "cifar10_Cao-et-al.-mu-1.7_c-0.2_seed3.json"
-    results.path(CELL).write_text('{"cell":')
-    with pytest.raises(ValueError, match="delete it to run it again"):
-        results.read_all("abstention")
+
+
+def test_a_file_that_is_no_cell_or_another_cell_is_told(tmp_path: Path) -> None:
+    results = Results(tmp_path)
+    results.write(CELL, {"parts": [{"cost": 0.1}]}, {"cost": np.zeros(1)})
+    whole = results.path(CELL).read_text()
+    for damaged in ("", '{"cell":', "[]", whole.replace('"parts"', '"figures"'), whole.replace('"seed"', '"s"')):
+        results.path(CELL).write_text(damaged)
+        with pytest.raises(DataError, match=r"seed3\.json: expected the JSON of a finished cell .*; delete it to run it again"):
+            results.read_all("abstention")
+    for another in (whole.replace('"preset": "tiny"', '"preset": "paper"'), whole.replace('"seed": 3', '"seed": 4')):
+        results.path(CELL).write_text(another)
+        with pytest.raises(DataError, match="expected the figures of the cell that it is named after"):
+            results.read_all("abstention")
 
 
 def test_a_figure_that_is_not_finite_leaves_the_cell_open(tmp_path: Path) -> None:
     for figure in (float("nan"), float("inf")):
-        with pytest.raises(ValueError, match=r"cifar10_Cao.*: expected finite figures \(.*\); the cell is left open"):
+        with pytest.raises(NotFinite, match=r"expected finite figures \(.*\)"):
             Results(tmp_path).write(CELL, {"parts": [{"cost": figure}]}, {"cost": np.zeros(1)})
     assert not list(tmp_path.rglob("*.*"))
 
@@ -103,9 +141,7 @@ def test_a_claim_keeps_others_out_until_it_ends(tmp_path: Path) -> None:
 
 def test_what_needs_what_another_process_makes_comes_last(tmp_path: Path) -> None:
     order: list[int] = []
-    with running(
-        out=tmp_path, seeds=3, device="cpu", threads=1, root=None, budget_minutes=None, most_cells=None, quiet=True
-    ) as run:
+    with started(tmp_path) as run:
         other = ExitStack()
         other.enter_context(run.results.claim("stage"))
 
@@ -126,14 +162,40 @@ def test_what_needs_what_another_process_makes_comes_last(tmp_path: Path) -> Non
     assert order == [-1, 1, 0]
 
 
+def test_a_cell_whose_figures_are_not_finite_stays_open_and_the_others_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def work(cell: Cell) -> Finding:
+        costs = torch.full((4, 2), torch.nan if cell.seed == 0 else 1.0)
+        return Finding([Part(fixed(Outputs(torch.zeros(4, 2), costs), 0), {})], {})
+
+    cells = [replace(CELL, seed=seed) for seed in (0, 1)]
+    with pytest.raises(click.ClickException, match="1 cells diverged"), started(tmp_path) as run:  # noqa: PT012
+        left_by_a_killed_run = run.results.checkpoint(cells[1])
+        run.each(cells[1:], work)
+        left_by_a_killed_run.touch()
+        run.each(cells, work)
+    assert [run.results.finished(cell) for cell in cells] == [False, True]
+    assert "_seed0: expected finite figures on every test row, not so: cost, natural_cost" in capsys.readouterr().err
+    assert not left_by_a_killed_run.exists()
+
+
+def test_a_full_disk_is_told_with_the_way_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(click.ClickException, match=r"No space left on device .*the same command continues"), started(tmp_path):
+        train(lambda: NETWORKS["small"](10), synthetic(50), cross_entropy, replace(RECIPE, epochs=1), tmp_path / "n.pt", seed=0)
+    assert not list(tmp_path.rglob("n*.pt"))
+
+
 def test_waiting_for_another_process_ends_with_the_time_budget(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def work(cell: Cell) -> Finding:
         raise Busy("stage")
 
     with (
-        running(
-            out=tmp_path, seeds=1, device="cpu", threads=1, root=None, budget_minutes=0.002, most_cells=None, quiet=True
-        ) as run,
+        started(tmp_path, budget_minutes=0.002) as run,
         run.results.claim("stage"),
     ):
         run.each([CELL], work)
@@ -243,6 +305,15 @@ def test_each_head_has_its_own_weight_decay() -> None:
     fit(heads, still, 1, 10, steps=3, seed=0, weight_decay=[0.0, 9.0])
     assert all(torch.equal(a, b) for a, b in zip(before, heads[0].parameters(), strict=True))
     assert all((a.abs() > b.abs()).all() for a, b in zip(before, heads[1].parameters(), strict=True))
+
+
+def test_a_gradient_that_is_not_finite_stops_a_head_before_the_step() -> None:
+    head = Head(torch.randn(1, 10, 2), 1, hidden=0, seed=0)
+    before = [p.clone() for p in head.parameters()]
+    with pytest.raises(Diverged, match="step 1 of 1: the loss is 0, the size of its gradient nan"):
+        # sqrt at 0 is finite and its slope is not.
+        fit([head], lambda i: (0 * head(torch.ones(1, 10, 2)).squeeze(-1)).sqrt(), 1, 10, steps=1, seed=0)
+    assert all(torch.equal(a, b) for a, b in zip(before, head.parameters(), strict=True))
 
 
 def test_a_head_that_diverges_says_where() -> None:
@@ -394,6 +465,42 @@ def test_a_gpu_that_cannot_be_asked_stops_nothing(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cuda, "utilization", lambda device: 87)
     assert _utilisation(torch.device("cuda:0")) == [87]
     assert _utilisation(torch.device("cpu")) == []
+
+
+class OneDevice(TorchDispatchMode):
+    """Stands for a device of its own, `meta`: only copies may cross to it, and it says 1 where it is asked for a number."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return args[0].dtype == torch.bool or 1.0
+        tensors = [a for a in tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor) and (a.dim() or a.is_meta)]
+        copied = func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+        if not copied and len({a.device for a in tensors}) > 1:
+            raise AssertionError(f"{func} of tensors on several devices")
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "recipe", [replace(PRESETS[name].recipe, epochs=1, batch=4) for name in ("fast", "paper")], ids=["fast", "paper"]
+)
+def test_a_step_of_every_method_keeps_to_the_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, recipe: Recipe) -> None:
+    monkeypatch.setattr(training, "_fingerprint", lambda data: "")
+    monkeypatch.setattr(training, "_save", lambda path, *given: path.touch())
+    for number, loss in enumerate([cross_entropy, *(partial_cost(loss) for loss in SINGLE_STAGE.values())]):
+        with OneDevice():
+            data = Images(
+                torch.empty(6, 3, 32, 32, dtype=torch.uint8, device="meta"), torch.zeros(6, dtype=torch.long, device="meta")
+            )
+            model, _ = train(lambda: NETWORKS["small"](11), data, loss, recipe, tmp_path / f"{number}.pt", seed=0)
+            features, scores = outputs_of(model, data.images, bfloat16=False)
+        assert (features.device.type, scores.device.type, scores.shape) == ("meta", "meta", (6, 11))
+
+
+@pytest.mark.parametrize("device", ["nowhere", "cuda:99"])
+def test_a_device_that_is_not_there_is_told(tmp_path: Path, device: str) -> None:
+    with pytest.raises(click.UsageError, match=f"--device {device}: "), started(tmp_path, device=device):
+        pass
 
 
 @pytest.mark.cuda

@@ -21,7 +21,7 @@ from scipy.io import loadmat, savemat
 from sklearn.ensemble import GradientBoostingRegressor
 
 from benchmarks import multi_expert, people, predictor_rejector, realizable, regression, report, score_based, two_stage
-from benchmarks.harness import simulated
+from benchmarks.harness import simulated, tables
 from benchmarks.harness.asking import ALWAYS, METHODS, NEVER, Asked, Task
 from benchmarks.harness.cells import Cell, Results
 from benchmarks.harness.running import RESULTS
@@ -53,6 +53,33 @@ def test_the_page_shows_every_cell_that_a_script_would_run() -> None:
     assert shown["people"] == {*people.BASELINES, *people.LEARNED}
     assert shown["regression"] == set(regression.METHODS)
     assert shown["realizable"] == {method for methods in realizable.METHODS.values() for method in methods}
+
+
+def cell_of(costs: tuple[float, float, float], seed: int, *, preset: str = "paper", epochs: int = 200) -> dict:
+    low, estimate, high = costs
+    cell = Cell("abstention", "cifar10", "two-stage score-based", "c=0.05", seed, preset)
+    cost = {"estimate": estimate, "low": low, "high": high}
+    settings = {"network": "resnet34", "rows": {"predictor": 45_000}, "recipe": {"epochs": epochs, "bfloat16": bool(seed)}}
+    return {"cell": vars(cell), "parts": [{"cost": cost, "difference": {}}], "settings": settings}
+
+
+def test_a_published_figure_is_held_not_held_or_not_run() -> None:
+    def against(*cells: dict, preset: str = "paper") -> str:
+        return tables._against(cells, "3.22 ± 0.04", 100.0, preset)
+
+    assert against() == "not run"
+    assert against(cell_of((0.030, 0.033, 0.036), 0)) == "+0.08 [-0.22, +0.38], held (one seed)"
+    assert against(cell_of((0.033, 0.036, 0.039), 0)) == "+0.38 [+0.08, +0.68], not held (one seed)"
+    three = [cell_of((0.0, cost, 1.0), seed) for seed, cost in enumerate((0.0341, 0.0342, 0.0343))]
+    # Student's interval of three: the mean -+ 4.303 deviations / sqrt(3).
+    assert against(*three) == "+0.20 [+0.18, +0.22], not held"
+    assert against(*three, preset="fast") == "+0.20 [+0.18, +0.22]"
+
+
+def test_cells_of_several_settings_in_one_table_are_told() -> None:
+    alike = [cell_of((0.0, 0.03, 0.1), seed) for seed in range(2)]
+    assert report._mixed(alike) == []  # the precision is the machine's
+    assert report._mixed([*alike, cell_of((0.0, 0.03, 0.1), 2, epochs=100)]) == ["cifar10"]
 
 
 def test_every_script_says_claim_numbers_and_command() -> None:
@@ -278,6 +305,7 @@ def test_svhn_is_downloaded_checked_and_run(mirror: Path, tmp_path: Path) -> Non
     assert records["always abstain"]["parts"][0]["cost"]["estimate"] == pytest.approx(0.2)
     single = records["Mozannar-Sontag (mu=1)"]["settings"]
     assert single["speed"]["images_per_second"] > 0
+    assert records["two-stage score-based"]["settings"]["first_stage"]["images_per_second"] > 0
     cell = Cell(**records["two-stage score-based"]["cell"])
     assert len(Results(out).samples(cell)["cost0"]) == 200
     # The loader: digit 0 is written as 10, and channels come last but one.

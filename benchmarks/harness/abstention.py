@@ -59,7 +59,7 @@ def run_cells(run: Run, methods: Sequence[str], data_sets: Sequence[str]) -> Non
         cost = float(cell.cost.removeprefix("c="))
         first = stage(cell.data, cell.seed)
         references = baselines(first, cost)
-        settings = {**settings_of(run, cell.data), "first_stage_seconds": first.seconds}
+        settings = {**settings_of(run, cell.data), "first_stage": first.speed}
         if cell.method in BASELINES:
             judged = references[cell.method]
         elif cell.method in TWO_STAGE:

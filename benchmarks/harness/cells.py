@@ -17,7 +17,13 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Cell", "Results", "write_whole"]
+from deferral.datasets import DataError
+
+__all__ = ["Cell", "NotFinite", "Results", "write_whole"]
+
+
+class NotFinite(ValueError):
+    """A figure of a cell is NaN or infinite."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +62,13 @@ class Results:
     def write(self, cell: Cell, record: Mapping[str, Any], samples: Mapping[str, np.ndarray]) -> None:
         """The per-sample outputs first, then the figures, which make the cell a finished one.
 
-        ValueError, and nothing written, where a figure is not a finite number: JSON has no word for it.
+        NotFinite, and nothing written, where a figure is not a finite number: JSON has no word for it.
         """
         path = self.path(cell)
         try:
             text = _lines({"cell": asdict(cell), **record})
         except ValueError as error:
-            raise ValueError(f"{cell.table}, {cell.name}: expected finite figures ({error}); the cell is left open") from error
+            raise NotFinite(f"expected finite figures ({error})") from error
         path.parent.mkdir(parents=True, exist_ok=True)
         with write_whole(path.with_suffix(".npz")) as unfinished:
             np.savez_compressed(unfinished, **samples)
@@ -70,13 +76,21 @@ class Results:
             unfinished.write_text(text, encoding="utf-8")
 
     def read_all(self, table: str) -> list[dict[str, Any]]:
-        """The records of all finished cells of a table, in the order of their names."""
+        """The records of all finished cells of a table, in the order of their names.
+
+        DataError for a file that is not whole, or lies where another cell belongs.
+        """
         records = []
         for path in sorted((self.folder / table).glob("*/*.json")):
             try:
-                records.append(json.loads(path.read_text(encoding="utf-8")))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}: expected the JSON of a finished cell ({error}); delete it to run it again") from error
+                record = json.loads(path.read_text(encoding="utf-8"))
+                cell = Cell(**record["cell"])
+                parts = [part["cost"] for part in record["parts"]]
+            except (ValueError, KeyError, TypeError) as error:
+                raise DataError(f"{path}: expected the JSON of a finished cell ({error!r}); delete it to run it again") from error
+            if self.path(cell) != path or not parts:
+                raise DataError(f"{path}: expected the figures of the cell that it is named after, found those of {cell}")
+            records.append(record)
         return records
 
     def samples(self, cell: Cell) -> dict[str, np.ndarray]:

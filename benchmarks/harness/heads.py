@@ -75,10 +75,14 @@ def fit(
             chosen = every.gather(1, torch.randint(count, (problems, batch), generator=generator).to(device))
         # The sum over problems: each gets the gradient of its own mean.
         loss = batch_loss(chosen).mean(dim=-1).sum()
-        if not bool(torch.isfinite(loss)):
-            raise Diverged(f"a head, step {step + 1} of {steps}: the loss is {float(loss.detach()):g}; lower the learning rate")
         optimizer.zero_grad()
         loss.backward()
+        size = torch.nn.utils.get_total_norm([p.grad for group in groups for p in group["params"] if p.grad is not None])
+        if not bool(torch.isfinite(loss.detach() + size)):
+            raise Diverged(
+                f"a head, step {step + 1} of {steps}: the loss is {float(loss.detach()):g}, the size of its gradient "
+                f"{float(size):g}; lower the learning rate"
+            )
         optimizer.step()
         schedule.step()
     for head in heads:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.harness.cells import NotFinite
 from deferral.calibration import fit_offsets
 from deferral.decision import decide
 from deferral.intervals import Interval, bootstrap_means, interval
@@ -83,7 +84,10 @@ def fixed(test: Outputs, action: int | Tensor) -> Judged:
 
 
 def figures(judged: Judged, references: Mapping[str, Judged]) -> dict[str, Any]:
-    """Means with their 95% bootstrap intervals, and the cost minus that of each reference, paired over the rows."""
+    """Means with their 95% bootstrap intervals, and the cost minus that of each reference, paired over the rows.
+
+    NotFinite where a row has none.
+    """
     columns = {
         "cost": judged.cost,
         "natural_cost": judged.natural_cost,
@@ -95,6 +99,11 @@ def figures(judged: Judged, references: Mapping[str, Judged]) -> dict[str, Any]:
         columns["error"] = judged.error
     columns |= {f"minus {name}": judged.cost - other.cost for name, other in references.items()}
     table = torch.stack([column.double() for column in columns.values()], dim=-1)
+    if not bool(table.isfinite().all()):
+        names = [
+            name.lstrip("_") for name, finite in zip(columns, table.isfinite().all(dim=0).tolist(), strict=True) if not finite
+        ]
+        raise NotFinite(f"expected finite figures on every test row, not so: {', '.join(names)}")
     resampled = bootstrap_means(table, resamples=RESAMPLES)
     means = dict(zip(columns, table.mean(dim=0).tolist(), strict=True))
     samples = dict(zip(columns, resampled.unbind(dim=-1), strict=True))

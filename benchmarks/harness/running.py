@@ -17,7 +17,7 @@ import torch
 
 import deferral
 from benchmarks.harness import ranks
-from benchmarks.harness.cells import Cell, Results
+from benchmarks.harness.cells import Cell, NotFinite, Results
 from benchmarks.harness.images import fetch, load
 from benchmarks.harness.judging import Judged, figures
 from benchmarks.harness.presets import PRESETS, Preset
@@ -110,7 +110,8 @@ class Run:
     def each(self, cells: Sequence[Cell], work: Callable[[Cell], Finding]) -> None:
         """Do the cells that are neither finished nor claimed by another process; those that need what another makes come last.
 
-        A cell that diverges is told and left open, and the others go on.  Raises OutOfTime when the deadline has passed.
+        A cell that diverges, or has a figure that is not finite, is told and left open, and the others go on.
+        Raises OutOfTime when the deadline has passed.
         """
         done, diverged = 0, 0
         self.display.start(cells, len([cell for cell in cells if self.results.finished(cell)]))
@@ -118,6 +119,9 @@ class Run:
         # What is postponed meanwhile is seen too.
         for cell, awaited in chain(((cell, "") for cell in cells), postponed):
             if ranks.agree(self.results.finished(cell)):
+                if ranks.first():
+                    # A run that was killed between the two leaves it.
+                    self.results.checkpoint(cell).unlink(missing_ok=True)
                 continue
             if done == self.most_cells:
                 break
@@ -134,13 +138,14 @@ class Run:
                 finding = None
                 try:
                     finding = work(cell)
-                except Diverged as error:
+                    if ranks.first():
+                        self._finish(cell, finding, time.monotonic() - started, time.process_time() - cpu)
+                except (Diverged, NotFinite) as error:
+                    finding = None
                     self.display.say(f"diverged: {cell.table}, {cell.name}: {error}")
                 except Busy as busy:
                     postponed.append((cell, busy.lock))
                     continue
-                if finding is not None and ranks.first():
-                    self._finish(cell, finding, time.monotonic() - started, time.process_time() - cpu)
                 if ranks.agree(finding is not None):
                     done += 1
                 else:
@@ -256,7 +261,7 @@ def running(
     """A run from its options; being out of time is an end like any other, and errors are told without a traceback."""
     torch.set_num_threads(threads)
     deadline = float("inf") if budget_minutes is None else time.monotonic() + 60 * budget_minutes
-    with ranks.group(torch.device(device)) as target, Display(quiet, silent=not ranks.first()) as display:
+    with ranks.group(_device(device)) as target, Display(quiet, silent=not ranks.first()) as display:
         run = Run(
             results=Results(out),
             display=display,
@@ -280,6 +285,10 @@ def running(
             raise SystemExit(130) from None
         except (DataError, ImportError) as error:
             raise click.ClickException(str(error)) from error
+        except OSError as error:
+            raise click.ClickException(
+                f"{error} (the cells are in {out}); what is finished stays, the same command continues from the last checkpoint"
+            ) from error
 
 
 def settings_of(run: Run, data: str) -> dict[str, Any]:
@@ -290,6 +299,20 @@ def settings_of(run: Run, data: str) -> dict[str, Any]:
         "rows": {"predictor": preset.predictor_rows, "stage 2": preset.stage2_rows, "calibration": preset.calibration_rows},
         "recipe": asdict(run.recipe),
     }
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise click.UsageError(f"--device {name}: expected a torch device, say cpu, cuda or cuda:1") from error
+    if device.type == "cuda":
+        found = torch.cuda.device_count()
+        if found <= (device.index or 0):
+            raise click.UsageError(f"--device {name}: torch {torch.__version__} finds {found} GPUs on this machine")
+        # Every batch but the last of an epoch has one shape, for which the fastest convolutions are then looked up once.
+        torch.backends.cudnn.benchmark = True
+    return device
 
 
 def _fast_bfloat16(device: torch.device) -> bool:

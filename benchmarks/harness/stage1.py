@@ -4,9 +4,12 @@ All two-stage methods, Chow's rule and every head on frozen features start from 
 """
 
 import hashlib
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -19,9 +22,11 @@ from benchmarks.harness.images import CLASSES
 from benchmarks.harness.networks import NETWORKS
 from benchmarks.harness.running import Busy, Run
 from benchmarks.harness.training import Recipe, outputs_of, train
-from deferral.datasets import Images
+from deferral.datasets import DataError, Images
 
 __all__ = ["FirstStage", "Rows", "first_stage", "recipe_for", "rows_by_purpose"]
+
+COLUMNS = ("numbers", "labels", "features", "scores")  # of the tables, in the order of Rows
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ class FirstStage:
     stage2: Rows
     calibration: Rows
     test: Rows
-    seconds: float
+    speed: Mapping[str, float]
 
 
 def rows_by_purpose(run: Run, total: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,13 +99,17 @@ def first_stage(run: Run, data: str, seed: int) -> FirstStage:
             raise Busy(name)
         if ranks.agree(not path.is_file()):
             _write_tables(run, data, seed, path)
-    with np.load(path, allow_pickle=False) as arrays:
-        tables = {key: torch.from_numpy(arrays[key]) for key in arrays.files}
-    parts = {
-        part: Rows(*(tables[f"{part}_{column}"] for column in ("numbers", "labels", "features", "scores")))
-        for part in ("stage2", "calibration", "test")
-    }
-    return FirstStage(**parts, seconds=float(tables["seconds"]))
+        if ranks.first():
+            path.with_suffix(".pt").unlink(missing_ok=True)
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            parts = {
+                part: Rows(*(torch.from_numpy(arrays[f"{part}_{column}"]) for column in COLUMNS))
+                for part in ("stage2", "calibration", "test")
+            }
+            return FirstStage(**parts, speed=json.loads(str(arrays["speed"])))
+    except (KeyError, ValueError, EOFError, BadZipFile) as error:
+        raise DataError(f"{path}: expected the tables of a first stage ({error}); delete the file to make them again") from error
 
 
 def _write_tables(run: Run, data: str, seed: int, path: Path) -> None:
@@ -116,7 +125,7 @@ def _write_tables(run: Run, data: str, seed: int, path: Path) -> None:
         seed=seed,
         watch=run.watch(f"{data}: first stage, seed {seed}", run.recipe.epochs),
     )
-    arrays = {"seconds": np.asarray(speed["training_seconds"])}
+    arrays = {"speed": np.asarray(json.dumps(speed))}
     sources: dict[str, tuple[Images, Tensor]] = {
         "stage2": (train_images, stage2),
         "calibration": (train_images, calibration),
@@ -125,17 +134,11 @@ def _write_tables(run: Run, data: str, seed: int, path: Path) -> None:
     for part, (images, numbers) in sources.items():
         chosen = images[numbers.to(run.device)]
         features, scores = outputs_of(model, chosen.images, bfloat16=run.bfloat16)
-        for column, values in (
-            ("numbers", numbers),
-            ("labels", chosen.labels),
-            ("features", features),
-            ("scores", scores.log_softmax(-1)),
-        ):
+        for column, values in zip(COLUMNS, (numbers, chosen.labels, features, scores.log_softmax(-1)), strict=True):
             arrays[f"{part}_{column}"] = values.cpu().numpy()
     if ranks.first():
         with write_whole(path) as partial:
             np.savez(partial, **arrays)
-        path.with_suffix(".pt").unlink(missing_ok=True)
     ranks.meet()
 
 

@@ -154,7 +154,10 @@ def _difference(cells: Sequence[Record], name: str, scale: float) -> str:
 
 
 def _against(cells: Sequence[Record], published: str | None, scale: float, preset: str) -> str:
-    """Ours minus the published mean, with Student's interval over our seeds; the published protocol gets a verdict."""
+    """Ours minus the published mean, with an interval; the published protocol gets a verdict.
+
+    The interval is Student's over our seeds; of one seed, the bootstrap's over the test rows.
+    """
     if published is None:
         return ""
     if not cells:
@@ -162,10 +165,11 @@ def _against(cells: Sequence[Record], published: str | None, scale: float, prese
     target = float(published.split()[0])
     values = [scale * cell["parts"][0]["cost"]["estimate"] - target for cell in cells]
     figures = over_seeds(torch.tensor(values, dtype=torch.float64))
-    if figures.count == 1:
-        return f"{figures.mean:+.2f} (one seed)"
-    verdict = "" if preset != "paper" else ", held" if figures.low <= 0 else ", not held"
-    return f"{figures.mean:+.2f} [{figures.low:+.2f}, {figures.high:+.2f}]{verdict}"
+    low, high = figures.low, figures.high
+    if len(cells) == 1:
+        low, high = (scale * cells[0]["parts"][0]["cost"][end] - target for end in ("low", "high"))
+    verdict = "" if preset != "paper" else ", held" if low <= 0 else ", not held"
+    return f"{figures.mean:+.2f} [{low:+.2f}, {high:+.2f}]{verdict}{' (one seed)' if len(cells) == 1 else ''}"
 
 
 def _cheaper(cell: Record, name: str) -> bool:

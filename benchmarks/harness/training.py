@@ -6,6 +6,7 @@ all ranks train one network; the first writes its checkpoints.
 """
 
 import hashlib
+import io
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -21,7 +22,7 @@ from benchmarks.harness import ranks
 from benchmarks.harness.cells import write_whole
 from benchmarks.harness.images import augment
 from benchmarks.harness.networks import Network
-from deferral.datasets import Images
+from deferral.datasets import DataError, Images
 
 __all__ = ["Diverged", "OutOfTime", "Recipe", "Watch", "outputs_of", "take_step", "train"]
 
@@ -65,9 +66,12 @@ def train(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The trained network, resumed from the checkpoint where there is one, and how fast it went.
 
-    Raises OutOfTime behind a checkpoint when the deadline has passed, and Diverged with epoch and step.
+    Raises OutOfTime behind a checkpoint when the deadline has passed, Diverged with epoch and step, and DataError for a
+    checkpoint that is damaged or of another run.
     """
     device = data.images.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     torch.manual_seed(seed)
     model = build().to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
@@ -144,6 +148,8 @@ def take_step(
     """
     with _precision(images.device, recipe.bfloat16):
         scores = model(images)
+    # Outside of autocast torch's own losses would round their logarithms to bfloat16.
+    scores = scores.float()
     mean = loss(scores, labels).mean() * weight
     optimizer.zero_grad()
     mean.backward()
@@ -214,10 +220,10 @@ def _resume(
         state = torch.load(path, map_location=device, weights_only=True)
         found = state["identity"]
     except Exception as error:  # on damaged bytes the restricted unpickler raises whatever it stumbles over
-        raise ValueError(f"{path}: expected a checkpoint, could not read it; delete the file to train again") from error
+        raise DataError(f"{path}: expected a checkpoint, could not read it; delete the file to train again") from error
     if found != identity:
         differing = sorted(key for key in identity if found.get(key) != identity[key])
-        raise ValueError(f"{path}: a checkpoint of another run ({', '.join(differing)} differ); delete it to train again")
+        raise DataError(f"{path}: a checkpoint of another run ({', '.join(differing)} differ); delete it to train again")
     for name, part in parts.items():
         part.load_state_dict(state[name])
     generator.set_state(state["generator"].cpu())
@@ -229,10 +235,11 @@ def _save(
 ) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     states = {name: part.state_dict() for name, part in parts.items()}
+    # By way of memory: on a full disk `torch.save` speaks of positions in its file, not of the disk.
+    written = io.BytesIO()
+    torch.save({**states, "generator": generator.get_state(), "identity": identity, "epoch": epoch, "seconds": seconds}, written)
     with write_whole(path) as partial:
-        torch.save(
-            {**states, "generator": generator.get_state(), "identity": identity, "epoch": epoch, "seconds": seconds}, partial
-        )
+        partial.write_bytes(written.getbuffer())
 
 
 def _fingerprint(data: Images) -> str:
