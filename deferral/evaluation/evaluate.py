@@ -244,12 +244,14 @@ def _reliability(output: Outputs, judging: Tensor) -> tuple[dict[str, dict[str, 
         figures[name] = {
             # No percentile of its resamples is the end of an interval: they are all too large.
             "ECE": Interval(float(calibration_error(probability, right, bins=bins)), torch.nan, torch.nan),
-            "debiased squared error": metric_interval(
-                lambda weights, p=probability, r=right, n=bins: debiased_calibration_error(p, r, weights, bins=n),
-                len(right),
-                resamples=RESAMPLES,
-                centred=True,
-            ),
+            "debiased squared error": _debiased(probability, right, bins),
             "Brier": mean_interval(brier(probability, right), resamples=RESAMPLES),
         }
     return figures, rows
+
+
+def _debiased(probability: Tensor, right: Tensor, bins: int) -> Interval:
+    def metric(weights: Tensor) -> Tensor:
+        return debiased_calibration_error(probability, right, weights, bins=bins)
+
+    return metric_interval(metric, len(right), resamples=RESAMPLES, centred=True)
