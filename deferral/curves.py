@@ -153,7 +153,7 @@ def budget_curve(
 def aurc(confidence: Tensor, loss: Tensor, weights: Tensor | None = None) -> Tensor:
     """Area under the risk-coverage curve: the mean over k = 1..N of the mean loss of the k most confident rows.  -> (...)
 
-    Other libraries join the N points by trapezoids, from coverage 1/N to 1, which differs by a term of order 1/N.
+    torch-uncertainty joins the N points by trapezoids from coverage 1/N to 1 and divides by 1 - 1/N: on few rows another number.
 
     With ties, the mean over all orders of the tied rows, exactly: in a tie of W rows of mean loss m, after c rows of total loss
     L, `sum_{i=1..W} (L + m i) / (c + i) = m W + (L - m c) (digamma(c + W + 1) - digamma(c + 1))`.
