@@ -123,7 +123,9 @@ def pick(table: Tensor, actions: Tensor) -> Tensor:
         raise ValueError(
             f"one action per row: table {tuple(table.shape)}, actions {tuple(actions.shape)}; actions come from decide(scores)"
         )
-    return table.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+    if actions.is_floating_point() or actions.dtype == torch.bool:
+        raise TypeError(f"actions: expected indices of an integer dtype, got {actions.dtype}; actions come from decide(scores)")
+    return table.gather(-1, actions.long().unsqueeze(-1)).squeeze(-1)
 
 
 def _per_expert(value: PerExpert, name: str, answers: Tensor, dtype: torch.dtype) -> Tensor:

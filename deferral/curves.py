@@ -48,7 +48,7 @@ class Curve:
 
     def at(self, coverage: Tensor | float) -> Tensor:
         """The value at coverages in [0, 1], on the straight line between two points.  number or (G,) -> (...) or (..., G)"""
-        places = np.asarray(coverage, dtype=np.float64)
+        places = _places(coverage)
         if not ((places >= 0) & (places <= 1)).all():
             raise ValueError(f"coverage: expected shares of the rows in [0, 1], got {coverage}")
         return _line(self.coverage, self.value, places)
@@ -64,12 +64,13 @@ class BudgetCurve:
     def at(self, budget: Tensor | float) -> Tensor:
         """The value when the budget is spent as far as it goes, per row.  number or (G,) -> (...) or (..., G)
 
-        On the straight line between two points; a budget for more than all rows changes nothing.
+        On the straight line between two points, after all rows that cost nothing more; a budget for more than all rows changes
+        nothing.
         """
-        spend, places = self.spend, np.asarray(budget, dtype=np.float64)
+        spend, places = self.spend, _places(budget)
         if not bool((spend[..., 0] <= places.min()).all()):
             raise ValueError(f"budget: never deferring already spends {float(spend[..., 0].max()):g} a row, got {budget}")
-        return _line(self.spend, self.value, places)
+        return _line(self.spend, self.value, places, last=True)
 
 
 @numpy_or_torch
@@ -152,6 +153,8 @@ def budget_curve(
 def aurc(confidence: Tensor, loss: Tensor, weights: Tensor | None = None) -> Tensor:
     """Area under the risk-coverage curve: the mean over k = 1..N of the mean loss of the k most confident rows.  -> (...)
 
+    torch-uncertainty joins the N points by trapezoids from coverage 1/N to 1 and divides by 1 - 1/N: on few rows another number.
+
     With ties, the mean over all orders of the tied rows, exactly: in a tie of W rows of mean loss m, after c rows of total loss
     L, `sum_{i=1..W} (L + m i) / (c + i) = m W + (L - m c) (digamma(c + W + 1) - digamma(c + 1))`.
     Geifman, Uziel, El-Yaniv, "Bias-Reduced Uncertainty Estimation for Deep Neural Classifiers" (ICLR 2019), section 2.
@@ -203,10 +206,26 @@ def augrc(confidence: Tensor, loss: Tensor, weights: Tensor | None = None) -> Te
 def system_aurc(margin: Tensor, own_cost: Tensor, deferred_cost: Tensor, weights: Tensor | None = None) -> Tensor:
     """Area under the system's cost-coverage curve, by trapezoids: the mean cost over all coverages.  -> (...)
 
-    With 1 and 0 for right and wrong it is the area under the system's accuracy-coverage curve.
+    With 1 and 0 for right and wrong it is the area under the system's accuracy-coverage curve.  A row of weight w makes w
+    trapezoids, as w rows do: with the cost (T + t i) / (N + n i) after i of them,
+    `sum_{i=1..w} (T + t i) / (N + n i) = w t/n + (T - N t/n) (digamma(N/n + w + 1) - digamma(N/n + 1)) / n`.
     """
-    curve = cost_coverage_curve(margin, own_cost, deferred_cost, weights)
-    return torch.trapezoid(curve.value, curve.coverage, dim=-1)
+    share, total, number = _system(margin, own_cost, deferred_cost, weights)
+    value = _ratio(total, number)
+    if not bool(deferred_cost.isnan().any()):
+        return torch.trapezoid(value, share, dim=-1)
+    rows = check_weights(weights, margin).sum(-1, keepdim=True)
+    width, more = share.diff(dim=-1) * rows, number.diff(dim=-1)
+    before = number[..., :-1]
+    # Where the number of answers stays, or there was none, the cost is a straight line or one value.
+    bent = (more > 1e-9 * rows) & (before > 0)
+    step = (more / width).where(bent, 1.0)
+    slope = total.diff(dim=-1) / width / step
+    place = before / step
+    inverse = torch.digamma(place + width + 1) - torch.digamma(place + 1)
+    ends = (value[..., 1:] + value[..., :-1]) / 2 * width
+    curved = slope * width + (total[..., :-1] - slope * before) * inverse / step - (value[..., 1:] - value[..., :-1]) / 2
+    return curved.where(bent, ends).sum(-1) / rows[..., 0]
 
 
 @numpy_or_torch
@@ -313,10 +332,15 @@ def _ratio(total: Tensor, mass: Tensor) -> Tensor:
     return ratio.where(some, ratio.gather(-1, first))
 
 
+def _places(given: Tensor | float) -> np.ndarray:
+    return np.asarray(given.detach().cpu() if isinstance(given, Tensor) else given, dtype=np.float64)
+
+
 @numpy_or_torch
-def _line(x: Tensor, y: Tensor, places: Tensor) -> Tensor:
+def _line(x: Tensor, y: Tensor, places: Tensor, *, last: bool = False) -> Tensor:
+    """Between the points on both sides of each place; of several points at one place, from the first or the last of them."""
     at = places.reshape(-1).to(x).expand(*x.shape[:-1], places.numel()).contiguous()
-    right = torch.searchsorted(x.contiguous(), at).clamp(1, x.shape[-1] - 1)
+    right = torch.searchsorted(x.contiguous(), at, right=last).clamp(1, x.shape[-1] - 1)
     x0, x1, y0, y1 = x.gather(-1, right - 1), x.gather(-1, right), y.gather(-1, right - 1), y.gather(-1, right)
     share = ((at - x0) / (x1 - x0)).where(x1 > x0, 1.0).clamp(0, 1)
     return (y0 + share * (y1 - y0)).reshape(x.shape[:-1] + places.shape)

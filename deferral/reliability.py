@@ -83,7 +83,8 @@ def calibration_error(
     """Expected calibration error: sum over bins of their share times |observed - predicted|.  -> (...)
 
     Naeini, Cooper, Hauskrecht, "Obtaining Well Calibrated Probabilities Using Bayesian Binning" (AAAI 2015).  It is too large
-    on few rows even for perfect probabilities; `debiased_calibration_error` is not.
+    on few rows even for perfect probabilities, and in a bootstrap sample larger still, so that percentiles of it are no
+    interval; `debiased_calibration_error` is neither.
     """
     table = reliability(probability, outcome, weights, bins=bins, equal_mass=equal_mass, mask=mask)
     share = table.count / table.count.sum(-1, keepdim=True)
@@ -103,6 +104,7 @@ def debiased_calibration_error(
 
     sum over bins of their share times `(observed - predicted)^2 - observed (1 - observed) / (count - 1)`: mean 0 for perfect
     probabilities, so it can be negative.  Bins with a count of at most 1 are left out.
+    For its interval: `metric_interval(..., centred=True)`.
     Kumar, Liang, Ma, "Verified Uncertainty Calibration" (NeurIPS 2019), definition 5.1.
     """
     table = reliability(probability, outcome, weights, bins=bins, equal_mass=True, mask=mask)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from deferral.certified import (
     threshold_grid,
 )
 from deferral.certified.learn_then_test import _p_values
+from deferral.certified.risks import checked_risks
 from deferral.certified.thresholds import level_edges
 
 DELTA = 0.1
@@ -506,3 +508,24 @@ def test_bad_input() -> None:
         certify_by_group(margin, DeferralRate(0.1), [GRID, GRID], torch.zeros(10).long(), num_groups=1)
     with pytest.raises(ValueError, match="coverage"):
         threshold_grid(margin, 10, coverage=(0.0, 1.0))
+
+
+def test_the_conformal_promise_is_about_all_calibrations_not_those_that_hold() -> None:
+    """The own answer is always wrong, the expert with one chance: it holds iff the expert erred seldom, by luck or by skill."""
+    rows, level = 20, 0.1
+    held = [
+        conformal_risk_control(
+            torch.arange(rows).double(), SystemRisk(torch.ones(rows).bool(), torch.arange(rows) < wrong, at_most=level)
+        )[1]
+        for wrong in range(rows + 1)
+    ]
+    assert held[0]
+    for errs in np.linspace(0, 1, 51):
+        # Whenever it holds the risk is `errs`, be that above the level.
+        assert errs * binom.cdf(sum(held) - 1, rows, errs) <= level
+
+
+def test_a_row_that_nobody_can_be_asked_about_keeps_its_own_cost_beside_costs_of_another_dtype() -> None:
+    margin, own = torch.tensor([-torch.inf, 0.0], dtype=torch.float64), torch.tensor([1.5, 1.0])
+    (checked,) = checked_risks(margin, SystemRisk(own, torch.tensor([False, True]), at_most=1.0, ceiling=2.0))
+    assert checked.deferred_cost.tolist() == [1.5, 1.0]

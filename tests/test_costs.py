@@ -70,3 +70,12 @@ def test_the_ceiling_is_what_can_occur_not_what_did() -> None:
     """No row of this sample is wrong and priced at once, yet the next one may be."""
     with pytest.raises(ValueError, match="ceiling"):
         error_costs(torch.tensor([[0]]), torch.tensor([0]), price=0.2)
+
+
+def test_actions_are_indices_of_any_integer_dtype() -> None:
+    table = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    for dtype in (torch.int32, torch.uint8, torch.int64):
+        assert pick(table, torch.tensor([1, 0], dtype=dtype)).tolist() == [2, 3]
+    for actions in (torch.tensor([1.0, 0.0]), torch.tensor([True, False])):
+        with pytest.raises(TypeError, match="indices of an integer dtype"):
+            pick(table, actions)

@@ -262,3 +262,23 @@ def test_bad_input() -> None:
         excess_system_aurc(rows, rows, torch.full((3,), torch.nan))
     with pytest.raises(ValueError, match="one cost per action"):
         own_and_asked(torch.rand(3, 2), torch.rand(3, 3))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_weight_is_a_number_of_copies_where_some_are_never_answered(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    margin, copies = torch.randint(0, 5, (12,), generator=generator), torch.randint(0, 4, (12,), generator=generator)
+    own, deferred = torch.rand(2, 12, dtype=torch.float64, generator=generator)
+    deferred[torch.rand(12, generator=generator) < 0.5] = torch.nan
+    if seed == 0:
+        deferred[:] = torch.nan
+    repeated = (values.repeat_interleave(copies) for values in (margin, own, deferred))
+    torch.testing.assert_close(system_aurc(margin, own, deferred, copies.double()), system_aurc(*repeated))
+
+
+def test_a_budget_pays_for_all_that_is_free() -> None:
+    costs = torch.tensor([1.0, 1.0, 1.0]), torch.zeros(3)
+    curve = budget_curve(torch.tensor([3.0, 2.0, 1.0]), *costs, torch.tensor([0.0, 0.0, 0.6]))
+    assert curve.at(0.0).item() == pytest.approx(1 / 3)
+    assert curve.at(0.1).item() == pytest.approx(1 / 6)
+    assert budget_curve(torch.tensor([3.0, 2.0, 1.0]), *costs, torch.zeros(3)).at(0.0) == 0

@@ -13,6 +13,8 @@ from deferral.curves import aurc
 from deferral.datasets import DataError
 from deferral.evaluation.evaluate import evaluate
 from deferral.evaluation.outputs import read_outputs
+from deferral.evaluation.pictures import draw_evaluation
+from deferral.evaluation.report import save_evaluation
 
 ROWS = 120
 PRICES = {"Ann": 0.1, "Bob": 0.2}
@@ -205,6 +207,7 @@ BAD = {
     "column 'answer': expected labels like those of the target (false, true), got 0, 1": (
         "target,answer,score\ntrue,1,1\nfalse,0,1\n"
     ),
+    "separate the cells by commas": "target;answer;score\na;a;1\n",
     "two methods would be called 'oracle'": "",
     "an expert cannot be called ''": "target,answer,answer_,action\na,a,b,own\n",
     "cannot be called 'own'": "target,answer,answer_own,score\na,a,b,0.5\n",
@@ -282,3 +285,34 @@ def test_a_price_that_is_no_price(tmp_path: Path, price: str, capsys: pytest.Cap
     with pytest.raises(SystemExit):
         cli.main(["evaluate", str(write(tmp_path / "ours.csv", columns())), "--price", price])
     assert "expected NAME=COST" in capsys.readouterr().err
+
+
+def test_an_expert_as_dear_as_abstaining_ties_with_it(tmp_path: Path) -> None:
+    table = {"target": ["a", "b"] * 20, "answer": ["b", "a"] * 20, "answer_A": ["a", "b"] * 20, "action": ["abstain"] * 40}
+    figures = evaluate([write(tmp_path / "ours.csv", table)], prices={"A": 0.2}, abstain_cost=0.2).comparison.figures
+    assert figures["always A"].cost == figures["ours"].cost
+    assert not figures["always A"].difference.excludes_zero()
+
+
+def test_calibration_has_the_intervals_it_can_have_and_the_file_is_json(tmp_path: Path) -> None:
+    table = columns() | {"probability": torch.rand(ROWS, generator=torch.Generator().manual_seed(0)).tolist()}
+    evaluation = evaluate([write(tmp_path / "ours.csv", table)])
+    figures = evaluation.calibration["the model"]
+    for name in ("debiased squared error", "Brier"):
+        assert figures[name].low < figures[name].estimate < figures[name].high
+    record = json.loads(save_evaluation(evaluation, tmp_path).read_text(), parse_constant=pytest.fail)
+    assert record["calibration"]["the model"]["ECE"] == {"estimate": figures["ECE"].estimate, "low": None, "high": None}
+
+
+def test_few_rows_are_said_to_be_few(tmp_path: Path) -> None:
+    for rows, few in ((29, True), (30, False)):
+        table = {"target": ["a"] * rows, "answer": ["a"] * rows, "action": ["own"] * rows}
+        notes = evaluate([write(tmp_path / f"ours{rows}.csv", table)]).comparison.notes
+        assert any("too short" in note for note in notes) is few
+
+
+def test_every_expert_has_a_picture_of_its_own(tmp_path: Path) -> None:
+    table = {"target": ["a", "b"] * 5, "answer": ["a"] * 10, "answer_A b": ["a"] * 10, "answer_A-b": ["b"] * 10}
+    table |= {"action": ["own"] * 10, "probability_A b": [0.5] * 10, "probability_A-b": [0.6] * 10}
+    paths = draw_evaluation(evaluate([write(tmp_path / "ours.csv", table)]), tmp_path)
+    assert len(set(paths)) == len(paths)

@@ -18,6 +18,7 @@ from deferral.intervals import (
     paired_difference,
 )
 from deferral.metrics import average, selective_risk
+from deferral.reliability import debiased_calibration_error
 
 
 def test_the_deviation_of_the_resampled_mean_is_its_closed_form() -> None:
@@ -138,3 +139,25 @@ def test_bad_input() -> None:
         over_seeds(torch.rand(0))
     with pytest.raises(ValueError, match="resamples"):
         bootstrap_means(torch.rand(3), resamples=0)
+
+
+def test_the_interval_of_a_debiased_error_lies_around_it() -> None:
+    """Of calibrated probabilities its truth is 0; the percentiles of the resamples as they are often lie above it."""
+    generator, missed = torch.Generator().manual_seed(0), 0
+    for _ in range(20):
+        probability = torch.rand(200, dtype=torch.float64, generator=generator)
+        right = torch.rand(200, dtype=torch.float64, generator=generator) < probability
+        found = metric_interval(
+            lambda w, p=probability, r=right: debiased_calibration_error(p, r, w), 200, resamples=200, centred=True
+        )
+        assert found.low < found.estimate < found.high
+        missed += not found.low <= 0 <= found.high
+    assert missed <= 2
+
+
+def test_one_interval_is_of_one_figure() -> None:
+    with pytest.raises(ValueError, match="one figure per resample"):
+        interval(0.0, torch.zeros(5, 2))
+    with pytest.raises(ValueError, match="one figure per resample"):
+        interval(0.0, torch.zeros(0))
+    assert interval(1.0, torch.tensor([1, 1, 1])).low == 1

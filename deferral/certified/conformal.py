@@ -14,7 +14,9 @@ def conformal_risk_control(margin: Tensor, risk: SystemRisk | DeferralRate) -> t
 
     The expected risk on a new row, over the draw of these rows too, is at most `at_most`: on average over many calibrations,
     where `certify` speaks of nearly each of them.  The thresholds are these rows' own margins.  If no threshold meets the
-    inequality `holds` is False, and the threshold is the safe end.
+    inequality `holds` is False, the threshold is the safe end, and nothing is promised: the average is over all calibrations,
+    those that do not hold counted as without risk.  Where the deferred costs alone may exceed the level, so that few
+    calibrations hold, these few are the lucky ones and their risk may lie above it; `certify` says how rarely.
 
     Needs a cost of every row that is monotone in the threshold, that is own_cost >= deferred_cost in each (an expert who is
     never worse; deferred_cost = 0 counts the errors among kept rows over all rows).  ValueError elsewhere: use `certify`.
@@ -28,8 +30,9 @@ def conformal_risk_control_by_group(
 ) -> tuple[Tensor, Tensor]:
     """(thresholds, holds) of the groups 0..G-1, each from its own rows.  (N,), (N,) -> (G,), (G,)
 
-    The expected risk on a new row of a group is at most `at_most` in every group whose `holds` is True; a group without rows
-    is promised nothing.  For new rows: `decide_at(scores, thresholds[groups], num_own=num_own)`.
+    The promise of `conformal_risk_control` in every group, on average over all calibrations, those in which the group's `holds`
+    is False counted as without risk; a group without rows is promised nothing.
+    For new rows: `decide_at(scores, thresholds[groups], num_own=num_own)`.
     """
     checked = _checked_monotone(margin, risk)
     check_groups(groups, margin, num_groups)

@@ -70,7 +70,7 @@ def checked_risks(margin: Tensor, risks: Risk | Sequence[Risk]) -> list[Risk]:
             alone = margin.cpu().isneginf()
             deferred = risk.deferred_cost.cpu()
             if deferred.shape == own.shape:
-                deferred = deferred.where(~alone, own.to(deferred.dtype))
+                deferred = deferred.where(~alone, own)
             risk = replace(risk, own_cost=own, deferred_cost=_checked_losses("deferred_cost", deferred, margin, ceiling))
         checked.append(risk)
     return checked

@@ -25,11 +25,13 @@ from deferral.errors import DataError
 from deferral.evaluation.baselines import baselines
 from deferral.evaluation.comparison import GRID, MODEL, RESAMPLES, Comparison, Method, System
 from deferral.evaluation.outputs import Outputs, read_outputs
-from deferral.intervals import Interval, bootstrap, metric_interval
-from deferral.metrics import average
+from deferral.intervals import Interval, bootstrap, mean_interval, metric_interval
 from deferral.reliability import brier, calibration_error, debiased_calibration_error
 
 __all__ = ["Evaluation", "evaluate"]
+
+# On fewer, a percentile interval of a mean covers it clearly less often than it says.
+_FEW_ROWS = 30
 
 
 @dataclass(frozen=True)
@@ -130,9 +132,16 @@ def evaluate(
             "calibration_share": calibration_share,
             "seed": seed,
         },
-        notes=[] if first.labels else ["Costs are squared errors in the unit of the targets; there is no accuracy."],
+        notes=_notes(first, len(judging)),
     )
     return Evaluation(comparison, areas, risk, cost, calibration, probabilities)
+
+
+def _notes(output: Outputs, rows: int) -> list[str]:
+    notes = [] if output.labels else ["Costs are squared errors in the unit of the targets; there is no accuracy."]
+    if rows < _FEW_ROWS:
+        notes.append(f"{rows} rows are few: the intervals are too short.")
+    return notes
 
 
 def _check(
@@ -179,8 +188,9 @@ def _costs(output: Outputs, prices: list[float], abstain_cost: float | None) -> 
     if output.labels is None:
         costs = squared_costs(answers, output.targets, [0.0, *prices])
     else:
-        costs, _ = error_costs(answers, output.targets, price=[0.0, *prices], ceiling=1 + max([0.0, *prices]), missing=-1)
-    costs = costs.double()
+        errors, _ = error_costs(answers, output.targets, missing=-1)
+        # In float64: a price that float32 has rounded would no longer tie with an equal cost of abstaining.
+        costs = errors.double() + torch.tensor([0.0, *prices], dtype=torch.float64)
     if output.abstains and abstain_cost is not None:
         costs = torch.cat([costs, torch.full_like(costs[:, :1], abstain_cost)], dim=-1)
     return costs
@@ -232,12 +242,16 @@ def _reliability(output: Outputs, judging: Tensor) -> tuple[dict[str, dict[str, 
         rows[name] = (probability, right)
         bins = max(1, min(15, len(right) // 10))
         figures[name] = {
-            "ECE": _interval(calibration_error, probability, right, bins=bins),
-            "debiased squared error": _interval(debiased_calibration_error, probability, right, bins=bins),
-            "Brier": _interval(lambda p, r, weights: average(brier(p, r), weights), probability, right),
+            # No percentile of its resamples is the end of an interval: they are all too large.
+            "ECE": Interval(float(calibration_error(probability, right, bins=bins)), torch.nan, torch.nan),
+            "debiased squared error": _debiased(probability, right, bins),
+            "Brier": mean_interval(brier(probability, right), resamples=RESAMPLES),
         }
     return figures, rows
 
 
-def _interval(metric: Callable[..., Tensor], probability: Tensor, right: Tensor, **options: int) -> Interval:
-    return metric_interval(lambda weights: metric(probability, right, weights, **options), len(right), resamples=RESAMPLES)
+def _debiased(probability: Tensor, right: Tensor, bins: int) -> Interval:
+    def metric(weights: Tensor) -> Tensor:
+        return debiased_calibration_error(probability, right, weights, bins=bins)
+
+    return metric_interval(metric, len(right), resamples=RESAMPLES, centred=True)

@@ -82,7 +82,8 @@ def read_outputs(path: Path, *, regression: bool = False) -> Outputs:
 
 def _check_names(table: Table, experts: list[str]) -> None:
     if missing := [name for name in ("target", "answer") if name not in table.names]:
-        raise DataError(f"{table.path}: there is no column {missing[0]!r}; the columns are {', '.join(table.names)}")
+        split = "; separate the cells by commas" if len(table.names) == 1 and re.search("[;\t|]", table.names[0]) else ""
+        raise DataError(f"{table.path}: there is no column {missing[0]!r}; the columns are {', '.join(table.names)}{split}")
     known = {"target", "answer", "action", "score", "score_abstain", "probability"}
     known |= {f"{kind}_{name}" for kind in ("answer", "score", "probability") for name in experts}
     if strange := sorted(set(table.names) - known):

@@ -75,10 +75,14 @@ def draw_evaluation(evaluation: "Evaluation", folder: Path) -> list[Path]:
         loads = comparison.figures[comparison.reference].loads
         expert_load(axes, dict(zip(map(_plain, comparison.experts), loads, strict=True)))
         paths.append(_save(figure, folder, comparison, "load"))
-    for name, (probability, right) in evaluation.probabilities.items():
+    for number, (name, (probability, right)) in enumerate(evaluation.probabilities.items()):
         figure, axes = new_figure(5.0, 5.0)
         reliability(axes, probability.unsqueeze(-1), right.unsqueeze(-1), [_plain(name)])
-        paths.append(_save(figure, folder, comparison, f"reliability-{name}"))
+        kind = f"reliability-{name}"
+        if _path(folder, comparison, kind) in paths:
+            # "A b" and "A-b" have one name among files.
+            kind += f"-{number}"
+        paths.append(_save(figure, folder, comparison, kind))
     return paths
 
 
@@ -88,4 +92,8 @@ def _plain(name: str) -> str:
 
 
 def _save(figure: "Figure", folder: Path, comparison: Comparison, kind: str) -> Path:
-    return save_figure(figure, folder / (re.sub(r"[^\w.-]+", "-", f"{comparison.name}-{kind}") + ".png"))
+    return save_figure(figure, _path(folder, comparison, kind))
+
+
+def _path(folder: Path, comparison: Comparison, kind: str) -> Path:
+    return folder / (re.sub(r"[^\w.-]+", "-", f"{comparison.name}-{kind}") + ".png")

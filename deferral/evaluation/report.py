@@ -1,6 +1,7 @@
 """What a comparison or an evaluation leaves behind beside its pictures: printed tables, and a JSON file of all figures."""
 
 import json
+import math
 import platform
 from dataclasses import asdict
 from pathlib import Path
@@ -86,8 +87,17 @@ def _record(comparison: Comparison) -> dict[str, Any]:
 
 
 def _write(record: dict[str, Any], path: Path) -> Path:
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(_without_nan(record), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     return path
+
+
+def _without_nan(value: Any) -> Any:
+    """NaN and infinity are no JSON: what is not a number becomes null."""
+    if isinstance(value, dict):
+        return {name: _without_nan(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _print(table: Table) -> None:
@@ -100,4 +110,6 @@ def _print(table: Table) -> None:
 def _plus_minus(interval: Interval | None, *, digits: int, scale: float = 1) -> str:
     if interval is None:
         return "none"
+    if math.isnan(interval.half_width):
+        return f"{scale * interval.estimate:.{digits}f}"
     return f"{scale * interval.estimate:.{digits}f} ±{scale * interval.half_width:.{digits}f}"

@@ -83,7 +83,8 @@ def _read_csv(path: Path) -> Any:
         content.decode()
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start)
-        raise DataError(f"{path}: row {line} is not UTF-8 ({error.reason}); save the file as UTF-8") from error
+        where = f"row {line}" if line else "the header"
+        raise DataError(f"{path}: {where} is not UTF-8 ({error.reason}); save the file as UTF-8") from error
     ragged: list[Any] = []
 
     def note(row: Any) -> str:
