@@ -200,14 +200,16 @@ def evaluate(
     names = [name for name, _ in costs]
     if repeated := {name for name in names if names.count(name) > 1}:
         raise click.BadParameter(f"{min(repeated)!r} has two prices", param_hint="--price")
-    evaluation = judge(
-        files,
-        prices=dict(costs),
-        abstain_cost=abstain_cost,
-        calibration_share=calibrate,
-        seed=seed,
-        regression=regression,
-    )
+    with Console(stderr=True).status("reading") as status:
+        evaluation = judge(
+            files,
+            prices=dict(costs),
+            abstain_cost=abstain_cost,
+            calibration_share=calibrate,
+            seed=seed,
+            regression=regression,
+            tell=status.update,
+        )
     out.mkdir(parents=True, exist_ok=True)
     show_evaluation(evaluation)
     written = [save_evaluation(evaluation, out), *draw_evaluation(evaluation, out)]
