@@ -23,6 +23,7 @@ from deferral.validation import (
     require_floating,
     require_share,
     require_targets,
+    require_tensor,
 )
 
 __all__ = [
@@ -83,6 +84,7 @@ def one_vs_all(
     "Learning to Defer to Multiple Experts" (AISTATS 2023), eq. 9.
     """
     require_floating("scores", scores)
+    require_tensor("expert_correct", expert_correct)
     num_classes = scores.shape[-1] - expert_correct.shape[-1]
     require_targets(scores, targets, num_classes)
     require_batch("scores", scores.shape[:-1], "expert_correct", expert_correct.shape[:-1])
@@ -240,6 +242,7 @@ def mixture_of_experts(
     Not Bayes-consistent.  Hemmer, Schellhammer, Vössing, Jakubik, Satzger, "Forming Effective Human-AI Teams" (IJCAI 2022).
     """
     require_floating("gate", gate)
+    require_tensor("expert_correct", expert_correct)
     require_targets(scores, targets, scores.shape[-1])
     if expert_correct.shape[-1] != gate.shape[-1] - 1:
         raise ValueError(
@@ -284,6 +287,7 @@ def picce(
     "PiCCE" (arXiv 2602.17144, 2026).
     """
     require_floating("scores", scores)
+    require_tensor("expert_correct", expert_correct)
     num_classes = scores.shape[-1] - expert_correct.shape[-1]
     require_targets(scores, targets, num_classes)
     require_batch("scores", scores.shape[:-1], "expert_correct", expert_correct.shape[:-1])
@@ -344,6 +348,7 @@ def _of_one(scores: Tensor, targets: Tensor, expert_correct: Tensor) -> Tensor:
     """Whether one expert is right, as numbers; ValueError unless there is one for every row.  (...,)"""
     require_floating("scores", scores)
     require_targets(scores, targets, scores.shape[-1] - 1)
+    require_tensor("expert_correct", expert_correct)
     require_batch("scores", scores.shape[:-1], "expert_correct", expert_correct.shape)
     return expert_correct.to(lift(scores).dtype)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from deferral.losses.comp_sum import ABSENT, counted, log_probabilities, without_ignored
 from deferral.numerics import lift, log_add_exp
-from deferral.validation import action_mask, require_actions, require_batch, require_floating, require_targets
+from deferral.validation import action_mask, require_actions, require_batch, require_floating, require_targets, require_tensor
 
 __all__ = ["realizable_deferral", "realizable_experts", "realizable_router"]
 
@@ -69,6 +69,7 @@ def realizable_experts(
     whose answer is missing leaves the row.  Rows whose target is `ignore_index` give 0.
     """
     require_floating("scores", scores)
+    require_tensor("expert_correct", expert_correct)
     num_classes = scores.shape[-1] - expert_correct.shape[-1]
     require_targets(scores, targets, num_classes)
     require_batch("scores", scores.shape[:-1], "expert_correct", expert_correct.shape[:-1])
