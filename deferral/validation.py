@@ -28,7 +28,7 @@ def _shape(tensor: Tensor) -> str:
     return str(tuple(tensor.shape))
 
 
-def require_tensor(name: str, tensor: Tensor) -> None:
+def require_tensor(name: str, tensor: object) -> None:
     """TypeError for whatever is no torch tensor."""
     if isinstance(tensor, tuple):
         raise TypeError(

@@ -72,8 +72,9 @@ def regression_abstention(predictor_loss: Tensor, rejector: Tensor, cost: Tensor
             f"one rejector value per row: rejector {tuple(rejector.shape)}, predictor_loss {tuple(predictor_loss.shape)}; "
             "a model with one output needs .squeeze(-1)"
         )
-    if isinstance(cost, Tensor) or hasattr(cost, "__len__"):
+    if hasattr(cost, "__len__") and not isinstance(cost, Tensor):
         require_tensor("cost", cost)
+    if isinstance(cost, Tensor):
         require_batch("rejector", rejector.shape, "cost", cost.shape)
     elif not cost >= 0:
         raise ValueError(f"cost: expected a non-negative number in the units of the loss, got {cost}")
