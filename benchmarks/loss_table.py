@@ -131,8 +131,8 @@ def page() -> str:
             "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
             *rows,
             "",
-            "A class axis elsewhere: `loss(scores.movedim(1, -1), targets, ...)`.  In the thesis's losses of targets, rows whose",
-            "target is -100 (`ignore_index`) give 0.  Targets may be probabilities (mixup, label smoothing).",
+            "A class axis elsewhere: `loss(scores.movedim(1, -1), targets, ...)`.  In losses of targets, rows whose target is",
+            "-100 (`ignore_index`) give 0, and targets may be probabilities (mixup, label smoothing).",
             "",
         ]
     )

@@ -10,7 +10,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from deferral.validation import check_costs, check_targets, require_floating
+from deferral.validation import check_costs, check_targets, require_floating, require_tensor
 
 __all__ = ["error_costs", "pick", "single_stage_costs", "squared_costs"]
 
@@ -39,13 +39,16 @@ def error_costs(
     `answers` are class indices, one column per expert (put the own predictor's answers first for two-stage deferral).
     `targets` are class indices, or probabilities (..., K), which give the expected cost.  `alpha` and `price` are numbers or
     one number per column.  With `missing=-1`, the answers equal to -1 are unknown, and the result is `(costs, mask)`: mask is
-    True where the answer is known, and an unknown cost is 0.
+    True where the answer is known, and an unknown cost is 0.  `pick` would take it for free: judge with
+    `deferral.metrics.deferral_cost(costs, actions, mask=mask)`, which is NaN there.
 
     `ceiling` is the largest cost that can occur, max(alpha + price): pass the same one to the loss.  Raises ValueError where
     a cost can exceed it, since the weight `ceiling - cost` of the loss would be negative.
 
     Cost structure: Mao, Mohri, Zhong, "Principled Approaches for Learning to Defer with Multiple Experts" (2024), section 2.
     """
+    require_tensor("answers", answers)
+    require_tensor("targets", targets)
     if answers.is_floating_point() or answers.dtype == torch.bool:
         raise TypeError(
             f"answers: expected class indices of an integer dtype, got {answers.dtype}; for answers that are real numbers "
@@ -91,6 +94,8 @@ def squared_costs(
 
     Mao, Mohri, Zhong, "Regression with Multi-Expert Deferral" (ICML 2024), section 2.
     """
+    require_tensor("answers", answers)
+    require_tensor("targets", targets)
     answers = answers if answers.is_floating_point() else answers.to(torch.get_default_dtype())
     _check_rows(answers, targets.shape)
     alpha_row = _per_expert(alpha, "alpha", answers, answers.dtype)
@@ -118,7 +123,10 @@ def single_stage_costs(targets: Tensor, expert_costs: Tensor, num_classes: int) 
 
 
 def pick(table: Tensor, actions: Tensor) -> Tensor:
-    """table[..., action]: the chosen action's answer or cost.  (..., A), (...,) -> (...,)"""
+    """table[..., action]: the chosen action's answer or cost, as it stands in the table.  (..., A), (...,) -> (...,)
+
+    A table with missing answers says nothing of them: `deferral.metrics.deferral_cost` and `correct` take its mask.
+    """
     if table.shape[:-1] != actions.shape:
         raise ValueError(
             f"one action per row: table {tuple(table.shape)}, actions {tuple(actions.shape)}; actions come from decide(scores)"
@@ -142,7 +150,7 @@ def _check_rows(answers: Tensor, rows: torch.Size) -> None:
     if answers.dim() == 0 or answers.shape[:-1] != rows:
         raise ValueError(
             f"answers: expected shape {(*rows, 'A')}, one column per expert, got {tuple(answers.shape)}; "
-            "for a single expert use answers.unsqueeze(-1)"
+            "for a single expert use answers.unsqueeze(-1), and targets have no axis of experts"
         )
 
 

@@ -20,6 +20,7 @@ __all__ = [
     "require_floating",
     "require_share",
     "require_targets",
+    "require_tensor",
 ]
 
 
@@ -27,10 +28,20 @@ def _shape(tensor: Tensor) -> str:
     return str(tuple(tensor.shape))
 
 
-def require_floating(name: str, tensor: Tensor) -> None:
-    """TypeError unless the tensor holds real numbers of a floating dtype."""
+def require_tensor(name: str, tensor: object) -> None:
+    """TypeError for whatever is no torch tensor."""
+    if isinstance(tensor, tuple):
+        raise TypeError(
+            f"{name}: expected a torch tensor, got a tuple of {len(tensor)}; with missing=... the tables of costs come as "
+            "(costs, mask): pass the two one by one, the second as mask="
+        )
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a torch tensor, got {type(tensor).__name__}; convert it with torch.as_tensor")
+
+
+def require_floating(name: str, tensor: Tensor) -> None:
+    """TypeError unless the tensor holds real numbers of a floating dtype."""
+    require_tensor(name, tensor)
     if not tensor.is_floating_point():
         raise TypeError(
             f"{name}: expected a floating dtype, got {tensor.dtype}; convert with {name}.float()"
@@ -61,8 +72,7 @@ def require_batch(name: str, shape: torch.Size, other_name: str, other: torch.Si
 
 def require_targets(scores: Tensor, targets: Tensor, num_classes: int) -> None:
     """Targets are class indices (...,) of an integer dtype or probabilities (..., K) of a floating dtype."""
-    if not isinstance(targets, Tensor):
-        raise TypeError(f"targets: expected a torch tensor, got {type(targets).__name__}")
+    require_tensor("targets", targets)
     if num_classes < 1:
         raise ValueError(
             f"scores {_shape(scores)} leave {num_classes} columns for classes; the class columns come first, then one "

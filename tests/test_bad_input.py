@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from deferral import Criterion, check_targets, chow_scores
+from deferral import Criterion, check_targets, chow_scores, error_costs, squared_costs
 from deferral.losses import (
     asymmetric_softmax,
     comp_sum,
@@ -35,7 +35,7 @@ from deferral.validation import check_costs, check_mask, check_scores
 
 SCORES = torch.randn(4, 5)
 TARGETS = torch.tensor([0, 1, 2, 0])
-COSTS = torch.rand(4, 2)
+COSTS = torch.linspace(0.1, 0.9, 8).view(4, 2)
 
 
 @pytest.mark.parametrize(
@@ -111,6 +111,18 @@ COSTS = torch.rand(4, 2)
         (lambda: realizable_surrogate(SCORES, TARGETS, COSTS[:, 0], alpha=2.0), ValueError, "alpha: expected a number in [0, 1]"),
         (lambda: selective_net(*COSTS.T, COSTS[:, 0], coverage=0.9, penalty=-1.0), ValueError, "penalty: expected a number >= 0"),
         (lambda: score_based_abstention(SCORES, TARGETS, [0.1] * 4), TypeError, "a number or a torch tensor, got list"),
+        (lambda: one_vs_all(SCORES, TARGETS, [1.0]), TypeError, "expert_correct: expected a torch tensor, got list"),
+        (lambda: mozannar_sontag(SCORES, TARGETS, [1.0]), TypeError, "expert_correct: expected a torch tensor, got list"),
+        (lambda: two_stage_deferral(SCORES, (COSTS, COSTS > 0)), TypeError, "(costs, mask): pass the two one by one"),
+        (
+            lambda: regression_abstention(COSTS[:, 0], SCORES[:, 0], [0.1] * 4),
+            TypeError,
+            "cost: expected a torch tensor, got list",
+        ),
+        (lambda: regression_abstention(0.3, SCORES[:, 0], 0.1), TypeError, "predictor_loss: expected a torch tensor, got float"),
+        (lambda: regression_deferral(torch.rand(4, 1), SCORES[:, :3], COSTS), ValueError, "take .squeeze(-1) of a prediction"),
+        (lambda: error_costs(COSTS.numpy(), TARGETS), TypeError, "answers: expected a torch tensor, got ndarray"),
+        (lambda: squared_costs(COSTS, [0.1] * 4), TypeError, "targets: expected a torch tensor, got list"),
         (lambda: rejector_of_scores(SCORES[:, :1]), ValueError, "class scores and the score of abstaining"),
         (lambda: chow_scores(10 * SCORES, 0.1), ValueError, "are they raw scores?  Pass scores.softmax(-1)"),
     ],

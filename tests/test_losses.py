@@ -1,5 +1,6 @@
 """Closed forms, and the equalities that tie the losses to one another and to cross-entropy."""
 
+import inspect
 import math
 from functools import partial
 
@@ -8,14 +9,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deferral import Criterion, single_stage_costs
+from deferral import Criterion, losses, single_stage_costs
 from deferral.losses import (
+    asymmetric_softmax,
     comp_sum,
     constrained_margin,
     cost_sensitive_abstention,
+    deep_gamblers,
+    madras,
     max_margin,
+    mixture_of_experts,
+    mozannar_sontag,
+    one_vs_all,
+    picce,
     predictor_rejector_abstention,
     realizable_deferral,
+    realizable_experts,
+    realizable_surrogate,
     regression_deferral,
     rejector_of_scores,
     score_based_abstention,
@@ -308,12 +318,25 @@ def test_costs_in_half_precision_are_lifted_before_they_are_taken_from_anything(
 def test_ignored_rows_cost_nothing_and_pull_nothing(batch) -> None:
     scores, targets, costs = batch
     ignored = targets.index_fill(0, torch.tensor([1, 3]), -100)
+    right = (costs < 0.5).float()
     scores.requires_grad_()
     for loss in (
         lambda t, **o: single_stage_deferral(scores, t, costs, **o),
         lambda t, **o: single_stage_deferral(scores, t, costs, ceiling=1.2, **o),
         lambda t, **o: score_based_abstention(scores[:, : K + 1], t, 0.2, **o),
         lambda t, **o: predictor_rejector_abstention(scores[:, :K], scores[:, K], t, 0.2, **o),
+        lambda t, **o: realizable_deferral(scores[:, : K + 1], t, costs[:, 0], **o),
+        lambda t, **o: realizable_experts(scores, t, right, **o),
+        lambda t, **o: mozannar_sontag(scores[:, : K + 1], t, right[:, 0], **o),
+        lambda t, **o: one_vs_all(scores, t, right, **o),
+        lambda t, **o: one_vs_all(scores, t, right, phi=exponential, **o),
+        lambda t, **o: asymmetric_softmax(scores[:, : K + 1], t, right[:, 0], **o),
+        lambda t, **o: realizable_surrogate(scores[:, : K + 1], t, right[:, 0], alpha=0.5, **o),
+        lambda t, **o: cost_sensitive_abstention(scores[:, :K], t, 0.2, **o),
+        lambda t, **o: madras(scores[:, :K], scores[:, K], t, costs[:, 0], **o),
+        lambda t, **o: mixture_of_experts(scores[:, :K], scores[:, : 1 + E], t, right, **o),
+        lambda t, **o: deep_gamblers(scores[:, : K + 1], t, reward=2.0, **o),
+        lambda t, **o: picce(scores, t, right, **o),
     ):
         values, kept = loss(ignored), [0, 2, 4, 5]
         torch.testing.assert_close(values[kept], loss(targets)[kept])
@@ -323,6 +346,11 @@ def test_ignored_rows_cost_nothing_and_pull_nothing(batch) -> None:
         torch.testing.assert_close(loss(targets.where(targets != 2, -1), ignore_index=-1)[targets == 2].sum().item(), 0.0)
     mean = Criterion(single_stage_deferral)(scores, ignored, costs)
     torch.testing.assert_close(mean, single_stage_deferral(scores, targets, costs)[[0, 2, 4, 5]].mean())
+
+
+def test_every_loss_of_targets_can_ignore_rows() -> None:
+    parameters = {name: inspect.signature(getattr(losses, name)).parameters for name in losses.__all__}
+    assert {name for name, taken in parameters.items() if "targets" in taken and "ignore_index" not in taken} == set()
 
 
 def test_a_class_axis_elsewhere_is_moved(batch) -> None:

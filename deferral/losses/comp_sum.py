@@ -20,6 +20,7 @@ __all__ = [
     "comp_sum_at",
     "comp_sum_losses",
     "comp_sum_of_costs",
+    "counted",
     "log_probabilities",
     "targeted_comp_sum",
     "without_ignored",
@@ -98,6 +99,11 @@ def without_ignored(targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor 
         return targets, None
     counts = targets != ignore_index
     return targets.where(counts, 0), counts
+
+
+def counted(losses: Tensor, counts: Tensor | None) -> Tensor:
+    """The losses of the rows that count, 0 elsewhere.  (...,), (...,) -> (...,)"""
+    return losses if counts is None else losses.where(counts, 0.0)
 
 
 def _kernel(

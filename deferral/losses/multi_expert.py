@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deferral.losses.comp_sum import comp_sum, comp_sum_of_costs, targeted_comp_sum, without_ignored
+from deferral.losses.comp_sum import comp_sum, comp_sum_of_costs, counted, targeted_comp_sum, without_ignored
 from deferral.numerics import lift
 from deferral.validation import action_mask, require_actions, require_batch, require_ceiling, require_floating, require_targets
 
@@ -47,14 +47,12 @@ def single_stage_deferral(
     expert_costs = lift(expert_costs)
     targets, counts = without_ignored(targets, ignore_index)
     if ceiling == 1.0:
-        loss = targeted_comp_sum(scores, targets, 1 - expert_costs, mu=mu, mask=mask)
-        return loss if counts is None else loss.where(counts, 0.0)
+        return counted(targeted_comp_sum(scores, targets, 1 - expert_costs, mu=mu, mask=mask), counts)
     hit = targets if targets.is_floating_point() else F.one_hot(targets, num_classes)
     weights = torch.cat([hit + (ceiling - 1), (ceiling - expert_costs).expand(*hit.shape[:-1], -1)], dim=-1)
     if mask is not None:
         mask = action_mask(scores, mask, num_classes)
-    loss = comp_sum(scores, weights, mu=mu, mask=mask)
-    return loss if counts is None else loss.where(counts, 0.0)
+    return counted(comp_sum(scores, weights, mu=mu, mask=mask), counts)
 
 
 def two_stage_deferral(

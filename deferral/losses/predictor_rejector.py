@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from deferral.losses.comp_sum import comp_sum_at, log_probabilities, without_ignored
+from deferral.losses.comp_sum import comp_sum_at, counted, log_probabilities, without_ignored
 from deferral.losses.margin import (
     Margin,
     constrained_losses,
@@ -91,7 +91,7 @@ def predictor_rejector_abstention(
         )
     targets, counts = without_ignored(targets, ignore_index)
     loss = predictor_rejector_formula(base(scores, targets), rejector, psi * cost, phi=phi, alpha=alpha, beta=beta)
-    return loss if counts is None else loss.where(counts, 0.0)
+    return counted(loss, counts)
 
 
 def predictor_rejector_formula(

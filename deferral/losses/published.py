@@ -1,7 +1,8 @@
 """Losses by other authors that ours are compared with: each agrees with its paper's formula, in nats and in log space.
 
 `expert_correct` is 1 or True where the expert's answer is right, 0 or False where it is wrong: (..., E), or (...,) for one
-expert.  `mask`, of the same shape, True = known: an expert whose answer is missing leaves the row.
+expert.  `mask`, of the same shape, True = known: an expert whose answer is missing leaves the row.  Rows whose target is
+`ignore_index` give 0.
 """
 
 import math
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deferral.losses.closed_form import closed_form, has_closed_form
-from deferral.losses.comp_sum import ABSENT, comp_sum_at, log_probabilities
+from deferral.losses.comp_sum import ABSENT, comp_sum_at, counted, log_probabilities, without_ignored
 from deferral.losses.margin import Margin, logistic
 from deferral.losses.realizable import candidates, expected_loss, log_mass, realizable_deferral
 from deferral.numerics import lift, log_add_exp
@@ -22,6 +23,7 @@ from deferral.validation import (
     require_floating,
     require_share,
     require_targets,
+    require_tensor,
 )
 
 __all__ = [
@@ -40,7 +42,13 @@ __all__ = [
 
 
 def mozannar_sontag(
-    scores: Tensor, targets: Tensor, expert_correct: Tensor, *, alpha: float = 1.0, mask: Tensor | None = None
+    scores: Tensor,
+    targets: Tensor,
+    expert_correct: Tensor,
+    *,
+    alpha: float = 1.0,
+    mask: Tensor | None = None,
+    ignore_index: int = -100,
 ) -> Tensor:
     """-(alpha m + 1 - m) log p_y - m log p_K, m = 1[expert right].  (..., K+1), (...,) or (..., K), (...,) -> (...,)
 
@@ -49,17 +57,24 @@ def mozannar_sontag(
     """
     require_share("alpha", alpha)
     expert_correct = _of_one(scores, targets, expert_correct)
+    targets, counts = without_ignored(targets, ignore_index)
     if mask is not None:
         mask = _of_one_expert(scores, mask)
         expert_correct = expert_correct.where(mask[..., -1], 0.0)
     log_p = log_probabilities(scores, mask)
     weight = alpha * expert_correct + 1 - expert_correct
     pulled = log_p[..., -1].where(expert_correct != 0, 0.0)
-    return weight * comp_sum_at(log_p[..., :-1], targets, 1.0) - expert_correct * pulled
+    return counted(weight * comp_sum_at(log_p[..., :-1], targets, 1.0) - expert_correct * pulled, counts)
 
 
 def one_vs_all(
-    scores: Tensor, targets: Tensor, expert_correct: Tensor, *, phi: Margin = logistic, mask: Tensor | None = None
+    scores: Tensor,
+    targets: Tensor,
+    expert_correct: Tensor,
+    *,
+    phi: Margin = logistic,
+    mask: Tensor | None = None,
+    ignore_index: int = -100,
 ) -> Tensor:
     """phi(s_y) + sum_{k != y} phi(-s_k) + sum_j [m_j phi(s_j) + (1 - m_j) phi(-s_j)].  (..., K+E), (...,), (..., E) -> (...,)
 
@@ -69,13 +84,16 @@ def one_vs_all(
     "Learning to Defer to Multiple Experts" (AISTATS 2023), eq. 9.
     """
     require_floating("scores", scores)
+    require_tensor("expert_correct", expert_correct)
     num_classes = scores.shape[-1] - expert_correct.shape[-1]
     require_targets(scores, targets, num_classes)
     require_batch("scores", scores.shape[:-1], "expert_correct", expert_correct.shape[:-1])
+    targets, counts = without_ignored(targets, ignore_index)
     scores = lift(scores)
     if phi is logistic and mask is None and not targets.is_floating_point() and has_closed_form(expert_correct):
         correct = expert_correct.to(scores.dtype).expand(*targets.shape, expert_correct.shape[-1])
-        return closed_form(_binary_problems, scores, correct, targets.unsqueeze(-1), None, columns=scores.shape[-1])
+        losses = closed_form(_binary_problems, scores, correct, targets.unsqueeze(-1), None, columns=scores.shape[-1])
+        return counted(losses, counts)
     # At -inf a binary problem whose answer is no costs nothing, and 0 * inf would be NaN.
     scores = scores.clamp(min=ABSENT)
     hit = targets if targets.is_floating_point() else F.one_hot(targets, num_classes)
@@ -87,7 +105,7 @@ def one_vs_all(
         losses = F.binary_cross_entropy_with_logits(scores, hits, reduction="none")
     else:
         losses = hits * phi(scores) + (1 - hits) * phi(-scores)
-    return (losses if mask is None else losses.where(mask, 0.0)).sum(dim=-1)
+    return counted((losses if mask is None else losses.where(mask, 0.0)).sum(dim=-1), counts)
 
 
 def _binary_problems(scores: Tensor, correct: Tensor, targets: Tensor, ceiling: None, descent: Tensor, losses: Tensor) -> None:
@@ -101,7 +119,9 @@ def _binary_problems(scores: Tensor, correct: Tensor, targets: Tensor, ceiling: 
     descent[:, own:].add_(correct)
 
 
-def asymmetric_softmax(scores: Tensor, targets: Tensor, expert_correct: Tensor, *, mask: Tensor | None = None) -> Tensor:
+def asymmetric_softmax(
+    scores: Tensor, targets: Tensor, expert_correct: Tensor, *, mask: Tensor | None = None, ignore_index: int = -100
+) -> Tensor:
     """CE over the K classes + BCE(z, m), z = s_K - logsumexp of the class scores but the highest.  (..., K+1) -> (...,)
 
     Bayes-consistent; the expert's accuracy is sigmoid(z), a probability.  At least two classes.
@@ -114,13 +134,14 @@ def asymmetric_softmax(scores: Tensor, targets: Tensor, expert_correct: Tensor, 
             f"scores: expected at least two classes and one expert, got shape {tuple(scores.shape)}; the expert's score is set "
             "against all classes but the best"
         )
+    targets, counts = without_ignored(targets, ignore_index)
     z = asymmetric_logit(scores)
     classification = comp_sum_at(log_probabilities(scores[..., :-1]), targets, 1.0)
     if mask is not None:
         known = _of_one_expert(scores, mask)[..., -1]
         z, expert_correct = z.where(known, 0.0), expert_correct.where(known, 0.0)
     skill = expert_correct * logistic(z.where(expert_correct != 0, 0.0)) + (1 - expert_correct) * logistic(-z)
-    return classification + (skill if mask is None else skill.where(known, 0.0))
+    return counted(classification + (skill if mask is None else skill.where(known, 0.0)), counts)
 
 
 def asymmetric_logit(scores: Tensor) -> Tensor:
@@ -132,7 +153,13 @@ def asymmetric_logit(scores: Tensor) -> Tensor:
 
 
 def realizable_surrogate(
-    scores: Tensor, targets: Tensor, expert_correct: Tensor, *, alpha: float = 1.0, mask: Tensor | None = None
+    scores: Tensor,
+    targets: Tensor,
+    expert_correct: Tensor,
+    *,
+    alpha: float = 1.0,
+    mask: Tensor | None = None,
+    ignore_index: int = -100,
 ) -> Tensor:
     """-2 alpha log(p_y + m p_K) + (1 - alpha) CE over the K classes.  (..., K+1), (...,) or (..., K), (...,) -> (...,)
 
@@ -143,13 +170,16 @@ def realizable_surrogate(
     """
     require_share("alpha", alpha)
     expert_correct = _of_one(scores, targets, expert_correct)
+    targets, counts = without_ignored(targets, ignore_index)
     loss = 2 * alpha * realizable_deferral(scores, targets, 1 - expert_correct, q=0.0, mask=mask)
-    if alpha == 1.0:
-        return loss
-    return loss + (1 - alpha) * comp_sum_at(log_probabilities(scores[..., :-1]), targets, 1.0)
+    if alpha != 1.0:
+        loss = loss + (1 - alpha) * comp_sum_at(log_probabilities(scores[..., :-1]), targets, 1.0)
+    return counted(loss, counts)
 
 
-def cost_sensitive_abstention(scores: Tensor, targets: Tensor, cost: Tensor | float, *, phi: Margin = logistic) -> Tensor:
+def cost_sensitive_abstention(
+    scores: Tensor, targets: Tensor, cost: Tensor | float, *, phi: Margin = logistic, ignore_index: int = -100
+) -> Tensor:
     """c phi(g_y) + (1 - c) sum_{k != y} phi(-g_k); abstain iff every g_k <= 0.  (..., K), (...,) or (..., K) -> (...,)
 
     K binary problems at cost c.  Bayes-consistent for the logistic phi, and for the hinge where c < 1/2.
@@ -161,13 +191,22 @@ def cost_sensitive_abstention(scores: Tensor, targets: Tensor, cost: Tensor | fl
     if isinstance(cost, Tensor):
         require_batch("scores", scores.shape[:-1], "cost", cost.shape)
         cost = lift(cost)
+    targets, counts = without_ignored(targets, ignore_index)
     scores = lift(scores)
     hit = targets if targets.is_floating_point() else F.one_hot(targets, scores.shape[-1]).to(scores.dtype)
     accept, reject = (hit * phi(scores)).sum(dim=-1), ((1 - hit) * phi(-scores)).sum(dim=-1)
-    return cost * accept + (1 - cost) * reject
+    return counted(cost * accept + (1 - cost) * reject, counts)
 
 
-def madras(scores: Tensor, rejector: Tensor, targets: Tensor, expert_cost: Tensor, *, mask: Tensor | None = None) -> Tensor:
+def madras(
+    scores: Tensor,
+    rejector: Tensor,
+    targets: Tensor,
+    expert_cost: Tensor,
+    *,
+    mask: Tensor | None = None,
+    ignore_index: int = -100,
+) -> Tensor:
     """(1 - sigma(r)) CE + sigma(r) c; r > 0 defers.  (..., K), (...,), (...,) or (..., K), (...,) -> (...,)
 
     Not Bayes-consistent: it compares the entropy, not the error, with the expert's.
@@ -182,20 +221,28 @@ def madras(scores: Tensor, rejector: Tensor, targets: Tensor, expert_cost: Tenso
         )
     require_floating("expert_cost", expert_cost)
     require_batch("scores", scores.shape[:-1], "expert_cost", expert_cost.shape)
+    targets, counts = without_ignored(targets, ignore_index)
     gate = torch.sigmoid(lift(rejector))
     if mask is not None:
         gate, expert_cost = gate.where(mask, 0.0), expert_cost.where(mask, 0.0)
-    return (1 - gate) * comp_sum_at(log_probabilities(scores), targets, 1.0) + gate * expert_cost
+    return counted((1 - gate) * comp_sum_at(log_probabilities(scores), targets, 1.0) + gate * expert_cost, counts)
 
 
 def mixture_of_experts(
-    scores: Tensor, gate: Tensor, targets: Tensor, expert_correct: Tensor, *, mask: Tensor | None = None
+    scores: Tensor,
+    gate: Tensor,
+    targets: Tensor,
+    expert_correct: Tensor,
+    *,
+    mask: Tensor | None = None,
+    ignore_index: int = -100,
 ) -> Tensor:
     """-log(w_0 p_y + sum_j w_j m_j), w = softmax(gate).  (..., K), (..., 1+E), (...,), (..., E) -> (...,)
 
     Not Bayes-consistent.  Hemmer, Schellhammer, Vössing, Jakubik, Satzger, "Forming Effective Human-AI Teams" (IJCAI 2022).
     """
     require_floating("gate", gate)
+    require_tensor("expert_correct", expert_correct)
     require_targets(scores, targets, scores.shape[-1])
     if expert_correct.shape[-1] != gate.shape[-1] - 1:
         raise ValueError(
@@ -204,15 +251,16 @@ def mixture_of_experts(
         )
     require_batch("scores", scores.shape[:-1], "gate", gate.shape[:-1])
     require_batch("scores", scores.shape[:-1], "expert_correct", expert_correct.shape[:-1])
+    targets, counts = without_ignored(targets, ignore_index)
     if mask is not None:
         mask = action_mask(gate, mask, 1)
         expert_correct = expert_correct.where(mask[..., 1:], 0)
     log_w, log_p = log_probabilities(gate, mask), log_probabilities(scores)
     right = log_mass(log_w[..., 1:], expert_correct != 0)
-    return -expected_loss(log_add_exp(log_w[..., :1] + candidates(log_p, targets), right), targets)
+    return counted(-expected_loss(log_add_exp(log_w[..., :1] + candidates(log_p, targets), right), targets), counts)
 
 
-def deep_gamblers(scores: Tensor, targets: Tensor, *, reward: float) -> Tensor:
+def deep_gamblers(scores: Tensor, targets: Tensor, *, reward: float, ignore_index: int = -100) -> Tensor:
     """-log(o p_y + p_K), 1 < o < K.  (..., K+1), (...,) or (..., K) -> (...,)
 
     Rank the rows by p_K, the share kept in hand: at the optimum p_K = 1 iff max p <= 1/o, which is Chow's rule at cost
@@ -224,28 +272,33 @@ def deep_gamblers(scores: Tensor, targets: Tensor, *, reward: float) -> Tensor:
     require_targets(scores, targets, num_classes)
     if not 1 < reward <= num_classes:
         raise ValueError(f"reward: expected a number above 1 and at most the {num_classes} classes, got {reward}")
+    targets, counts = without_ignored(targets, ignore_index)
     log_p = log_probabilities(scores)
     gains = log_add_exp(math.log(reward) + candidates(log_p[..., :-1], targets), log_p[..., -1:])
-    return -expected_loss(gains, targets)
+    return counted(-expected_loss(gains, targets), counts)
 
 
-def picce(scores: Tensor, targets: Tensor, expert_correct: Tensor, *, mask: Tensor | None = None) -> Tensor:
+def picce(
+    scores: Tensor, targets: Tensor, expert_correct: Tensor, *, mask: Tensor | None = None, ignore_index: int = -100
+) -> Tensor:
     """-log p_y - 1[an expert is right] max_{j right} log p_{K+j}.  (..., K+E), (...,) or (..., K), (..., E) -> (...,)
 
     Only the most likely of the right experts is pulled up, so that many experts do not drown the classes.
     "PiCCE" (arXiv 2602.17144, 2026).
     """
     require_floating("scores", scores)
+    require_tensor("expert_correct", expert_correct)
     num_classes = scores.shape[-1] - expert_correct.shape[-1]
     require_targets(scores, targets, num_classes)
     require_batch("scores", scores.shape[:-1], "expert_correct", expert_correct.shape[:-1])
+    targets, counts = without_ignored(targets, ignore_index)
     if mask is not None:
         mask = action_mask(scores, mask, num_classes)
         expert_correct = expert_correct.where(mask[..., num_classes:], 0)
     log_p = log_probabilities(scores, mask)
     right = expert_correct > 0
     best = log_p[..., num_classes:].masked_fill(~right, -torch.inf).amax(dim=-1)
-    return comp_sum_at(log_p[..., :num_classes], targets, 1.0) - best.where(right.any(dim=-1), 0.0)
+    return counted(comp_sum_at(log_p[..., :num_classes], targets, 1.0) - best.where(right.any(dim=-1), 0.0), counts)
 
 
 def learned_loss(estimate: Tensor, predictor_loss: Tensor) -> Tensor:
@@ -295,6 +348,7 @@ def _of_one(scores: Tensor, targets: Tensor, expert_correct: Tensor) -> Tensor:
     """Whether one expert is right, as numbers; ValueError unless there is one for every row.  (...,)"""
     require_floating("scores", scores)
     require_targets(scores, targets, scores.shape[-1] - 1)
+    require_tensor("expert_correct", expert_correct)
     require_batch("scores", scores.shape[:-1], "expert_correct", expert_correct.shape)
     return expert_correct.to(lift(scores).dtype)
 

@@ -9,15 +9,21 @@ arXiv 2407.13732) and "Mastering Multiple-Expert Routing" (ICML 2025, arXiv 2506
 import torch
 from torch import Tensor
 
-from deferral.losses.comp_sum import ABSENT, log_probabilities
+from deferral.losses.comp_sum import ABSENT, counted, log_probabilities, without_ignored
 from deferral.numerics import lift, log_add_exp
-from deferral.validation import action_mask, require_actions, require_batch, require_floating, require_targets
+from deferral.validation import action_mask, require_actions, require_batch, require_floating, require_targets, require_tensor
 
 __all__ = ["realizable_deferral", "realizable_experts", "realizable_router"]
 
 
 def realizable_deferral(
-    scores: Tensor, targets: Tensor, expert_cost: Tensor, *, q: float = 1.0, mask: Tensor | None = None
+    scores: Tensor,
+    targets: Tensor,
+    expert_cost: Tensor,
+    *,
+    q: float = 1.0,
+    mask: Tensor | None = None,
+    ignore_index: int = -100,
 ) -> Tensor:
     """c Psi_q(p_y) + (1 - c) Psi_q(p_y + p_K), one expert.  (..., K+1), (...,) or (..., K), (...,) -> (...,)
 
@@ -27,7 +33,7 @@ def realizable_deferral(
     that is right at random, p = (.5062, .4938) and accuracy .6174, q = 0 predicts where Bayes defers.  So fit the threshold
     (`fit_offsets`) when q < 1.  q = 0 times 2 is Mozannar et al. 2023's RealizableSurrogate at binary cost.
 
-    `mask` (...,), True = known: a missing answer leaves the row.
+    `mask` (...,), True = known: a missing answer leaves the row.  Rows whose target is `ignore_index` give 0.
 
     NeurIPS 2024, section 4 (L_RL2D).
     """
@@ -35,6 +41,7 @@ def realizable_deferral(
     require_floating("expert_cost", expert_cost)
     require_targets(scores, targets, scores.shape[-1] - 1)
     require_batch("scores", scores.shape[:-1], "expert_cost", expert_cost.shape)
+    targets, counts = without_ignored(targets, ignore_index)
     if mask is not None:
         expert_cost = expert_cost.where(mask, 1.0)
         mask = action_mask(scores, mask.unsqueeze(-1), scores.shape[-1] - 1)
@@ -43,28 +50,37 @@ def realizable_deferral(
     alone = _psi(classes, q)
     together = _psi(log_add_exp(classes, expert), q)
     cost = lift(expert_cost).unsqueeze(-1)
-    return expected_loss(cost * alone + (1 - cost) * together, targets)
+    return counted(expected_loss(cost * alone + (1 - cost) * together, targets), counts)
 
 
 def realizable_experts(
-    scores: Tensor, targets: Tensor, expert_correct: Tensor, *, q: float = 1.0, mask: Tensor | None = None
+    scores: Tensor,
+    targets: Tensor,
+    expert_correct: Tensor,
+    *,
+    q: float = 1.0,
+    mask: Tensor | None = None,
+    ignore_index: int = -100,
 ) -> Tensor:
     """Psi_q(p_y + sum_{j right} p_{K+j}): several experts without price.  (..., K+E), (...,), (..., E) -> (...,)
 
     `expert_correct` is 1 where the expert's answer is right.  Realizable H-consistent; at q = 1 it is linear in the
     probabilities and so Bayes-consistent as well, at q = 0 it is not.  `mask` (..., E), True = known: an expert
-    whose answer is missing leaves the row.
+    whose answer is missing leaves the row.  Rows whose target is `ignore_index` give 0.
     """
     require_floating("scores", scores)
+    require_tensor("expert_correct", expert_correct)
     num_classes = scores.shape[-1] - expert_correct.shape[-1]
     require_targets(scores, targets, num_classes)
     require_batch("scores", scores.shape[:-1], "expert_correct", expert_correct.shape[:-1])
+    targets, counts = without_ignored(targets, ignore_index)
     if mask is not None:
         mask = action_mask(scores, mask, num_classes)
         expert_correct = expert_correct.where(mask[..., num_classes:], 0)
     log_p = log_probabilities(scores, mask)
     right = log_mass(log_p[..., num_classes:], expert_correct != 0)
-    return expected_loss(_psi(log_add_exp(candidates(log_p[..., :num_classes], targets), right), q), targets)
+    mass = log_add_exp(candidates(log_p[..., :num_classes], targets), right)
+    return counted(expected_loss(_psi(mass, q), targets), counts)
 
 
 def realizable_router(scores: Tensor, costs: Tensor, *, mask: Tensor | None = None) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from deferral.losses.comp_sum import comp_sum_of_costs
 from deferral.losses.margin import Margin, logistic
 from deferral.numerics import lift
-from deferral.validation import action_mask, require_batch, require_floating
+from deferral.validation import action_mask, require_batch, require_floating, require_tensor
 
 __all__ = ["regression_abstention", "regression_deferral"]
 
@@ -30,6 +30,12 @@ def regression_deferral(
     """
     require_floating("scores", scores)
     require_floating("predictor_loss", predictor_loss)
+    require_floating("expert_costs", expert_costs)
+    if predictor_loss.dim() >= scores.dim():
+        raise ValueError(
+            f"predictor_loss: expected one number per row of scores {tuple(scores.shape)}, got shape "
+            f"{tuple(predictor_loss.shape)}; take .squeeze(-1) of a prediction (..., 1) before the target is taken from it"
+        )
     require_batch("scores", scores.shape[:-1], "predictor_loss", predictor_loss.shape)
     if expert_costs.shape[-1] != scores.shape[-1] - 1:
         raise ValueError(
@@ -60,11 +66,14 @@ def regression_abstention(predictor_loss: Tensor, rejector: Tensor, cost: Tensor
     hinge.  `cost` is in the units of the loss and may exceed 1.
     """
     require_floating("rejector", rejector)
+    require_floating("predictor_loss", predictor_loss)
     if predictor_loss.shape != rejector.shape:
         raise ValueError(
             f"one rejector value per row: rejector {tuple(rejector.shape)}, predictor_loss {tuple(predictor_loss.shape)}; "
             "a model with one output needs .squeeze(-1)"
         )
+    if hasattr(cost, "__len__") and not isinstance(cost, Tensor):
+        require_tensor("cost", cost)
     if isinstance(cost, Tensor):
         require_batch("rejector", rejector.shape, "cost", cost.shape)
     elif not cost >= 0:

@@ -6,7 +6,7 @@ Mao, Mohri, Zhong, "Theoretically Grounded Loss Functions and Algorithms for Sco
 
 from torch import Tensor
 
-from deferral.losses.comp_sum import targeted_comp_sum, without_ignored
+from deferral.losses.comp_sum import counted, targeted_comp_sum, without_ignored
 from deferral.numerics import lift
 from deferral.validation import require_batch, require_cost_range, require_floating, require_targets
 
@@ -30,8 +30,7 @@ def score_based_abstention(
         require_batch("scores", scores.shape[:-1], "cost", cost.shape)
     weight = (1 - lift(cost)).unsqueeze(-1) if isinstance(cost, Tensor) else lift(scores).new_full((1,), 1 - cost)
     targets, counts = without_ignored(targets, ignore_index)
-    loss = targeted_comp_sum(scores, targets, weight, mu=mu)
-    return loss if counts is None else loss.where(counts, 0.0)
+    return counted(targeted_comp_sum(scores, targets, weight, mu=mu), counts)
 
 
 def rejector_of_scores(scores: Tensor) -> Tensor:
