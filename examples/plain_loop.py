@@ -1,15 +1,15 @@
-"""Abstention in a plain PyTorch loop: one more output, another loss, and `decide`.
+"""Abstention in a plain PyTorch loop: one more output, another loss, a fitted threshold, and `decide`.
 
 Run `python examples/plain_loop.py`; it needs `pip install 'deferral[sklearn]'` for the digits.  A small network learns from 200
-handwritten digits and may abstain at a cost of 0.05 errors.  It prints what that costs on the other 1,597 rows: less than
-answering all of them, and less than abstaining on all of them.
+handwritten digits and may abstain at a cost of 0.05 errors.  Its threshold is fitted on 300 more, and it prints what that costs
+on the other 1,297 rows: less than answering all of them, and less than abstaining on all of them.
 """
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from deferral import decide, pick, score_based_abstention, single_stage_costs
+from deferral import decide, fit_offsets, pick, score_based_abstention, single_stage_costs
 from deferral.datasets import digits
 
 K = 10
@@ -19,7 +19,7 @@ torch.manual_seed(0)
 torch.set_num_threads(1)
 data = digits()
 x, y = data.images.flatten(1), data.labels
-train, held_out = torch.randperm(len(x)).split([200, len(x) - 200])
+train, fitting, test = torch.randperm(len(x)).split([200, 300, len(x) - 500])
 loader = DataLoader(TensorDataset(x[train], y[train]), batch_size=32, shuffle=True)
 
 model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, K + 1))  # the last score means "I abstain"
@@ -31,11 +31,13 @@ for _ in range(50):
         loss.backward()
         optimizer.step()
 
-scores, targets = model(x[held_out]).detach(), y[held_out]
-actions = decide(scores)  # 0..9 a class, 10: abstain
+scores = model(x).detach()
+costs = single_stage_costs(y, torch.full((len(y), 1), COST), K)
+offsets = fit_offsets(scores[fitting], costs[fitting])
+actions = decide(scores[test], offsets)  # 0..9 a class, 10: abstain
 kept = actions < K
-cost = pick(single_stage_costs(targets, torch.full((len(targets), 1), COST), K), actions).mean()
-never = (decide(scores[:, :K]) != targets).float().mean()
-accuracy = (actions == targets)[kept].float().mean()
+cost = pick(costs[test], actions).mean()
+never = (decide(scores[test, :K]) != y[test]).float().mean()
+accuracy = (actions == y[test])[kept].float().mean()
 print(f"deferral cost {cost:.3f} (never abstaining {never:.3f}, always {COST:.3f}),", end=" ")
 print(f"coverage {kept.float().mean():.3f}, accuracy of kept rows {accuracy:.3f}")
