@@ -9,11 +9,13 @@ __all__ = ["StreamMeter", "Usage", "error_of", "usage_of"]
 _CHARACTERS_PER_TOKEN = 4
 _READ_WHOLE = 1 << 17
 _TAIL = 4096
+_LAST = 32
 _TEXT = re.compile(rb'"(?:content|reasoning_content|text|arguments)"\s*:\s*"([^"\\]*(?:\\.[^"\\]*)*)"')
 _ID = re.compile(rb'"id"\s*:\s*"([^"\\]{1,200})"')
 _USAGE = re.compile(rb'"usage"\s*:\s*(\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})')
 # Texts of a model are quoted, and have no line ends of their own: it cannot write any of these.
-_FINISHED = re.compile(rb'"finish_reason"\s*:\s*"|(?:^|[\r\n])data: ?\[DONE\]')
+_FINISHED = re.compile(rb'"finish_reason"\s*:\s*"')
+_DONE = re.compile(rb"(?:^|[\r\n])data: ?\[DONE\]")
 _FAILED = re.compile(rb'(?:^|[\r\n])data: ?\{\s*"error"\s*:\s*[{"]|"finish_reason"\s*:\s*"error"')
 _EVENT = re.compile(rb"(?:^|[\r\n])data: ?(\{[^\r\n]*)")
 _ANSWERS = ("choices", "data")
@@ -87,7 +89,11 @@ class StreamMeter:
     @property
     def finished(self) -> bool:
         """Whether the end of the answer has been seen, and not only of the bytes."""
-        return _FINISHED.search(self._tail) is not None and _FAILED.search(self._tail) is None
+        tail = self._tail
+        # An expression that begins with a choice is tried at every byte: in all of the tail, as long as the rest of a stream takes.
+        finished = _DONE.search(tail, max(len(tail) - _LAST, 0)) or _FINISHED.search(tail)
+        failed = b'"error"' in tail and _FAILED.search(tail)
+        return bool(finished) and not failed
 
     def usage(self, input_tokens: int) -> Usage:
         """Tokens so far, `input_tokens` being the estimate."""
