@@ -90,7 +90,7 @@ class StreamMeter:
     def finished(self) -> bool:
         """Whether the end of the answer has been seen, and not only of the bytes."""
         tail = self._tail
-        # Expressions that begin with a choice are tried at every byte; in all of the tail that would take as long as all the rest.
+        # Expressions that begin with a choice are tried at every byte; in all of the tail that takes as long as all the rest.
         finished = _DONE.search(tail, max(len(tail) - _LAST, 0)) or _FINISHED.search(tail)
         failed = b'"error"' in tail and _FAILED.search(tail)
         return bool(finished) and not failed
