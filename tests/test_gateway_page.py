@@ -73,8 +73,10 @@ def stored(path: Path, rows: list, said: list[tuple]) -> str:
 def test_the_history_adds_up_to_the_record(tmp_path: Path) -> None:
     rows, said = traffic(300, end=12_000.0)
     rows[7] = row(7, time=rows[7].time, expert="", chosen="small", outcome="error", price=0.0, latency_s=math.nan)
+    rows[8], rows[9] = replace(rows[8], estimated=True), replace(rows[9], estimated=True, status=502)
     engine = connect(stored(tmp_path / "g.db", rows, said))
     found = history(engine, since=11_700, until=12_000)
+    assert found.estimated == 1, "an error has no price to be estimated"
     assert (sum(found.requests), found.routed, found.width, len(found.requests)) == (300, 300, 60, 5)
     counts = {name: sum(one.expert == name for one in rows) for name in ("large", "small", "")}
     assert {name: sum(each) for name, each in found.experts.items()} == counts

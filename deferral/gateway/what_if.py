@@ -147,8 +147,8 @@ def _unseen(actions: np.ndarray, best: np.ndarray, seen: np.ndarray, experts: li
     """Experts too few of whose answers were seen among the queries that are theirs already, or among those that are not."""
     group = 2 * actions + (actions != best)
     asked, known = (np.bincount(each, minlength=2 * len(experts)) for each in (group, group[seen]))
-    few = (asked >= _WORTH_MENTIONING * len(actions)) & (known < _FEWEST_SEEN)
-    return [name for name, any_few in zip(experts, few.reshape(-1, 2).any(1), strict=True) if any_few]
+    few = np.logical_and(asked >= _WORTH_MENTIONING * len(actions), known < _FEWEST_SEEN)
+    return [name for name, either in zip(experts, few.reshape(-1, 2), strict=True) if either.any()]
 
 
 def _mean(values: np.ndarray, enough: bool) -> tuple[float, float | None]:
