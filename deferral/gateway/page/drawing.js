@@ -19,7 +19,10 @@ function draw(place, label, options, data) {
   room.setAttribute("aria-label", label);
   const shape = JSON.stringify([options.series.map((each) => each.label), ink("--paper"), ink("--quiet")]);
   const before = charts[place];
-  if (before?.shape === shape) return before.plot.setData(data); // whoever points at it goes on to
+  if (before?.shape === shape) {
+    before.plot.setData(data); // whoever points at it goes on to
+    return fit();
+  }
   before?.plot.destroy();
   const axis = { stroke: ink("--quiet"), grid: { stroke: ink("--line"), width: 1 }, ticks: { stroke: ink("--line"), width: 1 } };
   const plot = new uPlot({
