@@ -2,10 +2,12 @@
 
 Claim: the page and its files are under 200 kB, and its first data, the history of 24 hours and the experts' state, is there
 within 100 ms with a million decisions in the database (SQLite, on two cores).  The traffic is made: a small and a large expert,
-three queries in ten hard, one in twenty drawn at random, feedback on three in ten.  Requests are made over loopback, one at a
-time; "from the decisions" is the same history summed from the decisions themselves.  The pictures (--pictures, needs Chromium)
-are of 20,000 decisions; in them the small expert is judged worse than was expected in the second half of the day, so that an
-alarm rings, and a candidate router, which asks the large expert for half of the simple queries as well, has decided beside it.
+three queries in ten hard, one in twenty drawn at random, one in three answered by the small expert first, feedback on three in
+ten.  Requests are made over loopback, one at a time; "from the decisions" is the same history summed from the decisions
+themselves.  The pictures (--pictures, needs Chromium) are of 20,000 decisions up to the same moment, at which the clocks of the
+gateway and of the browser stand, so that they are the same pictures every time; in them the small expert is judged worse than was
+expected in the second half of the day, so that an alarm rings, and a candidate router, which asks the large expert for half of
+the simple queries as well, has decided beside it.
 """
 
 import http.client
@@ -19,7 +21,9 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
+from unittest.mock import patch
 
 import click
 import numpy as np
@@ -27,13 +31,13 @@ import sqlalchemy
 import uvicorn
 from sqlalchemy import func, select
 
-from deferral.gateway.app import gateway
+from deferral.gateway.app import Gateway, gateway
 from deferral.gateway.dashboard import FILES
 from deferral.gateway.database import connect, decisions, feedback, insert_rows, prepare
 from deferral.gateway.experts_file import Expert
 from deferral.gateway.minutes import add_to_minutes
-from deferral.gateway.rows import DecisionRow, values
-from deferral.gateway.schema import shadows
+from deferral.gateway.rows import CascadeRow, DecisionRow, cascade_values, values
+from deferral.gateway.schema import cascades, shadows
 from deferral.gateway.settings import Settings
 from deferral.routing import Router, log_of_table
 from deferral.routing.policies import Linear
@@ -43,6 +47,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 ADMIN = "the-admin-key-of-this-benchmark"
 PRICE, LARGE, ERROR = {"small": 2e-4, "large": 3e-3}, 0.95, 0.01
 SEED, DAY, BATCH = 0, 86400, 5000
+MOMENT = 1_768_485_600  # of the pictures: a Thursday, 14:00 UTC
 FALL, SIMPLE = 0.5, 0.87  # of the small expert's quality, in the pictures; what is expected of it on the mean of simple queries
 
 
@@ -60,6 +65,7 @@ def traffic(rows: int, end: float, fall: float) -> Iterator[tuple[DecisionRow, f
         expert = ("small", "large")[int(generator.integers(2))] if curious else best
         paid = PRICE[expert] * float(generator.uniform(0.5, 1.5))
         when = end - DAY * (rows - number) / rows
+        became = ("kept",) if expert == "small" else ("deferred", PRICE["small"])
         row = DecisionRow(
             id=f"made-{number}", time=when, key="", requested="auto", expert=expert, chosen=expert,
             reason=f"{expert}: expected quality {quality[expert]:.2f} for ${PRICE[expert]:.3g}, cost {cost[expert]:.3f} errors",
@@ -68,6 +74,7 @@ def traffic(rows: int, end: float, fall: float) -> Iterator[tuple[DecisionRow, f
             latency_s=float(generator.exponential(0.4)), status=200, outcome="ok" if generator.random() < 0.99 else "error",
             attempts=1, streamed=False, fast_path=False, query=None,
             best_price=PRICE["large"] * float(generator.uniform(0.5, 1.5)), kind=kinds[number],
+            cascade=None if number % 3 else CascadeRow("small", *became),
         )  # fmt: skip
         true = quality[expert] - (fall if expert == "small" and 2 * number >= rows else 0.0)
         said = float(generator.random() < true) if generator.random() < 0.3 else None
@@ -79,6 +86,7 @@ def filled(path: Path, rows: int, *, drawn: bool = False) -> str:
     engine = connect(str(path))
     prepare(engine)
     waiting: list[tuple] = []
+    first: list[tuple] = []
     judged: list[tuple] = []
     beside: list[tuple] = []
 
@@ -86,17 +94,19 @@ def filled(path: Path, rows: int, *, drawn: bool = False) -> str:
         with engine.begin() as connection:
             insert_rows(connection, decisions, waiting)
             add_to_minutes(connection, waiting)
+            insert_rows(connection, cascades, first)
             insert_rows(connection, feedback, judged)
             insert_rows(connection, shadows, beside)
-        waiting.clear()
-        judged.clear()
-        beside.clear()
+        for written in (waiting, first, judged, beside):
+            written.clear()
 
     with click.progressbar(
         traffic(rows, time.time(), FALL if drawn else 0.0), length=rows, label=f"writing {rows} decisions"
     ) as shown:
         for row, said in shown:
             waiting.append(values(row))
+            if row.cascade is not None:
+                first.append(cascade_values(row))
             if said is not None:
                 judged.append((row.id, "", said, row.time))
             if drawn:
@@ -118,8 +128,8 @@ def router() -> Router:
 
 
 @contextmanager
-def served(database: str) -> Iterator[int]:
-    """A gateway on loopback.  -> its port"""
+def served(database: str) -> Iterator[tuple[int, Gateway]]:
+    """A gateway on loopback.  -> its port, and its state"""
     experts = {name: Expert(name=name, base_url="http://127.0.0.1:9/v1") for name in PRICE}
     app = gateway(router(), experts, settings=Settings(database=database, admin_key=ADMIN))
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, access_log=False, lifespan="on"))
@@ -128,7 +138,7 @@ def served(database: str) -> Iterator[int]:
     try:
         while not server.started:
             time.sleep(0.01)
-        yield server.servers[0].sockets[0].getsockname()[1]
+        yield server.servers[0].sockets[0].getsockname()[1], app.state.gateway
     finally:
         server.should_exit = True
         thread.join()
@@ -172,16 +182,16 @@ def pictures(port: int) -> None:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
         for name, size, scheme in (("", (1200, 900), "light"), ("-dark", (1200, 900), "dark"), ("-phone", (390, 844), "light")):
-            page = browser.new_page(viewport={"width": size[0], "height": size[1]}, color_scheme=scheme)
+            page = browser.new_page(
+                viewport={"width": size[0], "height": size[1]}, color_scheme=scheme, timezone_id="UTC", locale="en-GB"
+            )
+            page.clock.set_fixed_time(datetime.fromtimestamp(MOMENT, UTC))
             page.goto(f"http://127.0.0.1:{port}/dashboard")
             page.fill("#key", ADMIN)
             page.keyboard.press("Enter")
-            page.wait_for_selector("#grounds:not(:empty)")
-            # The first look at the alarms is some seconds after the start, and the page's next one some after that.
-            page.wait_for_selector("#alarms tr")
-            page.wait_for_selector("#pairs tr")
-            page.wait_for_timeout(300)
-            page.screenshot(path=DOCS / f"gateway-page{name}.png", full_page=True)
+            for last in ("#grounds:not(:empty)", "#first-answers tr", "#alarms .bad", "#state.bad", "#pairs tr", "#decisions tr"):
+                page.wait_for_selector(last)
+            page.screenshot(path=DOCS / f"gateway-page{name}.png", full_page=True, animations="disabled", caret="hide")
             page.close()
         browser.close()
 
@@ -194,17 +204,22 @@ def pictures(port: int) -> None:
 def command(rows: int, rounds: int, draw: bool, out: Path) -> None:
     """Size and time of the page, or its pictures."""
     with tempfile.TemporaryDirectory() as folder:
-        database = filled(Path(folder) / "gateway.db", 20_000 if draw else rows, drawn=draw)
-        with served(database) as port:
-            if draw:
-                pictures(port)
-                return
+        if draw:
+            with patch("time.time", lambda: MOMENT):
+                database = filled(Path(folder) / "drawn.db", 20_000, drawn=True)
+                with served(database) as (port, state):
+                    state.alarms.look(state.current.decider.expected)
+                    pictures(port)
+            return
+        database = filled(Path(folder) / "gateway.db", rows)
+        with served(database) as (port, _):
             sizes = {name or "dashboard": asked(port, f"/dashboard/{name}" if name else "/dashboard")[1] for name in FILES}
             paths = (
                 "/admin/history?hours=24",
                 "/admin/experts",
                 "/admin/decisions",
                 "/admin/what-if?hours=24",
+                "/admin/first-answers?hours=24",
                 "/admin/status?hours=24",
             )
             first = {path: asked(port, path)[0] for path in paths}

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from starlette.routing import Route
 
 from deferral.gateway.admin import hours_of
 from deferral.gateway.agreement import agreement
+from deferral.gateway.first_answers import first_answers
 from deferral.gateway.history import history, recent
 from deferral.gateway.what_if import what_if
 
@@ -24,7 +25,7 @@ __all__ = ["FILES", "pages", "routes"]
 FILES = {
     "": ("index.html", "text/html; charset=utf-8"),
     "page.css": ("page.css", "text/css; charset=utf-8"),
-    "page.js": ("page.js", "text/javascript; charset=utf-8"),
+    **{name: (name, "text/javascript; charset=utf-8") for name in ("page.js", "drawing.js", "texts.js")},
     "uPlot.min.css": ("uPlot.min.css", "text/css; charset=utf-8"),
     "uPlot.iife.min.js": ("uPlot.iife.min.js", "text/javascript; charset=utf-8"),
 }
@@ -34,6 +35,9 @@ _HEADERS = {
     "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
+    "x-frame-options": "DENY",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
     "cache-control": "no-cache",
 }
 
@@ -53,7 +57,7 @@ def pages() -> list[Route]:
 
 
 def routes(gateway: "Gateway") -> list[Route]:
-    """GET /history?hours=24, /what-if?hours=24, /decisions, /experts, /alarms and /shadow?hours=24."""
+    """GET /history, /what-if, /first-answers and /shadow, each with ?hours=24, /decisions, /experts and /alarms."""
 
     async def read(request: Request, reader: Callable[..., Any]) -> Response:
         now = time.time()
@@ -65,7 +69,10 @@ def routes(gateway: "Gateway") -> list[Route]:
         return await read(request, history)
 
     async def other_settings(request: Request) -> Response:
-        return await read(request, what_if)
+        return await read(request, partial(what_if, present=gateway.current.router.price_of_error))
+
+    async def before(request: Request) -> Response:
+        return await read(request, first_answers)
 
     async def candidate(request: Request) -> Response:
         return await read(request, agreement)
@@ -94,6 +101,7 @@ def routes(gateway: "Gateway") -> list[Route]:
         Route("/shadow", candidate),
         Route("/history", over_time),
         Route("/what-if", other_settings),
+        Route("/first-answers", before),
         Route("/decisions", newest),
         Route("/experts", experts),
     ]

@@ -9,7 +9,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route, Router
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from deferral.errors import DataError
 from deferral.gateway.access import problem_of
@@ -26,6 +26,8 @@ __all__ = ["Admin", "error_handlers", "routes"]
 
 _FEEDBACK_BYTES = 1 << 16
 _THUMBS = {"up": 1.0, "down": 0.0}
+# Of what only an admin may see, browsers and proxies keep no copy.
+_UNKEPT = ((b"cache-control", b"no-store"), (b"x-content-type-options", b"nosniff"))
 
 
 def routes(gateway: "Gateway") -> list[Route]:
@@ -106,7 +108,13 @@ class Admin:
         except Problem as problem:
             await send_problem(send, problem)
             return
-        await self._router(scope, receive, send)
+
+        async def unkept(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message["headers"], *_UNKEPT]}
+            await send(message)
+
+        await self._router(scope, receive, unkept)
 
 
 def error_handlers() -> dict[Any, Callable[[Request, Any], Awaitable[Response]]]:

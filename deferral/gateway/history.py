@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from typing import Any
 
 from sqlalchemy import Engine, func, select
@@ -30,7 +31,8 @@ class History:
     """Of S steps of `width` seconds from `start` on.  Prices in dollars.
 
     `saving` is what the tokens of the routed answers would have cost at the router's best expert, less what was paid;
-    `saving_half` is half the 95% interval of that sum, as of independent requests.
+    `saving_half` is half the 95% interval of its sum from `start` to the end of a step, as of independent requests; None where
+    fewer than two were compared, which say nothing of their spread.
     """
 
     start: int
@@ -38,7 +40,7 @@ class History:
     requests: list[int]
     price: list[float]
     saving: list[float]
-    saving_half: list[float]
+    saving_half: list[float | None]
     experts: dict[str, list[int]]  # requests that each answered, whoever answered most first
     totals: dict[str, Total]
     routed: int
@@ -74,9 +76,11 @@ def history(engine: Engine, *, since: float, until: float) -> History:
         for place, value in enumerate((row.failed, row.price, row.timed, row.latency)):
             total[place] += float(value)
         routed, estimated = routed + int(row.routed), estimated + int(row.estimated)
+    so_far = (accumulate(found[name]) for name in ("saved_squared", "saved", "compared"))
     half = [
-        _Z * math.sqrt(max(squares - saved * saved / count, 0.0)) if count > 1 else 0.0
-        for squares, saved, count in zip(found["saved_squared"], found["saved"], found["compared"], strict=True)
+        # The variance of a sum is the number of its terms times theirs.
+        _Z * math.sqrt(max(squares - saved * saved / count, 0.0) * count / (count - 1)) if count > 1 else None
+        for squares, saved, count in zip(*so_far, strict=True)
     ]
     experts = dict(sorted(counts.items(), key=lambda entry: -sum(entry[1])))
     return History(

@@ -26,8 +26,10 @@ def add_to_minutes(connection: Connection, rows: Sequence[tuple]) -> None:
         compared = row["requested"] == "auto" and row["outcome"] == "ok" and row["best_price"] is not None
         saved = row["best_price"] - row["price"] if compared else 0.0
         latency = row["latency_s"]
+        # What nobody answered, or answered with an error, costs nothing: there is no price to be estimated.
+        estimated = row["estimated"] and row["expert"] != "" and row["status"] < 300
         one = (
-            1, row["requested"] == "auto", row["outcome"] in ("error", "truncated"), row["estimated"] and row["expert"] != "",
+            1, row["requested"] == "auto", row["outcome"] in ("error", "truncated"), estimated,
             row["price"], compared, saved, saved * saved, latency is not None, latency or 0.0,
         )  # fmt: skip
         place = math.floor(row["time"] / 60), row["expert"]

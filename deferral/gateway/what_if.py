@@ -16,33 +16,42 @@ __all__ = ["Point", "WhatIf", "what_if"]
 _ROWS = 5000
 _POINTS = 25
 _Z = 1.96
+# Of answers to the queries of one expert, where those are a share worth mentioning.
+_FEWEST_SEEN, _WORTH_MENTIONING = 20, 0.02
+_NOBODY = -1
 
 
 @dataclass(frozen=True)
 class Point:
-    """One setting: means and halves of their 95% intervals, and the share of the queries that each expert would get."""
+    """One setting: means and halves of their 95% intervals, and the share of the queries that each expert would get.
+
+    A half is None where too little was seen for an interval: `price_guessed` and `quality_guessed` are the experts of whose
+    answers, to queries that they get now or to those that they would get only then, fewer than 20 are on record, or judged.
+    """
 
     price_of_error: float  # dollars
     price: float  # dollars a query
-    price_half: float
+    price_half: float | None
+    price_guessed: list[str]
     quality: float
-    quality_half: float
+    quality_half: float | None
+    quality_guessed: list[str]
     shares: dict[str, float]
 
 
 @dataclass(frozen=True)
 class WhatIf:
-    """The settings from the cheapest on, over the newest `rows` routed answers, `judged` of them with feedback.
+    """The settings from the cheapest on, the present one among them, over the newest `rows` routed answers, `judged` of them.
 
     `explored` of them were drawn, with a propensity of at most 1/2, from another expert than the one of the lowest expected cost
     (what a conversation or a first answer keeps has a higher one): only through these is it known what experts answer that the
-    router does not ask; without them that is its own estimate, and so are the intervals.
+    router does not ask; without them that is its own estimate.
     """
 
     rows: int
     judged: int
     explored: int
-    present: float | None  # the price of an error of the newest routed answer
+    present: float  # the router's price of an error
     points: list[Point]
     qualities: dict[str, tuple[int, float]]  # expert: its answers with feedback, and their mean quality
 
@@ -51,13 +60,14 @@ class WhatIf:
         return asdict(self)
 
 
-def what_if(engine: Engine, *, since: float, until: float) -> WhatIf:
-    """Judge other settings by doubly robust means: since <= time < until, in seconds since 1970.
+def what_if(engine: Engine, *, since: float, until: float, present: float) -> WhatIf:
+    """Judge other settings by doubly robust means: since <= time < until, in seconds since 1970; `present` in dollars.
 
     A query would go to the expert of the lowest 1 - quality + price / price_of_error among those that it was allowed to; what
     that would have cost and how good the answer would have been is the router's estimate, corrected by 1 / propensity times its
-    error wherever that expert was drawn.  Qualities are corrected on the rows with feedback alone, and are the router's own
-    where there is none.  Dudík, Langford, Li, "Doubly Robust Policy Evaluation and Learning" (2011), eq. 2.
+    error wherever that expert was drawn.  Qualities are corrected where there is feedback, by 1 / (propensity * the share of the
+    expert's answers that have it): who is judged more often must not count for more.  That is right where feedback depends on
+    nothing else that the quality depends on.  Dudík, Langford, Li, "Doubly Robust Policy Evaluation and Learning" (2011), eq. 2.
     """
     d, through = decisions.c, cascades.c
     opinion = select(func.avg(feedback.c.quality)).where(feedback.c.decision == d.id).scalar_subquery().label("quality")
@@ -81,7 +91,7 @@ def what_if(engine: Engine, *, since: float, until: float) -> WhatIf:
     with engine.connect() as connection:
         rows = connection.execute(wanted).all()
     if not rows:
-        return WhatIf(0, 0, 0, None, [], {})
+        return WhatIf(0, 0, 0, present, [], {})
     expected = [json.loads(row.expected) for row in rows]
     experts = sorted({name for one in expected for name in one})
     quality, price = np.full((2, len(rows), len(experts)), np.nan)
@@ -92,44 +102,58 @@ def what_if(engine: Engine, *, since: float, until: float) -> WhatIf:
     drawn = np.array([experts.index(row.chosen) if row.chosen in experts else -1 for row in rows])
     usable = (drawn >= 0) & ~np.isnan(quality[np.arange(len(rows)), drawn]) & ~np.isnan(price[np.arange(len(rows)), drawn])
     if not usable.any():
-        return WhatIf(0, 0, 0, None, [], {})
+        return WhatIf(0, 0, 0, present, [], {})
     quality, price, drawn = quality[usable], price[usable], drawn[usable]
-    propensity, present = np.array([(row.propensity, row.price_of_error) for row in rows])[usable].T
-    best = np.nanargmin(1 - quality + price / present[:, None], axis=1)
+    propensity, asked_at = np.array([(row.propensity, row.price_of_error) for row in rows])[usable].T
+    best = np.nanargmin(1 - quality + price / asked_at[:, None], axis=1)
     paid = np.array([row.price for row in rows])[usable]
     said = np.array([math.nan if row.quality is None else row.quality for row in rows])[usable]
-    judged, rows_of_all = ~np.isnan(said), np.arange(len(drawn))
-    priced = Draws(drawn, propensity, paid, price, rows_of_all)
-    judgements = Draws(drawn[judged], propensity[judged], said[judged], quality[judged], rows_of_all[judged])
+    judged, lines = ~np.isnan(said), np.arange(len(drawn))
+    answered, heard = (np.bincount(each, minlength=len(experts)) for each in (drawn, drawn[judged]))
+    listened = propensity * (heard / np.maximum(answered, 1))[drawn]
+    priced = Draws(drawn, propensity, paid, price, lines)
+    judgements = Draws(np.where(judged, drawn, _NOBODY), np.where(judged, listened, 1.0), said, quality, lines)
     points = []
-    for error in _settings(quality, price):
+    for error in _settings(quality, price, present):
         actions = np.nanargmin(1 - quality + price / error, axis=1)
-        dollars = doubly_robust(priced, actions)
-        good = doubly_robust(judgements, actions[judged]) if judged.any() else quality[rows_of_all, actions]
+        few = [_unseen(actions, best, draws.action == actions, experts) for draws in (priced, judgements)]
+        cost, good = (
+            _mean(doubly_robust(draws, actions), not less) for draws, less in zip((priced, judgements), few, strict=True)
+        )
         shares = np.bincount(actions, minlength=len(experts)) / len(actions)
-        points.append(Point(float(error), *_mean(dollars), *_mean(good), dict(zip(experts, shares.tolist(), strict=True))))
+        by_name = dict(zip(experts, shares.tolist(), strict=True))
+        points.append(Point(float(error), *cost, few[0], *good, few[1], by_name))
     own = {name: said[judged & (drawn == place)] for place, name in enumerate(experts)}
     return WhatIf(
         rows=len(drawn),
         judged=int(judged.sum()),
         explored=int(((drawn != best) & (propensity <= 0.5)).sum()),
-        present=float(present[0]),
+        present=present,
         points=points,
         qualities={name: (len(each), float(each.mean())) for name, each in own.items() if len(each)},
     )
 
 
-def _settings(quality: np.ndarray, price: np.ndarray) -> np.ndarray:
+def _settings(quality: np.ndarray, price: np.ndarray, present: float) -> np.ndarray:
     """Prices of an error from one at which (nearly) all go to the cheapest to one at which price hardly matters.  -> (G,)"""
     spread = np.nanmean(np.nanmax(price, 1) - np.nanmin(price, 1))
     gap = np.nanmean(np.nanmax(quality, 1) - np.nanmin(quality, 1))
-    middle = spread / max(gap, 1e-3)
-    return np.geomspace(max(middle / 30, 1e-9), max(middle * 100, 1e-7), _POINTS)
+    # Where all cost the same, every setting does the same.
+    middle = spread / max(gap, 1e-3) if spread > 0 else present
+    return np.union1d(np.geomspace(middle / 30, middle * 100, _POINTS), present)
 
 
-def _mean(values: np.ndarray) -> tuple[float, float]:
-    half = _Z * values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else 0.0
-    return float(values.mean()), float(half)
+def _unseen(actions: np.ndarray, best: np.ndarray, seen: np.ndarray, experts: list[str]) -> list[str]:
+    """Experts too few of whose answers were seen among the queries that are theirs already, or among those that are not."""
+    group = 2 * actions + (actions != best)
+    asked, known = (np.bincount(each, minlength=2 * len(experts)) for each in (group, group[seen]))
+    few = np.logical_and(asked >= _WORTH_MENTIONING * len(actions), known < _FEWEST_SEEN)
+    return [name for name, either in zip(experts, few.reshape(-1, 2), strict=True) if either.any()]
+
+
+def _mean(values: np.ndarray, enough: bool) -> tuple[float, float | None]:
+    half = float(_Z * values.std(ddof=1) / np.sqrt(len(values))) if enough and len(values) > 1 else None
+    return float(values.mean()), half
 
 
 def _number(value: float | None) -> float:
