@@ -1,6 +1,7 @@
 import asyncio
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -153,6 +154,23 @@ def test_estimates_agree_with_the_truth_of_a_simulated_log() -> None:
         assert judged.gain.half_width < 0.2
     assert judged.differ == (old != new).sum()
     assert judged.seen[0] == ((old != new) & (action == 0)).sum()
+
+
+def test_answers_that_are_judged_more_often_do_not_count_for_more() -> None:
+    """All draws of two kinds of queries in their proportions, of which expert 1 is judged once in three: the gain is exact."""
+    cost = np.array([[0.2, 0.9], [0.7, 0.1]])
+    judged = [(0, 0, 9), (0, 1, 1), (1, 0, 3), (1, 1, 3)]  # kind, expert, judged answers; unjudged: none, 2, none, 6
+    kind, action = np.array([(kind, expert) for kind, expert, count in judged for _ in range(count)]).T
+    propensity = np.where(kind == action, 0.75, 0.25)
+    estimate = np.tile([0.5, 0.3], (len(kind), 1))
+    draws = Draws(action, propensity, cost[kind, action], estimate, np.arange(len(kind)), np.where(action == 0, 1.0, 1 / 3))
+    old, new = np.zeros(len(kind), int), kind
+    found = compare(draws, old, new)
+    assert found.old.estimate == pytest.approx((0.2 + 0.7) / 2)
+    assert found.new.estimate == pytest.approx((0.2 + 0.1) / 2)
+    assert found.gain.estimate == pytest.approx((0.7 - 0.1) / 2)
+    assert found.gain_weighted.estimate == pytest.approx((0.7 - 0.1) / 2)
+    assert compare(replace(draws, heard=1.0), old, new).gain.estimate != pytest.approx((0.7 - 0.1) / 2, abs=0.02)
 
 
 def test_policies_that_agree_gain_nothing_and_repeated_queries_count_as_one_draw() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sqlalchemy import literal, null, select, update
+from sqlalchemy import delete, literal, null, select, update
 
 from deferral.cli import main
 from deferral.gateway.agreement import Gain, agreement
@@ -86,6 +86,25 @@ def test_the_gain_is_what_the_candidate_would_have_saved(tmp_path: Path, capsys:
     json.dumps(found.as_json(), allow_nan=False)
     main(["gateway", "shadow", "--hours", "1000000", "--database", path])
     assert "agrees on 1000 of 2000 requests" in capsys.readouterr().out
+
+
+def test_the_gain_is_that_of_all_requests_where_one_expert_is_judged_less(tmp_path: Path) -> None:
+    """Of the small expert, which hard queries went to, nine answers in ten are judged; of the large one, one in ten."""
+    engine = connect(recorded(tmp_path / "g.db", 8000, explore=0.6))
+    share = {"small": 0.9, "large": 0.1}
+    generator = np.random.default_rng(4)
+    with engine.begin() as connection:
+        experts = dict(connection.execute(select(decisions.c.id, decisions.c.expert)).all())
+        silent = [name for name, expert in experts.items() if generator.random() > share[expert]]
+        for start in range(0, len(silent), 500):
+            connection.execute(delete(feedback).where(feedback.c.decision.in_(silent[start : start + 500])))
+    found = agreement(engine, since=0, until=1e6).gain
+    assert found is not None
+    assert found.rows == 8000 - len(silent)
+    truth = 0.5 * (0.65 - 0.009 / ERROR)
+    assert abs(found.estimate - truth) < 4 * found.half / 1.96 < 0.15
+    assert abs(found.weighted - truth) < 4 * found.half / 1.96
+    engine.dispose()
 
 
 def test_what_an_answer_decided_is_not_taken_for_a_choice_of_the_router(tmp_path: Path) -> None:

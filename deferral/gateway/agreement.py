@@ -82,7 +82,7 @@ def agreement(engine: Engine, *, since: float, until: float) -> Agreement:
     without exploration: whom it asked with a propensity above 1/2, else the lowest expected cost of the others.  An answer that
     was kept or not by its log-probabilities was no choice of the router: that is the lowest expected cost, and such an answer
     counts for the gain only where it was drawn.  The cost of an answer is 1 - quality + price / price_of_error; where nobody was
-    drawn, the live router's expectation.
+    drawn, the live router's expectation.  Where experts are judged at different rates, an answer stands for as many as were not.
     """
     d, s, through = decisions.c, shadows.c, cascades.c
     within = (s.time >= since) & (s.time < until)
@@ -142,12 +142,15 @@ def _gain(rows: Sequence[Row], expected: list[dict], live: list[str]) -> tuple[G
     usable = [
         place
         for place, (row, one) in enumerate(zip(rows, expected, strict=True))
-        if row.quality is not None and row.outcome == "ok" and row.expert == row.chosen and row.propensity and row.price_of_error
+        if row.outcome == "ok" and row.expert == row.chosen and row.propensity and row.price_of_error
         and (row.propensity < 1 or not _by_answer(row))
         and {row.chosen, row.other, live[place]} <= one.keys()
     ]  # fmt: skip
+    answered = Counter(rows[place].chosen for place in usable)
+    usable = [place for place in usable if rows[place].quality is not None]
     if not usable:
         return None, "none of its answers was judged: send feedback"
+    judged = Counter(rows[place].chosen for place in usable)
     experts = sorted({name for place in usable for name in expected[place]})
     index = {name: number for number, name in enumerate(experts)}
     estimate = np.full((len(usable), len(experts)), np.nan)
@@ -161,7 +164,8 @@ def _gain(rows: Sequence[Row], expected: list[dict], live: list[str]) -> tuple[G
     )
     propensity, paid = np.array([(rows[p].propensity, rows[p].price / rows[p].price_of_error) for p in usable]).T
     said = np.array([rows[p].quality for p in usable])
-    draws = Draws(drawn, propensity, 1 - said + paid, estimate, np.arange(len(usable)))
+    heard = np.array([judged[rows[p].chosen] / answered[rows[p].chosen] for p in usable])
+    draws = Draws(drawn, propensity, 1 - said + paid, estimate, np.arange(len(usable)), heard)
     differ = old != new
     seen = int((differ & (drawn == old)).sum()), int((differ & (drawn == new)).sum())
     if not differ.any():
@@ -173,11 +177,13 @@ def _gain(rows: Sequence[Row], expected: list[dict], live: list[str]) -> tuple[G
             f"too little was explored: where the two differ, {seen[0]} judged answers drew the live choice and {seen[1]} the "
             f"candidate's, expected at least {_FEWEST_SEEN} of each"
         )
-    gains = doubly_robust(draws, old) - doubly_robust(draws, new)
-    half = _Z * gains.std(ddof=1) / math.sqrt(len(gains))
-    weight_old, weight_new = draws.weight(old) * differ, draws.weight(new) * differ
-    weighted = differ.mean() * (np.average(draws.cost, weights=weight_old) - np.average(draws.cost, weights=weight_new))
-    return Gain(len(usable), int(differ.sum()), seen, float(gains.mean()), float(half), float(weighted)), ""
+    gains, stands_for = doubly_robust(draws, old) - doubly_robust(draws, new), 1 / heard
+    gain = np.average(gains, weights=stands_for)
+    half = _Z * math.sqrt(len(gains) / (len(gains) - 1)) * np.linalg.norm(stands_for * (gains - gain)) / stands_for.sum()
+    weight_old, weight_new = (draws.weight(policy) * differ * stands_for for policy in (old, new))
+    weighted = np.average(draws.cost, weights=weight_old) - np.average(draws.cost, weights=weight_new)
+    weighted *= np.average(differ, weights=stands_for)
+    return Gain(len(usable), int(differ.sum()), seen, float(gain), float(half), float(weighted)), ""
 
 
 def _wilson(hits: int, count: int) -> tuple[float, float]:

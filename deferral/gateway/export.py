@@ -81,8 +81,11 @@ def logged(
     since: float = -math.inf,
     until: float = math.inf,
     assumed_quality: float | None = None,
+    unjudged: Counter[str] | None = None,
 ) -> Iterator[Logged]:
     """The rows that a router can learn from, oldest first; `left_out` counts the others by reason.
+
+    `unjudged` counts, by expert, those of them that lack nothing but an opinion on the answer.
 
     Read in pages, each for itself: a long transaction would keep the writer's journal from being emptied.
     """
@@ -106,6 +109,8 @@ def logged(
             reason = _why_not(row, cascade, asked.get(row.id), quality)
             if reason:
                 left_out[reason] += 1
+                if reason == NO_QUALITY and unjudged is not None:
+                    unjudged[row.expert] += 1
             else:
                 yield _logged(row, cascade, asked[row.id], float(quality), row.id not in said)  # type: ignore[arg-type]
         if len(page) < _PAGE:

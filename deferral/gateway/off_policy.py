@@ -2,7 +2,8 @@
 
 A logged row is a draw of one action with a known probability.  Of a policy that would have taken that action the row says the
 truth, of another nothing; weighting by the inverse of the probability makes up for the latter.  Rows of one group (the same
-query, asked again) are drawn together in the intervals.
+query, asked again) are drawn together in the intervals.  Where rows are missing, since nobody judged their answers, each of
+those that are there stands for 1 / heard: answers of an expert that is judged more often must not count for more.
 """
 
 from collections.abc import Callable
@@ -30,6 +31,7 @@ class Draws:
     cost: np.ndarray  # (N,) what it cost
     estimate: np.ndarray  # (N, A) cost of every action, by a model that did not see these rows
     group: np.ndarray  # (N,) integers from 0
+    heard: np.ndarray | float = 1.0  # (N,) the probability that such a row is among these: that its answer was judged, say
 
     def weight(self, actions: np.ndarray) -> np.ndarray:
         """1 / propensity where a policy takes the action that was drawn, else 0.  (N,) -> (N,)"""
@@ -65,7 +67,9 @@ def compare(draws: Draws, old: np.ndarray, new: np.ndarray, *, seed: int = 0) ->
 
 
 def doubly_robust(draws: Draws, actions: np.ndarray) -> np.ndarray:
-    """estimate(a) + 1[a was drawn] / propensity * (cost - estimate(a)); its mean is the policy's cost.  (N,) -> (N,)
+    """estimate(a) + 1[a was drawn] / propensity * (cost - estimate(a)); its mean, weighted by 1 / heard, is the policy's cost.
+
+    (N,) -> (N,)
 
     Right on average if the propensities are, whatever the estimate; the better that is, the narrower.
     Dudík, Langford, Li, "Doubly Robust Policy Evaluation and Learning" (2011), eq. 2.
@@ -105,7 +109,7 @@ def _interval(draws: Draws, columns: list[np.ndarray], figure: Callable[[np.ndar
     from deferral.intervals import bootstrap, interval
 
     groups = int(draws.group.max()) + 1
-    sums = torch.from_numpy(np.stack([np.bincount(draws.group, column, groups) for column in columns], 1))
+    sums = torch.from_numpy(np.stack([np.bincount(draws.group, column / draws.heard, groups) for column in columns], 1))
 
     def figure_of(weights: "Tensor") -> "Tensor":
         return torch.from_numpy(np.asarray(figure((weights @ sums).numpy().T), float))

@@ -2,7 +2,7 @@
 
 import shutil
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -70,8 +70,10 @@ def retrain(
     on_stage("reading the record")
     old, new = load(folder), load(folder)
     left_out: Counter[str] = Counter()
+    judged, unjudged = Counter[str](), Counter[str]()
     train, judge = [], []
-    for row in logged(engine, left_out, assumed_quality=assumed_quality):
+    for row in logged(engine, left_out, assumed_quality=assumed_quality, unjudged=unjudged):
+        judged[row.outcome.expert] += 1
         if not set(row.allowed) <= set(old.experts):
             left_out["it was drawn among experts that the router does not have"] += 1
         elif not _is_held_out(row.outcome.query):
@@ -92,7 +94,8 @@ def retrain(
     on_stage(f"fitting a router to {len(train):,} outcomes of the record{both}, which may take minutes")
     learned(new, train, old_log, unseen={row.outcome.query for row in judge})
     on_stage(f"judging both routers on {len(judge):,} other outcomes")
-    draws = draws_of(new, judge)
+    heard = {name: count / (count + unjudged[name]) for name, count in judged.items()}
+    draws = draws_of(new, judge, heard)
     comparison = compare(draws, choices(old, judge), choices(new, judge), seed=seed)
     why = _why_not(comparison)
     if not why and not dry_run:
@@ -147,8 +150,10 @@ def choices(router: Router, rows: Sequence[Logged]) -> np.ndarray:
     return actions
 
 
-def draws_of(model: Router, rows: Sequence[Logged]) -> Draws:
+def draws_of(model: Router, rows: Sequence[Logged], heard: Mapping[str, float]) -> Draws:
     """The rows as draws, with the cost that `model` expects of every expert.  It must not have seen them.
+
+    `heard` is the share of an expert's answers that was judged.
 
     (e (1 - quality) + price) / the router's price of an error, with e the row's own: dollars, said in errors.  A client's e
     counts up to ten times the router's, so that nobody's setting outweighs all others.
@@ -167,6 +172,7 @@ def draws_of(model: Router, rows: Sequence[Logged]) -> Draws:
         cost=error * (1 - quality) + price / unit,
         estimate=error[:, None] * (1 - np.clip(expected, 0, 1)) + prices / unit,
         group=group,
+        heard=np.array([heard[row.outcome.expert] for row in rows]),
     )
 
 
