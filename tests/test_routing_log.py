@@ -175,6 +175,8 @@ def test_a_parquet_file_of_decimals_and_names_that_are_spelt_alike(tmp_path: Pat
     rows = {"query": ["q"], "expert": ["a"], "quality": [1], "price": [Decimal("0.0015")]}
     pq.write_table(pa.table(rows), tmp_path / "log.parquet")
     assert read_log(tmp_path / "log.parquet")[0].price == 0.0015
+    with pytest.raises(TypeError, match="row 1: expected an Outcome, got dict"):
+        Log([{"query": "q"}])  # type: ignore[list-item]
     names = ["gpt-4", "large", "GPT 4", "small", "gpt-4o", "+", "-"]
     assert spelt_alike(names) == [["gpt-4", "GPT 4"]]
 

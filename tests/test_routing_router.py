@@ -485,6 +485,15 @@ def test_a_save_that_breaks_off_leaves_the_old_router(tmp_path: Path, monkeypatc
     assert len(list((tmp_path / "router").iterdir())) == 2
 
 
+def test_a_fit_that_fails_leaves_the_router_as_it_was() -> None:
+    one = copy.copy(router())
+    before = one.route_batch(world(20, seed=5)[0]).cost
+    texts, _, quality, price = world(60, seed=6)
+    with pytest.raises(ValueError, match="one per expert"):
+        one.fit(log_of_table(texts, EXPERTS, quality, price), prices=list_prices([1.0], [1.0], 100))
+    np.testing.assert_array_equal(one.route_batch(world(20, seed=5)[0]).cost, before)
+
+
 def test_what_a_killed_save_left_is_no_obstacle_and_goes(tmp_path: Path) -> None:
     folder = tmp_path / "router"
     folder.mkdir()

@@ -168,6 +168,9 @@ def evaluate(
     if folder is not None and by_tag:
         raise click.UsageError("--by-tag goes without --router: it fits routers of its own")
     outcomes = _read(log)
+    if out is not None:
+        # Before the work, not after it.
+        out.mkdir(parents=True, exist_ok=True)
     table = outcomes.table()
     encode, group = _encoder(encoder, cache), None
     if folder is not None:
@@ -194,7 +197,6 @@ def evaluate(
         found = evaluation(rows, group=group, resamples=resamples, seed=seed)
     show_evaluation(found)
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
         save_evaluation(found, out / "evaluation.json")
         drawn = draw_evaluation(found, out / "curve.png")
         click.echo(f"wrote {out / 'evaluation.json'}")

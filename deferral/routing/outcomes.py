@@ -106,6 +106,8 @@ class Log:
         """Add outcomes; DataError names the row (the first is 1) and the field.  Nothing after that row is added."""
         for outcome in outcomes:
             row = len(self) + 1
+            if not isinstance(outcome, Outcome):
+                raise TypeError(f"row {row}: expected an Outcome, got {type(outcome).__name__}; Outcome(**fields) makes one")
             numbers = {name: check_number(row, name, getattr(outcome, name)) for name in NUMBERS}
             tags, sure = check_tags(row, outcome.tags), check_confidence(row, outcome.confidence)
             self._add(check_text(row, "query", outcome.query), check_text(row, "expert", outcome.expert), numbers, tags, sure)

@@ -1,5 +1,6 @@
 """The router: learned from a log, asked about a query.  The trade-off is turned when it is asked, not when it is fitted."""
 
+import copy
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -114,8 +115,10 @@ class Router:
         if certify > 0:
             _check_full(table)
         everything, table = table, table.rows(np.flatnonzero(~apart)) if apart.any() else table
-        vectors = self.encoder.fit(table.queries)
-        self._fitted = fitted(table, vectors, self.policies, prices=prices, seed=self.seed)
+        # A fit that fails or is stopped leaves the router as it was.
+        encoder = copy.copy(self.encoder)
+        learned = fitted(table, encoder.fit(table.queries), self.policies, prices=prices, seed=self.seed)
+        self.encoder, self._fitted = encoder, learned
         self._seen, self._witnesses, self.cascade = np.sort(fingerprints(table.queries)), None, None
         self._plans.clear()
         return self.certify(everything.rows(np.flatnonzero(apart))) if apart.any() else self
