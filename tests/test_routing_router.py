@@ -324,6 +324,16 @@ def test_experts_come_by_description_and_go() -> None:
             some.remove_expert(name)
 
 
+def test_a_copy_goes_its_own_way() -> None:
+    one = copy.copy(router())
+    assert len(one.plan().mask) == 3
+    one.remove_expert("large")
+    one.describe_expert("curt", quality=0.5, price=0.001, abilities=Abilities(tools=False))
+    assert one.remove_expert("small").plan().mask.tolist() == [True, True]
+    assert router().plan().mask.tolist() == [True] * 3
+    assert router().abilities == {}
+
+
 def test_new_prices_need_no_refitting() -> None:
     texts, _, quality, price = world(300)
     some = Router(0.1, policies=QUICK).fit(log_of_table(texts, EXPERTS, quality, price))

@@ -120,7 +120,7 @@ class Router:
         learned = fitted(table, encoder.fit(table.queries), self.policies, prices=prices, seed=self.seed)
         self.encoder, self._fitted = encoder, learned
         self._seen, self._witnesses, self.cascade = np.sort(fingerprints(table.queries)), None, None
-        self._plans.clear()
+        self._plans = {}
         return self.certify(everything.rows(np.flatnonzero(apart))) if apart.any() else self
 
     @property
@@ -266,12 +266,13 @@ class Router:
         setting = (price_of_error, budget, min_quality, max_latency, needs, learned, certified_quality, confidence)
         # What else a plan hangs on may have been set to another value since.
         key = (*setting, self.price_of_error, self.explore, None if needs is None else tuple(self.abilities.items()))
-        # Other threads may clear what is kept between any two steps.
-        plan = self._plans.get(key)
+        # Other threads may clear what is kept between any two steps, or change the experts: then these are nobody's plans.
+        plans = self._plans
+        plan = plans.get(key)
         if plan is None:
-            if len(self._plans) >= _PLANS:
-                self._plans.clear()
-            plan = self._plans[key] = self._planned(*setting)
+            if len(plans) >= _PLANS:
+                plans.clear()
+            plan = plans[key] = self._planned(*setting)
         return plan
 
     def _planned(
@@ -373,7 +374,7 @@ class Router:
         quality, _, trust = self.fitted.estimate(self.encoder(table.queries))
         characters = np.array([len(query) for query in table.queries], float)
         self._witnesses = Witnesses(table.quality[rows][:, order], quality[rows], trust[rows], characters[rows])
-        self._plans.clear()
+        self._plans = {}
         return self
 
     def knows(self, queries: Sequence[str]) -> np.ndarray:
@@ -412,9 +413,9 @@ class Router:
         self._fitted = self.fitted.without(name)
         if self._witnesses is not None:
             self._witnesses = self._witnesses.columns(kept)
-        self.abilities.pop(name, None)
+        self.abilities = {other: can for other, can in self.abilities.items() if other != name}
         self.cascade = None
-        self._plans.clear()
+        self._plans = {}
         return self
 
     def with_prices(self, prices: PriceModel) -> "Router":
@@ -422,7 +423,7 @@ class Router:
         if prices.base.shape != (len(self.experts),):
             raise ValueError(f"prices: expected one per expert, {len(self.experts)}, got {prices.base.shape}")
         self._fitted, self.cascade = self.fitted.with_prices(prices), None
-        self._plans.clear()
+        self._plans = {}
         return self
 
     def save(self, folder: str | Path) -> None:
@@ -443,10 +444,10 @@ class Router:
 
     def _described(self, name: str, abilities: Abilities | None) -> "Router":
         if abilities is not None:
-            self.abilities[name] = abilities
+            self.abilities = {**self.abilities, name: abilities}
         # The rows that certify hold no outcome of the newcomer.
         self._witnesses = self.cascade = None
-        self._plans.clear()
+        self._plans = {}
         return self
 
 
