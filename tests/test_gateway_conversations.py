@@ -133,6 +133,11 @@ def test_the_turns_are_what_the_user_asked_for(messages: list, queries: list[str
 
 
 def test_results_of_tools_say_that_tools_are_in_use() -> None:
+    called = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    assert conversation([user("first"), said(None, tool_calls=[called])]).tools
+    # As clients send back the messages of servers that write every field.
+    for empty in (None, []):
+        assert not conversation([user("first"), said(tool_calls=empty, function_call=None), user("second")]).tools
     for message in (user([RESULT]), said([{"type": "tool_use"}]), said(None, function_call={}), {"role": "tool"}):
         assert conversation([user("first"), message]).tools
     assert not conversation([user("first"), said()]).tools
@@ -364,9 +369,9 @@ def test_a_conversation_that_the_static_mix_began_has_the_propensity_of_that_dra
         choice = choose(both, messages, min_quality=0.25)
         counts[choice.ranking[0]] += 1
         propensities[choice.ranking[0]] = choice.propensity
-    # A quarter of the mix is the large one: 0.8 * 0.25 + 0.2 / 2.
-    assert propensities == pytest.approx({"small": 0.7, "large": 0.3})
-    assert counts["large"] / 150 == pytest.approx(0.3, abs=4 * math.sqrt(0.21 / 150))
+    # What is drawn at random counts: 0.15 / 0.8 of the mix is the large one, and 0.2 / 2 beside it.
+    assert propensities == pytest.approx({"small": 0.75, "large": 0.25})
+    assert counts["large"] / 150 == pytest.approx(0.25, abs=4 * math.sqrt(0.1875 / 150))
 
 
 def test_weighted_draws_of_conversations_say_what_an_expert_would_have_cost(router: Router) -> None:

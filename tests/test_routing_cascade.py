@@ -301,6 +301,25 @@ def test_what_knows_nothing_is_surpassed_by_what_knows(learned: Cascade) -> None
     assert gain <= half
 
 
+def test_a_router_that_was_saved_in_the_meantime_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = Log(Outcome("a query", name, 1.0, price) for name, price in (("small", 1e-4), ("large", 1e-3)))
+    write_log(log, tmp_path / "log.jsonl")
+    Router(0.005).fit(log).save(tmp_path / "router")
+
+    def meanwhile(*_: object, **__: object) -> Cascade:
+        Router(9.0).fit(log).save(tmp_path / "router")
+        return handmade()
+
+    monkeypatch.setattr("deferral.routing.commands.answers_in", lambda *_, **__: ())
+    monkeypatch.setattr("deferral.routing.commands.fit_cascade", meanwhile)
+    with pytest.raises(SystemExit):
+        main(["route", "cascade", str(tmp_path / "log.jsonl"), "-r", str(tmp_path / "router"), "--first", "small"])
+    assert "another router was saved there in the meantime" in capsys.readouterr().err
+    assert Router.load(tmp_path / "router").price_of_error == 9.0
+
+
 @pytest.mark.slow
 def test_the_command_adds_a_cascade_only_where_it_pays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     router = unsure_router()

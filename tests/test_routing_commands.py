@@ -1,7 +1,9 @@
 """`deferral route` from end to end, and files of queries that survive being stopped."""
 
 import fcntl
+import gzip
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -172,7 +174,8 @@ def test_a_batch_goes_on_where_it_was_killed(folder: Path, tmp_path: Path, monke
     assert not out.exists()
     assert partial.read_bytes().count(b"\n") == 40
     with partial.open("ab") as file:
-        file.write(b'{"row": 41, "exp')
+        # Of a chunk that was cut in two, sums would be rounded otherwise: it is decided again.
+        file.write(b'{"row": 41, "by": "another rounding"}\n{"row": 42, "exp')
     with pytest.raises(DataError, match="begun with another router, file or setting"):
         route_file(folder, tmp_path / "in.jsonl", out, setting={"budget": 5.0})
     seen: list[int] = []
@@ -201,6 +204,27 @@ def test_a_batch_goes_on_where_it_was_killed(folder: Path, tmp_path: Path, monke
     (tmp_path / "bad.jsonl").write_text('{"query": "a"}\n{"prompt": "b"}\n')
     with pytest.raises(DataError, match="row 2: expected a JSON object with a text"):
         route_file(folder, tmp_path / "bad.jsonl", tmp_path / "bad.out")
+
+
+@pytest.mark.ci_slow
+def test_a_file_of_queries_that_is_none_is_refused(folder: Path, tmp_path: Path) -> None:
+    queries, out = tmp_path / "in.txt", tmp_path / "out.jsonl"
+    queries.write_bytes(b"\xef\xbb\xbfprime theorem\r\nemperor\r\n")
+    (tmp_path / "plain.txt").write_text("prime theorem\nemperor\n")
+    for path in (queries, tmp_path / "plain.txt"):
+        route_file(folder, path, path.with_suffix(".out"))
+    assert (tmp_path / "in.out").read_bytes() == (tmp_path / "plain.out").read_bytes(), "a mark of UTF-8 is no part of the query"
+    with pytest.raises(DataError, match=r"in\.txt: it holds the queries"):
+        call("batch", queries, queries, "-r", folder)
+    for content in (gzip.compress(b"a query"), "a query\n".encode("utf-16")):
+        (tmp_path / "packed.gz").write_bytes(content)
+        with pytest.raises(DataError, match="row 1: expected text in UTF-8, one query a line"):
+            route_file(folder, tmp_path / "packed.gz", out)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataError, match="expected a file, which can be read again"):
+        route_file(folder, tmp_path / "pipe", out)
+    with pytest.raises(DataError, match="expected a new file"):
+        route_file(folder, queries, Path(os.devnull))
 
 
 @pytest.mark.slow

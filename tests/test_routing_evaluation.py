@@ -97,6 +97,8 @@ def test_aiq_and_saving_of_a_line() -> None:
     assert saving(points, 0.6, 4.0) == pytest.approx(1 - 2 / 4)
     assert saving(points, 0.75, 4.0, 0.8) == pytest.approx(0.5)
     assert np.isnan(saving(points, 0.9, 4.0))
+    assert saving(points, 0.8 + 1e-12, 3.0) == 0, "the same mean, summed in another order"
+    assert np.isnan(saving(np.array([[0.0, 0.8]]), 0.8, 0.0))
 
 
 def test_a_curve_goes_from_the_cheapest_expert_to_the_best_estimate() -> None:

@@ -1,12 +1,16 @@
 import json
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from deferral.datasets import DataError
 from deferral.routing import Log, Outcome, cost_table, list_prices, log_of_table, read_log, token_prices, write_log
+from deferral.routing.outcomes import spelt_alike
 from deferral.routing.prices import fit_prices
 
 
@@ -96,7 +100,8 @@ def test_costs_are_errors_plus_prices_in_units_of_one_error() -> None:
     [
         ({"quality": float("nan")}, "row 2, quality"),
         ({"quality": 1.2}, r"row 2, quality: expected a number in \[0, 1\], got 1.2"),
-        ({"quality": True}, "row 2, quality"),
+        ({"quality": True}, r"row 2, quality: expected a number in \[0, 1\], got True"),
+        ({"time": "2026-01-01"}, "row 2, time: expected a number of seconds since 1970, got '2026-01-01'"),
         ({"quality": "good"}, "row 2, quality"),
         ({"price": -0.1}, "row 2, price: expected a number that is finite and not negative, got -0.1"),
         ({"price": float("inf")}, "row 2, price"),
@@ -122,6 +127,8 @@ def test_a_bad_outcome_is_named_by_row_and_field(change: dict, message: str) -> 
         ('{"query": "q", "expert": "a", "quality": 1, "pri', "row 2: the last line is cut off; the 1 rows before it are whole"),
         ('{"query": "q"\n', "row 2: expected one JSON object"),
         ("[1]\n", "row 2: expected a JSON object"),
+        ("\n", "row 2: expected one JSON object, got an empty line"),
+        ('{"prompt": "q", "model": "a", "score": 1}\n', "row 2, query: it is missing; the row holds prompt, model, score"),
         ('{"query": "q", "expert": "a", "quality": 1}\n', "row 2, price: it is missing"),
         ('{"query": "q", "expert": "a", "quality": NaN, "price": 1}\n', "row 2, quality"),
         ('{"query": "q", "expert": "a", "quality": 1, "price": 1, "cost": 2}\n', "row 2, cost: expected only the fields"),
@@ -162,6 +169,16 @@ def test_a_parquet_file_that_was_cut_off_and_text_that_it_cannot_hold(tmp_path: 
     assert len(list(tmp_path.iterdir())) == 1
     write_log(half, tmp_path / "log.jsonl")
     assert read_log(tmp_path / "log.jsonl")[0].query == "half \ud800"
+
+
+def test_a_parquet_file_of_decimals_and_names_that_are_spelt_alike(tmp_path: Path) -> None:
+    rows = {"query": ["q"], "expert": ["a"], "quality": [1], "price": [Decimal("0.0015")]}
+    pq.write_table(pa.table(rows), tmp_path / "log.parquet")
+    assert read_log(tmp_path / "log.parquet")[0].price == 0.0015
+    with pytest.raises(TypeError, match="row 1: expected an Outcome, got dict"):
+        Log([{"query": "q"}])  # type: ignore[list-item]
+    names = ["gpt-4", "large", "GPT 4", "small", "gpt-4o", "+", "-"]
+    assert spelt_alike(names) == [["gpt-4", "GPT 4"]]
 
 
 def test_a_table_does_not_grow_with_its_log() -> None:

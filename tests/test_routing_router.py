@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 
 from deferral.datasets import DataError
 from deferral.routing import Abilities, Log, Needs, Outcome, PriceModel, Router, list_prices, log_of_table
-from deferral.routing.persistence import FORMAT
+from deferral.routing.persistence import FORMAT, check_place
 from deferral.routing.policies import Clusters, Linear, Neighbours
 
 pytestmark = pytest.mark.ci_slow
@@ -146,6 +147,52 @@ def test_a_budget_is_kept_and_a_floor_reached() -> None:
         router().plan(budget=1.0, min_quality=0.5)
 
 
+def test_a_budget_and_a_floor_hold_with_what_is_drawn_at_random() -> None:
+    texts, _, quality, price = world(2000, seed=4)
+    curious = copy.copy(router())
+    curious._plans, curious.explore = {}, 0.2
+    for setting in ({"budget": 6.0}, {"budget": 9.0, "learned": False}):
+        chances, _ = curious.chances(texts, **setting)
+        assert 1000 * (chances * price).sum(1).mean() <= 1.15 * setting["budget"]
+    for floor in (0.6, 0.75):
+        chances, _ = curious.chances(texts, min_quality=floor)
+        assert (chances * quality).sum(1).mean() >= floor - 0.04
+    with pytest.raises(
+        ValueError, match=r"with 20% of the queries asked at random, to learn, at least \$2.333 per 1,000 queries"
+    ):
+        curious.plan(budget=2.0)
+    with pytest.raises(ValueError, match=r"at most 0.8\d\d was reached on held-out queries, 20% of them asked at random"):
+        curious.plan(min_quality=0.9)
+
+
+def test_a_floor_is_looked_for_along_the_whole_curve_and_left_to_the_single_expert_that_alone_reaches_it() -> None:
+    one, rows = copy.copy(router()), len(router().fitted.held_price)
+    # The dear one is thought to be a little better, and is not: where quality counts most, it is highest nowhere.
+    estimate, truth = np.tile(np.float32([0.1, 0.8, 0.81]), (rows, 1)), np.tile(np.float32([0.1, 0.9, 0.3]), (rows, 1))
+    half = np.full(3, 0.5)
+    one._plans, one._fitted = {}, replace(router().fitted, held_estimate=estimate, held_quality=truth, means=half)
+    assert 0.001 < one.plan(min_quality=0.85).price_of_error < 1.8
+    with pytest.raises(ValueError, match=r"at most 0.900 was reached"):
+        one.plan(min_quality=0.95)
+    one._plans, one._fitted = {}, replace(one.fitted, means=np.array([0.1, 0.5, 0.96]))
+    plan = one.plan(min_quality=0.95)
+    assert "reached a quality of 0.900, the best single expert more" in plan.why_fallback
+    assert plan.mix @ one.fitted.means == pytest.approx(0.95)
+
+
+def test_a_plan_hangs_on_what_the_router_says_now() -> None:
+    one = copy.copy(router())
+    one._plans, one.abilities, needs = {}, {}, Needs.of(tools=True)
+    assert one.plan().price_of_error == 0.1
+    assert one.plan(needs=needs).mask.all()
+    one.price_of_error, one.abilities["large"] = 2.0, Abilities(tools=False)
+    assert one.plan().price_of_error == 2.0
+    assert one.plan(needs=needs).mask.tolist() == [True, True, False]
+    before = one.plan(budget=5.0)
+    one.explore = 0.2
+    assert one.plan(budget=5.0).mix[2] < before.mix[2]
+
+
 def test_without_anything_to_learn_the_static_mix_decides_and_says_so() -> None:
     texts, *_ = world(400)
     noise = (np.random.default_rng(0).random((400, 3)) < [0.4, 0.5, 0.9]).astype(float)
@@ -275,6 +322,16 @@ def test_experts_come_by_description_and_go() -> None:
     for name, message in (("small", "only expert left"), ("huge", "no expert of this router")):
         with pytest.raises(ValueError, match=message):
             some.remove_expert(name)
+
+
+def test_a_copy_goes_its_own_way() -> None:
+    one = copy.copy(router())
+    assert len(one.plan().mask) == 3
+    one.remove_expert("large")
+    one.describe_expert("curt", quality=0.5, price=0.001, abilities=Abilities(tools=False))
+    assert one.remove_expert("small").plan().mask.tolist() == [True, True]
+    assert router().plan().mask.tolist() == [True] * 3
+    assert router().abilities == {}
 
 
 def test_new_prices_need_no_refitting() -> None:
@@ -438,6 +495,27 @@ def test_a_save_that_breaks_off_leaves_the_old_router(tmp_path: Path, monkeypatc
     assert len(list((tmp_path / "router").iterdir())) == 2
 
 
+def test_a_fit_that_fails_leaves_the_router_as_it_was() -> None:
+    one = copy.copy(router())
+    before = one.route_batch(world(20, seed=5)[0]).cost
+    texts, _, quality, price = world(60, seed=6)
+    with pytest.raises(ValueError, match="one per expert"):
+        one.fit(log_of_table(texts, EXPERTS, quality, price), prices=list_prices([1.0], [1.0], 100))
+    np.testing.assert_array_equal(one.route_batch(world(20, seed=5)[0]).cost, before)
+
+
+def test_what_a_killed_save_left_is_no_obstacle_and_goes(tmp_path: Path) -> None:
+    folder = tmp_path / "router"
+    folder.mkdir()
+    for name in ("state.0123456789ab.safetensors", ".state.0123456789ab.safetensors.1.aa.partial", ".router.json.1.bb.partial"):
+        (folder / name).write_bytes(b"half")
+    router().save(folder)
+    assert len(list(folder.iterdir())) == 2
+    assert Router.load(folder).experts == EXPERTS
+    with pytest.raises(DataError, match=r"nothing can be written in .*router\.json"):
+        check_place(folder / "router.json" / "another")
+
+
 def test_two_that_save_at_once_leave_one_whole_router(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts, _, quality, price = world(30)
     other = Router(0.1, policies=QUICK).fit(log_of_table(texts, ["x", "y", "z"], quality, price))
@@ -525,6 +603,16 @@ def test_wrong_arguments() -> None:
         Router(0.1, explore=1.0)
     with pytest.raises(ValueError, match="not fitted"):
         Router(0.1).fitted  # noqa: B018
+    for policies in ((), (Linear, Linear)):
+        with pytest.raises(ValueError, match="policies: expected different ones, at least one"):
+            Router(0.1, policies=policies)
+    with pytest.raises(TypeError, match=r"expected a Log, got str; read_log\(path\) reads a file"):
+        Router(0.1).fit("outcomes.jsonl")  # type: ignore[arg-type]
+    for needs in ({"tools": True}, ["small"]):
+        with pytest.raises(TypeError, match=r"needs: expected Needs.of"):
+            router().plan(needs=needs)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"allow: expected a frozenset, got list; use Needs.of"):
+        Needs(allow=["small"])  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="use route for one query"):
         router().route_batch("text")
     with pytest.raises(TypeError, match="row 2"):

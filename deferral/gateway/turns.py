@@ -74,7 +74,8 @@ def conversation(messages: list[Any]) -> Conversation:
         elif role == "tool" or role == "function":
             tools = True
         else:
-            tools = tools or "tool_calls" in message or "function_call" in message
+            # Sent back as it came, a message has these fields, empty, also where no tool was called.
+            tools = tools or bool(message.get("tool_calls")) or message.get("function_call") is not None
             answered = answered or role == "assistant"
             other_text = other_text or text
     if not turns:

@@ -6,11 +6,11 @@ that only the same work is continued.
 
 import json
 import os
+from codecs import BOM_UTF8
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict
-from hashlib import sha256
 from itertools import islice
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -23,6 +23,7 @@ from threadpoolctl import threadpool_limits
 
 from deferral.errors import DataError
 from deferral.routing.constraints import Needs
+from deferral.routing.persistence import written
 from deferral.routing.router import Router
 
 __all__ = ["route_file"]
@@ -45,7 +46,11 @@ def route_file(
     `queries` is .jsonl, one object with "query" a line, or any other text file, one query a line (an empty line is an empty
     query).  `setting` are those of `Router.plan`.  Calls `on_rows(rows done, bytes of the file read)` as it goes on.
     """
+    if out.exists() and out.samefile(queries):
+        raise DataError(f"{out}: it holds the queries; name another file for the decisions")
     _check_free(out)
+    if not queries.is_file():
+        raise DataError(f"{queries}: expected a file, which can be read again from the middle; write what comes by a pipe to one")
     if workers < 1:
         raise ValueError(f"workers: expected at least 1, got {workers}")
     setting = {name: value for name, value in (setting or {}).items() if value is not None}
@@ -53,7 +58,7 @@ def route_file(
     router = Router.load(folder, encoder=encoder)
     router.plan(**setting)
     work = {
-        "router": sha256((folder / "router.json").read_bytes()).hexdigest(),
+        "router": written(folder),
         "queries": [str(queries.resolve()), queries.stat().st_size],
         "setting": {name: _plain(value) for name, value in setting.items()},
     }
@@ -81,7 +86,8 @@ def route_file(
 
 def _check_free(out: Path) -> None:
     if out.exists():
-        raise DataError(f"{out}: it is there already; remove it or name another file")
+        what = "remove it or name another file" if out.is_file() else "expected a new file, which is complete when it is there"
+        raise DataError(f"{out}: it is there already; {what}")
 
 
 def _claim(file: BinaryIO, partial: Path) -> None:
@@ -105,7 +111,10 @@ def _plain(value: Any) -> Any:
 
 
 def _whole_lines(partial: Path, note: Path, work: dict) -> int:
-    """How many decisions an earlier run has left whole; what it began of another is cut off."""
+    """How many decisions an earlier run has left in whole chunks; what it began of another chunk is cut off.
+
+    In a chunk that begins elsewhere sums are rounded otherwise, and the file would not be what it is in one run.
+    """
     if partial.stat().st_size == 0:
         note.write_text(json.dumps(work), encoding="utf-8")
         return 0
@@ -118,13 +127,14 @@ def _whole_lines(partial: Path, note: Path, work: dict) -> int:
             f"{partial}: it was begun with another router, file or setting; remove it and {note.name} to start again, or repeat "
             "the command that began it"
         )
-    lines = size = 0
+    lines = read = whole = 0
     with partial.open("rb+") as file:
         for line in file:
             if line.endswith(b"\n"):
-                lines, size = lines + 1, size + len(line)
-        file.truncate(size)
-    return lines
+                lines, read = lines + 1, read + len(line)
+                whole = read if lines % _CHUNK == 0 else whole
+        file.truncate(whole)
+    return lines - lines % _CHUNK
 
 
 def _chunks(path: Path, skip: int) -> Iterator[tuple[list[str], int]]:
@@ -141,7 +151,14 @@ def _chunks(path: Path, skip: int) -> Iterator[tuple[list[str], int]]:
 
 
 def _query(path: Path, row: int, line: bytes) -> str:
+    if row == 1:
+        line = line.removeprefix(BOM_UTF8)
     if path.suffix != ".jsonl":
+        if b"\0" in line:
+            raise DataError(
+                f"{path}: row {row}: expected text in UTF-8, one query a line, got {line[:20]!r}; a compressed file, Parquet or "
+                "UTF-16 is to be made text or .jsonl first"
+            )
         return line.decode("utf-8", "replace").rstrip("\r\n")
     try:
         query = json.loads(line)["query"]

@@ -20,8 +20,8 @@ from deferral.routing.encoders import CachedEncoder
 from deferral.routing.judging import cross_fitted, evaluation, held, joined, query_folds, subjects, tag_folds
 from deferral.routing.log_files import read_log
 from deferral.routing.onnx_export import export
-from deferral.routing.outcomes import Log
-from deferral.routing.persistence import check_place
+from deferral.routing.outcomes import Log, spelt_alike
+from deferral.routing.persistence import check_place, written
 from deferral.routing.prices import read_prices, token_prices
 from deferral.routing.replay import as_logged, events_of, replay
 from deferral.routing.router import Router
@@ -168,6 +168,9 @@ def evaluate(
     if folder is not None and by_tag:
         raise click.UsageError("--by-tag goes without --router: it fits routers of its own")
     outcomes = _read(log)
+    if out is not None:
+        # Before the work, not after it.
+        out.mkdir(parents=True, exist_ok=True)
     table = outcomes.table()
     encode, group = _encoder(encoder, cache), None
     if folder is not None:
@@ -194,7 +197,6 @@ def evaluate(
         found = evaluation(rows, group=group, resamples=resamples, seed=seed)
     show_evaluation(found)
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
         save_evaluation(found, out / "evaluation.json")
         drawn = draw_evaluation(found, out / "curve.png")
         click.echo(f"wrote {out / 'evaluation.json'}")
@@ -303,6 +305,7 @@ def cascade(log: Path, folder: Path, first: str, encoder: Path | None, cache: Pa
     cascade only if it pays on held-out queries at some price of an error; else all stays as it was, and the exit status is 3.
     """
     outcomes, encode = _read(log), _encoder(encoder, cache)
+    before = written(folder)
     router = Router.load(folder, encoder=encode)
     with _progress("learning when to defer") as progress:
         task = progress.add_task("learning when to defer", total=None)
@@ -317,6 +320,8 @@ def cascade(log: Path, folder: Path, first: str, encoder: Path | None, cache: Pa
     if not found.paid.better.any():
         click.echo(f"{folder} stays as it was")
         sys.exit(3)
+    if written(folder) != before:
+        raise click.ClickException(f"{folder}: another router was saved there in the meantime, and is left alone; start again")
     router.cascade = found
     router.save(folder)
     click.echo(f"wrote {folder}; a gateway takes it when it is reloaded")
@@ -338,7 +343,7 @@ def export_encoder(source: Path, out: Path, int8: bool, max_tokens: int | None) 
 
 def _complete(queries: Path, out: Path) -> bool:
     """Whether OUT is the end of an earlier run: it holds as many decisions as there are queries."""
-    return out.is_file() and _lines(out) == _lines(queries)
+    return out.is_file() and not out.samefile(queries) and _lines(out) == _lines(queries)
 
 
 def _lines(path: Path) -> int:
@@ -358,7 +363,10 @@ def _encoder(folder: Path | None, cache: Path | None) -> Any:
 def _read(path: Path) -> Log:
     with _progress(f"reading {path.name}") as progress:
         task = progress.add_task(f"reading {path.name}", total=None)
-        return read_log(path, on_rows=lambda rows: progress.update(task, description=f"reading {path.name}, {rows:,} rows"))
+        log = read_log(path, on_rows=lambda rows: progress.update(task, description=f"reading {path.name}, {rows:,} rows"))
+    for group in spelt_alike(log.experts):
+        click.echo(f"taken for {len(group)} experts, of different spelling: {', '.join(map(repr, group))}", err=True)
+    return log
 
 
 @contextmanager

@@ -29,6 +29,11 @@ class Needs:
     allow: frozenset[str] | None = None
     deny: frozenset[str] = frozenset()
 
+    def __post_init__(self) -> None:
+        for name in ("regions", "allow", "deny"):
+            if not isinstance(getattr(self, name), frozenset | None):
+                raise TypeError(f"{name}: expected a frozenset, got {type(getattr(self, name)).__name__}; use Needs.of(...)")
+
     @classmethod
     def of(
         cls,

@@ -114,11 +114,12 @@ def aiq(points: np.ndarray, low: float, high: float) -> float:
 def saving(points: np.ndarray, quality: float, price: float, share: float = 1.0) -> float:
     """1 - (price on the hull of share * quality) / price: what is saved at that share of an expert's quality.
 
-    NaN where the hull does not reach the quality.
+    NaN where the hull does not reach the quality, and where there is nothing to save.
     """
     corners = hull(points)
     wanted = share * quality
-    if corners[-1, 1] < wanted:
+    # Two sums of the same numbers may differ in the last digit.
+    if corners[-1, 1] < wanted - 1e-9 or price <= 0:
         return float("nan")
     return float(1 - np.interp(wanted, corners[:, 1], corners[:, 0]) / price)
 

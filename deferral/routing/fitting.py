@@ -1,9 +1,9 @@
 """What a router has learned: expected qualities, the verdict on them, and experts that come and go."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
+from typing import Any
 
 import numpy as np
 
@@ -136,18 +136,29 @@ class Fitted:
             raise ValueError(f"max_latency: no expert that may be asked answers within {most:g} s on average ({known})")
         return quick
 
-    def error_at_price(self, mask: np.ndarray, most: float) -> float:
-        """The largest price of an error at which the held-out rows cost at most this on average."""
-        return self._search(mask, lambda price, quality: price <= most, largest=True)
+    def error_at_price(self, mask: np.ndarray, most: float, explore: float = 0.0) -> float:
+        """The largest price of an error at which the held-out rows cost at most this on average.
 
-    def error_at_quality(self, mask: np.ndarray, least: float) -> float:
-        """The smallest price of an error at which the held-out rows have at least this mean quality."""
-        best = self._means_at(mask, self._ends()[1])[1]
-        if best < least:
-            best = max(best, float(self.means[mask].max()))
-            if best < least:
-                raise ValueError(f"min_quality: at most {best:.3f} was reached on held-out queries, got {least}")
-        return self._search(mask, lambda price, quality: quality >= least, largest=False)
+        `explore` is the share of queries that go to an expert of the mask at random.
+        """
+        errors, prices, _ = self._along(mask, explore)
+        met = prices <= most
+        # The first that breaks it ends the search: price rises with the price of an error.
+        return float(errors[max(int(np.argmin(met)) - 1, 0) if not met.all() else -1])
+
+    def error_at_quality(self, mask: np.ndarray, least: float, explore: float = 0.0) -> tuple[float, float]:
+        """The smallest price of an error at which the held-out rows have at least this mean quality, and the highest they have.
+
+        Of the price of an error where that is highest, if only the best single expert is as good.  ValueError if none is.
+        """
+        errors, _, qualities = self._along(mask, explore)
+        best, single = float(qualities.max()), self._explored(float(self.means[mask].max()), self.means[mask].mean(), explore)
+        if max(best, single) < least:
+            at_random = f", {100 * explore:g}% of them asked at random" if explore > 0 else ""
+            raise ValueError(
+                f"min_quality: at most {max(best, single):.3f} was reached on held-out queries{at_random}, got {least}"
+            )
+        return float(errors[int(np.argmax(qualities >= min(least, best)))]), best
 
     def errors_from_best(self, mask: np.ndarray, count: int = 60) -> np.ndarray:
         """Falling prices of an error, from the one at which the held-out rows have the highest quality.  (E,) bool -> (G,)"""
@@ -282,12 +293,17 @@ class Fitted:
         rows = np.arange(len(chosen))
         return float(self.held_price[rows, chosen].mean()), float(self.held_quality[rows, chosen].mean())
 
-    def _search(self, mask: np.ndarray, holds: Callable[[float, float], bool], *, largest: bool) -> float:
-        if len(self.held_price) == 0:
-            return self._ends()[0 if largest else 1]
+    def _along(self, mask: np.ndarray, explore: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Rising prices of an error, and mean price and quality of the held-out rows at each.  -> (G,), (G,), (G,)"""
         errors = np.geomspace(*self._ends(), 400)
-        met = np.array([holds(*self._means_at(mask, error)) for error in errors])
-        if largest:
-            # The first that breaks it ends the search: price rises with the price of an error.
-            return float(errors[max(int(np.argmin(met)) - 1, 0) if not met.all() else -1])
-        return float(errors[int(np.argmax(met)) if met.any() else -1])
+        price, quality = np.array([self._means_at(mask, error) for error in errors]).T
+        return (
+            errors,
+            self._explored(price, self.mean_price[mask].mean(), explore),
+            self._explored(quality, self.means[mask].mean(), explore),
+        )
+
+    @staticmethod
+    def _explored(usual: Any, at_random: float, explore: float) -> Any:
+        """A mean of the decisions, where a share of them is drawn at random."""
+        return (1 - explore) * usual + explore * at_random

@@ -63,7 +63,7 @@ def write_log(log: Log, path: str | Path) -> None:
 def _add(log: Log, number: int, row: dict) -> None:
     for name in ("query", "expert", "quality", "price"):
         if row.get(name) is None:
-            raise DataError(f"row {number}, {name}: it is missing")
+            raise DataError(f"row {number}, {name}: it is missing; the row holds {', '.join(map(str, row)) or 'nothing'}")
     if strange := [name for name in row if name not in _FIELDS]:
         raise DataError(f"row {number}, {strange[0]}: expected only the fields {', '.join(_FIELDS)}")
     tags = check_tags(number, row.get("tags") or ())
@@ -78,6 +78,8 @@ def _read_jsonl(path: Path) -> Iterator[dict]:
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
+                if not line.strip():
+                    raise DataError(f"{path}: row {number}: expected one JSON object, got an empty line; remove it") from None
                 if line.endswith(b"\n") or not isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
                     raise DataError(f"{path}: row {number}: expected one JSON object, {error}") from None
                 raise DataError(

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,7 +13,7 @@ from deferral.routing.confidence import Confidence, check_confidence
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["NUMBERS", "Log", "Outcome", "Table", "cost_table", "log_of_table"]
+__all__ = ["NUMBERS", "Log", "Outcome", "Table", "cost_table", "log_of_table", "spelt_alike"]
 
 # The columns of numbers of a log, and the range of each.
 NUMBERS = {
@@ -105,6 +106,8 @@ class Log:
         """Add outcomes; DataError names the row (the first is 1) and the field.  Nothing after that row is added."""
         for outcome in outcomes:
             row = len(self) + 1
+            if not isinstance(outcome, Outcome):
+                raise TypeError(f"row {row}: expected an Outcome, got {type(outcome).__name__}; Outcome(**fields) makes one")
             numbers = {name: check_number(row, name, getattr(outcome, name)) for name in NUMBERS}
             tags, sure = check_tags(row, outcome.tags), check_confidence(row, outcome.confidence)
             self._add(check_text(row, "query", outcome.query), check_text(row, "expert", outcome.expert), numbers, tags, sure)
@@ -227,8 +230,11 @@ def check_number(row: int | str, name: str, value: object) -> float:
     required = name in ("quality", "price")
     if value is None and not required:
         return np.nan
-    if not isinstance(value, int | float | np.integer | np.floating) or isinstance(value, bool):
-        raise DataError(f"row {row}, {name}: expected a number, got {value!r}")
+    bounds = f" in [{low:g}, {high:g}]" if np.isfinite(high) else " that is finite and not negative" if low == 0 else ""
+    unit = " of seconds since 1970" if name == "time" else ""
+    # Dollars in Parquet are often decimals.
+    if not isinstance(value, int | float | Decimal | np.integer | np.floating) or isinstance(value, bool):
+        raise DataError(f"row {row}, {name}: expected a number{unit}{bounds}, got {value!r}")
     try:
         number = float(value)
     except OverflowError:
@@ -236,13 +242,20 @@ def check_number(row: int | str, name: str, value: object) -> float:
     if np.isnan(number) and not required:
         return number
     if not low <= number <= high or np.isinf(number):
-        bounds = f"in [{low:g}, {high:g}]" if np.isfinite(high) else "that is finite and not negative" if low == 0 else ""
-        raise DataError(f"row {row}, {name}: expected a number {bounds}, got {number:g}".replace("  ", " ").replace(" ,", ","))
+        raise DataError(f"row {row}, {name}: expected a number{unit}{bounds}, got {number:g}")
     if name == "propensity" and np.float32(number) == 0:
         raise DataError(
             f"row {row}, propensity: expected a probability above 0, got {number:g}; what cannot happen did not happen"
         )
     return number
+
+
+def spelt_alike(names: Iterable[str]) -> list[list[str]]:
+    """Names that differ in nothing but capitals, spaces and signs: probably one expert that was spelt in several ways."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault("".join(filter(str.isalnum, name.casefold())) or name, []).append(name)
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def check_text(row: int | str, name: str, value: object) -> str:

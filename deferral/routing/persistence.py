@@ -28,10 +28,10 @@ from deferral.routing.training import Judged
 if TYPE_CHECKING:
     from deferral.routing.router import Router
 
-__all__ = ["FORMAT", "check_place", "load", "save"]
+__all__ = ["FORMAT", "check_place", "load", "save", "written"]
 
 FORMAT = 2
-_NUMBERS, _NAMES = "state.{}.safetensors", "router.json"
+_NUMBERS, _NAMES, _PARTIAL = "state.{}.safetensors", "router.json", ".{}.{}.{}.partial"
 _POLICIES = {policy.kind: policy for policy in (Linear, Neighbours, Clusters, Heads, Factors, Features, Rejector)}
 _JUDGED = ("errors", "learned", "static", "random", "oracle", "gain", "half_width", "overall", "rows")
 _ARRAYS = ("means", "mean_price", "latency", "extension", "held_quality", "held_estimate", "held_price")
@@ -90,7 +90,7 @@ def save(router: "Router", folder: Path) -> None:
     with _alone(folder):
         _put(path, numbers)
         _put(folder / _NAMES, json.dumps(names).encode())
-        for other in folder.glob(_NUMBERS.format("*")):
+        for other in (*folder.glob(_NUMBERS.format("*")), *_unfinished(folder)):
             if other != path:
                 other.unlink(missing_ok=True)
 
@@ -113,9 +113,29 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def check_place(folder: Path) -> None:
-    """DataError if what is there is no router, and would be lost."""
-    if folder.exists() and not (folder / _NAMES).is_file() and any(folder.iterdir() if folder.is_dir() else [folder]):
+    """DataError if what is there is no router, and would be lost, or if there can be no folder."""
+    if folder.exists() and not (folder / _NAMES).is_file() and any(_foreign(folder) if folder.is_dir() else [folder]):
         raise DataError(f"{folder}: it is there, and is no router; expected a new name, an empty folder or a router's folder")
+    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise DataError(f"{folder}: nothing can be written in {place}; expected a folder of yours")
+
+
+def written(folder: Path) -> str:
+    """A name for the router that a folder holds: another after each save of another."""
+    return sha256((folder / _NAMES).read_bytes()).hexdigest() if (folder / _NAMES).is_file() else ""
+
+
+def _foreign(folder: Path) -> Iterator[Path]:
+    """What is there beside the files of a save that was killed."""
+    own = {*folder.glob(_NUMBERS.format("*")), *_unfinished(folder)}
+    return (path for path in folder.iterdir() if path not in own)
+
+
+def _unfinished(folder: Path) -> Iterator[Path]:
+    """Files that a save was killed in the middle of."""
+    for name in (_NUMBERS.format("*"), _NAMES):
+        yield from folder.glob(_PARTIAL.format(name, "*", "*"))
 
 
 def load(folder: Path, encode: Callable[[list[str]], Any] | str | Path | None) -> "Router":
@@ -234,7 +254,7 @@ def _digest(names: dict) -> str:
 
 def _put(path: Path, content: bytes) -> None:
     """Write a file whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.partial")
+    partial = path.with_name(_PARTIAL.format(path.name, os.getpid(), secrets.token_hex(4)))
     try:
         with partial.open("wb") as file:
             file.write(content)

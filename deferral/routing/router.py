@@ -1,5 +1,6 @@
 """The router: learned from a log, asked about a query.  The trade-off is turned when it is asked, not when it is fitted."""
 
+import copy
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -79,6 +80,9 @@ class Router:
         else:
             self.encoder = FunctionEncoder(sentence_encoder(encoder) if isinstance(encoder, str | Path) else encoder)
         self.policies = tuple(policies)
+        kinds = [make().kind for make in self.policies]
+        if not kinds or len(set(kinds)) < len(kinds):
+            raise ValueError(f"policies: expected different ones, at least one, got {', '.join(kinds) or 'none'}")
         self.abilities = dict(abilities or {})
         self.salt = secrets.token_hex(8)
         self._fitted: Fitted | None = None
@@ -95,6 +99,10 @@ class Router:
         at random, that nothing is learned from: `certified_quality` is proved by them (see `certify`).  Learning from partial
         logs assumes what `deferral.routing.training.observed` says.
         """
+        if not isinstance(log, Log | Table):
+            raise TypeError(
+                f"log: expected a Log, got {type(log).__name__}; read_log(path) reads a file, Log(...) takes outcomes one by one"
+            )
         table = log.table() if isinstance(log, Log) else log
         _check_values(table)
         if unknown := sorted(set(self.abilities) - set(table.experts)):
@@ -107,10 +115,12 @@ class Router:
         if certify > 0:
             _check_full(table)
         everything, table = table, table.rows(np.flatnonzero(~apart)) if apart.any() else table
-        vectors = self.encoder.fit(table.queries)
-        self._fitted = fitted(table, vectors, self.policies, prices=prices, seed=self.seed)
+        # A fit that fails or is stopped leaves the router as it was.
+        encoder = copy.copy(self.encoder)
+        learned = fitted(table, encoder.fit(table.queries), self.policies, prices=prices, seed=self.seed)
+        self.encoder, self._fitted = encoder, learned
         self._seen, self._witnesses, self.cascade = np.sort(fingerprints(table.queries)), None, None
-        self._plans.clear()
+        self._plans = {}
         return self.certify(everything.rows(np.flatnonzero(apart))) if apart.any() else self
 
     @property
@@ -246,18 +256,23 @@ class Router:
         """One setting of the trade-off; no refitting.
 
         `price_of_error` in dollars, or `budget` in dollars per 1,000 queries, or `min_quality`, a floor for the mean quality:
-        the last two are met on the held-out rows.  `certified_quality`, a share of the best expert's quality, is reached with
-        probability `confidence` over the draw of the rows that `certify` was given, as cheaply as can be proved; ValueError if
-        it cannot.  `max_latency` in seconds is a cap on an expert's mean.  `needs` are hard constraints.  `learned` overrules
-        the held-out verdict on whether to use the learned policy.
+        the last two are met on the held-out rows, exploration included.  `certified_quality`, a share of the best expert's
+        quality, is reached with probability `confidence` over the draw of the rows that `certify` was given, as cheaply as can
+        be proved; ValueError if it cannot.  `max_latency` in seconds is a cap on an expert's mean.  `needs` are hard
+        constraints.  `learned` overrules the held-out verdict on whether to use the learned policy.
         """
-        key = (price_of_error, budget, min_quality, max_latency, needs, learned, certified_quality, confidence)
-        # Other threads may clear what is kept between any two steps.
-        plan = self._plans.get(key)
+        if needs is not None and not isinstance(needs, Needs):
+            raise TypeError(f"needs: expected Needs.of(...), got {type(needs).__name__}")
+        setting = (price_of_error, budget, min_quality, max_latency, needs, learned, certified_quality, confidence)
+        # What else a plan hangs on may have been set to another value since.
+        key = (*setting, self.price_of_error, self.explore, None if needs is None else tuple(self.abilities.items()))
+        # Other threads may clear what is kept between any two steps, or change the experts: then these are nobody's plans.
+        plans = self._plans
+        plan = plans.get(key)
         if plan is None:
-            if len(self._plans) >= _PLANS:
-                self._plans.clear()
-            plan = self._plans[key] = self._planned(*key)
+            if len(plans) >= _PLANS:
+                plans.clear()
+            plan = plans[key] = self._planned(*setting)
         return plan
 
     def _planned(
@@ -283,13 +298,22 @@ class Router:
         if budget is not None:
             if not 0 < budget < np.inf:
                 raise ValueError(f"budget: expected dollars per 1,000 queries, above 0, got {budget}")
-            mix = mix_at_price(means, prices, mask, budget / 1000)
-            error = state.error_at_price(mask, budget / 1000)
+            least = (1 - self.explore) * prices[mask].min() + self.explore * prices[mask].mean()
+            if self.explore > 0 and budget / 1000 < least:
+                raise ValueError(
+                    f"budget: with {100 * self.explore:g}% of the queries asked at random, to learn, at least "
+                    f"${1000 * least:.4g} per 1,000 queries are spent; got ${budget:.4g}"
+                )
+            mix = mix_at_price(means, prices, mask, self._but_explored(budget / 1000, prices, mask))
+            error = state.error_at_price(mask, budget / 1000, self.explore)
         elif min_quality is not None:
             if not 0 <= min_quality <= 1:
                 raise ValueError(f"min_quality: expected a quality in [0, 1], got {min_quality}")
-            error = state.error_at_quality(mask, min_quality)
-            mix = mix_at_quality(means, prices, mask, min_quality)
+            error, best = state.error_at_quality(mask, min_quality, self.explore)
+            mix = mix_at_quality(means, prices, mask, self._but_explored(min_quality, means, mask))
+            if best < min_quality and learned is None:
+                why = f"on held-out queries routing reached a quality of {best:.3f}, the best single expert more"
+                return Plan(error, mask, mix, why)
         elif certified_quality is not None:
             return self._promised(mask, learned, certified_quality, confidence)
         else:
@@ -297,6 +321,10 @@ class Router:
             check_price_of_error(error)
             mix = mix_at_error(means, prices, mask, error)
         return Plan(float(error), mask, mix, self._why_fallback(error, learned))
+
+    def _but_explored(self, wanted: float, values: np.ndarray, mask: np.ndarray) -> float:
+        """The mean of the other decisions with which, and with those that are drawn at random, the mean is the wanted one."""
+        return float((wanted - self.explore * values[mask].mean()) / (1 - self.explore))
 
     def _why_fallback(self, error: float, learned: bool | None) -> str:
         return self.fitted.why_not(error) if learned is None else "" if learned else "asked for"
@@ -346,7 +374,7 @@ class Router:
         quality, _, trust = self.fitted.estimate(self.encoder(table.queries))
         characters = np.array([len(query) for query in table.queries], float)
         self._witnesses = Witnesses(table.quality[rows][:, order], quality[rows], trust[rows], characters[rows])
-        self._plans.clear()
+        self._plans = {}
         return self
 
     def knows(self, queries: Sequence[str]) -> np.ndarray:
@@ -385,9 +413,9 @@ class Router:
         self._fitted = self.fitted.without(name)
         if self._witnesses is not None:
             self._witnesses = self._witnesses.columns(kept)
-        self.abilities.pop(name, None)
+        self.abilities = {other: can for other, can in self.abilities.items() if other != name}
         self.cascade = None
-        self._plans.clear()
+        self._plans = {}
         return self
 
     def with_prices(self, prices: PriceModel) -> "Router":
@@ -395,7 +423,7 @@ class Router:
         if prices.base.shape != (len(self.experts),):
             raise ValueError(f"prices: expected one per expert, {len(self.experts)}, got {prices.base.shape}")
         self._fitted, self.cascade = self.fitted.with_prices(prices), None
-        self._plans.clear()
+        self._plans = {}
         return self
 
     def save(self, folder: str | Path) -> None:
@@ -416,10 +444,10 @@ class Router:
 
     def _described(self, name: str, abilities: Abilities | None) -> "Router":
         if abilities is not None:
-            self.abilities[name] = abilities
+            self.abilities = {**self.abilities, name: abilities}
         # The rows that certify hold no outcome of the newcomer.
         self._witnesses = self.cascade = None
-        self._plans.clear()
+        self._plans = {}
         return self
 
 

@@ -135,4 +135,6 @@ def _print(table: Printed) -> None:
 def _ends(value: Interval | None) -> str:
     if value is None:
         return ""
-    return f"{value.estimate:.4g} [{value.low:.4g}, {value.high:.4g}]"
+    # What differs by rounding alone is no difference.
+    estimate, low, high = (round(one, 12) + 0.0 for one in (value.estimate, value.low, value.high))
+    return f"{estimate:.4g} [{low:.4g}, {high:.4g}]"
