@@ -21,6 +21,7 @@ from deferral.gateway.schema import VERSION, decisions, feedback, keys, tables, 
 
 __all__ = [
     "VERSION",
+    "adding",
     "alone",
     "clock",
     "connect",
@@ -230,6 +231,18 @@ def replacing(connection: Connection, table: Table) -> Insert:
     made = (postgresql if connection.dialect.name == "postgresql" else sqlite).insert(table)
     others = {column.name: made.excluded[column.name] for column in table.c if not column.primary_key}
     return made.on_conflict_do_update(index_elements=list(table.primary_key.columns), set_=others)
+
+
+def adding(connection: Connection, table: Table) -> Insert:
+    """An insert that adds its numbers to those of the row of the same primary key, if there is one."""
+    return _adding(connection.dialect.name, table)
+
+
+@cache
+def _adding(dialect: str, table: Table) -> Insert:
+    made = (postgresql if dialect == "postgresql" else sqlite).insert(table)
+    sums = {column.name: column + made.excluded[column.name] for column in table.c if not column.primary_key}
+    return made.on_conflict_do_update(index_elements=list(table.primary_key.columns), set_=sums)
 
 
 def insert_rows(connection: Connection, table: Table, rows: Sequence[tuple]) -> None:
