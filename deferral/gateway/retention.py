@@ -29,7 +29,7 @@ class Retention:
         self, engine: Engine, *, text_days: float | None, record_days: float | None, clock: Callable[[], float] = time.time
     ) -> None:
         self._engine, self._text_days, self._record_days, self._clock = engine, text_days, record_days, clock
-        self.to_scrub = True
+        self.to_scrub = False
 
     def step(self) -> float:
         """Delete some of it.  -> seconds until there is more to do"""
@@ -43,7 +43,7 @@ class Retention:
                 connection.rollback()
                 self._clear(connection, forgotten, old_costs(self._clock()))
                 # Also of what others have deleted, a command or a process that was killed.
-                self.to_scrub = not scrub(connection)
+                self.to_scrub &= not scrub(connection)
         if more:
             return _PAUSE * (time.monotonic() - began)
         return _SCRUB_AGAIN if self.to_scrub else _EVERY
@@ -66,6 +66,7 @@ class Retention:
         some = select(texts.c.decision).where(over).limit(_AT_ONCE).with_for_update(skip_locked=True)
         with writing(connection):
             gone = connection.execute(delete(texts).where(texts.c.decision.in_(some))).rowcount
+        self.to_scrub = True
         return gone == _AT_ONCE
 
     def _decisions(self, connection: Connection, until: float) -> bool:
@@ -81,6 +82,7 @@ class Retention:
             if not mine:
                 return False
             gone = forget_some(connection, d.time <= until, _AT_ONCE)
+        self.to_scrub |= gone.texts > 0
         return gone.decisions == _AT_ONCE
 
     def _left_behind(self, connection: Connection, until: float) -> None:
