@@ -82,6 +82,7 @@ def test_compose_names_what_is_here() -> None:
     assert url == f"postgresql+psycopg://{server['POSTGRES_USER']}:${{POSTGRES_PASSWORD}}@postgres/{server['POSTGRES_DB']}"
     mounted = dict(volume.split(":")[:2] for volume in gateway["volumes"])
     assert mounted == {"./experts.toml": "/etc/deferral/experts.toml", "./data": "/data"}
+    assert (gateway["read_only"], gateway["tmpfs"]) == (True, "/tmp")
     replicas = gateway["deploy"]["replicas"]
     first, last = re.fullmatch(r"127\.0\.0\.1:(\d+)-(\d+):8080", gateway["ports"][0]).groups()  # type: ignore[union-attr]
     assert int(last) - int(first) + 1 == replicas == 2
@@ -126,6 +127,9 @@ def test_kubernetes_names_what_is_here() -> None:
     assert {one["name"] for one in gateway["env"]} == READ
     [port] = gateway["ports"]
     assert port["containerPort"] == 8080
+    # What several workers share lies in a temporary folder.
+    assert gateway["securityContext"]["readOnlyRootFilesystem"]
+    assert {"/data", "/tmp"} <= {one["mountPath"] for one in gateway["volumeMounts"]}
     labels = deployment["template"]["metadata"]["labels"]
     assert deployment["selector"]["matchLabels"] == parts["Service"]["spec"]["selector"] == labels
     assert parts["Service"]["spec"]["ports"][0]["targetPort"] == port["name"]

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy import Engine, Table, insert, inspect, select
+from sqlalchemy.exc import DBAPIError
 
+from deferral.cli import main
 from deferral.errors import DataError
 from deferral.gateway import database as module
-from deferral.gateway.database import alone, clock, connect, prepare
+from deferral.gateway.database import alone, clock, connect, copy, prepare, writing
 from deferral.gateway.keys import Keys
 from deferral.gateway.migrations import migrate
 from deferral.gateway.record import Record
@@ -167,6 +169,65 @@ def test_a_newer_database_is_refused_and_not_touched(first_version: Engine) -> N
     with pytest.raises(DataError, match=f"expected tables of version {VERSION} or older, got {VERSION + 1}"):
         prepare(first_version)
     assert shape(first_version) == before
+
+
+def test_a_database_of_others_is_refused_and_not_touched(engine: Engine) -> None:
+    with engine.begin() as connection:
+        connection.exec_driver_sql("CREATE TABLE keys (door INTEGER)")
+    with pytest.raises(DataError, match="expected an empty database or one of a gateway; it has another's table keys"):
+        prepare(engine)
+    assert inspect(engine).get_table_names() == ["keys"]
+
+
+def test_what_a_vanished_machine_has_locked_is_free_again(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not database.startswith("postgresql"):
+        pytest.skip("an SQLite file is locked by processes of one machine, which sees them end")
+    monkeypatch.setitem(module._SESSION, "idle_in_transaction_session_timeout", "100ms")
+    engines = [connect(database) for _ in range(2)]
+    with engines[0].connect() as vanished, engines[1].connect() as other:
+        given = {"tcp_user_timeout": "20000", "keepalives_idle": "15"}
+        assert given.items() <= vanished.connection.driver_connection.info.get_parameters().items()  # type: ignore[union-attr]
+        held = alone(vanished, "budget k")
+        held.__enter__()
+        with alone(other, "budget k"):
+            pass
+        assert vanished.connection.driver_connection is not None
+        with pytest.raises(DBAPIError):
+            held.__exit__(None, None, None)
+        vanished.invalidate()
+    for engine in engines:
+        engine.dispose()
+
+
+def test_a_copy_is_whole_while_others_write_and_of_the_version_that_it_was(tmp_path: Path) -> None:
+    engine = connect(str(tmp_path / "gateway.db"))
+    with engine.begin() as connection:
+        for statement in FIRST.strip().removesuffix(";").split(";\n"):
+            connection.exec_driver_sql(statement)
+    target = tmp_path / "copy.db"
+    with engine.connect() as connection, writing(connection):
+        connection.execute(decisions.delete())
+        main(["gateway", "backup", str(target), "--database", str(tmp_path / "gateway.db")])
+        connection.rollback()
+        connection.exec_driver_sql("BEGIN")
+    copied = connect(str(target))
+    assert rows(copied) == rows(engine)
+    assert sorted(path.name for path in tmp_path.iterdir() if "copy" in path.name and "-" not in path.name) == ["copy.db"]
+    assert target.stat().st_mode & 0o777 == 0o600
+    with pytest.raises(DataError, match="there is a file already"):
+        copy(engine, target)
+    with pytest.raises(DataError, match="there is no database"):
+        copy(connect(str(tmp_path / "none.db")), tmp_path / "other.db")
+    with pytest.raises(DataError, match="create it first"):
+        copy(engine, tmp_path / "nowhere" / "other.db")
+    (tmp_path / "notes.txt").write_text("no database " * 100)
+    with pytest.raises(DataError, match="the copy cannot be made, file is not a database"):
+        copy(connect(str(tmp_path / "notes.txt")), tmp_path / "other.db")
+    assert not list(tmp_path.glob("*other.db*"))
+    with pytest.raises(ValueError, match="pg_dump"):
+        copy(connect("postgresql://u:secret@127.0.0.1:1/d"), tmp_path / "other.db")
+    copied.dispose()
+    engine.dispose()
 
 
 def test_under_one_name_there_is_one_transaction_at_a_time(engine: Engine) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from sqlalchemy import func, select
+from sqlalchemy import func, insert, select
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
@@ -86,6 +86,36 @@ def test_what_is_forgotten_is_in_no_file(tmp_path: Path) -> None:
     assert b"my secret 1!" in kept
     assert b"my secret 0!" not in kept
     assert b"my secret 18!" not in kept
+
+
+def test_what_a_command_deleted_leaves_the_journal_though_a_reader_needed_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_SCRUBBING", 0.0)
+    record, journal = filled(str(tmp_path / "gateway.db")), tmp_path / "gateway.db-wal"
+    with record.engine.connect() as reader:
+        reader.exec_driver_sql("BEGIN")
+        reader.execute(select(func.count()).select_from(texts)).scalar_one()
+        forget(record.engine, key="a")
+    assert b"my secret 0!" in journal.read_bytes()
+    cleaning = retention_module.Retention(record.engine, text_days=30.0, record_days=None)
+    assert cleaning.step() == retention_module._EVERY
+    assert journal.read_bytes() == b""
+    record.stop()
+
+
+def test_sums_of_months_ago_go_and_each_deletion_adds_to_the_rest(tmp_path: Path) -> None:
+    record, day = filled(str(tmp_path / "gateway.db")), 86400.0
+    with record.engine.begin() as connection:
+        for age in (31, 33):
+            connection.execute(insert(forgotten).values(key="z", time=NOW - age * day, price=1.0))
+    for response in ("id-0", "id-2"):
+        forget(record.engine, response=response)
+    retention_module.Retention(record.engine, text_days=None, record_days=None).step()
+    with record.engine.connect() as connection:
+        kept = connection.execute(select(forgotten.c.key, forgotten.c.price).order_by(forgotten.c.key)).all()
+    assert kept == [("a", 0.5), ("z", 1.0)]
+    record.stop()
 
 
 def test_rows_are_written_while_others_are_deleted(database: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -326,6 +326,42 @@ def test_a_client_that_leaves_while_the_database_is_asked_holds_nothing(worker: 
     assert account.granted > 0
 
 
+def test_a_database_that_does_not_answer_is_one_that_fails(worker: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_LONGEST", 0.05)
+    gate, answers = worker(), threading.Event()
+    gate.load([KEY])
+    for name in ("exchange", "admit"):
+        asked = getattr(gate.ledger, name)
+        monkeypatch.setattr(gate.ledger, name, lambda *a, asked=asked, **k: (answers.wait(10), asked(*a, **k))[1])
+
+    async def ask() -> list[Refused]:
+        rated = Key("r", "r", requests_per_minute=60)
+        # More than there are threads.
+        asking = [gate.held(KEY, 0.01) for _ in range(8)] + [gate.admitted(rated) for _ in range(8)]
+        refused = await asyncio.gather(*asking, return_exceptions=True)
+        answers.set()
+        await asyncio.to_thread(gate._pool.shutdown)
+        await asyncio.sleep(0.01)
+        return refused  # type: ignore[return-value]
+
+    refused = asyncio.run(ask())
+    assert {(one.status, one.code) for one in refused} == {(503, "record_unavailable")}
+    account = gate._accounts["k"]
+    assert (account.held, account.flying, account.spent) == (0.0, 0, 0.0)
+
+
+def test_a_worker_whose_clock_is_fast_takes_nothing_from_this_window(worker: Workers) -> None:
+    key = replace(KEY, window="hour")
+    one, fast, late = at_noon(worker), worker(), at_noon(worker)
+    fast._clock = lambda: NOON + 3600
+    one.hold(key, 0.75).settle(0.75)
+    one.tell()
+    fast.hold(key, 0.5).settle(0.5)
+    with pytest.raises(Refused):
+        late.hold(key, 0.5)
+    assert granted_in(one, key) == pytest.approx(0.75, abs=1 / 16)
+
+
 def spend(gate: SharedLimits, key: Key, dollars: float) -> None:
     """Of the account, where there is one, and on record at once."""
     gate.hold(key, dollars).settle(dollars)

@@ -2,8 +2,10 @@
 
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
@@ -11,6 +13,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
+from deferral.gateway import tracing as module
 from deferral.gateway.experts_file import Expert
 from deferral.gateway.rows import CascadeRow
 from deferral.gateway.settings import Settings
@@ -128,6 +131,14 @@ def test_who_answered_first_is_told() -> None:
     assert (told["deferral.first"], told["deferral.cascade"], told["deferral.attempts"]) == ("small", "deferred", 2)
     assert not {"deferral.first", "deferral.cascade"} & alone.keys()
     made.shutdown()
+
+
+def test_a_collector_that_does_not_answer_does_not_hold_up_the_end(monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    monkeypatch.setattr(module, "_ENDING", 0.05)
+    answers = threading.Event()
+    Tracing(SimpleNamespace(get_tracer=lambda name: None, shutdown=lambda: answers.wait(10))).close()  # type: ignore[arg-type]
+    assert "the last spans are given up" in caplog.text
+    answers.set()
 
 
 def test_the_standard_variables_say_where_spans_go(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from deferral.gateway.keys import Key
@@ -72,3 +73,16 @@ def test_of_many_budgets_those_are_shown_that_are_nearest_to_their_end() -> None
     metrics.watch_budgets(lambda: [(key, 0.5) for key in keys])
     shown = {labels[0] for name, *labels in samples(metrics.text()) if name == "deferral_budget_spent_dollars"}
     assert shown == {key.id for key in keys[:100]}
+
+
+def test_a_folder_that_cannot_be_written_costs_the_others_this_worker_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    worker = WorkerMetrics(counted(3, "closed"), tmp_path / "gone")
+    worker.leave()
+    worker.leave()
+    assert samples(worker.text())["deferral_answers_total", "ok", "small"] == 3
+    assert len(caplog.records) == 1
+    (tmp_path / "gone").mkdir()
+    worker.leave()
+    assert (tmp_path / "gone" / f"{os.getpid()}.prom").read_bytes()

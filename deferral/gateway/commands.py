@@ -21,6 +21,7 @@ from deferral.gateway.opened import database_option, opened
 __all__ = ["gateway"]
 
 _CHECK = "check"
+_OUTCOMES = ("ok", "error", "cancelled", "refused", "truncated")
 _assumed = click.option(
     "--assume-quality",
     type=click.FloatRange(0, 1),
@@ -65,6 +66,29 @@ def forget(key: str | None, response: str | None, database: str) -> None:
     if not gone.decisions:
         raise DataError(f"nothing is on record of {key or response!r}; what was just answered is written a moment later")
     click.echo(gone)
+
+
+@gateway.command()
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+@database_option
+def backup(file: Path, database: str) -> None:
+    """Copy an SQLite database to FILE, also while gateways write to it.
+
+    A PostgreSQL database is copied by pg_dump.
+    """
+    from deferral.gateway.database import connect, copy
+
+    try:
+        # It may be of an older version, and stays so.
+        engine = connect(database)
+        with Console(stderr=True).status("copying"):
+            copy(engine, file)
+        engine.dispose()
+    except DataError:
+        raise
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    click.echo(f"wrote {file}")
 
 
 @gateway.command()
@@ -218,6 +242,45 @@ def status(hours: float, as_json: bool, url: str | None, admin_key: str | None, 
             click.echo(f"  {name} {value:g}")
         if not running["metrics"]:
             click.echo("  its metrics want the admin key: --admin-key, or DEFERRAL_ADMIN_KEY", err=True)
+
+
+@gateway.command()
+@click.option("--key", help="Of this key alone, by its name, its id or the prefix that is shown.")
+@click.option("--expert", help='That this expert answered; "" is nobody.')
+@click.option("--outcome", type=click.Choice(_OUTCOMES), help="That ended so.")
+@click.option("--response", help="One response, by x-deferral-id or by the reply's own id, however old.")
+@click.option("--hours", type=click.FloatRange(min=0, min_open=True), default=24.0, show_default=True, help="How far back.")
+@click.option("--count", type=click.IntRange(1, 100_000), default=50, show_default=True, help="The newest so many.")
+@click.option("--json", "as_json", is_flag=True, help="A JSON object a line.")
+@database_option
+def decisions(
+    key: str | None,
+    expert: str | None,
+    outcome: str | None,
+    response: str | None,
+    hours: float,
+    count: int,
+    as_json: bool,
+    database: str,
+) -> None:
+    """Look for decisions on record, the newest first: who was asked and why, and what came of it."""
+    from deferral.gateway.history import recent, said
+
+    since = None if response is not None else time.time() - 3600 * hours
+    with opened(database) as store:
+        issued = store.list()
+        if key is not None:
+            meant = [one.key.id for one in issued if key in (one.key.id, one.prefix, one.key.name)]
+            if len(meant) != 1:
+                why = f"is the name of {len(meant)} keys, {' and '.join(meant)}" if meant else "is no key"
+                raise click.BadParameter(f"{key!r} {why}; see `deferral gateway keys list`", param_hint="--key")
+            [key] = meant
+        found = recent(store.engine, count=count, since=since, key=key, expert=expert, outcome=outcome, response=response)
+    names = {one.key.id: one.key.name for one in issued}
+    for one in found:
+        click.echo(json.dumps(one) if as_json else said(one, names.get(one["key"], one["key"])))
+    if not found:
+        click.echo("no such decision is on record" + ("" if since is None else f" of the last {hours:g} hours"), err=True)
 
 
 @gateway.command()

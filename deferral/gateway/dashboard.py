@@ -15,6 +15,7 @@ from deferral.gateway.admin import hours_of
 from deferral.gateway.agreement import agreement
 from deferral.gateway.first_answers import first_answers
 from deferral.gateway.history import history, recent
+from deferral.gateway.keys import PREFIX
 from deferral.gateway.what_if import what_if
 
 if TYPE_CHECKING:
@@ -57,7 +58,10 @@ def pages() -> list[Route]:
 
 
 def routes(gateway: "Gateway") -> list[Route]:
-    """GET /history, /what-if, /first-answers and /shadow, each with ?hours=24, /decisions, /experts and /alarms."""
+    """GET /history, /what-if, /first-answers and /shadow, each with ?hours=24, /experts and /alarms.
+
+    And /decisions: the newest 50, of key=ID, expert=NAME, outcome=ok, response=ID, hours=24 alone where these are said.
+    """
 
     async def read(request: Request, reader: Callable[..., Any]) -> Response:
         now = time.time()
@@ -78,7 +82,13 @@ def routes(gateway: "Gateway") -> list[Route]:
         return await read(request, agreement)
 
     async def newest(request: Request) -> Response:
-        return JSONResponse({"data": await asyncio.to_thread(recent, gateway.record.engine)})
+        asked = request.query_params
+        wanted: dict[str, Any] = {name: asked[name] for name in ("expert", "outcome", "response") if name in asked}
+        if "key" in asked:
+            wanted["key"] = asked["key"].removeprefix(PREFIX)
+        if "hours" in asked:
+            wanted["since"] = time.time() - 3600 * hours_of(asked["hours"])
+        return JSONResponse({"data": await asyncio.to_thread(recent, gateway.record.engine, **wanted)})
 
     async def experts(request: Request) -> Response:
         standings = gateway.answerers.standings

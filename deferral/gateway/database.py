@@ -2,9 +2,10 @@
 
 import json
 import os
+import sqlite3
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,11 @@ from deferral.gateway.schema import VERSION, decisions, feedback, keys, tables, 
 
 __all__ = [
     "VERSION",
+    "adding",
     "alone",
     "clock",
     "connect",
+    "copy",
     "decisions",
     "delete_among",
     "durable",
@@ -41,7 +44,21 @@ __all__ = [
 
 _BUSY_MS = 5000
 _TRIES = 10
-_CONNECT_S = 5
+# A peer that has vanished without a word is given up within half a minute; systems by themselves wait 15 minutes, or hours.
+_PATIENCE = {
+    "connect_timeout": 5,
+    "keepalives_idle": 15,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 20_000,
+}
+# The same from the server's side: what a machine had locked that lost its power would be locked for all others.
+_SESSION = {
+    "idle_in_transaction_session_timeout": "60s",
+    "tcp_keepalives_idle": "15",
+    "tcp_keepalives_interval": "5",
+    "tcp_keepalives_count": "3",
+}
 
 
 def connect(url: str) -> Engine:
@@ -53,8 +70,10 @@ def connect(url: str) -> Engine:
         if backend == "postgresql":
             if parsed.drivername == "postgresql":
                 parsed = parsed.set(drivername="postgresql+psycopg")
-            waits = {"connect_timeout": _CONNECT_S} if "connect_timeout" not in parsed.query else {}
-            return create_engine(parsed, pool_pre_ping=True, hide_parameters=True, connect_args=waits)
+            waits = {name: value for name, value in _PATIENCE.items() if name not in parsed.query}
+            engine = create_engine(parsed, pool_pre_ping=True, hide_parameters=True, connect_args=waits)
+            event.listen(engine, "connect", _set_session)
+            return engine
         if backend != "sqlite":
             raise ValueError(f"database: expected {expected}; {backend} is neither")
         if parsed.database in (None, "", ":memory:") or str(parsed.database).startswith("file:"):
@@ -154,6 +173,9 @@ def _brought_up(engine: Engine) -> int:
     with engine.connect() as connection, alone(connection, "schema"):
         found = _version(connection)
         if found == 0:
+            if others := sorted(set(inspect(connection).get_table_names()) & set(tables.tables)):
+                name = connection.engine.url.render_as_string(hide_password=True)
+                raise DataError(f"{name}: expected an empty database or one of a gateway; it has another's table {others[0]}")
             tables.create_all(connection)
             connection.execute(insert(version).values(version=VERSION))
         elif found < VERSION:
@@ -211,6 +233,18 @@ def replacing(connection: Connection, table: Table) -> Insert:
     return made.on_conflict_do_update(index_elements=list(table.primary_key.columns), set_=others)
 
 
+def adding(connection: Connection, table: Table) -> Insert:
+    """An insert that adds its numbers to those of the row of the same primary key, if there is one."""
+    return _adding(connection.dialect.name, table)
+
+
+@cache
+def _adding(dialect: str, table: Table) -> Insert:
+    made = (postgresql if dialect == "postgresql" else sqlite).insert(table)
+    sums = {column.name: column + made.excluded[column.name] for column in table.c if not column.primary_key}
+    return made.on_conflict_do_update(index_elements=list(table.primary_key.columns), set_=sums)
+
+
 def insert_rows(connection: Connection, table: Table, rows: Sequence[tuple]) -> None:
     """Insert rows, each with all columns of the table in order."""
     if rows:
@@ -234,6 +268,32 @@ def durable(connection: Connection, wanted: bool) -> None:
     """Whether commits to come survive a power failure, or only the end of the process.  Not inside a transaction."""
     if connection.dialect.name == "sqlite":
         connection.exec_driver_sql(f"PRAGMA synchronous = {'FULL' if wanted else 'NORMAL'}")
+
+
+def copy(engine: Engine, path: Path) -> None:
+    """Copy an SQLite file, as it is at one moment, whoever writes meanwhile and whatever the version of its tables.
+
+    DataError where it cannot be read, or the copy not be written, or would replace a file.  An interrupted one leaves none.
+    """
+    if shared(engine):
+        raise ValueError("a PostgreSQL database is copied by its own means: pg_dump --format custom --file FILE URL")
+    _check_file(Path(str(engine.url.database)), create=False)
+    if path.exists():
+        raise DataError(f"{path}: there is a file already; expected the name of a new one")
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.unlink(missing_ok=True)
+        _check_file(partial, create=True)
+        with engine.connect() as connection, closing(sqlite3.connect(partial)) as target:
+            connection.connection.driver_connection.backup(target)  # type: ignore[union-attr]
+            # Else two more files would lie beside it as soon as somebody looks into it.
+            target.execute("PRAGMA journal_mode = DELETE")
+        os.replace(partial, path)
+    except (sqlite3.Error, DBAPIError, OSError) as error:
+        raise DataError(f"{path}: the copy cannot be made, {getattr(error, 'orig', None) or error}") from error
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def scrub(connection: Connection) -> bool:
@@ -264,6 +324,12 @@ def _set_pragmas(connection: Any, _: object) -> None:
     for pragma in (f"busy_timeout = {_BUSY_MS}", "journal_mode = WAL", "synchronous = FULL", "secure_delete = ON"):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
+
+
+def _set_session(connection: Any, _: object) -> None:
+    settings = ", ".join(f"set_config('{name}', '{value}', false)" for name, value in _SESSION.items())
+    connection.execute(f"SELECT {settings}")
+    connection.commit()
 
 
 def _check_file(path: Path, create: bool) -> None:

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from sqlalchemy import Column, Connection, Row, Select, func, or_, select
+from sqlalchemy import Column, Connection, Row, Select, exists, func, select
 
 from deferral.gateway.schema import cascades, decisions, feedback
 
@@ -123,9 +123,11 @@ def looked_at(connection: Connection, expected: Expected, now: float) -> list[Se
     routed = select(d.expert, own_price, d.expected, d.outcome, d.kind).outerjoin(cascades, cascades.c.decision == d.id)
     rows = _spread(connection, routed.where(d.requested == "auto"), d.time, now, slot=300.0, span=86400.0)
     said = select(d.expert, feedback.c.quality, d.expected).join(decisions, d.id == feedback.c.decision)
-    said = said.outerjoin(cascades, cascades.c.decision == d.id)
-    by_itself = or_(cascades.c.ending.is_(None), cascades.c.ending.in_(("silent", "unanswered")))
-    judged = _spread(connection, said.where(d.requested == "auto", by_itself), feedback.c.time, now, slot=3600.0, span=604800.0)
+    # An outer join would have PostgreSQL expect next to none without one, and read all decisions for each slot.
+    first_decided = exists().where(cascades.c.decision == d.id, cascades.c.ending.not_in(("silent", "unanswered")))
+    judged = _spread(
+        connection, said.where(d.requested == "auto", ~first_decided), feedback.c.time, now, slot=3600.0, span=604800.0
+    )
     paid: dict[str, list[tuple[float, float]]] = {name: [] for name in experts}
     good: dict[str, list[tuple[float, float]]] = {name: [] for name in experts}
     for row in rows:

@@ -95,7 +95,8 @@ def logged(
     while True:
         # The first row after the last one that was read.
         later = or_(decisions.c.time > when, and_(decisions.c.time == when, decisions.c.id > last))
-        wanted = select(decisions).where(later).order_by(decisions.c.time, decisions.c.id).limit(_PAGE)
+        # The first condition is for the index: by the second alone every page would be looked for from the beginning.
+        wanted = select(decisions).where(decisions.c.time >= when, later).order_by(decisions.c.time, decisions.c.id).limit(_PAGE)
         if until < math.inf:
             wanted = wanted.where(decisions.c.time < until)
         with engine.connect() as connection:

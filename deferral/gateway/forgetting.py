@@ -5,13 +5,13 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
-from sqlalchemy import ColumnElement, Connection, Engine, delete, or_, select
+from sqlalchemy import ColumnElement, Connection, Engine, or_, select
 
-from deferral.gateway.database import alone, delete_among, replacing, scrub
+from deferral.gateway.database import adding, alone, delete_among, scrub
 from deferral.gateway.rows import plain
 from deferral.gateway.schema import cascades, decisions, feedback, forgotten, shadows, texts
 
-__all__ = ["Forgotten", "forget", "forget_some"]
+__all__ = ["Forgotten", "forget", "forget_some", "old_costs"]
 
 _AT_ONCE = 500
 # Windows of budgets begin on a quarter of an hour in every time zone, and last at most a month.
@@ -90,15 +90,17 @@ def forget_some(connection: Connection, wanted: ColumnElement[bool], count: int)
     return Forgotten(delete_among(connection, d.id, ids), said, asked)
 
 
+def old_costs(now: float) -> ColumnElement[bool]:
+    """Sums that no window of a budget reaches back to."""
+    return forgotten.c.time < now - _LONGEST_WINDOW
+
+
 def _keep_costs(connection: Connection, costs: dict[tuple[str, float], float]) -> None:
-    f = forgotten.c
-    connection.execute(delete(forgotten).where(f.time < time.time() - _LONGEST_WINDOW))
-    names = {key for key, _ in costs}
-    before = {(row.key, row.time): row.price for row in connection.execute(select(forgotten).where(f.key.in_(names)))}
+    oldest = time.time() - _LONGEST_WINDOW
     rows = [
-        {"key": key, "time": quarter, "price": price + before.get((key, quarter), 0.0)}
-        for (key, quarter), price in costs.items()
-        if price and quarter >= time.time() - _LONGEST_WINDOW
+        {"key": key, "time": quarter, "price": price}
+        for (key, quarter), price in sorted(costs.items())
+        if price and quarter >= oldest
     ]
     if rows:
-        connection.execute(replacing(connection, forgotten), rows)
+        connection.execute(adding(connection, forgotten), rows)

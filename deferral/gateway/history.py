@@ -1,15 +1,18 @@
 """The record over time, in steps of equal length, and the newest decisions."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from itertools import accumulate
 from typing import Any
 
-from sqlalchemy import Engine, func, select
+from sqlalchemy import Engine, func, or_, select
 
+from deferral.gateway.rows import plain
 from deferral.gateway.schema import decisions, minutes
 
-__all__ = ["History", "Total", "history", "recent"]
+__all__ = ["History", "Total", "history", "recent", "said"]
 
 _STEPS = 60
 _MINUTE = 60
@@ -101,13 +104,42 @@ def history(engine: Engine, *, since: float, until: float) -> History:
     )
 
 
-def recent(engine: Engine, *, count: int = 50) -> list[dict[str, Any]]:
-    """The newest decisions, newest first: who was asked and why, and what came of it."""
+def recent(
+    engine: Engine,
+    *,
+    count: int = 50,
+    since: float | None = None,
+    key: str | None = None,
+    expert: str | None = None,
+    outcome: str | None = None,
+    response: str | None = None,
+) -> list[dict[str, Any]]:
+    """The newest decisions, newest first: who was asked and why, and what came of it.
+
+    Only those that arrived at `since` or later; of one key, by its id; whom one expert answered ("": nobody); of one outcome;
+    of one response, by the gateway's id or the reply's own.
+    """
     d = decisions.c
     columns = (
         d.id, d.time, d.key, d.requested, d.expert, d.chosen, d.reason, d.price, d.estimated, d.input_tokens, d.output_tokens,
         d.latency_s, d.status, d.outcome, d.attempts, d.streamed, d.fast_path,
     )  # fmt: skip
+    wanted = select(*columns).order_by(d.time.desc(), d.id.desc()).limit(count)
+    if since is not None:
+        wanted = wanted.where(d.time >= since)
+    for column, value in ((d.key, key), (d.expert, expert), (d.outcome, outcome)):
+        if value is not None:
+            wanted = wanted.where(column == plain(value))
+    if response is not None:
+        wanted = wanted.where(or_(d.id == plain(response), d.reply_id == plain(response)))
     with engine.connect() as connection:
-        rows = connection.execute(select(*columns).order_by(d.time.desc(), d.id.desc()).limit(count)).all()
+        rows = connection.execute(wanted).all()
     return [dict(row._mapping) for row in rows]
+
+
+def said(one: Mapping[str, Any], key: str) -> str:
+    """A decision as a line, with the name of its key."""
+    when = datetime.fromtimestamp(one["time"], UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+    took = "" if one["latency_s"] is None else f" in {one['latency_s']:.2f} s"
+    asked = f"{key or 'anyone'} asked {one['requested']}, {one['expert'] or 'nobody'} answered"
+    return f"{when} {one['id']} {asked}: {one['outcome']} ({one['status']}){took}, ${one['price']:.3g}; {one['reason']}"

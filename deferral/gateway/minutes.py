@@ -2,12 +2,10 @@
 
 import math
 from collections.abc import Sequence
-from functools import cache
-from typing import Any
 
 from sqlalchemy import Connection
-from sqlalchemy.dialects import postgresql, sqlite
 
+from deferral.gateway.database import adding
 from deferral.gateway.schema import decisions, minutes
 
 __all__ = ["add_to_minutes"]
@@ -39,11 +37,4 @@ def add_to_minutes(connection: Connection, rows: Sequence[tuple]) -> None:
         {"minute": minute, "expert": expert} | dict(zip(_SUMS, sums[minute, expert], strict=True))
         for minute, expert in sorted(sums)
     ]
-    connection.execute(_adding(connection.dialect.name), found)
-
-
-@cache
-def _adding(dialect: str) -> Any:
-    made = (postgresql if dialect == "postgresql" else sqlite).insert(minutes)
-    added = {name: minutes.c[name] + made.excluded[name] for name in _SUMS}
-    return made.on_conflict_do_update(index_elements=["minute", "expert"], set_=added)
+    connection.execute(adding(connection, minutes), found)

@@ -3,11 +3,11 @@
 import time
 from collections.abc import Callable
 
-from sqlalchemy import ColumnElement, Connection, Engine, delete, select
+from sqlalchemy import ColumnElement, Connection, Engine, Table, delete, literal, select
 
 from deferral.gateway.database import durable, if_alone, scrub, writing
-from deferral.gateway.forgetting import forget_some
-from deferral.gateway.schema import decisions, feedback, shadows, texts
+from deferral.gateway.forgetting import forget_some, old_costs
+from deferral.gateway.schema import decisions, feedback, forgotten, shadows, texts
 
 __all__ = ["Retention"]
 
@@ -39,9 +39,11 @@ class Retention:
             more = self._texts(connection)
             if self._record_days is not None:
                 more |= self._decisions(connection, self._clock() - _DAY * self._record_days)
-            if self.to_scrub and not more:
+            if not more:
                 connection.rollback()
-                self.to_scrub = not scrub(connection)
+                self._clear(connection, forgotten, old_costs(self._clock()))
+                # Also of what others have deleted, a command or a process that was killed.
+                self.to_scrub &= not scrub(connection)
         if more:
             return _PAUSE * (time.monotonic() - began)
         return _SCRUB_AGAIN if self.to_scrub else _EVERY
@@ -86,8 +88,12 @@ class Retention:
     def _left_behind(self, connection: Connection, until: float) -> None:
         """What was written about a decision in the very moment of its deletion."""
         for table in (feedback, shadows):
-            if connection.execute(select(table.c.decision).where(table.c.time <= until).limit(1)).first() is not None:
-                connection.rollback()
-                with writing(connection):
-                    connection.execute(delete(table).where(table.c.time <= until))
+            self._clear(connection, table, table.c.time <= until)
+
+    @staticmethod
+    def _clear(connection: Connection, table: Table, over: ColumnElement[bool]) -> None:
+        if connection.execute(select(literal(1)).where(over).limit(1)).first() is not None:
             connection.rollback()
+            with writing(connection):
+                connection.execute(delete(table).where(over))
+        connection.rollback()

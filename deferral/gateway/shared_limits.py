@@ -4,8 +4,9 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -25,6 +26,8 @@ _TELL = 1.0
 # A refusal holds for a moment: who asks again and again must not reach the database each time.
 _NO_BETTER = 0.25
 _THREADS = 4
+# A database that does not answer at all is one that fails.
+_LONGEST = 10.0
 # Sums of floats leave dust; and a request that is expected to cost nothing still wants a budget that is not spent.
 _CRUMB = 1e-9
 # A worker that is asked often takes as much of a rate as comes in so many minutes.
@@ -112,7 +115,8 @@ class SharedLimits(Limits):
         self._check_record()
         account = self._accounts.get(key.id)
         if key.budget is not None and (account is None or self._clock() not in account.span):
-            await asyncio.get_running_loop().run_in_executor(self._pool, self._account, key)
+            async with _in_time():
+                await asyncio.get_running_loop().run_in_executor(self._pool, self._account, key)
         if key.requests_per_minute is None:
             return
         rate = self._rates.setdefault(key.id, _Rate())
@@ -120,7 +124,7 @@ class SharedLimits(Limits):
             return
         rate.waiting += 1
         try:
-            async with self._turns.setdefault(f"rate {key.id}", asyncio.Lock()):
+            async with _in_time(), self._turns.setdefault(f"rate {key.id}", asyncio.Lock()):
                 while not self._pass(key, rate):
                     await asyncio.get_running_loop().run_in_executor(self._pool, self._refill, key, rate)
         finally:
@@ -140,12 +144,12 @@ class SharedLimits(Limits):
         here = isinstance(account, _Part) and self._clock() in account.span and account.covers(dollars)
         if key.budget is None or here:
             return self.hold(key, dollars)
-        async with self._turns.setdefault(f"budget {key.id}", asyncio.Lock()):
+        async with _in_time(), self._turns.setdefault(f"budget {key.id}", asyncio.Lock()):
             made = asyncio.get_running_loop().run_in_executor(self._pool, self.hold, key, dollars)
             try:
                 return await asyncio.shield(made)
             except asyncio.CancelledError:
-                # Its client left; the thread sets the dollars aside nevertheless.
+                # Its client left, or it took too long; the thread sets the dollars aside nevertheless.
                 made.add_done_callback(_let_go)
                 raise
 
@@ -282,13 +286,26 @@ class SharedLimits(Limits):
             rate.closed_for, rate.closed_until = key.requests_per_minute, time.monotonic() + got.wait
 
     def _run(self) -> None:
+        failing = False
         while not self._end.wait(_TELL):
             try:
                 self.tell()
+                failing = False
             except Refused:
-                _log.error("what was spent cannot be told to the other workers: the database fails")
+                if not failing:
+                    _log.error("what was spent cannot be told to the other workers: the database fails")
+                failing = True
             except Exception:
                 _log.exception("what was spent cannot be told to the other workers")
+
+
+@asynccontextmanager
+async def _in_time() -> AsyncIterator[None]:
+    try:
+        async with asyncio.timeout(_LONGEST):
+            yield
+    except TimeoutError:
+        raise unreadable() from None
 
 
 def limits_of(record: Record, settings: Settings) -> Limits:

@@ -5,9 +5,11 @@ Imported only where traces are switched on.  What becomes of spans is said by th
 Attributes follow the semantic conventions of HTTP and GenAI; those of the router begin with "deferral.".
 """
 
+import logging
 import math
 import os
 import re
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -33,6 +35,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Attempt", "Exchanged", "Tracing", "provider"]
 
+_log = logging.getLogger("deferral.gateway")
+
+_ENDING = 5.0
 _OPERATIONS = {"chat": "chat", "completions": "text_completion", "embeddings": "embeddings"}
 _CONTEXT = (b"traceparent", b"tracestate")
 _MODEL = re.compile(rb'"model"\s*:\s*"([^"\\]{1,200})"')
@@ -101,8 +106,12 @@ class Tracing:
         )
 
     def close(self) -> None:
-        """What is waiting is sent, for as long as the exporter's own limits allow."""
-        self._provider.shutdown()
+        """What is waiting is sent, if its collector takes it soon: the exporter by itself tries for half a minute."""
+        ending = threading.Thread(target=self._provider.shutdown, name="traces", daemon=True)
+        ending.start()
+        ending.join(_ENDING)
+        if ending.is_alive():
+            _log.warning("the last spans are given up: their collector does not answer")
 
 
 class Exchanged:

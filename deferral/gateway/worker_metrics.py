@@ -1,8 +1,9 @@
 """Metrics of several workers as one: each leaves its own where the others find them, and whoever is scraped adds them up."""
 
 import asyncio
+import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Metric, generate_latest
@@ -12,6 +13,8 @@ from prometheus_client.registry import Collector
 from deferral.gateway.metrics import Metrics
 
 __all__ = ["WorkerMetrics"]
+
+_log = logging.getLogger("deferral.gateway")
 
 _EVERY = 1.0
 # What each worker sees of the same thing; the others are shares of a sum.
@@ -31,6 +34,7 @@ class WorkerMetrics:
 
     def __init__(self, metrics: Metrics, folder: Path) -> None:
         self._metrics, self._folder = metrics, folder
+        self._trouble = ""
 
     async def follow(self) -> None:
         """Leave them for the others, every second."""
@@ -42,27 +46,37 @@ class WorkerMetrics:
         """Leave them for the others."""
         path = self._folder / f"{os.getpid()}.prom"
         partial = path.with_suffix(".partial")
-        partial.write_bytes(self._metrics.text())
-        os.replace(partial, path)
+        try:
+            partial.write_bytes(self._metrics.text())
+            os.replace(partial, path)
+            self._trouble = ""
+        except OSError as error:
+            # A disk that is full for a while must not end it for good.
+            if not self._trouble:
+                _log.error("the metrics of this worker are not those of now, they cannot be written: %s", error)
+            self._trouble = str(error)
 
     def text(self) -> bytes:
         """Of all workers, in the format of Prometheus."""
-        self.leave()
+        own = str(os.getpid())
+        texts = {path.stem: path.read_text() for path in sorted(self._folder.glob("*.prom"))}
         registry = CollectorRegistry()
-        registry.register(_Sums(sorted(self._folder.glob("*.prom"))))
+        registry.register(_Sums(texts | {own: self._metrics.text().decode()}))
         return generate_latest(registry)
 
 
 class _Sums(Collector):
-    def __init__(self, paths: Iterable[Path]) -> None:
-        self._paths = paths
+    """By process."""
+
+    def __init__(self, texts: Mapping[str, str]) -> None:
+        self._texts = texts
 
     def collect(self) -> Iterable[Metric]:
         families: dict[str, Metric] = {}
         values: dict[str, dict[tuple[str, tuple[tuple[str, str], ...]], float]] = {}
-        for path in self._paths:
-            lives = _lives(int(path.stem))
-            for family in text_string_to_metric_families(path.read_text()):
+        for process, text in self._texts.items():
+            lives = _lives(int(process))
+            for family in text_string_to_metric_families(text):
                 if family.type == "gauge" and not lives and family.name != "deferral_saving_dollars":
                     continue
                 families.setdefault(family.name, Metric(family.name, family.documentation, family.type))

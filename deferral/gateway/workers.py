@@ -21,9 +21,11 @@ _log = logging.getLogger("deferral.gateway")
 # Where it can be, one clean process imports everything once, and each worker is a copy of it.
 _METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 _LOOK = 0.2
-# Workers that end sooner than this after their start, so many in a row, will not do better the next time.
+# Workers that end sooner than this after their start, so many in a row, will not do better the next time; where others stay up
+# they are tried again, more seldom: those others serve, and hold what is not written yet.
 _TOO_SOON = 10.0
 _PATIENCE = 5
+_LONGEST_PAUSE = 30.0
 
 
 def supervise(serve: Callable[[socket.socket], None], listener: socket.socket, count: int) -> None:
@@ -38,20 +40,24 @@ def supervise(serve: Callable[[socket.socket], None], listener: socket.socket, c
         signal.signal(signal.SIGHUP, lambda *_: hung_up.set())
     multiprocessing.set_forkserver_preload(["__main__", "deferral.gateway.serve"])
     running = {_begun(serve, listener): time.monotonic() for _ in range(count)}
-    failures = 0
-    while not ended.is_set() and failures < _PATIENCE:
+    failures, begin_at = 0, 0.0
+    while not ended.is_set():
         wait([process.sentinel for process in running], _LOOK)
         if hung_up.is_set():
             hung_up.clear()
             _tell(running, signal.SIGHUP)
         if ended.is_set():
             break
+        now = time.monotonic()
         for process, began in [(one, since) for one, since in running.items() if not one.is_alive()]:
             del running[process]
-            failures = failures + 1 if time.monotonic() - began < _TOO_SOON else 1
+            failures = failures + 1 if now - began < _TOO_SOON else 1
+            begin_at = now + min(0.1 * 2 ** min(failures, 10), _LONGEST_PAUSE)
             _log.error("worker %s ended with status %s; another takes its place", process.pid, process.exitcode)
-            time.sleep(min(0.1 * 2**failures, 2.0))
-            running[_begun(serve, listener)] = time.monotonic()
+        if failures >= _PATIENCE and not any(now - began >= _TOO_SOON for began in running.values()):
+            break
+        while len(running) < count and now >= begin_at:
+            running[_begun(serve, listener)] = now
     # Whoever comes now is turned away, and does not wait for nobody.
     listener.close()
     _tell(running, signal.SIGTERM)

@@ -1,0 +1,69 @@
+"""Decisions on record are found by what an operator knows of them, by command and by endpoint."""
+
+import json
+import time
+from types import SimpleNamespace
+
+import pytest
+from starlette.applications import Starlette
+from starlette.testclient import TestClient
+
+from deferral.cli import main
+from deferral.gateway.dashboard import routes
+from deferral.gateway.endpoints import error_handlers
+from deferral.gateway.keys import Keys
+from deferral.gateway.record import Record
+from tests.gateway_rows import row
+
+NOW = time.time()
+
+
+def test_an_operator_finds_decisions(database: str, capsys: pytest.CaptureFixture[str]) -> None:
+    record, store = Record(database), Keys(database)
+    record.start()
+    alice, twin = (store.create(name)[1] for name in ("alice", "twin"))
+    store.create("twin")
+    for number, values in enumerate(
+        (
+            {"key": alice.id, "reason": "the cheapest"},
+            {"key": alice.id, "expert": "", "outcome": "error", "status": 502, "reply_id": "chatcmpl-1"},
+            {"key": twin.id, "expert": "large", "time": NOW - 30 * 3600, "latency_s": float("nan")},
+            {"expert": "large", "requested": "large"},
+        )
+    ):
+        record.add(row(number, **{"time": NOW - 9 + number, **values}))
+    record.stop()
+
+    def found(*options: str) -> list[str]:
+        main(["gateway", "decisions", "--database", database, "--json", *options])
+        return [json.loads(line)["id"] for line in capsys.readouterr().out.splitlines()]
+
+    assert found() == ["id-3", "id-1", "id-0"]
+    assert found("--hours", "48", "--expert", "large") == ["id-3", "id-2"]
+    assert found("--key", "alice") == found("--key", f"dk-{alice.id}") == ["id-1", "id-0"]
+    assert found("--outcome", "error", "--expert", "") == ["id-1"]
+    assert found("--response", "chatcmpl-1") == ["id-1"]
+    assert found("--response", "id-2") == ["id-2"], "however old"
+    assert found("--count", "1") == ["id-3"]
+    assert found("--response", "\0") == []
+    main(["gateway", "decisions", "--database", database, "--key", "alice"])
+    first, second = capsys.readouterr().out.splitlines()
+    assert "id-1 alice asked auto, nobody answered: error (502) in 0.25 s, $0.0001; " in first
+    assert second.endswith("ok (200) in 0.25 s, $0.0001; the cheapest")
+    for key, words in (("twin", "is the name of 2 keys"), ("bob", "is no key")):
+        with pytest.raises(SystemExit):
+            main(["gateway", "decisions", "--database", database, "--key", key])
+        assert words in capsys.readouterr().err
+
+    app = Starlette(routes=routes(SimpleNamespace(record=record)), exception_handlers=error_handlers())  # type: ignore[arg-type]
+    with TestClient(app) as client:
+        for asked, expected in (
+            ("", ["id-3", "id-1", "id-0", "id-2"]),
+            (f"?key=dk-{alice.id}&outcome=ok", ["id-0"]),
+            ("?expert=large&hours=24", ["id-3"]),
+            ("?response=chatcmpl-1", ["id-1"]),
+        ):
+            assert [one["id"] for one in client.get(f"/decisions{asked}").json()["data"]] == expected
+        assert client.get("/decisions?hours=x").status_code == 400
+    store.close()
+    record.engine.dispose()
