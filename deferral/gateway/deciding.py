@@ -158,7 +158,7 @@ class Decider:
             shown = ", ".join(name for name in self.experts if name in names)
             raise Problem(503, "experts_down", f"all who may answer are down: {shown}", retry_after=wait)
         if limited.left is not None:
-            price = self.router.fitted.prices(np.array([len(asked.query)], float))[0]
+            price = self.router.fitted.prices_of_one(asked.query)
             affordable = [name for name in up if price[self._place[name]] <= limited.left]
             # Where nobody is affordable, the budget refuses the cheapest, and says when it begins anew.
             up = affordable or [min(up, key=lambda name: price[self._place[name]])]

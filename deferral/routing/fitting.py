@@ -56,9 +56,13 @@ class Fitted:
         """The same as a list."""
         return self.cheapest_first.tolist()
 
+    def prices_of_one(self, query: str) -> list[float]:
+        """What a query will cost at each expert, in dollars.  -> E"""
+        characters = len(query)
+        return [base + characters * rate for base, rate in self._rates]
+
     @cached_property
-    def rates(self) -> list[tuple[float, float]]:
-        """The price of an expert and what it rises by a character of the query, in dollars.  -> E pairs"""
+    def _rates(self) -> list[tuple[float, float]]:
         return list(zip(self.prices.base.tolist(), self.prices.per_character.tolist(), strict=True))
 
     @cached_property

@@ -166,9 +166,9 @@ class Router:
         estimated = self.fitted.estimate(vectors)
         if self.explore > 0 or plan.why_fallback or estimated[2][0] < _LEAST_TRUST:
             return replace(self.decide_estimated(plan, estimated, [query]), kinds=self.fitted.kinds_of(vectors))[0]
-        state, characters, error = self.fitted, len(query), plan.price_of_error
+        state, error = self.fitted, plan.price_of_error
         quality = estimated[0][0].tolist()
-        price = [base + characters * rate for base, rate in state.rates]
+        price = state.prices_of_one(query)
         cost = [1 - value + dollars / error for value, dollars in zip(quality, price, strict=True)]
         for place in plan.closed_places:
             cost[place] = inf
