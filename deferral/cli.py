@@ -50,6 +50,10 @@ class _Commands(click.Group):
             formatter.write_dl(sorted(helps.items()))
 
 
+# A seed is also multiplied by a thousand, and torch's generators end at 64 bits.
+_SEED = click.IntRange(0, 2**32 - 1)
+
+
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(deferral.__version__, prog_name="deferral")
 def commands() -> None:
@@ -58,7 +62,7 @@ def commands() -> None:
 
 @commands.group(invoke_without_command=True)
 @click.option("--data", type=click.Choice(["digits", "cifar10"]), default="digits", show_default=True)
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--seed", type=_SEED, default=0, show_default=True)
 @click.option("--device", default="cpu", show_default=True, help="A torch device: cpu, cuda, cuda:1.")
 @click.option(
     "--out",
@@ -127,7 +131,7 @@ def demo(
 
 @demo.command("gateway")
 @click.option("--questions", "count", type=click.IntRange(50, 1000), default=1000, show_default=True, help="How many are asked.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--seed", type=_SEED, default=0, show_default=True)
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
@@ -168,7 +172,7 @@ def demo_gateway(count: int, seed: int, out: Path | None, stay: bool, port: int)
     show_default=True,
     help="Share of the rows, drawn at random, that fits a threshold per method; the others judge it.",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the rows drawn by --calibrate.")
+@click.option("--seed", type=_SEED, default=0, show_default=True, help="Of the rows drawn by --calibrate.")
 @click.option("--regression", is_flag=True, help="Targets and answers are numbers, costs squared errors.")
 @click.option(
     "--out",
@@ -200,6 +204,8 @@ def evaluate(
     names = [name for name, _ in costs]
     if repeated := {name for name in names if names.count(name) > 1}:
         raise click.BadParameter(f"{min(repeated)!r} has two prices", param_hint="--price")
+    # A folder that cannot be written must not be found out after minutes of resampling.
+    out.mkdir(parents=True, exist_ok=True)
     with Console(stderr=True).status("reading") as status:
         evaluation = judge(
             files,
@@ -210,7 +216,6 @@ def evaluate(
             regression=regression,
             tell=status.update,
         )
-    out.mkdir(parents=True, exist_ok=True)
     show_evaluation(evaluation)
     written = [save_evaluation(evaluation, out), *draw_evaluation(evaluation, out)]
     click.echo("\n".join(f"wrote {path}" for path in written))

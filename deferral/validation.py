@@ -180,6 +180,7 @@ def check_targets(targets: Tensor, num_classes: int) -> None:
 def check_costs(costs: Tensor, *, ceiling: float | Tensor | None = 1.0, mask: Tensor | None = None, name: str = "costs") -> None:
     """Known costs are numbers in [0, ceiling]; `ceiling=None` leaves the upper end open.  Reads the values."""
     require_floating(name, costs)
+    costs = costs.detach()
     known = costs if mask is None else costs[mask.expand_as(costs)]
     if known.numel() == 0:
         return

@@ -12,13 +12,16 @@ from deferral import Criterion, check_targets, chow_scores, error_costs, squared
 from deferral.losses import (
     asymmetric_softmax,
     comp_sum,
+    cost_sensitive_abstention,
     madras,
     max_margin,
     mixture_of_experts,
     mozannar_sontag,
     one_vs_all,
+    picce,
     predictor_rejector_abstention,
     realizable_deferral,
+    realizable_router,
     realizable_surrogate,
     regression_abstention,
     regression_deferral,
@@ -124,6 +127,15 @@ COSTS = torch.linspace(0.1, 0.9, 8).view(4, 2)
         (lambda: error_costs(COSTS.numpy(), TARGETS), TypeError, "answers: expected a torch tensor, got ndarray"),
         (lambda: squared_costs(COSTS, [0.1] * 4), TypeError, "targets: expected a torch tensor, got list"),
         (lambda: rejector_of_scores(SCORES[:, :1]), ValueError, "class scores and the score of abstaining"),
+        (lambda: predictor_rejector_abstention(SCORES, SCORES[:, 0], TARGETS, 0.1, alpha=0.0), ValueError, "positive"),
+        (lambda: picce(SCORES, TARGETS, COSTS[:3]), ValueError, "scores and expert_correct differ in rows"),
+        (lambda: cost_sensitive_abstention([[1.0]], TARGETS, 0.1), TypeError, "scores: expected a torch tensor, got list"),
+        (lambda: realizable_router(SCORES, COSTS), ValueError, "did you leave out the own predictor's column"),
+        (
+            lambda: regression_deferral(COSTS[:, 0], SCORES[:, :3], COSTS > 0),
+            TypeError,
+            "expert_costs: expected a floating dtype",
+        ),
         (lambda: chow_scores(10 * SCORES, 0.1), ValueError, "are they raw scores?  Pass scores.softmax(-1)"),
     ],
 )
@@ -196,6 +208,15 @@ def test_criterion_leaves_the_costs_of_regression_open_above() -> None:
         Criterion(regression_deferral)(error, SCORES, dear, mask=torch.zeros(4, 5, dtype=torch.bool))
 
 
+def test_criterion_refuses_a_mask_of_the_own_actions() -> None:
+    none = torch.zeros(4, 5, dtype=torch.bool)
+    for loss in (single_stage_deferral, one_vs_all):
+        with pytest.raises(ValueError, match=r"own actions \(first 3\) can always be taken"):
+            Criterion(loss)(SCORES, TARGETS, COSTS.round(), mask=none)
+    with pytest.raises(ValueError, match=r"own action \(first 1\)"):
+        Criterion(mixture_of_experts)(SCORES[:, :3], SCORES[:, :3], TARGETS, COSTS.round(), mask=none[:, :3])
+
+
 @pytest.mark.parametrize(
     ("loss", "arguments"),
     [
@@ -240,4 +261,8 @@ def test_checks_of_values() -> None:
     with pytest.raises(ValueError, match="non-negative costs"):
         check_costs(torch.tensor([-0.1, 0.2]))
     check_costs(torch.tensor([0.1, torch.nan]), mask=torch.tensor([True, False]))
+    costs, known = torch.tensor([[0.5, 3.0], [2.0, 0.0]]), torch.tensor([[True, False], [True, True]])
+    check_costs(costs, ceiling=torch.tensor([[1.0], [2.0]]), mask=known)
+    with pytest.raises(ValueError, match=r"above the ceiling by 0\.5"):
+        check_costs(costs, ceiling=torch.tensor([[1.0], [1.5]]), mask=known)
     check_mask(torch.tensor([[True, False]]), 1, 2)

@@ -62,6 +62,10 @@ def test_post_hoc_deferral_at_the_mean_gains_is_the_bayes_rule_of_the_frozen_pre
     assert len(actions.unique()) > 1
 
 
+def test_a_gain_is_the_own_cost_less_the_experts() -> None:
+    assert deferral_gains(torch.tensor([[0.5, 0.25], [0.0, 1.0]])).tolist() == [[0.25], [-1.0]]
+
+
 def test_an_expert_wins_a_tie() -> None:
     half = torch.tensor([[0.5]])
     assert decide(compare_confidence(half, half)).tolist() == [1]
@@ -82,6 +86,7 @@ def test_half_precision_does_not_round_the_price() -> None:
         (lambda: compare_confidence(torch.rand(3, 2), torch.rand(3, 2), price=torch.rand(3)), r"one per expert \(2\)"),
         (lambda: selective_prediction(torch.rand(3, 2), torch.rand(3, 1)), r"one number per expert \(E,\)"),
         (lambda: deferral_gains(torch.rand(3, 1)), "one per expert"),
+        (lambda: selective_prediction(torch.ones(3, 2, dtype=torch.long), torch.rand(2)), "probabilities: expected a floating"),
         (lambda: post_hoc_scores(torch.zeros(2, 1).long()), "gains: expected a floating dtype"),
     ],
 )

@@ -319,6 +319,8 @@ def test_a_known_temperature_is_found() -> None:
 
     for factor in (1e-3, 0.4, 1.0, 3.0, 1e4):
         assert fit_temperature(loss, factor * logits) == pytest.approx(factor, rel=0.03)
+    closed = F.pad(3 * logits, (0, 1), value=-torch.inf)
+    assert fit_temperature(loss, closed) == pytest.approx(fit_temperature(loss, 3 * logits), rel=1e-6)
     temperature = torch.tensor(fit_temperature(loss, 3 * logits), dtype=torch.float64, requires_grad=True)
     loss(3 * logits.double() / temperature).mean().backward()
     assert abs(temperature.grad.item()) < 1e-8
@@ -345,6 +347,8 @@ def test_scores_without_a_best_temperature_are_refused() -> None:
         against(scores.argmax(-1))
     with pytest.raises(ValueError, match="say less than constant ones"):
         against(scores.argmin(-1))
+    with pytest.raises(ValueError, match="at least one row"):
+        fit_temperature(lambda s: s.sum(-1), scores[:0])
     with pytest.raises(ValueError, match="finite numbers at every temperature"):
         fit_temperature(lambda s: s.sum(-1) * torch.nan, scores)
 

@@ -260,6 +260,9 @@ def test_conformal_risk_control_holds_in_every_group_and_the_pooled_one_does_not
     assert holds.tolist() == [True, True, False]
     assert rate[2] == torch.inf
     assert ((margin >= rate[groups]).view(2, rows).sum(-1) == 3).all()  # (3 + 1) / (40 + 1) <= 0.1
+    for at_most, asked in ((4 / 41, 3), (4 / 41 - 1e-9, 2)):
+        rate, _ = conformal_risk_control_by_group(margin, DeferralRate(at_most), groups, num_groups=2)
+        assert ((margin >= rate[groups]).view(2, rows).sum(-1) == asked).all()
 
 
 def test_conformal_deferral_rate_is_a_conformal_quantile() -> None:
@@ -354,6 +357,12 @@ def test_nothing_certified_is_no_promise_and_falls_back_to_the_safe_end() -> Non
     by_group = certify_by_group(margin, SelectiveRisk(torch.zeros_like(wrong), 0.7), GRID[-1:], groups, num_groups=4)
     assert [c.holds for c in by_group] == [True, False, True, False]
     assert [c.threshold for c in by_group][1::2] == [-torch.inf, -torch.inf]
+    # Five kept rows without an error have p = 0.3^5, and each of the four groups a quarter of delta.
+    for delta, held in ((3.99 * 0.3**5, False), (4.01 * 0.3**5, True)):
+        by_group = certify_by_group(
+            margin, SelectiveRisk(torch.zeros_like(wrong), 0.7), GRID[-1:], groups, num_groups=4, delta=delta
+        )
+        assert [c.holds for c in by_group] == [held, False, held, False]
 
 
 def tenths(rows: int, actions: int, generator: torch.Generator) -> Tensor:
@@ -506,8 +515,9 @@ def test_bad_input() -> None:
         certify_by_group(margin, DeferralRate(0.1), GRID, torch.arange(10).numpy(), num_groups=10)
     with pytest.raises(ValueError, match="one for each of 1"):
         certify_by_group(margin, DeferralRate(0.1), [GRID, GRID], torch.zeros(10).long(), num_groups=1)
-    with pytest.raises(ValueError, match="coverage"):
-        threshold_grid(margin, 10, coverage=(0.0, 1.0))
+    for coverage in ((0.0, 1.0), (0.5, 1.1)):
+        with pytest.raises(ValueError, match="coverage"):
+            threshold_grid(margin, 10, coverage=coverage)
 
 
 def test_the_conformal_promise_is_about_all_calibrations_not_those_that_hold() -> None:

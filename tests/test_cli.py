@@ -46,6 +46,8 @@ def test_the_demo_prints_a_table_and_saves_pictures_and_figures(tmp_path: Path) 
         (("demo", "--device", "tpu"), "expected one of cpu"),
         (("demo", "--device", "meta"), "expected one of cpu"),
         (("demo", "--seed", "-1"), "-1 is not in the range"),
+        (("demo", "--seed", str(2**64)), f"{2**64} is not in the range"),
+        (("evaluate", __file__, "--out", "/dev/null/x"), "Not a directory"),
         (("demo", "--out", "/dev/null/x"), "Not a directory"),
         (("nonsense",), "No such command"),
     ],

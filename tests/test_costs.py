@@ -30,6 +30,9 @@ def test_squared_costs_and_missing_numbers() -> None:
     torch.testing.assert_close(costs, torch.tensor([[0.0, 4.5], [0.0, 1.5]]))
     assert mask.tolist() == [[True, True], [False, True]]
     torch.testing.assert_close(squared_costs(answers[:1], torch.tensor([1.0])), torch.tensor([[0.0, 4.0]]))
+    targets = torch.tensor([1.0, 1.0], requires_grad=True)
+    squared_costs(answers, targets, missing=float("nan"))[0].sum().backward()
+    assert targets.grad.tolist() == [-4.0, -2.0]
 
 
 def test_the_single_stage_table() -> None:

@@ -193,6 +193,7 @@ def test_a_missing_answer_leaves_sum_and_count() -> None:
     for k in range(ROWS + 1):
         answered = torch.cat([own[:k], deferred[k:][~deferred[k:].isnan()]])
         torch.testing.assert_close(curve.value[k], answered.mean())
+    torch.testing.assert_close(system_aurc(margin, own, deferred), torch.trapezoid(curve.value, curve.coverage))
 
 
 def test_the_ends_of_the_curve_are_always_and_never_deferring() -> None:
@@ -281,4 +282,5 @@ def test_a_budget_pays_for_all_that_is_free() -> None:
     curve = budget_curve(torch.tensor([3.0, 2.0, 1.0]), *costs, torch.tensor([0.0, 0.0, 0.6]))
     assert curve.at(0.0).item() == pytest.approx(1 / 3)
     assert curve.at(0.1).item() == pytest.approx(1 / 6)
+    assert curve.at(9.0) == curve.at(0.2) == 0
     assert budget_curve(torch.tensor([3.0, 2.0, 1.0]), *costs, torch.zeros(3)).at(0.0) == 0

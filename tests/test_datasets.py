@@ -208,7 +208,7 @@ def test_three_pathologists(tmp_path: Path) -> None:
 
 def test_one_persons_labels_of_cifar100(tmp_path: Path) -> None:
     labels = np.random.default_rng(0).integers(0, 100, 50_000, dtype=np.uint8)
-    np.savez_compressed(tmp_path / "cifar100n.npz", annotator=labels)
+    np.savez_compressed(tmp_path / "cifar100n.npz", annotator=labels.astype(">i4"))
     assert torch.equal(cifar100n(tmp_path), torch.from_numpy(labels).long())
     np.savez_compressed(tmp_path / "cifar100n.npz", annotator=labels + 1)
     with pytest.raises(DataError, match=r"labels 0\.\.99"):

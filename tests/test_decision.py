@@ -49,6 +49,7 @@ def test_the_margin_defers_iff_it_is_not_negative() -> None:
         odd = scores.clone()
         odd[:3], odd[3:6, 0], odd[6:9, -1] = -torch.inf, torch.nan, torch.nan
         assert torch.equal(deferral_margin(odd, own) >= 0, decide(odd) >= own)
+        assert deferral_margin(odd, own)[:3].tolist() == [0.0, 0.0, 0.0]
 
 
 def test_chow_abstains_iff_the_top_probability_is_at_most_one_minus_cost() -> None:
@@ -60,6 +61,7 @@ def test_chow_abstains_iff_the_top_probability_is_at_most_one_minus_cost() -> No
     ("call", "said"),
     [
         (lambda: decide(torch.tensor([[1, 2]])), "floating"),
+        (lambda: chow_scores(torch.tensor([[1, 0]]), 0.1), "probabilities: expected a floating"),
         (lambda: decide_pair(torch.randn(3, 2), torch.randn(2)), "one rejector value per row"),
         (lambda: deferral_margin(torch.randn(3, 2), 2), r"expected 1\.\.1"),
         (lambda: decide(torch.randn(3, 5), torch.zeros(3)), "one offset per action"),

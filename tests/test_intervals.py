@@ -55,6 +55,8 @@ def test_paired_differences_are_narrower_where_rows_agree() -> None:
     better = rows - 0.01
     gap = paired_difference(better, rows)
     assert gap.excludes_zero()
+    assert paired_difference(rows, better).excludes_zero()
+    assert not paired_difference(rows, rows).excludes_zero()
     assert gap.high < 0
     assert gap.half_width < 1e-3 < mean_interval(rows).half_width
 

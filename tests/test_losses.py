@@ -34,7 +34,18 @@ from deferral.losses import (
     two_stage_abstention,
     two_stage_deferral,
 )
-from deferral.losses.margin import exponential, hinge, logistic, rho_hinge, rho_margin, sigmoid, squared_hinge, sum_losses
+from deferral.losses.margin import (
+    constrained_losses,
+    exponential,
+    hinge,
+    logistic,
+    max_losses,
+    rho_hinge,
+    rho_margin,
+    sigmoid,
+    squared_hinge,
+    sum_losses,
+)
 from deferral.losses.predictor_rejector import constrained_rho_hinge, double_mae, mae, max_rho_margin
 
 B, K, E = 6, 4, 3
@@ -140,6 +151,9 @@ def test_margin_functions_at_known_points() -> None:
         partial(rho_hinge, rho=2.0): [2, 1, 0.75, 0],
         sigmoid: [2 / (1 + math.exp(x)) for x in t.tolist()],
     }
+    far = torch.tensor(-19.0, dtype=torch.float64)  # on the tangents, from -10 and from -9 on
+    assert float(exponential(far)) == pytest.approx(math.exp(10) * (1 + 9))
+    assert float(squared_hinge(far)) == 10**2 + 2 * 10 * 10
     for phi, expected in values.items():
         torch.testing.assert_close(phi(t), torch.tensor(expected, dtype=torch.float64))
         steps = phi(torch.linspace(-20, 20, 401, dtype=torch.float64))
@@ -180,6 +194,14 @@ def test_a_masked_action_leaves_the_row(surrogate) -> None:
     assert poisoned.grad is not None
     assert (poisoned.grad[:, 2] == 0).all()
     assert poisoned.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("losses", [sum_losses, constrained_losses, max_losses])
+def test_a_masked_score_may_be_anything(losses) -> None:
+    scores, mask = torch.randn(B, 4, dtype=torch.float64), torch.tensor([True, True, False, True])
+    found = losses(scores.index_fill(-1, torch.tensor([2]), 100.0), phi=squared_hinge, mask=mask)
+    torch.testing.assert_close(found[:, mask], losses(scores[:, mask], phi=squared_hinge))
+    assert (found[:, 2] == 0).all()
 
 
 @pytest.mark.parametrize("surrogate", [comp_sum, sum_margin, constrained_margin, max_margin])

@@ -207,6 +207,11 @@ BAND = (torch.zeros(5), torch.ones(5))
         (lambda a: risk_coverage(a, {"m": CURVE}, bands={"n": BAND}), r"bands: .* got \['n'\]"),
         (lambda a: risk_coverage(a, {"m": CURVE}, bands={"m": BAND}, grid=torch.zeros(4)), "grid, low, high"),
         (lambda a: cost_coverage(a, {"m": CURVE}, {"m": (0.5, NAN)}), "m: expected a finite figure"),
+        (lambda a: cost_coverage(a, {}, {"m": (math.nan, SHARE)}), "m: expected a finite coverage"),
+        (lambda a: risk_coverage(a, {"m": BAND}), "'m': expected a Curve"),
+        (lambda a: reliability(a, np.ones((3, 1)), np.ones((3, 1)), ["A"]), "predicted: expected a torch tensor, got ndarray"),
+        (lambda a: who_answers(a, LONG.numpy(), LONG, ["m"], ["g"]), "actions: expected a torch tensor"),
+        (lambda a: who_answers_map(a, POINTS.numpy(), LONG, ["m"]), "points: expected a torch tensor"),
         (lambda a: methods_side_by_side(a, {}, "cost"), "at least one method"),
         (lambda a: methods_side_by_side(a, {"m": NAN}, "cost"), "m: expected a finite figure"),
         (lambda a: reliability(a, torch.rand(3, 2), torch.ones(3, 2), ["A"]), "one column for each of 1 names"),
@@ -222,8 +227,14 @@ BAND = (torch.zeros(5), torch.ones(5))
         (lambda a: who_answers_map(a, POINTS, LONG.bool(), ["m"]), "int64"),
         (lambda a: embed_2d(torch.zeros(3)), r"\(N, d\)"),
         (lambda a: embed_2d(POINTS * torch.inf), "finite"),
+        (lambda a: embed_2d(POINTS.numpy()), "features: expected a torch tensor"),
     ],
 )
 def test_bad_input(call: Callable, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises((ValueError, TypeError), match=said):
         call(new_figure()[1])
+
+
+def test_the_suffix_is_the_format_and_the_path_is_the_file(tmp_path: Path) -> None:
+    for name, start in {"a.pdf": b"%PDF", "a.PNG": b"\x89PNG", "a": b"\x89PNG"}.items():
+        assert save_figure(new_figure(1, 1)[0], tmp_path / name).read_bytes().startswith(start)

@@ -134,9 +134,12 @@ def test_selective_net_is_its_formula_and_divides_by_the_coverage() -> None:
     risk = (per_row * g).mean() / g.mean() + 32 * max(0.0, 0.8 - float(g.mean())) ** 2
     loss = losses.selective_net(per_row, selection, auxiliary, coverage=0.8)
     torch.testing.assert_close(loss, 0.5 * risk + 0.5 * auxiliary.mean())
+    free = losses.selective_net(per_row, selection, auxiliary, coverage=1.0, penalty=0.0, alpha=1.0)
+    torch.testing.assert_close(free, (per_row * g).mean() / g.mean())
     assert losses.selective_net(per_row, torch.full((50,), -1e4).double(), auxiliary, coverage=0.8).isfinite()
-    with pytest.raises(ValueError, match="coverage"):
-        losses.selective_net(per_row, selection, auxiliary, coverage=0.0)
+    for coverage in (0.0, 1.1):
+        with pytest.raises(ValueError, match="coverage"):
+            losses.selective_net(per_row, selection, auxiliary, coverage=coverage)
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,12 @@ def test_the_debiased_error_finds_a_true_miscalibration() -> None:
     assert float(debiased_calibration_error(probability, happened)) == pytest.approx(0.04, abs=0.004)
 
 
+def test_the_debiased_error_by_hand_leaves_a_row_alone_in_its_bin_out() -> None:
+    probability, happened = torch.tensor([0.1, 0.75, 0.75, 0.75, 0.75]), torch.tensor([1, 1, 1, 0, 0])
+    by_hand = (0.5 - 0.75) ** 2 - 0.5 * 0.5 / 3
+    assert float(debiased_calibration_error(probability, happened, bins=2)) == pytest.approx(by_hand)
+
+
 def test_masks_weights_and_the_bootstrap_agree() -> None:
     generator = torch.Generator().manual_seed(0)
     probability = torch.rand(60, generator=generator, dtype=torch.float64)

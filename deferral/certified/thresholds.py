@@ -42,7 +42,7 @@ def threshold_grid(margin: Tensor, size: int, *, coverage: tuple[float, float] =
     level, edges = level_edges(margin)
     keeps = level.bincount().cumsum(0).double() / len(margin)
     wanted = torch.linspace(*coverage, size, dtype=torch.float64)
-    return edges[1:][torch.searchsorted(keeps, wanted - 1e-9).clamp(max=len(keeps) - 1)].unique()
+    return edges[1:][torch.searchsorted(keeps, wanted - 1e-9)].unique()
 
 
 def level_edges(margin: Tensor) -> tuple[Tensor, Tensor]:

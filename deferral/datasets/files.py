@@ -30,7 +30,7 @@ def read_array(path: Path, key: str | None) -> np.ndarray:
             array = loaded if key is None else loaded[key]
         if not isinstance(array, np.ndarray) or not np.issubdtype(array.dtype, np.integer):
             raise ValueError(f"an array of integers, not {getattr(array, 'dtype', type(array).__name__)}")
-        return array
+        return array.astype(np.int64)
     except (ValueError, OSError, EOFError, LookupError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(
             f"{path}: expected a NumPy file with plain arrays of integers, could not read it ({error}); copy it again"

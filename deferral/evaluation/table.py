@@ -30,7 +30,9 @@ class Table:
         self.path = path
         readers = {".csv": _read_csv, ".parquet": _read_parquet}
         if path.suffix.lower() not in readers:
-            raise DataError(f"{path}: expected a name that ends in .csv or .parquet")
+            raise DataError(
+                f"{path}: expected a name that ends in .csv or .parquet; pandas.DataFrame(columns).to_parquet(...) writes one"
+            )
         table = readers[path.suffix.lower()](path)
         self.names = [name.strip() for name in table.column_names]
         if repeated := {name for name in self.names if self.names.count(name) > 1}:

@@ -5,6 +5,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from deferral.validation import require_tensor
+
 __all__ = ["draw_answers", "even_skill", "perfect_on_first", "perfect_up_to", "specialist"]
 
 
@@ -60,6 +62,7 @@ def draw_answers(confusion: Tensor, targets: Tensor, *, seed: int, groups: Tenso
     An expert whose skill varies by group of rows has a matrix per group, confusion (G, K, K), and `groups` (N,) gives each
     row's group in 0..G-1.
     """
+    require_tensor("confusion", confusion)
     num_classes = confusion.shape[-1] if confusion.dim() else 0
     grouped = groups is not None
     if confusion.dim() != 2 + grouped or confusion.shape[-2:] != (num_classes, num_classes) or confusion.numel() == 0:
@@ -85,6 +88,7 @@ def draw_answers(confusion: Tensor, targets: Tensor, *, seed: int, groups: Tenso
 
 def check_indices(name: str, indices: Tensor, count: int) -> None:
     """int64 indices in 0..count-1, one per row.  Reads the values."""
+    require_tensor(name, indices)
     if indices.dtype != torch.int64:
         raise TypeError(f"{name}: expected indices of dtype int64, got {indices.dtype}; use {name}.long()")
     if indices.dim() != 1:

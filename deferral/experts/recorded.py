@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from deferral.validation import require_tensor
+
 __all__ = ["label_counts", "majority", "random_annotator", "random_person"]
 
 
@@ -49,6 +51,7 @@ def label_counts(labels: Tensor, num_classes: int) -> Tensor:
 
 
 def _answered(labels: Tensor) -> Tensor:
+    require_tensor("labels", labels)
     if labels.is_floating_point() or labels.dtype == torch.bool:
         raise TypeError(f"labels: expected class indices of an integer dtype, got {labels.dtype}; mark a missing label with -1")
     if labels.dim() != 2 or labels.numel() == 0:
@@ -59,6 +62,7 @@ def _answered(labels: Tensor) -> Tensor:
 
 
 def _check_counts(counts: Tensor) -> None:
+    require_tensor("counts", counts)
     if counts.dim() != 2 or counts.numel() == 0:
         raise ValueError(f"counts: expected (N, K) with at least one person in every row, got shape {tuple(counts.shape)}")
     # The comparison is false for NaN.

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from deferral.validation import require_tensor
+
 __all__ = ["embed_2d"]
 
 
@@ -11,6 +13,7 @@ def embed_2d(features: Tensor) -> Tensor:
 
     Signs are fixed: the largest weight of a component is positive.  A direction without variance is 0.
     """
+    require_tensor("features", features)
     if features.dim() < 2 or features.numel() == 0:
         raise ValueError(f"features: expected at least one row and shape (N, d), got {tuple(features.shape)}")
     table = features.detach().flatten(1).double()

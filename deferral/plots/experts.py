@@ -10,6 +10,7 @@ from torch import Tensor
 from deferral.intervals import Interval
 from deferral.plots.style import HATCHES, finite, legend, style, whisker
 from deferral.reliability import reliability as reliability_table
+from deferral.validation import require_tensor
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,6 +36,8 @@ def reliability(
     Bins are those of `deferral.reliability`; the interval is Wilson's score interval for a share ("Probable inference", 1927).
     `mask` (N, E) is True where the expert's answer is known.
     """
+    require_tensor("predicted", predicted)
+    require_tensor("right", right)
     if predicted.dim() != 2 or predicted.shape != right.shape or predicted.shape[-1] != len(names):
         raise ValueError(
             f"predicted and right: expected (N, E), one column for each of {len(names)} names, got {tuple(predicted.shape)} and "
@@ -137,6 +140,7 @@ def who_answers_map(axes: "Axes", points: Tensor, actions: Tensor, names: Sequen
 
     `points` come from `embed_2d` or from any other embedding into two dimensions.
     """
+    require_tensor("points", points)
     if points.dim() != 2 or points.shape[-1] != 2:
         raise ValueError(f"points: expected (N, 2), got shape {tuple(points.shape)}; embed_2d(features) makes them")
     if not bool(points.isfinite().all()):
@@ -170,6 +174,7 @@ def _wilson(share: Tensor, count: Tensor, level: float) -> tuple[Tensor, Tensor]
 
 
 def _check_rows(name: str, indices: Tensor, rows: int, count: int) -> None:
+    require_tensor(name, indices)
     if indices.dtype != torch.int64 or indices.shape != (rows,):
         raise ValueError(f"{name}: expected int64 indices of shape ({rows},), got {indices.dtype} {tuple(indices.shape)}")
     if rows and not 0 <= int(indices.min()) <= int(indices.max()) < count:

@@ -56,6 +56,8 @@ def cost_coverage(
     _draw_curves(axes, curves, {name: f"{name}, any threshold" for name in curves}, bands, grid)
     numbers = {name: number for number, name in enumerate([*curves, *(name for name in points if name not in curves)])}
     for name, (coverage, cost) in points.items():
+        if not math.isfinite(coverage):
+            raise ValueError(f"{name}: expected a finite coverage, got {coverage}; leave it out of the picture")
         look = style(numbers[name], None if name in curves else "0.25")
         whisker(axes, coverage, finite(name, cost), look["color"])
         axes.plot(coverage, cost.estimate, **look | {"linestyle": "none", "markersize": 7}, label=name, zorder=3)
@@ -95,6 +97,8 @@ def _draw_curves(
     if set(bands) - set(curves):
         raise ValueError(f"bands: expected names among the curves {list(curves)}, got {sorted(set(bands) - set(curves))}")
     for number, (name, curve) in enumerate(curves.items()):
+        if not isinstance(curve, Curve):
+            raise TypeError(f"curve {name!r}: expected a Curve, as of risk_coverage_curve, got {type(curve).__name__}")
         coverage, value = _columns(name, coverage=curve.coverage, value=curve.value)
         step = math.ceil(len(coverage) / _MARKS)
         look = style(number)

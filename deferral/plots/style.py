@@ -28,8 +28,9 @@ def new_figure(width: float = 7.0, height: float = 4.5) -> "tuple[Figure, Axes]"
 
 
 def save_figure(figure: "Figure", path: Path) -> Path:
-    """Write a PNG and return its path."""
-    figure.savefig(path, dpi=150)
+    """Write the figure, as a PNG or in the format of the path's suffix (.pdf, .svg ..), and return the path."""
+    # Without a format Matplotlib would add a suffix where there is none, and the path returned would not be the file.
+    figure.savefig(path, dpi=150, format=path.suffix[1:].lower() or "png")
     return path
 
 
