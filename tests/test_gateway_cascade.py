@@ -320,11 +320,11 @@ def test_the_record_keeps_both_prices_and_no_text_is_needed_to_learn_from_it(dat
     engine = connect(database)
     left_out: Counter[str] = Counter()
     answers = answers_on_record(engine, ["small", "large"], "small", left_out)
-    assert len(answers) == 3
-    assert answers.mask.tolist() == [[True, False], [False, True], [True, False]]
-    np.testing.assert_allclose(answers.price, [[1e-4, 1e-3], [1e-4, 1e-3], [1e-4, 1e-3]])
-    np.testing.assert_allclose(answers.propensity, [[0.9, 1], [1, 0.1], [0.9, 1]])
-    np.testing.assert_allclose(answers.estimate, [[0.5, 0.9]] * 3)
+    assert answers.mask.tolist() == [[True, False], [False, True], [True, False], [False, False]]
+    np.testing.assert_allclose(answers.price, [[1e-4, 1e-3]] * 4)
+    # Two of the small expert's three answers are judged, and all of the large one's.
+    np.testing.assert_allclose(answers.propensity, [[0.6, 1], [1, 0.1], [0.6, 1], [1, 1]])
+    np.testing.assert_allclose(answers.estimate, [[0.5, 0.9]] * 4)
     np.testing.assert_allclose(answers.confidence[0], features([confidence_of([-0.5, -0.1])])[0])  # type: ignore[list-item]
     assert sum(left_out.values()) == 3
     left_out.clear()
@@ -371,6 +371,17 @@ def on_record(running: Any, identity: str) -> dict[str, Any]:
                 return dict(found)
         time.sleep(0.01)
     raise AssertionError("it is not on record")
+
+
+def test_first_answers_that_are_judged_more_often_do_not_count_for_more(tmp_path: Path) -> None:
+    """Six were kept and six deferred, by a coin; all of the kept ones are judged .7, and two of the others .9."""
+    database = str(tmp_path / "g.db")
+    rows = [through(number, "kept" if number < 6 else "deferred", 0.5) for number in range(12)]
+    asyncio.run(_recorded(database, rows, {f"id-{number}": 0.7 if number < 6 else 0.9 for number in range(8)}))
+    answers = answers_on_record(connect(database), ["small", "large"], "small", Counter())
+    for guess in (0.5, 0.0):
+        quality = guess + np.where(answers.mask, (answers.quality - guess) / answers.propensity, 0.0)
+        np.testing.assert_allclose(quality.mean(0), [0.7, 0.9])
 
 
 @pytest.mark.ci_slow

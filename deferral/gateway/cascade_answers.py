@@ -27,8 +27,10 @@ NO_QUALITY = "nobody said how good the answer was"
 def answers_on_record(engine: Engine, experts: Sequence[str], first: str, left_out: Counter[str]) -> Answered:
     """First answers that were kept or not by a draw, and the quality of what was given.
 
-    What was expected of every expert is what the router said before the answer.  `left_out` counts the other rows by reason.
-    DataError where none is left.
+    What was expected of every expert is what the router said before the answer.  `left_out` counts the rows that nothing can be
+    learned from, by reason.  Those that lack an opinion alone are rows nevertheless, with nothing known, and the propensity of
+    the others includes the share of the expert's answers that are judged: who is judged more often must not count for more.
+    DataError where nothing is known.
     """
     place = list(experts).index(first)
     columns = (
@@ -41,6 +43,7 @@ def answers_on_record(engine: Engine, experts: Sequence[str], first: str, left_o
         .where(cascades.c.first == first, cascades.c.ending.in_(("kept", "deferred")))
     )
     found, last = [], ""
+    given: dict[str, list[bool]] = {name: [] for name in experts}
     while True:
         # In pages: a long transaction would keep the writer's journal from being emptied.
         with engine.connect() as connection:
@@ -50,12 +53,13 @@ def answers_on_record(engine: Engine, experts: Sequence[str], first: str, left_o
             expected = json.loads(row.expected)
             if reason := _why_not(row, expected, experts, row.id in said):
                 left_out[reason] += 1
-            else:
-                found.append(_known(row, expected, experts, place, said[row.id]))
+            if reason in ("", NO_QUALITY):
+                found.append(_known(row, expected, experts, place, said.get(row.id)))
+                given[row.expert].append(row.id in said)
         if len(page) < _PAGE:
             break
         last = page[-1].id
-    if not found:
+    if not any(any(judged) for judged in given.values()):
         reasons = "; ".join(f"{count} rows: {reason}" for reason, count in left_out.most_common()) or "there is none at all"
         raise DataError(
             f"no answer that {first} gave first can be learned from ({reasons}).  Serve with --explore, "
@@ -63,7 +67,8 @@ def answers_on_record(engine: Engine, experts: Sequence[str], first: str, left_o
         )
     sure, *numbers = zip(*found, strict=True)
     estimate, expected_price, quality, price, mask, propensity = (np.array(column) for column in numbers)
-    rows = np.arange(len(sure))
+    heard = np.array([np.mean(given[name]) if given[name] else 1.0 for name in experts])
+    propensity, rows = np.where(mask, propensity * heard, 1.0), np.arange(len(sure))
     return Answered(tuple(experts), first, features(sure), estimate, expected_price, quality, price, mask, propensity, rows)
 
 
@@ -77,13 +82,13 @@ def _why_not(row: Row, expected: dict, experts: Sequence[str], judged: bool) -> 
     return "" if judged else NO_QUALITY
 
 
-def _known(row: Row, expected: dict, experts: Sequence[str], place: int, quality: float) -> tuple:
-    """A row of each array of `Answered`."""
-    given = list(experts).index(row.expert)
+def _known(row: Row, expected: dict, experts: Sequence[str], place: int, quality: float | None) -> tuple:
+    """A row of each array of `Answered`; `quality` is None where nobody said."""
+    given, judged = list(experts).index(row.expert), quality is not None
     estimate = [min(max(expected[name][0], 0.0), 1.0) for name in experts]
     prices = [expected[name][1] for name in experts]
     paid, good, mask, propensity = list(prices), [0.0] * len(experts), [False] * len(experts), [1.0] * len(experts)
-    paid[given], good[given], mask[given], propensity[given] = row.price - row.extra, quality, True, row.propensity
+    paid[given], good[given], mask[given], propensity[given] = row.price - row.extra, quality or 0.0, judged, row.propensity
     if given != place:
         paid[place] = row.extra
     return confidence_in(row), estimate, prices, good, paid, mask, propensity

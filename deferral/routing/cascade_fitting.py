@@ -34,7 +34,8 @@ class Answered:
 
     What was not observed is False in the mask; its quality counts for nothing, its price is the expected one.  `propensity` is
     the probability with which a known cell came to be known, 1 where that is not known: then it must not have depended on more
-    than the query and the answer.
+    than the query and the answer.  From a row of which nothing is known nothing is learned, but it is one of those that a cascade
+    is judged on.
     """
 
     experts: tuple[str, ...]
@@ -108,8 +109,8 @@ def _cross_fitted(
     answers: Answered, errors: np.ndarray, seed: int, old: Cascade | None = None
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     """The numbers of the queries, and the costs of each answer by what was learned from those to the other folds of queries."""
-    if len(answers) < _FEWEST:
-        raise DataError(f"{len(answers)} answers with a confidence are too few to learn from, expected at least {_FEWEST}")
+    if (known := int(answers.mask.any(1).sum())) < _FEWEST:
+        raise DataError(f"{known} answers with a confidence are too few to learn from, expected at least {_FEWEST}")
     if len(answers.experts) < 2:
         raise DataError(f"{answers.first} is the only expert; a cascade needs one more to defer to")
     codes, query = np.unique(answers.query, return_inverse=True)
@@ -151,6 +152,7 @@ def _learned(answers: Answered, seed: int) -> Arrays:
     import torch
     from torch import Tensor, nn
 
+    answers = answers.rows(np.flatnonzero(answers.mask.any(1)))
     place = answers.experts.index(answers.first)
     centre, scale = _standard(answers.confidence)
     to_come = answers.price.copy()
