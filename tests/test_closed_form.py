@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from deferral import losses
 from deferral.losses.closed_form import BLOCK
@@ -159,3 +160,15 @@ def test_the_softmax_of_torch_equals_its_parts(mu: float, case: str, batch, monk
     fused = with_gradient(loss, scores, costs)
     monkeypatch.setattr(USERS[0], "readable", lambda tensor: False)
     torch.testing.assert_close(fused, with_gradient(loss, scores, costs), rtol=1e-9, atol=1e-9)
+
+
+def test_a_trace_sees_no_look_at_values(batch) -> None:
+    scores, costs = batch
+
+    def loss(scores: Tensor, targets: Tensor, costs: Tensor) -> Tensor:
+        return losses.single_stage_deferral(scores, targets, costs)
+
+    traced = make_fx(loss, tracing_mode="fake")(scores, TARGETS, costs[:, K:])
+    other = torch.randn(ROWS, A, dtype=torch.float64)
+    other[0, TARGETS[0]] = -500.0  # the path that the traced rows did not need
+    torch.testing.assert_close(traced(other, TARGETS, costs[:, K:]), loss(other, TARGETS, costs[:, K:]))

@@ -23,8 +23,14 @@ Block = Callable[[Tensor, Tensor, Any, Any, Tensor, Tensor], Tensor | None]
 
 
 def readable(tensor: Tensor) -> bool:
-    """Whether a look at the values waits for nobody and breaks no graph: eager mode on a CPU."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+    """Whether a look at the values waits for nobody and breaks no graph: a plain tensor on a CPU that nothing traces."""
+    return (
+        type(tensor) is Tensor
+        and tensor.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._len_torch_dispatch_stack()
+    )
 
 
 def has_closed_form(*constants: Tensor | float | None, compiled: bool = False) -> bool:
