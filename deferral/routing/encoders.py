@@ -24,6 +24,8 @@ Arrays = dict[str, np.ndarray]
 MOST_ROWS_OF_SVD = 20_000
 _COLUMNS, _UNKNOWN = 60_000, np.uint16(65_535)
 _FEW = 33
+_OVERSAMPLED = 10
+_RANK = 1e-6  # of the largest squared singular value: below is rounding
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,12 @@ class Wide:
     def rows(self, rows: np.ndarray) -> "Wide":
         taken = self.sparse()[rows]
         return Wide(taken.indices, taken.data, taken.indptr, self.columns)
+
+    def only(self, columns: np.ndarray) -> "Wide":
+        """What stands in some of the columns, each row at its length of 1 again.  (columns,) bool -> N rows"""
+        kept = columns[self.indices]
+        starts = np.concatenate([[0], np.cumsum(kept)])[self.starts]
+        return _of_length_one(self.indices[kept], self.values[kept], starts, self.columns)
 
 
 @dataclass(frozen=True)
@@ -153,9 +161,7 @@ class NgramEncoder:
             # Its own few rows of the projection are all that one query needs.
             values /= np.float32(sqrt(values @ values) or 1.0)
             return Wide(indices, values, np.array([0, len(indices)]), columns)
-        starts = np.concatenate([[0], np.cumsum(known)])[starts]
-        lengths = np.sqrt(np.add.reduceat(np.append(values**2, 0), starts[:-1]) * (np.diff(starts) > 0))
-        return Wide(indices, values / np.repeat(np.maximum(lengths, 1e-12), np.diff(starts)).astype(np.float32), starts, columns)
+        return _of_length_one(indices, values, np.concatenate([[0], np.cumsum(known)])[starts], columns)
 
     def _reduction(self, wide: Wide) -> np.ndarray:
         rows = len(wide.starts) - 1
@@ -258,16 +264,49 @@ def _stored(path: Path) -> np.ndarray | None:
         return None
 
 
-def projection(matrix: Any, dimensions: int, *, seed: int) -> np.ndarray:
-    """The leading right singular vectors of a sparse matrix.  (N, columns) -> (columns, D)"""
-    size = min(dimensions, matrix.shape[0] - 1, matrix.shape[1] - 1)
-    if size < 1:
-        return np.zeros((matrix.shape[1], 1), np.float32)
-    # scikit-learn takes 140 MB, which whoever only routes need not hold.
-    from sklearn.utils.extmath import randomized_svd
+def _of_length_one(indices: np.ndarray, values: np.ndarray, starts: np.ndarray, columns: int) -> Wide:
+    lengths = np.sqrt(np.add.reduceat(np.append(values**2, 0), starts[:-1]) * (np.diff(starts) > 0))
+    return Wide(indices, values / np.repeat(np.maximum(lengths, 1e-12), np.diff(starts)).astype(np.float32), starts, columns)
 
-    _, _, directions = randomized_svd(matrix, size, n_iter=2, random_state=seed)
-    return np.ascontiguousarray(directions.T, np.float32)
+
+def projection(matrix: Any, dimensions: int, *, seed: int) -> np.ndarray:
+    """The leading right singular vectors of a sparse matrix, 0 beyond its rank.  (N, columns) -> (columns, D)
+
+    By a random start and two rounds of subspace iteration.  Halko, Martinsson, Tropp, "Finding structure with randomness" (2011),
+    algorithms 4.4 and 5.1.  A left singular vector's largest entry is positive.
+    """
+    rows, columns = matrix.shape
+    size = min(dimensions, rows - 1, columns - 1)
+    if size < 1:
+        return np.zeros((columns, 1), np.float32)
+    # Transposed once: products with the columns of a sparse matrix miss the processor's caches.
+    back = matrix.T.tocsr()
+    left = np.random.RandomState(seed).normal(size=(rows, size + _OVERSAMPLED)).astype(np.float32)
+    for _ in range(2):
+        left = _orthonormal(matrix @ (back @ left))
+    right = _orthonormal(back @ left)
+    image = matrix @ right
+    squares, turn = np.linalg.eigh(_gram(image))
+    kept = np.flatnonzero(squares > _RANK * squares[-1])[: -size - 1 : -1]
+    turn = turn[:, kept].astype(np.float32)
+    image = image @ turn
+    found = np.zeros((columns, size), np.float32)
+    found[:, : len(kept)] = right @ (turn * np.sign(image[np.abs(image).argmax(0), np.arange(len(kept))]))
+    return found
+
+
+def _orthonormal(block: np.ndarray) -> np.ndarray:
+    """An orthonormal basis of the columns.  (N, K) -> (N, rank)
+
+    By the eigenvectors of block^T block, in a tenth of the time of a QR decomposition of a tall block.
+    """
+    values, vectors = np.linalg.eigh(_gram(block))
+    kept = values > _RANK * values[-1]
+    return block @ (vectors[:, kept] / np.sqrt(values[kept])).astype(np.float32)
+
+
+def _gram(block: np.ndarray) -> np.ndarray:
+    return (block.T @ block).astype(np.float64)
 
 
 def reduced(wide: Wide, directions: np.ndarray, extra: np.ndarray) -> Vectors:
