@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from deferral.routing.encoders import Arrays, Vectors
-from deferral.routing.policies.heads import trained
+from deferral.routing.policies.networks import trained
 from deferral.routing.prices import error_range
 
 if TYPE_CHECKING:
