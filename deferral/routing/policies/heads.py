@@ -3,7 +3,7 @@
 import numpy as np
 
 from deferral.routing.encoders import Arrays, Vectors
-from deferral.routing.policies.networks import trained
+from deferral.routing.policies.networks import chances, trained
 
 __all__ = ["Factors", "Heads"]
 
@@ -45,11 +45,14 @@ class Heads:
     def deviations(self, vectors: Vectors) -> np.ndarray:
         """Expected quality above the expert's mean.  -> (N, E)"""
         arrays = self.arrays
-        logits = self._hidden(vectors.joined @ arrays["1.weight"] + arrays["1.bias"]) @ arrays["4.weight"] + arrays["4.bias"]
-        return 1 / (1 + np.exp(-logits)) - arrays["means"]
+        hidden = vectors.joined @ arrays["1.weight"]
+        hidden += arrays["1.bias"]
+        logits = self._hidden(hidden) @ arrays["4.weight"]
+        logits += arrays["4.bias"]
+        return chances(logits) - arrays["means"]
 
     def _hidden(self, values: np.ndarray) -> np.ndarray:
-        return np.maximum(values, 0)
+        return np.maximum(values, 0, out=values)
 
 
 class Factors(Heads):

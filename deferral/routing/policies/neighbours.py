@@ -70,19 +70,16 @@ class Neighbours:
 
         Likeness is the mean cosine with the ten nearest, of the TF-IDF row where there is one, before its reduction.
         """
+        if len(vectors) == 1:
+            one, likeness = self.look_up_one(vectors)
+            return one, np.array([likeness], np.float32)
         rows, length = _leading(vectors)
-        if len(rows) == 1:
-            similarity, candidates = self._similarity_one(rows[0])
-            return self._found_one(similarity, candidates), _alike_one(similarity) * length
         found, alike = self._look_up_many(rows)
         return found, alike * length
 
     def likeness(self, vectors: Vectors) -> np.ndarray:
         """How like the log the query is, without the deviations.  -> (N,)"""
-        if len(vectors) != 1:
-            return self.look_up(vectors)[1]
-        rows, length = _leading(vectors)
-        return _alike_one(self._similarity_one(rows[0])[0]) * length
+        return self.look_up(vectors)[1]
 
     def _look_up_many(self, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         result = np.zeros((len(vectors), self.arrays["gain"].shape[1]), np.float32)
@@ -99,6 +96,17 @@ class Neighbours:
         return result, alike
 
     # One query needs no grouping by cells, which takes longer than the search itself.
+
+    def look_up_one(self, vectors: Vectors) -> tuple[np.ndarray, float]:
+        """`look_up` of one query.  -> (1, E), number"""
+        vector, length = _leading_one(vectors)
+        similarity, candidates = self._similarity_one(vector)
+        return self._found_one(similarity, candidates), _alike_one(similarity, length)
+
+    def likeness_of_one(self, vectors: Vectors) -> float:
+        """`likeness` of one query."""
+        vector, length = _leading_one(vectors)
+        return _alike_one(self._similarity_one(vector)[0], length)
 
     def _similarity_one(self, vector: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The similarity of every candidate, and the candidates.  (D,) -> (K,), (K,)"""
@@ -152,12 +160,12 @@ def _closeness(similarity: np.ndarray) -> np.ndarray:
     return positive * positive * positive
 
 
-def _alike_one(similarity: np.ndarray) -> np.ndarray:
-    """The mean of the ten largest; their order is lost.  (K,) -> (1,)"""
+def _alike_one(similarity: np.ndarray, length: np.float32) -> float:
+    """The mean of the ten largest, times the length; their order is lost.  (K,) -> number"""
     least = max(len(similarity) - _ALIKE, 0)
     similarity.partition(least)
     largest = similarity[least:]
-    return np.add.reduce(largest, keepdims=True) / np.float32(len(largest))
+    return float(np.add.reduce(largest) / np.float32(len(largest)) * length)
 
 
 def _leading(vectors: Vectors) -> tuple[np.ndarray, np.ndarray]:
@@ -165,8 +173,14 @@ def _leading(vectors: Vectors) -> tuple[np.ndarray, np.ndarray]:
     if vectors.wide is None or vectors.share is None:
         return vectors.dense, np.ones(len(vectors), np.float32)
     kept = vectors.dense[:, :_LEADING]
-    if len(kept) == 1:
-        size = np.float32(sqrt(kept[0] @ kept[0]))
-        return kept / max(size, np.float32(1e-12)), vectors.share * size
     length = np.sqrt(np.einsum("nd,nd->n", kept, kept))
     return kept / np.maximum(length, 1e-12)[:, None], length * vectors.share
+
+
+def _leading_one(vectors: Vectors) -> tuple[np.ndarray, np.float32]:
+    """The same for one query.  -> (D,), number"""
+    if vectors.wide is None or vectors.share is None:
+        return vectors.dense[0], np.float32(1)
+    kept = vectors.dense[0, :_LEADING]
+    size = np.float32(sqrt(kept @ kept))
+    return kept / max(size, np.float32(1e-12)), vectors.share[0] * size

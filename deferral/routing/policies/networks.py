@@ -1,4 +1,4 @@
-"""How the small networks of the router are trained: AdamW with one cycle."""
+"""The small networks of the router: how they are trained, by AdamW with one cycle, and what their outputs mean."""
 
 from collections.abc import Callable, Iterator
 from math import cos, pi
@@ -11,7 +11,7 @@ from deferral.routing.encoders import Arrays
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["trained"]
+__all__ = ["chances", "trained"]
 
 _ROWS_SEEN = 600_000
 _BATCH, _LARGEST_BATCH = 512, 1024
@@ -60,6 +60,13 @@ def trained(
     *_, bias = arrays
     arrays[bias] = arrays[bias] + start.numpy()
     return arrays
+
+
+def chances(logits: np.ndarray) -> np.ndarray:
+    """1 / (1 + exp(-logits)), in their place."""
+    found = np.exp(np.negative(logits, out=logits), out=logits)
+    found += 1
+    return np.divide(1, found, out=found)
 
 
 class _AdamW:
