@@ -8,7 +8,7 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import pairwise
 from math import log1p, sqrt
 from pathlib import Path
@@ -80,12 +80,19 @@ class Vectors:
     @cached_property
     def joined(self) -> np.ndarray:
         """Vectors and cheap features, each number of about unit size: what networks learn from.  -> (N, D + C)"""
-        return np.concatenate([np.float32(self.dense.shape[1] ** 0.5) * self.dense, np.float32(0.5) * self.extra], axis=1)
+        found = np.concatenate([self.dense, self.extra], axis=1)
+        found *= _sizes(self.dense.shape[1], self.extra.shape[1])
+        return found
 
     def rows(self, rows: np.ndarray) -> "Vectors":
         """Some of the rows, by their indices."""
         wide = None if self.wide is None else self.wide.rows(rows)
         return Vectors(self.dense[rows], self.extra[rows], wide, None if self.share is None else self.share[rows])
+
+
+@cache
+def _sizes(dense: int, extra: int) -> np.ndarray:
+    return np.repeat(np.array([dense**0.5, 0.5], np.float32), [dense, extra])
 
 
 class NgramEncoder:
@@ -132,12 +139,13 @@ class NgramEncoder:
         if not self.arrays:
             raise ValueError("the encoder is not fitted; call fit first")
         if len(queries) == 1:
-            buckets = hashed_ngrams(queries[0])
-            return self._vectors(self._wide(buckets, np.array([0, len(buckets)])), _cheap(queries[0])[None])
+            return self._vectors(self._wide_one(hashed_ngrams(queries[0])), _cheap(queries[0])[None])
         found = [hashed_ngrams(query) for query in queries]
         starts = np.concatenate([[0], np.cumsum([len(one) for one in found])]).astype(np.int64)
         wide = self._wide(np.concatenate(found) if found else np.empty(0, np.int32), starts)
-        features = np.stack([_cheap(query) for query in queries]) if found else np.empty((0, len(self.arrays["center"])))
+        features = (
+            np.stack([_cheap(query) for query in queries]) if found else np.empty((0, len(self.arrays["center"])), np.float32)
+        )
         return self._vectors(wide, features)
 
     def restore(self, arrays: Arrays) -> "NgramEncoder":
@@ -155,14 +163,16 @@ class NgramEncoder:
     def _wide(self, buckets: np.ndarray, starts: np.ndarray) -> Wide:
         column = self._column.take(buckets)
         known = column != _UNKNOWN
-        indices: np.ndarray = column.compress(known).astype(np.int64 if len(starts) == 2 else np.int32)
+        indices = column.compress(known).astype(np.int32)
         values = self.arrays["weights"].take(indices)
-        columns = len(self.arrays["weights"])
-        if len(starts) == 2:
-            # Its own few rows of the projection are all that one query needs.
-            values /= np.float32(sqrt(values @ values) or 1.0)
-            return Wide(indices, values, np.array([0, len(indices)]), columns)
-        return _of_length_one(indices, values, np.concatenate([[0], np.cumsum(known)])[starts], columns)
+        return _of_length_one(indices, values, np.concatenate([[0], np.cumsum(known)])[starts], len(self.arrays["weights"]))
+
+    def _wide_one(self, buckets: np.ndarray) -> Wide:
+        column, weights = self._column.take(buckets), self.arrays["weights"]
+        indices = column.compress(column != _UNKNOWN).astype(np.int64)
+        values = weights.take(indices)
+        values /= np.float32(sqrt(values @ values) or 1.0)
+        return Wide(indices, values, np.array([0, len(indices)]), len(weights))
 
     def _reduction(self, wide: Wide) -> np.ndarray:
         rows = len(wide.starts) - 1
@@ -323,7 +333,8 @@ def reduced(wide: Wide, directions: np.ndarray, extra: np.ndarray) -> Vectors:
 
 def _standardised(features: np.ndarray, arrays: Arrays) -> np.ndarray:
     # np.clip takes several times as long on one row.
-    scaled = np.asarray((features - arrays["center"]) * arrays["scale"], np.float32)
+    scaled = features - arrays["center"]
+    scaled *= arrays["scale"]
     return np.minimum(np.maximum(scaled, -3, out=scaled), 3, out=scaled)
 
 
