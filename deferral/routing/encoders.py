@@ -121,7 +121,7 @@ class NgramEncoder:
         if len(usable) > _COLUMNS:
             usable = np.sort(usable[np.argsort(-frequency[usable], kind="stable")[:_COLUMNS]])
         weights = np.log((1 + len(queries)) / (1 + frequency[usable])) + 1
-        features = np.stack([_cheap(query) for query in queries])
+        features = _features(queries)
         spread = features.std(0)
         self.arrays = {
             "buckets": usable.astype(np.int32),
@@ -139,13 +139,11 @@ class NgramEncoder:
         if not self.arrays:
             raise ValueError("the encoder is not fitted; call fit first")
         if len(queries) == 1:
-            return self._vectors(self._wide_one(hashed_ngrams(queries[0])), _cheap(queries[0])[None])
+            return self._vectors(self._wide_one(hashed_ngrams(queries[0])), _features(queries))
         found = [hashed_ngrams(query) for query in queries]
         starts = np.concatenate([[0], np.cumsum([len(one) for one in found])]).astype(np.int64)
         wide = self._wide(np.concatenate(found) if found else np.empty(0, np.int32), starts)
-        features = (
-            np.stack([_cheap(query) for query in queries]) if found else np.empty((0, len(self.arrays["center"])), np.float32)
-        )
+        features = _features(queries) if found else np.empty((0, len(self.arrays["center"])), np.float32)
         return self._vectors(wide, features)
 
     def restore(self, arrays: Arrays) -> "NgramEncoder":
@@ -202,7 +200,7 @@ class FunctionEncoder:
     def fit(self, queries: Sequence[str]) -> Vectors:
         """The vectors of the queries, from now on around their mean."""
         vectors = self._encoded(queries)
-        features = np.stack([_cheap(query) for query in queries])
+        features = _features(queries)
         spread = features.std(0)
         self.arrays = {
             "mean": vectors.mean(0),
@@ -219,7 +217,7 @@ class FunctionEncoder:
             return Vectors(
                 np.empty((0, len(self.arrays["mean"])), np.float32), np.empty((0, len(self.arrays["center"])), np.float32)
             )
-        features = np.stack([_cheap(query) for query in queries])
+        features = _features(queries)
         extra = _standardised(features, self.arrays)
         return Vectors(_unit(self._encoded(queries) - self.arrays["mean"]), extra)
 
@@ -351,11 +349,15 @@ _CLASSES = [bytes([place]) for place in range(len(_KINDS))]
 _MARKS = (" not ", "return", "Statement", "___", "__", "how many", "```")
 
 
-def _cheap(query: str) -> np.ndarray:
-    """Length, kinds of characters, and marks of code, logic and counting.  -> (17,) float32"""
+def _features(queries: Sequence[str]) -> np.ndarray:
+    """Length, kinds of characters, and marks of code, logic and counting.  N -> (N, 17) float32"""
+    return np.array([_cheap(query) for query in queries], np.float32)
+
+
+def _cheap(query: str) -> list[float]:
     read = shortened(query)
     text = read.encode("utf-8", "replace").translate(_CLASS)
     counts = [text.count(kind) for kind in _CLASSES]
     whole = len(text) + 1
     shares = [count / whole for count in counts]
-    return np.array([log1p(len(query)), log1p(counts[_LINE]), *shares, *[mark in read for mark in _MARKS]], np.float32)
+    return [log1p(len(query)), log1p(counts[_LINE]), *shares, *[mark in read for mark in _MARKS]]

@@ -99,10 +99,14 @@ class Fitted:
         if len(vectors) == 1:
             total, likeness, chance = self._deviations_of_one(vectors)
             return total, np.array([likeness], np.float32), np.array([chance])
-        nearby, similarity = self.memory.look_up(vectors)
+        nearby = np.zeros((len(vectors), len(self.extension)), np.float32)
+        if self.memory in self.policies:
+            nearby, similarity = self.memory.look_up(vectors)
+        else:
+            similarity = self.memory.likeness(vectors)
         familiar = np.interp(similarity, *self.familiar)
         if not self.policies:
-            return np.zeros_like(nearby), similarity, familiar
+            return nearby, similarity, familiar
         found = np.stack([nearby if policy is self.memory else policy.deviations(vectors) for policy in self.policies])
         near = familiar[:, None]
         weights = (near * self.weights + (1 - near) * self.abroad).astype(np.float32)

@@ -79,20 +79,26 @@ class Neighbours:
 
     def likeness(self, vectors: Vectors) -> np.ndarray:
         """How like the log the query is, without the deviations.  -> (N,)"""
-        return self.look_up(vectors)[1]
+        if len(vectors) == 1:
+            return np.array([self.likeness_of_one(vectors)], np.float32)
+        rows, length = _leading(vectors)
+        alike = np.zeros(len(rows), np.float32)
+        for block, _, similarity in self._similar(rows):
+            alike[block] = _alike(similarity)
+        return alike * length
 
     def _look_up_many(self, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         result = np.zeros((len(vectors), self.arrays["gain"].shape[1]), np.float32)
         alike = np.zeros(len(vectors), np.float32)
         for block, rows, similarity in self._nearest(vectors, self.count):
             closeness = _closeness(similarity)
-            gain, some = self.arrays["gain"][rows], min(_ALIKE, similarity.shape[1])
+            gain = self.arrays["gain"][rows]
             if len(self.arrays["known"]) == 0:
                 mass = closeness.sum(1, keepdims=True)
             else:
                 mass = np.einsum("nk,nke->ne", closeness, self.arrays["known"][rows])
             result[block] = np.matmul(closeness[:, None], gain)[:, 0] / (mass + self.prior)
-            alike[block] = np.partition(similarity, -some, axis=1)[:, -some:].mean(1)
+            alike[block] = _alike(similarity)
         return result, alike
 
     # One query needs no grouping by cells, which takes longer than the search itself.
@@ -138,15 +144,19 @@ class Neighbours:
         """(rows of the batch, (n, count) logged rows, (n, count) similarity), cell by cell."""
         near = self.arrays["near"]
         count = min(count, near.shape[1])
+        for block, cell, similarity in self._similar(vectors):
+            best = np.argpartition(-similarity, count - 1, axis=1)[:, :count]
+            yield block, near[cell][best], np.take_along_axis(similarity, best, 1)
+
+    def _similar(self, vectors: np.ndarray) -> Iterator[tuple[np.ndarray, int, np.ndarray]]:
+        """(rows of the batch, their cell, similarity of every candidate of the cell (n, K)), cell by cell."""
         cell = nearest_centre(vectors, self.arrays["centres"])
         for number in np.unique(cell):
-            candidates, pool = near[number], self._pool(number)
+            pool = self._pool(number)
             members = np.flatnonzero(cell == number)
             for start in range(0, len(members), _BLOCK):
                 block = members[start : start + _BLOCK]
-                similarity = vectors[block] @ pool.T
-                best = np.argpartition(-similarity, count - 1, axis=1)[:, :count]
-                yield block, candidates[best], np.take_along_axis(similarity, best, 1)
+                yield block, number, vectors[block] @ pool.T
 
     def _pool(self, cell: int) -> np.ndarray:
         """The rows near a centre, side by side: to fetch them takes several times as long as their products.  -> (K, D)"""
@@ -158,6 +168,12 @@ class Neighbours:
 def _closeness(similarity: np.ndarray) -> np.ndarray:
     positive = np.maximum(similarity, 0)
     return positive * positive * positive
+
+
+def _alike(similarity: np.ndarray) -> np.ndarray:
+    """The mean of the ten largest of each row.  (n, K) -> (n,)"""
+    some = min(_ALIKE, similarity.shape[1])
+    return np.partition(similarity, -some, axis=1)[:, -some:].mean(1)
 
 
 def _alike_one(similarity: np.ndarray, length: np.float32) -> float:
