@@ -310,8 +310,9 @@ def _orthonormal(block: np.ndarray) -> np.ndarray:
     By the eigenvectors of block^T block, in a tenth of the time of a QR decomposition of a tall block.
     """
     values, vectors = np.linalg.eigh(_gram(block))
-    kept = values > _RANK * values[-1]
-    return block @ (vectors[:, kept] / np.sqrt(values[kept])).astype(np.float32)
+    # Of a block of zeros, zeros.
+    kept = values >= _RANK * values[-1]
+    return block @ (vectors[:, kept] / np.sqrt(np.maximum(values[kept], 1e-30))).astype(np.float32)
 
 
 def _gram(block: np.ndarray) -> np.ndarray:

@@ -269,7 +269,11 @@ class Router:
         key = (*setting, self.price_of_error, self.explore, None if needs is None else tuple(self.abilities.items()))
         # Other threads may clear what is kept between any two steps, or change the experts: then these are nobody's plans.
         plans = self._plans
-        plan = plans.get(key)
+        try:
+            plan = plans.get(key)
+        except TypeError:
+            # A list, say, is no setting, and no key: what is planned next says what is wrong.
+            plan = None
         if plan is None:
             if len(plans) >= _PLANS:
                 plans.clear()
@@ -288,6 +292,13 @@ class Router:
         confidence: float,
     ) -> Plan:
         state = self.fitted
+        numbers = {
+            "price_of_error": price_of_error, "budget": budget, "min_quality": min_quality, "max_latency": max_latency,
+            "certified_quality": certified_quality, "confidence": confidence,
+        }  # fmt: skip
+        for name, value in numbers.items():
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating)):
+                raise TypeError(f"{name}: expected a number, got {value!r}")
         if sum(value is not None for value in (price_of_error, budget, min_quality, certified_quality)) > 1:
             raise ValueError(
                 "expected one of price_of_error, budget, min_quality and certified_quality; each of them sets the same trade-off"

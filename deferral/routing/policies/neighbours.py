@@ -30,6 +30,8 @@ class Neighbours:
     kind = "neighbours"
 
     def __init__(self, *, count: int = 100, prior: float = 0.3) -> None:
+        if not (isinstance(count, int) and count >= 1 and prior > 0):
+            raise ValueError(f"neighbours: expected a count of at least 1 and a prior above 0, got {count!r} and {prior!r}")
         self.count, self.prior = count, prior
         self.arrays: Arrays = {}
         self._pools: dict[int, np.ndarray] = {}
