@@ -6,6 +6,7 @@ that only the same work is continued.
 
 import json
 import os
+import sys
 from codecs import BOM_UTF8
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,7 +20,6 @@ from threading import Thread
 from typing import Any, BinaryIO
 
 import numpy as np
-import torch
 from threadpoolctl import threadpool_limits
 
 from deferral.errors import DataError
@@ -217,11 +217,13 @@ _of_worker: dict[str, Any] = {}
 
 
 def _begin(folder: Path, encoder: Path | None, setting: dict) -> None:
-    torch.set_num_threads(1)
-    # Of as many processes as there are cores, each would keep the others from theirs.
-    threadpool_limits(1, user_api="blas")
     Thread(target=_end_with_parent, daemon=True).start()
     _of_worker.update(router=Router.load(folder, encoder=encoder), setting=setting)
+    # Of as many processes as there are cores, each would keep the others from theirs.
+    threadpool_limits(1, user_api="blas")
+    # Only some sentence encoders need torch, whose import takes longer than to route many thousand queries.
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
 
 
 def _end_with_parent() -> None:
