@@ -25,7 +25,7 @@ MOST_ROWS_OF_SVD = 20_000
 _COLUMNS, _UNKNOWN = 60_000, np.uint16(65_535)
 _FEW = 33
 _OVERSAMPLED = 10
-_RANK = 1e-6  # of the largest squared singular value: below is rounding
+_RANK = 1e-10  # of the largest squared singular value: below may be rounding
 
 
 @dataclass(frozen=True)
@@ -316,7 +316,9 @@ def _orthonormal(block: np.ndarray) -> np.ndarray:
 
 
 def _gram(block: np.ndarray) -> np.ndarray:
-    return (block.T @ block).astype(np.float64)
+    # Squares of singular values reach twice as far as their own precision.
+    wide = block.astype(np.float64)
+    return wide.T @ wide
 
 
 def reduced(wide: Wide, directions: np.ndarray, extra: np.ndarray) -> Vectors:

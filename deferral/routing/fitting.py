@@ -114,7 +114,7 @@ class Fitted:
 
     def _deviations_of_one(self, vectors: Vectors) -> tuple[np.ndarray, float, float]:
         """The same for one query, which is spared the estimators that have no weight for it.  -> (1, E0), number, number"""
-        total = nearby = np.zeros((1, len(self.extension)), np.float32)
+        total, nearby = np.zeros((2, 1, len(self.extension)), np.float32)
         if self.memory in self.policies:
             nearby, similarity = self.memory.look_up_one(vectors)
         else:
