@@ -81,8 +81,8 @@ def deciding(experts: int, encoder: Path | None, rows: int) -> dict:
     queries = made(1000, experts, seed=SEED + 1).queries
     alone = milliseconds(lambda query: router.encoder([query]), queries)
     whole = milliseconds(router.route, queries)
-    plan, vectors = router.plan(), router.encoder(queries[:1])
-    beyond = milliseconds(lambda query: router.decide(plan, vectors, [query])[0], queries)
+    plan, vectors = router.plan(), {query: router.encoder([query]) for query in queries}
+    beyond = milliseconds(lambda query: router.decide_one(plan, vectors[query], query), queries)
     return {
         "experts": experts,
         "logged_queries": rows,

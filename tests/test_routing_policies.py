@@ -5,6 +5,8 @@ import torch
 from deferral.routing.encoders import NgramEncoder, Vectors, Wide
 from deferral.routing.policies import Clusters, Factors, Features, Heads, Linear, Neighbours, Rejector, expert_means
 from deferral.routing.policies.centres import nearest_centre, spherical_centres
+from deferral.routing.policies.networks import _AdamW, _one_cycle
+from deferral.routing.training import held_out
 
 pytestmark = pytest.mark.ci_slow
 
@@ -118,6 +120,19 @@ def test_neighbours_are_those_of_a_search_of_all_rows(gaps: bool) -> None:
         assert similarity[0, 0] == pytest.approx(1, abs=1e-5)
 
 
+def test_neighbours_are_as_many_as_were_asked_for() -> None:
+    vectors, quality, weights, _ = problem(120)
+    fold = np.arange(120) % 2
+    few = held_out([lambda: Neighbours(count=3, prior=2.0)], vectors, quality, weights, quality, fold)
+    rest, rows = np.flatnonzero(fold), np.flatnonzero(fold == 0)
+    means = expert_means(quality[rest], weights[rest])
+    own = Neighbours(count=3, prior=2.0).fit(vectors.rows(rest), quality[rest], weights[rest], means)
+    np.testing.assert_array_equal(few.deviations["neighbours"][rows], own.deviations(vectors.rows(rows)))
+    for wrong in ({"count": 0}, {"count": 2.5}, {"prior": 0.0}):
+        with pytest.raises(ValueError, match="expected a count of at least 1 and a prior above 0"):
+            Neighbours(**wrong)
+
+
 def test_neighbours_in_cells_are_nearly_those_of_all_rows() -> None:
     generator = np.random.default_rng(0)
     vectors = vectors_of(
@@ -183,6 +198,21 @@ def test_features_are_ridge_regression_on_products() -> None:
     weighted = Features().fit(vectors, quality, twice, means, seed=0).deviations(vectors) * 1.0
     repeated = Features(penalty=0.3 * 80 / 120).fit(vectors.rows(rows), quality[rows], np.ones((120, 1), np.float32), means)
     np.testing.assert_allclose(weighted, repeated.deviations(vectors), atol=1e-4)
+
+
+def test_a_step_of_adamw_goes_down_by_the_rate_whatever_the_slope_is() -> None:
+    model = torch.nn.Linear(3, 1)
+    before = torch.cat([values.detach().ravel() for values in model.parameters()])
+    step = _AdamW(model)
+    (model.weight @ torch.tensor([5.0, -0.01, 2.0]) + model.bias).sum().backward()
+    step(0.1, 0.9)
+    after = torch.cat([values.detach().ravel() for values in model.parameters()])
+    torch.testing.assert_close(after, before * (1 - 0.1 * 0.01) - 0.1 * torch.tensor([1.0, -1, 1, 1]))
+    assert not any(values.grad.any() for values in model.parameters())
+    rates, momenta = np.array(list(_one_cycle(0.5, 99))).T
+    np.testing.assert_allclose((rates[0], rates[29], momenta[0], momenta[29]), (0.02, 0.5, 0.95, 0.85))
+    assert (np.diff(rates[:30]) > 0).all()
+    assert (np.diff(rates[29:]) < 0).all()
 
 
 def test_the_same_seed_gives_the_same_policy_and_leaves_the_global_generator_alone() -> None:
