@@ -130,14 +130,6 @@ def test_one_direction_that_all_rows_share_hides_no_other() -> None:
     np.testing.assert_allclose(np.linalg.norm(np.eye(6, 50) @ directions, axis=1), 1, atol=0.01)
 
 
-def test_the_reduction_of_few_different_rows_is_zero_beyond_their_rank() -> None:
-    two = np.random.default_rng(0).normal(size=(2, 30))[np.arange(40) % 2]
-    directions = projection(csr_matrix(two, dtype=np.float32), 8, seed=0)
-    np.testing.assert_allclose(directions.T @ directions, np.diag([1.0, 1, 0, 0, 0, 0, 0, 0]), atol=1e-5)
-    np.testing.assert_allclose(two @ directions @ directions.T, two, atol=1e-4)
-    np.testing.assert_array_equal(projection(csr_matrix((40, 30), dtype=np.float32), 8, seed=0), np.zeros((30, 8)))
-
-
 def test_an_encoder_of_ones_own() -> None:
     encoder = FunctionEncoder(lambda texts: [[len(text), text.count("x"), 1] for text in texts])
     vectors = encoder.fit(TEXTS)
