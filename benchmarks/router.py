@@ -189,6 +189,8 @@ def _alone(job: Callable[..., dict], *arguments: object) -> dict:
 
 
 def _one_thread() -> None:
+    import scipy.linalg  # noqa: F401  # the limit binds libraries that are loaded
+
     torch.set_num_threads(1)
     threadpool_limits(1, user_api="blas")
 

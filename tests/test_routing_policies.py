@@ -5,7 +5,6 @@ import torch
 from deferral.routing.encoders import NgramEncoder, Vectors, Wide
 from deferral.routing.policies import Clusters, Factors, Features, Heads, Linear, Neighbours, Rejector, expert_means
 from deferral.routing.policies.centres import nearest_centre, spherical_centres
-from deferral.routing.policies.networks import _AdamW, _one_cycle
 from deferral.routing.training import held_out
 
 pytestmark = pytest.mark.ci_slow
@@ -198,21 +197,6 @@ def test_features_are_ridge_regression_on_products() -> None:
     weighted = Features().fit(vectors, quality, twice, means, seed=0).deviations(vectors) * 1.0
     repeated = Features(penalty=0.3 * 80 / 120).fit(vectors.rows(rows), quality[rows], np.ones((120, 1), np.float32), means)
     np.testing.assert_allclose(weighted, repeated.deviations(vectors), atol=1e-4)
-
-
-def test_a_step_of_adamw_goes_down_by_the_rate_whatever_the_slope_is() -> None:
-    model = torch.nn.Linear(3, 1)
-    before = torch.cat([values.detach().ravel() for values in model.parameters()])
-    step = _AdamW(model)
-    (model.weight @ torch.tensor([5.0, -0.01, 2.0]) + model.bias).sum().backward()
-    step(0.1, 0.9)
-    after = torch.cat([values.detach().ravel() for values in model.parameters()])
-    torch.testing.assert_close(after, before * (1 - 0.1 * 0.01) - 0.1 * torch.tensor([1.0, -1, 1, 1]))
-    assert not any(values.grad.any() for values in model.parameters())
-    rates, momenta = np.array(list(_one_cycle(0.5, 99))).T
-    np.testing.assert_allclose((rates[0], rates[29], momenta[0], momenta[29]), (0.02, 0.5, 0.95, 0.85))
-    assert (np.diff(rates[:30]) > 0).all()
-    assert (np.diff(rates[29:]) < 0).all()
 
 
 def test_the_same_seed_gives_the_same_policy_and_leaves_the_global_generator_alone() -> None:
