@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from deferral.routing.ngrams import BITS, hashed_ngrams, shortened
+from deferral.routing.ngrams import BITS, hashed_ngrams, hashed_ngrams_of, shortened
 
 __all__ = ["CachedEncoder", "FunctionEncoder", "NgramEncoder", "Vectors", "Wide"]
 
@@ -96,9 +96,7 @@ class NgramEncoder:
 
     def fit(self, queries: Sequence[str]) -> Vectors:
         """Learn the columns, their weights and the reduction; the vectors of these queries."""
-        found = [hashed_ngrams(query) for query in queries]
-        starts = np.concatenate([[0], np.cumsum([len(one) for one in found])])
-        buckets = np.concatenate(found)
+        buckets, starts = hashed_ngrams_of(queries)
         frequency = np.bincount(buckets, minlength=1 << BITS)
         # In more than half of the queries, an n-gram tells nothing.
         usable = np.flatnonzero((frequency >= 2) & (frequency <= len(queries) / 2 + 1))
@@ -125,11 +123,8 @@ class NgramEncoder:
         if len(queries) == 1:
             buckets = hashed_ngrams(queries[0])
             return self._vectors(self._wide(buckets, np.array([0, len(buckets)])), _cheap(queries[0])[None])
-        found = [hashed_ngrams(query) for query in queries]
-        starts = np.concatenate([[0], np.cumsum([len(one) for one in found])]).astype(np.int64)
-        wide = self._wide(np.concatenate(found) if found else np.empty(0, np.int32), starts)
-        features = np.stack([_cheap(query) for query in queries]) if found else np.empty((0, len(self.arrays["center"])))
-        return self._vectors(wide, features)
+        features = np.stack([_cheap(query) for query in queries]) if queries else np.empty((0, len(self.arrays["center"])))
+        return self._vectors(self._wide(*hashed_ngrams_of(queries)), features)
 
     def restore(self, arrays: Arrays) -> "NgramEncoder":
         """The encoder that had these arrays."""

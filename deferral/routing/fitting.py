@@ -91,18 +91,22 @@ class Fitted:
 
     def _deviations_of_one(self, vectors: Vectors) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The same for one query, which is spared the estimators that have no weight for it."""
-        total = nearby = np.zeros((1, len(self.extension)), np.float32)
+        nearby = None
         if self.memory in self.policies:
             nearby, similarity = self.memory.look_up(vectors)
         else:
             similarity = self.memory.likeness(vectors)
         familiar = np.interp(similarity, *self.familiar)
         near = familiar.item()
+        shares, found = [], []
         for policy, weight, abroad in zip(self.policies, self.weights, self.abroad, strict=True):
             share = near * weight + (1 - near) * abroad
             if share > 0:
-                total = total + np.float32(share) * (nearby if policy is self.memory else policy.deviations(vectors))
-        return total, similarity, familiar
+                shares.append(share)
+                found.append(nearby if policy is self.memory else policy.deviations(vectors))
+        if not found:
+            return np.zeros((1, len(self.extension)), np.float32), similarity, familiar
+        return np.array([shares], np.float32) @ np.concatenate(found), similarity, familiar
 
     @cached_property
     def kind_names(self) -> list[str]:
@@ -114,7 +118,7 @@ class Fitted:
         """The kind that each query is of, "" where no kinds are known."""
         if not self.kind_names:
             return [""] * len(vectors)
-        return [self.kind_names[number] for number in nearest_centre(vectors.dense, self.kinds[0])]
+        return [self.kind_names[number] for number in nearest_centre(vectors.dense, self.kinds[0]).tolist()]
 
     def why_not(self, error: float) -> str:
         """Why the learned policy is not used at this price of an error; "" if it is."""

@@ -45,7 +45,7 @@ def _products(extra: np.ndarray) -> np.ndarray:
     """1, the features and a third of every product of two: features reach from -3 to 3.  (N, C) -> (N, 1 + C + C (C + 1) / 2)"""
     left, right = _pairs(extra.shape[1])
     ones = np.ones((len(extra), 1), np.float32)
-    return np.concatenate([ones, extra, extra[:, left] * extra[:, right] / np.float32(3)], axis=1)
+    return np.concatenate([ones, extra, extra.take(left, axis=1) * extra.take(right, axis=1) / np.float32(3)], axis=1)
 
 
 @cache

@@ -73,7 +73,8 @@ class Neighbours:
         rows, length = _leading(vectors)
         if len(rows) == 1:
             similarity, candidates = self._similarity_one(rows[0])
-            return self._found_one(similarity, candidates), _alike_one(similarity) * length
+            found, nearest = self._found_one(similarity, candidates)
+            return found, _alike_one(nearest) * length
         found, alike = self._look_up_many(rows)
         return found, alike * length
 
@@ -106,14 +107,15 @@ class Neighbours:
         cell = int((arrays["centres"] @ vector).argmax())
         return self._pool(cell) @ vector, arrays["near"][cell]
 
-    def _found_one(self, similarity: np.ndarray, candidates: np.ndarray) -> np.ndarray:
-        """(K,), (K,) -> (1, E)"""
+    def _found_one(self, similarity: np.ndarray, candidates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The deviations, and the similarity of the nearest.  (K,), (K,) -> (1, E), (count,)"""
         arrays = self.arrays
         first = max(len(similarity) - self.count, 0)
         best = similarity.argpartition(first)[first:]
-        closeness, rows = _closeness(similarity.take(best)), candidates.take(best)
+        nearest, rows = similarity.take(best), candidates.take(best)
+        closeness = _closeness(nearest)
         mass = np.add.reduce(closeness) if len(arrays["known"]) == 0 else closeness @ arrays["known"].take(rows, axis=0)
-        return closeness[None] @ arrays["gain"].take(rows, axis=0) / (mass + np.float32(self.prior))
+        return closeness[None] @ arrays["gain"].take(rows, axis=0) / (mass + np.float32(self.prior)), nearest
 
     def nearest(self, vectors: Vectors, count: int) -> tuple[np.ndarray, np.ndarray]:
         """The nearest logged rows and their similarity (the cosine), nearest first.  -> (N, count), (N, count)"""
