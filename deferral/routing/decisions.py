@@ -49,11 +49,11 @@ class Decisions:
         return [self.experts[action] for action in self.actions]
 
     def __getitem__(self, row: int) -> Decision:
-        return self._decision(*(array[row].tolist() for array in self._arrays), self.kinds[row] if self.kinds else "")
+        return self._decision(self.kinds[row] if self.kinds else "", *(array[row].tolist() for array in self._arrays))
 
     def __iter__(self) -> Iterator[Decision]:
         # To be asked for its numbers one by one takes an array longer than to become a list.
-        return map(self._decision, *(array.tolist() for array in self._arrays), self.kinds or [""] * len(self))
+        return map(self._decision, self.kinds or [""] * len(self), *(array.tolist() for array in self._arrays))
 
     @property
     def _arrays(self) -> tuple[np.ndarray, ...]:
@@ -61,6 +61,7 @@ class Decisions:
 
     def _decision(
         self,
+        kind: str,
         action: int,
         quality: list[float],
         price: list[float],
@@ -68,7 +69,6 @@ class Decisions:
         propensity: float,
         fallback: bool,
         similarity: float,
-        kind: str,
     ) -> Decision:
         names = self.experts
         name, quality = names[action], [min(max(value, 0.0), 1.0) for value in quality]

@@ -103,7 +103,7 @@ class NgramEncoder:
         if len(usable) > _COLUMNS:
             usable = np.sort(usable[np.argsort(-frequency[usable], kind="stable")[:_COLUMNS]])
         weights = np.log((1 + len(queries)) / (1 + frequency[usable])) + 1
-        features = np.stack([_cheap(query) for query in queries])
+        features = _features(queries)
         spread = features.std(0)
         self.arrays = {
             "buckets": usable.astype(np.int32),
@@ -122,9 +122,8 @@ class NgramEncoder:
             raise ValueError("the encoder is not fitted; call fit first")
         if len(queries) == 1:
             buckets = hashed_ngrams(queries[0])
-            return self._vectors(self._wide(buckets, np.array([0, len(buckets)])), _cheap(queries[0])[None])
-        features = np.stack([_cheap(query) for query in queries]) if queries else np.empty((0, len(self.arrays["center"])))
-        return self._vectors(self._wide(*hashed_ngrams_of(queries)), features)
+            return self._vectors(self._wide(buckets, np.array([0, len(buckets)])), _features(queries))
+        return self._vectors(self._wide(*hashed_ngrams_of(queries)), _features(queries))
 
     def restore(self, arrays: Arrays) -> "NgramEncoder":
         """The encoder that had these arrays."""
@@ -180,7 +179,7 @@ class FunctionEncoder:
     def fit(self, queries: Sequence[str]) -> Vectors:
         """The vectors of the queries, from now on around their mean."""
         vectors = self._encoded(queries)
-        features = np.stack([_cheap(query) for query in queries])
+        features = _features(queries)
         spread = features.std(0)
         self.arrays = {
             "mean": vectors.mean(0),
@@ -197,7 +196,7 @@ class FunctionEncoder:
             return Vectors(
                 np.empty((0, len(self.arrays["mean"])), np.float32), np.empty((0, len(self.arrays["center"])), np.float32)
             )
-        features = np.stack([_cheap(query) for query in queries])
+        features = _features(queries)
         extra = _standardised(features, self.arrays)
         return Vectors(_unit(self._encoded(queries) - self.arrays["mean"]), extra)
 
@@ -293,13 +292,18 @@ _LINE = _KINDS.index("\n")
 _CLASS = bytes(next((place for place, kind in enumerate(_KINDS) if chr(byte) in kind), len(_KINDS)) for byte in range(256))
 _CLASSES = [bytes([place]) for place in range(len(_KINDS))]
 _MARKS = (" not ", "return", "Statement", "___", "__", "how many", "```")
+_FEATURES = 2 + len(_KINDS) + len(_MARKS)
 
 
-def _cheap(query: str) -> np.ndarray:
-    """Length, kinds of characters, and marks of code, logic and counting.  -> (17,) float32"""
+def _features(queries: Sequence[str]) -> np.ndarray:
+    """Length, kinds of characters, and marks of code, logic and counting.  N -> (N, 17) float32"""
+    return np.array([_cheap(query) for query in queries], np.float32).reshape(len(queries), _FEATURES)
+
+
+def _cheap(query: str) -> list[float]:
     read = shortened(query)
     text = read.encode("utf-8", "replace").translate(_CLASS)
     counts = [text.count(kind) for kind in _CLASSES]
     whole = len(text) + 1
     shares = [count / whole for count in counts]
-    return np.array([log1p(len(query)), log1p(counts[_LINE]), *shares, *[mark in read for mark in _MARKS]], np.float32)
+    return [log1p(len(query)), log1p(counts[_LINE]), *shares, *[mark in read for mark in _MARKS]]

@@ -80,10 +80,10 @@ class Fitted:
         """Expected quality above the mean, likeness, chance to be like the log.  -> (N, E0), (N,), (N,)"""
         if len(vectors) == 1:
             return self._deviations_of_one(vectors)
-        nearby, similarity = self.memory.look_up(vectors)
+        nearby, similarity = self._nearby(vectors)
         familiar = np.interp(similarity, *self.familiar)
         if not self.policies:
-            return np.zeros_like(nearby), similarity, familiar
+            return nearby, similarity, familiar
         found = np.stack([nearby if policy is self.memory else policy.deviations(vectors) for policy in self.policies])
         near = familiar[:, None]
         weights = (near * self.weights + (1 - near) * self.abroad).astype(np.float32)
@@ -91,11 +91,7 @@ class Fitted:
 
     def _deviations_of_one(self, vectors: Vectors) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The same for one query, which is spared the estimators that have no weight for it."""
-        nearby = None
-        if self.memory in self.policies:
-            nearby, similarity = self.memory.look_up(vectors)
-        else:
-            similarity = self.memory.likeness(vectors)
+        nearby, similarity = self._nearby(vectors)
         familiar = np.interp(similarity, *self.familiar)
         near = familiar.item()
         shares, found = [], []
@@ -104,9 +100,14 @@ class Fitted:
             if share > 0:
                 shares.append(share)
                 found.append(nearby if policy is self.memory else policy.deviations(vectors))
-        if not found:
-            return np.zeros((1, len(self.extension)), np.float32), similarity, familiar
-        return np.array([shares], np.float32) @ np.concatenate(found), similarity, familiar
+        total = np.array([shares], np.float32) @ np.concatenate(found) if found else np.zeros_like(nearby)
+        return total, similarity, familiar
+
+    def _nearby(self, vectors: Vectors) -> tuple[np.ndarray, np.ndarray]:
+        """What the memory estimates, 0 where it is no estimator, and likeness to the log.  -> (N, E0), (N,)"""
+        if self.memory in self.policies:
+            return self.memory.look_up(vectors)
+        return np.zeros((len(vectors), len(self.extension)), np.float32), self.memory.likeness(vectors)
 
     @cached_property
     def kind_names(self) -> list[str]:

@@ -80,21 +80,24 @@ class Neighbours:
 
     def likeness(self, vectors: Vectors) -> np.ndarray:
         """How like the log the query is, without the deviations.  -> (N,)"""
-        if len(vectors) != 1:
-            return self.look_up(vectors)[1]
         rows, length = _leading(vectors)
-        return _alike_one(self._similarity_one(rows[0])[0]) * length
+        if len(rows) == 1:
+            return _alike_one(self._similarity_one(rows[0])[0]) * length
+        alike = np.zeros(len(rows), np.float32)
+        for block, _, similarity in self._nearest(rows, _ALIKE):
+            alike[block] = similarity.mean(1)
+        return alike * length
 
     def _look_up_many(self, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         result = np.zeros((len(vectors), self.arrays["gain"].shape[1]), np.float32)
         alike = np.zeros(len(vectors), np.float32)
         for block, rows, similarity in self._nearest(vectors, self.count):
             closeness = _closeness(similarity)
-            gain, some = self.arrays["gain"][rows], min(_ALIKE, similarity.shape[1])
+            gain, some = self.arrays["gain"].take(rows, axis=0), min(_ALIKE, similarity.shape[1])
             if len(self.arrays["known"]) == 0:
                 mass = closeness.sum(1, keepdims=True)
             else:
-                mass = np.einsum("nk,nke->ne", closeness, self.arrays["known"][rows])
+                mass = np.einsum("nk,nke->ne", closeness, self.arrays["known"].take(rows, axis=0))
             result[block] = np.matmul(closeness[:, None], gain)[:, 0] / (mass + self.prior)
             alike[block] = np.partition(similarity, -some, axis=1)[:, -some:].mean(1)
         return result, alike
