@@ -81,8 +81,8 @@ def deciding(experts: int, encoder: Path | None, rows: int) -> dict:
     queries = made(1000, experts, seed=SEED + 1).queries
     alone = milliseconds(lambda query: router.encoder([query]), queries)
     whole = milliseconds(router.route, queries)
-    plan, vectors = router.plan(), router.encoder(queries[:1])
-    beyond = milliseconds(lambda query: router.decide(plan, vectors, [query])[0], queries)
+    plan, vectors = router.plan(), {query: router.encoder([query]) for query in queries}
+    beyond = milliseconds(lambda query: router.decide_one(plan, vectors[query], query), queries)
     return {
         "experts": experts,
         "logged_queries": rows,
@@ -189,6 +189,8 @@ def _alone(job: Callable[..., dict], *arguments: object) -> dict:
 
 
 def _one_thread() -> None:
+    import scipy.linalg  # noqa: F401  # the limit binds libraries that are loaded
+
     torch.set_num_threads(1)
     threadpool_limits(1, user_api="blas")
 

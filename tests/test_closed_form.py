@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from deferral import losses
 from deferral.losses.closed_form import BLOCK
@@ -137,3 +138,37 @@ def test_hessians_by_torch_func(batch) -> None:
     p = scores.softmax(-1)
     expected = (1 - costs).sum() * (p.diag() - torch.outer(p, p))
     torch.testing.assert_close(torch.func.hessian(losses.two_stage_deferral)(scores, costs), expected)
+
+
+@pytest.mark.parametrize("mu", [0.0, 0.5, 1.0, 1.7, 2.0])
+@pytest.mark.parametrize(
+    "case", ["ordinary", "target of probability e^-200", "impossible expert of weight 0", "weights that cancel"]
+)
+def test_the_softmax_of_torch_equals_its_parts(mu: float, case: str, batch, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores, costs = batch
+    if case == "target of probability e^-200":
+        scores[2, TARGETS[2]] -= 200.0
+    elif case == "impossible expert of weight 0":
+        scores[3, K + 1], costs[3, K + 1] = -torch.inf, 1.0
+    elif case == "weights that cancel":
+        costs[4, K:] = 1.0
+        costs[4, K] = 1 + (scores[4, K] - scores[4, TARGETS[4]]).exp() ** (1 - mu)
+
+    def loss(scores: Tensor, costs: Tensor) -> Tensor:
+        return losses.single_stage_deferral(scores, TARGETS, costs[:, K:], mu=mu)
+
+    fused = with_gradient(loss, scores, costs)
+    monkeypatch.setattr(USERS[0], "readable", lambda tensor: False)
+    torch.testing.assert_close(fused, with_gradient(loss, scores, costs), rtol=1e-9, atol=1e-9)
+
+
+def test_a_trace_sees_no_look_at_values(batch) -> None:
+    scores, costs = batch
+
+    def loss(scores: Tensor, targets: Tensor, costs: Tensor) -> Tensor:
+        return losses.single_stage_deferral(scores, targets, costs)
+
+    traced = make_fx(loss, tracing_mode="fake")(scores, TARGETS, costs[:, K:])
+    other = torch.randn(ROWS, A, dtype=torch.float64)
+    other[0, TARGETS[0]] = -500.0  # the path that the traced rows did not need
+    torch.testing.assert_close(traced(other, TARGETS, costs[:, K:]), loss(other, TARGETS, costs[:, K:]))

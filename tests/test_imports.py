@@ -42,7 +42,7 @@ import deferral.losses, deferral.metrics, deferral.testing
 
 def test_whoever_only_routes_holds_neither_torch_nor_scikit_learn_in_memory() -> None:
     heavy = {"torch", "sklearn", "scipy", "pyarrow"}
-    program = f"import sys, deferral.cli, deferral.routing; sys.exit(' '.join({heavy} & set(sys.modules)) or None)"
+    program = f"import sys, deferral.cli, deferral.routing.batches; sys.exit(' '.join({heavy} & set(sys.modules)) or None)"
     subprocess.run([sys.executable, "-c", program], check=True)
 
 

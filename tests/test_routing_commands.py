@@ -201,9 +201,20 @@ def test_a_batch_goes_on_where_it_was_killed(folder: Path, tmp_path: Path, monke
     with pytest.raises(DataError, match=r"mine.partial: it was begun with another"):
         route_file(folder, tmp_path / "in.jsonl", tmp_path / "mine")
     assert (tmp_path / "mine.partial").read_text() == "precious"
-    (tmp_path / "bad.jsonl").write_text('{"query": "a"}\n{"prompt": "b"}\n')
-    with pytest.raises(DataError, match="row 2: expected a JSON object with a text"):
+    rows = (tmp_path / "in.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "bad.jsonl").write_text("".join([*rows[:89], '{"prompt": "b"}\n', *rows[90:]]))
+    with pytest.raises(DataError, match=r"row 90: expected a JSON object with a text .*: 80 decisions are kept"):
         route_file(folder, tmp_path / "bad.jsonl", tmp_path / "bad.out")
+    (tmp_path / "bad.jsonl").write_text("".join(["{}\n", *rows[1:]]))
+    with pytest.raises(DataError, match="begun with another router, file or setting"):
+        route_file(folder, tmp_path / "bad.jsonl", tmp_path / "bad.out")
+    (tmp_path / "bad.jsonl").write_text("".join(rows))
+    seen.clear()
+    with pytest.raises(KeyboardInterrupt):
+        route_file(folder, tmp_path / "bad.jsonl", tmp_path / "bad.out", on_rows=killed)
+    route_file(folder, tmp_path / "bad.jsonl", tmp_path / "bad.out", on_rows=lambda rows, read: seen.append(rows))
+    assert seen == [102]
+    assert (tmp_path / "bad.out").read_bytes() == whole, "a mended file goes on after the rows that were decided"
 
 
 @pytest.mark.ci_slow

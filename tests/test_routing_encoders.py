@@ -133,6 +133,13 @@ def test_the_reduction_keeps_what_the_leading_singular_vectors_keep() -> None:
     np.testing.assert_allclose(np.linalg.norm(dense @ directions, axis=0)[:3], exact[:3], rtol=0.01)
 
 
+def test_one_direction_that_all_rows_share_hides_no_other() -> None:
+    generator = np.random.default_rng(0)
+    rows = 30 * generator.random((200, 1)) * generator.normal(size=50) + generator.normal(size=(200, 6)) @ np.eye(6, 50)
+    directions = projection(csr_matrix(rows, dtype=np.float32), 7, seed=0)
+    np.testing.assert_allclose(np.linalg.norm(np.eye(6, 50) @ directions, axis=1), 1, atol=0.01)
+
+
 def test_an_encoder_of_ones_own() -> None:
     encoder = FunctionEncoder(lambda texts: [[len(text), text.count("x"), 1] for text in texts])
     vectors = encoder.fit(TEXTS)

@@ -5,6 +5,7 @@ import torch
 from deferral.routing.encoders import NgramEncoder, Vectors, Wide
 from deferral.routing.policies import Clusters, Factors, Features, Heads, Linear, Neighbours, Rejector, expert_means
 from deferral.routing.policies.centres import nearest_centre, spherical_centres
+from deferral.routing.training import held_out
 
 pytestmark = pytest.mark.ci_slow
 
@@ -116,6 +117,19 @@ def test_neighbours_are_those_of_a_search_of_all_rows(gaps: bool) -> None:
         rows, similarity = policy.nearest(vectors.rows(np.array([row])), 3)
         assert rows[0, 0] == row
         assert similarity[0, 0] == pytest.approx(1, abs=1e-5)
+
+
+def test_neighbours_are_as_many_as_were_asked_for() -> None:
+    vectors, quality, weights, _ = problem(120)
+    fold = np.arange(120) % 2
+    few = held_out([lambda: Neighbours(count=3, prior=2.0)], vectors, quality, weights, quality, fold)
+    rest, rows = np.flatnonzero(fold), np.flatnonzero(fold == 0)
+    means = expert_means(quality[rest], weights[rest])
+    own = Neighbours(count=3, prior=2.0).fit(vectors.rows(rest), quality[rest], weights[rest], means)
+    np.testing.assert_array_equal(few.deviations["neighbours"][rows], own.deviations(vectors.rows(rows)))
+    for wrong in ({"count": 0}, {"count": 2.5}, {"prior": 0.0}):
+        with pytest.raises(ValueError, match="expected a count of at least 1 and a prior above 0"):
+            Neighbours(**wrong)
 
 
 def test_neighbours_in_cells_are_nearly_those_of_all_rows() -> None:

@@ -147,6 +147,10 @@ def test_a_budget_is_kept_and_a_floor_reached() -> None:
         router().plan(min_quality=0.99)
     with pytest.raises(ValueError, match="one of price_of_error, budget, min_quality and certified_quality"):
         router().plan(budget=1.0, min_quality=0.5)
+    for wrong in ("5", [5.0]):
+        for name in ("price_of_error", "budget", "min_quality", "max_latency", "certified_quality", "confidence"):
+            with pytest.raises(TypeError, match=f"{name}: expected a number, got"):
+                router().plan(**{name: wrong})
 
 
 def test_a_budget_and_a_floor_hold_with_what_is_drawn_at_random() -> None:
@@ -378,6 +382,14 @@ def test_an_explanation_names_the_nearest_logged_queries() -> None:
     assert decision == router().route(texts[17])
     assert nearest[0] == (texts[17], pytest.approx(1, abs=1e-5))
     assert len(nearest) == 3
+
+
+def test_neighbours_are_saved_as_they_were_asked_for(tmp_path: Path) -> None:
+    texts, _, quality, price = world(39)
+    table = log_of_table(texts, EXPERTS, quality, price)
+    Router(0.1, policies=[Linear, lambda: Neighbours(count=7, prior=2.0)]).fit(table).save(tmp_path / "router")
+    memory = Router.load(tmp_path / "router").fitted.memory
+    assert (memory.count, memory.prior) == (7, 2.0)
 
 
 def test_a_saved_router_decides_the_same_to_the_bit(tmp_path: Path) -> None:

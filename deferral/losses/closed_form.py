@@ -5,20 +5,32 @@ relatives, as gradients of costs, need what autograd can see: `has_closed_form` 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import repeat
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["closed_form", "has_closed_form"]
+__all__ = ["closed_form", "has_closed_form", "readable"]
 
 # Numbers in a temporary table, at most.  On a CPU it stays in the cache.
 BLOCK = {"cpu": 1 << 19}
 
-# (scores, weights, targets, ceiling, descent, losses): fills the last two, `descent` with minus the gradient.
-Block = Callable[[Tensor, Tensor, Any, Any, Tensor, Tensor], None]
+# (scores, weights, targets, ceiling, descent, losses): fills the last two, `descent` with minus the gradient.  Returns what every
+# row of `descent` is still to be multiplied by, (rows, 1), in all blocks; or None.
+Block = Callable[[Tensor, Tensor, Any, Any, Tensor, Tensor], Tensor | None]
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether a look at the values waits for nobody and breaks no graph: a plain tensor on a CPU that nothing traces."""
+    return (
+        type(tensor) is Tensor
+        and tensor.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._len_torch_dispatch_stack()
+    )
 
 
 def has_closed_form(*constants: Tensor | float | None, compiled: bool = False) -> bool:
@@ -46,17 +58,17 @@ class _ClosedForm(torch.autograd.Function):
         descent = torch.empty_like(scores, memory_format=torch.contiguous_format)
         losses = scores.new_empty((*scores.shape[:-1], 1))
         rows = losses.numel()
-        tables: list[Any] = [
-            table if table is None else table.reshape(rows, table.shape[-1])
-            for table in (scores, weights, targets, ceiling, descent, losses)
-        ]
+        tables: Sequence[Any] = (scores, weights, targets, ceiling, descent, losses)
+        if scores.dim() != 2:
+            tables = [table if table is None else table.reshape(rows, table.shape[-1]) for table in tables]
         count = 1 if torch.compiler.is_compiling() else math.ceil(rows * columns / BLOCK.get(scores.device.type, 1 << 24))
         if count <= 1:
-            block(*tables)
+            scale = block(*tables)
         else:
-            for parts in zip(*(repeat(None) if table is None else table.chunk(count) for table in tables), strict=False):
-                block(*parts)
-        ctx.save_for_backward(descent)
+            blocks = zip(*(repeat(None) if table is None else table.chunk(count) for table in tables), strict=False)
+            scales = [scale for parts in blocks if (scale := block(*parts)) is not None]
+            scale = torch.cat(scales) if scales else None
+        ctx.save_for_backward(descent, None if scale is None else scale.view_as(losses))
         return losses.squeeze(-1)
 
     @staticmethod
@@ -66,5 +78,6 @@ class _ClosedForm(torch.autograd.Function):
                 "the loss has a closed gradient, which cannot be differentiated again: leave create_graph=True out, or use "
                 "torch.func (grad, hessian), under which it is the plain formula"
             )
-        (descent,) = ctx.saved_tensors
-        return None, None, descent * -gradient.unsqueeze(-1), None, None, None
+        descent, scale = ctx.saved_tensors
+        down = -gradient.unsqueeze(-1)
+        return None, None, descent * (down if scale is None else down.mul_(scale)), None, None, None

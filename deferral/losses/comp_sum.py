@@ -6,12 +6,13 @@ With p = softmax(s):   mu = 0: 1/p_k - 1 (sum-exponential)     mu = 1: -log p_k 
 Mao, Mohri, Zhong, "Cross-Entropy Loss Functions: Theoretical Analysis and Applications" (ICML 2023).
 """
 
+import math
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from deferral.losses.closed_form import closed_form, has_closed_form
+from deferral.losses.closed_form import closed_form, has_closed_form, readable
 from deferral.numerics import KNEE, expm1_linear, lift
 from deferral.validation import action_mask, require_actions, require_floating
 
@@ -28,6 +29,8 @@ __all__ = [
 
 # The log-probability of an action that has left the row.  exp(-1e30) is 0, and 0 * 1e30 is 0 where 0 * inf would be NaN.
 ABSENT = -1e30
+# A probability of float32 has all its digits down to here.
+PRECISE = 1e-35
 
 
 def comp_sum(scores: Tensor, weights: Tensor, *, mu: float = 1.0, mask: Tensor | None = None) -> Tensor:
@@ -98,6 +101,8 @@ def without_ignored(targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor 
     if targets.is_floating_point():
         return targets, None
     counts = targets != ignore_index
+    if readable(targets) and counts.all():
+        return targets, None
     return targets.where(counts, 0), counts
 
 
@@ -158,11 +163,63 @@ def _block(
     losses: Tensor,
     *,
     mu: float,
-) -> None:
-    """Fills the losses of some rows, and `descent` with minus their gradient.
+) -> Tensor | None:
+    """Fills the losses of some rows, and `descent` with minus their gradient over the scale that is returned (None is 1).
 
     With v_a = weight_a * p_a^(mu-1) the gradient is p * sum(v) - v.
     """
+    if targets is None or not readable(scores):
+        _fill(scores, weights, targets, ceiling, descent, losses, mu)
+        return None
+    scale = _fill_by_softmax(scores, weights, targets, descent, losses, mu)
+    if scale is None:
+        _fill(scores, weights, targets, ceiling, descent, losses, mu)
+        return torch.ones_like(losses)
+    return scale
+
+
+def _fill_by_softmax(
+    scores: Tensor, weights: Tensor, targets: Tensor, descent: Tensor, losses: Tensor, mu: float
+) -> Tensor | None:
+    """What `_block` fills by torch's own softmax, on a CPU faster than its parts; None where its numbers do not suffice.
+
+    log p_a = s_a - s_target + log p_target, exact unless the target is very unlikely.  Minus the sum of v is the scale, so that
+    columns without a weight keep what the softmax wrote.
+    """
+    own = scores.shape[-1] - weights.shape[-1]
+    torch.softmax(scores, dim=-1, out=descent)
+    p_target = descent[:, :own].gather(-1, targets)
+    if not (p_target >= PRECISE).all():
+        return None
+    log_p_target = p_target.log_()
+    ratio = scores[:, own:] - scores.gather(-1, targets)
+    if mu == 1:
+        pull, target_pull = weights, torch.ones_like(losses)
+        total = pull.sum(dim=-1, keepdim=True).add_(target_pull)
+        torch.addcmul(ratio.mul_(weights).sum(dim=-1, keepdim=True), log_p_target, total, out=losses).neg_()
+    else:
+        found, pull = _losses_and_pull(ratio.add_(log_p_target).mul_(mu - 1), weights, mu)
+        torch.add(comp_sum_losses(log_p_target, mu), found, out=losses)
+        target_pull = _slope(log_p_target, mu)
+        total = pull.sum(dim=-1, keepdim=True).add_(target_pull)
+    # 0 * inf is NaN where an impossible action counts nothing; negative weights may cancel.
+    if not (math.isfinite(losses.sum()) and (total >= PRECISE).all()):
+        return None
+    descent[:, own:].sub_(torch.div(pull, total, out=ratio))
+    descent.scatter_add_(-1, targets, target_pull.div_(total).neg_())
+    return total.neg_()
+
+
+def _fill(
+    scores: Tensor,
+    weights: Tensor,
+    targets: Tensor | None,
+    ceiling: Tensor | None,
+    descent: Tensor,
+    losses: Tensor,
+    mu: float,
+) -> None:
+    """What `_block` fills, whatever the numbers are."""
     own = scores.shape[-1] - weights.shape[-1]
     top = scores.amax(dim=-1, keepdim=True)
     torch.sub(scores, top, out=descent)
@@ -185,13 +242,9 @@ def _block(
         exponent.sub_((mu - 1) * log_norm)
         if ceiling is not None:
             weights = ceiling - weights
-        beyond = (exponent - KNEE).clamp_(min=0.0) if mu < 1 else None
-        pull = (exponent if beyond is None else exponent.clamp_(max=KNEE)).exp_().mul_(weights)
+        found, pull = _losses_and_pull(exponent, weights, mu)
+        losses.copy_(found)
         total = pull.sum(dim=-1, keepdim=True)
-        torch.sub(weights.sum(dim=-1, keepdim=True), total, out=losses)
-        if beyond is not None:
-            losses.sub_(_sum_of_numbers(beyond.mul_(pull)))
-        losses.div_(mu - 1)
     if targets is None:
         torch.addcmul(pull, descent, total / norm, value=-1, out=descent)
         return
@@ -206,6 +259,17 @@ def _block(
     descent.mul_((total + target_pull).div_(norm).neg_())
     descent[:, own:].add_(pull)
     descent[:, :own].scatter_add_(-1, targets, target_pull)
+
+
+def _losses_and_pull(exponent: Tensor, weights: Tensor, mu: float) -> tuple[Tensor, Tensor]:
+    """sum_a weights_a * l_mu, and  weights * p^(mu-1);  `exponent`, (mu-1) * log p, is lost.  (..., W) -> (..., 1), (..., W)"""
+    pull = exponent.clamp(max=KNEE) if mu < 1 else exponent
+    beyond = exponent.sub_(pull) if mu < 1 else None
+    pull.exp_().mul_(weights)
+    losses = weights.sum(dim=-1, keepdim=True).sub_(pull.sum(dim=-1, keepdim=True))
+    if beyond is not None:
+        losses.sub_(_sum_of_numbers(beyond.mul_(pull)))
+    return losses.div_(mu - 1), pull
 
 
 def _sum_of_numbers(products: Tensor) -> Tensor:

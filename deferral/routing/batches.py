@@ -6,11 +6,13 @@ that only the same work is continued.
 
 import json
 import os
+import sys
 from codecs import BOM_UTF8
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict
+from hashlib import sha256
 from itertools import islice
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -18,7 +20,6 @@ from threading import Thread
 from typing import Any, BinaryIO
 
 import numpy as np
-import torch
 from threadpoolctl import threadpool_limits
 
 from deferral.errors import DataError
@@ -68,17 +69,22 @@ def route_file(
         _claim(file, partial)
         # Who held it before may have finished.
         _check_free(out)
-        rows = _whole_lines(partial, note, work)
+        rows = _whole_lines(partial, note, work, queries)
         chunks = _chunks(queries, rows)
         if workers == 1:
             decided = _decided_here(chunks, router, setting, rows)
         else:
             decided = _decided_by(workers, chunks, (folder, encoder, setting), rows)
-        for lines, read in decided:
-            file.write(lines)
-            file.flush()
-            rows += lines.count(b"\n")
-            on_rows(rows, read)
+        try:
+            for lines, read in decided:
+                file.write(lines)
+                file.flush()
+                rows += lines.count(b"\n")
+                on_rows(rows, read)
+        except DataError as error:
+            # From there on the file may be another when it is mended.
+            note.write_text(json.dumps(_until(rows, queries, work)), encoding="utf-8")
+            raise DataError(f"{error}; mend it and repeat the command: {rows:,} decisions are kept") from error
         os.replace(partial, out)
     note.unlink()
     return rows
@@ -110,31 +116,43 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _whole_lines(partial: Path, note: Path, work: dict) -> int:
+def _until(rows: int, queries: Path, work: dict) -> dict:
+    """The same work, of a file of which no more is known than its first rows."""
+    digest = sha256()
+    with queries.open("rb") as file:
+        for line in islice(file, rows):
+            digest.update(line)
+    return {**work, "queries": [str(queries.resolve()), digest.hexdigest()]}
+
+
+def _whole_lines(partial: Path, note: Path, work: dict, queries: Path) -> int:
     """How many decisions an earlier run has left in whole chunks; what it began of another chunk is cut off.
 
-    In a chunk that begins elsewhere sums are rounded otherwise, and the file would not be what it is in one run.
+    In a chunk that begins elsewhere sums are rounded otherwise, and the file would not be what it is in one run.  Where a run
+    came to a bad row, the file may be another from there on.
     """
     if partial.stat().st_size == 0:
         note.write_text(json.dumps(work), encoding="utf-8")
         return 0
-    try:
-        begun = json.loads(note.read_text(encoding="utf-8"))
-    except (ValueError, FileNotFoundError):
-        begun = None
-    if begun != work:
-        raise DataError(
-            f"{partial}: it was begun with another router, file or setting; remove it and {note.name} to start again, or repeat "
-            "the command that began it"
-        )
     lines = read = whole = 0
     with partial.open("rb+") as file:
         for line in file:
             if line.endswith(b"\n"):
                 lines, read = lines + 1, read + len(line)
                 whole = read if lines % _CHUNK == 0 else whole
+        rows = lines - lines % _CHUNK
+        try:
+            begun = json.loads(note.read_text(encoding="utf-8"))
+        except (ValueError, FileNotFoundError):
+            begun = None
+        if begun != work and begun != _until(rows, queries, work):
+            raise DataError(
+                f"{partial}: it was begun with another router, file or setting; remove it and {note.name} to start again, or "
+                "repeat the command that began it"
+            )
+        note.write_text(json.dumps(work), encoding="utf-8")
         file.truncate(whole)
-    return lines - lines % _CHUNK
+    return rows
 
 
 def _chunks(path: Path, skip: int) -> Iterator[tuple[list[str], int]]:
@@ -199,11 +217,13 @@ _of_worker: dict[str, Any] = {}
 
 
 def _begin(folder: Path, encoder: Path | None, setting: dict) -> None:
-    torch.set_num_threads(1)
-    # Of as many processes as there are cores, each would keep the others from theirs.
-    threadpool_limits(1, user_api="blas")
     Thread(target=_end_with_parent, daemon=True).start()
     _of_worker.update(router=Router.load(folder, encoder=encoder), setting=setting)
+    # Of as many processes as there are cores, each would keep the others from theirs.
+    threadpool_limits(1, user_api="blas")
+    # Only some sentence encoders need torch, whose import takes longer than to route many thousand queries.
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
 
 
 def _end_with_parent() -> None:

@@ -9,7 +9,7 @@ from deferral.errors import DataError
 from deferral.routing.cascade import Cascade, Paid, features, logit, network_input
 from deferral.routing.encoders import Arrays, FunctionEncoder
 from deferral.routing.outcomes import Log, Table
-from deferral.routing.policies.heads import trained
+from deferral.routing.policies.networks import trained
 from deferral.routing.policies.rejector import priced_loss
 from deferral.routing.prices import error_range
 from deferral.routing.router import Router

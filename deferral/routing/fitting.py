@@ -1,5 +1,6 @@
 """What a router has learned: expected qualities, the verdict on them, and experts that come and go."""
 
+from bisect import bisect_right
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
@@ -72,15 +73,37 @@ class Fitted:
 
     def estimate(self, vectors: Vectors) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Expected quality of every expert, likeness to the log, and how far the query is trusted.  -> (N, E), (N,), (N,)"""
+        if len(vectors) == 1:
+            quality, likeness, trusted = self.estimate_one(vectors)
+            return quality[None], np.array([likeness], np.float32), np.array([trusted])
         deviations, similarity, familiar = self._deviations(vectors)
         trust = familiar + (1 - familiar) * self.reliance
-        return self.means + deviations @ self.extension, similarity, trust
+        return self.means + self._extended(deviations), similarity, trust
+
+    def estimate_one(self, vectors: Vectors) -> tuple[np.ndarray, float, float]:
+        """The same for one query.  -> (E,), number, number"""
+        deviations, similarity, familiar = self._deviations_of_one(vectors)
+        trust = familiar + (1 - familiar) * self.reliance
+        return (self.means + self._extended(deviations))[0], similarity, trust
+
+    def _extended(self, deviations: np.ndarray) -> np.ndarray:
+        """Of the experts that were learned, those of the experts of today.  (N, E0) -> (N, E)"""
+        return deviations if self._as_learned else deviations @ self.extension
+
+    @cached_property
+    def _as_learned(self) -> bool:
+        return np.array_equal(self.extension, np.eye(len(self.extension)))
 
     def _deviations(self, vectors: Vectors) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Expected quality above the mean, likeness, chance to be like the log.  -> (N, E0), (N,), (N,)"""
         if len(vectors) == 1:
-            return self._deviations_of_one(vectors)
-        nearby, similarity = self._nearby(vectors)
+            total, likeness, chance = self._deviations_of_one(vectors)
+            return total, np.array([likeness], np.float32), np.array([chance])
+        nearby = np.zeros((len(vectors), len(self.extension)), np.float32)
+        if self.memory in self.policies:
+            nearby, similarity = self.memory.look_up(vectors)
+        else:
+            similarity = self.memory.likeness(vectors)
         familiar = np.interp(similarity, *self.familiar)
         if not self.policies:
             return nearby, similarity, familiar
@@ -89,25 +112,32 @@ class Fitted:
         weights = (near * self.weights + (1 - near) * self.abroad).astype(np.float32)
         return np.einsum("np,pne->ne", weights, found), similarity, familiar
 
-    def _deviations_of_one(self, vectors: Vectors) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The same for one query, which is spared the estimators that have no weight for it."""
-        nearby, similarity = self._nearby(vectors)
-        familiar = np.interp(similarity, *self.familiar)
-        near = familiar.item()
-        shares, found = [], []
+    def _deviations_of_one(self, vectors: Vectors) -> tuple[np.ndarray, float, float]:
+        """The same for one query, which is spared the estimators that have no weight for it.  -> (1, E0), number, number"""
+        total, nearby = np.zeros((2, 1, len(self.extension)), np.float32)
+        if self.memory in self.policies:
+            nearby, similarity = self.memory.look_up_one(vectors)
+        else:
+            similarity = self.memory.likeness_of_one(vectors)
+        near = self._chance_of_one(similarity)
         for policy, weight, abroad in zip(self.policies, self.weights, self.abroad, strict=True):
             share = near * weight + (1 - near) * abroad
             if share > 0:
-                shares.append(share)
-                found.append(nearby if policy is self.memory else policy.deviations(vectors))
-        total = np.array([shares], np.float32) @ np.concatenate(found) if found else np.zeros_like(nearby)
-        return total, similarity, familiar
+                total += share * (nearby if policy is self.memory else policy.deviations(vectors))
+        return total, similarity, near
 
-    def _nearby(self, vectors: Vectors) -> tuple[np.ndarray, np.ndarray]:
-        """What the memory estimates, 0 where it is no estimator, and likeness to the log.  -> (N, E0), (N,)"""
-        if self.memory in self.policies:
-            return self.memory.look_up(vectors)
-        return np.zeros((len(vectors), len(self.extension)), np.float32), self.memory.likeness(vectors)
+    def _chance_of_one(self, similarity: float) -> float:
+        """np.interp(similarity, *familiar), which takes several times as long on one number."""
+        knots, chances = self._knots
+        place = bisect_right(knots, similarity)
+        if place in (0, len(knots)):
+            return chances[max(place - 1, 0)]
+        slope = (chances[place] - chances[place - 1]) / (knots[place] - knots[place - 1])
+        return slope * (similarity - knots[place - 1]) + chances[place - 1]
+
+    @cached_property
+    def _knots(self) -> tuple[list[float], list[float]]:
+        return self.familiar[0].tolist(), self.familiar[1].tolist()
 
     @cached_property
     def kind_names(self) -> list[str]:
@@ -120,6 +150,10 @@ class Fitted:
         if not self.kind_names:
             return [""] * len(vectors)
         return [self.kind_names[number] for number in nearest_centre(vectors.dense, self.kinds[0]).tolist()]
+
+    def kind_of_one(self, vectors: Vectors) -> str:
+        """The same for one query."""
+        return self.kind_names[(vectors.dense @ self.kinds[0].T).argmax()] if self.kind_names else ""
 
     def why_not(self, error: float) -> str:
         """Why the learned policy is not used at this price of an error; "" if it is."""

@@ -24,6 +24,7 @@ from deferral.routing.training import (
     judged,
     mean_and_half,
     mixed,
+    neighbours,
     random_folds,
     taught,
 )
@@ -57,8 +58,7 @@ def fitted(
     length = np.array([len(text) for text in table.queries], float)
     price = full_price(table, model) if prices is None else model(length)
     rows, experts = quality.shape
-    memory = Neighbours()
-    memory.fit(vectors, outcomes, ones, means, seed=seed)
+    memory = neighbours(policies).fit(vectors, outcomes, ones, means, seed=seed)
     state = Fitted(
         experts=tuple(table.experts),
         means=means,

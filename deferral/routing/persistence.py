@@ -73,6 +73,7 @@ def save(router: "Router", folder: Path) -> None:
         "abilities": {name: asdict(ability) for name, ability in router.abilities.items()},
         "experts": list(state.experts),
         "policies": [policy.kind for policy in state.policies],
+        "neighbours": {"count": state.memory.count, "prior": state.memory.prior},
         "weights": list(state.weights),
         "abroad": list(state.abroad),
         "reliance": state.reliance,
@@ -177,7 +178,7 @@ def load(folder: Path, encode: Callable[[list[str]], Any] | str | Path | None) -
 
 
 def _state(names: dict, arrays: dict[str, np.ndarray]) -> Fitted:
-    memory = Neighbours()
+    memory = Neighbours(**names.get("neighbours", {}))
     memory.arrays = _part(arrays, "memory")
     policies = []
     for kind in names["policies"]:
@@ -195,7 +196,7 @@ def _state(names: dict, arrays: dict[str, np.ndarray]) -> Fitted:
         memory=memory,
         texts=tuple(names["texts"]),
         familiar=(arrays["familiar/similarity"], arrays["familiar/chance"]),
-        # Folders of earlier versions have none of these.
+        # Folders of earlier versions have none of these, nor what neighbours were asked for.
         held_length=arrays.get("held/length", np.empty(0)),
         kinds=(arrays.get("kinds/centres", np.empty((0, 0), np.float32)), arrays.get("kinds/shares", np.empty(0))),
         reliance=names["reliance"],

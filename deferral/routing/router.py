@@ -163,18 +163,19 @@ class Router:
 
     def decide_one(self, plan: Plan, vectors: Vectors, query: str) -> Decision:
         """`decide(plan, vectors, [query])[0]`, without the arrays, which take longer than a few sums."""
-        estimated = self.fitted.estimate(vectors)
-        if self.explore > 0 or plan.why_fallback or estimated[2][0] < _LEAST_TRUST:
-            return replace(self.decide_estimated(plan, estimated, [query]), kinds=self.fitted.kinds_of(vectors))[0]
         state, error = self.fitted, plan.price_of_error
-        quality = estimated[0][0].tolist()
+        estimate, similarity, trust = state.estimate_one(vectors)
+        if self.explore > 0 or plan.why_fallback or trust < _LEAST_TRUST:
+            estimated = estimate[None], np.array([similarity], np.float32), np.array([trust])
+            return replace(self.decide_estimated(plan, estimated, [query]), kinds=state.kinds_of(vectors))[0]
+        quality = estimate.tolist()
         price = state.prices_of_one(query)
         cost = [1 - value + dollars / error for value, dollars in zip(quality, price, strict=True)]
         for place in plan.closed_places:
             cost[place] = inf
         # Ties go to the cheaper expert.
         best = min(state.cheapest_places, key=cost.__getitem__)
-        quality = [min(max(value, 0.0), 1.0) for value in quality]
+        quality = np.minimum(np.maximum(estimate, 0), 1).tolist()
         names = state.experts
         return Decision(
             names[best],
@@ -183,9 +184,9 @@ class Router:
             dict(zip(names, cost, strict=True)),
             1.0,
             False,
-            float(estimated[1][0]),
+            similarity,
             why_learned(names[best], best, quality, price, cost, error),
-            state.kinds_of(vectors)[0],
+            state.kind_of_one(vectors),
         )
 
     def decide_estimated(
@@ -268,7 +269,11 @@ class Router:
         key = (*setting, self.price_of_error, self.explore, None if needs is None else tuple(self.abilities.items()))
         # Other threads may clear what is kept between any two steps, or change the experts: then these are nobody's plans.
         plans = self._plans
-        plan = plans.get(key)
+        try:
+            plan = plans.get(key)
+        except TypeError:
+            # A list, say, is no setting, and no key: what is planned next says what is wrong.
+            plan = None
         if plan is None:
             if len(plans) >= _PLANS:
                 plans.clear()
@@ -287,6 +292,13 @@ class Router:
         confidence: float,
     ) -> Plan:
         state = self.fitted
+        numbers = {
+            "price_of_error": price_of_error, "budget": budget, "min_quality": min_quality, "max_latency": max_latency,
+            "certified_quality": certified_quality, "confidence": confidence,
+        }  # fmt: skip
+        for name, value in numbers.items():
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating)):
+                raise TypeError(f"{name}: expected a number, got {value!r}")
         if sum(value is not None for value in (price_of_error, budget, min_quality, certified_quality)) > 1:
             raise ValueError(
                 "expected one of price_of_error, budget, min_quality and certified_quality; each of them sets the same trade-off"

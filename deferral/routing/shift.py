@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from deferral.routing.encoders import Vectors, Wide, projection, reduced
+from deferral.routing.encoders import Vectors, projection, reduced
 from deferral.routing.policies.centres import nearest_centre, spherical_centres
 
 __all__ = ["familiarity", "refitted", "shifted_folds", "shrinkage"]
@@ -33,14 +33,10 @@ def refitted(vectors: Vectors, rest: np.ndarray, *, seed: int) -> Vectors:
     """
     if vectors.wide is None:
         return vectors
-    from scipy.sparse import diags
-    from sklearn.preprocessing import normalize
-
-    wide = vectors.wide.sparse()
-    heard = np.bincount(wide[rest].indices, minlength=wide.shape[1]) >= 2
-    wide = normalize((wide @ diags(heard.astype(np.float32))).tocsr())
-    directions = projection(wide[rest], vectors.dense.shape[1], seed=seed)
-    return reduced(Wide(wide.indices, wide.data, wide.indptr, wide.shape[1]), directions, vectors.extra)
+    heard = np.bincount(vectors.wide.rows(rest).indices, minlength=vectors.wide.columns) >= 2
+    wide = vectors.wide.only(heard)
+    directions = projection(wide.rows(rest).sparse(), vectors.dense.shape[1], seed=seed)
+    return reduced(wide, directions, vectors.extra)
 
 
 def familiarity(alike: np.ndarray, unlike: np.ndarray, cluster: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -16,7 +16,19 @@ from deferral.routing.policies import Clusters, Features, Heads, Linear, Neighbo
 from deferral.routing.prices import PriceModel, error_range
 from deferral.routing.shift import refitted
 
-__all__ = ["FOLDS", "POLICIES", "HeldOut", "Judged", "blend", "cost_rows", "held_out", "judged", "mixed", "random_folds"]
+__all__ = [
+    "FOLDS",
+    "POLICIES",
+    "HeldOut",
+    "Judged",
+    "blend",
+    "cost_rows",
+    "held_out",
+    "judged",
+    "mixed",
+    "neighbours",
+    "random_folds",
+]
 
 POLICIES: tuple[Callable[[], Policy], ...] = (Linear, Neighbours, Clusters, Heads, Features, Rejector)
 FOLDS = 4
@@ -97,7 +109,7 @@ def held_out(
             truth[rows] = model.outcomes(unseen, quality[rows], weights[rows])
         ones = np.ones_like(outcomes)
         means[rows] = expert_means(outcomes, ones)
-        memory = Neighbours().fit(seen, outcomes, ones, means[rows[0]], seed=seed)
+        memory = neighbours(policies).fit(seen, outcomes, ones, means[rows[0]], seed=seed)
         nearby, similarity[rows] = memory.look_up(unseen)
         for make in policies:
             policy = make()
@@ -106,6 +118,11 @@ def held_out(
                 found = taught(policy, seen, outcomes, means[rows[0]], price[rest], seed=seed).deviations(unseen)
             deviations.setdefault(policy.kind, np.empty(quality.shape, np.float32))[rows] = found
     return HeldOut(deviations, means, truth, similarity, fold)
+
+
+def neighbours(policies: Sequence[Callable[[], Policy]]) -> Neighbours:
+    """Those among the policies, not fitted yet, or the usual ones: likeness to the log is told by them in either case."""
+    return next((policy for policy in (make() for make in policies) if isinstance(policy, Neighbours)), Neighbours())
 
 
 def taught(

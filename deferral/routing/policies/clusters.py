@@ -42,7 +42,5 @@ class Clusters:
             each = [values[nearest_centre(vectors.dense, found)] for found, values in zip(centres, gain, strict=True)]
             return np.sum(each, axis=0) / np.float32(len(gain))
         # One product for all clusterings, whose table would be large for many queries.
-        repeats, count, size = centres.shape
-        nearest = (vectors.dense @ centres.reshape(-1, size).T).reshape(-1, repeats, count).argmax(2)
-        rows = gain.reshape(repeats * count, -1).take(nearest + np.arange(0, repeats * count, count), axis=0)
-        return np.add.reduce(rows, axis=1) / np.float32(repeats)
+        nearest = (centres @ vectors.dense.T).argmax(1)
+        return np.add.reduce(gain[np.arange(len(gain))[:, None], nearest]) / np.float32(len(gain))

@@ -43,11 +43,16 @@ class Features:
 
 def _products(extra: np.ndarray) -> np.ndarray:
     """1, the features and a third of every product of two: features reach from -3 to 3.  (N, C) -> (N, 1 + C + C (C + 1) / 2)"""
-    left, right = _pairs(extra.shape[1])
-    ones = np.ones((len(extra), 1), np.float32)
-    return np.concatenate([ones, extra, extra.take(left, axis=1) * extra.take(right, axis=1) / np.float32(3)], axis=1)
+    left, right, divisor = _pairs(extra.shape[1])
+    x = np.concatenate([np.ones((len(extra), 1), np.float32), extra], axis=1)
+    found = x.take(left, axis=1)
+    found *= x.take(right, axis=1)
+    found /= divisor
+    return found
 
 
 @cache
-def _pairs(columns: int) -> tuple[np.ndarray, np.ndarray]:
-    return np.triu_indices(columns)
+def _pairs(columns: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each product of 1 and the features, the two that are multiplied (1 is the first), and what it is divided by."""
+    left, right = np.triu_indices(1 + columns)
+    return left, right, np.where(left == 0, 1, 3).astype(np.float32)

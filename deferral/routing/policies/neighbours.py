@@ -30,6 +30,8 @@ class Neighbours:
     kind = "neighbours"
 
     def __init__(self, *, count: int = 100, prior: float = 0.3) -> None:
+        if not (isinstance(count, int) and count >= 1 and prior > 0):
+            raise ValueError(f"neighbours: expected a count of at least 1 and a prior above 0, got {count!r} and {prior!r}")
         self.count, self.prior = count, prior
         self.arrays: Arrays = {}
         self._pools: dict[int, np.ndarray] = {}
@@ -70,22 +72,21 @@ class Neighbours:
 
         Likeness is the mean cosine with the ten nearest, of the TF-IDF row where there is one, before its reduction.
         """
+        if len(vectors) == 1:
+            one, likeness = self.look_up_one(vectors)
+            return one, np.array([likeness], np.float32)
         rows, length = _leading(vectors)
-        if len(rows) == 1:
-            similarity, candidates = self._similarity_one(rows[0])
-            found, nearest = self._found_one(similarity, candidates)
-            return found, _alike_one(nearest) * length
         found, alike = self._look_up_many(rows)
         return found, alike * length
 
     def likeness(self, vectors: Vectors) -> np.ndarray:
         """How like the log the query is, without the deviations.  -> (N,)"""
+        if len(vectors) == 1:
+            return np.array([self.likeness_of_one(vectors)], np.float32)
         rows, length = _leading(vectors)
-        if len(rows) == 1:
-            return _alike_one(self._similarity_one(rows[0])[0]) * length
         alike = np.zeros(len(rows), np.float32)
-        for block, _, similarity in self._nearest(rows, _ALIKE):
-            alike[block] = similarity.mean(1)
+        for block, _, similarity in self._similar(rows):
+            alike[block] = _alike(similarity)
         return alike * length
 
     def _look_up_many(self, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -93,16 +94,27 @@ class Neighbours:
         alike = np.zeros(len(vectors), np.float32)
         for block, rows, similarity in self._nearest(vectors, self.count):
             closeness = _closeness(similarity)
-            gain, some = self.arrays["gain"].take(rows, axis=0), min(_ALIKE, similarity.shape[1])
+            gain = self.arrays["gain"][rows]
             if len(self.arrays["known"]) == 0:
                 mass = closeness.sum(1, keepdims=True)
             else:
-                mass = np.einsum("nk,nke->ne", closeness, self.arrays["known"].take(rows, axis=0))
+                mass = np.einsum("nk,nke->ne", closeness, self.arrays["known"][rows])
             result[block] = np.matmul(closeness[:, None], gain)[:, 0] / (mass + self.prior)
-            alike[block] = np.partition(similarity, -some, axis=1)[:, -some:].mean(1)
+            alike[block] = _alike(similarity)
         return result, alike
 
     # One query needs no grouping by cells, which takes longer than the search itself.
+
+    def look_up_one(self, vectors: Vectors) -> tuple[np.ndarray, float]:
+        """`look_up` of one query.  -> (1, E), number"""
+        vector, length = _leading_one(vectors)
+        similarity, candidates = self._similarity_one(vector)
+        return self._found_one(similarity, candidates), _alike_one(similarity, length)
+
+    def likeness_of_one(self, vectors: Vectors) -> float:
+        """`likeness` of one query."""
+        vector, length = _leading_one(vectors)
+        return _alike_one(self._similarity_one(vector)[0], length)
 
     def _similarity_one(self, vector: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The similarity of every candidate, and the candidates.  (D,) -> (K,), (K,)"""
@@ -110,15 +122,14 @@ class Neighbours:
         cell = int((arrays["centres"] @ vector).argmax())
         return self._pool(cell) @ vector, arrays["near"][cell]
 
-    def _found_one(self, similarity: np.ndarray, candidates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The deviations, and the similarity of the nearest.  (K,), (K,) -> (1, E), (count,)"""
+    def _found_one(self, similarity: np.ndarray, candidates: np.ndarray) -> np.ndarray:
+        """(K,), (K,) -> (1, E)"""
         arrays = self.arrays
         first = max(len(similarity) - self.count, 0)
         best = similarity.argpartition(first)[first:]
-        nearest, rows = similarity.take(best), candidates.take(best)
-        closeness = _closeness(nearest)
+        closeness, rows = _closeness(similarity.take(best)), candidates.take(best)
         mass = np.add.reduce(closeness) if len(arrays["known"]) == 0 else closeness @ arrays["known"].take(rows, axis=0)
-        return closeness[None] @ arrays["gain"].take(rows, axis=0) / (mass + np.float32(self.prior)), nearest
+        return closeness[None] @ arrays["gain"].take(rows, axis=0) / (mass + np.float32(self.prior))
 
     def nearest(self, vectors: Vectors, count: int) -> tuple[np.ndarray, np.ndarray]:
         """The nearest logged rows and their similarity (the cosine), nearest first.  -> (N, count), (N, count)"""
@@ -135,15 +146,19 @@ class Neighbours:
         """(rows of the batch, (n, count) logged rows, (n, count) similarity), cell by cell."""
         near = self.arrays["near"]
         count = min(count, near.shape[1])
+        for block, cell, similarity in self._similar(vectors):
+            best = np.argpartition(-similarity, count - 1, axis=1)[:, :count]
+            yield block, near[cell][best], np.take_along_axis(similarity, best, 1)
+
+    def _similar(self, vectors: np.ndarray) -> Iterator[tuple[np.ndarray, int, np.ndarray]]:
+        """(rows of the batch, their cell, similarity of every candidate of the cell (n, K)), cell by cell."""
         cell = nearest_centre(vectors, self.arrays["centres"])
         for number in np.unique(cell):
-            candidates, pool = near[number], self._pool(number)
+            pool = self._pool(number)
             members = np.flatnonzero(cell == number)
             for start in range(0, len(members), _BLOCK):
                 block = members[start : start + _BLOCK]
-                similarity = vectors[block] @ pool.T
-                best = np.argpartition(-similarity, count - 1, axis=1)[:, :count]
-                yield block, candidates[best], np.take_along_axis(similarity, best, 1)
+                yield block, number, vectors[block] @ pool.T
 
     def _pool(self, cell: int) -> np.ndarray:
         """The rows near a centre, side by side: to fetch them takes several times as long as their products.  -> (K, D)"""
@@ -157,12 +172,18 @@ def _closeness(similarity: np.ndarray) -> np.ndarray:
     return positive * positive * positive
 
 
-def _alike_one(similarity: np.ndarray) -> np.ndarray:
-    """The mean of the ten largest; their order is lost.  (K,) -> (1,)"""
+def _alike(similarity: np.ndarray) -> np.ndarray:
+    """The mean of the ten largest of each row.  (n, K) -> (n,)"""
+    some = min(_ALIKE, similarity.shape[1])
+    return np.partition(similarity, -some, axis=1)[:, -some:].mean(1)
+
+
+def _alike_one(similarity: np.ndarray, length: np.float32) -> float:
+    """The mean of the ten largest, times the length; their order is lost.  (K,) -> number"""
     least = max(len(similarity) - _ALIKE, 0)
     similarity.partition(least)
     largest = similarity[least:]
-    return np.add.reduce(largest, keepdims=True) / np.float32(len(largest))
+    return float(np.add.reduce(largest) / np.float32(len(largest)) * length)
 
 
 def _leading(vectors: Vectors) -> tuple[np.ndarray, np.ndarray]:
@@ -170,8 +191,14 @@ def _leading(vectors: Vectors) -> tuple[np.ndarray, np.ndarray]:
     if vectors.wide is None or vectors.share is None:
         return vectors.dense, np.ones(len(vectors), np.float32)
     kept = vectors.dense[:, :_LEADING]
-    if len(kept) == 1:
-        size = np.float32(sqrt(kept[0] @ kept[0]))
-        return kept / max(size, np.float32(1e-12)), vectors.share * size
     length = np.sqrt(np.einsum("nd,nd->n", kept, kept))
     return kept / np.maximum(length, 1e-12)[:, None], length * vectors.share
+
+
+def _leading_one(vectors: Vectors) -> tuple[np.ndarray, np.float32]:
+    """The same for one query.  -> (D,), number"""
+    if vectors.wide is None or vectors.share is None:
+        return vectors.dense[0], np.float32(1)
+    kept = vectors.dense[0, :_LEADING]
+    size = np.float32(sqrt(kept @ kept))
+    return kept / max(size, np.float32(1e-12)), vectors.share[0] * size

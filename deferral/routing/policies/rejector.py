@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from deferral.routing.encoders import Arrays, Vectors
-from deferral.routing.policies.heads import trained
+from deferral.routing.policies.networks import chances, trained
 from deferral.routing.prices import error_range
 
 if TYPE_CHECKING:
@@ -76,10 +76,13 @@ class Rejector:
 
     def deviations(self, vectors: Vectors) -> np.ndarray:
         """Expected quality above the expert's mean, as the decisions imply it.  -> (N, E)"""
-        outputs = vectors.joined @ self.arrays["1.weight"] + self.arrays["1.bias"]
-        if "4.weight" in self.arrays:
-            outputs = np.maximum(outputs, 0) @ self.arrays["4.weight"] + self.arrays["4.bias"]
-        return 1 / (1 + np.exp(-outputs)) - self.arrays["means"]
+        arrays = self.arrays
+        outputs = vectors.joined @ arrays["1.weight"]
+        outputs += arrays["1.bias"]
+        if "4.weight" in arrays:
+            outputs = np.maximum(outputs, 0, out=outputs) @ arrays["4.weight"]
+            outputs += arrays["4.bias"]
+        return chances(outputs) - arrays["means"]
 
     def scores(self, vectors: Vectors, price: np.ndarray, price_of_error: float) -> np.ndarray:
         """Higher is preferred, at these prices and this price of an error in dollars.  (N, E), number -> (N, E)"""

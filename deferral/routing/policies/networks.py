@@ -1,0 +1,70 @@
+"""The small networks of the router: how they are trained, by AdamW with one cycle, and what their outputs mean."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from deferral.routing.encoders import Arrays
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+__all__ = ["chances", "trained"]
+
+_ROWS_SEEN = 600_000
+_BATCH, _LARGEST_BATCH = 512, 1024
+_FEWEST_STEPS = 150
+_RATE = 6e-3
+
+
+def trained(
+    network: "Callable[[], nn.Sequential]",
+    x: "Tensor",
+    loss: "Callable[[Tensor, Tensor], Tensor]",
+    *,
+    start: "Tensor",
+    seed: int,
+    fewest_steps: int = _FEWEST_STEPS,
+) -> Arrays:
+    """The weights of a network after AdamW with one cycle; matrices are transposed, ready for x @ weight.
+
+    `loss(outputs, rows)` is one number per row of the batch.  `start`, which the loss adds to the outputs, is part of the last
+    bias that is returned.  Passes over the rows: as many as make 600,000 rows, 2 to 20, and at least `fewest_steps` batches.
+    Batches of 512 rows, of up to 1,024 where there are more than 65,536 rows.
+    """
+    import torch
+    from torch import nn
+
+    generator = torch.Generator().manual_seed(seed)
+    # Initial weights and dropout draw from the global generator; it is put back as it was.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = network().train()
+        # Without a signal, what is learned is the means.
+        for values in model[-1].parameters():
+            nn.init.zeros_(values)
+        size = min(max(_BATCH, len(x) // 128), _LARGEST_BATCH)
+        batches = -(-len(x) // size)
+        epochs = max(min(20, max(2, _ROWS_SEEN // len(x))), -(-fewest_steps // batches))
+        rate = _RATE * (size / _BATCH) ** 0.5
+        optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=1e-2, fused=True)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=epochs * batches + 1)
+        for _ in range(epochs):
+            for rows in torch.randperm(len(x), generator=generator).split(size):
+                optimizer.zero_grad()
+                loss(model(x[rows]), rows).mean().backward()
+                optimizer.step()
+                schedule.step()
+    weights = {name: value.detach().numpy() for name, value in model.state_dict().items()}
+    arrays = {name: np.array(value.T, order="C") for name, value in weights.items()}
+    *_, bias = arrays
+    arrays[bias] = arrays[bias] + start.numpy()
+    return arrays
+
+
+def chances(logits: np.ndarray) -> np.ndarray:
+    """1 / (1 + exp(-logits)), in their place."""
+    found = np.exp(np.negative(logits, out=logits), out=logits)
+    found += 1
+    return np.divide(1, found, out=found)
