@@ -7,7 +7,7 @@ from scipy.sparse import csr_matrix
 
 from deferral.routing import CachedEncoder
 from deferral.routing.encoders import FunctionEncoder, NgramEncoder, Wide, projection
-from deferral.routing.ngrams import BITS, hashed_ngrams
+from deferral.routing.ngrams import BITS, hashed_ngrams, hashed_ngrams_of
 
 TEXTS = [
     "What is the capital of France?",
@@ -42,6 +42,16 @@ def by_definition(text: str) -> list[int]:
 @pytest.mark.parametrize("text", [text for text in TEXTS if text])
 def test_ngrams_are_those_of_the_definition(text: str) -> None:
     assert hashed_ngrams(text).tolist() == by_definition(text)
+
+
+@pytest.mark.parametrize(
+    "texts", [[], [""], ["", "!", " "], [*TEXTS, "+++", "x", "++++ y"], ["a" * 2000, "b c", "d e"], TEXTS * 9]
+)
+def test_ngrams_of_many_are_those_of_each(texts: list[str]) -> None:
+    buckets, starts = hashed_ngrams_of(texts)
+    assert (starts[0], starts[-1], len(starts)) == (0, len(buckets), len(texts) + 1)
+    for text, (begin, end) in zip(texts, pairwise(starts), strict=True):
+        np.testing.assert_array_equal(buckets[begin:end], hashed_ngrams(text))
 
 
 def test_where_a_word_stands_does_not_matter() -> None:

@@ -68,6 +68,8 @@ def test_one_query_is_decided_like_many() -> None:
         one, same = router().route(text), together[row]
         assert one.expert == same.expert == together.names[row]
         assert list(one.cost.values()) == pytest.approx(list(same.cost.values()), abs=1e-5)
+    assert list(together) == [together[row] for row in range(len(texts))]
+    assert together[-1] == together[len(texts) - 1]
 
 
 def test_a_decision_alone_is_that_of_the_arrays() -> None:

@@ -239,8 +239,7 @@ class Decider:
         router, vectors = self.router, self.router.encoder(queries)
         if len(queries) == 1:
             return [router.decide_one(plan, vectors, queries[0])]
-        decisions = router.decide(plan, vectors, queries)
-        return [decisions[row] for row in range(len(queries))]
+        return list(router.decide(plan, vectors, queries))
 
     def _by_mix(self, plan: Plan, query: str) -> Decisions:
         """Without looking at more of the query than its length."""

@@ -1,5 +1,6 @@
 """What a router answers: whom to ask, what is expected of everyone, and why."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import inf
 
@@ -48,27 +49,45 @@ class Decisions:
         return [self.experts[action] for action in self.actions]
 
     def __getitem__(self, row: int) -> Decision:
-        quality = [min(max(value, 0.0), 1.0) for value in self.quality[row].tolist()]
-        price, cost = self.price[row].tolist(), self.cost[row].tolist()
-        return Decision(
-            self.experts[self.actions[row]],
-            dict(zip(self.experts, quality, strict=True)),
-            dict(zip(self.experts, price, strict=True)),
-            dict(zip(self.experts, cost, strict=True)),
-            float(self.propensity[row]),
-            bool(self.fallback[row]),
-            float(self.similarity[row]),
-            self._why(row, quality, price, cost),
-            self.kinds[row] if self.kinds else "",
-        )
+        return self._decision(self.kinds[row] if self.kinds else "", *(array[row].tolist() for array in self._arrays))
 
-    def _why(self, row: int, quality: list[float], price: list[float], cost: list[float]) -> str:
-        action = int(self.actions[row])
-        name = self.experts[action]
-        if self.fallback[row]:
-            reason = self.why_fallback or f"the query is unlike the log (similarity {self.similarity[row]:.2f})"
-            return f"{name} by the static mix: {reason}"
-        return why_learned(name, action, quality, price, cost, self.price_of_error)
+    def __iter__(self) -> Iterator[Decision]:
+        # To be asked for its numbers one by one takes an array longer than to become a list.
+        return map(self._decision, self.kinds or [""] * len(self), *(array.tolist() for array in self._arrays))
+
+    @property
+    def _arrays(self) -> tuple[np.ndarray, ...]:
+        return self.actions, self.quality, self.price, self.cost, self.propensity, self.fallback, self.similarity
+
+    def _decision(
+        self,
+        kind: str,
+        action: int,
+        quality: list[float],
+        price: list[float],
+        cost: list[float],
+        propensity: float,
+        fallback: bool,
+        similarity: float,
+    ) -> Decision:
+        names = self.experts
+        name, quality = names[action], [min(max(value, 0.0), 1.0) for value in quality]
+        if fallback:
+            why = f"{name} by the static mix: "
+            why += self.why_fallback or f"the query is unlike the log (similarity {similarity:.2f})"
+        else:
+            why = why_learned(name, action, quality, price, cost, self.price_of_error)
+        return Decision(
+            name,
+            dict(zip(names, quality, strict=True)),
+            dict(zip(names, price, strict=True)),
+            dict(zip(names, cost, strict=True)),
+            propensity,
+            fallback,
+            similarity,
+            why,
+            kind,
+        )
 
 
 def why_learned(

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from deferral.routing.ngrams import BITS, hashed_ngrams, shortened
+from deferral.routing.ngrams import BITS, hashed_ngrams, hashed_ngrams_of, shortened
 
 __all__ = ["CachedEncoder", "FunctionEncoder", "NgramEncoder", "Vectors", "Wide"]
 
@@ -110,9 +110,7 @@ class NgramEncoder:
 
     def fit(self, queries: Sequence[str]) -> Vectors:
         """Learn the columns, their weights and the reduction; the vectors of these queries."""
-        found = [hashed_ngrams(query) for query in queries]
-        starts = np.concatenate([[0], np.cumsum([len(one) for one in found])])
-        buckets = np.concatenate(found)
+        buckets, starts = hashed_ngrams_of(queries)
         frequency = np.bincount(buckets, minlength=1 << BITS)
         # In more than half of the queries, an n-gram tells nothing.
         usable = np.flatnonzero((frequency >= 2) & (frequency <= len(queries) / 2 + 1))
@@ -138,11 +136,7 @@ class NgramEncoder:
             raise ValueError("the encoder is not fitted; call fit first")
         if len(queries) == 1:
             return self._vectors(self._wide_one(hashed_ngrams(queries[0])), _features(queries))
-        found = [hashed_ngrams(query) for query in queries]
-        starts = np.concatenate([[0], np.cumsum([len(one) for one in found])]).astype(np.int64)
-        wide = self._wide(np.concatenate(found) if found else np.empty(0, np.int32), starts)
-        features = _features(queries) if found else np.empty((0, len(self.arrays["center"])), np.float32)
-        return self._vectors(wide, features)
+        return self._vectors(self._wide(*hashed_ngrams_of(queries)), _features(queries))
 
     def restore(self, arrays: Arrays) -> "NgramEncoder":
         """The encoder that had these arrays."""
@@ -317,11 +311,12 @@ _LINE = _KINDS.index("\n")
 _CLASS = bytes(next((place for place, kind in enumerate(_KINDS) if chr(byte) in kind), len(_KINDS)) for byte in range(256))
 _CLASSES = [bytes([place]) for place in range(len(_KINDS))]
 _MARKS = (" not ", "return", "Statement", "___", "__", "how many", "```")
+_FEATURES = 2 + len(_KINDS) + len(_MARKS)
 
 
 def _features(queries: Sequence[str]) -> np.ndarray:
     """Length, kinds of characters, and marks of code, logic and counting.  N -> (N, 17) float32"""
-    return np.array([_cheap(query) for query in queries], np.float32)
+    return np.array([_cheap(query) for query in queries], np.float32).reshape(len(queries), _FEATURES)
 
 
 def _cheap(query: str) -> list[float]:

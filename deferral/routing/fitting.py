@@ -149,7 +149,7 @@ class Fitted:
         """The kind that each query is of, "" where no kinds are known."""
         if not self.kind_names:
             return [""] * len(vectors)
-        return [self.kind_names[number] for number in nearest_centre(vectors.dense, self.kinds[0])]
+        return [self.kind_names[number] for number in nearest_centre(vectors.dense, self.kinds[0]).tolist()]
 
     def kind_of_one(self, vectors: Vectors) -> str:
         """The same for one query."""
