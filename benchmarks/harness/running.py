@@ -26,7 +26,7 @@ from benchmarks.harness.progress import Display
 from benchmarks.harness.training import Diverged, OutOfTime, Recipe, Watch
 from deferral.datasets import DataError, Images
 
-__all__ = ["RESULTS", "Busy", "Finding", "Part", "Run", "image_options", "keep_freed_memory", "options", "running", "settings_of"]
+__all__ = ["RESULTS", "Busy", "Finding", "Part", "Run", "image_options", "options", "running", "settings_of"]
 
 RESULTS = Path(__file__).parent.parent / "results"
 _PATIENCE = 0.2  # seconds between two looks at a lock
@@ -261,7 +261,7 @@ def running(
 ) -> Iterator[Run]:
     """A run from its options; being out of time is an end like any other, and errors are told without a traceback."""
     torch.set_num_threads(threads)
-    keep_freed_memory()
+    _keep_freed_memory()
     deadline = float("inf") if budget_minutes is None else time.monotonic() + 60 * budget_minutes
     with ranks.group(_device(device)) as target, Display(quiet, silent=not ranks.first()) as display:
         run = Run(
@@ -317,7 +317,7 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def keep_freed_memory() -> None:
+def _keep_freed_memory() -> None:
     """glibc gives large tables back to the kernel; to get them anew, page by page, was an eighth of a step on a CPU."""
     if platform.libc_ver()[0] == "glibc":
         trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
