@@ -11,6 +11,7 @@ passes over the scores, one over the inputs).
 import json
 import os
 import platform
+import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from deferral import losses
 from deferral.losses.margin import exponential, logistic
 from deferral.losses.predictor_rejector import constrained_rho_hinge, max_rho_margin
 
+EAGER = "eager cross-entropy"  # beside compiled losses
 MOST_PAIRED = 200  # actions, for the losses that visit every pair
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces every start and stop
 RESULTS = Path(__file__).parent / "results"
@@ -143,18 +145,18 @@ def step(loss: Timed, batch: Batch) -> float:
 
 
 def ratios(table: dict[str, Timed], batch: Batch, rounds: int, *, compiled: bool) -> dict[str, dict[str, float]]:
-    """Interleaved rounds, so that a machine that slows down slows all of them."""
-    times: dict[str, list[float]] = {name: [] for name in table}
-    eager_times = []
+    """Interleaved rounds, so that a machine that slows down slows all of them, each in an order of its own: a step is up to a
+    fifth slower after a neighbour that leaves the caches and the heap full of other things.
+    """
+    timed = table | {EAGER: reference}
+    times: dict[str, list[float]] = {name: [] for name in timed}
+    order = random.Random(0)
     for number in range(rounds + 3):
-        for name, loss in table.items():
-            seconds = step(loss, batch)
+        for name in order.sample(list(timed), len(timed)):
+            seconds = step(timed[name], batch)
             if number >= 3:
                 times[name].append(seconds)
-        eager = step(reference, batch)
-        if number >= 3:
-            eager_times.append(eager)
-    eager_base = torch.tensor(eager_times, dtype=torch.float64)
+    eager_base = torch.tensor(times.pop(EAGER), dtype=torch.float64)
     base = torch.tensor(times["F.cross_entropy"], dtype=torch.float64)
     binary = torch.tensor(times["BCE with logits"], dtype=torch.float64)
     plain_sum = torch.tensor(times["scores.sum"], dtype=torch.float64)

@@ -162,6 +162,29 @@ def test_the_softmax_of_torch_equals_its_parts(mu: float, case: str, batch, monk
     torch.testing.assert_close(fused, with_gradient(loss, scores, costs), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("mu", [0.0, 0.5, 1.0, 1.7, 2.0])
+@pytest.mark.parametrize(
+    "case", ["ordinary", "action 0 of probability e^-200", "impossible action of weight 0", "one past the knee"]
+)
+def test_the_softmax_of_torch_equals_its_parts_for_weights_of_all_actions(
+    mu: float, case: str, batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores, costs = batch
+    if case == "action 0 of probability e^-200":
+        scores[2, 0] -= 200.0
+    elif case == "impossible action of weight 0":
+        scores[3, 2], costs[3, 2] = -torch.inf, 1.2
+    elif case == "one past the knee":
+        scores[5, 1] -= 12.0
+
+    def loss(scores: Tensor, costs: Tensor) -> Tensor:
+        return losses.two_stage_deferral(scores, costs, mu=mu, ceiling=1.2) + losses.comp_sum(scores, 1.2 - costs, mu=mu)
+
+    fused = with_gradient(loss, scores, costs)
+    monkeypatch.setattr(USERS[0], "readable", lambda tensor: False)
+    torch.testing.assert_close(fused, with_gradient(loss, scores, costs), rtol=1e-9, atol=1e-9)
+
+
 def test_a_trace_sees_no_look_at_values(batch) -> None:
     scores, costs = batch
 

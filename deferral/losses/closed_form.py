@@ -15,7 +15,7 @@ from torch import Tensor
 __all__ = ["closed_form", "has_closed_form", "readable"]
 
 # Numbers in a temporary table, at most.  On a CPU it stays in the cache.
-BLOCK = {"cpu": 1 << 19}
+BLOCK = {"cpu": 3 << 18}
 
 # (scores, weights, targets, ceiling, descent, losses): fills the last two, `descent` with minus the gradient.  Returns what every
 # row of `descent` is still to be multiplied by, (rows, 1), in all blocks; or None.
