@@ -12,10 +12,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from deferral import losses
 from deferral.losses.closed_form import BLOCK
 from deferral.losses.margin import exponential, logistic, rho_margin, squared_hinge
+from deferral.losses.predictor_rejector import max_rho_margin
 
 ROWS, K, E = 7, 4, 3
 A = K + E
-USERS = [importlib.import_module(f"deferral.losses.{name}") for name in ("comp_sum", "margin", "published")]
+USERS = [importlib.import_module(f"deferral.losses.{name}") for name in ("comp_sum", "closed_form", "probabilities", "published")]
 TARGETS = torch.tensor([0, 3, 1, 2, 2, 0, 1])
 MASK = torch.tensor([[True, True, False]] * 3 + [[False, True, True]] * 4)
 
@@ -35,6 +36,12 @@ LOSSES: dict[str, Loss] = {
     "sum_margin exponential": lambda s, c: losses.sum_margin(s, c, phi=exponential),
     "sum_margin masked": lambda s, c: losses.sum_margin(s, c, phi=squared_hinge, mask=MASK[:, :1].expand(ROWS, A)),
     "constrained_margin": lambda s, c: losses.constrained_margin(s, c, phi=squared_hinge),
+    "realizable_experts": lambda s, c: losses.realizable_experts(s, TARGETS, c[:, K:].round(), q=0.5),
+    "picce masked": lambda s, c: losses.picce(s, TARGETS, c[:, K:].round(), mask=MASK),
+    "asymmetric_softmax masked": lambda s, c: losses.asymmetric_softmax(s, TARGETS, c[:, 0].round(), mask=MASK[:, 0]),
+    "cost_sensitive_abstention": lambda s, c: losses.cost_sensitive_abstention(s, TARGETS, c[:, 0]),
+    "max_rho_margin": lambda s, c: losses.predictor_rejector_abstention(s, c[:, 0], TARGETS, 0.2, base=max_rho_margin),
+    "mae": lambda s, c: losses.predictor_rejector_abstention(s, c[:, 0], TARGETS, 0.2),
     "max_margin": lambda s, c: losses.max_margin(s, c, phi=rho_margin),
 }
 every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)

@@ -6,20 +6,21 @@ relatives, as gradients of costs, need what autograd can see: `has_closed_form` 
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import repeat
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["closed_form", "has_closed_form", "readable"]
+__all__ = ["closed_form", "has_closed_form", "in_blocks", "readable", "refuse_second_derivatives"]
 
 # Numbers in a temporary table, at most.  On a CPU it stays in the cache.
 BLOCK = {"cpu": 3 << 18}
 
-# (scores, weights, targets, ceiling, descent, losses): fills the last two, `descent` with minus the gradient.  Returns what every
-# row of `descent` is still to be multiplied by, (rows, 1), in all blocks; or None.
-Block = Callable[[Tensor, Tensor, Any, Any, Tensor, Tensor], Tensor | None]
+# (scores, *tables, descent, losses): fills the last two, `descent` with minus the gradient.  Returns what every row of `descent`
+# is still to be multiplied by, (rows, 1), in all blocks; or None.
+Block = Callable[..., Tensor | None]
 
 
 def readable(tensor: Tensor) -> bool:
@@ -40,25 +41,56 @@ def has_closed_form(*constants: Tensor | float | None, compiled: bool = False) -
     return not any(isinstance(constant, Tensor) and constant.requires_grad for constant in constants)
 
 
-def closed_form(
-    block: Block, scores: Tensor, weights: Tensor, targets: Tensor | None, ceiling: Tensor | None, *, columns: int
-) -> Tensor:
-    """The losses that `block` computes, differentiable in the scores.  (..., A), (..., W), (..., 1), (..., 1) -> (...,)
+def refuse_second_derivatives() -> None:
+    """RuntimeError where a backward pass is asked for a graph of its own, which it would not record."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "the loss has a closed gradient, which cannot be differentiated again: leave create_graph=True out, or use "
+            "torch.func (grad, hessian), under which it is the plain formula"
+        )
+
+
+def closed_form(block: Block, scores: Tensor, *tables: Tensor | None, columns: int) -> Tensor:
+    """The losses that `block` computes, differentiable in the scores.  (..., A), (..., W) or None each -> (...,)
 
     `columns` is how wide the temporaries of a block are.
     """
-    return _ClosedForm.apply(block, columns, scores, weights, targets, ceiling)
+    return _ClosedForm.apply(block, columns, scores, *tables)
+
+
+def in_blocks(formula: Callable[..., Tensor], scores: Tensor, *tables: Tensor, columns: int) -> Tensor:
+    """formula(scores, *tables), differentiated by autograd block after block, so that it never keeps tables of all rows.
+
+    (..., A), (..., W) each -> (...,); the formula, (rows, A), (rows, W) each -> (rows,), treats every row alike.
+    """
+    if not has_closed_form(*tables):
+        return formula(scores, *tables)
+    batch = scores.shape[:-1]
+    tables = tuple(table.expand(*batch, table.shape[-1]) for table in tables)
+    return closed_form(partial(_differentiated, formula=formula), scores, *tables, columns=columns)
+
+
+def _differentiated(scores: Tensor, *rest: Tensor, formula: Callable[..., Tensor]) -> None:
+    *tables, descent, losses = rest
+    if torch.is_inference_mode_enabled():
+        losses.copy_(formula(scores, *tables).unsqueeze(-1))
+        return
+    with torch.enable_grad():
+        # A copy, since a tensor of inference mode cannot be a leaf.
+        leaf = scores.clone().requires_grad_()
+        values = formula(leaf, *tables)
+        (gradient,) = torch.autograd.grad(values.sum(), leaf)
+    losses.copy_(values.detach().unsqueeze(-1))
+    torch.neg(gradient, out=descent)
 
 
 class _ClosedForm(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, block: Block, columns: int, scores: Tensor, weights: Tensor, targets: Tensor | None, ceiling: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, block: Block, columns: int, scores: Tensor, *others: Tensor | None) -> Tensor:
         descent = torch.empty_like(scores, memory_format=torch.contiguous_format)
         losses = scores.new_empty((*scores.shape[:-1], 1))
         rows = losses.numel()
-        tables: Sequence[Any] = (scores, weights, targets, ceiling, descent, losses)
+        tables: Sequence[Any] = (scores, *others, descent, losses)
         if scores.dim() != 2:
             tables = [table if table is None else table.reshape(rows, table.shape[-1]) for table in tables]
         count = 1 if torch.compiler.is_compiling() else math.ceil(rows * columns / BLOCK.get(scores.device.type, 1 << 24))
@@ -69,15 +101,12 @@ class _ClosedForm(torch.autograd.Function):
             scales = [scale for parts in blocks if (scale := block(*parts)) is not None]
             scale = torch.cat(scales) if scales else None
         ctx.save_for_backward(descent, None if scale is None else scale.view_as(losses))
+        ctx.others = len(others)
         return losses.squeeze(-1)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "the loss has a closed gradient, which cannot be differentiated again: leave create_graph=True out, or use "
-                "torch.func (grad, hessian), under which it is the plain formula"
-            )
+        refuse_second_derivatives()
         descent, scale = ctx.saved_tensors
         down = -gradient.unsqueeze(-1)
-        return None, None, descent * (down if scale is None else down.mul_(scale)), None, None, None
+        return None, None, descent * (down if scale is None else down.mul_(scale)), *repeat(None, ctx.others)

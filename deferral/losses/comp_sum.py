@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from deferral.losses.closed_form import closed_form, has_closed_form, readable
+from deferral.losses.probabilities import ABSENT
 from deferral.numerics import KNEE, expm1_linear, lift
 from deferral.validation import action_mask, require_actions, require_floating
 
@@ -22,13 +23,10 @@ __all__ = [
     "comp_sum_losses",
     "comp_sum_of_costs",
     "counted",
-    "log_probabilities",
     "targeted_comp_sum",
     "without_ignored",
 ]
 
-# The log-probability of an action that has left the row.  exp(-1e30) is 0, and 0 * 1e30 is 0 where 0 * inf would be NaN.
-ABSENT = -1e30
 # A probability of float32 has all its digits down to here.
 PRECISE = 1e-35
 # Where 1/p meets its tangent.
@@ -67,15 +65,6 @@ def targeted_comp_sum(scores: Tensor, targets: Tensor, weights: Tensor, *, mu: f
         every = torch.cat([targets, weights.expand(*batch, weights.shape[-1])], dim=-1)
         return _kernel(scores, every, None, mu, mask)
     return _kernel(scores, weights, targets, mu, mask)
-
-
-def log_probabilities(scores: Tensor, mask: Tensor | None = None) -> Tensor:
-    """log softmax over the known actions, in float32 or better; hugely negative where masked.  (..., A) -> (..., A)
-
-    `mask` has one column per action.
-    """
-    scores = lift(scores)
-    return (scores if mask is None else scores.masked_fill(~mask, ABSENT)).log_softmax(dim=-1)
 
 
 def comp_sum_losses(log_p: Tensor, mu: float) -> Tensor:

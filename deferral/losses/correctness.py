@@ -5,8 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from deferral.losses.comp_sum import log_probabilities
 from deferral.losses.multi_expert import single_stage_deferral
+from deferral.losses.probabilities import log_probabilities
 from deferral.losses.published import asymmetric_logit, asymmetric_softmax, mozannar_sontag, one_vs_all
 from deferral.numerics import lift
 

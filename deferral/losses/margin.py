@@ -8,13 +8,12 @@ Awasthi, Mao, Mohri, Zhong, "Multi-Class H-Consistency Bounds" (NeurIPS 2022).
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deferral.losses.closed_form import closed_form, has_closed_form
+from deferral.losses.closed_form import in_blocks
 from deferral.losses.comp_sum import comp_sum
 from deferral.numerics import KNEE, exp_linear, lift
 from deferral.validation import action_mask, require_actions, require_floating
@@ -131,7 +130,7 @@ def sum_margin(scores: Tensor, weights: Tensor, *, phi: Margin = exponential, ma
     if phi is exponential:
         # Separable: one row of the softmax instead of a table of pairs, continued linearly as a whole.
         return comp_sum(scores, weights, mu=0.0, mask=mask)
-    return _weighted(sum_losses, scores, weights, phi, mask, columns=scores.shape[-1] ** 2)
+    return _weighted(sum_losses, scores, weights, phi, mask, columns=8 * scores.shape[-1] ** 2)
 
 
 def constrained_margin(scores: Tensor, weights: Tensor, *, phi: Margin = exponential, mask: Tensor | None = None) -> Tensor:
@@ -140,7 +139,7 @@ def constrained_margin(scores: Tensor, weights: Tensor, *, phi: Margin = exponen
     Bayes-consistent for Phi exponential, hinge, squared hinge and rho-margin (Lee, Lin, Wahba 2004).  With weights
     `costs.sum(-1, keepdim=True) / (A - 1) - costs` it is the cost-sensitive sum_k costs_k Phi(-s_k).
     """
-    return _weighted(constrained_losses, scores, weights, phi, mask, columns=8 * scores.shape[-1])
+    return _weighted(constrained_losses, scores, weights, phi, mask, columns=16 * scores.shape[-1])
 
 
 def max_margin(scores: Tensor, weights: Tensor, *, phi: Margin = rho_margin, mask: Tensor | None = None) -> Tensor:
@@ -148,7 +147,7 @@ def max_margin(scores: Tensor, weights: Tensor, *, phi: Margin = rho_margin, mas
 
     Bayes-consistent for the rho-margin; not for the hinge nor the exponential.
     """
-    return _weighted(max_losses, scores, weights, phi, mask, columns=8 * scores.shape[-1])
+    return _weighted(max_losses, scores, weights, phi, mask, columns=16 * scores.shape[-1])
 
 
 def _require_rho(rho: float) -> None:
@@ -166,28 +165,11 @@ def _weighted(
     if mask is not None:
         mask = action_mask(scores, mask, 0)
         scores, weights = scores.masked_fill(~mask, -torch.inf), weights.where(mask, 0.0)
-    if not has_closed_form(weights):
-        return _formula(scores, weights, losses=losses, phi=phi)
-    weights = weights.to(scores.dtype).expand(scores.shape)
-    return closed_form(partial(_block, losses=losses, phi=phi), scores, weights, None, None, columns=columns)
+    weights = weights.to(scores.dtype)
+    return in_blocks(partial(_formula, losses=losses, phi=phi), scores, weights, columns=columns)
 
 
 def _formula(scores: Tensor, weights: Tensor, *, losses: Callable[..., Tensor], phi: Margin) -> Tensor:
     # An action at -inf without weight has left the row as a masked one has.
     known = ~(scores.isneginf() & (weights == 0))
     return (weights.where(known, 0.0) * losses(scores, phi=phi, mask=known)).sum(dim=-1)
-
-
-def _block(
-    scores: Tensor, weights: Tensor, targets: None, ceiling: None, descent: Tensor, values: Tensor, **options: Any
-) -> None:
-    """Autograd differentiates block after block, so that no table of all rows is kept: the pairs would take A of them."""
-    if torch.is_inference_mode_enabled():
-        values.copy_(_formula(scores, weights, **options).unsqueeze(-1))
-        return
-    with torch.enable_grad():
-        leaf = scores.clone().requires_grad_()
-        losses = _formula(leaf, weights, **options)
-        (gradient,) = torch.autograd.grad(losses.sum(), leaf)
-    values.copy_(losses.detach().unsqueeze(-1))
-    torch.neg(gradient, out=descent)

@@ -5,11 +5,13 @@ arXiv 2310.14772).
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from deferral.losses.comp_sum import comp_sum_at, counted, log_probabilities, without_ignored
+from deferral.losses.closed_form import in_blocks
+from deferral.losses.comp_sum import counted, targeted_comp_sum, without_ignored
 from deferral.losses.margin import (
     Margin,
     constrained_losses,
@@ -38,7 +40,7 @@ PredictorLoss = Callable[[Tensor, Tensor], Tensor]
 
 def mae(scores: Tensor, targets: Tensor) -> Tensor:
     """1 - softmax_y(h), comp-sum at mu = 2.  (..., K), (...,) or (..., K) -> (...,)"""
-    return comp_sum_at(log_probabilities(scores), targets, mu=2.0)
+    return targeted_comp_sum(scores, targets, lift(scores).new_zeros(0), mu=2.0)
 
 
 def double_mae(scores: Tensor, targets: Tensor) -> Tensor:
@@ -48,12 +50,12 @@ def double_mae(scores: Tensor, targets: Tensor) -> Tensor:
 
 def max_rho_margin(scores: Tensor, targets: Tensor, *, rho: float = 1.0) -> Tensor:
     """Phi_rho(h_y - max_{k != y} h_k).  (..., K), (...,) or (..., K) -> (...,)"""
-    return _at(max_losses(scores, phi=lambda t: rho_margin(t, rho=rho)), targets)
+    return _at_targets(max_losses, scores, targets, phi=partial(rho_margin, rho=rho))
 
 
 def constrained_rho_hinge(scores: Tensor, targets: Tensor, *, rho: float = 1.0) -> Tensor:
     """sum_{k != y} max(0, 1 + h_k / rho), scores centred.  (..., K), (...,) or (..., K) -> (...,)"""
-    return _at(constrained_losses(scores, phi=lambda t: rho_hinge(t, rho=rho)), targets)
+    return _at_targets(constrained_losses, scores, targets, phi=partial(rho_hinge, rho=rho))
 
 
 def predictor_rejector_abstention(
@@ -136,10 +138,13 @@ def _require_rejector(rejector: Tensor, rows: torch.Size, cost: Tensor | float) 
         require_batch("rejector", rows, "cost", cost.shape)
 
 
-def _at(losses: Tensor, targets: Tensor) -> Tensor:
-    if targets.is_floating_point():
-        return (targets * losses).sum(dim=-1)
-    return losses.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+def _at_targets(losses: Callable[..., Tensor], scores: Tensor, targets: Tensor, phi: Margin) -> Tensor:
+    def formula(scores: Tensor, targets: Tensor) -> Tensor:
+        table = losses(scores, phi=phi)
+        return (targets * table if targets.is_floating_point() else table.gather(-1, targets)).sum(dim=-1)
+
+    targets = targets if targets.is_floating_point() else targets.unsqueeze(-1)
+    return in_blocks(formula, lift(scores), targets, columns=10 * scores.shape[-1])
 
 
 def _consistent_psi(base: PredictorLoss, psi: float | None, num_classes: int, alpha: float, beta: float) -> float:

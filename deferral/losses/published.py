@@ -6,15 +6,17 @@ expert.  `mask`, of the same shape, True = known: an expert whose answer is miss
 """
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deferral.losses.closed_form import closed_form, has_closed_form
-from deferral.losses.comp_sum import ABSENT, comp_sum_at, counted, log_probabilities, without_ignored
+from deferral.losses.closed_form import closed_form, has_closed_form, in_blocks
+from deferral.losses.comp_sum import counted, without_ignored
 from deferral.losses.margin import Margin, logistic
-from deferral.losses.realizable import candidates, expected_loss, log_mass, realizable_deferral
+from deferral.losses.probabilities import ABSENT, log_probabilities, log_probabilities_at
+from deferral.losses.realizable import expected_loss, log_mass, realizable_deferral
 from deferral.numerics import lift, log_add_exp
 from deferral.validation import (
     action_mask,
@@ -61,10 +63,10 @@ def mozannar_sontag(
     if mask is not None:
         mask = _of_one_expert(scores, mask)
         expert_correct = expert_correct.where(mask[..., -1], 0.0)
-    log_p = log_probabilities(scores, mask)
+    classes, expert = log_probabilities_at(scores, targets, scores.shape[-1] - 1, mask)
     weight = alpha * expert_correct + 1 - expert_correct
-    pulled = log_p[..., -1].where(expert_correct != 0, 0.0)
-    return counted(weight * comp_sum_at(log_p[..., :-1], targets, 1.0) - expert_correct * pulled, counts)
+    pulled = expert.squeeze(-1).where(expert_correct != 0, 0.0)
+    return counted(weight * expected_loss(-classes, targets) - expert_correct * pulled, counts)
 
 
 def one_vs_all(
@@ -92,7 +94,7 @@ def one_vs_all(
     scores = lift(scores)
     if phi is logistic and mask is None and not targets.is_floating_point() and has_closed_form(expert_correct):
         correct = expert_correct.to(scores.dtype).expand(*targets.shape, expert_correct.shape[-1])
-        losses = closed_form(_binary_problems, scores, correct, targets.unsqueeze(-1), None, columns=scores.shape[-1])
+        losses = closed_form(_binary_problems, scores, correct, targets.unsqueeze(-1), columns=scores.shape[-1])
         return counted(losses, counts)
     # At -inf a binary problem whose answer is no costs nothing, and 0 * inf would be NaN.
     scores = scores.clamp(min=ABSENT)
@@ -108,7 +110,7 @@ def one_vs_all(
     return counted((losses if mask is None else losses.where(mask, 0.0)).sum(dim=-1), counts)
 
 
-def _binary_problems(scores: Tensor, correct: Tensor, targets: Tensor, ceiling: None, descent: Tensor, losses: Tensor) -> None:
+def _binary_problems(scores: Tensor, correct: Tensor, targets: Tensor, descent: Tensor, losses: Tensor) -> None:
     """sum_k log(1 + e^s_k) - s_y - sum_j m_j s_j, and minus its gradient, hit - sigmoid(s)."""
     own = scores.shape[-1] - correct.shape[-1]
     torch.sum(F.softplus(scores, threshold=40), dim=-1, keepdim=True, out=losses)
@@ -135,21 +137,25 @@ def asymmetric_softmax(
             "against all classes but the best"
         )
     targets, counts = without_ignored(targets, ignore_index)
-    z = asymmetric_logit(scores)
-    classification = comp_sum_at(log_probabilities(scores[..., :-1]), targets, 1.0)
-    if mask is not None:
-        known = _of_one_expert(scores, mask)[..., -1]
-        z, expert_correct = z.where(known, 0.0), expert_correct.where(known, 0.0)
+    known = torch.ones_like(expert_correct, dtype=torch.bool) if mask is None else mask
+    tables = targets if targets.is_floating_point() else targets.unsqueeze(-1), expert_correct.unsqueeze(-1), known.unsqueeze(-1)
+    return counted(in_blocks(_asymmetric, lift(scores), *tables, columns=10 * scores.shape[-1]), counts)
+
+
+def _asymmetric(scores: Tensor, targets: Tensor, expert_correct: Tensor, known: Tensor) -> Tensor:
+    classification = _cross_entropy(scores[..., :-1], targets if targets.is_floating_point() else targets.squeeze(-1))
+    known = known.squeeze(-1)
+    z, expert_correct = asymmetric_logit(scores).where(known, 0.0), expert_correct.squeeze(-1).where(known, 0.0)
     skill = expert_correct * logistic(z.where(expert_correct != 0, 0.0)) + (1 - expert_correct) * logistic(-z)
-    return counted(classification + (skill if mask is None else skill.where(known, 0.0)), counts)
+    return classification + skill.where(known, 0.0)
 
 
 def asymmetric_logit(scores: Tensor) -> Tensor:
     """The logit of the expert's accuracy under the asymmetric softmax.  (..., K+1) -> (...,)"""
     scores = lift(scores)
     classes = scores[..., :-1]
-    best = torch.arange(classes.shape[-1], device=scores.device) == classes.argmax(dim=-1, keepdim=True)
-    return scores[..., -1] - classes.masked_fill(best, -torch.inf).logsumexp(dim=-1)
+    best = classes.detach().argmax(dim=-1, keepdim=True)
+    return scores[..., -1] - classes.scatter(-1, best, -torch.inf).logsumexp(dim=-1)
 
 
 def realizable_surrogate(
@@ -173,7 +179,7 @@ def realizable_surrogate(
     targets, counts = without_ignored(targets, ignore_index)
     loss = 2 * alpha * realizable_deferral(scores, targets, 1 - expert_correct, q=0.0, mask=mask)
     if alpha != 1.0:
-        loss = loss + (1 - alpha) * comp_sum_at(log_probabilities(scores[..., :-1]), targets, 1.0)
+        loss = loss + (1 - alpha) * _cross_entropy(scores[..., :-1], targets)
     return counted(loss, counts)
 
 
@@ -193,9 +199,17 @@ def cost_sensitive_abstention(
         cost = lift(cost)
     targets, counts = without_ignored(targets, ignore_index)
     scores = lift(scores)
-    hit = targets if targets.is_floating_point() else F.one_hot(targets, scores.shape[-1]).to(scores.dtype)
+    cost = cost.unsqueeze(-1) if isinstance(cost, Tensor) else scores.new_full((1,), cost)
+    hits = targets if targets.is_floating_point() else targets.unsqueeze(-1)
+    formula = partial(_binary_problems_at_cost, phi=phi)
+    return counted(in_blocks(formula, scores, hits, cost, columns=14 * scores.shape[-1]), counts)
+
+
+def _binary_problems_at_cost(scores: Tensor, targets: Tensor, cost: Tensor, *, phi: Margin) -> Tensor:
+    hit = targets if targets.is_floating_point() else torch.zeros_like(scores).scatter(-1, targets, 1.0)
     accept, reject = (hit * phi(scores)).sum(dim=-1), ((1 - hit) * phi(-scores)).sum(dim=-1)
-    return counted(cost * accept + (1 - cost) * reject, counts)
+    cost = cost.squeeze(-1)
+    return cost * accept + (1 - cost) * reject
 
 
 def madras(
@@ -225,7 +239,7 @@ def madras(
     gate = torch.sigmoid(lift(rejector))
     if mask is not None:
         gate, expert_cost = gate.where(mask, 0.0), expert_cost.where(mask, 0.0)
-    return counted((1 - gate) * comp_sum_at(log_probabilities(scores), targets, 1.0) + gate * expert_cost, counts)
+    return counted((1 - gate) * _cross_entropy(scores, targets) + gate * expert_cost, counts)
 
 
 def mixture_of_experts(
@@ -255,9 +269,10 @@ def mixture_of_experts(
     if mask is not None:
         mask = action_mask(gate, mask, 1)
         expert_correct = expert_correct.where(mask[..., 1:], 0)
-    log_w, log_p = log_probabilities(gate, mask), log_probabilities(scores)
+    log_w = log_probabilities(gate, mask)
+    classes, _ = log_probabilities_at(scores, targets, scores.shape[-1])
     right = log_mass(log_w[..., 1:], expert_correct != 0)
-    return counted(-expected_loss(log_add_exp(log_w[..., :1] + candidates(log_p, targets), right), targets), counts)
+    return counted(-expected_loss(log_add_exp(log_w[..., :1] + classes, right), targets), counts)
 
 
 def deep_gamblers(scores: Tensor, targets: Tensor, *, reward: float, ignore_index: int = -100) -> Tensor:
@@ -273,8 +288,8 @@ def deep_gamblers(scores: Tensor, targets: Tensor, *, reward: float, ignore_inde
     if not 1 < reward <= num_classes:
         raise ValueError(f"reward: expected a number above 1 and at most the {num_classes} classes, got {reward}")
     targets, counts = without_ignored(targets, ignore_index)
-    log_p = log_probabilities(scores)
-    gains = log_add_exp(math.log(reward) + candidates(log_p[..., :-1], targets), log_p[..., -1:])
+    classes, in_hand = log_probabilities_at(scores, targets, num_classes)
+    gains = log_add_exp(math.log(reward) + classes, in_hand)
     return counted(-expected_loss(gains, targets), counts)
 
 
@@ -295,10 +310,10 @@ def picce(
     if mask is not None:
         mask = action_mask(scores, mask, num_classes)
         expert_correct = expert_correct.where(mask[..., num_classes:], 0)
-    log_p = log_probabilities(scores, mask)
+    classes, experts = log_probabilities_at(scores, targets, num_classes, mask)
     right = expert_correct > 0
-    best = log_p[..., num_classes:].masked_fill(~right, -torch.inf).amax(dim=-1)
-    return counted(comp_sum_at(log_p[..., :num_classes], targets, 1.0) - best.where(right.any(dim=-1), 0.0), counts)
+    best = experts.masked_fill(~right, -torch.inf).amax(dim=-1)
+    return counted(expected_loss(-classes, targets) - best.where(right.any(dim=-1), 0.0), counts)
 
 
 def learned_loss(estimate: Tensor, predictor_loss: Tensor) -> Tensor:
@@ -342,6 +357,11 @@ def selective_net(
     selective_risk = (log_g.softmax(dim=0) * losses).sum()
     shortfall = torch.relu(coverage - log_g.exp().mean())
     return alpha * (selective_risk + penalty * shortfall.square()) + (1 - alpha) * lift(auxiliary_losses).mean()
+
+
+def _cross_entropy(scores: Tensor, targets: Tensor) -> Tensor:
+    """-log p_y over K classes.  (..., K), (...,) or (..., K) -> (...,)"""
+    return expected_loss(-log_probabilities_at(scores, targets, scores.shape[-1])[0], targets)
 
 
 def _of_one(scores: Tensor, targets: Tensor, expert_correct: Tensor) -> Tensor:

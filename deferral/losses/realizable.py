@@ -9,7 +9,8 @@ arXiv 2407.13732) and "Mastering Multiple-Expert Routing" (ICML 2025, arXiv 2506
 import torch
 from torch import Tensor
 
-from deferral.losses.comp_sum import ABSENT, counted, log_probabilities, without_ignored
+from deferral.losses.comp_sum import counted, without_ignored
+from deferral.losses.probabilities import ABSENT, log_probabilities, log_probabilities_at
 from deferral.numerics import lift, log_add_exp
 from deferral.validation import action_mask, require_actions, require_batch, require_floating, require_targets, require_tensor
 
@@ -45,8 +46,7 @@ def realizable_deferral(
     if mask is not None:
         expert_cost = expert_cost.where(mask, 1.0)
         mask = action_mask(scores, mask.unsqueeze(-1), scores.shape[-1] - 1)
-    log_p = log_probabilities(scores, mask)
-    classes, expert = candidates(log_p[..., :-1], targets), log_p[..., -1:]
+    classes, expert = log_probabilities_at(scores, targets, scores.shape[-1] - 1, mask)
     alone = _psi(classes, q)
     together = _psi(log_add_exp(classes, expert), q)
     cost = lift(expert_cost).unsqueeze(-1)
@@ -77,9 +77,8 @@ def realizable_experts(
     if mask is not None:
         mask = action_mask(scores, mask, num_classes)
         expert_correct = expert_correct.where(mask[..., num_classes:], 0)
-    log_p = log_probabilities(scores, mask)
-    right = log_mass(log_p[..., num_classes:], expert_correct != 0)
-    mass = log_add_exp(candidates(log_p[..., :num_classes], targets), right)
+    classes, experts = log_probabilities_at(scores, targets, num_classes, mask)
+    mass = log_add_exp(classes, log_mass(experts, expert_correct != 0))
     return counted(expected_loss(_psi(mass, q), targets), counts)
 
 
@@ -114,11 +113,6 @@ def log_mass(log_p: Tensor, right: Tensor) -> Tensor:
     return log_p.masked_fill(~right & some, -torch.inf).logsumexp(dim=-1, keepdim=True).masked_fill(~some, ABSENT)
 
 
-def candidates(classes: Tensor, targets: Tensor) -> Tensor:
-    """The classes that may be right: the target's column, or all under probabilities.  (..., K) -> (..., 1) or (..., K)"""
-    return classes if targets.is_floating_point() else classes.gather(-1, targets.unsqueeze(-1))
-
-
 def expected_loss(losses: Tensor, targets: Tensor) -> Tensor:
-    """The candidates' losses, weighed by their probabilities.  (..., 1) or (..., K) -> (...,)"""
-    return (targets * losses).sum(dim=-1) if targets.is_floating_point() else losses.squeeze(-1)
+    """The loss at the target, or those of the classes weighed by their probabilities.  (..., 1) or (..., K) -> (...,)"""
+    return (targets * losses.where(targets != 0, 0.0)).sum(dim=-1) if targets.is_floating_point() else losses.squeeze(-1)

@@ -6,7 +6,7 @@ Mao, Mohri, Zhong, "Regression with Multi-Expert Deferral" (ICML 2024, arXiv 240
 import torch
 from torch import Tensor
 
-from deferral.losses.comp_sum import comp_sum_of_costs
+from deferral.losses.comp_sum import comp_sum
 from deferral.losses.margin import Margin, logistic
 from deferral.numerics import lift
 from deferral.validation import action_mask, require_batch, require_floating, require_tensor
@@ -53,9 +53,9 @@ def regression_deferral(
         costs = costs.where(known, 0.0)
         num_experts = known[..., 1:].sum(dim=-1)
     every = costs.sum(dim=-1, keepdim=True)
-    return (
-        comp_sum_of_costs(scores, costs, every, mu=mu, mask=None if mask is None else known) - (num_experts - 1) * predictor_loss
-    )
+    # every - costs, in the table that is there.
+    weights = costs.neg_().add_(every)
+    return comp_sum(scores, weights, mu=mu, mask=None if mask is None else known) - (num_experts - 1) * predictor_loss
 
 
 def regression_abstention(predictor_loss: Tensor, rejector: Tensor, cost: Tensor | float, *, phi: Margin = logistic) -> Tensor:
