@@ -159,6 +159,9 @@ def _block(
 
     With v_a = weight_a * p_a^(mu-1) the gradient is p * sum(v) - v.
     """
+    if torch.compiler.is_compiling():
+        _fill_compiled(scores, weights, targets, ceiling, descent, losses, mu)
+        return None
     if not (readable(scores) and losses.numel()):
         _fill(scores, weights, targets, ceiling, descent, losses, mu)
         return None
@@ -297,14 +300,61 @@ def _fill(
     log_p = scores[:, :own].gather(-1, targets).sub_(top).sub_(log_norm)
     losses.add_(comp_sum_losses(log_p, mu))
     target_pull = _slope(log_p, mu)
-    if torch.compiler.is_compiling():
-        # One loop over the row, of which a scatter would make three.
-        hits = torch.where(torch.arange(own, device=scores.device) == targets, target_pull, 0.0)
-        torch.addcmul(torch.cat([hits, pull], dim=-1), descent, (total + target_pull) / norm, value=-1, out=descent)
-        return
     descent.mul_((total + target_pull).div_(norm).neg_())
     descent[:, own:].add_(pull)
     descent[:, :own].scatter_add_(-1, targets, target_pull)
+
+
+def _fill_compiled(
+    scores: Tensor,
+    weights: Tensor,
+    targets: Tensor | None,
+    ceiling: Tensor | None,
+    descent: Tensor,
+    losses: Tensor,
+    mu: float,
+) -> None:
+    """What `_block` fills, in words of which a compiler makes few loops, each with one exponential where one is enough."""
+    own = scores.shape[-1] - weights.shape[-1]
+    if ceiling is not None:
+        weights = ceiling - weights
+    shifted = scores - scores.amax(dim=-1, keepdim=True)
+    exponentials = shifted.exp()
+    norm = exponentials.sum(dim=-1, keepdim=True)
+    log_norm = norm.log()
+    if mu == 1:
+        pull = weights
+        found = pull.sum(dim=-1, keepdim=True) * log_norm - _compiled_sum_of_numbers(pull * shifted[:, own:])
+    else:
+        exponent = (mu - 1) * (shifted[:, own:] - log_norm)
+        if mu in (0, 2):
+            p = exponentials[:, own:] / norm
+            power = p if mu == 2 else p.clamp(min=LEAST_BEFORE_KNEE).reciprocal()
+        else:
+            power = exponent.clamp(max=KNEE).exp()
+        pull = weights * power
+        found = (weights - pull).sum(dim=-1, keepdim=True)
+        if mu < 1:
+            found = found - _compiled_sum_of_numbers(pull * (exponent - KNEE).relu())
+        found = found / (mu - 1)
+    total = pull.sum(dim=-1, keepdim=True)
+    if targets is None:
+        losses.copy_(found)
+        torch.addcmul(pull, exponentials, total / norm, value=-1, out=descent)
+        return
+    log_p = scores[:, :own].gather(-1, targets) - scores.amax(dim=-1, keepdim=True) - log_norm
+    torch.add(found, comp_sum_losses(log_p, mu), out=losses)
+    target_pull = _slope(log_p, mu)
+    scale = (total + target_pull) / norm
+    # One loop over the row, of which a scatter would make three.
+    hits = torch.where(torch.arange(own, device=scores.device) == targets, target_pull, 0.0)
+    classes = torch.addcmul(hits, exponentials[:, :own], scale, value=-1)
+    torch.cat([classes, torch.addcmul(pull, exponentials[:, own:], scale, value=-1)], dim=-1, out=descent)
+
+
+def _compiled_sum_of_numbers(products: Tensor) -> Tensor:
+    """`_sum_of_numbers`; the compiler's isnan takes one number at a time."""
+    return products.where(products <= torch.inf, 0.0).sum(dim=-1, keepdim=True)
 
 
 def _losses_and_pull(exponent: Tensor, weights: Tensor, mu: float) -> tuple[Tensor, Tensor]:
@@ -320,9 +370,6 @@ def _losses_and_pull(exponent: Tensor, weights: Tensor, mu: float) -> tuple[Tens
 
 def _sum_of_numbers(products: Tensor) -> Tensor:
     """Sums of rows without NaN: at -inf a weight of zero counts nothing.  (..., A) -> (..., 1)"""
-    if torch.compiler.is_compiling():
-        # The compiler's isnan takes one number at a time.
-        return products.where(products <= torch.inf, 0.0).sum(dim=-1, keepdim=True)
     return products.nansum(dim=-1, keepdim=True)
 
 

@@ -92,7 +92,8 @@ def one_vs_all(
     require_batch("scores", scores.shape[:-1], "expert_correct", expert_correct.shape[:-1])
     targets, counts = without_ignored(targets, ignore_index)
     scores = lift(scores)
-    if phi is logistic and mask is None and not targets.is_floating_point() and has_closed_form(expert_correct):
+    closed = has_closed_form(expert_correct, compiled=scores.device.type == "cpu")
+    if closed and phi is logistic and mask is None and not targets.is_floating_point():
         correct = expert_correct.to(scores.dtype).expand(*targets.shape, expert_correct.shape[-1])
         losses = closed_form(_binary_problems, scores, correct, targets.unsqueeze(-1), columns=scores.shape[-1])
         return counted(losses, counts)
@@ -116,6 +117,11 @@ def _binary_problems(scores: Tensor, correct: Tensor, targets: Tensor, descent: 
     torch.sum(F.softplus(scores, threshold=40), dim=-1, keepdim=True, out=losses)
     losses.sub_(scores[:, :own].gather(-1, targets))
     losses.sub_((correct * scores[:, own:].clamp(min=ABSENT)).sum(dim=-1, keepdim=True))
+    if torch.compiler.is_compiling():
+        # One loop over the row, of which a scatter would make three.
+        hits = (torch.arange(own, device=scores.device) == targets).to(scores.dtype)
+        torch.cat([hits - scores[:, :own].sigmoid(), correct - scores[:, own:].sigmoid()], dim=-1, out=descent)
+        return
     torch.sigmoid(scores, out=descent).neg_()
     descent[:, :own].scatter_add_(-1, targets, torch.ones_like(losses))
     descent[:, own:].add_(correct)
