@@ -1,0 +1,267 @@
+"""Values and gradients of comp-sum losses at once, some rows at a time, in three ways to the same numbers.
+
+By torch's own softmax, which is the fastest on a CPU; by its parts, whatever the numbers are and without a look at them; and in
+the words of which a compiler makes few loops.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from deferral.losses.closed_form import readable
+from deferral.numerics import KNEE, expm1_linear
+
+__all__ = ["comp_sum_block", "comp_sum_losses"]
+
+# A probability of float32 has all its digits down to here.
+PRECISE = 1e-35
+# Where 1/p meets its tangent.
+LEAST_BEFORE_KNEE = math.exp(-KNEE)
+
+
+def comp_sum_losses(log_p: Tensor, mu: float) -> Tensor:
+    """l_mu as a function of log p_k, elementwise:  -log p  for mu = 1, else  (1 - p^(mu-1)) / (mu-1).
+
+    For mu < 1 it continues linearly past the knee of `deferral.numerics`.  Its slope, -p^(mu-1), is at most 1 in size for
+    mu >= 1 and small where p is: with 100 classes mu = 2 starts a hundred times slower than mu = 1.
+    """
+    if mu == 1.0:
+        return -log_p
+    exponent = (mu - 1) * log_p
+    # For mu > 1 the exponent is never positive, so the tangent would be dead code.
+    return -torch.expm1(exponent) / (mu - 1) if mu > 1 else expm1_linear(exponent) / (1 - mu)
+
+
+def comp_sum_block(
+    scores: Tensor,
+    weights: Tensor,
+    targets: Tensor | None,
+    ceiling: Tensor | None,
+    descent: Tensor,
+    losses: Tensor,
+    *,
+    mu: float,
+) -> Tensor | None:
+    """Fills the losses of some rows, and `descent` with minus their gradient over the scale that is returned (None is 1).
+
+    With v_a = weight_a * p_a^(mu-1) the gradient is p * sum(v) - v.
+    """
+    if torch.compiler.is_compiling():
+        _fill_compiled(scores, weights, targets, ceiling, descent, losses, mu)
+        return None
+    if not (readable(scores) and losses.numel()):
+        _fill(scores, weights, targets, ceiling, descent, losses, mu)
+        return None
+    if targets is None:
+        if not _fill_by_softmax(scores, weights, ceiling, descent, losses, mu):
+            _fill(scores, weights, None, ceiling, descent, losses, mu)
+        return None
+    scale = _fill_targets_by_softmax(scores, weights, targets, descent, losses, mu)
+    if scale is None:
+        _fill(scores, weights, targets, None, descent, losses, mu)
+        return torch.ones_like(losses)
+    return scale
+
+
+def _fill_by_softmax(scores: Tensor, weights: Tensor, ceiling: Tensor | None, descent: Tensor, losses: Tensor, mu: float) -> bool:
+    """What `comp_sum_block` fills by torch's own softmax, on a CPU faster than its parts; False where its numbers do not suffice.
+
+    log p_a = s_a - s_0 + log p_0, exact unless action 0 is very unlikely.
+    """
+    first = scores[:, :1]
+    spare = None
+    if ceiling is not None:
+        weights = spare = ceiling - weights
+    if mu == 1:
+        # In the table that the softmax is about to fill, so that one more is enough.
+        relative = _row_sums(torch.sub(scores, first, out=descent).mul_(weights))
+    torch.softmax(scores, dim=-1, out=descent)
+    p_first = descent[:, :1]
+    if not p_first.amin().item() >= PRECISE:
+        return False
+    log_p_first = p_first.log()
+    if mu == 1:
+        pull, total = weights, _row_sums(weights)
+        torch.addcmul(relative, log_p_first, total, out=losses).neg_()
+    else:
+        found, pull = _losses_and_pull_of(descent, scores, first, log_p_first, weights, mu, spare)
+        losses.copy_(found)
+        total = _row_sums(pull)
+    # 0 * inf is NaN where an impossible action counts nothing.
+    if not math.isfinite(losses.sum().item()):
+        return False
+    torch.addcmul(pull, descent, total, value=-1, out=descent)
+    return True
+
+
+def _fill_targets_by_softmax(
+    scores: Tensor, weights: Tensor, targets: Tensor, descent: Tensor, losses: Tensor, mu: float
+) -> Tensor | None:
+    """`_fill_by_softmax` with the target in place of action 0; None where its numbers do not suffice.
+
+    Minus the sum of v is the scale, so that columns without a weight keep what the softmax wrote.
+    """
+    columns = weights.shape[-1]
+    own = scores.shape[-1] - columns
+    torch.softmax(scores, dim=-1, out=descent)
+    p_target = descent.narrow(1, 0, own).gather(-1, targets)
+    if not p_target.amin().item() >= PRECISE:
+        return None
+    log_p_target = p_target.log()
+    p, weighed, target_score = descent.narrow(1, own, columns), scores.narrow(1, own, columns), scores.gather(-1, targets)
+    if mu == 1:
+        pull, total = weights, _row_sums(weights).add_(1)
+        torch.addcmul(_row_sums((weighed - target_score).mul_(weights)), log_p_target, total, out=losses).neg_()
+    else:
+        found, pull = _losses_and_pull_of(p, weighed, target_score, log_p_target, weights, mu, None)
+        torch.add(found, comp_sum_losses(log_p_target, mu), out=losses)
+        target_pull = _slope(log_p_target, mu)
+        total = _row_sums(pull).add_(target_pull)
+    # Negative weights may cancel.
+    if not (math.isfinite(losses.sum().item()) and total.amin().item() >= PRECISE):
+        return None
+    scale = total.neg_()
+    share = scale.reciprocal()
+    p.addcmul_(pull, share)
+    descent.scatter_add_(-1, targets, share if mu == 1 else share.mul_(target_pull))
+    return scale
+
+
+def _losses_and_pull_of(
+    p: Tensor, scores: Tensor, anchor: Tensor, log_p_anchor: Tensor, weights: Tensor, mu: float, spare: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """sum_a weights_a * l_mu, and  weights * p^(mu-1), for mu != 1, given one action whose log p is known.
+
+    `spare`, a table that nobody reads again, the weights perhaps, is written to.  (..., W) -> (..., 1), (..., W)
+    """
+    if mu == 2 or (mu == 0 and p.amin().item() > LEAST_BEFORE_KNEE):
+        total = _row_sums(weights)
+        pull = torch.mul(weights, p, out=spare) if mu == 2 else torch.div(weights, p, out=spare)
+        return total.sub_(_row_sums(pull)).div_(mu - 1), pull
+    return _losses_and_pull((scores - anchor).add_(log_p_anchor).mul_(mu - 1), weights, mu)
+
+
+def _row_sums(table: Tensor) -> Tensor:
+    """(rows, A) -> (rows, 1).  A product with ones takes half the time of `sum` where rows are short."""
+    return torch.mv(table, table.new_ones(table.shape[-1])).unsqueeze(-1)
+
+
+def _fill(
+    scores: Tensor,
+    weights: Tensor,
+    targets: Tensor | None,
+    ceiling: Tensor | None,
+    descent: Tensor,
+    losses: Tensor,
+    mu: float,
+) -> None:
+    """What `comp_sum_block` fills, whatever the numbers are."""
+    own = scores.shape[-1] - weights.shape[-1]
+    top = scores.amax(dim=-1, keepdim=True)
+    torch.sub(scores, top, out=descent)
+    weighted = descent[:, own:] if own else descent
+    if mu == 1:
+        pull = weights if ceiling is None else ceiling - weights
+        total = pull.sum(dim=-1, keepdim=True)
+        # Before the exponential overwrites what it is taken from.
+        product = torch.mul(pull, weighted, out=None if ceiling is None else pull)
+        pulled = _sum_of_numbers(product)
+        norm = descent.exp_().sum(dim=-1, keepdim=True)
+        log_norm = norm.log()
+        torch.sub(total * log_norm, pulled, out=losses)
+        # Once more, rather than a third table kept.
+        pull = weights if ceiling is None else torch.sub(ceiling, weights, out=product)
+    else:
+        exponent = weighted * (mu - 1)
+        norm = descent.exp_().sum(dim=-1, keepdim=True)
+        log_norm = norm.log()
+        exponent.sub_((mu - 1) * log_norm)
+        if ceiling is not None:
+            weights = ceiling - weights
+        found, pull = _losses_and_pull(exponent, weights, mu)
+        losses.copy_(found)
+        total = pull.sum(dim=-1, keepdim=True)
+    if targets is None:
+        torch.addcmul(pull, descent, total / norm, value=-1, out=descent)
+        return
+    log_p = scores[:, :own].gather(-1, targets).sub_(top).sub_(log_norm)
+    losses.add_(comp_sum_losses(log_p, mu))
+    target_pull = _slope(log_p, mu)
+    descent.mul_((total + target_pull).div_(norm).neg_())
+    descent[:, own:].add_(pull)
+    descent[:, :own].scatter_add_(-1, targets, target_pull)
+
+
+def _fill_compiled(
+    scores: Tensor,
+    weights: Tensor,
+    targets: Tensor | None,
+    ceiling: Tensor | None,
+    descent: Tensor,
+    losses: Tensor,
+    mu: float,
+) -> None:
+    """What `comp_sum_block` fills, in words of which a compiler makes few loops, with one exponential where one is enough."""
+    own = scores.shape[-1] - weights.shape[-1]
+    if ceiling is not None:
+        weights = ceiling - weights
+    shifted = scores - scores.amax(dim=-1, keepdim=True)
+    exponentials = shifted.exp()
+    norm = exponentials.sum(dim=-1, keepdim=True)
+    log_norm = norm.log()
+    if mu == 1:
+        pull = weights
+        found = pull.sum(dim=-1, keepdim=True) * log_norm - _compiled_sum_of_numbers(pull * shifted[:, own:])
+    else:
+        exponent = (mu - 1) * (shifted[:, own:] - log_norm)
+        if mu in (0, 2):
+            p = exponentials[:, own:] / norm
+            power = p if mu == 2 else p.clamp(min=LEAST_BEFORE_KNEE).reciprocal()
+        else:
+            power = exponent.clamp(max=KNEE).exp()
+        pull = weights * power
+        found = (weights - pull).sum(dim=-1, keepdim=True)
+        if mu < 1:
+            found = found - _compiled_sum_of_numbers(pull * (exponent - KNEE).relu())
+        found = found / (mu - 1)
+    total = pull.sum(dim=-1, keepdim=True)
+    if targets is None:
+        losses.copy_(found)
+        torch.addcmul(pull, exponentials, total / norm, value=-1, out=descent)
+        return
+    log_p = scores[:, :own].gather(-1, targets) - scores.amax(dim=-1, keepdim=True) - log_norm
+    torch.add(found, comp_sum_losses(log_p, mu), out=losses)
+    target_pull = _slope(log_p, mu)
+    scale = (total + target_pull) / norm
+    # One loop over the row, of which a scatter would make three.
+    hits = torch.where(torch.arange(own, device=scores.device) == targets, target_pull, 0.0)
+    classes = torch.addcmul(hits, exponentials[:, :own], scale, value=-1)
+    torch.cat([classes, torch.addcmul(pull, exponentials[:, own:], scale, value=-1)], dim=-1, out=descent)
+
+
+def _compiled_sum_of_numbers(products: Tensor) -> Tensor:
+    """`_sum_of_numbers`; the compiler's isnan takes one number at a time."""
+    return products.where(products <= torch.inf, 0.0).sum(dim=-1, keepdim=True)
+
+
+def _losses_and_pull(exponent: Tensor, weights: Tensor, mu: float) -> tuple[Tensor, Tensor]:
+    """sum_a weights_a * l_mu, and  weights * p^(mu-1);  `exponent`, (mu-1) * log p, is lost.  (..., W) -> (..., 1), (..., W)"""
+    pull = exponent.clamp(max=KNEE) if mu < 1 else exponent
+    beyond = exponent.sub_(pull) if mu < 1 else None
+    pull.exp_().mul_(weights)
+    losses = weights.sum(dim=-1, keepdim=True).sub_(pull.sum(dim=-1, keepdim=True))
+    if beyond is not None:
+        losses.sub_(_sum_of_numbers(beyond.mul_(pull)))
+    return losses.div_(mu - 1), pull
+
+
+def _sum_of_numbers(products: Tensor) -> Tensor:
+    """Sums of rows without NaN: at -inf a weight of zero counts nothing.  (..., A) -> (..., 1)"""
+    return products.nansum(dim=-1, keepdim=True)
+
+
+def _slope(log_p: Tensor, mu: float) -> Tensor:
+    """p^(mu-1), constant past the knee: minus the derivative of l_mu by log p."""
+    exponent = (mu - 1) * log_p
+    return (exponent.clamp_(max=KNEE) if mu < 1 else exponent).exp_()
