@@ -114,6 +114,14 @@ def test_without_gradients_the_value_is_the_same(loss: Loss, batch) -> None:
         torch.testing.assert_close(loss(batch[0].clone().requires_grad_(), batch[1]), expected)
 
 
+@every_loss
+def test_autocast_takes_no_digits(loss: Loss, batch) -> None:
+    single = [tensor.float() for tensor in batch]
+    expected = with_gradient(loss, *single)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(with_gradient(loss, *single), expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("mu", [0.0, 0.9, 0.999, 1.0, 1.001, 1.1, 2.0])
 def test_single_precision_keeps_its_digits(mu: float, batch) -> None:
     exact = losses.two_stage_deferral(*batch, mu=mu)
