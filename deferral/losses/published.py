@@ -143,7 +143,7 @@ def asymmetric_softmax(
             "against all classes but the best"
         )
     targets, counts = without_ignored(targets, ignore_index)
-    known = torch.ones_like(expert_correct, dtype=torch.bool) if mask is None else mask
+    known = torch.ones_like(expert_correct, dtype=torch.bool) if mask is None else _of_one_expert(scores, mask)[..., -1]
     tables = targets if targets.is_floating_point() else targets.unsqueeze(-1), expert_correct.unsqueeze(-1), known.unsqueeze(-1)
     return counted(in_blocks(_asymmetric, lift(scores), *tables, columns=10 * scores.shape[-1]), counts)
 
