@@ -95,11 +95,11 @@ async def tell(scope: Any, receive: Any, send: Any) -> None:
     await send_json(send, {"body": body.decode(), "headers": sorted(name.decode() for name in headers)})
 
 
-def replies_to(*packets: bytes, patience: int = 75) -> list[Any]:
-    """What a server answers until it closes the connection: bodies, read where they are JSON."""
+def said_to(app: Any, *packets: bytes, patience: int = 75) -> bytes:
+    """What a server with this app says until it closes the connection."""
 
     async def run() -> bytes:
-        loop, config = asyncio.get_running_loop(), Config(tell, http=Protocol, ws="none", timeout_keep_alive=patience)
+        loop, config = asyncio.get_running_loop(), Config(app, http=Protocol, ws="none", timeout_keep_alive=patience)
         config.load()
         server = await loop.create_server(lambda: Protocol(config, ServerState(), {}, loop), "127.0.0.1", 0)
         reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
@@ -117,7 +117,13 @@ def replies_to(*packets: bytes, patience: int = 75) -> list[Any]:
         server.close()
         return said
 
-    bodies = [part.partition(b"\r\n\r\n")[2] for part in asyncio.run(run()).split(b"HTTP/1.1 ")[1:]]
+    return asyncio.run(run())
+
+
+def replies_to(*packets: bytes, patience: int = 75) -> list[Any]:
+    """What a server answers until it closes the connection: bodies, read where they are JSON."""
+    said = said_to(tell, *packets, patience=patience)
+    bodies = [part.partition(b"\r\n\r\n")[2] for part in said.split(b"HTTP/1.1 ")[1:]]
     return [json.loads(body) if body.startswith(b"{") else body.decode() for body in bodies]
 
 
@@ -198,3 +204,63 @@ def test_half_a_request_is_waited_for_a_while(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(Problem) as caught:
         asyncio.run(read_body(receive, {}, 100))
     assert (caught.value.status, caught.value.headers) == (408, {"connection": "close"})
+
+
+async def stream(scope: Any, receive: Any, send: Any) -> None:
+    """An app that does not say how long its reply is."""
+    await read_body(receive, header_map(scope), 1 << 20)
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
+    for part in (b"data: 1\n\n", b"", b"data: 2\n\n"):
+        await send({"type": "http.response.body", "body": part, "more_body": True})
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def test_a_stream_to_http_1_0_has_no_chunks_and_ends_with_the_connection() -> None:
+    request = b"POST / HTTP/1.%d\r\nhost: x\r\nconnection: %b\r\ncontent-length: 0\r\n\r\n"
+    for wish in (b"keep-alive", b"close"):
+        head, _, body = said_to(stream, request % (0, wish)).partition(b"\r\n\r\n")
+        assert (b"transfer-encoding" in head, b"content-length" in head, b"connection: close" in head) == (False, False, True)
+        assert body == b"data: 1\n\ndata: 2\n\n"
+    head, _, body = said_to(stream, request % (1, b"close")).partition(b"\r\n\r\n")
+    assert (b"transfer-encoding: chunked" in head, body[:3]) == (True, b"9\r\n")
+    # What has a length keeps it.
+    head, _, body = said_to(tell, request % (0, b"close")).partition(b"\r\n\r\n")
+    assert b"content-length: %d" % len(body) in head
+
+
+def ending(app: Any, *packets: bytes, later: bytes = b"") -> list[bytes]:
+    """Status lines and bodies of what a server answers that is to end once these packets are there."""
+
+    async def run() -> bytes:
+        loop, config = asyncio.get_running_loop(), Config(app, http=Protocol, ws="none")
+        config.load()
+        state = ServerState()
+        server = await loop.create_server(lambda: Protocol(config, state, {}, loop), "127.0.0.1", 0)
+        reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+        for packet in packets:
+            writer.write(packet)
+            await asyncio.sleep(0.002)
+        for connection in list(state.connections):
+            connection.shutdown()
+        writer.write(later)
+        said = await asyncio.wait_for(reader.read(), 10)
+        writer.close()
+        server.close()
+        return said
+
+    return asyncio.run(run()).split(b"HTTP/1.1 ")[1:]
+
+
+def test_who_is_still_sending_when_the_server_is_to_end_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    half, rest = HEAD + b"content-length: 4\r\n\r\nha", b"lf"
+    monkeypatch.setattr("deferral.gateway.protocol._LAST_UPLOAD_S", 0.02)
+    for packets in ([half], [END.replace(b"connection: close\r\n", b"") + half]):
+        *first, last = ending(tell, *packets)
+        assert [b'"end"' in reply for reply in first] == [True] * (len(packets[0]) > len(half))
+        assert last.startswith(b"503 ")
+        assert b"connection: close" in last
+        assert json.loads(last.partition(b"\r\n\r\n")[2])["error"]["code"] == "server_ends"
+    # Whatever comes in time is answered.
+    monkeypatch.setattr("deferral.gateway.protocol._LAST_UPLOAD_S", 10)
+    [reply] = ending(tell, half, later=rest)
+    assert b'"half"' in reply

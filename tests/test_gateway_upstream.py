@@ -7,6 +7,9 @@ import ssl
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime, formatdate
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import AsyncMock
 
 import aiohttp
 import pytest
@@ -15,8 +18,8 @@ from deferral.gateway.answering import Answerers, Call, Standing, Unanswered, _n
 from deferral.gateway.experts_file import Expert
 from deferral.gateway.metrics import Metrics
 from deferral.gateway.requests import parse
-from deferral.gateway.upstream import Failure, Upstream, _refused, _retry_after, _unanswered
-from deferral.gateway.usage import StreamMeter, error_of
+from deferral.gateway.upstream import Failure, Reply, Upstream, _refused, _retry_after, _unanswered
+from deferral.gateway.usage import StreamMeter, Usage, error_of
 
 CHAT = "/chat/completions"
 
@@ -161,6 +164,26 @@ def test_a_connection_that_ended_while_it_was_idle_is_replaced_and_no_other_is()
     [nobody], requests = asked([[b""], [whole()]])
     assert isinstance(nobody, Unanswered)
     assert (nobody.status, nobody.attempts, requests) == (502, 1, 1)
+
+
+def test_a_stream_that_has_begun_lets_others_ask_whoever_was_left_alone() -> None:
+    async def run() -> None:
+        begun = Reply(200, [], b"data: {}", Usage(0, 0, True, ""), SimpleNamespace(close=lambda: None))  # type: ignore[arg-type]
+        upstream: Any = SimpleNamespace(ask=AsyncMock(return_value=begun))
+        expert, body = Expert("small", "http://127.0.0.1:1"), b'{"model": "small", "messages": []}'
+        answerers = Answerers(upstream, Metrics(), retry_share=0.0)
+        answerers.update({"small": expert})
+        breaker = answerers.standings["small"].breaker
+        for _ in range(5):
+            breaker.failure(breaker.enter() or 0)
+        breaker._until = 0.0
+        assert breaker.state == "half-open"
+        call = await answerers.answer([expert], CHAT, lambda _: body, {}, parse("chat", body))
+        assert (breaker.state, breaker.down) == ("closed", False)
+        call.end(False)
+        assert list(breaker._calls) == [False], "and how it ended is told all the same"
+
+    asyncio.run(run())
 
 
 def test_a_compressed_reply_is_understood_though_nobody_asked_for_it() -> None:

@@ -4,24 +4,32 @@ import asyncio
 from typing import Any, cast
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+
+from deferral.gateway.problems import error_body
 
 __all__ = ["Protocol"]
 
 _AT_ONCE = 1 << 16
 _LONGEST_HEAD = 1 << 16
+# Of the rest of a body, once the server is to end: nobody has been asked yet, and it can be sent to another.
+_LAST_UPLOAD_S = 5.0
 
 
 class Protocol(HttpToolsProtocol):
     """uvicorn's HTTP, on a transport that gathers what is written in one turn of the event loop.
 
     Who connects and says nothing, or a head (or trailers) without an end, is sent away.  A wish to be upgraded, which Java's
-    client has with every first request, is not granted, and its request is answered like any other.
+    client has with every first request, is not granted, and its request is answered like any other.  A stream to a client of
+    HTTP/1.0, which knows no chunks, goes on until the connection ends.  A server that is to end waits for answers, and only a
+    moment for requests that have not come in whole.
     """
 
     # Bytes since the last that were the end of a head, or a part of a body.
     _unfinished = 0
     _running: RequestResponseCycle | None = None
+    _ending = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client has connected."""
@@ -67,9 +75,31 @@ class Protocol(HttpToolsProtocol):
         if not self.parser.should_upgrade():
             super().on_message_complete()
 
+    def shutdown(self) -> None:
+        """The server is to end: what is under way is finished."""
+        super().shutdown()
+        self._ending = True
+        self._wait_for_the_rest()
+
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._running = cycle
-        super()._start_asgi_task(cycle, app)
+        super()._start_asgi_task(cycle, _without_chunks(app, cycle) if cycle.scope["http_version"] == "1.0" else app)
+        if self._ending:
+            self._wait_for_the_rest()
+
+    def _wait_for_the_rest(self) -> None:
+        running = self._running
+        if running is not None and running.more_body and not running.response_complete:
+            self.loop.call_later(_LAST_UPLOAD_S, self._too_late, running)
+
+    def _too_late(self, cycle: RequestResponseCycle) -> None:
+        if not cycle.more_body or cycle.response_started or self.transport.is_closing():
+            return
+        message = f"the server ends, and the body did not come within {_LAST_UPLOAD_S:.0f} s; send it again"
+        body = error_body(503, "server_ends", message)
+        head = b"content-type: application/json\r\ncontent-length: %d\r\nretry-after: 1\r\nconnection: close\r\n\r\n" % len(body)
+        self.transport.write(b"".join([STATUS_LINE[503], head, body]))
+        self.transport.close()
 
     def _not_upgraded(self, rest: bytes) -> None:
         """The parser takes what follows the head for another protocol: once more, without the wish."""
@@ -88,6 +118,27 @@ class Protocol(HttpToolsProtocol):
             self.send_400_response(message)
         else:
             self.transport.close()
+
+
+def _without_chunks(app: ASGIApp, cycle: RequestResponseCycle) -> Any:
+    """The app, for a client whose only sign of an end of unknown length is the end of the connection."""
+
+    async def run(scope: Scope, receive: Receive, send: Send) -> None:
+        unknown = False
+
+        async def unframed(message: Message) -> None:
+            nonlocal unknown
+            if message["type"] == "http.response.start":
+                unknown = all(name != b"content-length" for name, _ in message["headers"])
+                cycle.chunked_encoding = False if unknown else None
+            elif unknown:
+                # uvicorn takes each part for all that is left.
+                cycle.expected_content_length = len(message["body"])
+            await send(message)
+
+        await app(scope, receive, unframed)
+
+    return run
 
 
 class Gathering:
