@@ -201,11 +201,18 @@ def test_headers_that_no_client_could_be_sent_are_left_out() -> None:
     assert b"x-odd" not in dict(call.reply.headers)
 
 
-def test_an_error_that_repeats_the_key_keeps_it_secret() -> None:
-    echo = {"error": {"message": "your headers: Bearer sk-0123456789"}}
-    [call], _ = asked([[whole(echo, status=422)]], key="sk-0123456789")
+def test_a_reply_that_repeats_the_key_keeps_it_secret() -> None:
+    key = "sk-0123456789"
+    echo = {"error": {"message": f"your headers: Bearer {key}"}}
+    answer = ANSWER | {"headers": f"Bearer {key}"}
+    for body, status in ((echo, 422), (answer, 200)):
+        [call], _ = asked([[whole(body, head=f"x-echo: Bearer {key}\r\n".encode(), status=status)]], key=key)
+        assert isinstance(call, Call)
+        assert call.reply.body == json.dumps(body).encode().replace(key.encode(), b"***")
+        assert (b"x-echo", b"Bearer ***") in call.reply.headers
+    [call], _ = asked([[streamed(b'{"choices": [], "echo": "%b"}' % key.encode())]], key=key)
     assert isinstance(call, Call)
-    assert call.reply.body == json.dumps(echo).encode().replace(b"sk-0123456789", b"***")
+    assert call.reply.body == b'data: {"choices": [], "echo": "***"}\n\n'
 
 
 @pytest.mark.parametrize("reply", [whole({"error": {"message": "busy", "code": 503}}), streamed(b'{"error": "busy"}', b"[DONE]")])
