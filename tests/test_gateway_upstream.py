@@ -18,8 +18,9 @@ from deferral.gateway.answering import Answerers, Call, Standing, Unanswered, _n
 from deferral.gateway.experts_file import Expert
 from deferral.gateway.metrics import Metrics
 from deferral.gateway.requests import parse
+from deferral.gateway.streams import StreamMeter
 from deferral.gateway.upstream import Failure, Reply, Upstream, _refused, _retry_after, _unanswered
-from deferral.gateway.usage import StreamMeter, Usage, error_of
+from deferral.gateway.usage import Usage, error_of
 
 CHAT = "/chat/completions"
 
@@ -31,6 +32,7 @@ CHAT = "/chat/completions"
         (404, CHAT, None, (502, "upstream_misconfigured", False, True, None)),
         (404, "/embeddings", None, (502, "upstream_misconfigured", False, False, None)),
         (405, "/completions", None, (502, "upstream_misconfigured", False, False, None)),
+        (404, "/responses", None, (404, "not_found", False, False, None)),
         (429, CHAT, 7.0, (429, "upstream_rate_limited", False, False, 7.0)),
         (429, CHAT, None, (429, "upstream_rate_limited", False, False, 1.0)),
         (500, CHAT, None, (502, "upstream_error", True, True, None)),

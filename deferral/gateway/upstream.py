@@ -262,6 +262,8 @@ def _unanswered(error: Exception, *, reused: bool) -> Failure:
 
 
 def _refused(status: int, path: str, retry_after: float | None) -> Failure:
+    if path == "/responses" and status in (404, 405):
+        return Failure(404, "not_found", f"has no /responses, or not what the request names (status {status})", blame=False)
     if status in _MISCONFIGURED:
         message = f"refused the gateway with status {status}; its key, model or address is wrong"
         # Many servers chat, and know no other path: whoever asks them for one must not take them from those who chat.
