@@ -11,7 +11,6 @@ pytest.importorskip("uvicorn")
 from uvicorn import Config
 from uvicorn.server import ServerState
 
-from deferral.gateway.problems import Problem
 from deferral.gateway.protocol import Gathering, Protocol
 from deferral.gateway.wire import header_map, read_body, send_json
 
@@ -195,17 +194,6 @@ def test_a_client_that_leaves_is_gone_for_the_request_under_way_though_more_had_
     asyncio.run(run())
 
 
-def test_half_a_request_is_waited_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deferral.gateway.wire._LONGEST_UPLOAD_S", 0.01)
-
-    async def receive() -> Any:
-        await asyncio.sleep(60)
-
-    with pytest.raises(Problem) as caught:
-        asyncio.run(read_body(receive, {}, 100))
-    assert (caught.value.status, caught.value.headers) == (408, {"connection": "close"})
-
-
 async def stream(scope: Any, receive: Any, send: Any) -> None:
     """An app that does not say how long its reply is."""
     await read_body(receive, header_map(scope), 1 << 20)
@@ -228,8 +216,8 @@ def test_a_stream_to_http_1_0_has_no_chunks_and_ends_with_the_connection() -> No
     assert b"content-length: %d" % len(body) in head
 
 
-def ending(app: Any, *packets: bytes, later: bytes = b"") -> list[bytes]:
-    """Status lines and bodies of what a server answers that is to end once these packets are there."""
+def ending(app: Any, packet: bytes, later: bytes = b"") -> bytes:
+    """What a server says that is to end once this packet is there."""
 
     async def run() -> bytes:
         loop, config = asyncio.get_running_loop(), Config(app, http=Protocol, ws="none")
@@ -237,9 +225,9 @@ def ending(app: Any, *packets: bytes, later: bytes = b"") -> list[bytes]:
         state = ServerState()
         server = await loop.create_server(lambda: Protocol(config, state, {}, loop), "127.0.0.1", 0)
         reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
-        for packet in packets:
-            writer.write(packet)
-            await asyncio.sleep(0.002)
+        writer.write(packet)
+        while not any(connection._running for connection in state.connections):  # type: ignore[union-attr]
+            await asyncio.sleep(0.001)
         for connection in list(state.connections):
             connection.shutdown()
         writer.write(later)
@@ -248,19 +236,40 @@ def ending(app: Any, *packets: bytes, later: bytes = b"") -> list[bytes]:
         server.close()
         return said
 
-    return asyncio.run(run()).split(b"HTTP/1.1 ")[1:]
+    return asyncio.run(run())
 
 
-def test_who_is_still_sending_when_the_server_is_to_end_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    half, rest = HEAD + b"content-length: 4\r\n\r\nha", b"lf"
-    monkeypatch.setattr("deferral.gateway.protocol._LAST_UPLOAD_S", 0.02)
-    for packets in ([half], [END.replace(b"connection: close\r\n", b"") + half]):
-        *first, last = ending(tell, *packets)
-        assert [b'"end"' in reply for reply in first] == [True] * (len(packets[0]) > len(half))
-        assert last.startswith(b"503 ")
-        assert b"connection: close" in last
-        assert json.loads(last.partition(b"\r\n\r\n")[2])["error"]["code"] == "server_ends"
-    # Whatever comes in time is answered.
-    monkeypatch.setattr("deferral.gateway.protocol._LAST_UPLOAD_S", 10)
-    [reply] = ending(tell, half, later=rest)
-    assert b'"half"' in reply
+HALF = HEAD + b"content-length: 4\r\n\r\nha"
+
+
+@pytest.mark.parametrize("before", [[], [END.replace(b"connection: close\r\n", b"")]])
+def test_half_a_request_is_waited_for_a_while_and_not_as_long_once_the_server_is_to_end(
+    monkeypatch: pytest.MonkeyPatch, before: list[bytes]
+) -> None:
+    both = b"".join([*before, HALF])
+    for name, says, status, code in (
+        ("_LONGEST_UPLOAD_S", lambda: said_to(tell, both), b"408 ", "request_timeout"),
+        ("_LAST_UPLOAD_S", lambda: ending(tell, both), b"503 ", "server_ends"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"deferral.gateway.protocol.{name}", 0.02)
+            *first, last = says().split(b"HTTP/1.1 ")[1:]
+        assert [b'"end"' in reply for reply in first] == [True] * len(before)
+        assert last.startswith(status)
+        head, _, body = last.partition(b"\r\n\r\n")
+        assert b"connection: close" in head
+        assert b"content-length: %d" % len(body) in head
+        assert json.loads(body)["error"]["code"] == code
+
+
+def test_what_comes_in_time_is_answered_and_nothing_waits_for_it_any_more() -> None:
+    assert b'"half"' in ending(tell, HALF, later=b"lf")
+    timers: list[int] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await tell(scope, receive, send)
+        timers.append(sum("_too_late" in repr(timer) for timer in asyncio.get_running_loop()._scheduled))  # type: ignore[attr-defined]
+
+    rest = b"lf"
+    assert said_to(app, HALF, rest, END).count(b"200 OK") == 2
+    assert timers == [0, 0]

@@ -13,8 +13,9 @@ __all__ = ["Protocol"]
 
 _AT_ONCE = 1 << 16
 _LONGEST_HEAD = 1 << 16
-# Of the rest of a body, once the server is to end: nobody has been asked yet, and it can be sent to another.
-_LAST_UPLOAD_S = 5.0
+# Nobody ends while a request is under way: who sends half of one must not hold that up.  Nobody has been asked for it yet, so
+# that it can be sent again.
+_LONGEST_UPLOAD_S, _LAST_UPLOAD_S = 120.0, 5.0
 
 
 class Protocol(HttpToolsProtocol):
@@ -22,14 +23,15 @@ class Protocol(HttpToolsProtocol):
 
     Who connects and says nothing, or a head (or trailers) without an end, is sent away.  A wish to be upgraded, which Java's
     client has with every first request, is not granted, and its request is answered like any other.  A stream to a client of
-    HTTP/1.0, which knows no chunks, goes on until the connection ends.  A server that is to end waits for answers, and only a
-    moment for requests that have not come in whole.
+    HTTP/1.0, which knows no chunks, goes on until the connection ends.  Who has sent half of a request has two minutes for the
+    rest, or five seconds once the server is to end.
     """
 
     # Bytes since the last that were the end of a head, or a part of a body.
     _unfinished = 0
     _running: RequestResponseCycle | None = None
     _ending = False
+    _upload: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client has connected."""
@@ -39,6 +41,7 @@ class Protocol(HttpToolsProtocol):
     def connection_lost(self, error: Exception | None) -> None:
         """The client is gone: the request that is answered learns of it, and not only the last that was sent."""
         super().connection_lost(error)
+        self._wait_no_more()
         running = self._running
         if running is not None and not running.response_complete:
             running.disconnected = True
@@ -57,6 +60,7 @@ class Protocol(HttpToolsProtocol):
         else:
             if self._unfinished > _LONGEST_HEAD:
                 self._refuse(f"expected a head of at most {_LONGEST_HEAD} bytes")
+            self._wait_for_the_rest()
 
     def on_headers_complete(self) -> None:
         """A request begins, with its headers: what comes as trailers, after checks of whoever is in front, is none of them."""
@@ -72,33 +76,45 @@ class Protocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """The end of a request."""
+        self._wait_no_more()
         if not self.parser.should_upgrade():
             super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """The end of a reply; a request that waited for it may begin."""
+        super().on_response_complete()
+        self._wait_for_the_rest()
 
     def shutdown(self) -> None:
         """The server is to end: what is under way is finished."""
         super().shutdown()
         self._ending = True
+        self._wait_no_more()
         self._wait_for_the_rest()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._running = cycle
         super()._start_asgi_task(cycle, _without_chunks(app, cycle) if cycle.scope["http_version"] == "1.0" else app)
-        if self._ending:
-            self._wait_for_the_rest()
 
     def _wait_for_the_rest(self) -> None:
+        """Most requests come whole, and have no use for a timer."""
         running = self._running
-        if running is not None and running.more_body and not running.response_complete:
-            self.loop.call_later(_LAST_UPLOAD_S, self._too_late, running)
+        if running is not None and running.more_body and not running.response_started and self._upload is None:
+            patience = _LAST_UPLOAD_S if self._ending else _LONGEST_UPLOAD_S
+            self._upload = self.loop.call_later(patience, self._too_late, running, patience)
 
-    def _too_late(self, cycle: RequestResponseCycle) -> None:
-        if not cycle.more_body or cycle.response_started or self.transport.is_closing():
+    def _wait_no_more(self) -> None:
+        if self._upload is not None:
+            self._upload.cancel()
+            self._upload = None
+
+    def _too_late(self, cycle: RequestResponseCycle, patience: float) -> None:
+        if cycle.response_started or self.transport.is_closing():
             return
-        message = f"the server ends, and the body did not come within {_LAST_UPLOAD_S:.0f} s; send it again"
-        body = error_body(503, "server_ends", message)
+        status, code = (503, "server_ends") if self._ending else (408, "request_timeout")
+        body = error_body(status, code, f"the body: expected all of it within {patience:.0f} s; send it again")
         head = b"content-type: application/json\r\ncontent-length: %d\r\nretry-after: 1\r\nconnection: close\r\n\r\n" % len(body)
-        self.transport.write(b"".join([STATUS_LINE[503], head, body]))
+        self.transport.write(b"".join([STATUS_LINE[status], head, body]))
         self.transport.close()
 
     def _not_upgraded(self, rest: bytes) -> None:
