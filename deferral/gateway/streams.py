@@ -70,9 +70,10 @@ class ResponseMeter(StreamMeter):
         seen = (self._tail[-_LONGEST_ENDING:] or b"\n") + chunk
         super().feed(chunk)
         if self._ending:
-            self._last = (self._last + chunk)[:_LONGEST_EVENT]
+            if len(self._last) < _LONGEST_EVENT:
+                self._last += chunk[:_LONGEST_EVENT]
         elif any(name in seen for name in _ENDINGS) and (found := _ENDING.search(seen)):
-            self._ending, self._last = found[1], seen[found.start() :][:_LONGEST_EVENT]
+            self._ending, self._last = found[1], seen[found.start() :]
 
     @property
     def finished(self) -> bool:
