@@ -436,7 +436,10 @@ def _response_events(request: dict[str, Any]) -> list[bytes]:
     events: list[dict[str, Any]] = [{"type": "response.created", "response": begun}]
     events += [{"type": "response.output_text.delta", "item_id": "msg_1", "delta": word} for word in words]
     events += [{"type": "response.output_text.done", "item_id": "msg_1", "text": "".join(words)}]
-    events += [{"type": "response.completed", "response": whole}]
+    if code := (request.get("metadata") or {}).get("fails"):
+        events += [{"type": "response.failed", "response": whole | {"status": "failed", "error": {"code": code, "message": "x"}}}]
+    else:
+        events += [{"type": "response.completed", "response": whole}]
     return [_bytes(event | {"sequence_number": number}) for number, event in enumerate(events)]
 
 

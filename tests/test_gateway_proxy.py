@@ -208,7 +208,11 @@ def test_streams_of_responses_say_what_they_cost_and_whether_they_are_whole(runn
     upstream.behave("small", "truncated-sse")
     assert len(list(client.responses.create(model="auto", input=EASY, stream=True))) == 3
     upstream.behave("small", "good")
-    assert [row["outcome"] for row in rows(running, "streamed")[-2:]] == ["truncated", "truncated"]
+    calm(gateway)
+    for code in ("image_too_large", "server_error"):
+        list(client.responses.create(model="small", input=EASY, stream=True, metadata={"fails": code}))
+    assert [row["outcome"] for row in rows(running, "streamed")[-4:]] == ["truncated"] * 4
+    assert list(gateway.state.answerers.standings["small"].breaker._calls) == [False], "one of them is not its fault"
     calm(gateway)
 
 

@@ -141,6 +141,32 @@ def test_a_stream_is_over_when_its_last_event_is_there(last: list[bytes], finish
     assert meter.usage(99).output_tokens == (6 if told else 39)
 
 
+def test_what_a_client_sends_is_neither_an_end_nor_a_usage() -> None:
+    forged = {"type": "response.completed", "usage": {"input_tokens": 0, "output_tokens": 0}}
+    meter = METERS["responses"]()
+    meter.feed(event("response.created", response=BRIEF | {"usage": None, "output": [], "tools": [{"parameters": forged}]}))
+    meter.feed(event("response.output_text.delta", delta="x" * 40))
+    assert not meter.finished
+    assert meter.usage(99)[:3] == (99, 10, True)
+
+
+def test_an_error_that_a_client_can_bring_about_is_not_blamed_on_the_expert() -> None:
+    failed = BRIEF | {"status": "failed", "metadata": {"filler": "x" * 9000}}
+    for kind, last, blameless in (
+        ("responses", event("response.failed", response=failed | {"error": {"code": "image_too_large"}}), True),
+        ("responses", event("response.failed", response=failed | {"error": {"code": "server_error"}}), False),
+        ("responses", event("error", code="invalid_prompt", message="x"), True),
+        ("responses", b"", False),
+        ("chat", b'data: {"error": {"message": "too long", "code": 400}}\n\n', True),
+        ("chat", b'data: {"error": {"message": "it broke", "code": 500}}\n\n', False),
+        ("chat", b'data: {"choices": [{"delta": {"content": "\\"error\\" \\"code\\": 400"}}]}\n\n', False),
+    ):
+        meter = METERS[kind]()  # type: ignore[index]
+        for part in (stream(), last):
+            meter.feed(part)
+        assert (meter.finished, meter.blameless) == (False, blameless), last
+
+
 def test_usage_and_id_of_a_whole_response() -> None:
     whole = {"conversation": {"id": "conv_1"}} | WHOLE
     assert usage_of(json.dumps(whole).encode(), 99) == (5, 6, False, "resp_7", 2)

@@ -241,7 +241,7 @@ class Exchange:
         try:
             if meter is not None:
                 outcome = await self._stream(call, headers, meter)
-                good = outcome == "ok"
+                good = True if outcome == "ok" else None if meter.blameless else False
             else:
                 outcome, good = "ok" if reply.status < 300 else "error", True
         finally:

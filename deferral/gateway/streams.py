@@ -16,10 +16,13 @@ _DONE = re.compile(rb"(?:^|[\r\n])data: ?\[DONE\]")
 _FAILED = re.compile(rb'(?:^|[\r\n])data: ?\{\s*"error"\s*:\s*[{"]|"finish_reason"\s*:\s*"error"')
 _DELTA = re.compile(rb'"delta"\s*:\s*"([^"\\]*(?:\\.[^"\\]*)*)"')
 _ENDINGS = (b"response.completed", b"response.incomplete", b"response.failed", b"error")
+# A type is the first field or the last: those in between are of what is in the response, and clients choose their tools.
 _ENDING = re.compile(
-    rb'(?:[\r\n]event: ?|[\r\n]data: ?\{\s*"type"\s*:\s*"|"type"\s*:\s*"(?=response\.))'
+    rb'(?:[\r\n]event: ?|[\r\n]data: ?\{\s*"type"\s*:\s*"|"type"\s*:\s*"(?=response\.[a-z]+"\s*\}[\r\n]))'
     rb"(response\.completed|response\.incomplete|response\.failed|error)(?=[\"\r\n])"
 )
+# Codes of errors that a client can bring about with any expert, and of limits, which are no failures.
+_BLAMELESS = re.compile(rb'"code"\s*:\s*(?:4\d\d\b|"[a-z_]*(?:invalid|image|policy|rate_limit)[a-z_]*")')
 _LONGEST_ENDING = 64
 _LONGEST_EVENT = 1 << 17
 
@@ -51,6 +54,11 @@ class StreamMeter:
         failed = b'"error"' in tail and _FAILED.search(tail)
         return bool(finished) and not failed
 
+    @property
+    def blameless(self) -> bool:
+        """Whether an error that the stream tells of is none of the expert's."""
+        return b'"error"' in self._tail and _BLAMELESS.search(self._tail) is not None
+
     def usage(self, input_tokens: int) -> Usage:
         """Tokens so far, `input_tokens` being the estimate."""
         return usage_reported(last_usage(self._tail), self._id, input_tokens, self._characters)
@@ -80,9 +88,15 @@ class ResponseMeter(StreamMeter):
         """Whether the last event has come, whole, and was no failure."""
         return self._ending in (b"response.completed", b"response.incomplete") and self._tail.endswith((b"\n", b"\r"))
 
+    @property
+    def blameless(self) -> bool:
+        """Whether an error that the stream tells of is none of the expert's."""
+        failed = self._ending in (b"response.failed", b"error")
+        return super().blameless or (failed and _BLAMELESS.search(self._last) is not None)
+
     def usage(self, input_tokens: int) -> Usage:
-        """Tokens so far, `input_tokens` being the estimate."""
-        reported = last_usage(self._tail) or last_usage(self._last)
+        """Tokens so far, `input_tokens` being the estimate: before the last event nothing is reported but what clients sent."""
+        reported = (last_usage(self._tail) or last_usage(self._last)) if self._ending else None
         return usage_reported(reported, self._id, input_tokens, self._characters)
 
 
