@@ -219,7 +219,8 @@ def test_streams_of_responses_say_what_they_cost_and_whether_they_are_whole(runn
 def test_a_response_goes_on_with_whoever_gave_the_one_before(running: Any, client: openai.OpenAI) -> None:
     create = client.responses.with_raw_response.create
     first = create(model="auto", input=HARD, metadata={"seed": "first"}).parse()
-    # Immediately after, before its row is written, and though the small one would do.
+    rows(running)
+    # Though the small one would do.
     raw = create(model="auto", input=EASY, previous_response_id=first.id)
     assert (raw.headers["x-deferral-expert"], raw.headers["x-deferral-reason"]) == ("large", "gave the previous response")
     assert running.upstream.seen[-1].json["previous_response_id"] == first.id
