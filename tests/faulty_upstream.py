@@ -79,8 +79,10 @@ class Reply:
     async def events(self, events: list[bytes], *, end: bool = True) -> None:
         """Server-sent events, chunked; without `end` the reply stays open."""
         self.head(200, "text/event-stream; charset=utf-8", transfer_encoding="chunked")
+        named = self.seen.path.endswith("/responses")
         for event in events:
-            await self.chunk(b"data: " + event + b"\n\n")
+            name = b"event: " + json.loads(event)["type"].encode() + b"\n" if named else b""
+            await self.chunk(name + b"data: " + event + b"\n\n")
             if self.chunk_s:
                 await asyncio.sleep(self.chunk_s)
         if end:
@@ -111,7 +113,7 @@ async def good(reply: Reply) -> None:
         data = [{"object": "embedding", "index": row, "embedding": [0.25, -0.5, float(row)]} for row in range(count)]
         usage = {"prompt_tokens": 4 * count, "total_tokens": 4 * count}
         await reply.whole(200, _bytes({"object": "list", "data": data, "model": reply.seen.model, "usage": usage}))
-    elif path not in ("/v1/chat/completions", "/v1/completions"):
+    elif path not in ("/v1/chat/completions", "/v1/completions", "/v1/responses"):
         await reply.whole(404, _error("no such path", "not_found_error"))
     elif reply.seen.json.get("stream"):
         await reply.events(_events(reply.seen))
@@ -374,6 +376,8 @@ def _streams(reply: Reply) -> bool:
 def _answer(seen: Seen) -> dict[str, Any]:
     """The answer names the model and repeats the last message, or calls the first tool with it."""
     request = seen.json
+    if seen.path.endswith("/responses"):
+        return _response(request)
     text = _last_text(request)
     reply = {
         "id": f"chatcmpl-{request.get('seed', 1)}",
@@ -405,8 +409,44 @@ def _logprobs(logprob: float, count: int) -> list[dict[str, Any]]:
     return [{"token": "t", "logprob": logprob, "bytes": None, "top_logprobs": others} for _ in range(6)]
 
 
+def _response(request: dict[str, Any]) -> dict[str, Any]:
+    """The same in the shape of the Responses API.  The usage is not the last usage in it by name alone."""
+    model, text, tools = request.get("model", ""), _last_text(request), request.get("tools") or []
+    said: dict[str, Any] = {"type": "message", "id": "msg_1", "role": "assistant", "status": "completed"}
+    said["content"] = [{"type": "output_text", "text": f"{model}: {text}", "annotations": []}]
+    if tools:
+        call = {"name": tools[0]["name"], "arguments": json.dumps({"text": text}), "call_id": "call_1"}
+        said = {"type": "function_call", "id": "fc_1", "status": "completed", **call}
+    details = {
+        "input_tokens_details": {"cached_tokens": 3, "cache_write_tokens": 0},
+        "output_tokens_details": {"reasoning_tokens": 0},
+    }
+    return {
+        "id": f"resp_{(request.get('metadata') or {}).get('seed', 1)}", "object": "response", "created_at": 1,
+        "status": "completed", "error": None, "model": model, "output": [said], "tools": tools,
+        "usage": {"input_tokens": 7, "output_tokens": CHUNKS, "total_tokens": 7 + CHUNKS, **details},
+        "metadata": {"filler": "x" * 5000},
+    }  # fmt: skip
+
+
+def _response_events(request: dict[str, Any]) -> list[bytes]:
+    whole = _response(request)
+    begun = whole | {"status": "in_progress", "output": [], "usage": None}
+    words = [f"word{number} " for number in range(CHUNKS)]
+    events: list[dict[str, Any]] = [{"type": "response.created", "response": begun}]
+    events += [{"type": "response.output_text.delta", "item_id": "msg_1", "delta": word} for word in words]
+    events += [{"type": "response.output_text.done", "item_id": "msg_1", "text": "".join(words)}]
+    if code := (request.get("metadata") or {}).get("fails"):
+        events += [{"type": "response.failed", "response": whole | {"status": "failed", "error": {"code": code, "message": "x"}}}]
+    else:
+        events += [{"type": "response.completed", "response": whole}]
+    return [_bytes(event | {"sequence_number": number}) for number, event in enumerate(events)]
+
+
 def _events(seen: Seen) -> list[bytes]:
     request = seen.json
+    if seen.path.endswith("/responses"):
+        return _response_events(request)
     chat = "messages" in request
     head = {
         "id": f"chatcmpl-{request.get('seed', 1)}",
@@ -436,9 +476,10 @@ def _events(seen: Seen) -> list[bytes]:
 
 
 def _last_text(request: dict[str, Any]) -> str:
-    if "messages" not in request:
-        return str(request.get("prompt", ""))
-    content = request["messages"][-1].get("content")
+    messages = request.get("messages", request.get("input"))
+    if not isinstance(messages, list):
+        return str(request.get("prompt", messages))
+    content = messages[-1].get("content")
     if isinstance(content, list):
         return " ".join(part.get("text", "") for part in content)
     return str(content)

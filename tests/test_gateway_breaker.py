@@ -92,6 +92,23 @@ def test_a_trial_whose_client_left_makes_room_for_another(clock: Clock) -> None:
     assert breaker.enter() is not None
 
 
+def test_the_first_bytes_of_a_trial_let_others_in_however_long_it_goes_on(clock: Clock) -> None:
+    breaker = Breaker(clock)
+    fail(breaker, 5)
+    clock.now += 10
+    probe = breaker.enter()
+    assert probe is not None
+    assert breaker.begun(0) == 0, "of a call from before it opened"
+    assert breaker.down
+    later = breaker.begun(probe)
+    assert (breaker.state, breaker.down) == ("closed", False)
+    assert breaker.begun(later) == later
+    # How it ends is still told, as of any other call.
+    fail(breaker, 4)
+    breaker.failure(later)
+    assert breaker.state == "open"
+
+
 def test_rest_is_no_failure_and_ends(clock: Clock) -> None:
     breaker = Breaker(clock)
     ticket = breaker.enter()

@@ -16,7 +16,7 @@ from deferral.routing import Abilities, Router
 from tests.running_gateway import EASY, HARD, small_router
 
 EXPERTS = {
-    "small": Expert("small", "http://127.0.0.1:1", context_tokens=1000, tools=False, images=False, region="eu"),
+    "small": Expert("small", "http://127.0.0.1:1", context_tokens=1000, tools=False, images=False, responses=False, region="eu"),
     "large": Expert("large", "http://127.0.0.1:1", region="us"),
 }
 
@@ -55,7 +55,7 @@ def test_the_cheapest_expected_cost_is_asked_first_and_the_others_after_it(decid
         assert not choice.fast_path
 
 
-@pytest.mark.parametrize("needs", [{"tools": True}, {"images": True}, {"tokens": 999, "output_tokens": 2}])
+@pytest.mark.parametrize("needs", [{"tools": True}, {"images": True}, {"responses": True}, {"tokens": 999, "output_tokens": 2}])
 def test_what_the_small_one_cannot_do_the_large_one_does(decider: Decider, needs: dict) -> None:
     choice = choose(decider, asked(**needs))
     assert choice.ranking == ("large",)
@@ -76,6 +76,7 @@ def test_what_router_and_file_say_of_an_expert_holds_together(router: Router) ->
 def test_an_empty_mask_is_a_clear_400(decider: Decider) -> None:
     for request, limited, hints, words in (
         (asked(tools=True), Limited(allow={"small"}), {}, "small: it takes no tools"),
+        (asked(responses=True), Limited(allow={"small"}), {}, "small: it has no /responses"),
         (asked(), Limited(allow={"another"}), {}, "none is allowed for this key"),
         (asked(), Limited(), {"regions": frozenset({"mars"})}, "small: it is in eu; large: it is in us"),
         (asked(), Limited(), {"max_latency": 0.01}, "no expert that may be asked answers within 0.01 s"),

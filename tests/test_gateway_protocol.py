@@ -11,7 +11,6 @@ pytest.importorskip("uvicorn")
 from uvicorn import Config
 from uvicorn.server import ServerState
 
-from deferral.gateway.problems import Problem
 from deferral.gateway.protocol import Gathering, Protocol
 from deferral.gateway.wire import header_map, read_body, send_json
 
@@ -95,11 +94,11 @@ async def tell(scope: Any, receive: Any, send: Any) -> None:
     await send_json(send, {"body": body.decode(), "headers": sorted(name.decode() for name in headers)})
 
 
-def replies_to(*packets: bytes, patience: int = 75) -> list[Any]:
-    """What a server answers until it closes the connection: bodies, read where they are JSON."""
+def said_to(app: Any, *packets: bytes, patience: int = 75) -> bytes:
+    """What a server with this app says until it closes the connection."""
 
     async def run() -> bytes:
-        loop, config = asyncio.get_running_loop(), Config(tell, http=Protocol, ws="none", timeout_keep_alive=patience)
+        loop, config = asyncio.get_running_loop(), Config(app, http=Protocol, ws="none", timeout_keep_alive=patience)
         config.load()
         server = await loop.create_server(lambda: Protocol(config, ServerState(), {}, loop), "127.0.0.1", 0)
         reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
@@ -117,7 +116,13 @@ def replies_to(*packets: bytes, patience: int = 75) -> list[Any]:
         server.close()
         return said
 
-    bodies = [part.partition(b"\r\n\r\n")[2] for part in asyncio.run(run()).split(b"HTTP/1.1 ")[1:]]
+    return asyncio.run(run())
+
+
+def replies_to(*packets: bytes, patience: int = 75) -> list[Any]:
+    """What a server answers until it closes the connection: bodies, read where they are JSON."""
+    said = said_to(tell, *packets, patience=patience)
+    bodies = [part.partition(b"\r\n\r\n")[2] for part in said.split(b"HTTP/1.1 ")[1:]]
     return [json.loads(body) if body.startswith(b"{") else body.decode() for body in bodies]
 
 
@@ -189,12 +194,82 @@ def test_a_client_that_leaves_is_gone_for_the_request_under_way_though_more_had_
     asyncio.run(run())
 
 
-def test_half_a_request_is_waited_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deferral.gateway.wire._LONGEST_UPLOAD_S", 0.01)
+async def stream(scope: Any, receive: Any, send: Any) -> None:
+    """An app that does not say how long its reply is."""
+    await read_body(receive, header_map(scope), 1 << 20)
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
+    for part in (b"data: 1\n\n", b"", b"data: 2\n\n"):
+        await send({"type": "http.response.body", "body": part, "more_body": True})
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def receive() -> Any:
-        await asyncio.sleep(60)
 
-    with pytest.raises(Problem) as caught:
-        asyncio.run(read_body(receive, {}, 100))
-    assert (caught.value.status, caught.value.headers) == (408, {"connection": "close"})
+def test_a_stream_to_http_1_0_has_no_chunks_and_ends_with_the_connection() -> None:
+    request = b"POST / HTTP/1.%d\r\nhost: x\r\nconnection: %b\r\ncontent-length: 0\r\n\r\n"
+    for wish in (b"keep-alive", b"close"):
+        head, _, body = said_to(stream, request % (0, wish)).partition(b"\r\n\r\n")
+        assert (b"transfer-encoding" in head, b"content-length" in head, b"connection: close" in head) == (False, False, True)
+        assert body == b"data: 1\n\ndata: 2\n\n"
+    head, _, body = said_to(stream, request % (1, b"close")).partition(b"\r\n\r\n")
+    assert (b"transfer-encoding: chunked" in head, body[:3]) == (True, b"9\r\n")
+    # What has a length keeps it.
+    head, _, body = said_to(tell, request % (0, b"close")).partition(b"\r\n\r\n")
+    assert b"content-length: %d" % len(body) in head
+
+
+def ending(app: Any, packet: bytes, later: bytes = b"") -> bytes:
+    """What a server says that is to end once this packet is there."""
+
+    async def run() -> bytes:
+        loop, config = asyncio.get_running_loop(), Config(app, http=Protocol, ws="none")
+        config.load()
+        state = ServerState()
+        server = await loop.create_server(lambda: Protocol(config, state, {}, loop), "127.0.0.1", 0)
+        reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+        writer.write(packet)
+        while not any(connection._running for connection in state.connections):  # type: ignore[union-attr]
+            await asyncio.sleep(0.001)
+        for connection in list(state.connections):
+            connection.shutdown()
+        writer.write(later)
+        said = await asyncio.wait_for(reader.read(), 10)
+        writer.close()
+        server.close()
+        return said
+
+    return asyncio.run(run())
+
+
+HALF = HEAD + b"content-length: 4\r\n\r\nha"
+
+
+@pytest.mark.parametrize("before", [[], [END.replace(b"connection: close\r\n", b"")]])
+def test_half_a_request_is_waited_for_a_while_and_not_as_long_once_the_server_is_to_end(
+    monkeypatch: pytest.MonkeyPatch, before: list[bytes]
+) -> None:
+    both = b"".join([*before, HALF])
+    for name, says, status, code in (
+        ("_LONGEST_UPLOAD_S", lambda: said_to(tell, both), b"408 ", "request_timeout"),
+        ("_LAST_UPLOAD_S", lambda: ending(tell, both), b"503 ", "server_ends"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"deferral.gateway.protocol.{name}", 0.02)
+            *first, last = says().split(b"HTTP/1.1 ")[1:]
+        assert [b'"end"' in reply for reply in first] == [True] * len(before)
+        assert last.startswith(status)
+        head, _, body = last.partition(b"\r\n\r\n")
+        assert b"connection: close" in head
+        assert b"content-length: %d" % len(body) in head
+        assert json.loads(body)["error"]["code"] == code
+
+
+def test_what_comes_in_time_is_answered_and_nothing_waits_for_it_any_more() -> None:
+    assert b'"half"' in ending(tell, HALF, later=b"lf")
+    timers: list[int] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await tell(scope, receive, send)
+        timers.append(sum("_too_late" in repr(timer) for timer in asyncio.get_running_loop()._scheduled))  # type: ignore[attr-defined]
+
+    rest = b"lf"
+    assert said_to(app, HALF, rest, END).count(b"200 OK") == 2
+    assert timers == [0, 0]

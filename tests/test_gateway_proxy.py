@@ -154,6 +154,103 @@ def test_streams_tools_and_the_other_paths(running: Any, client: openai.OpenAI) 
         client.embeddings.create(model="auto", input="a")
 
 
+PICTURE = "data:image/png;base64,AAAA"
+
+
+def test_the_responses_api_is_routed_like_chat(running: Any, client: openai.OpenAI) -> None:
+    tool: Any = {"type": "function", "name": "look_up", "parameters": {"type": "object", "properties": {"usage": {"type": "x"}}}}
+    create = client.responses.with_raw_response.create
+    for text, expert, model in ((EASY, "small", "small"), (HARD, "large", "big/one")):
+        said: list[Any] = [{"role": "user", "content": [{"type": "input_text", "text": text}]}]
+        for items in (text, said):
+            raw = create(model="auto", input=items, instructions="be brief", metadata={"seed": text})
+            answer = raw.parse()
+            assert answer.output_text == f"{model}: {text}"
+            assert raw.headers["x-deferral-expert"] == expert
+            assert raw.headers["x-deferral-reason"].startswith(f"{expert}: expected quality")
+        [row] = rows(running, f"id = '{raw.headers['x-deferral-id']}'")
+        assert (row["expert"], row["outcome"], row["estimated"], row["reply_id"]) == (expert, "ok", 0, f"resp_{text}")
+        assert (row["input_tokens"], row["output_tokens"]) == (7, CHUNKS)
+        assert row["price"] == pytest.approx(running.experts[expert].price(7, CHUNKS, 3))
+    raw = create(model="auto", input=EASY, tools=[tool])
+    [call] = raw.parse().output
+    assert (call.type, json.loads(call.arguments)) == ("function_call", {"text": EASY})  # type: ignore[union-attr]
+    picture: Any = [{"role": "user", "content": [{"type": "input_image", "image_url": PICTURE, "detail": "auto"}]}]
+    assert create(model="auto", input=picture).headers["x-deferral-expert"] == "large", "the small one takes none"
+    assert create(model="small", input=HARD).headers["x-deferral-reason"] == "asked for by name"
+    cheap = create(model="auto", input=HARD, extra_headers={"x-deferral-price-of-error": "0.001"})
+    assert cheap.headers["x-deferral-expert"] == "small"
+    body = b'{"input": [{"role": "user", "content": "add"}] , "x_unknown": {"model": 1.0} ,"model":"auto"}'
+    status, _, _ = running.gateway.ask("POST", "/v1/responses", body, key=running.key)
+    seen = running.upstream.seen[-1]
+    assert (status, seen.path, seen.body) == (200, "/v1/responses", body.replace(b'"auto"', json.dumps(seen.model).encode()))
+
+
+def test_streams_of_responses_say_what_they_cost_and_whether_they_are_whole(running: Any, client: openai.OpenAI) -> None:
+    events = list(client.responses.create(model="auto", input=HARD, stream=True))
+    assert [event.type for event in (events[0], events[1], events[-1])] == [
+        "response.created",
+        "response.output_text.delta",
+        "response.completed",
+    ]
+    assert len(events) == CHUNKS + 3
+    row = rows(running, "streamed")[-1]
+    assert (row["expert"], row["outcome"], row["reply_id"]) == ("large", "ok", "resp_1")
+    assert (row["input_tokens"], row["output_tokens"], row["estimated"]) == (7, CHUNKS, 0)
+    # Until the first byte others may answer, after it nobody.
+    gateway, upstream = running.gateway, running.upstream
+    upstream.behave("small", "status-500")
+    raw = client.responses.with_raw_response.create(model="auto", input=EASY, stream=True)
+    assert (raw.headers["x-deferral-expert"], len(list(raw.parse()))) == ("large", CHUNKS + 3)
+    upstream.behave("small", "reset")
+    with pytest.raises(openai.APIError, match="small broke off in the middle of the stream"):
+        list(client.responses.create(model="auto", input=EASY, stream=True))
+    upstream.behave("small", "truncated-sse")
+    assert len(list(client.responses.create(model="auto", input=EASY, stream=True))) == 3
+    upstream.behave("small", "good")
+    calm(gateway)
+    for code in ("image_too_large", "server_error"):
+        list(client.responses.create(model="small", input=EASY, stream=True, metadata={"fails": code}))
+    assert [row["outcome"] for row in rows(running, "streamed")[-4:]] == ["truncated"] * 4
+    assert list(gateway.state.answerers.standings["small"].breaker._calls) == [False], "one of them is not its fault"
+    calm(gateway)
+
+
+def test_a_response_goes_on_with_whoever_gave_the_one_before(running: Any, client: openai.OpenAI) -> None:
+    create = client.responses.with_raw_response.create
+    first = create(model="auto", input=HARD, metadata={"seed": "first"}).parse()
+    rows(running)
+    # Though the small one would do.
+    raw = create(model="auto", input=EASY, previous_response_id=first.id)
+    assert (raw.headers["x-deferral-expert"], raw.headers["x-deferral-reason"]) == ("large", "gave the previous response")
+    assert running.upstream.seen[-1].json["previous_response_id"] == first.id
+    [row] = rows(running, f"id = '{raw.headers['x-deferral-id']}'")
+    assert (row["requested"], row["expert"]) == ("large", "large")
+    status, _, _ = running.gateway.ask("POST", "/v1/feedback", {"id": first.id, "thumbs": "up"}, key=running.key)
+    assert status == 200
+    other, _ = running.gateway.state.keys.create("other")
+    for key, previous in ((running.key, "resp_unknown"), (other, first.id)):
+        body = {"model": "auto", "input": EASY, "previous_response_id": previous}
+        status, _, said = running.gateway.ask("POST", "/v1/responses", body, key=key)
+        assert (status, json.loads(said)["error"]["code"]) == (400, "previous_response_not_found")
+    # Who is named is asked, and says itself what it knows.
+    assert create(model="small", input=EASY, previous_response_id="resp_unknown").headers["x-deferral-expert"] == "small"
+
+
+def test_what_a_gateway_cannot_do_with_responses_it_says(running: Any, client: openai.OpenAI) -> None:
+    for fields, param in (
+        ({"conversation": "conv_1"}, "conversation"),
+        ({"prompt": {"id": "pmpt_1"}}, "prompt"),
+        ({"background": True}, "background"),
+        ({"previous_response_id": 7}, "previous_response_id"),
+    ):
+        status, _, said = running.gateway.ask("POST", "/v1/responses", {"model": "auto", "input": EASY} | fields, key=running.key)
+        assert (status, json.loads(said)["error"]["param"]) == (400, param)
+    for ask in (client.responses.retrieve, client.responses.delete, client.responses.cancel):
+        with pytest.raises(openai.NotFoundError, match="kept by the expert that gave them"):
+            ask("resp_1")
+
+
 def test_the_asynchronous_client_with_many_streams_at_once(running: Any) -> None:
     async def run() -> list[int]:
         async with openai.AsyncOpenAI(base_url=running.gateway.url, api_key=running.key, max_retries=0) as found:
@@ -163,6 +260,10 @@ def test_the_asynchronous_client_with_many_streams_at_once(running: Any) -> None
                 stream = await found.chat.completions.create(model="auto", messages=messages, stream=True)
                 return len([chunk async for chunk in stream])
 
+            answer = await found.responses.create(model="auto", input=EASY)
+            assert answer.output_text == f"small: {EASY}"
+            events = await found.responses.create(model="auto", input=EASY, stream=True)
+            assert [event.type async for event in events][-1] == "response.completed"
             return await asyncio.gather(*(one(number) for number in range(20)))
 
     assert asyncio.run(run()) == [CHUNKS + 1] * 20
@@ -280,7 +381,8 @@ def test_feedback_is_kept_by_either_id(running: Any) -> None:
         status, _, said = gateway.ask("POST", "/v1/feedback", body, key=key)
         assert status == 200
     with contextlib.closing(sqlite3.connect(running.folder / "gateway.db")) as connection:
-        assert connection.execute("select quality from feedback").fetchall() == [(0.0,)], "the later one replaces the first"
+        found = connection.execute("select quality from feedback where decision = ?", [headers["x-deferral-id"]]).fetchall()
+    assert found == [(0.0,)], "the later one replaces the first"
     for body, expected in (
         ({"id": "dfr-unknown", "quality": 1}, 404),
         ({"id": headers["x-deferral-id"]}, 400),
@@ -446,7 +548,23 @@ JSON: Any = st.recursive(
     max_leaves=6,
 )
 FIELDS = st.dictionaries(
-    st.sampled_from(["model", "messages", "stream", "tools", "max_tokens", "prompt", "input", "id", "quality", "stream_options"]),
+    st.sampled_from(
+        [
+            "model",
+            "messages",
+            "stream",
+            "tools",
+            "max_tokens",
+            "prompt",
+            "input",
+            "id",
+            "quality",
+            "stream_options",
+            "instructions",
+            "previous_response_id",
+            "background",
+        ]
+    ),
     JSON | st.sampled_from(["auto", "small", "nobody"]) | st.lists(st.dictionaries(st.sampled_from(["role", "content"]), JSON)),
 )
 
@@ -454,7 +572,7 @@ FIELDS = st.dictionaries(
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     body=FIELDS.map(lambda fields: json.dumps({"model": "auto"} | fields).encode()) | st.binary(max_size=60),
-    path=st.sampled_from(["chat/completions", "completions", "embeddings", "feedback"]),
+    path=st.sampled_from(["chat/completions", "completions", "embeddings", "responses", "feedback"]),
     hint=st.sampled_from(["", "0.01", "1e308", "-0", "1e-300"])
     | st.text(st.characters(codec="latin-1", exclude_categories=["C"]), max_size=5),
     name=st.sampled_from(["price_of_error", "budget", "max_latency", "min_quality"]),

@@ -64,6 +64,19 @@ def test_a_row_comes_back_as_it_was(record: Record, database: str) -> None:
     assert rows_of(database, texts) == []
 
 
+def test_who_gave_a_reply_is_known_where_one_expert_gave_it(record: Record) -> None:
+    for number, (name, key) in enumerate([("small", "a"), ("large", "b"), ("small", "c"), ("small", "c")]):
+        record.add(row(number, reply_id="r1", expert=name, key=key))
+    record.add(row(9, reply_id="", expert="small", key="a"))
+    until(lambda: not record.waiting)
+
+    async def ask() -> list[str | None]:
+        asked = [("r1", "a"), ("r1", "b"), ("r1", "c"), ("r1", ""), ("r2", "a"), ("r1\ud800\0", "a")]
+        return await asyncio.gather(*(record.answered_by(identity, key=key) for identity, key in asked))
+
+    assert asyncio.run(ask()) == ["small", "large", "small", None, None, None]
+
+
 def test_what_clients_and_upstreams_send_cannot_spoil_a_row(record: Record, database: str) -> None:
     record.add(
         row(

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from deferral.gateway.problems import Problem
 from deferral.gateway.requests import hints, parse, with_model
-from deferral.gateway.usage import StreamMeter, usage_of
+from deferral.gateway.streams import StreamMeter
+from deferral.gateway.usage import usage_of
 
 TEXT = st.text(max_size=12) | st.sampled_from(["model", '"model": "x"', "\\", '"', "ł", "\n", "auto"])
 LEAVES = st.none() | st.integers(-9, 9) | TEXT

@@ -7,6 +7,9 @@ import ssl
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime, formatdate
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import AsyncMock
 
 import aiohttp
 import pytest
@@ -15,8 +18,9 @@ from deferral.gateway.answering import Answerers, Call, Standing, Unanswered, _n
 from deferral.gateway.experts_file import Expert
 from deferral.gateway.metrics import Metrics
 from deferral.gateway.requests import parse
-from deferral.gateway.upstream import Failure, Upstream, _refused, _retry_after, _unanswered
-from deferral.gateway.usage import StreamMeter, error_of
+from deferral.gateway.streams import StreamMeter
+from deferral.gateway.upstream import Failure, Reply, Upstream, _refused, _retry_after, _unanswered
+from deferral.gateway.usage import Usage, error_of
 
 CHAT = "/chat/completions"
 
@@ -28,6 +32,7 @@ CHAT = "/chat/completions"
         (404, CHAT, None, (502, "upstream_misconfigured", False, True, None)),
         (404, "/embeddings", None, (502, "upstream_misconfigured", False, False, None)),
         (405, "/completions", None, (502, "upstream_misconfigured", False, False, None)),
+        (404, "/responses", None, (404, "not_found", False, False, None)),
         (429, CHAT, 7.0, (429, "upstream_rate_limited", False, False, 7.0)),
         (429, CHAT, None, (429, "upstream_rate_limited", False, False, 1.0)),
         (500, CHAT, None, (502, "upstream_error", True, True, None)),
@@ -163,6 +168,26 @@ def test_a_connection_that_ended_while_it_was_idle_is_replaced_and_no_other_is()
     assert (nobody.status, nobody.attempts, requests) == (502, 1, 1)
 
 
+def test_a_stream_that_has_begun_lets_others_ask_whoever_was_left_alone() -> None:
+    async def run() -> None:
+        begun = Reply(200, [], b"data: {}", Usage(0, 0, True, ""), SimpleNamespace(close=lambda: None))  # type: ignore[arg-type]
+        upstream: Any = SimpleNamespace(ask=AsyncMock(return_value=begun))
+        expert, body = Expert("small", "http://127.0.0.1:1"), b'{"model": "small", "messages": []}'
+        answerers = Answerers(upstream, Metrics(), retry_share=0.0)
+        answerers.update({"small": expert})
+        breaker = answerers.standings["small"].breaker
+        for _ in range(5):
+            breaker.failure(breaker.enter() or 0)
+        breaker._until = 0.0
+        assert breaker.state == "half-open"
+        call = await answerers.answer([expert], CHAT, lambda _: body, {}, parse("chat", body))
+        assert (breaker.state, breaker.down) == ("closed", False)
+        call.end(False)
+        assert list(breaker._calls) == [False], "and how it ended is told all the same"
+
+    asyncio.run(run())
+
+
 def test_a_compressed_reply_is_understood_though_nobody_asked_for_it() -> None:
     [call], _ = asked([[whole(head=b"content-encoding: gzip\r\n", packed=True)]])
     assert isinstance(call, Call)
@@ -178,11 +203,18 @@ def test_headers_that_no_client_could_be_sent_are_left_out() -> None:
     assert b"x-odd" not in dict(call.reply.headers)
 
 
-def test_an_error_that_repeats_the_key_keeps_it_secret() -> None:
-    echo = {"error": {"message": "your headers: Bearer sk-0123456789"}}
-    [call], _ = asked([[whole(echo, status=422)]], key="sk-0123456789")
+def test_a_reply_that_repeats_the_key_keeps_it_secret() -> None:
+    key = "sk-0123456789"
+    echo = {"error": {"message": f"your headers: Bearer {key}"}}
+    answer = ANSWER | {"headers": f"Bearer {key}"}
+    for body, status in ((echo, 422), (answer, 200)):
+        [call], _ = asked([[whole(body, head=f"x-echo: Bearer {key}\r\n".encode(), status=status)]], key=key)
+        assert isinstance(call, Call)
+        assert call.reply.body == json.dumps(body).encode().replace(key.encode(), b"***")
+        assert (b"x-echo", b"Bearer ***") in call.reply.headers
+    [call], _ = asked([[streamed(b'{"choices": [], "echo": "%b"}' % key.encode())]], key=key)
     assert isinstance(call, Call)
-    assert call.reply.body == json.dumps(echo).encode().replace(b"sk-0123456789", b"***")
+    assert call.reply.body == b'data: {"choices": [], "echo": "***"}\n\n'
 
 
 @pytest.mark.parametrize("reply", [whole({"error": {"message": "busy", "code": 503}}), streamed(b'{"error": "busy"}', b"[DONE]")])

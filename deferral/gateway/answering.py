@@ -182,6 +182,8 @@ class Answerers:
             standing.blame(error, ticket, expert.name)
             standing.slots.give_back(monotonic() - began)
             raise
+        if reply.streamed:
+            ticket = standing.breaker.begun(ticket)
         return Call(expert, reply, standing, ticket, began, attempts, traced)
 
 

@@ -61,6 +61,13 @@ class Breaker:
             self._change(opened=False)
         self._calls.append(True)
 
+    def begun(self, ticket: int) -> int:
+        """A reply has begun that may take long: enough to close the breaker.  -> the ticket that its end is told with"""
+        if not self._probing or ticket != self._epoch:
+            return ticket
+        self._change(opened=False)
+        return self._epoch
+
     def failure(self, ticket: int) -> None:
         """The expert failed the call."""
         if ticket != self._epoch:

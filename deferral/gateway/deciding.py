@@ -275,6 +275,8 @@ def refusal(expert: Expert, asked: Asked, hints: Hints, allow: Collection[str] |
         return (
             f"about {asked.tokens} tokens and {asked.output_tokens} for the answer exceed its window of {expert.context_tokens}"
         )
+    if asked.responses and not expert.responses:
+        return "it has no /responses"
     if asked.tools and not expert.tools:
         return "it takes no tools"
     if asked.images and not expert.images:

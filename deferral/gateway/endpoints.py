@@ -31,7 +31,7 @@ _UNKEPT = ((b"cache-control", b"no-store"), (b"x-content-type-options", b"nosnif
 
 
 def routes(gateway: "Gateway") -> list[Route]:
-    """All but the three paths that are passed through."""
+    """All but the paths that are passed through."""
 
     async def models(request: Request) -> Response:
         names = _visible(gateway, gateway.access.client(request.scope, header_map(request.scope)))
@@ -59,6 +59,11 @@ def routes(gateway: "Gateway") -> list[Route]:
             raise Problem(404, "response_not_found", message, param="id")
         return JSONResponse({"id": identity, "object": "feedback", "quality": quality})
 
+    async def kept_elsewhere(request: Request) -> Response:
+        gateway.access.client(request.scope, header_map(request.scope))
+        message = "responses are kept by the expert that gave them, and asked for there; the gateway has POST /v1/responses alone"
+        raise Problem(404, "response_not_found", message)
+
     async def health(request: Request) -> Response:
         return JSONResponse({"status": "ok"})
 
@@ -81,6 +86,7 @@ def routes(gateway: "Gateway") -> list[Route]:
     return [
         Route("/v1/models", models),
         Route("/v1/models/{name:path}", model),
+        Route("/v1/responses/{rest:path}", kept_elsewhere, methods=["GET", "POST", "DELETE"]),
         Route("/v1/feedback", feedback, methods=["POST"]),
         Route("/health", health),
         Route("/ready", ready),

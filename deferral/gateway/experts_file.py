@@ -31,8 +31,8 @@ class Expert:
     `model` is its name there; `key` comes from an environment variable and is never shown.  `cached_input_price` is that of input
     which the prompt cache holds, None where there is no discount.  `context_tokens=None` is no limit, `region=None` anywhere.
     `first_byte_s` is the longest wait for the first byte, and between two.  Beyond `max_concurrent` requests wait, at most
-    `max_waiting` of them.  With `route=False` it is reached by its name only.  `logprobs`: it reports the log-probabilities of
-    its answers where a chat asks for them, so that a cascade may ask it first.
+    `max_waiting` of them.  With `route=False` it is reached by its name only.  `responses`: it has the Responses API.
+    `logprobs`: it reports the log-probabilities of its answers where a chat asks for them, so that a cascade may ask it first.
     """
 
     name: str
@@ -52,6 +52,7 @@ class Expert:
     max_concurrent: int = 256
     max_waiting: int = 1024
     route: bool = True
+    responses: bool = True
     logprobs: bool = False
 
     def __post_init__(self) -> None:
@@ -195,7 +196,7 @@ def _check_numbers(expert: Expert) -> None:
 
 
 def _check_flags(expert: Expert) -> None:
-    for name in ("tools", "images", "route", "logprobs"):
+    for name in ("tools", "images", "route", "responses", "logprobs"):
         if not isinstance(getattr(expert, name), bool):
             raise _FieldError(name, f"expected true or false, got {getattr(expert, name)!r}")
 

@@ -194,7 +194,9 @@ class Limits:
             return
         now = self._clock()
         with self._lock:
-            minute = self._minutes.setdefault(key.id, _LastMinute())
+            minute = self._minutes.get(key.id)
+            if minute is None:
+                minute = self._minutes[key.id] = _LastMinute()
             minute.move_to(now)
             if len(minute) >= key.requests_per_minute:
                 raise too_often(key, minute.nth_last(key.requests_per_minute) + _MINUTE - now)

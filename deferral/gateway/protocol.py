@@ -4,24 +4,34 @@ import asyncio
 from typing import Any, cast
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+
+from deferral.gateway.problems import error_body
 
 __all__ = ["Protocol"]
 
 _AT_ONCE = 1 << 16
 _LONGEST_HEAD = 1 << 16
+# Nobody ends while a request is under way: who sends half of one must not hold that up.  Nobody has been asked for it yet, so
+# that it can be sent again.
+_LONGEST_UPLOAD_S, _LAST_UPLOAD_S = 120.0, 5.0
 
 
 class Protocol(HttpToolsProtocol):
     """uvicorn's HTTP, on a transport that gathers what is written in one turn of the event loop.
 
     Who connects and says nothing, or a head (or trailers) without an end, is sent away.  A wish to be upgraded, which Java's
-    client has with every first request, is not granted, and its request is answered like any other.
+    client has with every first request, is not granted, and its request is answered like any other.  A stream to a client of
+    HTTP/1.0, which knows no chunks, goes on until the connection ends.  Who has sent half of a request has two minutes for the
+    rest, or five seconds once the server is to end.
     """
 
     # Bytes since the last that were the end of a head, or a part of a body.
     _unfinished = 0
     _running: RequestResponseCycle | None = None
+    _ending = False
+    _upload: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client has connected."""
@@ -31,6 +41,7 @@ class Protocol(HttpToolsProtocol):
     def connection_lost(self, error: Exception | None) -> None:
         """The client is gone: the request that is answered learns of it, and not only the last that was sent."""
         super().connection_lost(error)
+        self._wait_no_more()
         running = self._running
         if running is not None and not running.response_complete:
             running.disconnected = True
@@ -49,6 +60,7 @@ class Protocol(HttpToolsProtocol):
         else:
             if self._unfinished > _LONGEST_HEAD:
                 self._refuse(f"expected a head of at most {_LONGEST_HEAD} bytes")
+            self._wait_for_the_rest()
 
     def on_headers_complete(self) -> None:
         """A request begins, with its headers: what comes as trailers, after checks of whoever is in front, is none of them."""
@@ -64,12 +76,46 @@ class Protocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """The end of a request."""
+        self._wait_no_more()
         if not self.parser.should_upgrade():
             super().on_message_complete()
 
+    def on_response_complete(self) -> None:
+        """The end of a reply; a request that waited for it may begin."""
+        super().on_response_complete()
+        self._wait_for_the_rest()
+
+    def shutdown(self) -> None:
+        """The server is to end: what is under way is finished."""
+        super().shutdown()
+        self._ending = True
+        self._wait_no_more()
+        self._wait_for_the_rest()
+
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._running = cycle
-        super()._start_asgi_task(cycle, app)
+        super()._start_asgi_task(cycle, _without_chunks(app, cycle) if cycle.scope["http_version"] == "1.0" else app)
+
+    def _wait_for_the_rest(self) -> None:
+        """Most requests come whole, and have no use for a timer."""
+        running = self._running
+        if running is not None and running.more_body and not running.response_started and self._upload is None:
+            patience = _LAST_UPLOAD_S if self._ending else _LONGEST_UPLOAD_S
+            self._upload = self.loop.call_later(patience, self._too_late, running, patience)
+
+    def _wait_no_more(self) -> None:
+        if self._upload is not None:
+            self._upload.cancel()
+            self._upload = None
+
+    def _too_late(self, cycle: RequestResponseCycle, patience: float) -> None:
+        if cycle.response_started or self.transport.is_closing():
+            return
+        status, code = (503, "server_ends") if self._ending else (408, "request_timeout")
+        body = error_body(status, code, f"the body: expected all of it within {patience:.0f} s; send it again")
+        head = b"content-type: application/json\r\ncontent-length: %d\r\nretry-after: 1\r\nconnection: close\r\n\r\n" % len(body)
+        self.transport.write(b"".join([STATUS_LINE[status], head, body]))
+        self.transport.close()
 
     def _not_upgraded(self, rest: bytes) -> None:
         """The parser takes what follows the head for another protocol: once more, without the wish."""
@@ -88,6 +134,27 @@ class Protocol(HttpToolsProtocol):
             self.send_400_response(message)
         else:
             self.transport.close()
+
+
+def _without_chunks(app: ASGIApp, cycle: RequestResponseCycle) -> Any:
+    """The app, for a client whose only sign of an end of unknown length is the end of the connection."""
+
+    async def run(scope: Scope, receive: Receive, send: Send) -> None:
+        unknown = False
+
+        async def unframed(message: Message) -> None:
+            nonlocal unknown
+            if message["type"] == "http.response.start":
+                unknown = all(name != b"content-length" for name, _ in message["headers"])
+                cycle.chunked_encoding = False if unknown else None
+            elif unknown:
+                # uvicorn takes each part for all that is left.
+                cycle.expected_content_length = len(message["body"])
+            await send(message)
+
+        await app(scope, receive, unframed)
+
+    return run
 
 
 class Gathering:

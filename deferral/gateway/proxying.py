@@ -1,4 +1,4 @@
-"""The three paths that are passed through: decide, ask, hand on, put on record."""
+"""The paths that are passed through: decide, ask, hand on, put on record."""
 
 import asyncio
 import logging
@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from time import perf_counter, time
 from typing import TYPE_CHECKING
 
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.types import Receive, Scope, Send
 
 from deferral.gateway.access import problem_of
@@ -22,8 +23,9 @@ from deferral.gateway.limits import Hold, Refused
 from deferral.gateway.problems import Problem, error_body
 from deferral.gateway.record import DecisionRow
 from deferral.gateway.requests import Asked, Hints, Kind, hints, parse, with_model
+from deferral.gateway.streams import METERS, StreamMeter, error_event
 from deferral.gateway.upstream import FORWARDED, Failure
-from deferral.gateway.usage import StreamMeter, Usage
+from deferral.gateway.usage import Usage
 from deferral.gateway.wire import Left, header_map, read_body, send_problem, send_whole
 
 if TYPE_CHECKING:
@@ -34,7 +36,12 @@ __all__ = ["KINDS", "Proxy"]
 
 _log = logging.getLogger("deferral.gateway")
 
-_PATHS: dict[Kind, str] = {"chat": "/chat/completions", "completions": "/completions", "embeddings": "/embeddings"}
+_PATHS: dict[Kind, str] = {
+    "chat": "/chat/completions",
+    "completions": "/completions",
+    "embeddings": "/embeddings",
+    "responses": "/responses",
+}
 KINDS = tuple(_PATHS)
 # A request is watched for its client's leaving once it has taken this long: most are over by then.
 _WATCH_AFTER = 0.05
@@ -135,6 +142,8 @@ class Exchange:
     async def _serve(self, body: bytes, headers: Mapping[bytes, bytes]) -> None:
         gateway, now = self.gateway, self.gateway.current
         asked = self.asked = parse(self.kind, body)
+        if asked.previous:
+            asked = self.asked = asked._replace(model=await self._previous(asked.previous))
         if asked.model in AUTO:
             asked = self.asked = now.decider.read(asked)
         began = perf_counter()
@@ -167,6 +176,19 @@ class Exchange:
                 finally:
                     choice = self.choice = first.choice
             await self._hand_on(call, asked, choice, hold)
+
+    async def _previous(self, response: str) -> str:
+        """The expert that a conversation is with, which it alone remembers."""
+        name = "previous_response_id"
+        try:
+            expert = await self.gateway.record.answered_by(response, key=self.key.id)
+        except SQLAlchemyError:
+            message = f"{name}: who gave that response cannot be read, the database fails"
+            raise Problem(503, "record_unavailable", message, retry_after=1) from None
+        if not expert:
+            message = f"{name}: no response {response[:100]!r} of this key is known; name the expert that gave it as the model"
+            raise Problem(400, "previous_response_not_found", message, param=name)
+        return expert
 
     async def _held(self, choice: Choice, sent: float) -> Hold:
         """Dollars for whoever may answer, at least those of what is sent; where they do not do for two, nobody is asked first."""
@@ -203,7 +225,8 @@ class Exchange:
         if reason := refusal(expert, asked, wanted, key.experts):
             raise Problem(400, "expert_not_able", f"{expert.name} may not answer this request: {reason}")
         price = expert.price(asked.tokens, 0 if self.kind == "embeddings" else asked.output_tokens or _OUTPUT_TOKENS)
-        return Choice((expert.name,), "asked for by name", 1.0, {}, {expert.name: price}, {}, math.nan, "", False)
+        reason = "gave the previous response" if asked.previous else "asked for by name"
+        return Choice((expert.name,), reason, 1.0, {}, {expert.name: price}, {}, math.nan, "", False)
 
     async def _hand_on(self, call: Call, asked: Asked, choice: Choice, hold: Hold) -> None:
         """The reply of an expert, to the client and on record."""
@@ -214,11 +237,11 @@ class Exchange:
         headers = [*reply.headers, *self._headers(call, choice)]
         self.status = reply.status
         usage, outcome, good = reply.usage, "cancelled", None
-        meter = StreamMeter() if reply.streamed else None
+        meter = METERS[self.kind]() if reply.streamed else None
         try:
             if meter is not None:
                 outcome = await self._stream(call, headers, meter)
-                good = outcome == "ok"
+                good = True if outcome == "ok" else None if meter.blameless else False
             else:
                 outcome, good = "ok" if reply.status < 300 else "error", True
         finally:
@@ -255,9 +278,10 @@ class Exchange:
             name = call.expert.name
             self.gateway.metrics.failed(name, failure.code)
             _log.warning("%s %s (%s, %s)", name, failure.message, failure.code, self.id)
-            event = error_body(failure.status, failure.code, f"{name} {failure.message}")
+            error = error_body(failure.status, failure.code, f"{name} {failure.message}")
             # The blank line ends an event that was cut in half.
-            await send({"type": "http.response.body", "body": b"\n\ndata: " + event + b"\n\n", "more_body": True})
+            event = b"\n\n" + error_event(self.kind, error)
+            await send({"type": "http.response.body", "body": event, "more_body": True})
             return "truncated"
         finally:
             limit.cancel()

@@ -45,6 +45,7 @@ _MOST_CHARACTERS = 32_000_000
 _FIRST_RETRY, _LAST_RETRY = 0.05, 1.0
 _LOOK_AGAIN = 0.2
 _FEEDBACK_TIMEOUT = 10.0
+_SAME_ID = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,10 +159,31 @@ class Record:
         await asyncio.sleep(_LOOK_AGAIN)
         return await self._ask(response_id, float(quality), source_key)
 
+    async def answered_by(self, reply_id: str, *, key: str) -> str | None:
+        """The expert whose reply to this key (or anybody, if it is "") had this id; None where there is none, or more than one.
+
+        SQLAlchemyError where the database fails.
+        """
+        found = await asyncio.to_thread(self._answered_by, reply_id, key)
+        if found is None:
+            # A reply can be faster than its row.
+            await asyncio.sleep(_LOOK_AGAIN)
+            found = await asyncio.to_thread(self._answered_by, reply_id, key)
+        return found
+
     def spent(self, key: str, since: float) -> float:
         """Dollars that the requests of a key have cost that arrived at `since` or later, as far as they are written."""
         with self.engine.connect() as connection:
             return recorded(connection, key, since)
+
+    def _answered_by(self, reply_id: str, key: str) -> str | None:
+        same = decisions.c.reply_id == plain(reply_id)[:200]
+        if key:
+            same &= decisions.c.key == key
+        with self.engine.connect() as connection:
+            # An upstream may give one id to all its replies.
+            found = set(connection.execute(select(decisions.c.expert).where(same).limit(_SAME_ID)).scalars())
+        return found.pop() if len(found) == 1 else None
 
     async def _ask(self, response_id: str, quality: float, key: str) -> bool:
         if self.full:

@@ -8,14 +8,17 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
+from deferral.gateway.experts_file import AUTO
 from deferral.gateway.problems import Problem
-from deferral.gateway.turns import BYTES_PER_TOKEN, Turn, conversation, text_of
+from deferral.gateway.turns import BYTES_PER_TOKEN, Turn, conversation, messages_of, text_of
 
 __all__ = ["Asked", "Hints", "Kind", "hints", "parse", "with_model"]
 
-Kind = Literal["chat", "completions", "embeddings"]
+Kind = Literal["chat", "completions", "embeddings", "responses"]
 
 _IMAGE_TOKENS = 1000
+# Of the Responses API: what an expert keeps between requests.
+_ELSEWHERE = ("conversation", "prompt")
 _MODEL = re.compile(rb'"model"\s*:\s*("[^"\\]*(?:\\.[^"\\]*)*")', re.DOTALL)
 _SPACE, _COLON, _COMMA = (re.compile(rf"[ \t\n\r]*{sign}[ \t\n\r]*") for sign in ("", ":", ",?"))
 _DECODER = json.JSONDecoder()
@@ -25,7 +28,8 @@ class Asked(NamedTuple):
     """`tokens` is estimated, `output_tokens` what the client allows (0: not said).
 
     `query` is what is scored: the last of the `turns`, which are the user's requests, oldest first.  With `follows` it is not the
-    newest, which only follows it up.
+    newest, which only follows it up.  `responses` is a request of the Responses API, `previous` the id of the response that it
+    goes on from.
     """
 
     model: str
@@ -37,6 +41,8 @@ class Asked(NamedTuple):
     stream: bool
     turns: tuple[Turn, ...] = ()
     follows: bool = False
+    responses: bool = False
+    previous: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,19 +92,22 @@ def parse(kind: Kind, body: bytes) -> Asked:
     stream = request.get("stream")
     if stream is not None and not isinstance(stream, bool):
         raise Problem(400, "invalid_type", f"stream: expected true or false, got {_kind(stream)}", param="stream")
-    if kind == "chat":
-        messages = request.get("messages")
-        if not isinstance(messages, list):
-            raise Problem(400, "invalid_messages", f"messages: expected a list, got {_kind(messages)}", param="messages")
-        turns, tools, images, image_bytes = conversation(messages)
+    previous = ""
+    if kind == "chat" or kind == "responses":
+        if kind == "responses":
+            previous = _previous(request)
+        turns, tools, images, image_bytes = conversation(_messages(kind, request))
         tools = tools or bool(request.get("tools")) or bool(request.get("functions"))
     else:
         name = "prompt" if kind == "completions" else "input"
         turns, tools, images, image_bytes = (Turn(text_of(request.get(name)), 0),), False, 0, 0
     tokens = (len(body) - image_bytes) // BYTES_PER_TOKEN + images * _IMAGE_TOKENS
-    allowed = request.get("max_completion_tokens") or request.get("max_tokens")
+    allowed = request.get("max_completion_tokens") or request.get("max_tokens") or request.get("max_output_tokens")
     output = allowed if isinstance(allowed, int) and not isinstance(allowed, bool) and 0 < allowed < 1 << 31 else 0
-    return Asked(model, turns[-1].query, tokens, output, tools, images > 0, stream is True, turns)
+    responses = kind == "responses"
+    return Asked(
+        model, turns[-1].query, tokens, output, tools, images > 0, stream is True, turns, responses=responses, previous=previous
+    )
 
 
 def with_model(body: bytes, model: str) -> bytes:
@@ -137,6 +146,37 @@ def hints(headers: Mapping[bytes, bytes]) -> Hints:
     if conversation_name := headers.get(b"x-deferral-conversation"):
         values["conversation"] = conversation_name
     return Hints(**values) if values else NO_HINTS
+
+
+def _messages(kind: Kind, request: Mapping[str, Any]) -> list[Any]:
+    if kind == "chat":
+        messages = request.get("messages")
+        if not isinstance(messages, list):
+            raise Problem(400, "invalid_messages", f"messages: expected a list, got {_kind(messages)}", param="messages")
+        return messages
+    items = request.get("input")
+    if items is None and any(request.get(name) for name in ("previous_response_id", *_ELSEWHERE)):
+        items = ""
+    if not isinstance(items, str | list):
+        raise Problem(400, "invalid_input", f"input: expected a text or a list, got {_kind(items)}", param="input")
+    return messages_of(request.get("instructions"), items)
+
+
+def _previous(request: Mapping[str, Any]) -> str:
+    """The response that a routed request goes on from, "" where there is none; Problem 400 where no router may decide."""
+    if request.get("background"):
+        message = "background: expected false; a response is given while the client waits, and nobody could ask for it later"
+        raise Problem(400, "background_not_possible", message, param="background")
+    if request["model"] not in AUTO:
+        return ""
+    if name := next((name for name in _ELSEWHERE if request.get(name)), ""):
+        message = f"{name}: it is kept by one expert, and the gateway does not know by whom; name that expert as the model"
+        raise Problem(400, "auto_not_possible", message, param=name)
+    previous = request.get("previous_response_id")
+    if previous is not None and not isinstance(previous, str):
+        name = "previous_response_id"
+        raise Problem(400, "invalid_type", f"{name}: expected the id of a response, got {_kind(previous)}", param=name)
+    return previous or ""
 
 
 def _with_top_level_model(text: str, value: str) -> str:

@@ -38,7 +38,7 @@ __all__ = ["Attempt", "Exchanged", "Tracing", "provider"]
 _log = logging.getLogger("deferral.gateway")
 
 _ENDING = 5.0
-_OPERATIONS = {"chat": "chat", "completions": "text_completion", "embeddings": "embeddings"}
+_OPERATIONS = {"chat": "chat", "completions": "text_completion", "embeddings": "embeddings", "responses": "chat"}
 _CONTEXT = (b"traceparent", b"tracestate")
 _MODEL = re.compile(rb'"model"\s*:\s*"([^"\\]{1,200})"')
 _HEAD = 4096

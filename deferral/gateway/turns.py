@@ -9,7 +9,7 @@ of a message.  What the user sends twice without an answer in between is one tur
 import re
 from typing import Any, NamedTuple
 
-__all__ = ["BYTES_PER_TOKEN", "Conversation", "Turn", "conversation", "text_of"]
+__all__ = ["BYTES_PER_TOKEN", "Conversation", "Turn", "conversation", "messages_of", "text_of"]
 
 # A rule of thumb of English text in today's tokenizers; in other scripts a character has more bytes and more tokens.
 BYTES_PER_TOKEN = 4
@@ -60,7 +60,7 @@ def conversation(messages: list[Any]) -> Conversation:
             text = text_of(content)
             for part in content if isinstance(content, list) else ():
                 kind = str(part.get("type")) if isinstance(part, dict) else ""
-                if "image" in kind:
+                if "image" in kind or kind == "computer_screenshot":
                     images += 1
                     image_bytes += _length(part)
                 elif kind in _PARTS_OF_TOOLS:
@@ -82,6 +82,26 @@ def conversation(messages: list[Any]) -> Conversation:
         turns.append((users_text if users_text or _has_user(messages) else other_text, rest))
     found = tuple(Turn(query, (rest - after) // BYTES_PER_TOKEN) for query, after in reversed(turns))
     return Conversation(found, tools, images, image_bytes)
+
+
+def messages_of(instructions: Any, items: str | list[Any]) -> list[dict[str, Any]]:
+    """Instructions and input of the Responses API, as the messages of a chat; whatever is no message and no tool's is skipped."""
+    messages: list[dict[str, Any]] = []
+    if isinstance(instructions, str):
+        messages.append({"role": "system", "content": instructions})
+    if isinstance(items, str):
+        return [*messages, {"role": "user", "content": items}]
+    for item in items:
+        if not isinstance(item, dict):
+            continue
+        kind, output = str(item.get("type", "message")), item.get("output")
+        if "role" in item:
+            messages.append(item)
+        elif kind.endswith("_output"):
+            messages.append({"role": "tool", "content": output if isinstance(output, str | list) else [output]})
+        elif kind.endswith("_call"):
+            messages.append({"role": "assistant", "content": item.get("arguments"), "tool_calls": [item]})
+    return messages
 
 
 def text_of(content: Any) -> str:

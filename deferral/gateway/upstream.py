@@ -13,6 +13,7 @@ import aiohttp
 from yarl import URL
 
 from deferral.gateway.experts_file import Expert
+from deferral.gateway.masking import MaskedStream, masked
 from deferral.gateway.requests import Asked
 from deferral.gateway.usage import Usage, error_of, usage_of
 
@@ -39,8 +40,6 @@ _STALE_S = 1.0
 _opened: ContextVar[bool] = ContextVar("opened")
 # Of a header that came; the parser of replies is not as strict.
 _FIT = re.compile(rb"[\t -~\x80-\xff]*")
-# Shorter ones are words, such as servers without keys are given.
-_SHORTEST_SECRET = 8
 
 
 class Failure(Exception):
@@ -76,6 +75,7 @@ class Reply:
     body: bytes
     usage: Usage  # of a whole body
     response: aiohttp.ClientResponse | None = None
+    mask: MaskedStream | None = None
 
     @property
     def streamed(self) -> bool:
@@ -84,10 +84,13 @@ class Reply:
     async def rest(self) -> AsyncIterator[bytes]:
         """What follows the first bytes of a stream; Failure where it breaks off."""
         assert self.response is not None
-        read = self.response.content.readany
+        assert self.mask is not None
+        read, masked_part = self.response.content.readany, self.mask.part
         try:
             while chunk := await read():
-                yield chunk
+                yield masked_part(chunk)
+            if self.mask.held:
+                yield self.mask.held
         except TimeoutError as error:
             raise Failure(504, "upstream_timeout", "stopped in the middle of the stream") from error
         except (aiohttp.ClientError, OSError, ValueError) as error:
@@ -156,6 +159,8 @@ class Upstream:
         if status < 300 and not (kind.startswith("application/json") or (events and asked.stream)):
             raise Failure(502, "upstream_bad_reply", f"answered neither JSON nor a stream that was asked for: {_shown(kind)}")
         headers = [(name.lower(), value) for name, value in response.raw_headers if _handed_on(name.lower(), value)]
+        if secret and secret in b"\n".join([value for _, value in headers]):
+            headers = [(name, masked(secret, value)) for name, value in headers]
         unknown = Usage(asked.tokens, 0, True, "")
         try:
             if events and status < 300:
@@ -163,14 +168,14 @@ class Upstream:
                 if not first:
                     raise Failure(502, "upstream_bad_reply", "ended its stream before the first byte", again=True)
                 _check_error(first, path)
-                return Reply(status, headers, first, unknown, response)
+                mask = MaskedStream(secret)
+                return Reply(status, headers, mask.part(first), unknown, response, mask)
             body = await self._whole(response)
         except TimeoutError as error:
             raise Failure(504, "upstream_timeout", "did not go on with its reply in time") from error
         except (aiohttp.ClientError, OSError, ValueError) as error:
             raise Failure(502, "upstream_bad_reply", "broke off its reply") from error
-        if status >= 300 and len(secret) >= _SHORTEST_SECRET:
-            body = body.replace(secret, b"***")
+        body = masked(secret, body)
         if status >= 300 or response.headers.get("Content-Encoding", "identity").lower().encode() not in _DECODED:
             return Reply(status, headers, body, unknown)
         usage = usage_of(body, asked.tokens)
@@ -257,6 +262,8 @@ def _unanswered(error: Exception, *, reused: bool) -> Failure:
 
 
 def _refused(status: int, path: str, retry_after: float | None) -> Failure:
+    if path == "/responses" and status in (404, 405):
+        return Failure(404, "not_found", f"has no /responses, or not what the request names (status {status})", blame=False)
     if status in _MISCONFIGURED:
         message = f"refused the gateway with status {status}; its key, model or address is wrong"
         # Many servers chat, and know no other path: whoever asks them for one must not take them from those who chat.

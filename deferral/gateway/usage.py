@@ -4,21 +4,23 @@ import json
 import re
 from typing import Any, NamedTuple, TypeGuard
 
-__all__ = ["StreamMeter", "Usage", "error_of", "usage_of"]
+__all__ = ["TEXT", "Usage", "error_of", "id_in", "last_usage", "usage_of", "usage_reported"]
 
 _CHARACTERS_PER_TOKEN = 4
 _READ_WHOLE = 1 << 17
 _TAIL = 4096
-_LAST = 32
-_TEXT = re.compile(rb'"(?:content|reasoning_content|text|arguments)"\s*:\s*"([^"\\]*(?:\\.[^"\\]*)*)"')
-_ID = re.compile(rb'"id"\s*:\s*"([^"\\]{1,200})"')
-_USAGE = re.compile(rb'"usage"\s*:\s*(\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})')
-# Texts of a model are quoted, and have no line ends of their own: it cannot write any of these.
-_FINISHED = re.compile(rb'"finish_reason"\s*:\s*"')
-_DONE = re.compile(rb"(?:^|[\r\n])data: ?\[DONE\]")
-_FAILED = re.compile(rb'(?:^|[\r\n])data: ?\{\s*"error"\s*:\s*[{"]|"finish_reason"\s*:\s*"error"')
+TEXT = re.compile(rb'"(?:content|reasoning_content|text|arguments)"\s*:\s*"([^"\\]*(?:\\.[^"\\]*)*)"')
+_LONGEST_ID = 200
+_ID = re.compile(rb'"id"\s*:\s*"([^"\\]{1,%d})"' % _LONGEST_ID)
+_USAGE = re.compile(rb'"usage"\s*:\s*(?=\{)')
+_LONGEST_USAGE = 2048
+_ERROR = re.compile(rb'"error"(?!\s*:\s*null)')
 _EVENT = re.compile(rb"(?:^|[\r\n])data: ?(\{[^\r\n]*)")
-_ANSWERS = ("choices", "data")
+_ANSWERS = ("choices", "data", "output")
+# Of the Responses API: what fails a request after it was taken has a name, and one of these is the client's own doing.
+_NAMED = ("error", "response.failed")
+_CLIENTS = re.compile("invalid|image|policy")
+_DECODER = json.JSONDecoder()
 
 
 class Usage(NamedTuple):
@@ -38,16 +40,17 @@ def usage_of(body: bytes, input_tokens: int) -> Usage | None:
         stripped = body.strip()
         if not (stripped.startswith(b"{") and stripped.endswith(b"}")):
             return None
-        return _usage(_last_usage(body[:_TAIL]) or _last_usage(body[-_TAIL:]), body[:_TAIL], input_tokens, 0)
+        return usage_reported(last_usage(body[:_TAIL]) or last_usage(body[-_TAIL:]), id_in(body[:_TAIL]), input_tokens, 0)
     try:
         reply = json.loads(body)
     except (ValueError, RecursionError):
         return None
     if not isinstance(reply, dict):
         return None
-    usage = reply.get("usage")
-    characters = 0 if isinstance(usage, dict) else sum(map(len, _TEXT.findall(body)))
-    return _usage(usage, body[:_TAIL], input_tokens, characters)
+    usage, own = reply.get("usage"), reply.get("id")
+    characters = 0 if isinstance(usage, dict) else sum(map(len, TEXT.findall(body)))
+    reply_id = own if isinstance(own, str) and len(own) <= _LONGEST_ID else ""
+    return usage_reported(usage, reply_id, input_tokens, characters)
 
 
 def error_of(beginning: bytes) -> int | None:
@@ -55,69 +58,60 @@ def error_of(beginning: bytes) -> int | None:
 
     502 where it names none; None where there is no error, or an answer beside it.
     """
-    if b'"error"' not in beginning:
+    if b'"error"' not in beginning or not _ERROR.search(beginning):
         return None
     event = _EVENT.search(beginning)
     try:
         reply = json.loads(event[1] if event else beginning)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(reply, dict) or not reply.get("error") or any(reply.get(name) for name in _ANSWERS):
+    if not isinstance(reply, dict):
         return None
-    code = reply["error"].get("code") if isinstance(reply["error"], dict) else None
+    named, response = reply.get("type") in _NAMED, reply.get("response")
+    said = response if named and isinstance(response, dict) else reply
+    error = said.get("error") or (named and reply)
+    if not error or any(said.get(name) for name in _ANSWERS):
+        return None
+    code = error.get("code") if isinstance(error, dict) else None
+    if isinstance(code, str) and (named or reply.get("object") == "response") and _CLIENTS.search(code):
+        return 400
     return code if _is_count(code) and 400 <= code < 600 else 502
 
 
-class StreamMeter:
-    """What passes by of a stream of events."""
-
-    __slots__ = ("_characters", "_head", "_tail")
-
-    def __init__(self) -> None:
-        self._characters = 0
-        self._head = b""
-        self._tail = b""
-
-    def feed(self, chunk: bytes) -> None:
-        """The next bytes.  A text that two chunks share counts for nothing: this is an estimate."""
-        if not self._head:
-            self._head = chunk[:_TAIL]
-        self._tail = (self._tail + chunk)[-_TAIL:]
-        for text in _TEXT.findall(chunk):
-            self._characters += len(text)
-
-    @property
-    def finished(self) -> bool:
-        """Whether the end of the answer has been seen, and not only of the bytes."""
-        tail = self._tail
-        # Expressions that begin with a choice are tried at every byte; in all of the tail that takes as long as all the rest.
-        finished = _DONE.search(tail, max(len(tail) - _LAST, 0)) or _FINISHED.search(tail)
-        failed = b'"error"' in tail and _FAILED.search(tail)
-        return bool(finished) and not failed
-
-    def usage(self, input_tokens: int) -> Usage:
-        """Tokens so far, `input_tokens` being the estimate."""
-        return _usage(_last_usage(self._tail), self._head, input_tokens, self._characters)
+def last_usage(text: bytes) -> dict[str, Any] | None:
+    """The last usage that a part of a reply reports: a request may bring others, in its tools say, that a reply repeats."""
+    for found in reversed(list(_USAGE.finditer(text))):
+        try:
+            usage, _ = _DECODER.raw_decode(text[found.end() : found.end() + _LONGEST_USAGE].decode("utf-8", "replace"))
+        except (ValueError, RecursionError):
+            continue
+        if _tokens(usage) is not None:
+            return usage
+    return None
 
 
-def _last_usage(text: bytes) -> Any:
-    found = _USAGE.findall(text)
-    try:
-        return json.loads(found[-1]) if found else None
-    except ValueError:
-        return None
-
-
-def _usage(reported: Any, head: bytes, input_tokens: int, characters: int) -> Usage:
+def id_in(head: bytes) -> str:
+    """The id of a reply that begins like this; "" where it is not there."""
     found = _ID.search(head)
-    reply_id = found.group(1).decode("utf-8", "replace") if found else ""
-    if isinstance(reported, dict):
-        into, out = reported.get("prompt_tokens"), reported.get("completion_tokens", 0)
-        if _is_count(into) and _is_count(out):
-            details = reported.get("prompt_tokens_details")
-            cached = details.get("cached_tokens") if isinstance(details, dict) else 0
-            return Usage(into, out, False, reply_id, min(cached, into) if _is_count(cached) else 0)
-    return Usage(input_tokens, -(-characters // _CHARACTERS_PER_TOKEN), True, reply_id)
+    return found.group(1).decode("utf-8", "replace") if found else ""
+
+
+def usage_reported(reported: Any, reply_id: str, input_tokens: int, characters: int) -> Usage:
+    """What is `reported`, else the estimate of the input and `characters` of the output."""
+    tokens = _tokens(reported) if isinstance(reported, dict) else None
+    if tokens is None:
+        return Usage(input_tokens, -(-characters // _CHARACTERS_PER_TOKEN), True, reply_id)
+    into, out = tokens
+    details = reported.get("prompt_tokens_details", reported.get("input_tokens_details"))
+    cached = details.get("cached_tokens") if isinstance(details, dict) else 0
+    return Usage(into, out, False, reply_id, min(cached, into) if _is_count(cached) else 0)
+
+
+def _tokens(usage: dict[str, Any]) -> tuple[int, int] | None:
+    """Of input and output, by the names of either API."""
+    into = usage.get("prompt_tokens", usage.get("input_tokens"))
+    out = usage.get("completion_tokens", usage.get("output_tokens", 0))
+    return (into, out) if _is_count(into) and _is_count(out) else None
 
 
 def _is_count(value: Any) -> TypeGuard[int]:

@@ -1,6 +1,5 @@
 """ASGI by hand: the request path of a proxy has no use for an object per request."""
 
-import asyncio
 import json
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -12,8 +11,6 @@ from deferral.gateway.problems import Problem
 __all__ = ["Left", "header_map", "read_body", "send_json", "send_problem", "send_whole"]
 
 _JSON = (b"content-type", b"application/json")
-# Nobody ends while a request is under way: who sends half of one must not hold that up for ever.
-_LONGEST_UPLOAD_S = 120.0
 
 
 class Left(Exception):
@@ -26,21 +23,12 @@ def header_map(scope: Scope) -> dict[bytes, bytes]:
 
 
 async def read_body(receive: Receive, headers: Mapping[bytes, bytes], most: int) -> bytes:
-    """The whole body; Problem 413 where it is longer than `most`, 408 where it takes too long, Left where the client is gone."""
+    """The whole body; Problem 413 where it is longer than `most`, Left where the client is gone."""
     declared = headers.get(b"content-length", b"0")
     if not declared.isdigit() or int(declared[:20]) > most:
         raise _too_long(most)
     if headers.get(b"content-encoding", b"identity").lower() != b"identity":
         raise Problem(415, "unsupported_encoding", "content-encoding: expected a body that is not compressed")
-    try:
-        async with asyncio.timeout(_LONGEST_UPLOAD_S):
-            return await _body(receive, most)
-    except TimeoutError:
-        message = f"the body: expected all of it within {_LONGEST_UPLOAD_S:.0f} s"
-        raise Problem(408, "request_timeout", message, headers={"connection": "close"}) from None
-
-
-async def _body(receive: Receive, most: int) -> bytes:
     message = await receive()
     if message["type"] == "http.disconnect":
         raise Left

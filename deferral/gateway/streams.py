@@ -1,0 +1,115 @@
+"""Streams of events as they pass by: whether they end as they should, what they cost, and how one that breaks off ends."""
+
+import re
+from collections.abc import Mapping
+
+from deferral.gateway.requests import Kind
+from deferral.gateway.usage import TEXT, Usage, id_in, last_usage, usage_reported
+
+__all__ = ["METERS", "ResponseMeter", "StreamMeter", "error_event"]
+
+_TAIL = 4096
+_LAST = 32
+# Texts of a model are quoted, and have no line ends of their own: it cannot write any of these.
+_FINISHED = re.compile(rb'"finish_reason"\s*:\s*"')
+_DONE = re.compile(rb"(?:^|[\r\n])data: ?\[DONE\]")
+_FAILED = re.compile(rb'(?:^|[\r\n])data: ?\{\s*"error"\s*:\s*[{"]|"finish_reason"\s*:\s*"error"')
+_DELTA = re.compile(rb'"delta"\s*:\s*"([^"\\]*(?:\\.[^"\\]*)*)"')
+_ENDINGS = (b"response.completed", b"response.incomplete", b"response.failed", b"error")
+# A type is the first field or the last: those in between are of what is in the response, and clients choose their tools.
+_ENDING = re.compile(
+    rb'(?:[\r\n]event: ?|[\r\n]data: ?\{\s*"type"\s*:\s*"|"type"\s*:\s*"(?=response\.[a-z]+"\s*\}[\r\n]))'
+    rb"(response\.completed|response\.incomplete|response\.failed|error)(?=[\"\r\n])"
+)
+# Codes of errors that a client can bring about with any expert, and of limits, which are no failures.
+_BLAMELESS = re.compile(rb'"code"\s*:\s*(?:4\d\d\b|"[a-z_]*(?:invalid|image|policy|rate_limit)[a-z_]*")')
+_LONGEST_ENDING = 64
+_LONGEST_EVENT = 1 << 17
+
+
+class StreamMeter:
+    """What passes by of a stream of events."""
+
+    _text = TEXT
+
+    def __init__(self) -> None:
+        self._characters = 0
+        self._head, self._tail, self._id = b"", b"", ""
+
+    def feed(self, chunk: bytes) -> None:
+        """The next bytes.  A text that two chunks share counts for nothing: this is an estimate."""
+        if not self._id and len(self._head) < _TAIL:
+            self._head += chunk[:_TAIL]
+            self._id = id_in(self._head)
+        self._tail = (self._tail + chunk)[-_TAIL:]
+        for text in self._text.findall(chunk):
+            self._characters += len(text)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the end of the answer has been seen, and not only of the bytes."""
+        tail = self._tail
+        # Expressions that begin with a choice are tried at every byte; in all of the tail that takes as long as all the rest.
+        finished = _DONE.search(tail, max(len(tail) - _LAST, 0)) or _FINISHED.search(tail)
+        failed = b'"error"' in tail and _FAILED.search(tail)
+        return bool(finished) and not failed
+
+    @property
+    def blameless(self) -> bool:
+        """Whether an error that the stream tells of is none of the expert's."""
+        return b'"error"' in self._tail and _BLAMELESS.search(self._tail) is not None
+
+    def usage(self, input_tokens: int) -> Usage:
+        """Tokens so far, `input_tokens` being the estimate."""
+        return usage_reported(last_usage(self._tail), self._id, input_tokens, self._characters)
+
+
+class ResponseMeter(StreamMeter):
+    """The same for the Responses API, whose last event repeats the whole response and then says what it cost."""
+
+    _text = _DELTA
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._ending, self._last = b"", b""
+
+    def feed(self, chunk: bytes) -> None:
+        """The next bytes."""
+        seen = (self._tail[-_LONGEST_ENDING:] or b"\n") + chunk
+        super().feed(chunk)
+        if self._ending:
+            if len(self._last) < _LONGEST_EVENT:
+                self._last += chunk[:_LONGEST_EVENT]
+        elif any(name in seen for name in _ENDINGS) and (found := _ENDING.search(seen)):
+            self._ending, self._last = found[1], seen[found.start() :]
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last event has come, whole, and was no failure."""
+        return self._ending in (b"response.completed", b"response.incomplete") and self._tail.endswith((b"\n", b"\r"))
+
+    @property
+    def blameless(self) -> bool:
+        """Whether an error that the stream tells of is none of the expert's."""
+        failed = self._ending in (b"response.failed", b"error")
+        return super().blameless or (failed and _BLAMELESS.search(self._last) is not None)
+
+    def usage(self, input_tokens: int) -> Usage:
+        """Tokens so far, `input_tokens` being the estimate: before the last event nothing is reported but what clients sent."""
+        reported = (last_usage(self._tail) or last_usage(self._last)) if self._ending else None
+        return usage_reported(reported, self._id, input_tokens, self._characters)
+
+
+METERS: Mapping[Kind, type[StreamMeter]] = {
+    "chat": StreamMeter,
+    "completions": StreamMeter,
+    "embeddings": StreamMeter,
+    "responses": ResponseMeter,
+}
+
+
+def error_event(kind: Kind, body: bytes) -> bytes:
+    """The event of an error, {"error": ...} in JSON, as clients of a path expect it."""
+    if kind == "responses":
+        return b'event: error\ndata: {"type": "error", ' + body[1:] + b"\n\n"
+    return b"data: " + body + b"\n\n"
