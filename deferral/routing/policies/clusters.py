@@ -53,4 +53,4 @@ def _tables(arrays: Arrays, _: Vectors) -> tuple[np.ndarray, np.ndarray, np.ndar
     """All centres as columns, what each adds to the mean of the clusterings, and where each clustering begins."""
     repeats, count, size = arrays["centres"].shape
     gain = arrays["gain"].reshape(repeats * count, -1) / np.float32(repeats)
-    return arrays["centres"].reshape(repeats * count, size).T, gain, count * np.arange(repeats)
+    return np.ascontiguousarray(arrays["centres"].reshape(repeats * count, size).T), gain, count * np.arange(repeats)
