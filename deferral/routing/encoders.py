@@ -88,8 +88,15 @@ class Vectors:
         return self.whole[:, self.dense.shape[1] :]
 
     @property
+    def joined(self) -> np.ndarray:
+        """Vectors and cheap features, each number of about unit size: what networks learn from.  -> (N, D + C)"""
+        found = np.concatenate([self.dense, self.extra], axis=1)
+        found *= self.sizes
+        return found
+
+    @property
     def sizes(self) -> np.ndarray:
-        """What makes numbers of about unit size of vectors and cheap features.  -> (D + C,)"""
+        """What `joined` multiplies its columns by.  -> (D + C,)"""
         return _sizes(self.dense.shape[1], self.extra.shape[1])
 
     def rows(self, rows: np.ndarray) -> "Vectors":

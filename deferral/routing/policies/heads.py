@@ -26,7 +26,7 @@ class Heads:
         import torch.nn.functional as F
         from torch import Tensor, nn
 
-        x = torch.from_numpy(vectors.whole[:, :-1] * vectors.sizes)
+        x = torch.from_numpy(vectors.joined)
         # Where nothing is known of an input, the answer is the expert's mean.
         start = torch.logit(torch.from_numpy(means).float(), eps=1e-3)
         targets, known = torch.from_numpy(quality).float(), torch.from_numpy(weights).float()

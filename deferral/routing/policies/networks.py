@@ -73,7 +73,7 @@ class Layers(NamedTuple):
 
 
 def layers(arrays: Arrays, vectors: Vectors) -> Layers:
-    """Of the arrays that `trained` returned and the experts' "means", for inputs whose sizes are not those of the training."""
+    """Of the arrays that `trained` returned and the experts' "means": trained on `Vectors.joined`, asked with `Vectors.whole`."""
     first = np.concatenate([vectors.sizes[:, None] * arrays["1.weight"], arrays["1.bias"][None]])
     half = np.float32(0.5)
     rest = half - arrays["means"]

@@ -55,7 +55,7 @@ class Rejector:
 
         if price is None:
             raise ValueError("price: a rejector learns decisions, which depend on prices; expected an array of shape (N, E)")
-        x = torch.from_numpy(vectors.whole[:, :-1] * vectors.sizes)
+        x = torch.from_numpy(vectors.joined)
         start = torch.logit(torch.from_numpy(means).float(), eps=1e-3)
         wrong = torch.from_numpy(1 - np.clip(quality, 0, 1)).float()
         dollars, known = torch.from_numpy(np.asarray(price)).float(), torch.from_numpy(weights > 0)
