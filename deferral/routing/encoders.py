@@ -24,6 +24,7 @@ Arrays = dict[str, np.ndarray]
 MOST_ROWS_OF_SVD = 20_000
 _COLUMNS, _UNKNOWN = 60_000, np.uint16(65_535)
 _FEW = 33
+_ONE = np.ones((1, 1), np.float32)
 
 
 @dataclass(frozen=True)
@@ -76,11 +77,27 @@ class Vectors:
         return len(self.dense)
 
     @cached_property
+    def whole(self) -> np.ndarray:
+        """Vectors, cheap features, and 1.  -> (N, D + C + 1)"""
+        ones = _ONE if len(self) == 1 else np.ones((len(self), 1), np.float32)
+        return np.concatenate([self.dense, self.extra, ones], axis=1)
+
+    @cached_property
+    def tail(self) -> np.ndarray:
+        """Cheap features, and 1.  -> (N, C + 1)"""
+        return self.whole[:, self.dense.shape[1] :]
+
+    @property
     def joined(self) -> np.ndarray:
         """Vectors and cheap features, each number of about unit size: what networks learn from.  -> (N, D + C)"""
         found = np.concatenate([self.dense, self.extra], axis=1)
-        found *= _sizes(self.dense.shape[1], self.extra.shape[1])
+        found *= self.sizes
         return found
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """What `joined` multiplies its columns by.  -> (D + C,)"""
+        return _sizes(self.dense.shape[1], self.extra.shape[1])
 
     def rows(self, rows: np.ndarray) -> "Vectors":
         """Some of the rows, by their indices."""
@@ -158,10 +175,15 @@ class NgramEncoder:
         return _of_length_one(indices, values, np.concatenate([[0], np.cumsum(known)])[starts], len(self.arrays["weights"]))
 
     def _wide_one(self, buckets: np.ndarray) -> Wide:
-        column, weights = self._column.take(buckets), self.arrays["weights"]
-        indices = column.compress(column != _UNKNOWN).astype(np.int64)
+        columns, weights = self._column.take(buckets).astype(np.int64), self.arrays["weights"]
+        columns.sort()
+        # The largest is none of the columns, and all that equals it is left out.
+        if len(columns) == 0 or columns[-1] != _UNKNOWN:
+            columns = np.append(columns, np.int64(_UNKNOWN))
+        before = columns[:-1]
+        indices = before.compress(columns[1:] != before)
         values = weights.take(indices)
-        values /= np.float32(sqrt(values @ values) or 1.0)
+        values /= sqrt(values @ values) or 1.0
         return Wide(indices, values, np.array([0, len(indices)]), len(weights))
 
     def _reduction(self, wide: Wide) -> np.ndarray:
@@ -286,9 +308,10 @@ def reduced(wide: Wide, directions: np.ndarray, extra: np.ndarray) -> Vectors:
     """The vectors of TF-IDF rows.  (N rows), (columns, D), (N, C) -> Vectors"""
     kept = wide.times(directions)
     if len(kept) == 1:
-        size = np.float32(sqrt(kept[0] @ kept[0]))
-        kept /= max(size, np.float32(1e-12))
-        return Vectors(kept, extra, wide, np.array([size]))
+        row = kept[0]
+        size = sqrt(row @ row)
+        row /= max(size, 1e-12)
+        return Vectors(kept, extra, wide, np.array([size], np.float32))
     length = np.sqrt(np.einsum("nd,nd->n", kept, kept))
     return Vectors(kept / np.maximum(length, np.float32(1e-12))[:, None], extra, wide, length)
 
@@ -316,7 +339,7 @@ _FEATURES = 2 + len(_KINDS) + len(_MARKS)
 
 def _features(queries: Sequence[str]) -> np.ndarray:
     """Length, kinds of characters, and marks of code, logic and counting.  N -> (N, 17) float32"""
-    return np.array([_cheap(query) for query in queries], np.float32).reshape(len(queries), _FEATURES)
+    return np.array([_cheap(query) for query in queries] or np.empty((0, _FEATURES)), np.float32)
 
 
 def _cheap(query: str) -> list[float]:

@@ -84,7 +84,7 @@ class Fitted:
         """The same for one query.  -> (E,), number, number"""
         deviations, similarity, familiar = self._deviations_of_one(vectors)
         trust = familiar + (1 - familiar) * self.reliance
-        return (self.means + self._extended(deviations))[0], similarity, trust
+        return self.means + self._extended(deviations), similarity, trust
 
     def _extended(self, deviations: np.ndarray) -> np.ndarray:
         """Of the experts that were learned, those of the experts of today.  (N, E0) -> (N, E)"""
@@ -98,7 +98,7 @@ class Fitted:
         """Expected quality above the mean, likeness, chance to be like the log.  -> (N, E0), (N,), (N,)"""
         if len(vectors) == 1:
             total, likeness, chance = self._deviations_of_one(vectors)
-            return total, np.array([likeness], np.float32), np.array([chance])
+            return total[None], np.array([likeness], np.float32), np.array([chance])
         nearby = np.zeros((len(vectors), len(self.extension)), np.float32)
         if self.memory in self.policies:
             nearby, similarity = self.memory.look_up(vectors)
@@ -113,18 +113,21 @@ class Fitted:
         return np.einsum("np,pne->ne", weights, found), similarity, familiar
 
     def _deviations_of_one(self, vectors: Vectors) -> tuple[np.ndarray, float, float]:
-        """The same for one query, which is spared the estimators that have no weight for it.  -> (1, E0), number, number"""
-        total, nearby = np.zeros((2, 1, len(self.extension)), np.float32)
+        """The same for one query, which is spared the estimators that have no weight for it.  -> (E0,), number, number"""
         if self.memory in self.policies:
             nearby, similarity = self.memory.look_up_one(vectors)
         else:
             similarity = self.memory.likeness_of_one(vectors)
         near = self._chance_of_one(similarity)
+        shares, found = [], []
         for policy, weight, abroad in zip(self.policies, self.weights, self.abroad, strict=True):
             share = near * weight + (1 - near) * abroad
             if share > 0:
-                total += share * (nearby if policy is self.memory else policy.deviations(vectors))
-        return total, similarity, near
+                shares.append(share)
+                found.append(nearby if policy is self.memory else policy.deviations(vectors))
+        if not found:
+            return np.zeros(len(self.extension), np.float32), similarity, near
+        return np.array(shares, np.float32) @ np.concatenate(found), similarity, near
 
     def _chance_of_one(self, similarity: float) -> float:
         """np.interp(similarity, *familiar), which takes several times as long on one number."""
@@ -153,7 +156,7 @@ class Fitted:
 
     def kind_of_one(self, vectors: Vectors) -> str:
         """The same for one query."""
-        return self.kind_names[(vectors.dense @ self.kinds[0].T).argmax()] if self.kind_names else ""
+        return self.kind_names[(self.kinds[0] @ vectors.dense[0]).argmax()] if self.kind_names else ""
 
     def why_not(self, error: float) -> str:
         """Why the learned policy is not used at this price of an error; "" if it is."""

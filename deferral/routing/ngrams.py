@@ -31,11 +31,12 @@ def _powers(base: int) -> np.ndarray:
     return np.multiply.accumulate(factors)
 
 
-_POWER, _INVERSE = _powers(_P), _powers(pow(_P, -1, 1 << 64)) * _MIX
-_INVERSE_AFTER = _INVERSE[1:]
+# Of a text that begins with the byte _START, which counts as 0 and as no letter: the prefix sums then need no 0 before them.
+_POWER, _INVERSE = np.concatenate([np.zeros(1, np.uint64), _powers(_P)]), _powers(pow(_P, -1, 1 << 64)) * _MIX
+_START = b"\xff"  # no text in UTF-8 has it
 # Bytes above 127 belong to letters of other scripts.  A table of bytes is read in a tenth of the time of an array.
-_LETTER = bytes(byte > 127 or chr(byte).isalnum() for byte in range(256))
-_ONE_MORE = bytes((byte + 1) % 256 for byte in range(256))  # no text in UTF-8 has the byte 255
+_LETTER = bytes(byte not in _START and (byte > 127 or chr(byte).isalnum()) for byte in range(256))
+_ONE_MORE = bytes((byte + 1) % 256 for byte in range(256))
 
 
 def shortened(query: str) -> str:
@@ -44,12 +45,17 @@ def shortened(query: str) -> str:
 
 
 def hashed_ngrams(query: str) -> np.ndarray:
-    """The different n-grams of a query, as rising buckets below 2^BITS; a blank query has none.  -> (M,) int32"""
-    return _alone(_read(query))
+    """The n-grams of a query, as buckets below 2^BITS; a blank query has none.  -> (M,) int64
+
+    As they come, in no order, and again where they come again.
+    """
+    return _unsorted(_read(query))
 
 
 def hashed_ngrams_of(queries: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """The same of N queries, those of query i from starts[i] to starts[i + 1].  -> (M,) int32 buckets, (N + 1,) starts
+    """The different n-grams of N queries, rising, those of query i from starts[i] to starts[i + 1].
+
+    -> (M,) int32 buckets, (N + 1,) starts
 
     Short texts are hashed together, in a fraction of the time of each by itself; long ones are not, since all of it then
     stays in the processor's first cache.
@@ -86,40 +92,42 @@ def _read(query: str) -> bytes:
 
 
 def _hashed(text: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The places before words, their hashes, and those of all runs.  -> (W,), (W,) uint64, (len(text) - RUN + 1,) uint64"""
+    """Where words begin, their hashes, and those of all runs.  -> (W,), (W,) uint64, (len(text) - RUN + 1,) uint64"""
+    text = _START + text
     letter = np.frombuffer(text.translate(_LETTER), np.bool_)
-    edges = (letter[1:] != letter[:-1]).nonzero()[0]  # one before the edge
-    prefix = np.empty(len(text) + 1, np.uint64)
-    prefix[0] = 0
-    after = prefix[1:]
-    np.add.accumulate(np.frombuffer(text.translate(_ONE_MORE), np.uint8) * _POWER[: len(text)], out=after)
-    before, at_edges = edges[::2], after.take(edges)
-    words = (at_edges[1::2] - at_edges[::2]) * _INVERSE_AFTER.take(before)
+    edges = (letter[1:] != letter[:-1]).nonzero()[0]
+    prefix = np.add.accumulate(np.frombuffer(text.translate(_ONE_MORE), np.uint8) * _POWER[: len(text)])
+    begins, at_edges = edges[::2], prefix.take(edges)
+    words = (at_edges[1::2] - at_edges[::2]) * _INVERSE.take(begins)
     runs = (prefix[RUN:] - prefix[:-RUN]) * _INVERSE[: max(len(prefix) - RUN, 0)] + _RUN_MIXED
-    return before, words, runs
+    return begins, words, runs
 
 
 def _pairs(words: np.ndarray) -> np.ndarray:
     return words[:-1] * _PAIR + words[1:]
 
 
-def _alone(text: bytes) -> np.ndarray:
-    """The buckets of one text."""
+def _unsorted(text: bytes) -> np.ndarray:
     if not text:
         return _NONE
     _, words, runs = _hashed(text)
     hashes = np.concatenate((words, _pairs(words), runs))
     hashes >>= _SHIFT
-    buckets = hashes.astype(np.int32)
+    return hashes.view(np.int64)
+
+
+def _alone(text: bytes) -> np.ndarray:
+    """The buckets of one text."""
+    buckets = _unsorted(text).astype(np.int32)
     buckets.sort()
     return _different(buckets)
 
 
 def _together(texts: Sequence[bytes]) -> tuple[np.ndarray, list[int]]:
     """The buckets of several texts, one after the other, and how many each has."""
-    before, words, runs = _hashed(b"".join(texts))
+    begins, words, runs = _hashed(b"".join(texts))
     owner = np.arange(len(texts)).repeat([len(text) for text in texts])
-    of_words = owner.take(before)
+    of_words = owner.take(begins)
     # Whatever reaches from one text into the next is no n-gram of either.
     next_too = of_words[:-1] == of_words[1:]
     inside = owner[: len(runs)] == owner[len(owner) - len(runs) :]

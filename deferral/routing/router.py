@@ -175,7 +175,7 @@ class Router:
             cost[place] = inf
         # Ties go to the cheaper expert.
         best = min(state.cheapest_places, key=cost.__getitem__)
-        quality = np.minimum(np.maximum(estimate, 0), 1).tolist()
+        quality = [min(max(value, 0.0), 1.0) for value in quality]
         names = state.experts
         return Decision(
             names[best],

@@ -4,7 +4,7 @@ import numpy as np
 
 from deferral.routing.encoders import Arrays, Vectors
 from deferral.routing.policies.centres import nearest_centre, spherical_centres
-from deferral.routing.policies.policy import centred
+from deferral.routing.policies.policy import Folded, centred
 
 __all__ = ["Clusters"]
 
@@ -19,6 +19,7 @@ class Clusters:
     def __init__(self, *, count: int = 64, repeats: int = 4, prior: float = 5.0) -> None:
         self.count, self.repeats, self.prior = count, repeats, prior
         self.arrays: Arrays = {}
+        self._tables = Folded(_tables)
 
     def fit(self, vectors: Vectors, quality: np.ndarray, weights: np.ndarray, means: np.ndarray, *, seed: int = 0) -> "Clusters":
         gain = centred(quality, weights, means)
@@ -42,5 +43,14 @@ class Clusters:
             each = [values[nearest_centre(vectors.dense, found)] for found, values in zip(centres, gain, strict=True)]
             return np.sum(each, axis=0) / np.float32(len(gain))
         # One product for all clusterings, whose table would be large for many queries.
-        nearest = (centres @ vectors.dense.T).argmax(1)
-        return np.add.reduce(gain[np.arange(len(gain))[:, None], nearest]) / np.float32(len(gain))
+        directions, shares, starts = self._tables(self.arrays, vectors)
+        nearest = (vectors.dense @ directions).reshape(len(vectors), *centres.shape[:2]).argmax(2)
+        nearest += starts
+        return np.add.reduce(shares.take(nearest, axis=0), axis=1)
+
+
+def _tables(arrays: Arrays, _: Vectors) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """All centres as columns, what each adds to the mean of the clusterings, and where each clustering begins."""
+    repeats, count, size = arrays["centres"].shape
+    gain = arrays["gain"].reshape(repeats * count, -1) / np.float32(repeats)
+    return np.ascontiguousarray(arrays["centres"].reshape(repeats * count, size).T), gain, count * np.arange(repeats)

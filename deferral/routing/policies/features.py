@@ -5,7 +5,7 @@ from functools import cache
 import numpy as np
 
 from deferral.routing.encoders import Arrays, Vectors
-from deferral.routing.policies.policy import centred
+from deferral.routing.policies.policy import Folded, centred
 
 __all__ = ["Features"]
 
@@ -22,9 +22,10 @@ class Features:
     def __init__(self, *, penalty: float = 0.3) -> None:
         self.penalty = penalty
         self.arrays: Arrays = {}
+        self._scaled = Folded(_scaled)
 
     def fit(self, vectors: Vectors, quality: np.ndarray, weights: np.ndarray, means: np.ndarray, *, seed: int = 0) -> "Features":
-        x = _products(vectors.extra).astype(np.float64)
+        x = (_products(vectors) * _sizes(vectors.extra.shape[1])).astype(np.float64)
         gain = centred(quality, weights, means)
         ridge = self.penalty * len(x) * np.eye(x.shape[1])
         ridge[0, 0] = 1e-6 * len(x)
@@ -38,21 +39,32 @@ class Features:
 
     def deviations(self, vectors: Vectors) -> np.ndarray:
         """Expected quality above the expert's mean.  -> (N, E)"""
-        return _products(vectors.extra) @ self.arrays["weights"]
+        return _products(vectors) @ self._scaled(self.arrays, vectors)
 
 
-def _products(extra: np.ndarray) -> np.ndarray:
-    """1, the features and a third of every product of two: features reach from -3 to 3.  (N, C) -> (N, 1 + C + C (C + 1) / 2)"""
-    left, right, divisor = _pairs(extra.shape[1])
-    x = np.concatenate([np.ones((len(extra), 1), np.float32), extra], axis=1)
-    found = x.take(left, axis=1)
-    found *= x.take(right, axis=1)
-    found /= divisor
+def _products(vectors: Vectors) -> np.ndarray:
+    """Every product of two of 1 and the features, as they stand in `Vectors.tail`.  -> (N, 1 + C + C (C + 1) / 2)"""
+    left, right = _pairs(vectors.extra.shape[1])
+    tail = vectors.tail
+    found = tail.take(left, axis=1)
+    found *= tail.take(right, axis=1)
     return found
 
 
+def _scaled(arrays: Arrays, vectors: Vectors) -> np.ndarray:
+    """What `_products` are multiplied by.  -> (1 + C + C (C + 1) / 2, E)"""
+    return _sizes(vectors.extra.shape[1])[:, None] * arrays["weights"]
+
+
 @cache
-def _pairs(columns: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each product of 1 and the features, the two that are multiplied (1 is the first), and what it is divided by."""
+def _pairs(columns: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of each product of 1 and the features, the places of the two in `Vectors.tail`, where 1 is the last."""
     left, right = np.triu_indices(1 + columns)
-    return left, right, np.where(left == 0, 1, 3).astype(np.float32)
+    return (left - 1) % (1 + columns), (right - 1) % (1 + columns)
+
+
+@cache
+def _sizes(columns: int) -> np.ndarray:
+    """Products enter as 1, the features and a third of every product of two of them: features reach from -3 to 3."""
+    left, _ = np.triu_indices(1 + columns)
+    return np.where(left == 0, 1, 1 / 3).astype(np.float32)

@@ -3,7 +3,8 @@
 import numpy as np
 
 from deferral.routing.encoders import Arrays, Vectors
-from deferral.routing.policies.networks import chances, trained
+from deferral.routing.policies.networks import above_mean, layers, trained
+from deferral.routing.policies.policy import Folded
 
 __all__ = ["Factors", "Heads"]
 
@@ -17,6 +18,7 @@ class Heads:
     def __init__(self, *, hidden: int = 64, dropout: float = 0.5) -> None:
         self.hidden, self.dropout = hidden, dropout
         self.arrays: Arrays = {}
+        self._layers = Folded(layers)
 
     def fit(self, vectors: Vectors, quality: np.ndarray, weights: np.ndarray, means: np.ndarray, *, seed: int = 0) -> "Heads":
         # Whoever only routes need not hold torch in memory: it is imported where something is trained.
@@ -44,15 +46,7 @@ class Heads:
 
     def deviations(self, vectors: Vectors) -> np.ndarray:
         """Expected quality above the expert's mean.  -> (N, E)"""
-        arrays = self.arrays
-        hidden = vectors.joined @ arrays["1.weight"]
-        hidden += arrays["1.bias"]
-        logits = self._hidden(hidden) @ arrays["4.weight"]
-        logits += arrays["4.bias"]
-        return chances(logits) - arrays["means"]
-
-    def _hidden(self, values: np.ndarray) -> np.ndarray:
-        return np.maximum(values, 0, out=values)
+        return above_mean(self._layers(self.arrays, vectors), vectors, rectified=self._activation == "ReLU")
 
 
 class Factors(Heads):
@@ -66,6 +60,3 @@ class Factors(Heads):
 
     def __init__(self, *, hidden: int = 16, dropout: float = 0.5) -> None:
         super().__init__(hidden=hidden, dropout=dropout)
-
-    def _hidden(self, values: np.ndarray) -> np.ndarray:
-        return values

@@ -3,7 +3,7 @@
 import numpy as np
 
 from deferral.routing.encoders import Arrays, Vectors
-from deferral.routing.policies.policy import centred
+from deferral.routing.policies.policy import Folded, centred
 
 __all__ = ["Linear"]
 
@@ -24,7 +24,7 @@ class Linear:
     def __init__(self, *, penalty: float = 10.0) -> None:
         self.penalty = penalty
         self.arrays: Arrays = {}
-        self._scales: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
+        self._tail = Folded(_tail)
 
     def fit(self, vectors: Vectors, quality: np.ndarray, weights: np.ndarray, means: np.ndarray, *, seed: int = 0) -> "Linear":
         known = weights.astype(np.float32)
@@ -61,16 +61,14 @@ class Linear:
         if vectors.wide is None:
             return _narrow(vectors) @ narrow
         off = vectors.wide.times(self.arrays["wide"])
-        slopes, intercept = self._scaled(narrow)
-        off += vectors.extra @ slopes
-        off += intercept
+        off += vectors.tail @ self._tail(self.arrays, vectors)
         return off
 
-    def _scaled(self, narrow: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What the cheap features and 1 are multiplied by, worked out once.  -> (C, E), (E,)"""
-        if self._scales is None or self._scales[0] is not narrow:
-            self._scales = narrow, np.float32(_EXTRA) * narrow[1:], np.float32(_ONE) * narrow[0]
-        return self._scales[1:]
+
+def _tail(arrays: Arrays, _: Vectors) -> np.ndarray:
+    """What the cheap features and 1 are multiplied by, as they stand in `Vectors.tail`.  -> (C + 1, E)"""
+    narrow = arrays["narrow"]
+    return np.concatenate([np.float32(_EXTRA) * narrow[1:], np.float32(_ONE) * narrow[:1]])
 
 
 def _narrow(vectors: Vectors) -> np.ndarray:

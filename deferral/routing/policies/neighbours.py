@@ -107,29 +107,30 @@ class Neighbours:
 
     def look_up_one(self, vectors: Vectors) -> tuple[np.ndarray, float]:
         """`look_up` of one query.  -> (1, E), number"""
-        vector, length = _leading_one(vectors)
-        similarity, candidates = self._similarity_one(vector)
-        return self._found_one(similarity, candidates), _alike_one(similarity, length)
+        product, candidates, size, share = self._products_one(vectors)
+        arrays, first = self.arrays, max(len(product) - self.count, 0)
+        best = product.argpartition(first)[first:]
+        nearest = product.take(best)
+        closeness, rows = _closeness(nearest), candidates.take(best)
+        mass = np.add.reduce(closeness) if len(arrays["known"]) == 0 else closeness @ arrays["known"].take(rows, axis=0)
+        # (product / size)^3 over (its sum and the prior), without dividing every product.
+        mass += np.float32(self.prior * size**3)
+        return closeness[None] @ arrays["gain"].take(rows, axis=0) / mass, _alike_one(nearest, share)
 
     def likeness_of_one(self, vectors: Vectors) -> float:
         """`likeness` of one query."""
-        vector, length = _leading_one(vectors)
-        return _alike_one(self._similarity_one(vector)[0], length)
+        product, _, _, share = self._products_one(vectors)
+        return _alike_one(product, share)
 
-    def _similarity_one(self, vector: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The similarity of every candidate, and the candidates.  (D,) -> (K,), (K,)"""
-        arrays = self.arrays
-        cell = int((arrays["centres"] @ vector).argmax())
-        return self._pool(cell) @ vector, arrays["near"][cell]
+    def _products_one(self, vectors: Vectors) -> tuple[np.ndarray, np.ndarray, float, float]:
+        """The similarity of every candidate times a size, the candidates, that size, and likeness over the former.
 
-    def _found_one(self, similarity: np.ndarray, candidates: np.ndarray) -> np.ndarray:
-        """(K,), (K,) -> (1, E)"""
-        arrays = self.arrays
-        first = max(len(similarity) - self.count, 0)
-        best = similarity.argpartition(first)[first:]
-        closeness, rows = _closeness(similarity.take(best)), candidates.take(best)
-        mass = np.add.reduce(closeness) if len(arrays["known"]) == 0 else closeness @ arrays["known"].take(rows, axis=0)
-        return closeness[None] @ arrays["gain"].take(rows, axis=0) / (mass + np.float32(self.prior))
+        -> (K,), (K,), number, number
+        """
+        vector, size, share = _leading_one(vectors)
+        centres = self.arrays["centres"]
+        cell = int((centres @ vector).argmax()) if len(centres) > 1 else 0
+        return vector @ self._pool(cell), self.arrays["near"][cell], size, share
 
     def nearest(self, vectors: Vectors, count: int) -> tuple[np.ndarray, np.ndarray]:
         """The nearest logged rows and their similarity (the cosine), nearest first.  -> (N, count), (N, count)"""
@@ -158,12 +159,16 @@ class Neighbours:
             members = np.flatnonzero(cell == number)
             for start in range(0, len(members), _BLOCK):
                 block = members[start : start + _BLOCK]
-                yield block, number, vectors[block] @ pool.T
+                yield block, number, vectors[block] @ pool
 
     def _pool(self, cell: int) -> np.ndarray:
-        """The rows near a centre, side by side: to fetch them takes several times as long as their products.  -> (K, D)"""
+        """The rows near a centre, as columns: to fetch them takes several times as long as their products.  -> (D, K)
+
+        A product with columns takes two thirds of the time of one with rows.
+        """
         if (pool := self._pools.get(cell)) is None:
-            pool = self._pools[cell] = self.arrays["rows"].take(self.arrays["near"][cell], axis=0)
+            pool = np.ascontiguousarray(self.arrays["rows"].take(self.arrays["near"][cell], axis=0).T)
+            self._pools[cell] = pool
         return pool
 
 
@@ -178,12 +183,11 @@ def _alike(similarity: np.ndarray) -> np.ndarray:
     return np.partition(similarity, -some, axis=1)[:, -some:].mean(1)
 
 
-def _alike_one(similarity: np.ndarray, length: np.float32) -> float:
-    """The mean of the ten largest, times the length; their order is lost.  (K,) -> number"""
-    least = max(len(similarity) - _ALIKE, 0)
-    similarity.partition(least)
-    largest = similarity[least:]
-    return float(np.add.reduce(largest) / np.float32(len(largest)) * length)
+def _alike_one(product: np.ndarray, share: float) -> float:
+    """The mean of the ten largest, times a share; their order is lost.  (K,) -> number"""
+    least = max(len(product) - _ALIKE, 0)
+    product.partition(least)
+    return float(np.add.reduce(product[least:]) / (len(product) - least) * share)
 
 
 def _leading(vectors: Vectors) -> tuple[np.ndarray, np.ndarray]:
@@ -195,10 +199,9 @@ def _leading(vectors: Vectors) -> tuple[np.ndarray, np.ndarray]:
     return kept / np.maximum(length, 1e-12)[:, None], length * vectors.share
 
 
-def _leading_one(vectors: Vectors) -> tuple[np.ndarray, np.float32]:
-    """The same for one query.  -> (D,), number"""
+def _leading_one(vectors: Vectors) -> tuple[np.ndarray, float, float]:
+    """The same for one query, but for its size; that, and the length that the whole vector keeps.  -> (D,), number, number"""
     if vectors.wide is None or vectors.share is None:
-        return vectors.dense[0], np.float32(1)
+        return vectors.dense[0], 1.0, 1.0
     kept = vectors.dense[0, :_LEADING]
-    size = np.float32(sqrt(kept @ kept))
-    return kept / max(size, np.float32(1e-12)), vectors.share[0] * size
+    return kept, max(sqrt(kept @ kept), 1e-12), float(vectors.share[0])

@@ -1,16 +1,16 @@
 """The small networks of the router: how they are trained, by AdamW with one cycle, and what their outputs mean."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from deferral.routing.encoders import Arrays
+from deferral.routing.encoders import Arrays, Vectors
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["chances", "trained"]
+__all__ = ["Layers", "above_mean", "layers", "trained"]
 
 _ROWS_SEEN = 600_000
 _BATCH, _LARGEST_BATCH = 512, 1024
@@ -63,8 +63,32 @@ def trained(
     return arrays
 
 
-def chances(logits: np.ndarray) -> np.ndarray:
-    """1 / (1 + exp(-logits)), in their place."""
-    found = np.exp(np.negative(logits, out=logits), out=logits)
-    found += 1
-    return np.divide(1, found, out=found)
+class Layers(NamedTuple):
+    """A trained network as it is asked.  (1 + exp(-x))^-1 = (1 + tanh(x / 2)) / 2, which needs fewer steps over small arrays."""
+
+    first: np.ndarray  # (D + C + 1, H), the bias in its last row
+    last: np.ndarray | None  # (H, E), half of it; None where there is one layer alone
+    bias: np.ndarray  # (E,), half of it
+    rest: np.ndarray  # (E,)
+
+
+def layers(arrays: Arrays, vectors: Vectors) -> Layers:
+    """Of the arrays that `trained` returned and the experts' "means": trained on `Vectors.joined`, asked with `Vectors.whole`."""
+    first = np.concatenate([vectors.sizes[:, None] * arrays["1.weight"], arrays["1.bias"][None]])
+    half = np.float32(0.5)
+    rest = half - arrays["means"]
+    if "4.weight" in arrays:
+        return Layers(first, half * arrays["4.weight"], half * arrays["4.bias"], rest)
+    return Layers(half * first, None, np.zeros_like(rest), rest)
+
+
+def above_mean(network: Layers, vectors: Vectors, *, rectified: bool = True) -> np.ndarray:
+    """P(right) of every expert by the network, above its mean.  -> (N, E)"""
+    found = vectors.whole @ network.first
+    if network.last is not None:
+        found = (np.maximum(found, 0, out=found) if rectified else found) @ network.last
+        found += network.bias
+    np.tanh(found, out=found)
+    found *= np.float32(0.5)
+    found += network.rest
+    return found

@@ -1,14 +1,16 @@
 """What every estimator of quality has in common: fitted on a weighted table, it says how far from the mean a query is."""
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
 from deferral.routing.encoders import Arrays, Vectors
 
-__all__ = ["Policy", "centred", "expert_means"]
+__all__ = ["Folded", "Policy", "centred", "expert_means"]
 
 _PRIOR = 5.0
+T = TypeVar("T")
 
 
 class Policy(Protocol):
@@ -27,6 +29,24 @@ class Policy(Protocol):
     def deviations(self, vectors: Vectors) -> np.ndarray:
         """Expected quality above the expert's mean.  -> (N, E)"""
         ...
+
+
+class Folded(Generic[T]):
+    """What follows from the arrays of a policy: worked out when it is first asked for, and again for other arrays.
+
+    A decision about one query is some hundred small calls, and each that is spared shows.  Of the vectors that are passed only
+    the shapes may count.
+    """
+
+    def __init__(self, fold: Callable[[Arrays, Vectors], T]) -> None:
+        self._fold = fold
+        self._kept: tuple[Arrays, T] | None = None
+
+    def __call__(self, arrays: Arrays, vectors: Vectors) -> T:
+        kept = self._kept
+        if kept is None or kept[0] is not arrays:
+            kept = self._kept = arrays, self._fold(arrays, vectors)
+        return kept[1]
 
 
 def expert_means(quality: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from deferral.routing.encoders import Arrays, Vectors
-from deferral.routing.policies.networks import chances, trained
+from deferral.routing.policies.networks import above_mean, layers, trained
+from deferral.routing.policies.policy import Folded
 from deferral.routing.prices import error_range
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ class Rejector:
     def __init__(self, *, hidden: int = 64, dropout: float = 0.5) -> None:
         self.hidden, self.dropout = hidden, dropout
         self.arrays: Arrays = {}
+        self._layers = Folded(layers)
 
     def fit(
         self,
@@ -76,13 +78,7 @@ class Rejector:
 
     def deviations(self, vectors: Vectors) -> np.ndarray:
         """Expected quality above the expert's mean, as the decisions imply it.  -> (N, E)"""
-        arrays = self.arrays
-        outputs = vectors.joined @ arrays["1.weight"]
-        outputs += arrays["1.bias"]
-        if "4.weight" in arrays:
-            outputs = np.maximum(outputs, 0, out=outputs) @ arrays["4.weight"]
-            outputs += arrays["4.bias"]
-        return chances(outputs) - arrays["means"]
+        return above_mean(self._layers(self.arrays, vectors), vectors)
 
     def scores(self, vectors: Vectors, price: np.ndarray, price_of_error: float) -> np.ndarray:
         """Higher is preferred, at these prices and this price of an error in dollars.  (N, E), number -> (N, E)"""
