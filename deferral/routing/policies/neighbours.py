@@ -162,10 +162,7 @@ class Neighbours:
                 yield block, number, vectors[block] @ pool
 
     def _pool(self, cell: int) -> np.ndarray:
-        """The rows near a centre, as columns: to fetch them takes several times as long as their products.  -> (D, K)
-
-        A product with columns takes two thirds of the time of one with rows.
-        """
+        """The rows near a centre, as columns: to fetch them takes several times as long as their products.  -> (D, K)"""
         if (pool := self._pools.get(cell)) is None:
             pool = np.ascontiguousarray(self.arrays["rows"].take(self.arrays["near"][cell], axis=0).T)
             self._pools[cell] = pool
