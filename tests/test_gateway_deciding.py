@@ -173,6 +173,38 @@ def test_many_decisions_at_once_leave_the_event_loop_time_for_others(router: Rou
     assert rounds >= 3, "sixteen at a time"
 
 
+def test_where_many_are_under_way_a_turn_waits_for_company(router: Router, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Clock:
+        now, soon, later = 100.0, 0, []
+
+        def time(self) -> float:
+            return self.now
+
+        def create_future(self) -> asyncio.Future:
+            return asyncio.Future(loop=loop)
+
+        def call_soon(self, *_: object) -> None:
+            self.soon += 1
+
+        def call_later(self, seconds: float, *_: object) -> None:
+            self.later.append(seconds)
+
+    clock, loop, decider = Clock(), asyncio.new_event_loop(), Decider(router, EXPERTS, deadline_s=1.0)
+    monkeypatch.setattr("deferral.gateway.deciding.asyncio.get_running_loop", lambda: clock)
+    plan = router.plan()
+    decider._in_turn(plan, EASY, crowded=True)
+    assert (clock.soon, clock.later) == (1, []), "the first turn waits for nobody"
+    decider._turn(clock)  # type: ignore[arg-type]
+    clock.now += 0.001
+    waiting = [decider._in_turn(plan, f"{EASY} {number}", crowded=True) for number in range(5)]
+    assert (clock.soon, clock.later) == (1, [pytest.approx(0.003)]), "one turn for all five"
+    decider._turn(clock)  # type: ignore[arg-type]
+    assert all(future.done() for future in waiting)
+    decider._in_turn(plan, EASY, crowded=False)
+    assert clock.soon == 2, "alone it is decided at once"
+    loop.close()
+
+
 @pytest.mark.parametrize("earlier", [[], [HARD]], ids=["single", "conversation"])
 def test_whoever_leaves_while_waiting_for_a_turn_holds_up_nobody(router: Router, earlier: list[str]) -> None:
     turns = [{"role": "user", "content": text} for text in earlier] + [{"role": "assistant", "content": ""}] * len(earlier)

@@ -3,6 +3,7 @@
 import asyncio
 import copy
 import dataclasses
+import math
 from collections import deque
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +34,10 @@ _MOST_WAITING = 32
 # the loop looks after the others: it would take their replies for late.
 _TOGETHER = 16
 _CONVERSATIONS = 4
+# From this many requests under way on, turns begin this many seconds apart at least: a query decided alone costs a crowded loop
+# several times what it costs among others.
+_CROWD = 4
+_APART = 0.004
 
 
 class Choice(NamedTuple):
@@ -71,7 +76,8 @@ class Decider:
     """One router with the experts of one experts file.  `close` ends its worker.
 
     With the n-gram encoder, whose work is bounded by its 2,000 characters, queries are decided where they are: a thread would
-    compete for the same interpreter lock.  Those of one turn of the event loop are decided together.
+    compete for the same interpreter lock.  Those of one turn of the event loop are decided together, and where many requests are
+    under way a turn waits some milliseconds for company.
     Any other encoder runs in one worker thread, and after `deadline_s` the static mix decides instead.  With `rules=None` every
     request of a conversation is decided by itself.
     """
@@ -87,6 +93,7 @@ class Decider:
         self._at_once = isinstance(router.encoder, NgramEncoder)
         self._plans: dict[Any, Plan] = {}
         self._together: deque[tuple[Plan, str, asyncio.Future[Choice]]] = deque()
+        self._last_turn = -math.inf
         self._one_of_few = asyncio.Semaphore(_CONVERSATIONS)
         # Plans are cached by the router, and a cache that two threads fill may lose what one has just put there.
         self._planner = copy.copy(router)
@@ -100,8 +107,11 @@ class Decider:
         """The request as it is scored and kept on record: where it only follows up, with the query that it follows."""
         return asked if self.conversations is None else self.conversations.read(asked)
 
-    async def choose(self, asked: Asked, hints: Hints, limited: Limited) -> Choice:
-        """Problem 4xx where a constraint leaves nobody or a hint cannot be met, 503 where all who may answer are down."""
+    async def choose(self, asked: Asked, hints: Hints, limited: Limited, *, under_way: int = 1) -> Choice:
+        """Problem 4xx where a constraint leaves nobody or a hint cannot be met, 503 where all who may answer are down.
+
+        `under_way` counts the requests that the gateway has not done with, this one among them.
+        """
         able = self._able(asked, hints, limited)
         now = self._now(able, asked, limited)
         plan = await self._plan(now, hints, limited.thrift)
@@ -110,7 +120,7 @@ class Decider:
             return await self._in_conversation(self.conversations, asked, plan, standing, _named(hints.conversation, limited.key))
         query = asked.query
         if self._at_once:
-            return await self._in_turn(plan, query)
+            return await self._in_turn(plan, query, crowded=under_way >= _CROWD)
         decided = await self._in_worker(lambda: self._decided(plan, [query]), self.deadline_s)
         return self._choice(decided[0] if decided else self._by_mix(plan, query)[0], plan, fast=decided is None)
 
@@ -190,16 +200,21 @@ class Decider:
         self._plans[key] = plan
         return plan
 
-    def _in_turn(self, plan: Plan, query: str) -> "asyncio.Future[Choice]":
+    def _in_turn(self, plan: Plan, query: str, *, crowded: bool) -> "asyncio.Future[Choice]":
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Choice] = loop.create_future()
         if not self._together:
-            loop.call_soon(self._turn, loop)
+            wait = self._last_turn + _APART - loop.time() if crowded else 0.0
+            if wait > 0:
+                loop.call_later(wait, self._turn, loop)
+            else:
+                loop.call_soon(self._turn, loop)
         self._together.append((plan, query, future))
         return future
 
     def _turn(self, loop: asyncio.AbstractEventLoop) -> None:
         """Decide some of those who wait; the others have the next turn."""
+        self._last_turn = loop.time()
         turn = [self._together.popleft() for _ in range(min(_TOGETHER, len(self._together)))]
         if self._together:
             loop.call_soon(self._turn, loop)

@@ -119,6 +119,10 @@ class Metrics(Collector):
         """Also show what keys have spent of their budgets: of the 100 that have spent the largest share."""
         self._budgets = budgets
 
+    @property
+    def under_way(self) -> int:
+        return self._flying
+
     def began(self) -> None:
         self._flying += 1
 

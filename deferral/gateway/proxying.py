@@ -217,7 +217,8 @@ class Exchange:
             limits, budgeted = self.gateway.limits, key.budget is not None
             left, thrift = (limits.left(key), limits.thrift(key)) if budgeted else (None, 1.0)
             down = self.gateway.answerers.down()
-            return await now.decider.choose(asked, wanted, Limited(key.experts, left, thrift, down, key.id))
+            limited = Limited(key.experts, left, thrift, down, key.id)
+            return await now.decider.choose(asked, wanted, limited, under_way=self.gateway.metrics.under_way)
         expert = now.experts.get(asked.model)
         if expert is None or (key.experts is not None and expert.name not in key.experts):
             message = f"model: {asked.model[:100]!r} is no expert that this key may ask; GET /v1/models lists them"
