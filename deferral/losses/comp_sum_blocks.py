@@ -206,7 +206,8 @@ def _fill_compiled(
     own = scores.shape[-1] - weights.shape[-1]
     if ceiling is not None:
         weights = ceiling - weights
-    shifted = scores - scores.amax(dim=-1, keepdim=True)
+    top = scores.amax(dim=-1, keepdim=True)
+    shifted = scores - top
     exponentials = shifted.exp()
     norm = exponentials.sum(dim=-1, keepdim=True)
     log_norm = norm.log()
@@ -230,7 +231,7 @@ def _fill_compiled(
         losses.copy_(found)
         torch.addcmul(pull, exponentials, total / norm, value=-1, out=descent)
         return
-    log_p = scores[:, :own].gather(-1, targets) - scores.amax(dim=-1, keepdim=True) - log_norm
+    log_p = scores[:, :own].gather(-1, targets) - top - log_norm
     torch.add(found, comp_sum_losses(log_p, mu), out=losses)
     target_pull = _slope(log_p, mu)
     scale = (total + target_pull) / norm
