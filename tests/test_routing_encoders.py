@@ -155,6 +155,21 @@ def test_an_encoder_of_ones_own() -> None:
         NgramEncoder()(["x"])
 
 
+def test_a_fit_encodes_every_text_once() -> None:
+    seen: list[str] = []
+
+    def encode(texts: list[str]) -> np.ndarray:
+        seen.extend(texts)
+        return np.array([[len(text), text.count("o"), 1.0] for text in texts])
+
+    encoder = FunctionEncoder(encode)
+    fitted = encoder.fit(TEXTS)
+    assert seen == list(TEXTS)
+    again = encoder(TEXTS)
+    np.testing.assert_array_equal(fitted.dense, again.dense)
+    np.testing.assert_array_equal(fitted.extra, again.extra)
+
+
 def test_a_cached_encoder_encodes_every_text_once(tmp_path: Path) -> None:
     seen: list[str] = []
 
@@ -175,3 +190,28 @@ def test_a_cached_encoder_encodes_every_text_once(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*partial*"))
     with pytest.raises(ValueError, match="expected 2 vectors"):
         CachedEncoder(lambda texts: np.ones((1, 2)), tmp_path, "broken")(["a", "b"])
+
+
+def test_a_cached_encoder_that_is_stopped_keeps_what_was_done(tmp_path: Path) -> None:
+    texts = [f"query {number}" for number in range(1_100)]
+    counts: list[int] = []
+
+    def stopped(some: list[str]) -> np.ndarray:
+        if len(counts) == 2:
+            raise KeyboardInterrupt
+        counts.append(len(some))
+        return np.array([[float(text.split()[1])] for text in some])
+
+    with pytest.raises(KeyboardInterrupt):
+        CachedEncoder(stopped, tmp_path, "numbers")(texts)
+    done = sum(counts)
+    assert 0 < done < len(texts)
+    counts.clear()
+
+    def rest(some: list[str]) -> np.ndarray:
+        counts.append(len(some))
+        return np.array([[float(text.split()[1])] for text in some])
+
+    vectors = CachedEncoder(rest, tmp_path, "numbers")(texts)
+    assert sum(counts) == len(texts) - done
+    np.testing.assert_array_equal(vectors[:, 0], np.arange(len(texts)))

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from itertools import pairwise
+from itertools import islice, pairwise
 from math import log1p, sqrt
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ Arrays = dict[str, np.ndarray]
 MOST_ROWS_OF_SVD = 20_000
 _COLUMNS, _UNKNOWN = 60_000, np.uint16(65_535)
 _FEW = 33
+_BLOCK = 512
 _ONE = np.ones((1, 1), np.float32)
 
 
@@ -221,7 +222,7 @@ class FunctionEncoder:
             "center": features.mean(0),
             "scale": (1 / np.where(spread > 1e-6, spread, 1.0)).astype(np.float32),
         }
-        return self(queries)
+        return self._vectors(vectors, features)
 
     def __call__(self, queries: Sequence[str]) -> Vectors:
         """The vectors of queries.  N -> Vectors"""
@@ -231,14 +232,15 @@ class FunctionEncoder:
             return Vectors(
                 np.empty((0, len(self.arrays["mean"])), np.float32), np.empty((0, len(self.arrays["center"])), np.float32)
             )
-        features = _features(queries)
-        extra = _standardised(features, self.arrays)
-        return Vectors(_unit(self._encoded(queries) - self.arrays["mean"]), extra)
+        return self._vectors(self._encoded(queries), _features(queries))
 
     def restore(self, arrays: Arrays) -> "FunctionEncoder":
         """The encoder that had these arrays."""
         self.arrays = arrays
         return self
+
+    def _vectors(self, vectors: np.ndarray, features: np.ndarray) -> Vectors:
+        return Vectors(_unit(vectors - self.arrays["mean"]), _standardised(features, self.arrays))
 
     def _encoded(self, queries: Sequence[str]) -> np.ndarray:
         vectors = np.asarray(self.encode([shortened(query) for query in queries]), np.float32)
@@ -269,10 +271,13 @@ class CachedEncoder:
         missing = {path: query for path, query in zip(paths, queries, strict=True) if known[path] is None}
         if missing:
             self.folder.mkdir(parents=True, exist_ok=True)
-            vectors = np.asarray(self.encode(list(missing.values())))
-            if len(vectors) != len(missing):
-                raise ValueError(f"encoder: expected {len(missing)} vectors, one per text, got {len(vectors)}")
-            for path, vector in zip(missing, vectors, strict=True):
+        # Block after block, so that whoever is stopped finds on disk what was done.
+        for start in range(0, len(missing), _BLOCK):
+            block = dict(islice(missing.items(), start, start + _BLOCK))
+            vectors = np.asarray(self.encode(list(block.values())))
+            if len(vectors) != len(block):
+                raise ValueError(f"encoder: expected {len(block)} vectors, one per text, got {len(vectors)}")
+            for path, vector in zip(block, vectors, strict=True):
                 partial = path.with_name(f"{path.stem}.{os.getpid()}.partial.npy")
                 np.save(partial, vector)
                 os.replace(partial, path)
