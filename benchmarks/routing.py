@@ -30,6 +30,7 @@ by the two-stage deferral loss; over rejector, over neighbours, over static: pai
 """
 
 import json
+import os
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -59,15 +60,17 @@ from benchmarks.routers.data import (
     subject_folds,
 )
 from deferral.intervals import bootstrap, interval
-from deferral.routing.encoders import NgramEncoder, Vectors
+from deferral.routing.encoders import CachedEncoder, Vectors
 from deferral.routing.evaluation import Curve, aiq, apgr, best_expert, cpt, curve, hull, saving, static_curve, trade_offs
 from deferral.routing.policies import Factors, Policy, Rejector, expert_means
-from deferral.routing.prices import fit_prices
 from deferral.routing.router import Router
+from deferral.routing.sentences import sentence_encoder
 from deferral.routing.training import POLICIES, taught
 
 RESULTS = Path(__file__).parent / "results"
 RESAMPLES = 500
+SENTENCES = "-sentences"  # in the names of results with a sentence encoder
+Encode = Callable[[list[str]], Any]
 # The estimators of the router, and others that it does without.
 OTHERS: dict[str, Callable[[], Policy]] = {"factors": Factors, "rejector linear": lambda: Rejector(hidden=0)}
 # Of whole subjects: which of them share a fold moves RouteLLM's figures by more than any method does.
@@ -117,7 +120,7 @@ def settings(price: np.ndarray) -> np.ndarray:
     return errors
 
 
-def predicted(data: Data, fold: np.ndarray, *, train_rows: int | None = None) -> Predicted:
+def predicted(data: Data, fold: np.ndarray, encode: Encode | None, *, train_rows: int | None = None) -> Predicted:
     """All methods on all folds."""
     rows = len(data.quality)
     errors = settings(data.price)
@@ -131,12 +134,11 @@ def predicted(data: Data, fold: np.ndarray, *, train_rows: int | None = None) ->
             train = np.sort(np.random.default_rng(number).choice(train, train_rows, replace=False))
         table = data.table(train)
         begun = time.perf_counter()
-        router = Router(1.0, policies=POLICIES, seed=SEED).fit(table)
+        router = Router(1.0, encoder=encode, policies=POLICIES, seed=SEED).fit(table)
         result.seconds["routed"] = result.seconds.get("routed", 0) + time.perf_counter() - begun
         queries = [data.queries[row] for row in test]
         seen, unseen = router.encoder(table.queries), router.encoder(queries)
         quality, means = table.quality, expert_means(table.quality, np.ones_like(table.quality))
-        result.price[test] = fit_prices(table)(np.array([len(query) for query in queries], float))
 
         def put(name: str, values: np.ndarray, test: np.ndarray = test) -> None:
             result.estimates.setdefault(name, np.zeros(data.price.shape))[test] = values
@@ -150,7 +152,8 @@ def predicted(data: Data, fold: np.ndarray, *, train_rows: int | None = None) ->
         put("length", means + by_length(seen, quality - means, unseen))
         put("true subject", by_subject(data.subject[train], quality, data.subject[test], means))
         estimated = router.fitted.estimate(unseen)
-        put("learned", estimated[0])
+        put("learned", estimated.quality)
+        result.price[test] = router.fitted.priced(np.array([len(query) for query in queries], float), estimated.dearness)
         for place, error in enumerate(errors):
             decisions = router.decide_estimated(router.plan(price_of_error=float(error)), estimated, queries)
             result.routed[place, test], result.fallback[place, test] = decisions.actions, decisions.fallback
@@ -281,7 +284,7 @@ def curve_of(estimate: np.ndarray, price: np.ndarray, data: Data, errors: np.nda
     return Curve(np.stack([data.price[rows, one] for one in chosen]), np.stack([data.quality[rows, one] for one in chosen]))
 
 
-def routerdc(folder: Path) -> Iterator[dict]:
+def routerdc(folder: Path, encode: Encode | None) -> Iterator[dict]:
     """Mean score over five tasks at no price, everything chosen on the train parts."""
     rows = lines_of(folder / "routerdc_7model_prompts.jsonl.gz")
     with np.load(folder / "routerdc_7model_outcomes.npz") as stored:
@@ -296,16 +299,15 @@ def routerdc(folder: Path) -> Iterator[dict]:
     data = Data(queries, names, score, np.zeros(score.shape), subset)
     weight = np.mean([(task == name) / (task == name).sum() for name in np.unique(task)], axis=0)
     table = data.table(train)
-    encoder = NgramEncoder(seed=SEED)
-    seen, unseen = encoder.fit(table.queries), encoder([queries[row] for row in test])
     means = expert_means(table.quality, np.ones_like(table.quality))
     chosen: dict[str, np.ndarray] = {"best single of train": np.full(len(test), means.argmax())}
-    router = Router(1.0, policies=POLICIES, seed=SEED).fit(table)
+    router = Router(1.0, encoder=encode, policies=POLICIES, seed=SEED).fit(table)
+    seen, unseen = router.encoder(table.queries), router.encoder([queries[row] for row in test])
     learned = {policy.kind: policy for policy in router.fitted.policies}
     for name, make in every_policy():
         policy = learned.get(name) or taught(make(), seen, table.quality, means, table.price, seed=SEED)
         chosen[name] = (means + policy.deviations(unseen)).argmax(1)
-    chosen["learned"] = router.fitted.estimate(unseen)[0].argmax(1)
+    chosen["learned"] = router.fitted.estimate(unseen).quality.argmax(1)
     chosen["routed"] = router.route_batch([queries[row] for row in test]).actions
     true = {
         name: score[train][np.array([n.startswith(name) for n in subset[train]])].mean(0).argmax() for name in np.unique(task)
@@ -341,10 +343,10 @@ TABLES: dict[str, tuple] = {
 }
 
 
-def run(name: str, folder: Path) -> tuple[list[dict], dict[str, float]]:
+def run(name: str, folder: Path, encode: Encode | None) -> tuple[list[dict], dict[str, float]]:
     """The lines of a table, and the seconds that fitting took."""
     if name == "routerdc":
-        return list(routerdc(folder)), {}
+        return list(routerdc(folder, encode)), {}
     if name == "partial-logs":
         from benchmarks.routers.partial_logs import partial_logs
 
@@ -352,7 +354,7 @@ def run(name: str, folder: Path) -> tuple[list[dict], dict[str, float]]:
     read, fold_of, judge, train_rows = TABLES[name]
     data = read(folder)
     fold = random_folds(len(data.queries)) if fold_of is random_folds else fold_of(data.subject)
-    found = predicted(data, fold, train_rows=train_rows)
+    found = predicted(data, fold, encode, train_rows=train_rows)
     return list(judge(data, fold, found)), found.seconds
 
 
@@ -385,14 +387,28 @@ def strict(value: Any) -> Any:
 
 
 EVERY = (*TABLES, "routerdc", "partial-logs")
+# What a sentence encoder says of a log of single answers is no other question than what it says of a full table.
+WITH_SENTENCES = (*TABLES, "routerdc")
+
+
+def cached(folder: Path) -> CachedEncoder:
+    """The sentence encoder of a folder; vectors are kept, so that a run that was stopped goes on, and tables share them."""
+    encoder = sentence_encoder(folder)
+    place = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deferral" / "routing-vectors"
+    return CachedEncoder(encoder, place, encoder.fingerprint)
 
 
 @click.command()
 @click.option("--root", type=click.Path(file_okay=False, path_type=Path), envvar="DEFERRAL_DATA", help="Folder of the data.")
 @click.option("--only", multiple=True, type=click.Choice(EVERY), help="Some of the tables.  [default: all]")
+@click.option(
+    "--encoder",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder of a sentence encoder: the tables with its vectors in place of n-grams.",
+)
 @click.option("--summary", is_flag=True, help="Run nothing; print the results that are there beside the targets.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=RESULTS, help="Folder of the results.")
-def command(root: Path | None, only: tuple[str, ...], summary: bool, out: Path) -> None:
+def command(root: Path | None, only: tuple[str, ...], encoder: Path | None, summary: bool, out: Path) -> None:
     """Routers on real outcomes, beside peers' figures."""
     from benchmarks.routers.targets import show_targets
 
@@ -401,14 +417,18 @@ def command(root: Path | None, only: tuple[str, ...], summary: bool, out: Path) 
         return
     if root is None:
         raise click.UsageError("name the folder of the data with --root, or set DEFERRAL_DATA")
+    if encoder is not None and "partial-logs" in only:
+        raise click.UsageError("partial-logs has n-grams alone; leave out --encoder, or name other tables")
     torch.set_num_threads(1)
-    for name in only or EVERY:
+    encode = None if encoder is None else cached(encoder)
+    for name in only or (EVERY if encode is None else WITH_SENTENCES):
         begun = time.perf_counter()
-        lines, seconds = run(name, root / "llm")
+        lines, seconds = run(name, root / "llm", encode)
         lines = strict(lines)
         show(name, lines)
         record = {
-            "command": f"python -m benchmarks routing --only {name}",
+            "command": f"python -m benchmarks routing --only {name}" + ("" if encode is None else " --encoder FOLDER"),
+            **({} if encode is None else {"encoder": encode.fingerprint}),
             "device": platform.processor() or platform.machine(),
             "python": platform.python_version(),
             **{package: version(package) for package in ("torch", "numpy", "scipy", "scikit-learn")},
@@ -420,7 +440,7 @@ def command(root: Path | None, only: tuple[str, ...], summary: bool, out: Path) 
             "peers": PEERS[name],
             "lines": lines,
         }
-        path = out / f"routing-{name}.json"
+        path = out / f"routing-{name}{'' if encode is None else SENTENCES}.json"
         path.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         click.echo(f"wrote {path.name}")
     show_targets(out)

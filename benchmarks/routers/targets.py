@@ -32,7 +32,10 @@ def show_targets(folder: Path) -> None:
     table = Printed(title="targets", box=None, header_style="bold", title_justify="left")
     for name in ("table", "line", "figure", "target", "stretch", "reached", "95% interval", ""):
         table.add_column(name, no_wrap=True)
-    for name, method, figure, target, stretch in TARGETS:
+    with_sentences = [
+        (f"{name}-sentences", *rest) for name, *rest in TARGETS if (folder / f"routing-{name}-sentences.json").is_file()
+    ]
+    for name, method, figure, target, stretch in (*TARGETS, *with_sentences):
         path = folder / f"routing-{name}.json"
         if not path.is_file():
             table.add_row(name, method, figure, number(target), number(stretch), "not run", "", "")
@@ -58,13 +61,22 @@ def show_targets(folder: Path) -> None:
 
 def show_draws(folder: Path) -> None:
     """RouteLLM with whole subjects held out, on every draw of the folds that was run, and the mean of the draws."""
+    for encoder, ending in (("n-grams", ""), ("a sentence encoder", "-sentences")):
+        _show_draws(folder, encoder, ending)
+
+
+def _show_draws(folder: Path, encoder: str, ending: str) -> None:
     found = {}
-    for path in folder.glob("routing-routellm-subjects*.json"):
+    for path in folder.glob(f"routing-routellm-subjects*{ending}.json"):
+        if not ending and path.stem.endswith("-sentences"):
+            continue
         lines = {line["method"]: line["APGR"] for line in json.loads(path.read_text(encoding="utf-8"))["lines"]}
-        found[int(path.stem.removeprefix("routing-routellm-subjects").strip("-") or 0)] = lines
+        found[int(path.stem.removeprefix("routing-routellm-subjects").removesuffix(ending).strip("-") or 0)] = lines
     if len(found) < 2:
         return
-    table = Printed(title="subjects held out, APGR by draw of the folds", box=None, header_style="bold", title_justify="left")
+    table = Printed(
+        title=f"subjects held out, {encoder}, APGR by draw of the folds", box=None, header_style="bold", title_justify="left"
+    )
     for name in ("method", *(f"draw {draw}" for draw in sorted(found)), "mean"):
         table.add_column(name, justify="left" if name == "method" else "right")
     for name in DRAWN:
