@@ -12,6 +12,8 @@ from deferral.routing.partial_logs import OutcomeModel, doubly_robust, observed
 from deferral.routing.shift import familiarity, refitted, shifted_folds, shrinkage
 from deferral.routing.training import HeldOut, blend, judged, skill
 
+NOTHING = np.empty((4000, 0), np.float32)
+
 pytestmark = pytest.mark.ci_slow
 
 
@@ -165,7 +167,7 @@ def test_blending_weights_follow_the_rows_of_mass() -> None:
     one, other = generator.normal(size=(2, 4000, 2)).astype(np.float32)
     first = np.arange(4000) < 2000
     truth = np.where(first[:, None], one, other)
-    held = HeldOut({"one": one, "other": other}, np.zeros_like(one), truth, np.zeros(4000, np.float32), np.zeros(4000))
+    held = HeldOut({"one": one, "other": other}, np.zeros_like(one), truth, np.zeros(4000, np.float32), np.zeros(4000), NOTHING)
     even, only = blend(held), blend(held, np.where(first, 1.0, 1e-9))
     assert even["one"] == pytest.approx(even["other"], abs=0.05)
     assert only["one"] > 0.9
@@ -177,7 +179,7 @@ def test_an_estimator_of_little_weight_is_left_out_and_the_others_are_blended_as
     one, other, noise = generator.normal(size=(3, 4000, 2)).astype(np.float32)
     held = HeldOut(
         {"noise": noise, "one": one, "other": other},
-        np.zeros_like(one), (one + other + 0.05 * noise).astype(np.float32), np.zeros(4000, np.float32), np.zeros(4000),
+        np.zeros_like(one), (one + other + 0.05 * noise).astype(np.float32), np.zeros(4000, np.float32), np.zeros(4000), NOTHING,
     )  # fmt: skip
     weights = blend(held)
     assert weights["noise"] == 0

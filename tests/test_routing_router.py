@@ -158,10 +158,10 @@ def test_a_budget_and_a_floor_hold_with_what_is_drawn_at_random() -> None:
     curious = copy.copy(router())
     curious._plans, curious.explore = {}, 0.2
     for setting in ({"budget": 6.0}, {"budget": 9.0, "learned": False}):
-        chances, _ = curious.chances(texts, **setting)
+        chances, _, _ = curious.chances(texts, **setting)
         assert 1000 * (chances * price).sum(1).mean() <= 1.15 * setting["budget"]
     for floor in (0.6, 0.75):
-        chances, _ = curious.chances(texts, min_quality=floor)
+        chances, _, _ = curious.chances(texts, min_quality=floor)
         assert (chances * quality).sum(1).mean() >= floor - 0.04
     with pytest.raises(
         ValueError, match=r"with 20% of the queries asked at random, to learn, at least \$2.333 per 1,000 queries"

@@ -27,6 +27,7 @@ from deferral.gateway.experts_file import Expert
 from deferral.gateway.hysteresis import Place, Rules, Scored, begun, gain, moved
 from deferral.gateway.requests import Asked
 from deferral.routing.decisions import Decisions
+from deferral.routing.fitting import Estimates
 from deferral.routing.router import Plan, Router
 from deferral.routing.static import draws
 
@@ -59,7 +60,7 @@ class Conversations:
         # Dollars for every token that was read before: out of the prompt cache, and what is added without it.
         self._kept = np.array([0.0 if expert is None else expert.price(1, 0, 1) for expert in served])
         self._lost = np.array([0.0 if expert is None else expert.price(1, 0) for expert in served]) - self._kept
-        self._scores: OrderedDict[bytes, tuple[np.ndarray, np.ndarray, np.ndarray, str]] = OrderedDict()
+        self._scores: OrderedDict[bytes, tuple[Estimates, str]] = OrderedDict()
         self._held: OrderedDict[bytes, _Held] = OrderedDict()
 
     def read(self, asked: Asked) -> Asked:
@@ -167,18 +168,18 @@ class Conversations:
     def _scored(self, asked: Asked, plan: Plan) -> list[Scored]:
         """The turns, each scored as if it were a request by itself."""
         queries = [turn.query for turn in asked.turns]
-        quality, similarity, trust, _ = self._estimated(queries)
-        decisions = self.router.decide_estimated(plan, (quality, similarity, trust), queries)
+        estimated, _ = self._estimated(queries)
+        decisions = self.router.decide_estimated(plan, estimated, queries)
         tokens = np.array([turn.before for turn in asked.turns], float)[:, None]
         kept, lost = (tokens * dollars / plan.price_of_error for dollars in (self._kept, self._lost))
         # What is estimated beyond 1 is no better than 1.
-        shown = np.clip(quality, 0, 1)
+        shown = np.clip(estimated.quality, 0, 1)
         return [
             Scored(query, shown[row], decisions.cost[row], kept[row], lost[row], not decisions.fallback[row])
             for row, query in enumerate(queries)
         ]
 
-    def _estimated(self, queries: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]:
+    def _estimated(self, queries: list[str]) -> tuple[Estimates, list[str]]:
         """What `Fitted` says of turns, and their kinds; from memory where one was scored before: figures, by a hash."""
         found, fitted = [], self.router.fitted
         for query in queries:
@@ -187,19 +188,18 @@ class Conversations:
             if one is None:
                 # One at a time: in a batch sums are rounded otherwise, and others would not decide alike to the last digit.
                 vectors = self.router.encoder([query])
-                one = (*fitted.estimate(vectors), fitted.kinds_of(vectors)[0])
+                one = (fitted.estimate(vectors), fitted.kinds_of(vectors)[0])
             self._scores[key] = one
             self._scores.move_to_end(key)
             found.append(one)
         while len(self._scores) > _MOST_SCORES:
             self._scores.popitem(last=False)
-        *figures, kinds = zip(*found, strict=True)
-        quality, similarity, trust = (np.concatenate(parts) for parts in figures)
-        return quality, similarity, trust, list(kinds)
+        estimates, kinds = zip(*found, strict=True)
+        return Estimates(*(np.concatenate(parts) for parts in zip(*estimates, strict=True))), list(kinds)
 
     def _row(self, plan: Plan, turn: Scored) -> Decisions:
-        quality, similarity, trust, kinds = self._estimated([turn.query])
-        return replace(self.router.decide_estimated(plan, (quality, similarity, trust), [turn.query]), kinds=kinds)
+        estimated, kinds = self._estimated([turn.query])
+        return replace(self.router.decide_estimated(plan, estimated, [turn.query]), kinds=kinds)
 
     def _recalled(self, name: bytes) -> _Held | None:
         held = self._held.get(name) if name else None

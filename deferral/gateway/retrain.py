@@ -163,14 +163,14 @@ def draws_of(model: Router, rows: Sequence[Logged], heard: Mapping[str, float]) 
     error = np.minimum(np.array([row.price_of_error for row in rows]) / unit, _MOST_STAKE)
     quality = np.array([row.outcome.quality for row in rows])
     price = np.array([row.outcome.price for row in rows])
-    expected, _, _ = model.fitted.estimate(model.encoder(queries))
-    prices = model.fitted.prices(np.array([len(query) for query in queries], float))
+    expected = model.fitted.estimate(model.encoder(queries))
+    prices = model.fitted.priced(np.array([len(query) for query in queries], float), expected.dearness)
     _, group = np.unique(queries, return_inverse=True)
     return Draws(
         action=np.array([experts.index(row.outcome.expert) for row in rows]),
         propensity=np.array([row.outcome.propensity for row in rows]),
         cost=error * (1 - quality) + price / unit,
-        estimate=error[:, None] * (1 - np.clip(expected, 0, 1)) + prices / unit,
+        estimate=error[:, None] * (1 - np.clip(expected.quality, 0, 1)) + prices / unit,
         group=group,
         heard=np.array([heard[row.outcome.expert] for row in rows]),
     )

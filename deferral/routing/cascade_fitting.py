@@ -129,18 +129,19 @@ def _foreseen(table: Table, router: Router, seed: int, on_fold: Callable[[int, i
     """Expected quality and price of every query, by routers that did not see it.  -> (N, E), (N, E)"""
     characters = np.array([len(text) for text in table.queries], float)
     if not router.knows(table.queries).any():
-        quality, _, _ = router.fitted.estimate(router.encoder(table.queries))
-        return np.clip(quality, 0, 1).astype(float), router.fitted.prices(characters)
+        known = router.fitted.estimate(router.encoder(table.queries))
+        return np.clip(known.quality, 0, 1).astype(float), router.fitted.priced(characters, known.dearness)
     encode = router.encoder.encode if isinstance(router.encoder, FunctionEncoder) else None
     fold = random_folds(len(table.queries), seed=seed)
-    estimate = np.empty(table.quality.shape)
+    quality, dearness = np.empty((2, *table.quality.shape))
     for number in range(FOLDS):
         on_fold(number, FOLDS)
         held = np.flatnonzero(fold == number)
         like = Router(router.price_of_error, encoder=encode, policies=router.policies, seed=router.seed)
         like.fit(table.rows(np.flatnonzero(fold != number)))
-        estimate[held] = like.fitted.estimate(like.encoder([table.queries[row] for row in held]))[0]
-    return np.clip(estimate, 0, 1), router.fitted.prices(characters)
+        found = like.fitted.estimate(like.encoder([table.queries[row] for row in held]))
+        quality[held], dearness[held] = found.quality, found.dearness
+    return np.clip(quality, 0, 1), router.fitted.priced(characters, dearness)
 
 
 def _learned(answers: Answered, seed: int) -> Arrays:

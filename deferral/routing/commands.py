@@ -252,8 +252,7 @@ def simulate(
     setting = _setting(options)
     error = router.plan(**setting).price_of_error
     with _working(f"replaying {len(events.query):,} decisions"):
-        chances, quality = router.chances(events.queries, **setting)
-        price = router.fitted.prices(np.array([len(query) for query in events.queries], float))
+        chances, quality, price = router.chances(events.queries, **setting)
         policies = {"router": chances}
         for place, name in enumerate(router.experts):
             if name not in outcomes.experts:

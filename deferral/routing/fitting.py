@@ -4,7 +4,7 @@ from bisect import bisect_right
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,9 +15,20 @@ from deferral.routing.policies.centres import nearest_centre
 from deferral.routing.prices import PriceModel, error_range, fit_prices
 from deferral.routing.training import Judged
 
-__all__ = ["Fitted"]
+__all__ = ["Estimates", "Fitted"]
 
 _PRIOR = 5.0
+# Of the price that its length says, a query costs this share at least.
+_LEAST_SHARE = 0.1
+
+
+class Estimates(NamedTuple):
+    """What is expected of N queries, whatever experts charge today."""
+
+    quality: np.ndarray  # (N, E)
+    similarity: np.ndarray  # (N,) to the log
+    trust: np.ndarray  # (N,) how far the learned policy is trusted
+    dearness: np.ndarray  # (N, E) what an answer costs above what the query's length says, in mean prices of the expert
 
 
 @dataclass(frozen=True)
@@ -45,6 +56,8 @@ class Fitted:
     held_estimate: np.ndarray  # (M, E)
     held_price: np.ndarray  # (M, E) dollars, as they were paid
     held_length: np.ndarray  # (M,) characters
+    held_dearness: np.ndarray  # (M, E), as it was foreseen
+    places: np.ndarray  # (E,) of each expert among those that were learned, -1 of those that came later
     room: str
 
     @cached_property
@@ -57,10 +70,26 @@ class Fitted:
         """The same as a list."""
         return self.cheapest_first.tolist()
 
-    def prices_of_one(self, query: str) -> list[float]:
-        """What a query will cost at each expert, in dollars.  -> E"""
+    def priced(self, characters: np.ndarray, dearness: np.ndarray) -> np.ndarray:
+        """What queries will cost at each expert, in dollars: by their length, and by what queries like them cost above that.
+
+        (N,), (N, E) -> (N, E)
+        """
+        by_length = self.prices(characters)
+        return np.maximum(by_length + dearness * self.mean_price, _LEAST_SHARE * by_length)
+
+    def prices_of_one(self, query: str, dearness: np.ndarray | None = None) -> list[float]:
+        """The same of one query; by its length alone where no more is known of it.  (E,) -> E"""
         characters = len(query)
-        return [base + characters * rate for base, rate in self._rates]
+        by_length = [base + characters * rate for base, rate in self._rates]
+        if dearness is None:
+            return by_length
+        means, above = self._mean_prices, dearness.tolist()
+        return [max(price + more * mean, _LEAST_SHARE * price) for price, more, mean in zip(by_length, above, means, strict=True)]
+
+    @cached_property
+    def _mean_prices(self) -> list[float]:
+        return self.mean_price.tolist()
 
     @cached_property
     def _rates(self) -> list[tuple[float, float]]:
@@ -69,22 +98,30 @@ class Fitted:
     @cached_property
     def _held_expected(self) -> np.ndarray:
         """The prices by which held-out rows are decided; those paid in a folder of an earlier version.  -> (M, E)"""
-        return self._foreseen(self.prices) if len(self.held_length) else self.held_price
+        return self.priced(self.held_length, self.held_dearness) if len(self.held_length) else self.held_price
 
-    def estimate(self, vectors: Vectors) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Expected quality of every expert, likeness to the log, and how far the query is trusted.  -> (N, E), (N,), (N,)"""
+    def estimate(self, vectors: Vectors) -> Estimates:
+        """What is expected of N queries.  Vectors -> Estimates"""
         if len(vectors) == 1:
-            quality, likeness, trusted = self.estimate_one(vectors)
-            return quality[None], np.array([likeness], np.float32), np.array([trusted])
-        deviations, similarity, familiar = self._deviations(vectors)
+            quality, likeness, trusted, above = self.estimate_one(vectors)
+            above = np.zeros(len(quality), np.float32) if above is None else above
+            return Estimates(quality[None], np.array([likeness], np.float32), np.array([trusted]), above[None])
+        deviations, similarity, familiar, above = self._deviations(vectors)
         trust = familiar + (1 - familiar) * self.reliance
-        return self.means + self._extended(deviations), similarity, trust
+        quality = self.means + self._extended(deviations)
+        return Estimates(quality, similarity, trust, np.zeros_like(quality) if above is None else self._of_today(above))
 
-    def estimate_one(self, vectors: Vectors) -> tuple[np.ndarray, float, float]:
-        """The same for one query.  -> (E,), number, number"""
-        deviations, similarity, familiar = self._deviations_of_one(vectors)
+    def estimate_one(self, vectors: Vectors) -> tuple[np.ndarray, float, float, np.ndarray | None]:
+        """The same for one query; None where a query's length says what it costs.  -> (E,), number, number, (E,) or None"""
+        deviations, similarity, familiar, above = self._deviations_of_one(vectors)
         trust = familiar + (1 - familiar) * self.reliance
-        return self.means + self._extended(deviations), similarity, trust
+        return self.means + self._extended(deviations), similarity, trust, None if above is None else self._of_today(above)[0]
+
+    def _of_today(self, dearness: np.ndarray) -> np.ndarray:
+        """Of the experts that were learned, those of the experts of today; of newcomers nothing is known.  (N, E0) -> (N, E)"""
+        if self._as_learned:
+            return dearness
+        return np.concatenate([dearness, np.zeros((len(dearness), 1), dearness.dtype)], axis=1)[:, self.places]
 
     def _extended(self, deviations: np.ndarray) -> np.ndarray:
         """Of the experts that were learned, those of the experts of today.  (N, E0) -> (N, E)"""
@@ -94,28 +131,41 @@ class Fitted:
     def _as_learned(self) -> bool:
         return np.array_equal(self.extension, np.eye(len(self.extension)))
 
-    def _deviations(self, vectors: Vectors) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Expected quality above the mean, likeness, chance to be like the log.  -> (N, E0), (N,), (N,)"""
+    def _deviations(self, vectors: Vectors) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
+        """Expected quality above the mean, likeness, chance to be like the log, dearness.  -> (N, E0), (N,), (N,), (N, E0)"""
         if len(vectors) == 1:
-            total, likeness, chance = self._deviations_of_one(vectors)
-            return total[None], np.array([likeness], np.float32), np.array([chance])
-        nearby = np.zeros((len(vectors), len(self.extension)), np.float32)
-        if self.memory in self.policies:
+            total, likeness, chance, above = self._deviations_of_one(vectors)
+            return total[None], np.array([likeness], np.float32), np.array([chance]), above
+        nearby, above = np.zeros((len(vectors), len(self.extension)), np.float32), None
+        if self.memory in self.policies or self.memory.beside:
             nearby, similarity = self.memory.look_up(vectors)
+            nearby, above = self._parted(nearby)
         else:
             similarity = self.memory.likeness(vectors)
         familiar = np.interp(similarity, *self.familiar)
         if not self.policies:
-            return nearby, similarity, familiar
+            return np.zeros_like(nearby), similarity, familiar, above
         found = np.stack([nearby if policy is self.memory else policy.deviations(vectors) for policy in self.policies])
         near = familiar[:, None]
         weights = (near * self.weights + (1 - near) * self.abroad).astype(np.float32)
-        return np.einsum("np,pne->ne", weights, found), similarity, familiar
+        return np.einsum("np,pne->ne", weights, found), similarity, familiar, above
 
-    def _deviations_of_one(self, vectors: Vectors) -> tuple[np.ndarray, float, float]:
-        """The same for one query, which is spared the estimators that have no weight for it.  -> (E0,), number, number"""
-        if self.memory in self.policies:
+    def _parted(self, found: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """What the memory says of qualities, and of prices where it does.  (N, E0) or (N, 2 E0) -> (N, E0), (N, E0) or None"""
+        if not self.memory.beside:
+            return found, None
+        learned = len(self.extension)
+        return found[:, :learned], found[:, learned:]
+
+    def _deviations_of_one(self, vectors: Vectors) -> tuple[np.ndarray, float, float, np.ndarray | None]:
+        """The same for one query, which is spared the estimators that have no weight for it.
+
+        -> (E0,), number, number, (1, E0) or None
+        """
+        above = None
+        if self.memory in self.policies or self.memory.beside:
             nearby, similarity = self.memory.look_up_one(vectors)
+            nearby, above = self._parted(nearby)
         else:
             similarity = self.memory.likeness_of_one(vectors)
         near = self._chance_of_one(similarity)
@@ -126,8 +176,8 @@ class Fitted:
                 shares.append(share)
                 found.append(nearby if policy is self.memory else policy.deviations(vectors))
         if not found:
-            return np.zeros(len(self.extension), np.float32), similarity, near
-        return np.array(shares, np.float32) @ np.concatenate(found), similarity, near
+            return np.zeros(len(self.extension), np.float32), similarity, near, above
+        return np.array(shares, np.float32) @ np.concatenate(found), similarity, near, above
 
     def _chance_of_one(self, similarity: float) -> float:
         """np.interp(similarity, *familiar), which takes several times as long on one number."""
@@ -235,7 +285,7 @@ class Fitted:
     def with_outcomes(self, table: Table, vectors: Vectors) -> "Fitted":
         """One expert more, from its outcomes on some queries: its deviation is a ridge combination of the others'."""
         self._check_new(table.experts[0])
-        basis, _, _ = self._deviations(vectors)
+        basis, _, _, _ = self._deviations(vectors)
         quality = table.quality[:, 0].astype(np.float64)
         mean = (quality.sum() + _PRIOR * self.means.mean()) / (len(quality) + _PRIOR)
         size = basis.shape[1]
@@ -279,6 +329,8 @@ class Fitted:
             held_quality=self.held_quality[:, kept],
             held_estimate=self.held_estimate[:, kept],
             held_price=self.held_price[:, kept],
+            held_dearness=self.held_dearness[:, kept],
+            places=self.places[kept],
         )
 
     def _with(self, name: str, mean: float, prices: PriceModel, latency: float, combination: np.ndarray) -> "Fitted":
@@ -300,18 +352,20 @@ class Fitted:
             extension=widened(self.extension, combination[:, None]),
             held_quality=widened(self.held_quality, expected),
             held_estimate=widened(self.held_estimate, expected),
-            held_price=widened(self.held_price, self._foreseen(prices)),
+            held_price=widened(self.held_price, prices(self._held_lengths)),
+            held_dearness=widened(self.held_dearness, np.zeros((len(self.held_dearness), 1))),
+            places=widened(self.places, np.array([-1])),
         )
 
     def with_prices(self, prices: PriceModel) -> "Fitted":
         """The same experts at other prices.  What was found worth routing stays what it was at the prices of the fit."""
         mean_price = prices.base + prices.per_character * self._mean_length()
-        return replace(self, prices=prices, mean_price=mean_price, held_price=self._foreseen(prices))
+        changed = replace(self, prices=prices, mean_price=mean_price)
+        return replace(changed, held_price=changed.priced(self._held_lengths, self.held_dearness))
 
-    def _foreseen(self, prices: PriceModel) -> np.ndarray:
-        """What the held-out rows are expected to cost.  -> (M, E)"""
-        lengths = self.held_length if len(self.held_length) else np.full(len(self.held_price), self._mean_length())
-        return prices(lengths)
+    @cached_property
+    def _held_lengths(self) -> np.ndarray:
+        return self.held_length if len(self.held_length) else np.full(len(self.held_price), self._mean_length())
 
     def _mean_length(self) -> float:
         """Characters of a logged query; of a log too short to hold rows out, as far as texts are kept."""

@@ -10,9 +10,9 @@ from deferral.routing.evaluation import routability
 from deferral.routing.fitting import Fitted
 from deferral.routing.outcomes import Table
 from deferral.routing.partial_logs import doubly_robust, observed
-from deferral.routing.policies import Heads, Neighbours, Policy, Rejector, expert_means
+from deferral.routing.policies import Beside, Heads, Neighbours, Policy, Rejector, expert_means
 from deferral.routing.policies.centres import nearest_centre, spherical_centres
-from deferral.routing.prices import PriceModel, fit_prices
+from deferral.routing.prices import PriceModel, dearness, fit_prices
 from deferral.routing.shift import familiarity, refitted, shifted_folds, shrinkage
 from deferral.routing.training import (
     FOLDS,
@@ -58,7 +58,8 @@ def fitted(
     length = np.array([len(text) for text in table.queries], float)
     price = full_price(table, model) if prices is None else model(length)
     rows, experts = quality.shape
-    memory = neighbours(policies).fit(vectors, outcomes, ones, means, seed=seed)
+    above = dearness(table)
+    memory = neighbours(policies).fit(vectors, outcomes, ones, means, seed=seed, beside=above)
     state = Fitted(
         experts=tuple(table.experts),
         means=means,
@@ -69,7 +70,7 @@ def fitted(
         policies=(),
         weights=(),
         abroad=(),
-        memory=memory,
+        memory=memory.without_beside(),
         texts=tuple(text[:_TEXT] for text in table.queries),
         familiar=(np.array([0.0]), np.array([1.0])),
         kinds=(np.empty((0, vectors.dense.shape[1]), np.float32), np.empty(0)),
@@ -81,11 +82,13 @@ def fitted(
         held_estimate=np.empty((0, experts), np.float32),
         held_price=np.empty((0, experts)),
         held_length=np.empty(0),
+        held_dearness=np.empty((0, experts), np.float32),
+        places=np.arange(experts),
         room="",
     )
     if rows < _FEWEST_ROWS or experts < 2:
         return state
-    return _learned(state, vectors, quality, weights, outcomes, price, length, policies, seed)
+    return _learned(replace(state, memory=memory), vectors, quality, weights, outcomes, price, above, length, policies, seed)
 
 
 def _learned(
@@ -95,6 +98,7 @@ def _learned(
     weights: np.ndarray,
     outcomes: np.ndarray,
     price: np.ndarray,
+    above: Beside | None,
     length: np.ndarray,
     policies: Sequence[Callable[[], Policy]],
     seed: int,
@@ -103,8 +107,15 @@ def _learned(
     if len(some) > _MOST_HELD_OUT:
         some = np.sort(np.random.default_rng(seed).choice(len(some), _MOST_HELD_OUT, replace=False))
     part, p = vectors.rows(some), price[some]
-    held = held_out(policies, part, quality[some], weights[some], p, random_folds(len(some), seed=seed), seed=seed)
-    errors, expected = grid(p), state.prices(length[some])
+    beside = None if above is None else (above[0][some], above[1][some])
+    fold = random_folds(len(some), seed=seed)
+    held = held_out(policies, part, quality[some], weights[some], p, fold, seed=seed, beside=beside)
+    foreseen = np.zeros(p.shape, np.float32)
+    if beside is not None and _tells_prices(held.beside, *beside):
+        foreseen = held.beside
+    else:
+        state = replace(state, memory=state.memory.without_beside())
+    errors, expected = grid(p), state.priced(length[some], foreseen)
     names = list(held.deviations)
     estimates = {name: held.means + _without_own_fold(held, [name]) for name in names}
     if len(names) > 1:
@@ -146,8 +157,16 @@ def _learned(
         held_estimate=judged_as.astype(np.float32),
         held_price=p,
         held_length=length[some],
+        held_dearness=foreseen,
         room=str(room),
     )
+
+
+def _tells_prices(foreseen: np.ndarray, above: np.ndarray, known: np.ndarray) -> bool:
+    """Whether what neighbours cost says more than the query's length, on rows that were held out.  (N, E) thrice -> bool"""
+    missed, missed_by_length = ((known * (above - guess)) ** 2 for guess in (foreseen, 0))
+    gain, half = mean_and_half((missed_by_length - missed).sum(1))
+    return gain > half
 
 
 def _likeness(vectors: Vectors, held: HeldOut, seed: int) -> np.ndarray:

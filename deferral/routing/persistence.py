@@ -19,7 +19,7 @@ from deferral.errors import DataError
 from deferral.routing.cascade import Cascade
 from deferral.routing.constraints import Abilities
 from deferral.routing.encoders import NgramEncoder
-from deferral.routing.fitting import Fitted
+from deferral.routing.fitting import Estimates, Fitted
 from deferral.routing.policies import Clusters, Factors, Features, Heads, Linear, Neighbours, Rejector
 from deferral.routing.prices import PriceModel
 from deferral.routing.promises import Witnesses
@@ -30,11 +30,16 @@ if TYPE_CHECKING:
 
 __all__ = ["FORMAT", "check_place", "load", "save", "written"]
 
-FORMAT = 2
+FORMAT = 3
+# Folders of format 2 know a query's price by its length alone.
+_READABLE = (2, FORMAT)
 _NUMBERS, _NAMES, _PARTIAL = "state.{}.safetensors", "router.json", ".{}.{}.{}.partial"
 _POLICIES = {policy.kind: policy for policy in (Linear, Neighbours, Clusters, Heads, Factors, Features, Rejector)}
 _JUDGED = ("errors", "learned", "static", "random", "oracle", "gain", "half_width", "overall", "rows")
-_ARRAYS = ("means", "mean_price", "latency", "extension", "held_quality", "held_estimate", "held_price")
+_EARLY = ("means", "mean_price", "latency", "extension", "held_quality", "held_estimate", "held_price")
+# Not in folders of format 2.
+_LATER = ("held_dearness", "places")
+_WITNESSES = {"quality": "estimate", "similarity": "similarity", "trust": "trust", "dearness": "dearness"}
 
 
 def save(router: "Router", folder: Path) -> None:
@@ -50,14 +55,16 @@ def save(router: "Router", folder: Path) -> None:
     for policy in state.policies:
         if policy is not state.memory:
             arrays |= {f"{policy.kind}/{name}": array for name, array in policy.arrays.items()}
-    arrays |= {f"state/{name}": getattr(state, name) for name in _ARRAYS}
+    arrays |= {f"state/{name}": getattr(state, name) for name in (*_EARLY, *_LATER)}
     arrays |= {"familiar/similarity": state.familiar[0], "familiar/chance": state.familiar[1]}
     arrays |= {"kinds/centres": state.kinds[0], "kinds/shares": state.kinds[1]}
     arrays["held/length"] = state.held_length
     arrays |= {"prices/base": state.prices.base, "prices/per_character": state.prices.per_character}
     arrays["seen/queries"] = router._seen
     if router._witnesses is not None:
-        arrays |= {f"witnesses/{name}": value for name, value in vars(router._witnesses).items()}
+        rows = router._witnesses
+        arrays |= {"witnesses/quality": rows.quality, "witnesses/characters": rows.characters}
+        arrays |= {f"witnesses/{_WITNESSES[name]}": value for name, value in rows.estimated._asdict().items()}
     if router.cascade is not None:
         arrays |= {f"cascade/{name}": value for name, value in router.cascade.numbers.items()}
     if state.judged is not None:
@@ -73,7 +80,7 @@ def save(router: "Router", folder: Path) -> None:
         "abilities": {name: asdict(ability) for name, ability in router.abilities.items()},
         "experts": list(state.experts),
         "policies": [policy.kind for policy in state.policies],
-        "neighbours": {"count": state.memory.count, "prior": state.memory.prior},
+        "neighbours": {"count": state.memory.count, "prior": state.memory.prior, "beside": state.memory.beside},
         "weights": list(state.weights),
         "abroad": list(state.abroad),
         "reliance": state.reliance,
@@ -167,7 +174,7 @@ def load(folder: Path, encode: Callable[[list[str]], Any] | str | Path | None) -
         router._fitted = _state(names, arrays)
         router._seen = arrays["seen/queries"]
         if witnesses := _part(arrays, "witnesses"):
-            router._witnesses = Witnesses(**witnesses)
+            router._witnesses = _witnesses(witnesses)
         if (cascade := names.get("cascade")) is not None:
             router.cascade = Cascade.restored(cascade, _part(arrays, "cascade"))
             if list(router.cascade.experts) != router.experts:
@@ -175,6 +182,13 @@ def load(folder: Path, encode: Callable[[list[str]], Any] | str | Path | None) -
     except (KeyError, TypeError, AttributeError, SafetensorError, OSError) as error:
         raise DataError(f"{folder}: the router cannot be read, {type(error).__name__}: {error}; fit and save it again") from error
     return router
+
+
+def _witnesses(arrays: dict[str, np.ndarray]) -> Witnesses:
+    quality, trust = arrays["estimate"], arrays["trust"]
+    # Format 2 has neither: nothing is decided by the one, and the other it takes to be 0.
+    similarity, dearness = arrays.get("similarity", np.zeros_like(trust)), arrays.get("dearness", np.zeros_like(quality))
+    return Witnesses(arrays["quality"], Estimates(quality, similarity, trust, dearness), arrays["characters"])
 
 
 def _state(names: dict, arrays: dict[str, np.ndarray]) -> Fitted:
@@ -204,8 +218,15 @@ def _state(names: dict, arrays: dict[str, np.ndarray]) -> Fitted:
         winner=names["winner"],
         held_costs=names["held_costs"],
         room=names["room"],
-        **{name: arrays[f"state/{name}"] for name in _ARRAYS},
+        **_arrays_of(arrays),
     )
+
+
+def _arrays_of(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    found = {name: arrays[f"state/{name}"] for name in _EARLY}
+    experts = len(found["means"])
+    earlier = {"held_dearness": np.zeros((len(found["held_price"]), experts), np.float32), "places": np.full(experts, -1)}
+    return found | {name: arrays.get(f"state/{name}", earlier[name]) for name in _LATER}
 
 
 def _part(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
@@ -239,7 +260,7 @@ def _names(folder: Path) -> dict:
     if not isinstance(names, dict):
         raise DataError(f"{folder}: {_NAMES} is no description of a router")
     found = names.get("format")
-    if found != FORMAT:
+    if found not in _READABLE:
         newer = isinstance(found, int) and found > FORMAT
         what = "a newer deferral wrote it: update deferral" if newer else "fit and save the router again"
         raise DataError(f"{folder}: expected format {FORMAT}, got {found!r}; {what}")

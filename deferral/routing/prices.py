@@ -10,10 +10,12 @@ import numpy as np
 from deferral.errors import DataError
 from deferral.routing.outcomes import Log, Table
 
-__all__ = ["PriceModel", "error_range", "fit_prices", "list_prices", "read_prices", "token_prices"]
+__all__ = ["PriceModel", "dearness", "error_range", "fit_prices", "list_prices", "read_prices", "token_prices"]
 
 # A rule of thumb of English text in today's tokenizers.
 CHARACTERS_PER_TOKEN = 4.0
+# Differences below this share of a mean price are rounding.
+_SAME = 1e-5
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,18 @@ def fit_prices(table: Table) -> PriceModel:
     """The least-squares line of each expert's logged price over the length of the query, never falling nor negative."""
     characters = np.array([len(query) for query in table.queries], float)
     return PriceModel(*_lines(characters, table.price, table.mask))
+
+
+def dearness(table: Table) -> tuple[np.ndarray, np.ndarray] | None:
+    """How much dearer each answer was than the length of its query says, in mean prices of its expert; and which are known.
+
+    -> (N, E) float32, (N, E) bool, or None where length says it all.
+    """
+    characters = np.array([len(query) for query in table.queries], float)
+    mean = np.where(table.mask, table.price, 0).sum(0) / np.maximum(table.mask.sum(0), 1)
+    beyond = np.where(table.mask, table.price - fit_prices(table)(characters), 0)
+    found = (beyond / np.where(mean > 0, mean, 1)).astype(np.float32)
+    return None if np.abs(found).max(initial=0) < _SAME else (found, table.mask)
 
 
 def token_prices(log: Log, per_million: Mapping[str, tuple[float, float]]) -> PriceModel:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from deferral.routing.fitting import Estimates
+
 __all__ = ["Witnesses", "promised_error"]
 
 
@@ -18,13 +20,13 @@ class Witnesses:
     """Rows that certify: what the router expected on them, and what happened."""
 
     quality: np.ndarray  # (N, E) outcomes
-    estimate: np.ndarray  # (N, E)
-    trust: np.ndarray  # (N,)
+    estimated: Estimates
     characters: np.ndarray  # (N,)
 
     def columns(self, kept: np.ndarray) -> "Witnesses":
         """The same rows, some of the experts."""
-        return replace(self, quality=self.quality[:, kept], estimate=self.estimate[:, kept])
+        quality, dearness = self.estimated.quality[:, kept], self.estimated.dearness[:, kept]
+        return replace(self, quality=self.quality[:, kept], estimated=self.estimated._replace(quality=quality, dearness=dearness))
 
 
 def shortfall_p_value(routed: np.ndarray, quality: np.ndarray, share: float, delta: float) -> float:

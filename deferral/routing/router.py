@@ -15,7 +15,7 @@ from deferral.routing.cascade import Cascade
 from deferral.routing.constraints import Abilities, Needs, able
 from deferral.routing.decisions import Decision, Decisions, why_learned
 from deferral.routing.encoders import FunctionEncoder, NgramEncoder, Vectors
-from deferral.routing.fitting import Fitted
+from deferral.routing.fitting import Estimates, Fitted
 from deferral.routing.learning import fitted
 from deferral.routing.outcomes import Log, Table, check_price_of_error
 from deferral.routing.policies import Policy
@@ -164,12 +164,13 @@ class Router:
     def decide_one(self, plan: Plan, vectors: Vectors, query: str) -> Decision:
         """`decide(plan, vectors, [query])[0]`, without the arrays, which take longer than a few sums."""
         state, error = self.fitted, plan.price_of_error
-        estimate, similarity, trust = state.estimate_one(vectors)
+        estimate, similarity, trust, dearness = state.estimate_one(vectors)
         if self.explore > 0 or plan.why_fallback or trust < _LEAST_TRUST:
-            estimated = estimate[None], np.array([similarity], np.float32), np.array([trust])
+            above = np.zeros(len(estimate), np.float32) if dearness is None else dearness
+            estimated = Estimates(estimate[None], np.array([similarity], np.float32), np.array([trust]), above[None])
             return replace(self.decide_estimated(plan, estimated, [query]), kinds=state.kinds_of(vectors))[0]
         quality = estimate.tolist()
-        price = state.prices_of_one(query)
+        price = state.prices_of_one(query, dearness)
         cost = [1 - value + dollars / error for value, dollars in zip(quality, price, strict=True)]
         for place in plan.closed_places:
             cost[place] = inf
@@ -189,12 +190,9 @@ class Router:
             state.kind_of_one(vectors),
         )
 
-    def decide_estimated(
-        self, plan: Plan, estimated: tuple[np.ndarray, np.ndarray, np.ndarray], queries: Sequence[str]
-    ) -> Decisions:
+    def decide_estimated(self, plan: Plan, estimated: Estimates, queries: Sequence[str]) -> Decisions:
         """Decisions from what `Fitted.estimate` says of the queries: many settings of the trade-off at once, say."""
-        quality, similarity, trust = estimated
-        price, cost, best, fallback = self._weighed(plan, quality, trust, np.array([len(query) for query in queries], float))
+        price, cost, best, fallback = self._weighed(plan, estimated, _characters(queries))
         actions, propensity = best, np.ones(len(queries))
         some = bool(np.logical_or.reduce(fallback))
         if some:
@@ -207,29 +205,32 @@ class Router:
         if self.explore > 0 or some:
             propensity = self._chances(plan, best, fallback)[np.arange(len(queries)), actions]
         return Decisions(
-            list(self.fitted.experts), actions, quality, price, cost, propensity, fallback, similarity, plan.price_of_error,
-            plan.why_fallback,
+            list(self.fitted.experts), actions, estimated.quality, price, cost, propensity, fallback, estimated.similarity,
+            plan.price_of_error, plan.why_fallback,
         )  # fmt: skip
 
-    def chances(self, queries: Sequence[str], **setting: Any) -> tuple[np.ndarray, np.ndarray]:
-        """The probability that each expert is asked, and its expected quality, by the settings of `plan`.  N -> (N, E), (N, E)"""
+    def chances(self, queries: Sequence[str], **setting: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The probability that each expert is asked, and its expected quality and price, by the settings of `plan`.
+
+        N -> (N, E), (N, E), (N, E)
+        """
         plan = self.plan(**setting)
-        quality, _, trust = self.fitted.estimate(self.encoder(queries))
-        _, _, best, fallback = self._weighed(plan, quality, trust, np.array([len(query) for query in queries], float))
-        return self._chances(plan, best, fallback), np.clip(quality, 0, 1)
+        estimated = self.fitted.estimate(self.encoder(queries))
+        price, _, best, fallback = self._weighed(plan, estimated, _characters(queries))
+        return self._chances(plan, best, fallback), np.clip(estimated.quality, 0, 1), price
 
     def _weighed(
-        self, plan: Plan, quality: np.ndarray, trust: np.ndarray, characters: np.ndarray
+        self, plan: Plan, estimated: Estimates, characters: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Price and cost of every expert, the cheapest, and whether the static mix decides.  -> (N, E), (N, E), (N,), (N,)"""
-        price = self.fitted.prices(characters)
-        cost = 1 - quality.astype(np.float64) + price / plan.price_of_error
+        price = self.fitted.priced(characters, estimated.dearness)
+        cost = 1 - estimated.quality.astype(np.float64) + price / plan.price_of_error
         if plan.closed is not None:
             cost[:, plan.closed] = np.inf
         # Ties go to the cheaper expert.
         order = self.fitted.cheapest_first
         best = order.take(cost.take(order, axis=1).argmin(1))
-        return price, cost, best, np.ones(len(cost), bool) if plan.why_fallback else trust < _LEAST_TRUST
+        return price, cost, best, np.ones(len(cost), bool) if plan.why_fallback else estimated.trust < _LEAST_TRUST
 
     def _chances(self, plan: Plan, best: np.ndarray, fallback: np.ndarray) -> np.ndarray:
         usual = np.where(fallback[:, None], plan.mix, np.eye(len(plan.mix))[best])
@@ -359,7 +360,7 @@ class Router:
 
         def qualities_at(error: float) -> np.ndarray:
             plan = at(error)
-            _, _, best, fallback = self._weighed(plan, rows.estimate, rows.trust, rows.characters)
+            _, _, best, fallback = self._weighed(plan, rows.estimated, rows.characters)
             return (self._chances(plan, best, fallback) * rows.quality).sum(1)
 
         return at(
@@ -383,9 +384,9 @@ class Router:
             )
         # The order of a log may mean something; a p-value by betting needs one that does not.
         rows = np.random.default_rng(self.seed).permutation(len(table.queries))
-        quality, _, trust = self.fitted.estimate(self.encoder(table.queries))
-        characters = np.array([len(query) for query in table.queries], float)
-        self._witnesses = Witnesses(table.quality[rows][:, order], quality[rows], trust[rows], characters[rows])
+        quality, similarity, trust, dearness = self.fitted.estimate(self.encoder(table.queries))
+        estimated = Estimates(quality[rows], similarity[rows], trust[rows], dearness[rows])
+        self._witnesses = Witnesses(table.quality[rows][:, order], estimated, _characters(table.queries)[rows])
         self._plans = {}
         return self
 
@@ -461,6 +462,10 @@ class Router:
         self._witnesses = self.cascade = None
         self._plans = {}
         return self
+
+
+def _characters(queries: Sequence[str]) -> np.ndarray:
+    return np.array([len(query) for query in queries], float)
 
 
 def _check_values(table: Table) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from deferral.routing.encoders import Vectors
 from deferral.routing.outcomes import Table
 from deferral.routing.partial_logs import OutcomeModel, doubly_robust
-from deferral.routing.policies import Clusters, Features, Heads, Linear, Neighbours, Policy, Rejector, expert_means
+from deferral.routing.policies import Beside, Clusters, Features, Heads, Linear, Neighbours, Policy, Rejector, expert_means
 from deferral.routing.prices import PriceModel, error_range
 from deferral.routing.shift import refitted
 
@@ -47,11 +47,13 @@ class HeldOut:
     truth: np.ndarray  # (N, E), the outcomes; doubly robust ones where the log is partial
     similarity: np.ndarray  # (N,), to those rows
     fold: np.ndarray  # (N,)
+    beside: np.ndarray  # (N, C), what those rows say of other columns
 
     def rows(self, rows: np.ndarray) -> "HeldOut":
         """Some of the rows."""
         deviations = {name: values[rows] for name, values in self.deviations.items()}
-        return HeldOut(deviations, self.means[rows], self.truth[rows], self.similarity[rows], self.fold[rows])
+        arrays = (self.means, self.truth, self.similarity, self.fold, self.beside)
+        return HeldOut(deviations, *(array[rows] for array in arrays))
 
 
 @dataclass(frozen=True)
@@ -90,11 +92,14 @@ def held_out(
     *,
     seed: int = 0,
     new: bool = False,
+    beside: Beside | None = None,
 ) -> HeldOut:
     """Estimates of every row by estimators fitted on the other folds.  Vectors, (N, E), (N, E), (N, E), (N,) -> HeldOut
 
-    `new`: to the encoder too, a fold is new.
+    `new`: to the encoder too, a fold is new.  `beside`: columns that neighbours say something of, too.
     """
+    experts = quality.shape[1]
+    others = np.empty((len(quality), 0 if beside is None else beside[0].shape[1]), np.float32)
     deviations: dict[str, np.ndarray] = {}
     means, truth = np.empty((2, *quality.shape), np.float32)
     similarity = np.empty(len(quality), np.float32)
@@ -109,15 +114,17 @@ def held_out(
             truth[rows] = model.outcomes(unseen, quality[rows], weights[rows])
         ones = np.ones_like(outcomes)
         means[rows] = expert_means(outcomes, ones)
-        memory = neighbours(policies).fit(seen, outcomes, ones, means[rows[0]], seed=seed)
-        nearby, similarity[rows] = memory.look_up(unseen)
+        rest_beside = None if beside is None else (beside[0][rest], beside[1][rest])
+        memory = neighbours(policies).fit(seen, outcomes, ones, means[rows[0]], seed=seed, beside=rest_beside)
+        found, similarity[rows] = memory.look_up(unseen)
+        nearby, others[rows] = found[:, :experts], found[:, experts:]
         for make in policies:
             policy = make()
             found = nearby
             if not isinstance(policy, Neighbours):
                 found = taught(policy, seen, outcomes, means[rows[0]], price[rest], seed=seed).deviations(unseen)
             deviations.setdefault(policy.kind, np.empty(quality.shape, np.float32))[rows] = found
-    return HeldOut(deviations, means, truth, similarity, fold)
+    return HeldOut(deviations, means, truth, similarity, fold, others)
 
 
 def neighbours(policies: Sequence[Callable[[], Policy]]) -> Neighbours:

@@ -9,8 +9,10 @@ from deferral.routing.encoders import Arrays, Vectors
 from deferral.routing.policies.centres import nearest_centre, spherical_centres
 from deferral.routing.policies.policy import centred
 
-__all__ = ["Neighbours"]
+__all__ = ["Beside", "Neighbours"]
 
+# Columns (N, C) to be remembered beside qualities, and which of their cells are known.
+Beside = tuple[np.ndarray, np.ndarray]
 # Rows per centre among which neighbours are looked for: time of a query against missed neighbours.
 _REACH = 512
 # Of vectors reduced by an SVD the leading numbers, which hold nearly all of a cosine: time is spent on fetching rows.
@@ -25,20 +27,34 @@ class Neighbours:
 
     Neighbours are looked for among the 512 rows nearest to the query's centre, so that a query costs the same however long
     the log is; of a log of more than 100,000 queries that many are remembered.  `prior` shrinks towards the expert's mean.
+    Other columns than qualities may be remembered beside them, for `look_up`.
     """
 
     kind = "neighbours"
 
-    def __init__(self, *, count: int = 100, prior: float = 0.3) -> None:
+    def __init__(self, *, count: int = 100, prior: float = 0.3, beside: int = 0) -> None:
         if not (isinstance(count, int) and count >= 1 and prior > 0):
             raise ValueError(f"neighbours: expected a count of at least 1 and a prior above 0, got {count!r} and {prior!r}")
-        self.count, self.prior = count, prior
+        self.count, self.prior, self.beside = count, prior, beside
         self.arrays: Arrays = {}
         self._pools: dict[int, np.ndarray] = {}
 
     def fit(
-        self, vectors: Vectors, quality: np.ndarray, weights: np.ndarray, means: np.ndarray, *, seed: int = 0
+        self,
+        vectors: Vectors,
+        quality: np.ndarray,
+        weights: np.ndarray,
+        means: np.ndarray,
+        *,
+        seed: int = 0,
+        beside: Beside | None = None,
     ) -> "Neighbours":
+        self.beside = 0
+        if beside is not None:
+            values, known = beside
+            self.beside = values.shape[1]
+            quality, weights = np.concatenate([quality, values], axis=1), np.concatenate([weights, known], axis=1)
+            means = np.concatenate([means, np.zeros(self.beside, means.dtype)])
         kept = np.arange(len(vectors))
         if len(kept) > _MOST_ROWS:
             kept = np.sort(np.random.default_rng(seed).choice(len(kept), _MOST_ROWS, replace=False))
@@ -63,12 +79,26 @@ class Neighbours:
         }
         return self
 
+    def without_beside(self) -> "Neighbours":
+        """The same memory of the qualities alone."""
+        if not self.beside:
+            return self
+        same, experts = Neighbours(count=self.count, prior=self.prior), self.arrays["gain"].shape[1] - self.beside
+        known = self.arrays["known"][:, :experts]
+        same.arrays = {
+            **self.arrays,
+            "gain": np.ascontiguousarray(self.arrays["gain"][:, :experts]),
+            "known": np.ascontiguousarray(known if (known != 1).any() else known[:0]),
+        }
+        return same
+
     def deviations(self, vectors: Vectors) -> np.ndarray:
         """Expected quality above the expert's mean.  -> (N, E)"""
-        return self.look_up(vectors)[0]
+        found = self.look_up(vectors)[0]
+        return found[:, : found.shape[1] - self.beside]
 
     def look_up(self, vectors: Vectors) -> tuple[np.ndarray, np.ndarray]:
-        """The deviations, and how like the log the query is.  -> (N, E), (N,)
+        """The deviations and what is remembered beside them, and how like the log the query is.  -> (N, E + C), (N,)
 
         Likeness is the mean cosine with the ten nearest, of the TF-IDF row where there is one, before its reduction.
         """

@@ -1,0 +1,185 @@
+"""What an answer will cost, beyond what the length of its query says: long answers are asked for by some queries and not others."""
+
+import json
+from dataclasses import replace
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load, save
+
+from deferral.routing import Log, Outcome, PriceModel, Router, log_of_table
+from deferral.routing.policies import Clusters, Neighbours
+from deferral.routing.prices import dearness
+from deferral.routing.training import random_folds
+
+QUICK = (Neighbours, Clusters)
+EXPERTS = ["terse", "talker"]
+KINDS = {
+    "proof": ["integral", "derivative", "equation", "polynomial", "matrix", "theorem", "sum", "root", "prime", "limit"],
+    "fact": ["emperor", "treaty", "revolution", "century", "dynasty", "war", "parliament", "colony", "crown", "empire"],
+}
+
+
+def asked(rows: int, seed: int = 0) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
+    """The talker writes ten times as much where a proof is asked for; it is always right, the terse one in half of the cases."""
+    generator = np.random.default_rng(seed)
+    proof = generator.random(rows) < 0.5
+    words = [KINDS["proof" if one else "fact"] for one in proof]
+    texts = [f"{' '.join(generator.choice(some, 6))} {seed}-{number}" for number, some in enumerate(words)]
+    quality = np.stack([generator.random(rows) < 0.5, np.ones(rows)], -1).astype(float)
+    price = np.stack([np.full(rows, 0.001), np.where(proof, 0.02, 0.002)], -1) * generator.uniform(0.9, 1.1, (rows, 1))
+    return texts, proof, quality, price
+
+
+@cache
+def router() -> Router:
+    texts, _, quality, price = asked(400)
+    return Router(0.02, policies=QUICK).fit(log_of_table(texts, EXPERTS, quality, price))
+
+
+def test_a_price_is_foreseen_from_what_queries_like_it_cost() -> None:
+    texts, proof, _, price = asked(200, seed=1)
+    foreseen = router().route_batch(texts).price
+    by_length = router().fitted.prices(np.array([len(text) for text in texts], float))
+    assert np.abs(foreseen - price).mean() < 0.25 * np.abs(by_length - price).mean()
+    np.testing.assert_allclose(foreseen[proof, 1].mean(), price[proof, 1].mean(), rtol=0.1)
+    np.testing.assert_allclose(foreseen[~proof, 1].mean(), price[~proof, 1].mean(), rtol=0.3)
+
+
+def test_whoever_is_dear_for_a_query_is_not_asked_and_that_saves() -> None:
+    texts, proof, quality, price = asked(200, seed=1)
+    # Half an error is worth 0.01: less than a proof of the talker costs, more than its facts.
+    decisions = router().route_batch(texts)
+    assert (decisions.actions == np.where(proof, 0, 1)).mean() > 0.95
+    costs = 1 - quality + price / 0.02
+    rows = np.arange(len(texts))
+    assert costs[rows, decisions.actions].mean() < 0.8 * costs.mean(0).min()
+    for row in (int(proof.argmax()), int(proof.argmin())):
+        one = router().route(texts[row])
+        assert one.expert == EXPERTS[decisions.actions[row]]
+        np.testing.assert_allclose(list(one.price.values()), decisions.price[row], rtol=1e-6)
+
+
+def test_where_length_says_it_all_nothing_else_is_remembered() -> None:
+    texts, _, quality, _ = asked(400)
+    price = np.array([[len(text)] for text in texts]) * [[1e-5, 1e-4]]
+    table = log_of_table(texts, EXPERTS, quality, price).table()
+    assert dearness(table) is None
+    learned = Router(0.02, policies=QUICK).fit(table)
+    assert learned.fitted.memory.beside == 0
+    np.testing.assert_allclose(learned.route_batch(texts).price, price, rtol=1e-6)
+
+
+def test_prices_that_follow_nothing_are_foreseen_by_length_alone() -> None:
+    texts, _, quality, price = asked(400)
+    noise = np.random.default_rng(7).permutation(price)
+    learned = Router(0.02, policies=QUICK).fit(log_of_table(texts, EXPERTS, quality, noise))
+    assert learned.fitted.memory.beside == 0
+    assert not learned.fitted.held_dearness.any()
+
+
+def test_other_prices_keep_what_was_learned_of_the_length_of_answers() -> None:
+    texts, proof, _, _ = asked(50, seed=1)
+    before = router().route_batch(texts).price
+    other = Router(0.02)
+    other.encoder, other._fitted = router().encoder, router().fitted
+    prices = router().fitted.prices
+    other.with_prices(PriceModel(3 * prices.base, 3 * prices.per_character))
+    after = other.route_batch(texts).price
+    # Three times the line, and three times what is above it but for the rounding of the mean length.
+    np.testing.assert_allclose(after, 3 * before, rtol=0.02)
+    assert after[proof, 1].min() > 2 * after[~proof, 1].max()
+    held = other.fitted.held_price[:, 1]
+    assert held.max() > 5 * held.min()
+
+
+def test_experts_that_come_and_go_keep_the_others_prices() -> None:
+    texts, proof, _, _ = asked(50, seed=1)
+    before = router().route_batch(texts).price
+    other = Router(0.02)
+    other.encoder, other._fitted = router().encoder, router().fitted
+    other.describe_expert("new", quality=0.7, price=0.005)
+    both = other.route_batch(texts).price
+    np.testing.assert_allclose(both[:, :2], before, rtol=1e-6)
+    np.testing.assert_allclose(both[:, 2], 0.005)
+    other.remove_expert("terse")
+    left = other.route_batch(texts)
+    assert left.experts == ["talker", "new"]
+    np.testing.assert_allclose(left.price[:, 0], before[:, 1], rtol=1e-6)
+    assert [other.route(text).expert for text in texts] == [left.experts[action] for action in left.actions]
+    assert left.price[proof, 0].min() > left.price[~proof, 0].max()
+
+
+def test_of_a_log_of_single_answers_only_what_was_paid_counts() -> None:
+    texts, proof, quality, price = asked(600)
+    chosen = (np.random.default_rng(3).random(600) < 0.5).astype(int)
+    log = Log()
+    for row, (text, place) in enumerate(zip(texts, chosen, strict=True)):
+        log.append(Outcome(text, EXPERTS[place], quality[row, place], price[row, place], propensity=0.5))
+    found, known = dearness(log.table()) or pytest.fail("length cannot say what these cost")
+    np.testing.assert_array_equal(known.sum(1), 1)
+    assert not found[~known].any()
+    learned = Router(0.02, policies=QUICK).fit(log)
+    unseen, proof, _, price = asked(100, seed=1)
+    foreseen = learned.route_batch(unseen).price
+    order = learned.experts.index("talker")
+    np.testing.assert_allclose(foreseen[proof, order].mean(), price[proof, 1].mean(), rtol=0.2)
+    assert foreseen[proof, order].min() > 2 * foreseen[~proof, order].max()
+
+
+def test_held_out_prices_were_foreseen_by_rows_of_other_folds() -> None:
+    texts, _, quality, price = asked(400)
+    mine = router().fitted
+    fold = random_folds(400, seed=0)
+    rest = np.flatnonzero(fold != 2)
+    others = log_of_table([texts[row] for row in rest], EXPERTS, quality[rest], price[rest])
+    like = Router(0.02, policies=QUICK).fit(others)
+    held = np.flatnonzero(fold == 2)
+    again = like.fitted.estimate(like.encoder([texts[row] for row in held])).dearness
+    # Its encoder and its line are of fewer rows.
+    np.testing.assert_allclose(mine.held_dearness[held], again, atol=0.15)
+    assert np.corrcoef(mine.held_dearness[held, 1], again[:, 1])[0, 1] > 0.98
+
+
+def test_a_router_that_was_saved_foresees_the_same_and_one_of_format_2_goes_by_length(tmp_path: Path) -> None:
+    texts, _, quality, price = asked(60, seed=1)
+    mine = Router(0.02, policies=QUICK)
+    mine.encoder, mine._fitted, mine.salt = router().encoder, router().fitted, "salt"
+    mine.certify(log_of_table(texts, EXPERTS, quality, price))
+    mine.save(tmp_path / "router")
+    again = Router.load(tmp_path / "router")
+    np.testing.assert_array_equal(again.route_batch(texts).price, mine.route_batch(texts).price)
+    assert [again.route(text) for text in texts] == [mine.route(text) for text in texts]
+    assert again.plan(certified_quality=0.4).price_of_error == mine.plan(certified_quality=0.4).price_of_error
+
+    plain = Router(0.02, policies=QUICK)
+    plain.encoder, plain.salt = mine.encoder, "salt"
+    plain._fitted = replace(mine.fitted, memory=mine.fitted.memory.without_beside(), held_dearness=0 * mine.fitted.held_dearness)
+    plain.certify(log_of_table(texts, EXPERTS, quality, price))
+    plain.save(tmp_path / "old")
+    as_format_2(tmp_path / "old")
+    old = Router.load(tmp_path / "old")
+    by_length = mine.fitted.prices(np.array([len(text) for text in texts], float))
+    np.testing.assert_allclose(old.route_batch(texts).price, by_length)
+    assert [old.route(text) for text in texts] == [plain.route(text) for text in texts]
+    old.remove_expert("terse")
+    np.testing.assert_allclose(old.route_batch(texts).price[:, 0], by_length[:, 1])
+
+
+def as_format_2(folder: Path) -> None:
+    """The folder as versions before it wrote it."""
+    names = json.loads((folder / "router.json").read_text(encoding="utf-8"))
+    (stored,) = folder.glob("state.*.safetensors")
+    arrays = load(stored.read_bytes())
+    for later in ("state/held_dearness", "state/places", "witnesses/similarity", "witnesses/dearness"):
+        del arrays[later]
+    numbers = save(arrays)
+    stored.unlink()
+    del names["neighbours"]["beside"], names["names_sha256"]
+    names |= {"format": 2, "sha256": sha256(numbers).hexdigest()}
+    names["names_sha256"] = sha256(json.dumps(names).encode()).hexdigest()
+    (folder / f"state.{names['sha256'][:12]}.safetensors").write_bytes(numbers)
+    (folder / "router.json").write_text(json.dumps(names), encoding="utf-8")
