@@ -1,4 +1,4 @@
-"""What an answer will cost, beyond what the length of its query says: long answers are asked for by some queries and not others."""
+"""What an answer will cost beyond what the length of its query says: some queries ask for long answers, others do not."""
 
 import json
 from dataclasses import replace
@@ -23,6 +23,12 @@ KINDS = {
 }
 
 
+def counts(texts: list[str]) -> np.ndarray:
+    """How often each word is in each text."""
+    words = [word for some in KINDS.values() for word in some]
+    return np.array([[text.split().count(word) for word in words] for text in texts], float)
+
+
 def asked(rows: int, seed: int = 0) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
     """The talker writes ten times as much where a proof is asked for; it is always right, the terse one in half of the cases."""
     generator = np.random.default_rng(seed)
@@ -37,7 +43,7 @@ def asked(rows: int, seed: int = 0) -> tuple[list[str], np.ndarray, np.ndarray, 
 @cache
 def router() -> Router:
     texts, _, quality, price = asked(400)
-    return Router(0.02, policies=QUICK).fit(log_of_table(texts, EXPERTS, quality, price))
+    return Router(0.02, encoder=counts, policies=QUICK).fit(log_of_table(texts, EXPERTS, quality, price))
 
 
 def test_a_price_is_foreseen_from_what_queries_like_it_cost() -> None:
@@ -60,7 +66,7 @@ def test_whoever_is_dear_for_a_query_is_not_asked_and_that_saves() -> None:
     for row in (int(proof.argmax()), int(proof.argmin())):
         one = router().route(texts[row])
         assert one.expert == EXPERTS[decisions.actions[row]]
-        np.testing.assert_allclose(list(one.price.values()), decisions.price[row], rtol=1e-6)
+        np.testing.assert_allclose(list(one.price.values()), decisions.price[row], rtol=1e-4)
 
 
 def test_where_length_says_it_all_nothing_else_is_remembered() -> None:
@@ -68,7 +74,7 @@ def test_where_length_says_it_all_nothing_else_is_remembered() -> None:
     price = np.array([[len(text)] for text in texts]) * [[1e-5, 1e-4]]
     table = log_of_table(texts, EXPERTS, quality, price).table()
     assert dearness(table) is None
-    learned = Router(0.02, policies=QUICK).fit(table)
+    learned = Router(0.02, encoder=counts, policies=QUICK).fit(table)
     assert learned.fitted.memory.beside == 0
     np.testing.assert_allclose(learned.route_batch(texts).price, price, rtol=1e-6)
 
@@ -76,7 +82,7 @@ def test_where_length_says_it_all_nothing_else_is_remembered() -> None:
 def test_prices_that_follow_nothing_are_foreseen_by_length_alone() -> None:
     texts, _, quality, price = asked(400)
     noise = np.random.default_rng(7).permutation(price)
-    learned = Router(0.02, policies=QUICK).fit(log_of_table(texts, EXPERTS, quality, noise))
+    learned = Router(0.02, encoder=counts, policies=QUICK).fit(log_of_table(texts, EXPERTS, quality, noise))
     assert learned.fitted.memory.beside == 0
     assert not learned.fitted.held_dearness.any()
 
@@ -84,7 +90,7 @@ def test_prices_that_follow_nothing_are_foreseen_by_length_alone() -> None:
 def test_other_prices_keep_what_was_learned_of_the_length_of_answers() -> None:
     texts, proof, _, _ = asked(50, seed=1)
     before = router().route_batch(texts).price
-    other = Router(0.02)
+    other = Router(0.02, encoder=counts)
     other.encoder, other._fitted = router().encoder, router().fitted
     prices = router().fitted.prices
     other.with_prices(PriceModel(3 * prices.base, 3 * prices.per_character))
@@ -99,7 +105,7 @@ def test_other_prices_keep_what_was_learned_of_the_length_of_answers() -> None:
 def test_experts_that_come_and_go_keep_the_others_prices() -> None:
     texts, proof, _, _ = asked(50, seed=1)
     before = router().route_batch(texts).price
-    other = Router(0.02)
+    other = Router(0.02, encoder=counts)
     other.encoder, other._fitted = router().encoder, router().fitted
     other.describe_expert("new", quality=0.7, price=0.005)
     both = other.route_batch(texts).price
@@ -122,7 +128,7 @@ def test_of_a_log_of_single_answers_only_what_was_paid_counts() -> None:
     found, known = dearness(log.table()) or pytest.fail("length cannot say what these cost")
     np.testing.assert_array_equal(known.sum(1), 1)
     assert not found[~known].any()
-    learned = Router(0.02, policies=QUICK).fit(log)
+    learned = Router(0.02, encoder=counts, policies=QUICK).fit(log)
     unseen, proof, _, price = asked(100, seed=1)
     foreseen = learned.route_batch(unseen).price
     order = learned.experts.index("talker")
@@ -136,7 +142,7 @@ def test_held_out_prices_were_foreseen_by_rows_of_other_folds() -> None:
     fold = random_folds(400, seed=0)
     rest = np.flatnonzero(fold != 2)
     others = log_of_table([texts[row] for row in rest], EXPERTS, quality[rest], price[rest])
-    like = Router(0.02, policies=QUICK).fit(others)
+    like = Router(0.02, encoder=counts, policies=QUICK).fit(others)
     held = np.flatnonzero(fold == 2)
     again = like.fitted.estimate(like.encoder([texts[row] for row in held])).dearness
     # Its encoder and its line are of fewer rows.
@@ -146,22 +152,24 @@ def test_held_out_prices_were_foreseen_by_rows_of_other_folds() -> None:
 
 def test_a_router_that_was_saved_foresees_the_same_and_one_of_format_2_goes_by_length(tmp_path: Path) -> None:
     texts, _, quality, price = asked(60, seed=1)
-    mine = Router(0.02, policies=QUICK)
+    mine = Router(0.02, encoder=counts, policies=QUICK)
     mine.encoder, mine._fitted, mine.salt = router().encoder, router().fitted, "salt"
     mine.certify(log_of_table(texts, EXPERTS, quality, price))
     mine.save(tmp_path / "router")
-    again = Router.load(tmp_path / "router")
+    again = Router.load(tmp_path / "router", encoder=counts)
     np.testing.assert_array_equal(again.route_batch(texts).price, mine.route_batch(texts).price)
     assert [again.route(text) for text in texts] == [mine.route(text) for text in texts]
     assert again.plan(certified_quality=0.4).price_of_error == mine.plan(certified_quality=0.4).price_of_error
 
-    plain = Router(0.02, policies=QUICK)
+    plain = Router(0.02, encoder=counts, policies=QUICK)
     plain.encoder, plain.salt = mine.encoder, "salt"
-    plain._fitted = replace(mine.fitted, memory=mine.fitted.memory.without_beside(), held_dearness=0 * mine.fitted.held_dearness)
+    state, memory = mine.fitted, mine.fitted.memory.without_beside()
+    policies = tuple(memory if policy is state.memory else policy for policy in state.policies)
+    plain._fitted = replace(state, policies=policies, memory=memory, held_dearness=0 * state.held_dearness)
     plain.certify(log_of_table(texts, EXPERTS, quality, price))
     plain.save(tmp_path / "old")
     as_format_2(tmp_path / "old")
-    old = Router.load(tmp_path / "old")
+    old = Router.load(tmp_path / "old", encoder=counts)
     by_length = mine.fitted.prices(np.array([len(text) for text in texts], float))
     np.testing.assert_allclose(old.route_batch(texts).price, by_length)
     assert [old.route(text) for text in texts] == [plain.route(text) for text in texts]
