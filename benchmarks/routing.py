@@ -20,7 +20,13 @@ take the prices by a formula.  After RouterBench's first table, which fell back 
 the new verdict.  MMLU-Pro was not looked at before its tables.  Set for speed: cross-fitting on at most 6,000 rows and 20 passes
 of the networks, compared on no rows; neighbours by the 64 leading numbers of a vector among 512 rows, compared on 1,000 random
 rows of RouteLLM's and LLMRouter's data, where nothing changed beyond noise; leaving out estimators below a tenth of all weight,
-compared by cross-fitted cost.  After these two, all tables were run once more.
+compared by cross-fitted cost.  After these two, all tables were run once more.  After MMLU-Pro's table had missed its target:
+that a price is foreseen from neighbours (against lines, ridge regression and clusters, on the rows outside the first random test
+fold of MMLU-Pro and RouterBench), and that heads are the mean of four networks (against one and two, on those of RouteLLM and
+LLMRouter); leaving out more estimators helped RouteLLM, harmed the two others, and was dropped.
+
+With --encoder the vectors of a sentence encoder stand in place of the n-grams.  Both together, as one vector or with the linear
+estimator on both, were compared on those rows of RouteLLM, gained nothing, and are not offered.
 
 APGR: average performance gap recovered, the mean over the folds (pooled: of all rows at once).  Which subjects share a fold moves
 it by some .02: length alone scores .53 to .58 on four draws of them.  AIQ: average quality over the prices from the cheapest to
