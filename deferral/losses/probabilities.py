@@ -1,17 +1,22 @@
 """Log-probabilities of the softmax: of every action, or of the few that a loss of targets looks at."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from deferral.losses.closed_form import has_closed_form, refuse_second_derivatives
+from deferral.losses.closed_form import has_closed_form, in_blocks, refuse_second_derivatives
 from deferral.numerics import lift
 
-__all__ = ["ABSENT", "log_probabilities", "log_probabilities_at"]
+__all__ = ["ABSENT", "by_target", "known_scores", "log_probabilities", "log_probabilities_at"]
 
 # The log-probability of an action that has left the row.  exp(-1e30) is 0, and 0 * 1e30 is 0 where 0 * inf would be NaN.
 ABSENT = -1e30
+# Tables of the scores' width that autograd holds at once in a formula of a target and several experts.
+_TABLES = 4
+_MANY = 0.15
 
 
 def log_probabilities(scores: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -19,7 +24,7 @@ def log_probabilities(scores: Tensor, mask: Tensor | None = None) -> Tensor:
 
     `mask` has one column per action.
     """
-    return _known(scores, mask).log_softmax(dim=-1)
+    return known_scores(scores, mask).log_softmax(dim=-1)
 
 
 def log_probabilities_at(scores: Tensor, targets: Tensor, num_classes: int, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -28,7 +33,7 @@ def log_probabilities_at(scores: Tensor, targets: Tensor, num_classes: int, mask
     Under targets that are probabilities every class may be right: (..., K), (..., W).  A label outside 0..K-1 is an index error.
     In eager mode the gradient is a closed form that keeps one table, and gradients of gradients are an error.
     """
-    scores = _known(scores, mask)
+    scores = known_scores(scores, mask)
     if targets.is_floating_point():
         log_p = scores.log_softmax(dim=-1)
         return log_p[..., :num_classes], log_p[..., num_classes:]
@@ -39,7 +44,24 @@ def log_probabilities_at(scores: Tensor, targets: Tensor, num_classes: int, mask
     return log_p[..., :num_classes].gather(-1, targets), log_p[..., num_classes:]
 
 
-def _known(scores: Tensor, mask: Tensor | None) -> Tensor:
+def by_target(formula: Callable[..., Tensor], scores: Tensor, targets: Tensor, right: Tensor) -> Tensor:
+    """formula(scores, targets, right), which looks at the target and at all experts.
+
+    (..., K+E), (...,) or (..., K), (..., E) bool -> (...,)
+    """
+    # Of few experts' columns autograd may keep several tables, which is quicker.
+    if targets.is_floating_point() or right.shape[-1] < _MANY * scores.shape[-1]:
+        return formula(scores, targets, right)
+    several = partial(_of_columns, formula)
+    return in_blocks(several, scores, targets.unsqueeze(-1), right, columns=_TABLES * scores.shape[-1])
+
+
+def _of_columns(formula: Callable[..., Tensor], scores: Tensor, targets: Tensor, right: Tensor) -> Tensor:
+    return formula(scores, targets.squeeze(-1), right)
+
+
+def known_scores(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """The scores in float32 or better, hugely negative where masked: such actions have left the row."""
     scores = lift(scores)
     return scores if mask is None else scores.masked_fill(~mask, ABSENT)
 

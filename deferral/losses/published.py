@@ -15,7 +15,7 @@ from torch import Tensor
 from deferral.losses.closed_form import closed_form, has_closed_form, in_blocks
 from deferral.losses.comp_sum import counted, without_ignored
 from deferral.losses.margin import Margin, logistic
-from deferral.losses.probabilities import ABSENT, log_probabilities, log_probabilities_at
+from deferral.losses.probabilities import ABSENT, by_target, known_scores, log_probabilities, log_probabilities_at
 from deferral.losses.realizable import expected_loss, log_mass, realizable_deferral
 from deferral.numerics import lift, log_add_exp
 from deferral.validation import (
@@ -316,10 +316,13 @@ def picce(
     if mask is not None:
         mask = action_mask(scores, mask, num_classes)
         expert_correct = expert_correct.where(mask[..., num_classes:], 0)
-    classes, experts = log_probabilities_at(scores, targets, num_classes, mask)
-    right = expert_correct > 0
-    best = experts.masked_fill(~right, -torch.inf).amax(dim=-1)
-    return counted(expected_loss(-classes, targets) - best.where(right.any(dim=-1), 0.0), counts)
+
+    def formula(scores: Tensor, targets: Tensor, right: Tensor) -> Tensor:
+        classes, experts = log_probabilities_at(scores, targets, num_classes)
+        best = experts.masked_fill(~right, -torch.inf).amax(dim=-1)
+        return expected_loss(-classes, targets) - best.where(right.any(dim=-1), 0.0)
+
+    return counted(by_target(formula, known_scores(scores, mask), targets, expert_correct > 0), counts)
 
 
 def learned_loss(estimate: Tensor, predictor_loss: Tensor) -> Tensor:

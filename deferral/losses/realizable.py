@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deferral.losses.comp_sum import counted, without_ignored
-from deferral.losses.probabilities import ABSENT, log_probabilities, log_probabilities_at
+from deferral.losses.probabilities import ABSENT, by_target, known_scores, log_probabilities, log_probabilities_at
 from deferral.numerics import lift, log_add_exp
 from deferral.validation import action_mask, require_actions, require_batch, require_floating, require_targets, require_tensor
 
@@ -77,9 +77,12 @@ def realizable_experts(
     if mask is not None:
         mask = action_mask(scores, mask, num_classes)
         expert_correct = expert_correct.where(mask[..., num_classes:], 0)
-    classes, experts = log_probabilities_at(scores, targets, num_classes, mask)
-    mass = log_add_exp(classes, log_mass(experts, expert_correct != 0))
-    return counted(expected_loss(_psi(mass, q), targets), counts)
+
+    def formula(scores: Tensor, targets: Tensor, right: Tensor) -> Tensor:
+        classes, experts = log_probabilities_at(scores, targets, num_classes)
+        return expected_loss(_psi(log_add_exp(classes, log_mass(experts, right)), q), targets)
+
+    return counted(by_target(formula, known_scores(scores, mask), targets, expert_correct != 0), counts)
 
 
 def realizable_router(scores: Tensor, costs: Tensor, *, mask: Tensor | None = None) -> Tensor:
