@@ -320,10 +320,16 @@ def faults(world: World) -> dict[str, Any]:
     place = world.folder / "faults"
     place.mkdir()
     with bench(place) as running:
-        for fault, model, stream, expected in CASES:
-            found, details = seen_by_the_client(running, fault, model, stream)
+        for path, fault, model, stream, expected in CASES:
+            found, details = seen_by_the_client(running, path, fault, model, stream)
             # Of the chosen one: whoever answers in its place is asked once.
-            cell = {"fault": fault, "model": model, "stream": stream, "retries": found.attempts - 1 - (found.expert == "large")}
+            cell = {
+                "path": path,
+                "fault": fault,
+                "model": model,
+                "stream": stream,
+                "retries": found.attempts - 1 - (found.expert == "large"),
+            }
             cell |= {"rows": details["rows"], "specified": asdict(expected), "found": asdict(found)}
             cells.append(cell | {"as_specified": found == expected and details["rows"] == 1})
     return {"cells": cells, "as_specified": sum(cell["as_specified"] for cell in cells), "of": len(cells)}
@@ -376,15 +382,15 @@ def claims(found: dict[str, Any]) -> list[dict[str, Any]]:
 
 def fault_table(cells: list[dict[str, Any]]) -> str:
     """Fault by fault, what the client got, who answered, after how many retries and attempts, and what is on record; Markdown."""
-    lines = ["| fault | auto | auto, stream | by name | by name, stream |", "|---|---|---|---|---|"]
-    for fault in dict.fromkeys(cell["fault"] for cell in cells):
+    lines = ["| path | fault | auto | auto, stream | by name | by name, stream |", "|---|---|---|---|---|---|"]
+    for path, fault in dict.fromkeys((cell["path"], cell["fault"]) for cell in cells):
         row = []
-        for cell in (each for each in cells if each["fault"] == fault):
+        for cell in (each for each in cells if (each["path"], each["fault"]) == (path, fault)):
             found = cell["found"]
             who = f"{found['expert'] or 'nobody'}, {cell['retries']} retries, {found['attempts']} attempts"
             mark = "" if cell["as_specified"] else " NOT AS SPECIFIED"
             row.append(f"{found['status']}: {who}; {found['ending']}; {cell['rows']} row, {found['outcome']}{mark}")
-        lines.append(f"| {fault} | {' | '.join(row)} |")
+        lines.append(f"| {path} | {fault} | {' | '.join(row)} |")
     return "\n".join(lines)
 
 

@@ -1,7 +1,7 @@
 """What the gateway owes a client when an expert fails, fault by fault: written down before it was tried.
 
 Two experts: `small` is chosen, and fails; `large` would answer.  The columns are a whole reply and a stream, asked of "auto"
-and of "small" by its name.
+and of "small" by its name; and all of it again by the Responses API.
 """
 
 import http.client
@@ -20,7 +20,7 @@ from deferral.gateway.settings import Settings
 from tests.faulty_upstream import Upstream, closed_port
 from tests.running_gateway import EASY, RunningGateway, small_router
 
-__all__ = ["CASES", "MATRIX", "Bench", "Cell", "bench", "seen_by_the_client"]
+__all__ = ["CASES", "CHAT_PATH", "MATRIX", "Bench", "Cell", "bench", "seen_by_the_client"]
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,13 @@ MATRIX: dict[str, tuple[Cell, Cell, Cell, Cell]] = {
     "oversized": (_LARGE_AT_ONCE, _CUT_STREAM, _nobody(502), _CUT_STREAM),
     "malformed-json": (_LARGE_AT_ONCE, replace(_CUT_STREAM, outcome="ok"), _nobody(502), replace(_CUT_STREAM, outcome="ok")),
 }
+# A stream of responses has an end of its own, and whoever sends no JSON never comes to it.
+RESPONSES = MATRIX | {"malformed-json": (_LARGE_AT_ONCE, _CUT_STREAM, _nobody(502), _CUT_STREAM)}
+CHAT_PATH, RESPONSES_PATH = "/v1/chat/completions", "/v1/responses"
 CASES = [
-    (fault, model, stream, cells[2 * (model != "auto") + stream])
-    for fault, cells in MATRIX.items()
+    (path, fault, model, stream, cells[2 * (model != "auto") + stream])
+    for path, matrix in ((CHAT_PATH, MATRIX), (RESPONSES_PATH, RESPONSES))
+    for fault, cells in matrix.items()
     for model in ("auto", "small")
     for stream in (False, True)
 ]
@@ -108,12 +112,13 @@ class Bench:
         state.answerers.update(experts)
         state.current = generation(state.current.router, experts, state.settings)
 
-    def ask(self, model: str, stream: bool) -> tuple[int, dict[str, str], bytes, bool]:
+    def ask(self, path: str, model: str, stream: bool) -> tuple[int, dict[str, str], bytes, bool]:
         """One question.  -> status, headers, body, and whether the reply ended as HTTP says"""
-        request = {"model": model, "messages": [{"role": "user", "content": EASY}], "stream": stream}
+        asked = {"input": EASY} if path == RESPONSES_PATH else {"messages": [{"role": "user", "content": EASY}]}
+        request = {"model": model, **asked, "stream": stream}
         connection = http.client.HTTPConnection("127.0.0.1", self.gateway.port, timeout=20)
         with closing(connection):
-            connection.request("POST", "/v1/chat/completions", json.dumps(request))
+            connection.request("POST", path, json.dumps(request))
             reply = connection.getresponse()
             headers = {name.lower(): value for name, value in reply.getheaders()}
             try:
@@ -147,19 +152,24 @@ def bench(folder: Path) -> Iterator[Bench]:
             yield Bench(gateway, upstream, closed, folder / "gateway.db")
 
 
-def seen_by_the_client(bench: Bench, fault: str, model: str, stream: bool) -> tuple[Cell, dict[str, Any]]:
+def seen_by_the_client(bench: Bench, path: str, fault: str, model: str, stream: bool) -> tuple[Cell, dict[str, Any]]:
     """Let it happen.  -> what happened, as a cell; details"""
     bench.prepare(fault)
     before = bench.asked("small")
-    status, headers, body, ended = bench.ask(model, stream)
+    status, headers, body, ended = bench.ask(path, model, stream)
     rows = bench.rows(headers["x-deferral-id"])
     row = rows[0] if rows else {"expert": "no row", "attempts": -1, "outcome": "", "status": 0, "chosen": ""}
-    cell = Cell(status, row["expert"], row["attempts"], row["outcome"], _ending(body, stream))
+    cell = Cell(status, row["expert"], row["attempts"], row["outcome"], _ending(path, body, stream))
     details = {"rows": len(rows), "row": row, "headers": headers, "body": body, "ended": ended}
     return cell, details | {"asked_small": bench.asked("small") - before}
 
 
-def _ending(body: bytes, stream: bool) -> str:
+def _ending(path: str, body: bytes, stream: bool) -> str:
+    if stream and path == RESPONSES_PATH and body.startswith((b"event: ", b"data: ")):
+        last = body.rstrip().rpartition(b"\n\n")[2]
+        if last.startswith(b"event: response.completed"):
+            return "whole"
+        return "error" if last.startswith(b"event: error") else "as it came"
     if stream and body.startswith(b"data: "):
         last = body.rstrip().rpartition(b"\n\n")[2].removeprefix(b"data: ")
         if last == b"[DONE]" and b'{"choices": [\n' not in body:
@@ -169,6 +179,6 @@ def _ending(body: bytes, stream: bool) -> str:
         found = json.loads(body)
     except ValueError:
         return "as it came"
-    if "error" not in found:
+    if not found.get("error"):
         return "whole"
     return "as it came" if found["error"]["message"].endswith(", as asked") else "error"

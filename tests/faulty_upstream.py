@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import http
 import json
+import re
 import socket
 import struct
 import threading
@@ -81,7 +82,8 @@ class Reply:
         self.head(200, "text/event-stream; charset=utf-8", transfer_encoding="chunked")
         named = self.seen.path.endswith("/responses")
         for event in events:
-            name = b"event: " + json.loads(event)["type"].encode() + b"\n" if named else b""
+            kind = _TYPE.match(event) if named else None
+            name = b"event: " + kind[1] + b"\n" if kind else b""
             await self.chunk(name + b"data: " + event + b"\n\n")
             if self.chunk_s:
                 await asyncio.sleep(self.chunk_s)
@@ -98,6 +100,8 @@ class Reply:
     def close(self) -> None:
         self.keep_alive = False
 
+
+_TYPE = re.compile(rb'\{"type": ?"([a-z_.]+)"')
 
 Behaviour = Callable[[Reply], Coroutine[Any, Any, None]]
 

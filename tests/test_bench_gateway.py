@@ -48,9 +48,9 @@ def test_a_claim_is_met_or_missed_and_none_is_made_of_what_was_not_measured() ->
 
 def test_the_fault_table_says_what_is_not_as_specified() -> None:
     found = {"status": 200, "expert": "large", "attempts": 2, "outcome": "ok", "ending": "whole"}
-    cell = {"fault": "stall", "retries": 0, "rows": 1, "found": found, "as_specified": True}
+    cell = {"path": "/v1/responses", "fault": "stall", "retries": 0, "rows": 1, "found": found, "as_specified": True}
     table = fault_table([cell, cell | {"as_specified": False}])
     assert table.splitlines()[2] == (
-        "| stall | 200: large, 0 retries, 2 attempts; whole; 1 row, ok | "
+        "| /v1/responses | stall | 200: large, 0 retries, 2 attempts; whole; 1 row, ok | "
         "200: large, 0 retries, 2 attempts; whole; 1 row, ok NOT AS SPECIFIED |"
     )
