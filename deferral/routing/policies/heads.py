@@ -1,28 +1,22 @@
 """A small network with one head per expert: the probability that its answer is right."""
 
-from functools import partial
-
 import numpy as np
 
 from deferral.routing.encoders import Arrays, Vectors
-from deferral.routing.policies.networks import above_mean, ensemble, layers, mean_network, trained
+from deferral.routing.policies.networks import above_mean, layers, trained
 from deferral.routing.policies.policy import Folded
 
 __all__ = ["Factors", "Heads"]
 
 
 class Heads:
-    """P(right) of every expert from a shared hidden layer, by the logistic loss of the known outcomes.
-
-    The log-odds are the mean of several networks', which is steadier than one: Lakshminarayanan, Pritzel, Blundell, "Simple and
-    Scalable Predictive Uncertainty Estimation using Deep Ensembles" (2017).
-    """
+    """P(right) of every expert from a shared hidden layer, by the logistic loss of the known outcomes."""
 
     kind = "heads"
     _activation = "ReLU"
 
-    def __init__(self, *, hidden: int = 64, dropout: float = 0.5, members: int = 4) -> None:
-        self.hidden, self.dropout, self.members = hidden, dropout, members
+    def __init__(self, *, hidden: int = 64, dropout: float = 0.5) -> None:
+        self.hidden, self.dropout = hidden, dropout
         self.arrays: Arrays = {}
         self._layers = Folded(layers)
 
@@ -30,7 +24,7 @@ class Heads:
         # Whoever only routes need not hold torch in memory: it is imported where something is trained.
         import torch
         import torch.nn.functional as F
-        from torch import Tensor
+        from torch import Tensor, nn
 
         x = torch.from_numpy(vectors.joined)
         # Where nothing is known of an input, the answer is the expert's mean.
@@ -38,11 +32,16 @@ class Heads:
         targets, known = torch.from_numpy(quality).float(), torch.from_numpy(weights).float()
 
         def loss(logits: Tensor, rows: Tensor) -> Tensor:
-            each = F.binary_cross_entropy_with_logits(logits + start, targets[rows].expand_as(logits), reduction="none")
+            each = F.binary_cross_entropy_with_logits(logits + start, targets[rows], reduction="none")
             return (each * known[rows]).sum(-1)
 
-        network = partial(ensemble, self.members, (x.shape[1], self.hidden, len(means)), self._activation, self.dropout)
-        self.arrays = {**mean_network(trained(network, x, loss, start=start, seed=seed)), "means": means}
+        def network() -> nn.Sequential:
+            return nn.Sequential(
+                nn.Dropout(self.dropout / 2), nn.Linear(x.shape[1], self.hidden), getattr(nn, self._activation)(),
+                nn.Dropout(self.dropout), nn.Linear(self.hidden, len(means)),
+            )  # fmt: skip
+
+        self.arrays = {**trained(network, x, loss, start=start, seed=seed), "means": means}
         return self
 
     def deviations(self, vectors: Vectors) -> np.ndarray:
@@ -59,5 +58,5 @@ class Factors(Heads):
     kind = "factors"
     _activation = "Identity"
 
-    def __init__(self, *, hidden: int = 16, dropout: float = 0.5, members: int = 4) -> None:
-        super().__init__(hidden=hidden, dropout=dropout, members=members)
+    def __init__(self, *, hidden: int = 16, dropout: float = 0.5) -> None:
+        super().__init__(hidden=hidden, dropout=dropout)

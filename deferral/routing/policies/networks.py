@@ -10,7 +10,7 @@ from deferral.routing.encoders import Arrays, Vectors
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["Layers", "above_mean", "ensemble", "layers", "mean_network", "trained"]
+__all__ = ["Layers", "above_mean", "layers", "trained"]
 
 _ROWS_SEEN = 600_000
 _BATCH, _LARGEST_BATCH = 512, 1024
@@ -57,48 +57,10 @@ def trained(
                 optimizer.step()
                 schedule.step()
     weights = {name: value.detach().numpy() for name, value in model.state_dict().items()}
-    # Matrices of several networks at once stand as they are multiplied.
-    arrays = {name: np.array(value.T if value.ndim == 2 else value, order="C") for name, value in weights.items()}
+    arrays = {name: np.array(value.T, order="C") for name, value in weights.items()}
     *_, bias = arrays
     arrays[bias] = arrays[bias] + start.numpy()
     return arrays
-
-
-def ensemble(members: int, sizes: tuple[int, int, int], activation: str, dropout: float) -> "nn.Sequential":
-    """So many networks of one hidden layer, trained side by side: other initial weights, other dropout.  (B, D) -> (M, B, E)"""
-    import torch
-    from torch import Tensor, nn
-
-    class Copies(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x.expand(members, *x.shape)
-
-    class Linears(nn.Module):
-        """`nn.Linear`, and its initial weights, for each."""
-
-        def __init__(self, into: int, out: int) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.empty(members, into, out).uniform_(-(into**-0.5), into**-0.5))
-            self.bias = nn.Parameter(torch.empty(members, 1, out).uniform_(-(into**-0.5), into**-0.5))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.baddbmm(self.bias, x, self.weight)
-
-    into, hidden, out = sizes
-    layers = Linears(into, hidden), getattr(nn, activation)(), nn.Dropout(dropout), Linears(hidden, out)
-    return nn.Sequential(Copies(), nn.Dropout(dropout / 2), *layers)
-
-
-def mean_network(arrays: Arrays) -> Arrays:
-    """One network whose log-odds are the mean of those of an `ensemble`, from the arrays of `trained`."""
-    first, into_hidden, last, bias = (arrays[name] for name in ("2.weight", "2.bias", "5.weight", "5.bias"))
-    members, into, hidden = first.shape
-    return {
-        "1.weight": np.ascontiguousarray(first.transpose(1, 0, 2).reshape(into, members * hidden)),
-        "1.bias": into_hidden.reshape(members * hidden),
-        "4.weight": last.reshape(members * hidden, -1) / np.float32(members),
-        "4.bias": bias.mean((0, 1)),
-    }
 
 
 class Layers(NamedTuple):
