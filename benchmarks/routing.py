@@ -22,8 +22,9 @@ of the networks, compared on no rows; neighbours by the 64 leading numbers of a 
 rows of RouteLLM's and LLMRouter's data, where nothing changed beyond noise; leaving out estimators below a tenth of all weight,
 compared by cross-fitted cost.  After these two, all tables were run once more.  After MMLU-Pro's table had missed its target:
 that a price is foreseen from neighbours (against lines, ridge regression and clusters, on the rows outside the first random test
-fold of MMLU-Pro and RouterBench), and that heads are the mean of four networks (against one and two, on those of RouteLLM and
-LLMRouter); leaving out more estimators helped RouteLLM, harmed the two others, and was dropped.
+fold of MMLU-Pro and RouterBench).  Heads that are the mean of four networks were better alone on those of RouteLLM and LLMRouter,
+no better in the blend, and up and down in the tables, and leaving out more estimators helped RouteLLM and harmed the others: both
+were dropped.
 
 With --encoder the vectors of a sentence encoder stand in place of the n-grams.  Both together, as one vector or with the linear
 estimator on both, were compared on those rows of RouteLLM, gained nothing, and are not offered.
