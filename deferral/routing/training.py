@@ -5,7 +5,7 @@ outcome, is fitted once on all queries; so are the few weights for queries of ne
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -34,7 +34,8 @@ POLICIES: tuple[Callable[[], Policy], ...] = (Linear, Neighbours, Clusters, Head
 FOLDS = 4
 _GRID = 25
 _DEVIATION_OF_WEIGHTS = 0.1
-_LEAST_SHARE = 0.1
+# Standard errors.
+_PATIENCE = 0.5
 _Z = 1.96
 
 
@@ -151,39 +152,62 @@ def blend(held: HeldOut, mass: np.ndarray | None = None) -> dict[str, float]:
 
     Only differences among the experts of a row matter to a decision, so the row's mean is left out.  Few rows cannot tell
     estimators apart that agree: the weights are shrunk towards equal ones, as if those were known up to a deviation of 0.1.
-    An estimator of less than a tenth of all weight takes a query's time and moves no decision: it is left out, the least first.
     Breiman, "Stacked Regressions" (1996).
+
+    One after the other, the estimator that is missed least is left out, unless the others err more without it by half a standard
+    error, with weights that a row's fold had no part in: what held-out rows cannot tell to be of use takes time, and harms where
+    other queries come.  Compare the rule of one standard error, Breiman, Friedman, Olshen, Stone (1984), section 3.4.3.
     """
-    weights = _least_squares(held, mass)
-    total = sum(weights.values())
-    least = min(weights, key=lambda name: weights[name])
-    if len(weights) == 1 or weights[least] >= _LEAST_SHARE * total:
-        return weights
-    rest = {name: values for name, values in held.deviations.items() if name != least}
-    return dict.fromkeys(weights, 0.0) | blend(replace(held, deviations=rest), mass)
+    names, blends = list(held.deviations), _Blends(held, mass)
+    kept = list(range(len(names)))
+    errors = blends.errors(kept)
+    while len(kept) > 1:
+        others = {place: blends.errors([one for one in kept if one != place]) for place in kept}
+        least = min(others, key=lambda place: others[place].mean())
+        more, half = mean_and_half(others[least] - errors)
+        if more > _PATIENCE * half / _Z:
+            break
+        kept.remove(least)
+        errors = others[least]
+    weights = dict.fromkeys(names, 0.0)
+    weights.update((names[place], float(weight)) for place, weight in zip(kept, blends.weights(kept), strict=True))
+    return weights
 
 
-def _least_squares(held: HeldOut, mass: np.ndarray | None) -> dict[str, float]:
-    from scipy.optimize import nnls
+class _Blends:
+    """Least squares on any of the estimators, from the products of their columns and of the target in each row."""
 
-    names = list(held.deviations)
-    columns = np.stack([held.deviations[name] for name in names], -1).astype(np.float64)
-    target = (held.truth - held.means).astype(np.float64)
-    root = np.sqrt(np.ones(len(target)) if mass is None else mass / mass.mean())[:, None]
-    flat = ((columns - columns.mean(1, keepdims=True)) * root[:, :, None]).reshape(-1, len(names))
-    wanted = ((target - target.mean(1, keepdims=True)) * root).ravel()
-    average = flat.mean(1)
-    equal = max(average @ wanted, 0) / max(average @ average, 1e-12) / len(names)
-    pull = wanted.std() / _DEVIATION_OF_WEIGHTS
-    rows = np.concatenate([flat, pull * np.eye(len(names))])
-    found, _ = nnls(*_square(rows, np.append(wanted, np.full(len(names), pull * equal))))
-    return {name: float(weight) for name, weight in zip(names, found, strict=True)}
+    def __init__(self, held: HeldOut, mass: np.ndarray | None) -> None:
+        columns = np.stack([*held.deviations.values(), held.truth - held.means], -1).astype(np.float64)
+        columns -= columns.mean(1, keepdims=True)
+        self.products = np.matmul(columns.transpose(0, 2, 1), columns)  # (N, M + 1, M + 1), the target is the last
+        if mass is not None:
+            self.products *= (mass / mass.mean())[:, None, None]
+        self.fold = held.fold
+        self.sums = {number: (self.products[held.fold == number].sum(0)) for number in np.unique(held.fold).tolist()}
+        self.cells = held.truth.size
 
+    def weights(self, kept: Sequence[int], without: float | None = None) -> np.ndarray:
+        """Of the estimators in these places; `without` the rows of one fold, if there are others.  -> (K,)"""
+        from scipy.optimize import nnls
 
-def _square(columns: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A square problem of the same solutions: nnls is slow on tall ones."""
-    upper = np.asarray(np.linalg.qr(np.column_stack([columns, target]), mode="r"))
-    return upper[:, : columns.shape[1]], upper[:, columns.shape[1]]
+        sums = sum([of for number, of in self.sums.items() if number != without] or self.sums.values())
+        gram, toward, size = sums[np.ix_(kept, kept)], sums[kept, -1], sums[-1, -1]
+        average = gram.sum() / len(kept) ** 2
+        equal = max(toward.sum() / len(kept), 0) / max(average, 1e-12) / len(kept)
+        pull = size / self.cells / _DEVIATION_OF_WEIGHTS**2
+        root = np.linalg.cholesky(gram + (pull + 1e-12 * np.trace(gram) + 1e-30) * np.eye(len(kept)))
+        found, _ = nnls(root.T, np.linalg.solve(root, toward + pull * equal))
+        return found
+
+    def errors(self, kept: Sequence[int]) -> np.ndarray:
+        """The squared error of every row, by weights that its fold had no part in.  -> (N,)"""
+        found = np.empty(len(self.fold))
+        for number in self.sums:
+            rows, off = self.fold == number, np.zeros(self.products.shape[-1])
+            off[kept], off[-1] = self.weights(kept, number), -1
+            found[rows] = self.products[rows] @ off @ off
+        return found
 
 
 def mixed(deviations: dict[str, np.ndarray], weights: dict[str, float]) -> np.ndarray:
