@@ -12,8 +12,6 @@ from deferral.routing.partial_logs import OutcomeModel, doubly_robust, observed
 from deferral.routing.shift import familiarity, refitted, shifted_folds, shrinkage
 from deferral.routing.training import HeldOut, blend, judged, skill
 
-NOTHING = np.empty((4000, 0), np.float32)
-
 pytestmark = pytest.mark.ci_slow
 
 
@@ -162,26 +160,54 @@ def test_a_policy_is_not_judged_by_prices_that_it_cannot_know() -> None:
     assert foresight.predicted == pytest.approx(foresight.static_mix, abs=1e-9)
 
 
+FOLD = np.arange(4000) % 4
+
+
+def held_of(deviations: dict[str, np.ndarray], truth: np.ndarray) -> HeldOut:
+    nothing = np.zeros(4000, np.float32)
+    return HeldOut(deviations, np.zeros_like(truth), truth, nothing, FOLD, np.empty((4000, 0), np.float32))
+
+
 def test_blending_weights_follow_the_rows_of_mass() -> None:
     generator = np.random.default_rng(0)
     one, other = generator.normal(size=(2, 4000, 2)).astype(np.float32)
     first = np.arange(4000) < 2000
     truth = np.where(first[:, None], one, other)
-    held = HeldOut({"one": one, "other": other}, np.zeros_like(one), truth, np.zeros(4000, np.float32), np.zeros(4000), NOTHING)
+    held = held_of({"one": one, "other": other}, truth)
     even, only = blend(held), blend(held, np.where(first, 1.0, 1e-9))
     assert even["one"] == pytest.approx(even["other"], abs=0.05)
     assert only["one"] > 0.9
     assert only["other"] < 0.1
 
 
-def test_an_estimator_of_little_weight_is_left_out_and_the_others_are_blended_as_without_it() -> None:
+def test_an_estimator_that_is_of_no_use_is_left_out_and_the_others_are_blended_as_without_it() -> None:
     generator = np.random.default_rng(0)
-    one, other, noise = generator.normal(size=(3, 4000, 2)).astype(np.float32)
-    held = HeldOut(
-        {"noise": noise, "one": one, "other": other},
-        np.zeros_like(one), (one + other + 0.05 * noise).astype(np.float32), np.zeros(4000, np.float32), np.zeros(4000), NOTHING,
-    )  # fmt: skip
+    one, other, noise, chance, own = generator.normal(size=(5, 4000, 2)).astype(np.float32)
+    # The echo repeats another estimator, with noise of its own.
+    held = held_of({"noise": noise, "one": one, "echo": one + own, "other": other}, one + other + 2 * chance)
     weights = blend(held)
-    assert weights["noise"] == 0
+    assert weights["noise"] == weights["echo"] == 0
     rest = replace(held, deviations={"one": one, "other": other})
-    assert {name: weights[name] for name in ("one", "other")} == blend(rest)
+    assert {name: weights[name] for name in ("one", "other")} == pytest.approx(blend(rest))
+    useful = blend(held_of({"noise": noise, "one": one, "other": other}, one + other + 0.2 * noise))
+    assert useful["noise"] > 0.2
+
+
+def test_the_blend_is_the_ridge_regression_towards_equal_weights() -> None:
+    generator = np.random.default_rng(1)
+    one, other, chance = generator.normal(size=(3, 4000, 3)).astype(np.float32)
+    truth = 0.7 * one + 0.4 * other + chance
+    weights = blend(held_of({"one": one, "other": other}, truth))
+    x = np.stack([part - part.mean(1, keepdims=True) for part in (one, other)], -1).reshape(-1, 2).astype(np.float64)
+    y = (truth - truth.mean(1, keepdims=True)).ravel().astype(np.float64)
+    average = x.mean(1)
+    equal = y @ average / (average @ average) / 2
+    # As if the weights were known to lie about 0.1 from equal ones.
+    pull = y.var() / 0.1**2
+    expected = np.linalg.solve(x.T @ x + pull * np.eye(2), x.T @ y + pull * equal)
+    np.testing.assert_allclose(list(weights.values()), expected, rtol=1e-5)
+
+
+def test_a_blend_of_estimators_that_say_nothing_is_nothing() -> None:
+    nothing = np.zeros((4000, 3), np.float32)
+    assert blend(held_of({"one": nothing, "other": nothing}, nothing)) == {"one": 0.0, "other": 0.0}
