@@ -113,14 +113,26 @@ class Decider:
         `under_way` counts the requests that the gateway has not done with, this one among them.
         """
         able = self._able(asked, hints, limited)
-        now = self._now(able, asked, limited)
+        now = self._up(able, limited)
+        choice = await self._chosen(able, now, asked, hints, limited, crowded=under_way >= _CROWD)
+        if limited.left is not None and choice.price[choice.ranking[0]] > limited.left:
+            affordable = [name for name in now if choice.price[name] <= limited.left]
+            # Where nobody is affordable, the budget refuses the cheapest, and says when it begins anew.
+            left = frozenset(affordable or [min(now, key=choice.price.__getitem__)])
+            return await self._chosen(able, left, asked, hints, limited, crowded=under_way >= _CROWD)
+        return choice
+
+    async def _chosen(
+        self, able: frozenset[str], now: frozenset[str], asked: Asked, hints: Hints, limited: Limited, *, crowded: bool
+    ) -> Choice:
+        """The choice among those that may be asked now; `able` are those that may be asked at other times."""
         plan = await self._plan(now, hints, limited.thrift)
         if self.conversations is not None and (len(asked.turns) > 1 or asked.follows or hints.conversation):
             standing = plan if now == able else await self._plan(able, hints, limited.thrift)
             return await self._in_conversation(self.conversations, asked, plan, standing, _named(hints.conversation, limited.key))
         query = asked.query
         if self._at_once:
-            return await self._in_turn(plan, query, crowded=under_way >= _CROWD)
+            return await self._in_turn(plan, query, crowded=crowded)
         decided = await self._in_worker(lambda: self._decided(plan, [query]), self.deadline_s)
         return self._choice(decided[0] if decided else self._by_mix(plan, query)[0], plan, fast=decided is None)
 
@@ -158,21 +170,16 @@ class Decider:
             raise Problem(400, "no_expert_left", f"no expert may answer this request: {why}")
         return frozenset(names)
 
-    def _now(self, names: frozenset[str], asked: Asked, limited: Limited) -> frozenset[str]:
-        """Those of them that are up, and that the key can pay."""
-        if not limited.down and limited.left is None:
+    def _up(self, names: frozenset[str], limited: Limited) -> frozenset[str]:
+        """Those of them that are up."""
+        if not limited.down:
             return names
-        up = [name for name in names if name not in limited.down]
+        up = frozenset(name for name in names if name not in limited.down)
         if not up:
             wait = min(limited.down[name] for name in names)
             shown = ", ".join(name for name in self.experts if name in names)
             raise Problem(503, "experts_down", f"all who may answer are down: {shown}", retry_after=wait)
-        if limited.left is not None:
-            price = self.router.fitted.prices_of_one(asked.query)
-            affordable = [name for name in up if price[self._place[name]] <= limited.left]
-            # Where nobody is affordable, the budget refuses the cheapest, and says when it begins anew.
-            up = affordable or [min(up, key=lambda name: price[self._place[name]])]
-        return frozenset(up)
+        return up
 
     async def _plan(self, allow: frozenset[str], hints: Hints, thrift: float) -> Plan:
         # A factor of two digits keeps the plans few.

@@ -13,7 +13,7 @@ from deferral.routing.policies.networks import trained
 from deferral.routing.policies.rejector import priced_loss
 from deferral.routing.prices import error_range
 from deferral.routing.router import Router
-from deferral.routing.training import FOLDS, full_price, grid, mean_and_half, random_folds
+from deferral.routing.training import FOLDS, grid, mean_and_half, random_folds
 
 __all__ = ["Answered", "answers_in", "fit_cascade", "gain_over"]
 
@@ -80,7 +80,8 @@ def answers_in(
     by_text = {text: number for number, text in enumerate(table.queries)}
     query = np.array([by_text[log.queries[code]] for code in column[rows]])
     estimate, expected = _foreseen(table, router, seed, on_fold)
-    quality, price, mask = table.quality[query].astype(float), full_price(table, router.fitted.prices)[query], table.mask[query]
+    quality, mask = table.quality[query].astype(float), table.mask[query]
+    price = np.where(mask, table.price[query], expected[query])
     # This very answer, and not the mean of several.
     quality[:, place], price[:, place], mask[:, place] = log.column("quality")[rows], log.column("price")[rows], True
     propensity = np.where(np.isnan(table.propensity[query]) | table.full, 1.0, table.propensity[query]).astype(float)

@@ -88,7 +88,8 @@ def fitted(
     )
     if rows < _FEWEST_ROWS or experts < 2:
         return state
-    return _learned(replace(state, memory=memory), vectors, quality, weights, outcomes, price, above, length, policies, seed)
+    state = replace(state, memory=memory)
+    return _learned(state, vectors, quality, weights, outcomes, price, prices is None, above, length, policies, seed)
 
 
 def _learned(
@@ -98,6 +99,7 @@ def _learned(
     weights: np.ndarray,
     outcomes: np.ndarray,
     price: np.ndarray,
+    logged: bool,
     above: Beside | None,
     length: np.ndarray,
     policies: Sequence[Callable[[], Policy]],
@@ -111,11 +113,15 @@ def _learned(
     fold = random_folds(len(some), seed=seed)
     held = held_out(policies, part, quality[some], weights[some], p, fold, seed=seed, beside=beside)
     foreseen = np.zeros(p.shape, np.float32)
-    if beside is not None and _tells_prices(held.beside, *beside):
-        foreseen = held.beside
-    else:
-        state = replace(state, memory=state.memory.without_beside())
-    errors, expected = grid(p), state.priced(length[some], foreseen)
+    if beside is not None:
+        told = _told(held.beside, *beside)
+        foreseen, state = held.beside * told, replace(state, memory=state.memory.keeping_beside(told))
+    expected = state.priced(length[some], foreseen)
+    if beside is not None and told.any():
+        # What was not logged costs what it is expected to, and what was, as much more than its length says at other prices.
+        paid = p if logged else state.priced(length[some], beside[0])
+        p = np.where(beside[1], paid, expected)
+    errors = grid(p)
     names = list(held.deviations)
     estimates = {name: held.means + _without_own_fold(held, [name]) for name in names}
     if len(names) > 1:
@@ -162,11 +168,11 @@ def _learned(
     )
 
 
-def _tells_prices(foreseen: np.ndarray, above: np.ndarray, known: np.ndarray) -> bool:
-    """Whether what neighbours cost says more than the query's length, on rows that were held out.  (N, E) thrice -> bool"""
+def _told(foreseen: np.ndarray, above: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Of which experts' prices neighbours say more than the query's length, on rows held out.  (N, E) thrice -> (E,) bool"""
     missed, missed_by_length = ((known * (above - guess)) ** 2 for guess in (foreseen, 0))
-    gain, half = mean_and_half((missed_by_length - missed).sum(1))
-    return gain > half
+    gains = [mean_and_half(gain) for gain in (missed_by_length - missed).T]
+    return np.array([gain > half for gain, half in gains])
 
 
 def _likeness(vectors: Vectors, held: HeldOut, seed: int) -> np.ndarray:

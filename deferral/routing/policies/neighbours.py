@@ -79,6 +79,17 @@ class Neighbours:
         }
         return self
 
+    def keeping_beside(self, kept: np.ndarray) -> "Neighbours":
+        """The same memory; of the columns beside the qualities that are not kept it says 0.  (C,) bool"""
+        if kept.all():
+            return self
+        if not kept.any():
+            return self.without_beside()
+        same = Neighbours(count=self.count, prior=self.prior, beside=self.beside)
+        experts = self.arrays["gain"].shape[1] - self.beside
+        same.arrays = {**self.arrays, "gain": self.arrays["gain"] * np.append(np.ones(experts, bool), kept)}
+        return same
+
     def without_beside(self) -> "Neighbours":
         """The same memory of the qualities alone."""
         if not self.beside:
