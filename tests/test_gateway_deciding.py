@@ -12,8 +12,11 @@ from deferral.gateway.deciding import Choice, Decider, Limited
 from deferral.gateway.experts_file import Expert
 from deferral.gateway.problems import Problem
 from deferral.gateway.requests import Asked, Hints, parse
-from deferral.routing import Abilities, Router
+from deferral.routing import Abilities, Router, log_of_table
+from deferral.routing.policies import Neighbours
 from tests.running_gateway import EASY, HARD, small_router
+from tests.test_routing_dearness import asked as priced_answers
+from tests.test_routing_dearness import counts
 
 EXPERTS = {
     "small": Expert("small", "http://127.0.0.1:1", context_tokens=1000, tools=False, images=False, responses=False, region="eu"),
@@ -237,3 +240,21 @@ def test_a_decision_that_fails_is_told_to_all_who_wait_for_it(router: Router) ->
         return await asyncio.wait_for(asyncio.gather(*choices, return_exceptions=True), 10)
 
     assert {type(one) for one in asyncio.run(run())} == {ZeroDivisionError}
+
+
+def test_a_budget_that_runs_low_goes_by_the_price_that_is_foreseen_and_not_by_the_length() -> None:
+    texts, _, quality, price = priced_answers(400)
+    dear_proofs = Router(0.2, encoder=counts, policies=(Neighbours,)).fit(
+        log_of_table(texts, ["terse", "talker"], quality, price)
+    )
+    decider = Decider(dear_proofs, {name: Expert(name, "http://127.0.0.1:1") for name in dear_proofs.experts}, deadline_s=5.0)
+    texts, proof, _, _ = priced_answers(20, seed=1)
+    by_length = dear_proofs.fitted.prices_of_one(texts[0])[1]
+    # A proof of the talker costs about 0.02, a fact 0.002; by length both 0.011.
+    for text, dear in zip(texts, proof, strict=True):
+        rich, poor = choose(decider, asked(text)), choose(decider, asked(text), Limited(left=0.005 if not dear else 0.015))
+        assert rich.ranking[0] == "talker"
+        assert poor.ranking[0] == ("terse" if dear else "talker")
+        assert poor.price[poor.ranking[0]] <= (0.015 if dear else 0.005)
+        assert 0.005 < by_length < 0.015
+    decider.close()

@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import load, save
 
 from deferral.routing import Log, Outcome, PriceModel, Router, log_of_table
+from deferral.routing.encoders import FunctionEncoder
 from deferral.routing.policies import Clusters, Neighbours
 from deferral.routing.prices import dearness
 from deferral.routing.training import random_folds
@@ -191,3 +192,52 @@ def as_format_2(folder: Path) -> None:
     names["names_sha256"] = sha256(json.dumps(names).encode()).hexdigest()
     (folder / f"state.{names['sha256'][:12]}.safetensors").write_bytes(numbers)
     (folder / "router.json").write_text(json.dumps(names), encoding="utf-8")
+
+
+def test_prices_that_are_named_are_paid_as_they_are_foreseen() -> None:
+    texts, _, quality, price = asked(400)
+    log, fitted = log_of_table(texts, EXPERTS, quality, price), router().fitted
+    named = Router(0.02, encoder=counts, policies=QUICK).fit(log, prices=fitted.prices)
+    # At the prices of the log both are the same log.
+    np.testing.assert_allclose(named.fitted.held_price, fitted.held_price, rtol=1e-4, atol=1e-9)
+    assert named.fitted.judged is not None
+    assert fitted.judged is not None
+    np.testing.assert_allclose(named.fitted.judged.gain, fitted.judged.gain, atol=1e-3)
+    unseen = asked(100, seed=1)[0]
+    assert not named.route_batch(unseen).fallback.any()
+
+
+def test_what_was_not_logged_is_paid_as_it_is_foreseen() -> None:
+    texts, _, quality, price = asked(600)
+    chosen = (np.random.default_rng(3).random(600) < 0.5).astype(int)
+    log = Log()
+    for row, (text, place) in enumerate(zip(texts, chosen, strict=True)):
+        log.append(Outcome(text, EXPERTS[place], quality[row, place], price[row, place], propensity=0.5))
+    state = Router(0.02, encoder=counts, policies=QUICK).fit(log).fitted
+    column = state.experts.index("talker")
+    unlogged = np.isin(state.held_price[:, column], price[:, 1], invert=True)
+    assert 200 < unlogged.sum() < 400
+    foreseen = state.priced(state.held_length, state.held_dearness)[:, column]
+    np.testing.assert_allclose(state.held_price[unlogged, column], foreseen[unlogged])
+    # Of a proof and of a fact, and not of the mean of both.
+    assert np.quantile(foreseen, 0.75) > 3 * np.quantile(foreseen, 0.25)
+
+
+def test_an_expert_whose_prices_nothing_tells_goes_by_length_beside_one_whose_prices_are_told() -> None:
+    texts, proof, quality, _ = asked(400)
+    noise = np.random.default_rng(5).lognormal(0, 2, 400)
+    both = np.stack([np.where(proof, 1e-4, 1e-5), 0.02 * noise / noise.mean()], -1)
+    state = Router(0.02, encoder=counts, policies=QUICK).fit(log_of_table(texts, EXPERTS, quality, both)).fitted
+    assert state.memory.beside == 2
+    unseen, proof, _, _ = asked(100, seed=1)
+    estimated = state.estimate(counts_encoder(texts)(unseen))
+    assert not estimated.dearness[:, 1].any()
+    assert not state.held_dearness[:, 1].any()
+    assert estimated.dearness[proof, 0].min() > estimated.dearness[~proof, 0].max()
+
+
+def counts_encoder(texts: list[str]) -> FunctionEncoder:
+    """As a router fits it."""
+    encoder = FunctionEncoder(counts)
+    encoder.fit(texts)
+    return encoder
