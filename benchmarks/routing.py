@@ -19,12 +19,12 @@ and not skill, was not compared on other rows at all).  After the tables in whic
 take the prices by a formula.  After RouterBench's first table, which fell back at three settings in ten: one more reason for
 the new verdict.  MMLU-Pro was not looked at before its tables.  Set for speed: cross-fitting on at most 6,000 rows and 20 passes
 of the networks, compared on no rows; neighbours by the 64 leading numbers of a vector among 512 rows, compared on 1,000 random
-rows of RouteLLM's and LLMRouter's data, where nothing changed beyond noise; leaving out estimators below a tenth of all weight,
-compared by cross-fitted cost.  After these two, all tables were run once more.  After MMLU-Pro's table had missed its target:
+rows of RouteLLM's and LLMRouter's data, where nothing changed beyond noise.  After these two, all tables were run once more.  After MMLU-Pro's table had missed its target:
 that a price is foreseen from neighbours (against lines, ridge regression and clusters, on the rows outside the first random test
 fold of MMLU-Pro and RouterBench).  Heads that are the mean of four networks were better alone on those of RouteLLM and LLMRouter,
-no better in the blend, and up and down in the tables, and leaving out more estimators helped RouteLLM and harmed the others: both
-were dropped.
+no better in the blend, and up and down in the tables: dropped.  Which estimators leave the blend, formerly those below a tenth of
+all weight: by errors instead, compared on those rows of RouteLLM, LLMRouter and MMLU-Pro, with random folds and whole subjects;
+after RouteLLM's 1,500 rows had lost by it, of many rows alone, compared on 1,500 random ones of those rows, of RouteLLM and LLMRouter.
 
 With --encoder the vectors of a sentence encoder stand in place of the n-grams.  Both together, as one vector or with the linear
 estimator on both, were compared on those rows of RouteLLM, gained nothing, and are not offered.

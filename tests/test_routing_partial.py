@@ -189,6 +189,8 @@ def test_an_estimator_that_is_of_no_use_is_left_out_and_the_others_are_blended_a
     assert weights["noise"] == weights["echo"] == 0
     rest = replace(held, deviations={"one": one, "other": other})
     assert {name: weights[name] for name in ("one", "other")} == pytest.approx(blend(rest))
+    # Of a few rows nobody can tell.
+    assert all(weight > 0 for name, weight in blend(held.rows(np.arange(400))).items() if name != "noise")
     useful = blend(held_of({"noise": noise, "one": one, "other": other}, one + other + 0.2 * noise))
     assert useful["noise"] > 0.2
 

@@ -36,6 +36,7 @@ _GRID = 25
 _DEVIATION_OF_WEIGHTS = 0.1
 # Standard errors.
 _PATIENCE = 0.5
+_MANY_ROWS = 3_000
 _Z = 1.96
 
 
@@ -154,14 +155,15 @@ def blend(held: HeldOut, mass: np.ndarray | None = None) -> dict[str, float]:
     estimators apart that agree: the weights are shrunk towards equal ones, as if those were known up to a deviation of 0.1.
     Breiman, "Stacked Regressions" (1996).
 
-    One after the other, the estimator that is missed least is left out, unless the others err more without it by half a standard
-    error, with weights that a row's fold had no part in: what held-out rows cannot tell to be of use takes time, and harms where
-    other queries come.  Compare the rule of one standard error, Breiman, Friedman, Olshen, Stone (1984), section 3.4.3.
+    Of many rows, one after the other the estimator that is missed least is left out, unless the others err more without it by
+    half a standard error, with weights that a row's fold had no part in: what so many rows cannot tell to be of use takes time,
+    and harms where other queries come.  Compare the rule of one standard error, Breiman, Friedman, Olshen, Stone, "Classification
+    and Regression Trees" (1984), section 3.4.3.  Few rows can tell of none, and all together are then steadier than some.
     """
     names, blends = list(held.deviations), _Blends(held, mass)
     kept = list(range(len(names)))
     errors = blends.errors(kept)
-    while len(kept) > 1:
+    while len(kept) > 1 and len(errors) >= _MANY_ROWS:
         others = {place: blends.errors([one for one in kept if one != place]) for place in kept}
         least = min(others, key=lambda place: others[place].mean())
         more, half = mean_and_half(others[least] - errors)
