@@ -8,23 +8,24 @@ How the design came about: features, penalties, the sizes of the estimators, how
 queries unlike the log were compared by cross-validation on the rows outside the first random test fold of RouteLLM's and
 LLMRouter's data, with random folds and with folds of whole subjects (one early trial with other folds saw all rows of
 RouteLLM's).  Those rows are test rows of the other four folds, so the design as a whole is not blind to them; what is learned is.
-Many choices came after tables of test rows had been printed, because of what they showed (where nothing else is said they were
-then compared on the rows above, not on a table).  After LLMRouter's held-out tasks: that trust is learned from ten large clusters
-and not forty; later that an encoder refitted without them says how strange they are, that weights for new subjects are fitted
-apart and leave out the networks (for speed), and that only the lower end of a prediction interval of theirs is relied on
-(reasoned, and compared on no rows).  After RouteLLM's 1,500 rows: that blending weights are shrunk towards equal
+Many choices came after tables of test rows had been printed, because of what they showed (where nothing else is said they
+were then compared on the rows above, not on a table).  After LLMRouter's held-out tasks: that trust is learned from ten large
+clusters and not forty; later that an encoder refitted without them says how strange they are, that weights for new subjects
+are fitted apart and leave out the networks (for speed), and that only the lower end of a prediction interval of theirs is
+relied on (reasoned, and compared on no rows).  After RouteLLM's 1,500 rows: that blending weights are shrunk towards equal
 ones, that a single estimator replaces the blend only if it is cheaper with confidence, and that the verdict rests on the
-agreement of estimates and outcomes over all trade-offs and not on the gain at each price of an error (its last form, agreement
-and not skill, was not compared on other rows at all).  After the tables in which the rejector lost everywhere: that its scores
-take the prices by a formula.  After RouterBench's first table, which fell back at three settings in ten: one more reason for
-the new verdict.  MMLU-Pro was not looked at before its tables.  Set for speed: cross-fitting on at most 6,000 rows and 20 passes
-of the networks, compared on no rows; neighbours by the 64 leading numbers of a vector among 512 rows, compared on 1,000 random
-rows of RouteLLM's and LLMRouter's data, where nothing changed beyond noise.  After these two, all tables were run once more.  After MMLU-Pro's table had missed its target:
-that a price is foreseen from neighbours (against lines, ridge regression and clusters, on the rows outside the first random test
-fold of MMLU-Pro and RouterBench).  Heads that are the mean of four networks were better alone on those of RouteLLM and LLMRouter,
-no better in the blend, and up and down in the tables: dropped.  Which estimators leave the blend, formerly those below a tenth of
-all weight: by errors instead, compared on those rows of RouteLLM, LLMRouter and MMLU-Pro, with random folds and whole subjects;
-after RouteLLM's 1,500 rows had lost by it, of many rows alone, compared on 1,500 random ones of those rows, of RouteLLM and LLMRouter.
+agreement of estimates and outcomes over all trade-offs and not on the gain at each price of an error (its last form,
+agreement and not skill, was not compared on other rows at all).  After the tables in which the rejector lost everywhere: that
+its scores take the prices by a formula.  After RouterBench's first table, which fell back at three settings in ten: one more
+reason for the new verdict.  MMLU-Pro was not looked at before its tables.  Set for speed: cross-fitting on at most 6,000 rows
+and 20 passes of the networks, compared on no rows; neighbours by the 64 leading numbers of a vector among 512 rows, compared
+on 1,000 random rows of RouteLLM's and LLMRouter's data, where nothing changed beyond noise.  After these two, all tables were
+run once more.  After MMLU-Pro's table had missed its target: that a price is foreseen from neighbours (against lines, ridge
+regression and clusters, on the rows outside the first random test fold of MMLU-Pro and RouterBench).  Heads that are the mean
+of four networks were better alone on those of RouteLLM and LLMRouter, no better in the blend, and up and down in the tables:
+dropped.  Which estimators leave the blend, formerly those below a tenth of all weight: by errors instead, compared on those
+rows of RouteLLM, LLMRouter and MMLU-Pro, with random folds and whole subjects; after RouteLLM's 1,500 rows had lost by it, of
+many rows alone, compared on 1,500 random ones of those rows, of RouteLLM and LLMRouter.
 
 With --encoder the vectors of a sentence encoder stand in place of the n-grams.  Both together, as one vector or with the linear
 estimator on both, were compared on those rows of RouteLLM, gained nothing, and are not offered.
