@@ -128,7 +128,7 @@ def settings(price: np.ndarray) -> np.ndarray:
     return errors
 
 
-def predicted(data: Data, fold: np.ndarray, encode: Encode | None, *, train_rows: int | None = None) -> Predicted:
+def predicted(data: Data, fold: np.ndarray, *, train_rows: int | None = None, encode: Encode | None = None) -> Predicted:
     """All methods on all folds."""
     rows = len(data.quality)
     errors = settings(data.price)
@@ -362,7 +362,7 @@ def run(name: str, folder: Path, encode: Encode | None) -> tuple[list[dict], dic
     read, fold_of, judge, train_rows = TABLES[name]
     data = read(folder)
     fold = random_folds(len(data.queries)) if fold_of is random_folds else fold_of(data.subject)
-    found = predicted(data, fold, encode, train_rows=train_rows)
+    found = predicted(data, fold, train_rows=train_rows, encode=encode)
     return list(judge(data, fold, found)), found.seconds
 
 
