@@ -515,7 +515,7 @@ def tiny() -> Iterator[Any]:
     thread.join(10)
 
 
-@pytest.mark.ci_slow
+@pytest.mark.slow
 def test_with_a_tiny_models_own_log_probabilities_it_costs_less_than_routing_alone(tiny: Any, tmp_path: Path) -> None:
     """The small model is right, by construction and with noise, where its answer is likelier than its median answer."""
     from deferral.demo.language import Sampling
