@@ -41,6 +41,16 @@ def asked(rows: int, seed: int = 0) -> tuple[list[str], np.ndarray, np.ndarray, 
     return texts, proof, quality, price
 
 
+def single_answers() -> Log:
+    """600 queries, each answered by one of the two, drawn by a coin."""
+    texts, _, quality, price = asked(600)
+    chosen = (np.random.default_rng(3).random(600) < 0.5).astype(int)
+    return Log(
+        Outcome(text, EXPERTS[place], quality[row, place], price[row, place], propensity=0.5)
+        for row, (text, place) in enumerate(zip(texts, chosen, strict=True))
+    )
+
+
 @cache
 def router() -> Router:
     texts, _, quality, price = asked(400)
@@ -121,11 +131,8 @@ def test_experts_that_come_and_go_keep_the_others_prices() -> None:
 
 
 def test_of_a_log_of_single_answers_only_what_was_paid_counts() -> None:
-    texts, proof, quality, price = asked(600)
-    chosen = (np.random.default_rng(3).random(600) < 0.5).astype(int)
-    log = Log()
-    for row, (text, place) in enumerate(zip(texts, chosen, strict=True)):
-        log.append(Outcome(text, EXPERTS[place], quality[row, place], price[row, place], propensity=0.5))
+    _, _, _, price = asked(600)
+    log = single_answers()
     found, known = dearness(log.table()) or pytest.fail("length cannot say what these cost")
     np.testing.assert_array_equal(known.sum(1), 1)
     assert not found[~known].any()
@@ -208,11 +215,8 @@ def test_prices_that_are_named_are_paid_as_they_are_foreseen() -> None:
 
 
 def test_what_was_not_logged_is_paid_as_it_is_foreseen() -> None:
-    texts, _, quality, price = asked(600)
-    chosen = (np.random.default_rng(3).random(600) < 0.5).astype(int)
-    log = Log()
-    for row, (text, place) in enumerate(zip(texts, chosen, strict=True)):
-        log.append(Outcome(text, EXPERTS[place], quality[row, place], price[row, place], propensity=0.5))
+    _, _, _, price = asked(600)
+    log = single_answers()
     state = Router(0.02, encoder=counts, policies=QUICK).fit(log).fitted
     column = state.experts.index("talker")
     unlogged = np.isin(state.held_price[:, column], price[:, 1], invert=True)
