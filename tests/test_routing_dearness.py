@@ -240,6 +240,19 @@ def test_an_expert_whose_prices_nothing_tells_goes_by_length_beside_one_whose_pr
     assert estimated.dearness[proof, 0].min() > estimated.dearness[~proof, 0].max()
 
 
+def test_a_query_shorter_than_all_of_the_log_is_not_foreseen_cheaper_than_those_like_it() -> None:
+    texts, proof, quality, price = asked(400)
+    # Proofs are long, so that the line through both kinds is steep, though within a kind length says nothing.
+    longer = [text + " of which every step is to be shown" * 4 if one else text for text, one in zip(texts, proof, strict=True)]
+    fitted = Router(0.02, encoder=counts, policies=QUICK).fit(log_of_table(longer, EXPERTS, quality, price))
+    assert fitted.fitted.memory.beside
+    facts = price[~proof, 1].mean()
+    for query in ("emperor war", "war"):
+        one = fitted.route(query).price["talker"]
+        assert 0.6 * facts < one < 1.5 * facts
+        np.testing.assert_allclose(fitted.route_batch([query, longer[0]]).price[0, 1], one, rtol=1e-4)
+
+
 def counts_encoder(texts: list[str]) -> FunctionEncoder:
     """As a router fits it."""
     encoder = FunctionEncoder(counts)

@@ -12,7 +12,7 @@ from deferral.routing.encoders import Vectors
 from deferral.routing.outcomes import Table, check_text
 from deferral.routing.policies import Neighbours, Policy
 from deferral.routing.policies.centres import nearest_centre
-from deferral.routing.prices import PriceModel, error_range, fit_prices
+from deferral.routing.prices import PriceModel, error_range, fit_prices, shortest
 from deferral.routing.training import Judged
 
 __all__ = ["Estimates", "Fitted"]
@@ -75,17 +75,22 @@ class Fitted:
 
         (N,), (N, E) -> (N, E)
         """
-        by_length = self.prices(characters)
+        by_length = self.prices(np.maximum(characters, self._shortest))
         return np.maximum(by_length + dearness * self.mean_price, _LEAST_SHARE * by_length)
 
     def prices_of_one(self, query: str, dearness: np.ndarray | None = None) -> list[float]:
         """The same of one query; by its length alone where no more is known of it.  (E,) -> E"""
-        characters = len(query)
+        characters = max(len(query), self._shortest)
         by_length = [base + characters * rate for base, rate in self._rates]
         if dearness is None:
             return by_length
         means, above = self._mean_prices, dearness.tolist()
         return [max(price + more * mean, _LEAST_SHARE * price) for price, more, mean in zip(by_length, above, means, strict=True)]
+
+    @cached_property
+    def _shortest(self) -> float:
+        """Characters below which a query costs no less, where neighbours say what it costs."""
+        return shortest(self.held_length) if self.held_dearness.any() else 0.0
 
     @cached_property
     def _mean_prices(self) -> list[float]:

@@ -116,6 +116,7 @@ def _learned(
     if beside is not None:
         told = _told(held.beside, *beside)
         foreseen, state = held.beside * told, replace(state, memory=state.memory.keeping_beside(told))
+    state = replace(state, held_length=length[some], held_dearness=foreseen)
     expected = state.priced(length[some], foreseen)
     if beside is not None and told.any():
         # What was not logged costs what it is expected to, and what was, as much more than its length says at other prices.
@@ -162,8 +163,6 @@ def _learned(
         held_quality=held.truth.astype(np.float32),
         held_estimate=judged_as.astype(np.float32),
         held_price=p,
-        held_length=length[some],
-        held_dearness=foreseen,
         room=str(room),
     )
 

@@ -10,12 +10,14 @@ import numpy as np
 from deferral.errors import DataError
 from deferral.routing.outcomes import Log, Table
 
-__all__ = ["PriceModel", "dearness", "error_range", "fit_prices", "list_prices", "read_prices", "token_prices"]
+__all__ = ["PriceModel", "dearness", "error_range", "fit_prices", "list_prices", "read_prices", "shortest", "token_prices"]
 
 # A rule of thumb of English text in today's tokenizers.
 CHARACTERS_PER_TOKEN = 4.0
 # Differences below this share of a mean price are rounding.
 _SAME = 1e-5
+# The share of a log's queries that are too short to tell what their length costs.
+_TOO_SHORT = 0.01
 
 
 @dataclass(frozen=True)
@@ -58,11 +60,20 @@ def dearness(table: Table) -> tuple[np.ndarray, np.ndarray] | None:
 
     -> (N, E) float32, (N, E) bool, or None where length says it all.
     """
-    characters = np.array([len(query) for query in table.queries], float)
+    characters, line = np.array([len(query) for query in table.queries], float), fit_prices(table)
     mean = np.where(table.mask, table.price, 0).sum(0) / np.maximum(table.mask.sum(0), 1)
-    beyond = np.where(table.mask, table.price - fit_prices(table)(characters), 0)
-    found = (beyond / np.where(mean > 0, mean, 1)).astype(np.float32)
-    return None if np.abs(found).max(initial=0) < _SAME else (found, table.mask)
+
+    def beyond(length: np.ndarray) -> np.ndarray:
+        return np.where(table.mask, table.price - line(length), 0) / np.where(mean > 0, mean, 1)
+
+    if np.abs(beyond(characters)).max(initial=0) < _SAME:
+        return None
+    return beyond(np.maximum(characters, shortest(characters))).astype(np.float32), table.mask
+
+
+def shortest(characters: np.ndarray) -> float:
+    """The length that all but a hundredth of a log's queries have; below it their line is extrapolated.  (N,) -> number"""
+    return float(np.quantile(characters, _TOO_SHORT))
 
 
 def token_prices(log: Log, per_million: Mapping[str, tuple[float, float]]) -> PriceModel:
