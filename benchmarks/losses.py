@@ -15,7 +15,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import click
@@ -28,6 +28,7 @@ from deferral.losses.margin import exponential, logistic
 from deferral.losses.predictor_rejector import constrained_rho_hinge, max_rho_margin
 
 EAGER = "eager cross-entropy"  # beside compiled losses
+AHEAD = 8  # matrix products of 8192 x 8192, about 1.5 ms each, that a timed step on CUDA waits for
 MOST_PAIRED = 200  # actions, for the losses that visit every pair
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces every start and stop
 RESULTS = Path(__file__).parent / "results"
@@ -131,17 +132,46 @@ def _one_expert(scores: Tensor, batch: Batch, name: str) -> Tensor:
 
 
 def step(loss: Timed, batch: Batch) -> float:
-    """Seconds of one forward and backward pass."""
+    """Seconds of one forward and backward pass; on CUDA those of the device."""
     scores = batch.scores.detach().requires_grad_()
-    cuda = scores.is_cuda
-    if cuda:
-        torch.cuda.synchronize()
+    if scores.is_cuda:
+        return _step_on_cuda(loss, scores, batch)
     start = time.perf_counter()
+    _forward_and_backward(loss, scores, batch)
+    return time.perf_counter() - start
+
+
+def _forward_and_backward(loss: Timed, scores: Tensor, batch: Batch) -> None:
     values = loss(scores, batch)
     values.backward(torch.full_like(values, 1 / len(values)))
-    if cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+
+
+def _step_on_cuda(loss: Timed, scores: Tensor, batch: Batch) -> float:
+    """Queued behind matrix products, as a loss is behind its network: the device never waits for Python, its cache is full of
+    other things, and a step that asks the device for a value is an error.
+    """
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for _ in range(AHEAD):
+        torch.mm(_factor(), _factor(), out=_product())
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        start.record()
+        _forward_and_backward(loss, scores, batch)
+        end.record()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+@cache
+def _factor() -> Tensor:
+    return torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+
+
+@cache
+def _product() -> Tensor:
+    return torch.empty_like(_factor())
 
 
 def ratios(table: dict[str, Timed], batch: Batch, rounds: int, *, compiled: bool) -> dict[str, dict[str, float]]:
@@ -150,6 +180,8 @@ def ratios(table: dict[str, Timed], batch: Batch, rounds: int, *, compiled: bool
     """
     timed = table | {EAGER: reference}
     times: dict[str, list[float]] = {name: [] for name in timed}
+    for name in timed:
+        _forward_and_backward(timed[name], batch.scores.detach().requires_grad_(), batch)  # compiles it
     order = random.Random(0)
     for number in range(rounds + 3):
         for name in order.sample(list(timed), len(timed)):
@@ -192,9 +224,8 @@ def peak_bytes(loss: Timed, batch: Batch) -> int:
     return int(held.max())
 
 
-def on_cuda(table: dict[str, Timed], batch: Batch, figures: dict[str, dict[str, float]]) -> None:
+def on_cuda(table: dict[str, Timed], batch: Batch, figures: dict[str, dict[str, float]], bandwidth: float) -> None:
     """Adds the share of the copy bandwidth."""
-    bandwidth = _copy_bandwidth()
     for name in table:
         inputs = batch.law.nbytes if name in ("F.cross_entropy", "BCE with logits") else batch.expert_costs.nbytes
         if "two_stage" in name or "margin" in name or "regression" in name:
@@ -204,17 +235,18 @@ def on_cuda(table: dict[str, Timed], batch: Batch, figures: dict[str, dict[str, 
         )
 
 
-def _copy_bandwidth() -> float:
+def copy_bandwidth() -> float:
     """Bytes read and written per second by the fastest of ten copies of 1 GiB."""
     source = torch.empty(1 << 28, dtype=torch.float32, device="cuda")
     target = torch.empty_like(source)
     fastest = float("inf")
     for _ in range(10):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
         target.copy_(source)
-        torch.cuda.synchronize()
-        fastest = min(fastest, time.perf_counter() - start)
+        end.record()
+        end.synchronize()
+        fastest = min(fastest, start.elapsed_time(end) / 1e3)
     return 2 * source.nbytes / fastest
 
 
@@ -244,9 +276,11 @@ def command(device: str, compiled: bool, rounds: int, out: Path | None) -> None:
             torch._dynamo.config.recompile_limit = 1000
         batch = Batch.draw(rows, classes, experts, device, dtype)
         figures = ratios(table, batch, rounds, compiled=compiled)
-        if device == "cuda":
-            on_cuda(table, batch, figures)
         about = {"B": rows, "K": classes, "E": experts, "dtype": str(dtype).removeprefix("torch."), "threads": threads}
+        if device == "cuda":
+            bandwidth = copy_bandwidth()
+            on_cuda(table, batch, figures, bandwidth)
+            about["copy_terabytes_per_second"] = round(bandwidth / 1e12, 2)
         runs.append({**about, "losses": figures})
         click.echo("\n" + ", ".join(f"{name} {value}" for name, value in about.items()))
         for name, figure in figures.items():

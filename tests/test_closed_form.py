@@ -10,13 +10,16 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from deferral import losses
-from deferral.losses.closed_form import BLOCK
+from deferral.losses.comp_sum import comp_sum_of_costs, targeted_comp_sum
+from deferral.losses.comp_sum_compiled import recomputed_comp_sum
+from deferral.losses.entries import entry, two_highest
 from deferral.losses.margin import exponential, logistic, rho_margin, squared_hinge
 from deferral.losses.predictor_rejector import max_rho_margin
 
 ROWS, K, E = 7, 4, 3
 A = K + E
 USERS = [importlib.import_module(f"deferral.losses.{name}") for name in ("comp_sum", "closed_form", "probabilities", "published")]
+CLOSED_FORM = importlib.import_module("deferral.losses.closed_form")
 BLOCKS = importlib.import_module("deferral.losses.comp_sum_blocks")
 TARGETS = torch.tensor([0, 3, 1, 2, 2, 0, 1])
 MASK = torch.tensor([[True, True, False]] * 3 + [[False, True, True]] * 4)
@@ -64,7 +67,7 @@ def with_gradient(loss: Loss, scores: Tensor, costs: Tensor) -> tuple[Tensor, Te
 def test_blocks_of_rows_equal_one_table(loss: Loss, batch, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = with_gradient(loss, *batch)
     for numbers in (1, 2 * A, 2 * A * A):  # a row at a time; two rows at a time, the last block a short one
-        monkeypatch.setitem(BLOCK, "cpu", numbers)
+        monkeypatch.setattr(CLOSED_FORM, "CPU_BLOCK", numbers)
         torch.testing.assert_close(with_gradient(loss, *batch), whole, rtol=1e-12, atol=1e-12)
 
 
@@ -199,6 +202,45 @@ def test_the_softmax_of_torch_equals_its_parts_for_weights_of_all_actions(
     fused = with_gradient(loss, scores, costs)
     monkeypatch.setattr(BLOCKS, "readable", lambda tensor: False)
     torch.testing.assert_close(fused, with_gradient(loss, scores, costs), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("mu", [0.0, 0.5, 1.0, 1.7, 2.0])
+@pytest.mark.parametrize("case", ["ordinary", "unlikely target", "impossible action of weight 0", "past the knee"])
+def test_the_gradient_taken_from_the_scores_once_more_equals_the_one_that_is_kept(mu: float, case: str, batch) -> None:
+    scores, costs = batch
+    ceiling, targets = costs.new_full((ROWS, 1), 1.2), TARGETS.unsqueeze(-1)
+    if case == "unlikely target":
+        scores[2, TARGETS[2]] -= 200.0
+    elif case == "impossible action of weight 0":
+        scores[3, K + 1], costs[3, K + 1] = -torch.inf, 1.2
+    elif case == "past the knee":
+        scores[5, K] -= 12.0
+    pairs: list[tuple[Loss, Loss]] = [
+        (
+            lambda s, c: recomputed_comp_sum(s, c, None, ceiling, mu),
+            lambda s, c: comp_sum_of_costs(s, c, ceiling, mu=mu),
+        ),
+        (
+            lambda s, c: recomputed_comp_sum(s, 1.2 - c[:, K:], targets, None, mu),
+            lambda s, c: targeted_comp_sum(s, TARGETS, 1.2 - c[:, K:], mu=mu),
+        ),
+    ]
+    for recomputed, kept in pairs:
+        torch.testing.assert_close(with_gradient(recomputed, scores, costs), with_gradient(kept, scores, costs))
+
+
+def test_entries_of_a_compiled_row_have_the_gradient_of_a_gather(batch) -> None:
+    scores, weights = batch
+    torch._dynamo.reset()
+
+    def loss(scores: Tensor, weights: Tensor) -> Tensor:
+        best, second, _ = two_highest(scores)
+        return (entry(scores * weights, TARGETS.unsqueeze(-1)) + best.exp() - second.square()).squeeze(-1)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(with_gradient(compiled, scores, weights), with_gradient(loss, scores, weights))
+    top = scores.topk(2).values
+    torch.testing.assert_close(torch.cat(two_highest(scores)[:2], dim=-1), top)
 
 
 def test_a_trace_sees_no_look_at_values(batch) -> None:

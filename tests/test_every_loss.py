@@ -195,6 +195,7 @@ def test_the_surrogate_bounds_the_deferral_loss(case: Case) -> None:
 
 
 @pytest.mark.cuda
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature:UserWarning")
 @every_loss
 def test_cuda_equals_cpu_without_synchronising(case: Case) -> None:
     scores, rows = example(case.setting, dtype=torch.float32)
@@ -209,6 +210,30 @@ def test_cuda_equals_cpu_without_synchronising(case: Case) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.testing.assert_close(loss.cpu(), expected)
+
+
+@pytest.mark.cuda
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@every_loss
+def test_compiled_for_cuda_equals_cpu_without_synchronising(case: Case) -> None:
+    scores, rows = example(case.setting, dtype=torch.float32)
+    leaf = scores.clone().requires_grad_()
+    expected = case.loss(leaf, rows)
+    expected.sum().backward()
+    on_device = {name: value.cuda() for name, value in rows.items()}
+    torch._dynamo.reset()
+    compiled = torch.compile(case.loss, fullgraph=True)
+    compiled(scores.cuda().requires_grad_(), on_device).sum().backward()
+    moved = scores.cuda().requires_grad_()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss = compiled(moved, on_device)
+        loss.sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(loss.cpu(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(moved.grad.cpu(), leaf.grad, rtol=1e-5, atol=1e-5)
 
 
 def test_a_masked_expert_gets_no_gradient_and_no_say() -> None:

@@ -15,8 +15,10 @@ from torch import Tensor
 
 __all__ = ["closed_form", "has_closed_form", "in_blocks", "readable", "refuse_second_derivatives"]
 
-# Numbers in a temporary table, at most.  On a CPU it stays in the cache.
-BLOCK = {"cpu": 3 << 18}
+# Numbers in the temporary tables of a block: on a CPU they stay in the cache; elsewhere, where many small blocks would wait for
+# Python, they take no more memory than the scores.
+CPU_BLOCK = 3 << 18
+LEAST_BLOCK = 1 << 24
 
 # (scores, *tables, descent, losses): fills the last two, `descent` with minus the gradient.  Returns what every row of `descent`
 # is still to be multiplied by, (rows, 1), in all blocks; or None.
@@ -93,7 +95,8 @@ class _ClosedForm(torch.autograd.Function):
         tables: Sequence[Any] = (scores, *others, descent, losses)
         if scores.dim() != 2:
             tables = [table if table is None else table.reshape(rows, table.shape[-1]) for table in tables]
-        count = 1 if torch.compiler.is_compiling() else math.ceil(rows * columns / BLOCK.get(scores.device.type, 1 << 24))
+        block_size = CPU_BLOCK if scores.device.type == "cpu" else max(LEAST_BLOCK, scores.numel())
+        count = 1 if torch.compiler.is_compiling() else math.ceil(rows * columns / block_size)
         if count <= 1:
             scale = block(*tables)
         else:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from deferral.losses.closed_form import closed_form, has_closed_form, readable
 from deferral.losses.comp_sum_blocks import comp_sum_block, comp_sum_losses
+from deferral.losses.comp_sum_compiled import compiled_block, recomputed_comp_sum
+from deferral.losses.entries import entry
 from deferral.losses.probabilities import ABSENT
 from deferral.numerics import lift
 from deferral.validation import action_mask, require_actions, require_floating
@@ -65,7 +67,7 @@ def comp_sum_at(log_p: Tensor, targets: Tensor, mu: float) -> Tensor:
     """l_mu at the target, or its expectation under probabilities.  (..., K), (...,) or (..., K) -> (...,)"""
     if targets.is_floating_point():
         return torch.where(targets == 0, 0.0, targets * comp_sum_losses(log_p, mu)).sum(dim=-1)
-    return comp_sum_losses(log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1), mu)
+    return comp_sum_losses(entry(log_p, targets.unsqueeze(-1)).squeeze(-1), mu)
 
 
 def without_ignored(targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor | None]:
@@ -96,8 +98,7 @@ def _kernel(
         raise ValueError(f"mu: expected a number in [0, 2] (0 sum-exponential, 1 logistic, 2 MAE), got {mu}")
     scores, weights = lift(scores), lift(weights)
     # Close to the logistic, 1 - p^(mu-1) is a difference of sums that cancel; the formula takes it by expm1.
-    # A compiler takes each exponential of the formula twice, which is dear on a CPU; elsewhere a table more to move is.
-    direct = has_closed_form(weights, ceiling, compiled=scores.device.type == "cpu") and (mu == 1 or abs(mu - 1) >= 0.05)
+    direct = has_closed_form(weights, ceiling, compiled=True) and (mu == 1 or abs(mu - 1) >= 0.05)
     if ceiling is not None and (mask is not None or not direct):
         weights, ceiling = ceiling - weights, None
     if mask is not None:
@@ -114,9 +115,13 @@ def _kernel(
     if ceiling is not None:
         ceiling = ceiling.to(scores.dtype) if isinstance(ceiling, Tensor) else scores.new_full((1,), ceiling)
         ceiling = ceiling.expand(*batch, 1)
+    compiled = torch.compiler.is_compiling()
+    if compiled and scores.device.type != "cpu":
+        return recomputed_comp_sum(scores, weights, targets, ceiling, mu)
     # Past the knee there is a tangent to take as well.
     temporary = columns * (1 + (ceiling is not None and mu not in (1, 2)) + 2 * (mu < 1))
-    return closed_form(partial(comp_sum_block, mu=mu), scores, weights, targets, ceiling, columns=temporary)
+    block = partial(compiled_block if compiled else comp_sum_block, mu=mu)
+    return closed_form(block, scores, weights, targets, ceiling, columns=temporary)
 
 
 def _formula(scores: Tensor, weights: Tensor, targets: Tensor | None, mu: float) -> Tensor:

@@ -1,7 +1,6 @@
-"""Values and gradients of comp-sum losses at once, some rows at a time, in three ways to the same numbers.
+"""Values and gradients of comp-sum losses at once, some rows at a time, in two ways to the same numbers.
 
-By torch's own softmax, which is the fastest on a CPU; by its parts, whatever the numbers are and without a look at them; and in
-the words of which a compiler makes few loops.
+By torch's own softmax, which is the fastest on a CPU; and by its parts, whatever the numbers are and without a look at them.
 """
 
 import math
@@ -10,14 +9,12 @@ import torch
 from torch import Tensor
 
 from deferral.losses.closed_form import readable
-from deferral.numerics import KNEE, expm1_linear
+from deferral.numerics import KNEE, LEAST_BEFORE_KNEE, expm1_linear
 
-__all__ = ["comp_sum_block", "comp_sum_losses"]
+__all__ = ["comp_sum_block", "comp_sum_losses", "slope"]
 
 # A probability of float32 has all its digits down to here.
 PRECISE = 1e-35
-# Where 1/p meets its tangent.
-LEAST_BEFORE_KNEE = math.exp(-KNEE)
 
 
 def comp_sum_losses(log_p: Tensor, mu: float) -> Tensor:
@@ -47,9 +44,6 @@ def comp_sum_block(
 
     With v_a = weight_a * p_a^(mu-1) the gradient is p * sum(v) - v.
     """
-    if torch.compiler.is_compiling():
-        _fill_compiled(scores, weights, targets, ceiling, descent, losses, mu)
-        return None
     if not (readable(scores) and losses.numel()):
         _fill(scores, weights, targets, ceiling, descent, losses, mu)
         return None
@@ -116,7 +110,7 @@ def _fill_targets_by_softmax(
     else:
         found, pull = _losses_and_pull_of(p, weighed, target_score, log_p_target, weights, mu, None)
         torch.add(found, comp_sum_losses(log_p_target, mu), out=losses)
-        target_pull = _slope(log_p_target, mu)
+        target_pull = slope(log_p_target, mu)
         total = _row_sums(pull).add_(target_pull)
     # Negative weights may cancel.
     if not (math.isfinite(losses.sum().item()) and total.amin().item() >= PRECISE):
@@ -187,63 +181,10 @@ def _fill(
         return
     log_p = scores[:, :own].gather(-1, targets).sub_(top).sub_(log_norm)
     losses.add_(comp_sum_losses(log_p, mu))
-    target_pull = _slope(log_p, mu)
+    target_pull = slope(log_p, mu)
     descent.mul_((total + target_pull).div_(norm).neg_())
     descent[:, own:].add_(pull)
     descent[:, :own].scatter_add_(-1, targets, target_pull)
-
-
-def _fill_compiled(
-    scores: Tensor,
-    weights: Tensor,
-    targets: Tensor | None,
-    ceiling: Tensor | None,
-    descent: Tensor,
-    losses: Tensor,
-    mu: float,
-) -> None:
-    """What `comp_sum_block` fills, in words of which a compiler makes few loops, with one exponential where one is enough."""
-    own = scores.shape[-1] - weights.shape[-1]
-    if ceiling is not None:
-        weights = ceiling - weights
-    top = scores.amax(dim=-1, keepdim=True)
-    shifted = scores - top
-    exponentials = shifted.exp()
-    norm = exponentials.sum(dim=-1, keepdim=True)
-    log_norm = norm.log()
-    if mu == 1:
-        pull = weights
-        found = pull.sum(dim=-1, keepdim=True) * log_norm - _compiled_sum_of_numbers(pull * shifted[:, own:])
-    else:
-        exponent = (mu - 1) * (shifted[:, own:] - log_norm)
-        if mu in (0, 2):
-            p = exponentials[:, own:] / norm
-            power = p if mu == 2 else p.clamp(min=LEAST_BEFORE_KNEE).reciprocal()
-        else:
-            power = exponent.clamp(max=KNEE).exp()
-        pull = weights * power
-        found = (weights - pull).sum(dim=-1, keepdim=True)
-        if mu < 1:
-            found = found - _compiled_sum_of_numbers(pull * (exponent - KNEE).relu())
-        found = found / (mu - 1)
-    total = pull.sum(dim=-1, keepdim=True)
-    if targets is None:
-        losses.copy_(found)
-        torch.addcmul(pull, exponentials, total / norm, value=-1, out=descent)
-        return
-    log_p = scores[:, :own].gather(-1, targets) - top - log_norm
-    torch.add(found, comp_sum_losses(log_p, mu), out=losses)
-    target_pull = _slope(log_p, mu)
-    scale = (total + target_pull) / norm
-    # One loop over the row, of which a scatter would make three.
-    hits = torch.where(torch.arange(own, device=scores.device) == targets, target_pull, 0.0)
-    classes = torch.addcmul(hits, exponentials[:, :own], scale, value=-1)
-    torch.cat([classes, torch.addcmul(pull, exponentials[:, own:], scale, value=-1)], dim=-1, out=descent)
-
-
-def _compiled_sum_of_numbers(products: Tensor) -> Tensor:
-    """`_sum_of_numbers`; the compiler's isnan takes one number at a time."""
-    return products.where(products <= torch.inf, 0.0).sum(dim=-1, keepdim=True)
 
 
 def _losses_and_pull(exponent: Tensor, weights: Tensor, mu: float) -> tuple[Tensor, Tensor]:
@@ -262,7 +203,7 @@ def _sum_of_numbers(products: Tensor) -> Tensor:
     return products.nansum(dim=-1, keepdim=True)
 
 
-def _slope(log_p: Tensor, mu: float) -> Tensor:
+def slope(log_p: Tensor, mu: float) -> Tensor:
     """p^(mu-1), constant past the knee: minus the derivative of l_mu by log p."""
     exponent = (mu - 1) * log_p
     return (exponent.clamp_(max=KNEE) if mu < 1 else exponent).exp_()

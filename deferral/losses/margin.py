@@ -15,6 +15,7 @@ from torch import Tensor
 
 from deferral.losses.closed_form import in_blocks
 from deferral.losses.comp_sum import comp_sum
+from deferral.losses.entries import two_highest
 from deferral.numerics import KNEE, exp_linear, lift
 from deferral.validation import action_mask, require_actions, require_floating
 
@@ -111,9 +112,8 @@ def max_losses(scores: Tensor, *, phi: Margin, mask: Tensor | None = None) -> Te
         raise ValueError(f"scores: expected at least two actions, each one's rival is the best other, got {tuple(scores.shape)}")
     scores = lift(scores)
     known = scores if mask is None else scores.masked_fill(~action_mask(scores, mask, 0), -torch.inf)
-    top = known.topk(2, dim=-1)
-    is_best = torch.arange(scores.shape[-1], device=scores.device) == top.indices[..., :1]
-    rival = top.values[..., 1:].where(is_best, top.values[..., :1])
+    best, second, is_best = two_highest(known)
+    rival = second.where(is_best, best)
     margins = scores - rival
     if mask is None:
         return phi(margins)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from deferral.losses.closed_form import in_blocks
 from deferral.losses.comp_sum import counted, targeted_comp_sum, without_ignored
+from deferral.losses.entries import entry
 from deferral.losses.margin import (
     Margin,
     constrained_losses,
@@ -141,7 +142,7 @@ def _require_rejector(rejector: Tensor, rows: torch.Size, cost: Tensor | float) 
 def _at_targets(losses: Callable[..., Tensor], scores: Tensor, targets: Tensor, phi: Margin) -> Tensor:
     def formula(scores: Tensor, targets: Tensor) -> Tensor:
         table = losses(scores, phi=phi)
-        return (targets * table if targets.is_floating_point() else table.gather(-1, targets)).sum(dim=-1)
+        return (targets * table if targets.is_floating_point() else entry(table, targets)).sum(dim=-1)
 
     targets = targets if targets.is_floating_point() else targets.unsqueeze(-1)
     return in_blocks(formula, lift(scores), targets, columns=10 * scores.shape[-1])

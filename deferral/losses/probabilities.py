@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from deferral.losses.closed_form import has_closed_form, in_blocks, refuse_second_derivatives
+from deferral.losses.entries import entry
 from deferral.numerics import lift
 
 __all__ = ["ABSENT", "by_target", "known_scores", "log_probabilities", "log_probabilities_at"]
@@ -41,7 +42,7 @@ def log_probabilities_at(scores: Tensor, targets: Tensor, num_classes: int, mask
     if has_closed_form():
         return _AtTarget.apply(scores, targets, num_classes)
     log_p = scores.log_softmax(dim=-1)
-    return log_p[..., :num_classes].gather(-1, targets), log_p[..., num_classes:]
+    return entry(log_p[..., :num_classes], targets), log_p[..., num_classes:]
 
 
 def by_target(formula: Callable[..., Tensor], scores: Tensor, targets: Tensor, right: Tensor) -> Tensor:

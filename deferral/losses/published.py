@@ -14,6 +14,7 @@ from torch import Tensor
 
 from deferral.losses.closed_form import closed_form, has_closed_form, in_blocks
 from deferral.losses.comp_sum import counted, without_ignored
+from deferral.losses.entries import entry, hits_of
 from deferral.losses.margin import Margin, logistic
 from deferral.losses.probabilities import ABSENT, by_target, known_scores, log_probabilities, log_probabilities_at
 from deferral.losses.realizable import expected_loss, log_mass, realizable_deferral
@@ -92,10 +93,12 @@ def one_vs_all(
     require_batch("scores", scores.shape[:-1], "expert_correct", expert_correct.shape[:-1])
     targets, counts = without_ignored(targets, ignore_index)
     scores = lift(scores)
-    closed = has_closed_form(expert_correct, compiled=scores.device.type == "cpu")
-    if closed and phi is logistic and mask is None and not targets.is_floating_point():
+    if phi is logistic and mask is None and not targets.is_floating_point():
         correct = expert_correct.to(scores.dtype).expand(*targets.shape, expert_correct.shape[-1])
-        losses = closed_form(_binary_problems, scores, correct, targets.unsqueeze(-1), columns=scores.shape[-1])
+        if has_closed_form(expert_correct, compiled=scores.device.type == "cpu"):
+            losses = closed_form(_binary_problems, scores, correct, targets.unsqueeze(-1), columns=scores.shape[-1])
+        else:
+            losses = _binary_losses(scores.clamp(min=ABSENT), correct, targets.unsqueeze(-1)).squeeze(-1)
         return counted(losses, counts)
     # At -inf a binary problem whose answer is no costs nothing, and 0 * inf would be NaN.
     scores = scores.clamp(min=ABSENT)
@@ -114,17 +117,22 @@ def one_vs_all(
 def _binary_problems(scores: Tensor, correct: Tensor, targets: Tensor, descent: Tensor, losses: Tensor) -> None:
     """sum_k log(1 + e^s_k) - s_y - sum_j m_j s_j, and minus its gradient, hit - sigmoid(s)."""
     own = scores.shape[-1] - correct.shape[-1]
-    torch.sum(F.softplus(scores, threshold=40), dim=-1, keepdim=True, out=losses)
-    losses.sub_(scores[:, :own].gather(-1, targets))
-    losses.sub_((correct * scores[:, own:].clamp(min=ABSENT)).sum(dim=-1, keepdim=True))
+    losses.copy_(_binary_losses(scores, correct, targets))
     if torch.compiler.is_compiling():
         # One loop over the row, of which a scatter would make three.
-        hits = (torch.arange(own, device=scores.device) == targets).to(scores.dtype)
+        hits = hits_of(targets, own).to(scores.dtype)
         torch.cat([hits - scores[:, :own].sigmoid(), correct - scores[:, own:].sigmoid()], dim=-1, out=descent)
         return
     torch.sigmoid(scores, out=descent).neg_()
     descent[:, :own].scatter_add_(-1, targets, torch.ones_like(losses))
     descent[:, own:].add_(correct)
+
+
+def _binary_losses(scores: Tensor, correct: Tensor, targets: Tensor) -> Tensor:
+    """(..., K+E), (..., E), (..., 1) -> (..., 1)"""
+    own = scores.shape[-1] - correct.shape[-1]
+    experts = (correct * scores[..., own:].clamp(min=ABSENT)).sum(dim=-1, keepdim=True)
+    return F.softplus(scores, threshold=40).sum(dim=-1, keepdim=True) - entry(scores[..., :own], targets) - experts
 
 
 def asymmetric_softmax(
@@ -161,7 +169,7 @@ def asymmetric_logit(scores: Tensor) -> Tensor:
     scores = lift(scores)
     classes = scores[..., :-1]
     best = classes.detach().argmax(dim=-1, keepdim=True)
-    return scores[..., -1] - classes.scatter(-1, best, -torch.inf).logsumexp(dim=-1)
+    return scores[..., -1] - classes.masked_fill(hits_of(best, classes.shape[-1]), -torch.inf).logsumexp(dim=-1)
 
 
 def realizable_surrogate(
@@ -212,10 +220,10 @@ def cost_sensitive_abstention(
 
 
 def _binary_problems_at_cost(scores: Tensor, targets: Tensor, cost: Tensor, *, phi: Margin) -> Tensor:
-    hit = targets if targets.is_floating_point() else torch.zeros_like(scores).scatter(-1, targets, 1.0)
-    accept, reject = (hit * phi(scores)).sum(dim=-1), ((1 - hit) * phi(-scores)).sum(dim=-1)
-    cost = cost.squeeze(-1)
-    return cost * accept + (1 - cost) * reject
+    if targets.is_floating_point():
+        return (cost * targets * phi(scores) + (1 - cost) * (1 - targets) * phi(-scores)).sum(dim=-1)
+    hit = hits_of(targets, scores.shape[-1])
+    return (torch.where(hit, cost, 1 - cost) * phi(torch.where(hit, scores, -scores))).sum(dim=-1)
 
 
 def madras(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from deferral.losses.comp_sum import comp_sum
+from deferral.losses.entries import with_first
 from deferral.losses.margin import Margin, logistic
 from deferral.numerics import lift
 from deferral.validation import action_mask, require_batch, require_floating, require_tensor
@@ -45,7 +46,7 @@ def regression_deferral(
     require_batch("scores", scores.shape[:-1], "expert_costs", expert_costs.shape[:-1])
     predictor_loss, expert_costs = lift(predictor_loss), lift(expert_costs)
     batch = torch.broadcast_shapes(predictor_loss.shape, expert_costs.shape[:-1])
-    costs = torch.cat([predictor_loss.expand(batch).unsqueeze(-1), expert_costs.expand(*batch, expert_costs.shape[-1])], dim=-1)
+    costs = with_first(predictor_loss.expand(batch), expert_costs.expand(*batch, expert_costs.shape[-1]))
     num_experts: Tensor | int = expert_costs.shape[-1]
     if mask is not None:
         known = action_mask(scores, mask, 1)

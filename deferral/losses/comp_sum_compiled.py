@@ -1,0 +1,123 @@
+"""Comp-sum losses in words of which a compiler makes few loops, with one exponential where one is enough.
+
+On a CPU value and gradient at once: an exponential costs more than a table that is moved.  On a GPU it is the other way round:
+nothing of the scores' size is kept, and the gradient is one loop over the scores, without sums.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deferral.losses.closed_form import refuse_second_derivatives
+from deferral.losses.comp_sum_blocks import comp_sum_losses, slope
+from deferral.losses.entries import hits_of
+from deferral.numerics import KNEE, LEAST_BEFORE_KNEE
+
+__all__ = ["compiled_block", "recomputed_comp_sum"]
+
+
+class _Row(NamedTuple):
+    """What is known of each row after its losses.  v_a = weight_a * p_a^(mu-1), and the gradient is p * total - v."""
+
+    losses: Tensor  # (..., 1)
+    exponentials: Tensor  # (..., A), e^(s - top)
+    pull: Tensor  # (..., W), v of the columns with weights
+    target_pull: Tensor | None  # (..., 1)
+    total: Tensor  # (..., 1), sum of v
+    top: Tensor  # (..., 1)
+    norm: Tensor  # (..., 1)
+    log_norm: Tensor  # (..., 1)
+
+
+def compiled_block(
+    scores: Tensor, weights: Tensor, targets: Tensor | None, ceiling: Tensor | None, descent: Tensor, losses: Tensor, *, mu: float
+) -> None:
+    """What `comp_sum_block` fills."""
+    row = _row(scores, weights if ceiling is None else ceiling - weights, targets, mu)
+    losses.copy_(row.losses)
+    scale = row.total / row.norm
+    if targets is None:
+        torch.addcmul(row.pull, row.exponentials, scale, value=-1, out=descent)
+        return
+    own = scores.shape[-1] - weights.shape[-1]
+    assert row.target_pull is not None
+    # One loop over the row, of which a scatter would make three.
+    hits = torch.where(hits_of(targets, own), row.target_pull, 0.0)
+    classes = torch.addcmul(hits, row.exponentials[:, :own], scale, value=-1)
+    torch.cat([classes, torch.addcmul(row.pull, row.exponentials[:, own:], scale, value=-1)], dim=-1, out=descent)
+
+
+def recomputed_comp_sum(scores: Tensor, weights: Tensor, targets: Tensor | None, ceiling: Tensor | None, mu: float) -> Tensor:
+    """The losses, whose backward pass goes over the scores once more.
+
+    (..., A), (..., W), (..., 1) or None, (..., 1) or None -> (...,)
+    """
+    return _Recomputed.apply(scores, weights, targets, ceiling, mu)
+
+
+class _Recomputed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, weights: Tensor, targets: Tensor | None, ceiling: Tensor | None, mu: float) -> Tensor:
+        row = _row(scores, weights if ceiling is None else ceiling - weights, targets, mu)
+        ctx.save_for_backward(scores, weights, targets, ceiling, row.target_pull, row.total, row.top, row.log_norm)
+        ctx.mu = mu
+        return row.losses.squeeze(-1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivatives()
+        scores, weights, targets, ceiling, target_pull, total, top, log_norm = ctx.saved_tensors
+        own = scores.shape[-1] - weights.shape[-1]
+        log_p = scores - top - log_norm
+        p = log_p.exp()
+        pull = weights if ceiling is None else ceiling - weights
+        if own:
+            pull = F.pad(pull, (own, 0))
+        if ctx.mu != 1:
+            pull = pull * _power(p, (ctx.mu - 1) * log_p, ctx.mu)
+        if targets is not None:
+            pull = torch.where(hits_of(targets, scores.shape[-1]), target_pull, pull)
+        return (p * total - pull) * gradient.unsqueeze(-1), None, None, None, None
+
+
+def _row(scores: Tensor, weights: Tensor, targets: Tensor | None, mu: float) -> _Row:
+    own = scores.shape[-1] - weights.shape[-1]
+    top = scores.amax(dim=-1, keepdim=True)
+    shifted = scores - top
+    exponentials = shifted.exp()
+    norm = exponentials.sum(dim=-1, keepdim=True)
+    log_norm = norm.log()
+    weighed = shifted[..., own:]
+    if mu == 1:
+        pull = weights
+        losses = pull.sum(dim=-1, keepdim=True) * log_norm - _sum_of_numbers(pull * weighed)
+    else:
+        exponent = (mu - 1) * (weighed - log_norm)
+        pull = weights * _power(exponentials[..., own:] / norm, exponent, mu)
+        losses = (weights - pull).sum(dim=-1, keepdim=True)
+        if mu < 1:
+            losses = losses - _sum_of_numbers(pull * (exponent - KNEE).relu())
+        losses = losses / (mu - 1)
+    total = pull.sum(dim=-1, keepdim=True)
+    target_pull = None
+    if targets is not None:
+        log_p = scores[..., :own].gather(-1, targets) - top - log_norm
+        losses, target_pull = losses + comp_sum_losses(log_p, mu), slope(log_p, mu)
+        total = total + target_pull
+    return _Row(losses, exponentials, pull, target_pull, total, top, norm, log_norm)
+
+
+def _power(p: Tensor, exponent: Tensor, mu: float) -> Tensor:
+    """p^(mu-1), constant past the knee, given p and (mu-1) * log p."""
+    if mu == 2:
+        return p
+    if mu == 0:
+        return p.clamp(min=LEAST_BEFORE_KNEE).reciprocal()
+    return (exponent.clamp(max=KNEE) if mu < 1 else exponent).exp()
+
+
+def _sum_of_numbers(products: Tensor) -> Tensor:
+    """Sums of rows without NaN, which is 0 * inf where an impossible action counts nothing; a compiler's isnan is slow."""
+    return products.where(products <= torch.inf, 0.0).sum(dim=-1, keepdim=True)
