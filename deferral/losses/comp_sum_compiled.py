@@ -49,40 +49,59 @@ def compiled_block(
     torch.cat([classes, torch.addcmul(row.pull, row.exponentials[:, own:], scale, value=-1)], dim=-1, out=descent)
 
 
-def recomputed_comp_sum(scores: Tensor, weights: Tensor, targets: Tensor | None, ceiling: Tensor | None, mu: float) -> Tensor:
-    """The losses, whose backward pass goes over the scores once more.
+def recomputed_comp_sum(
+    scores: Tensor,
+    weights: Tensor,
+    targets: Tensor | None,
+    ceiling: Tensor | None,
+    mu: float,
+    target_weight: Tensor | None = None,
+) -> Tensor:
+    """The losses, whose backward pass goes over the scores once more.  Without a `target_weight` it is 1.
 
-    (..., A), (..., W), (..., 1) or None, (..., 1) or None -> (...,)
+    (..., A), (..., W), (..., 1) or None, (..., 1) or None, (..., 1) or None -> (...,)
     """
-    return _Recomputed.apply(scores, weights, targets, ceiling, mu)
+    return _Recomputed.apply(scores, weights, targets, ceiling, mu, target_weight)
 
 
 class _Recomputed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, scores: Tensor, weights: Tensor, targets: Tensor | None, ceiling: Tensor | None, mu: float) -> Tensor:
-        row = _row(scores, weights if ceiling is None else ceiling - weights, targets, mu)
-        ctx.save_for_backward(scores, weights, targets, ceiling, row.target_pull, row.total, row.top, row.log_norm)
+    def forward(
+        ctx: Any,
+        scores: Tensor,
+        weights: Tensor,
+        targets: Tensor | None,
+        ceiling: Tensor | None,
+        mu: float,
+        target_weight: Tensor | None,
+    ) -> Tensor:
+        row = _row(scores, weights if ceiling is None else ceiling - weights, targets, mu, target_weight)
+        if targets is None:
+            ctx.save_for_backward(scores, row.total, row.top, row.log_norm, weights, ceiling)
+        else:
+            ctx.save_for_backward(scores, row.total, row.top, row.log_norm, row.pull, targets, row.target_pull)
         ctx.mu = mu
         return row.losses.squeeze(-1)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivatives()
-        scores, weights, targets, ceiling, target_pull, total, top, log_norm = ctx.saved_tensors
-        own = scores.shape[-1] - weights.shape[-1]
+        scores, total, top, log_norm, *weighing = ctx.saved_tensors
         log_p = scores - top - log_norm
         p = log_p.exp()
-        pull = weights if ceiling is None else ceiling - weights
-        if own:
-            pull = F.pad(pull, (own, 0))
-        if ctx.mu != 1:
-            pull = pull * _power(p, (ctx.mu - 1) * log_p, ctx.mu)
-        if targets is not None:
-            pull = torch.where(hits_of(targets, scores.shape[-1]), target_pull, pull)
-        return (p * total - pull) * gradient.unsqueeze(-1), None, None, None, None
+        if len(weighing) == 2:
+            weights, ceiling = weighing
+            pull = weights if ceiling is None else ceiling - weights
+            if ctx.mu != 1:
+                pull = pull * _power(p, (ctx.mu - 1) * log_p, ctx.mu)
+        else:
+            weighted, targets, target_pull = weighing
+            width = scores.shape[-1]
+            pull = torch.where(hits_of(targets, width), target_pull, F.pad(weighted, (width - weighted.shape[-1], 0)))
+        return (p * total - pull) * gradient.unsqueeze(-1), None, None, None, None, None
 
 
-def _row(scores: Tensor, weights: Tensor, targets: Tensor | None, mu: float) -> _Row:
+def _row(scores: Tensor, weights: Tensor, targets: Tensor | None, mu: float, target_weight: Tensor | None = None) -> _Row:
     own = scores.shape[-1] - weights.shape[-1]
     top = scores.amax(dim=-1, keepdim=True)
     shifted = scores - top
@@ -95,7 +114,7 @@ def _row(scores: Tensor, weights: Tensor, targets: Tensor | None, mu: float) -> 
         losses = pull.sum(dim=-1, keepdim=True) * log_norm - _sum_of_numbers(pull * weighed)
     else:
         exponent = (mu - 1) * (weighed - log_norm)
-        pull = weights * _power(exponentials[..., own:] / norm, exponent, mu)
+        pull = weights * _power(exponentials[..., own:] * norm.reciprocal(), exponent, mu)
         losses = (weights - pull).sum(dim=-1, keepdim=True)
         if mu < 1:
             losses = losses - _sum_of_numbers(pull * (exponent - KNEE).relu())
@@ -104,8 +123,10 @@ def _row(scores: Tensor, weights: Tensor, targets: Tensor | None, mu: float) -> 
     target_pull = None
     if targets is not None:
         log_p = scores[..., :own].gather(-1, targets) - top - log_norm
-        losses, target_pull = losses + comp_sum_losses(log_p, mu), slope(log_p, mu)
-        total = total + target_pull
+        at_target, target_pull = comp_sum_losses(log_p, mu), slope(log_p, mu)
+        if target_weight is not None:
+            at_target, target_pull = target_weight * at_target, target_weight * target_pull
+        losses, total = losses + at_target, total + target_pull
     return _Row(losses, exponentials, pull, target_pull, total, top, norm, log_norm)
 
 
@@ -113,7 +134,8 @@ def _power(p: Tensor, exponent: Tensor, mu: float) -> Tensor:
     """p^(mu-1), constant past the knee, given p and (mu-1) * log p."""
     if mu == 2:
         return p
-    if mu == 0:
+    # A GPU divides more slowly than it takes an exponential.
+    if mu == 0 and p.device.type == "cpu":
         return p.clamp(min=LEAST_BEFORE_KNEE).reciprocal()
     return (exponent.clamp(max=KNEE) if mu < 1 else exponent).exp()
 

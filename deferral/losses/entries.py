@@ -3,12 +3,11 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from deferral.losses.closed_form import has_closed_form
 
-__all__ = ["entry", "hits_of", "two_highest", "with_first"]
+__all__ = ["entry", "hits_of", "two_highest"]
 
 
 def entry(table: Tensor, index: Tensor) -> Tensor:
@@ -21,15 +20,6 @@ def entry(table: Tensor, index: Tensor) -> Tensor:
 def hits_of(index: Tensor, width: int) -> Tensor:
     """True at the index of each row.  (..., 1) -> (..., width) bool"""
     return torch.arange(width, device=index.device) == index
-
-
-def with_first(column: Tensor, table: Tensor) -> Tensor:
-    """The table with one more column before it.  (...,), (..., W) -> (..., 1 + W)"""
-    column = column.unsqueeze(-1)
-    if torch.compiler.is_compiling():
-        # Inductor would write what `cat` gives to memory.
-        return torch.where(hits_of(column.new_zeros(1, dtype=torch.long), 1 + table.shape[-1]), column, F.pad(table, (1, 0)))
-    return torch.cat([column, table], dim=-1)
 
 
 def two_highest(table: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,12 +7,13 @@ expert.  `mask`, of the same shape, True = known: an expert whose answer is miss
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deferral.losses.closed_form import closed_form, has_closed_form, in_blocks
+from deferral.losses.closed_form import closed_form, has_closed_form, in_blocks, refuse_second_derivatives
 from deferral.losses.comp_sum import counted, without_ignored
 from deferral.losses.entries import entry, hits_of
 from deferral.losses.margin import Margin, logistic
@@ -95,10 +96,12 @@ def one_vs_all(
     scores = lift(scores)
     if phi is logistic and mask is None and not targets.is_floating_point():
         correct = expert_correct.to(scores.dtype).expand(*targets.shape, expert_correct.shape[-1])
-        if has_closed_form(expert_correct, compiled=scores.device.type == "cpu"):
-            losses = closed_form(_binary_problems, scores, correct, targets.unsqueeze(-1), columns=scores.shape[-1])
-        else:
+        if not has_closed_form(expert_correct, compiled=True):
             losses = _binary_losses(scores.clamp(min=ABSENT), correct, targets.unsqueeze(-1)).squeeze(-1)
+        elif torch.compiler.is_compiling() and scores.device.type != "cpu":
+            losses = _BinaryProblems.apply(scores, correct, targets.unsqueeze(-1)).squeeze(-1)
+        else:
+            losses = closed_form(_binary_problems, scores, correct, targets.unsqueeze(-1), columns=scores.shape[-1])
         return counted(losses, counts)
     # At -inf a binary problem whose answer is no costs nothing, and 0 * inf would be NaN.
     scores = scores.clamp(min=ABSENT)
@@ -126,6 +129,23 @@ def _binary_problems(scores: Tensor, correct: Tensor, targets: Tensor, descent: 
     torch.sigmoid(scores, out=descent).neg_()
     descent[:, :own].scatter_add_(-1, targets, torch.ones_like(losses))
     descent[:, own:].add_(correct)
+
+
+class _BinaryProblems(torch.autograd.Function):
+    """`_binary_problems` for a compiler for a GPU: nothing of the scores' size is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, correct: Tensor, targets: Tensor) -> Tensor:
+        ctx.save_for_backward(scores, correct, targets)
+        return _binary_losses(scores, correct, targets)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        refuse_second_derivatives()
+        scores, correct, targets = ctx.saved_tensors
+        width = scores.shape[-1]
+        hits = torch.where(hits_of(targets, width), 1.0, F.pad(correct, (width - correct.shape[-1], 0)))
+        return (scores.sigmoid() - hits) * gradient, None, None
 
 
 def _binary_losses(scores: Tensor, correct: Tensor, targets: Tensor) -> Tensor:
