@@ -15,13 +15,14 @@ MEAN, DEVIATION = (125.3, 123.0, 113.9), (63.0, 62.1, 66.7)  # of CIFAR-10's tra
 
 
 class Network(nn.Module):
-    """A body that turns standardised pixels into `width` features, and a linear layer on top."""
+    """A body that turns standardised pixels into `width` features, and a linear layer on top, whose outputs are scaled."""
 
     mean: Tensor
     deviation: Tensor
 
-    def __init__(self, body: nn.Module, width: int, outputs: int) -> None:
+    def __init__(self, body: nn.Module, width: int, outputs: int, *, scale: float = 1.0) -> None:
         super().__init__()
+        self.scale = scale
         self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("deviation", torch.tensor(DEVIATION).view(1, 3, 1, 1), persistent=False)
         self.body = body
@@ -32,8 +33,12 @@ class Network(nn.Module):
         pixels = (images.float() - self.mean) / self.deviation
         return self.body(pixels.contiguous(memory_format=torch.channels_last))
 
+    def scores(self, features: Tensor) -> Tensor:
+        """(N, width) -> (N, outputs)"""
+        return self.head(features) * self.scale
+
     def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.features(images))
+        return self.scores(self.features(images))
 
 
 def small(outputs: int, *, width: int = 32) -> Network:
@@ -49,18 +54,19 @@ def small(outputs: int, *, width: int = 32) -> Network:
     return Network(body, 4 * width, outputs)
 
 
-def fast(outputs: int) -> Network:
-    """Six convolutions with two residual pairs, 1.3 M parameters, for a GPU."""
+def fast(outputs: int, *, width: int = 64) -> Network:
+    """Seven convolutions, three of them in two residual parts, 1.3 M parameters, for a GPU."""
     body = nn.Sequential(
-        *_conv(3, 64),
-        *_conv(64, 128, pool=True),
-        Residual(nn.Sequential(*_conv(128, 128), *_conv(128, 128))),
-        *_conv(128, 192, pool=True),
-        *_conv(192, 192, pool=True),
-        Residual(nn.Sequential(*_conv(192, 192))),
+        *_conv(3, width),
+        *_conv(width, 2 * width, pool=True),
+        Residual(nn.Sequential(*_conv(2 * width, 2 * width), *_conv(2 * width, 2 * width))),
+        *_conv(2 * width, 3 * width, pool=True),
+        *_conv(3 * width, 3 * width, pool=True),
+        Residual(nn.Sequential(*_conv(3 * width, 3 * width))),
         *_pooled(),
     )
-    return Network(body, 192, outputs)
+    # Maxima over an image are large: scores of full size would saturate the softmax before the body has learned anything.
+    return Network(body, 3 * width, outputs, scale=0.125)
 
 
 def resnet34(outputs: int) -> Network:

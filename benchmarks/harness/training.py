@@ -45,6 +45,7 @@ class Recipe:
     weight_decay: float = 5e-4
     augmented: bool = True
     clip: float = float("inf")  # the largest size of a gradient that is taken as it is
+    warm_up: float = 0.0  # share of the steps in which the learning rate rises
     average: float | None = None  # decay of an exponential moving average of the weights
     bfloat16: bool = False
     compiled: bool = False
@@ -78,7 +79,7 @@ def train(
         model.parameters(), lr=recipe.learning_rate, momentum=0.9, nesterov=True, weight_decay=recipe.weight_decay
     )
     steps = recipe.epochs * -(-len(data) // recipe.batch)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    schedule = _schedule(optimizer, recipe, steps)
     average = None
     if recipe.average is not None:
         average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.average), use_buffers=True)
@@ -129,7 +130,7 @@ def outputs_of(model: nn.Module, images: Tensor, *, bfloat16: bool, batch: int =
         for part in images.split(batch):
             features.append(model.features(part).float())
     together = torch.cat(features)
-    return together, model.head(together)
+    return together, model.scores(together)
 
 
 def take_step(
@@ -195,6 +196,15 @@ def _epoch(
             average.update_parameters(parts["model"])
         total += mean * len(rows)
     return float(total) / len(data)
+
+
+def _schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+    """Down by a cosine, after a rise where the recipe has one."""
+    if not recipe.warm_up:
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    return torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, recipe.learning_rate, total_steps=steps + 1, pct_start=recipe.warm_up, cycle_momentum=False
+    )
 
 
 def _precision(device: torch.device, bfloat16: bool) -> Any:

@@ -22,7 +22,6 @@ from deferral.validation import action_mask, require_actions, require_floating
 __all__ = [
     "comp_sum",
     "comp_sum_at",
-    "comp_sum_beside",
     "comp_sum_of_costs",
     "counted",
     "targeted_comp_sum",
@@ -47,24 +46,6 @@ def comp_sum_of_costs(
 ) -> Tensor:
     """sum_a (ceiling - costs_a) * l_mu(scores, a), without a table of weights.  (..., A), (..., A), (..., 1) -> (...,)"""
     return _kernel(scores, costs, None, mu, mask, ceiling)
-
-
-def comp_sum_beside(
-    own_cost: Tensor, scores: Tensor, costs: Tensor, ceiling: Tensor, *, mu: float = 1.0, mask: Tensor | None = None
-) -> Tensor:
-    """`comp_sum_of_costs` where the cost of action 0 comes by itself.  (...,), (..., A), (..., A-1), (..., 1) -> (...,)
-
-    A compiler for a GPU would write the table of all costs to memory, and read it again.
-    """
-    own_cost = own_cost.unsqueeze(-1).expand(*costs.shape[:-1], 1)
-    on_gpu = torch.compiler.is_compiling() and scores.device.type != "cpu"
-    if on_gpu and mask is None and _direct(mu, own_cost, costs, ceiling):
-        scores, batch = lift(scores), scores.shape[:-1]
-        own, others = ((ceiling - part).to(scores.dtype).expand(*batch, part.shape[-1]) for part in (own_cost, costs))
-        return recomputed_comp_sum(scores, others, torch.zeros_like(own, dtype=torch.long), None, mu, own)
-    every = torch.cat([own_cost, costs], dim=-1)
-    # ceiling - costs, in the table that is there.
-    return _kernel(scores, every.neg_().add_(ceiling), None, mu, mask)
 
 
 def targeted_comp_sum(scores: Tensor, targets: Tensor, weights: Tensor, *, mu: float = 1.0, mask: Tensor | None = None) -> Tensor:
@@ -113,8 +94,11 @@ def _kernel(
     ceiling: float | Tensor | None = None,
 ) -> Tensor:
     """The weights belong to the last columns, the target to those before; with a ceiling, costs stand for their weights."""
+    if not 0.0 <= mu <= 2.0:
+        raise ValueError(f"mu: expected a number in [0, 2] (0 sum-exponential, 1 logistic, 2 MAE), got {mu}")
     scores, weights = lift(scores), lift(weights)
-    direct = _direct(mu, weights, ceiling)
+    # Close to the logistic, 1 - p^(mu-1) is a difference of sums that cancel; the formula takes it by expm1.
+    direct = has_closed_form(weights, ceiling, compiled=True) and (mu == 1 or abs(mu - 1) >= 0.05)
     if ceiling is not None and (mask is not None or not direct):
         weights, ceiling = ceiling - weights, None
     if mask is not None:
@@ -134,18 +118,11 @@ def _kernel(
     compiled = torch.compiler.is_compiling()
     if compiled and scores.device.type != "cpu":
         return recomputed_comp_sum(scores, weights, targets, ceiling, mu)
-    # Past the knee there is a tangent to take as well.
-    temporary = columns * (1 + (ceiling is not None and mu not in (1, 2)) + 2 * (mu < 1))
+    # Past the knee there is a tangent to take as well; the softmax of a CPU leaves mu = 2 a table to write over.
+    in_place = mu == 1 or (mu == 2 and scores.device.type == "cpu")
+    temporary = columns * (1 + (ceiling is not None and not in_place) + 2 * (mu < 1))
     block = partial(compiled_block if compiled else comp_sum_block, mu=mu)
     return closed_form(block, scores, weights, targets, ceiling, columns=temporary)
-
-
-def _direct(mu: float, *constants: Tensor | float | None) -> bool:
-    """Whether value and gradient are taken in closed form.  ValueError for a mu outside [0, 2]."""
-    if not 0.0 <= mu <= 2.0:
-        raise ValueError(f"mu: expected a number in [0, 2] (0 sum-exponential, 1 logistic, 2 MAE), got {mu}")
-    # Close to the logistic, 1 - p^(mu-1) is a difference of sums that cancel; the formula takes it by expm1.
-    return has_closed_form(*constants, compiled=True) and (mu == 1 or abs(mu - 1) >= 0.05)
 
 
 def _formula(scores: Tensor, weights: Tensor, targets: Tensor | None, mu: float) -> Tensor:

@@ -49,19 +49,12 @@ def compiled_block(
     torch.cat([classes, torch.addcmul(row.pull, row.exponentials[:, own:], scale, value=-1)], dim=-1, out=descent)
 
 
-def recomputed_comp_sum(
-    scores: Tensor,
-    weights: Tensor,
-    targets: Tensor | None,
-    ceiling: Tensor | None,
-    mu: float,
-    target_weight: Tensor | None = None,
-) -> Tensor:
-    """The losses, whose backward pass goes over the scores once more.  Without a `target_weight` it is 1.
+def recomputed_comp_sum(scores: Tensor, weights: Tensor, targets: Tensor | None, ceiling: Tensor | None, mu: float) -> Tensor:
+    """The losses, whose backward pass goes over the scores once more.
 
-    (..., A), (..., W), (..., 1) or None, (..., 1) or None, (..., 1) or None -> (...,)
+    (..., A), (..., W), (..., 1) or None, (..., 1) or None -> (...,)
     """
-    return _Recomputed.apply(scores, weights, targets, ceiling, mu, target_weight)
+    return _Recomputed.apply(scores, weights, targets, ceiling, mu)
 
 
 class _Recomputed(torch.autograd.Function):
@@ -73,9 +66,8 @@ class _Recomputed(torch.autograd.Function):
         targets: Tensor | None,
         ceiling: Tensor | None,
         mu: float,
-        target_weight: Tensor | None,
     ) -> Tensor:
-        row = _row(scores, weights if ceiling is None else ceiling - weights, targets, mu, target_weight)
+        row = _row(scores, weights if ceiling is None else ceiling - weights, targets, mu)
         if targets is None:
             ctx.save_for_backward(scores, row.total, row.top, row.log_norm, weights, ceiling)
         else:
@@ -98,10 +90,10 @@ class _Recomputed(torch.autograd.Function):
             weighted, targets, target_pull = weighing
             width = scores.shape[-1]
             pull = torch.where(hits_of(targets, width), target_pull, F.pad(weighted, (width - weighted.shape[-1], 0)))
-        return (p * total - pull) * gradient.unsqueeze(-1), None, None, None, None, None
+        return (p * total - pull) * gradient.unsqueeze(-1), None, None, None, None
 
 
-def _row(scores: Tensor, weights: Tensor, targets: Tensor | None, mu: float, target_weight: Tensor | None = None) -> _Row:
+def _row(scores: Tensor, weights: Tensor, targets: Tensor | None, mu: float) -> _Row:
     own = scores.shape[-1] - weights.shape[-1]
     top = scores.amax(dim=-1, keepdim=True)
     shifted = scores - top
@@ -123,10 +115,8 @@ def _row(scores: Tensor, weights: Tensor, targets: Tensor | None, mu: float, tar
     target_pull = None
     if targets is not None:
         log_p = scores[..., :own].gather(-1, targets) - top - log_norm
-        at_target, target_pull = comp_sum_losses(log_p, mu), slope(log_p, mu)
-        if target_weight is not None:
-            at_target, target_pull = target_weight * at_target, target_weight * target_pull
-        losses, total = losses + at_target, total + target_pull
+        losses, target_pull = losses + comp_sum_losses(log_p, mu), slope(log_p, mu)
+        total = total + target_pull
     return _Row(losses, exponentials, pull, target_pull, total, top, norm, log_norm)
 
 

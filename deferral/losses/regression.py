@@ -6,7 +6,7 @@ Mao, Mohri, Zhong, "Regression with Multi-Expert Deferral" (ICML 2024, arXiv 240
 import torch
 from torch import Tensor
 
-from deferral.losses.comp_sum import comp_sum_beside
+from deferral.losses.comp_sum import comp_sum
 from deferral.losses.margin import Margin, logistic
 from deferral.numerics import lift
 from deferral.validation import action_mask, require_batch, require_floating, require_tensor
@@ -45,16 +45,17 @@ def regression_deferral(
     require_batch("scores", scores.shape[:-1], "expert_costs", expert_costs.shape[:-1])
     predictor_loss, expert_costs = lift(predictor_loss), lift(expert_costs)
     batch = torch.broadcast_shapes(predictor_loss.shape, expert_costs.shape[:-1])
-    predictor_loss, expert_costs = predictor_loss.expand(batch), expert_costs.expand(*batch, expert_costs.shape[-1])
+    costs = torch.cat([predictor_loss.expand(batch).unsqueeze(-1), expert_costs.expand(*batch, expert_costs.shape[-1])], dim=-1)
     num_experts: Tensor | int = expert_costs.shape[-1]
-    known = None
     if mask is not None:
         known = action_mask(scores, mask, 1)
         # A missing cost may be NaN.
-        expert_costs = expert_costs.where(known[..., 1:], 0.0)
+        costs = costs.where(known, 0.0)
         num_experts = known[..., 1:].sum(dim=-1)
-    every = (predictor_loss + expert_costs.sum(dim=-1)).unsqueeze(-1)
-    return comp_sum_beside(predictor_loss, scores, expert_costs, every, mu=mu, mask=known) - (num_experts - 1) * predictor_loss
+    every = costs.sum(dim=-1, keepdim=True)
+    # every - costs, in the table that is there.
+    weights = costs.neg_().add_(every)
+    return comp_sum(scores, weights, mu=mu, mask=None if mask is None else known) - (num_experts - 1) * predictor_loss
 
 
 def regression_abstention(predictor_loss: Tensor, rejector: Tensor, cost: Tensor | float, *, phi: Margin = logistic) -> Tensor:
