@@ -41,7 +41,7 @@ PRESETS = {
         3_000,
         2_000,
         dict.fromkeys(PAPER_NETWORK, "fast"),
-        Recipe(epochs=40, batch=512, learning_rate=0.4, clip=5.0, warm_up=0.2, average=0.999),
+        Recipe(epochs=40, batch=512, learning_rate=0.8, clip=5.0, warm_up=0.2),
         PUBLISHED_COSTS,
     ),
     # Published: 200 epochs, batch 1024, SGD with Nesterov's momentum, cosine from 0.1, weight decay 1e-4.  The clip is ours:
