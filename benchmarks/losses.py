@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.harness.running import commit
 from deferral import losses
 from deferral.losses.margin import exponential, logistic
 from deferral.losses.predictor_rejector import constrained_rho_hinge, max_rho_margin
@@ -297,6 +298,7 @@ def command(device: str, compiled: bool, rounds: int, out: Path | None) -> None:
         "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
         "torch": torch.__version__,
         "python": platform.python_version(),
+        "commit": commit(),
         "rounds": rounds,
         "ratio": "to F.cross_entropy with probability targets; one_vs_all: to binary cross-entropy with logits",
         "runs": runs,

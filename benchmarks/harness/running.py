@@ -26,7 +26,7 @@ from benchmarks.harness.progress import Display
 from benchmarks.harness.training import Diverged, OutOfTime, Recipe, Watch
 from deferral.datasets import DataError, Images
 
-__all__ = ["RESULTS", "Busy", "Finding", "Part", "Run", "image_options", "options", "running", "settings_of"]
+__all__ = ["RESULTS", "Busy", "Finding", "Part", "Run", "commit", "image_options", "options", "running", "settings_of"]
 
 RESULTS = Path(__file__).parent.parent / "results"
 _PATIENCE = 0.2  # seconds between two looks at a lock
@@ -193,7 +193,7 @@ class Run:
             "torch": torch.__version__,
             "numpy": np.__version__,
             "python": platform.python_version(),
-            "commit": _commit(),
+            "commit": commit(),
             **({"ranks": str(ranks.count())} if ranks.count() > 1 else {}),
         }
 
@@ -334,7 +334,8 @@ def _fast_bfloat16(device: torch.device) -> bool:
     return processor.is_file() and "amx_bf16" in processor.read_text(encoding="utf-8")
 
 
-def _commit() -> str:
+def commit() -> str:
+    """The commit of this checkout, and whether its code was changed since."""
     try:
         folder = Path(__file__).parent
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from benchmarks.harness import ranks
 from benchmarks.harness.cells import write_whole
@@ -46,7 +45,6 @@ class Recipe:
     augmented: bool = True
     clip: float = float("inf")  # the largest size of a gradient that is taken as it is
     warm_up: float = 0.0  # share of the steps in which the learning rate rises
-    average: float | None = None  # decay of an exponential moving average of the weights
     bfloat16: bool = False
     compiled: bool = False
 
@@ -80,13 +78,8 @@ def train(
     )
     steps = recipe.epochs * -(-len(data) // recipe.batch)
     schedule = _schedule(optimizer, recipe, steps)
-    average = None
-    if recipe.average is not None:
-        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.average), use_buffers=True)
     generator = torch.Generator().manual_seed(seed)
     parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "schedule": schedule}
-    if average is not None:
-        parts["average"] = average
     # A checkpoint of other images or another recipe must not be continued.
     identity = {**asdict(recipe), "seed": seed, "rows": len(data), "data": _fingerprint(data), "weights": _shapes(model)}
     done, seconds = _resume(checkpoint, parts, generator, identity, device)
@@ -106,7 +99,6 @@ def train(
         watch.on_epoch(epoch + 1, mean)
         if ranks.agree(time.monotonic() > watch.deadline) and epoch + 1 < recipe.epochs:
             raise OutOfTime
-    final = model if average is None else average.module
     speed = {
         "images_per_second": round(recipe.epochs * len(data) / seconds, 1),
         "training_seconds": round(seconds, 2),
@@ -118,7 +110,7 @@ def train(
         speed["gpu_utilisation_percent"] = round(sum(busy) / len(busy), 1)
     # The first rank may now remove the checkpoint, which all have read.
     ranks.meet()
-    return final.eval().requires_grad_(False), speed
+    return model.eval().requires_grad_(False), speed
 
 
 @torch.no_grad()
@@ -179,7 +171,7 @@ def _epoch(
     epoch: int,
 ) -> float:
     device = data.images.device
-    schedule, average = parts["schedule"], parts.get("average")
+    schedule = parts["schedule"]
     model.train()
     total = torch.zeros((), device=device)
     for step, rows in enumerate(torch.randperm(len(data), generator=generator).split(recipe.batch)):
@@ -192,8 +184,6 @@ def _epoch(
         except Diverged as error:
             raise Diverged(f"epoch {epoch + 1}, step {step + 1}: {error}") from None
         schedule.step()
-        if average is not None:
-            average.update_parameters(parts["model"])
         total += mean * len(rows)
     return float(total) / len(data)
 
