@@ -111,10 +111,17 @@ CLAIMS = {
 }
 
 
+COLUMNS = (
+    *("loss", "setting", "formula", "guarantee", "source", "ratio, E = 1", "E = 8", "E = 64", "compiled, E = 8", "memory"),
+    *("GPU", "of a copy"),
+)
+
+
 def page() -> str:
     """The Markdown page as it should be."""
-    figures, compiled = (_figures(name) for name in ("losses-cpu.json", "losses-cpu-compiled.json"))
-    rows = [_row(name, figures["runs"], compiled["runs"]) for name in CLAIMS]
+    files = (f"losses-{name}.json" for name in ("cpu", "cpu-compiled", "cuda-compiled"))
+    figures, compiled, gpu = (_figures(name) for name in files)
+    rows = [_row(name, figures["runs"], compiled["runs"], gpu["runs"]) for name in CLAIMS]
     return "\n".join(
         [
             "# The losses",
@@ -125,10 +132,12 @@ def page() -> str:
             "`F.cross_entropy` with probability targets on the same scores (`one_vs_all`: binary cross-entropy), B = 4096,",
             f"K = 100, float32, one thread, {figures['device']}, torch {figures['torch']}; with 1, 8 and 64 experts, and",
             "compiled against compiled.  Memory: the peak of a step beyond its inputs, in units of the scores, with 8 experts.",
-            f"`{figures['command']}` and `{compiled['command']}` measure it again.",
+            "GPU: compiled, B = 65,536, K = 1,000, float32, 8 experts or the one there is: the ratio, and the share of the speed",
+            f"of a copy, with three passes over the scores and one over the inputs; {gpu['device']}, torch {gpu['torch']}.",
+            *(f"`{of['command']}`" + (" measure it again." if of is gpu else ",") for of in (figures, compiled, gpu)),
             "",
-            "| loss | setting | formula | guarantee | source | ratio, E = 1 | E = 8 | E = 64 | compiled, E = 8 | memory |",
-            "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+            "| " + " | ".join(COLUMNS) + " |",
+            "|" + " --- |" * len(COLUMNS),
             *rows,
             "",
             "A class axis elsewhere: `loss(scores.movedim(1, -1), targets, ...)`.  In losses of targets, rows whose target is",
@@ -142,17 +151,20 @@ def _figures(name: str) -> dict:
     return json.loads((ROOT / "benchmarks" / "results" / name).read_text(encoding="utf-8"))
 
 
-def _row(name: str, runs: list[dict], compiled: list[dict]) -> str:
+def _row(name: str, runs: list[dict], compiled: list[dict], gpu: list[dict]) -> str:
     setting, guarantee, source = CLAIMS[name]
     formula = (inspect.getdoc(getattr(losses, name)) or "").splitlines()[0].split(".  (")[0].rstrip(".")
+    runs, compiled = ([run for run in of if run["threads"] == 1] for of in (runs, compiled))
+    gpu = [run for run in gpu if run["dtype"] == "float32"]
     ratios = [_figure(name, runs, experts, "ratio") for experts in (1, 8, 64)]
     last = _figure(name, compiled, 8, "ratio"), _figure(name, runs, 8, "peak_over_scores")
-    cells = (f"`{name}`", setting, f"`{formula}`", guarantee, source, *ratios, *last)
+    on_gpu = [_figure(name, gpu, 8, figure) or _figure(name, gpu, 1, figure) for figure in ("ratio", "copy_share")]
+    cells = (f"`{name}`", setting, f"`{formula}`", guarantee, source, *ratios, *last, *on_gpu)
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def _figure(name: str, runs: list[dict], experts: int, figure: str) -> str:
-    run = next(run for run in runs if run["threads"] == 1 and run["E"] == experts)
+    run = next(run for run in runs if run["E"] == experts)
     figures = run["losses"].get(TIMED.get(name, name))
     return f"{figures[figure]:.2f}" if figures else ""
 
