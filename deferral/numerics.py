@@ -5,10 +5,12 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["KNEE", "LEAST_BEFORE_KNEE", "exp_linear", "expm1_linear", "lift", "log_add_exp"]
+__all__ = ["KNEE", "LEAST_BEFORE_KNEE", "PRECISE", "exp_linear", "expm1_linear", "lift", "log_add_exp"]
 
 # e^10 = 2.2e4 fits float16, and rows past it still pull with a constant, finite slope.
 KNEE = 10.0
+# A probability of float32 has all its digits down to here.
+PRECISE = 1e-35
 # The probability at which 1/p meets its tangent.
 LEAST_BEFORE_KNEE = math.exp(-KNEE)
 

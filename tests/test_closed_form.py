@@ -18,8 +18,12 @@ from deferral.losses.predictor_rejector import max_rho_margin
 
 ROWS, K, E = 7, 4, 3
 A = K + E
-USERS = [importlib.import_module(f"deferral.losses.{name}") for name in ("comp_sum", "closed_form", "probabilities", "published")]
+USERS = [
+    importlib.import_module(f"deferral.losses.{name}")
+    for name in ("comp_sum", "closed_form", "probabilities", "published", "realizable")
+]
 CLOSED_FORM = importlib.import_module("deferral.losses.closed_form")
+REALIZABLE = importlib.import_module("deferral.losses.realizable")
 BLOCKS = importlib.import_module("deferral.losses.comp_sum_blocks")
 TARGETS = torch.tensor([0, 3, 1, 2, 2, 0, 1])
 MASK = torch.tensor([[True, True, False]] * 3 + [[False, True, True]] * 4)
@@ -241,6 +245,24 @@ def test_entries_of_a_compiled_row_have_the_gradient_of_a_gather(batch) -> None:
     torch.testing.assert_close(with_gradient(compiled, scores, weights), with_gradient(loss, scores, weights))
     top = scores.topk(2).values
     torch.testing.assert_close(torch.cat(two_highest(scores)[:2], dim=-1), top)
+
+
+@pytest.mark.parametrize("q", [0.0, 0.5, 1.0])
+def test_the_mass_of_the_right_is_the_same_from_scores_as_from_probabilities(q: float, batch, monkeypatch) -> None:
+    scores, costs = batch
+    right = costs[:, K:].round()
+    right[2] = 0
+
+    def loss(scores: Tensor, costs: Tensor) -> Tensor:
+        return losses.realizable_experts(scores, TARGETS, right, q=q)
+
+    from_probabilities = with_gradient(loss, scores, costs)
+    monkeypatch.setattr(REALIZABLE, "readable", lambda tensor: False)
+    torch.testing.assert_close(with_gradient(loss, scores, costs), from_probabilities, rtol=1e-9, atol=1e-9)
+    scores[2, TARGETS[2]] -= 200.0  # nobody is right, and the target has no probability that float32 could tell from 0
+    unlikely = with_gradient(loss, scores, costs)
+    monkeypatch.undo()
+    torch.testing.assert_close(with_gradient(loss, scores, costs), unlikely, rtol=1e-9, atol=1e-9)
 
 
 def test_a_trace_sees_no_look_at_values(batch) -> None:

@@ -9,12 +9,9 @@ import torch
 from torch import Tensor
 
 from deferral.losses.closed_form import readable
-from deferral.numerics import KNEE, LEAST_BEFORE_KNEE, expm1_linear
+from deferral.numerics import KNEE, LEAST_BEFORE_KNEE, PRECISE, expm1_linear
 
 __all__ = ["comp_sum_block", "comp_sum_losses", "slope"]
-
-# A probability of float32 has all its digits down to here.
-PRECISE = 1e-35
 
 
 def comp_sum_losses(log_p: Tensor, mu: float) -> Tensor:

@@ -1,23 +1,18 @@
 """Log-probabilities of the softmax: of every action, or of the few that a loss of targets looks at."""
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from deferral.losses.closed_form import has_closed_form, in_blocks, refuse_second_derivatives
+from deferral.losses.closed_form import has_closed_form, refuse_second_derivatives
 from deferral.losses.entries import entry
 from deferral.numerics import lift
 
-__all__ = ["ABSENT", "by_target", "known_scores", "log_probabilities", "log_probabilities_at"]
+__all__ = ["ABSENT", "known_scores", "log_probabilities", "log_probabilities_at"]
 
 # The log-probability of an action that has left the row.  exp(-1e30) is 0, and 0 * 1e30 is 0 where 0 * inf would be NaN.
 ABSENT = -1e30
-# Tables of the scores' width that autograd holds at once in a formula of a target and several experts.
-_TABLES = 4
-_MANY = 0.15
 
 
 def log_probabilities(scores: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -43,22 +38,6 @@ def log_probabilities_at(scores: Tensor, targets: Tensor, num_classes: int, mask
         return _AtTarget.apply(scores, targets, num_classes)
     log_p = scores.log_softmax(dim=-1)
     return entry(log_p[..., :num_classes], targets), log_p[..., num_classes:]
-
-
-def by_target(formula: Callable[..., Tensor], scores: Tensor, targets: Tensor, right: Tensor) -> Tensor:
-    """formula(scores, targets, right), which looks at the target and at all experts.
-
-    (..., K+E), (...,) or (..., K), (..., E) bool -> (...,)
-    """
-    # Of few experts' columns autograd may keep several tables, which is quicker.
-    if targets.is_floating_point() or right.shape[-1] < _MANY * scores.shape[-1]:
-        return formula(scores, targets, right)
-    several = partial(_of_columns, formula)
-    return in_blocks(several, scores, targets.unsqueeze(-1), right, columns=_TABLES * scores.shape[-1])
-
-
-def _of_columns(formula: Callable[..., Tensor], scores: Tensor, targets: Tensor, right: Tensor) -> Tensor:
-    return formula(scores, targets.squeeze(-1), right)
 
 
 def known_scores(scores: Tensor, mask: Tensor | None) -> Tensor:

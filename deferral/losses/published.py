@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deferral.losses.closed_form import closed_form, has_closed_form, in_blocks, refuse_second_derivatives
-from deferral.losses.comp_sum import counted, without_ignored
+from deferral.losses.comp_sum import counted, targeted_comp_sum, without_ignored
 from deferral.losses.entries import entry, hits_of
 from deferral.losses.margin import Margin, logistic
-from deferral.losses.probabilities import ABSENT, by_target, known_scores, log_probabilities, log_probabilities_at
+from deferral.losses.probabilities import ABSENT, log_probabilities, log_probabilities_at
 from deferral.losses.realizable import expected_loss, log_mass, realizable_deferral
 from deferral.numerics import lift, log_add_exp
 from deferral.validation import (
@@ -344,13 +344,15 @@ def picce(
     if mask is not None:
         mask = action_mask(scores, mask, num_classes)
         expert_correct = expert_correct.where(mask[..., num_classes:], 0)
+    weights = _likeliest(lift(scores[..., num_classes:].detach()), expert_correct > 0)
+    return counted(targeted_comp_sum(scores, targets, weights, mask=mask), counts)
 
-    def formula(scores: Tensor, targets: Tensor, right: Tensor) -> Tensor:
-        classes, experts = log_probabilities_at(scores, targets, num_classes)
-        best = experts.masked_fill(~right, -torch.inf).amax(dim=-1)
-        return expected_loss(-classes, targets) - best.where(right.any(dim=-1), 0.0)
 
-    return counted(by_target(formula, known_scores(scores, mask), targets, expert_correct > 0), counts)
+def _likeliest(experts: Tensor, right: Tensor) -> Tensor:
+    """1 at the highest score among the right experts, shared where several have it; 0 where none is right.  (..., E) twice"""
+    experts = experts.masked_fill(~right, -torch.inf)
+    found = (experts == experts.amax(dim=-1, keepdim=True)) & right
+    return found.to(experts.dtype) / found.sum(dim=-1, keepdim=True).clamp(min=1)
 
 
 def learned_loss(estimate: Tensor, predictor_loss: Tensor) -> Tensor:

@@ -6,12 +6,16 @@ Mao, Mohri, Zhong, "Realizable H-Consistent and Bayes-Consistent Loss Functions 
 arXiv 2407.13732) and "Mastering Multiple-Expert Routing" (ICML 2025, arXiv 2506.20650).
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
+from deferral.losses.closed_form import closed_form, has_closed_form, readable
 from deferral.losses.comp_sum import counted, without_ignored
-from deferral.losses.probabilities import ABSENT, by_target, known_scores, log_probabilities, log_probabilities_at
-from deferral.numerics import lift, log_add_exp
+from deferral.losses.entries import hits_of
+from deferral.losses.probabilities import ABSENT, known_scores, log_probabilities, log_probabilities_at
+from deferral.numerics import PRECISE, lift, log_add_exp
 from deferral.validation import action_mask, require_actions, require_batch, require_floating, require_targets, require_tensor
 
 __all__ = ["realizable_deferral", "realizable_experts", "realizable_router"]
@@ -78,11 +82,45 @@ def realizable_experts(
         mask = action_mask(scores, mask, num_classes)
         expert_correct = expert_correct.where(mask[..., num_classes:], 0)
 
-    def formula(scores: Tensor, targets: Tensor, right: Tensor) -> Tensor:
-        classes, experts = log_probabilities_at(scores, targets, num_classes)
-        return expected_loss(_psi(log_add_exp(classes, log_mass(experts, right)), q), targets)
+    scores = known_scores(scores, mask)
+    right = (expert_correct != 0).expand(*scores.shape[:-1], expert_correct.shape[-1])
+    if not targets.is_floating_point() and has_closed_form(compiled=scores.device.type == "cpu"):
+        block = partial(_fill, q=q)
+        return counted(closed_form(block, scores, right, targets.unsqueeze(-1), columns=3 * right.shape[-1]), counts)
+    classes, experts = log_probabilities_at(scores, targets, num_classes)
+    return counted(expected_loss(_psi(log_add_exp(classes, log_mass(experts, right)), q), targets), counts)
 
-    return counted(by_target(formula, known_scores(scores, mask), targets, expert_correct != 0), counts)
+
+def _fill(scores: Tensor, right: Tensor, targets: Tensor, descent: Tensor, losses: Tensor, *, q: float) -> None:
+    """Psi_q(t), t the mass of the target and of all who are right, and minus its gradient, t^q (p given that mass - p)."""
+    own = scores.shape[-1] - right.shape[-1]
+    torch.softmax(scores, dim=-1, out=descent)
+    if readable(scores) and losses.numel():
+        p_target, p_right = descent[:, :own].gather(-1, targets), descent[:, own:] * right
+        t = p_target + p_right.sum(dim=-1, keepdim=True)
+        if t.amin().item() >= PRECISE:
+            log_t = t.log_()
+            losses.copy_(_psi(log_t, q))
+            scale, share = (q * log_t).exp_(), ((q - 1) * log_t).exp_()
+            descent.mul_(scale.neg_())
+            descent[:, own:].addcmul_(p_right, share)
+            descent[:, :own].scatter_add_(-1, targets, p_target.mul_(share))
+            return
+    target, experts = scores[:, :own].gather(-1, targets), scores[:, own:].masked_fill(~right, -torch.inf)
+    mass = torch.cat([target, experts], dim=-1).logsumexp(dim=-1, keepdim=True).clamp(min=ABSENT)
+    # log p_a = s_a - s_top + log p_top, exact however unlikely the actions are.
+    log_t = mass - scores.amax(dim=-1, keepdim=True) + descent.amax(dim=-1, keepdim=True).log()
+    losses.copy_(_psi(log_t, q))
+    scale = (q * log_t).exp()
+    pull, target_pull = (experts - mass).exp() * scale, (target - mass).exp() * scale
+    if torch.compiler.is_compiling():
+        # One loop over the row, of which a scatter would make three.
+        pulls = torch.cat([torch.where(hits_of(targets, own), target_pull, 0.0), pull], dim=-1)
+        torch.addcmul(pulls, descent, scale, value=-1, out=descent)
+        return
+    descent.mul_(-scale)
+    descent[:, own:].add_(pull)
+    descent[:, :own].scatter_add_(-1, targets, target_pull)
 
 
 def realizable_router(scores: Tensor, costs: Tensor, *, mask: Tensor | None = None) -> Tensor:
