@@ -259,10 +259,37 @@ def test_the_mass_of_the_right_is_the_same_from_scores_as_from_probabilities(q: 
     from_probabilities = with_gradient(loss, scores, costs)
     monkeypatch.setattr(REALIZABLE, "readable", lambda tensor: False)
     torch.testing.assert_close(with_gradient(loss, scores, costs), from_probabilities, rtol=1e-9, atol=1e-9)
-    scores[2, TARGETS[2]] -= 200.0  # nobody is right, and the target has no probability that float32 could tell from 0
-    unlikely = with_gradient(loss, scores, costs)
+    # Nobody is right, and the target has no probability that float32 could tell from 0.
+    scores[2, TARGETS[2]] -= 200.0
     monkeypatch.undo()
-    torch.testing.assert_close(with_gradient(loss, scores, costs), unlikely, rtol=1e-9, atol=1e-9)
+    unlikely = with_gradient(loss, scores, costs)
+    for module in USERS:
+        monkeypatch.setattr(module, "has_closed_form", lambda *constants, **options: False)
+    torch.testing.assert_close(unlikely, with_gradient(loss, scores, costs), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("readable", [True, False])
+def test_large_scores_lose_no_digits_of_the_mass_of_the_right(readable: bool, batch, monkeypatch) -> None:
+    scores, costs = batch
+    scores = (8 * scores).round() / 8  # so that float32 holds them with and without the offset
+
+    def loss(scores: Tensor, costs: Tensor) -> Tensor:
+        return losses.realizable_experts(scores, TARGETS, costs[:, K:].round().float(), q=0.0)
+
+    if not readable:
+        monkeypatch.setattr(REALIZABLE, "readable", lambda tensor: False)
+    torch.testing.assert_close(with_gradient(loss, scores.float() + 1e5, costs), with_gradient(loss, scores.float(), costs))
+
+
+@pytest.mark.parametrize("only", range(3))
+def test_an_action_without_a_rival_costs_nothing_wherever_it_stands(only: int) -> None:
+    mask = torch.arange(3) == only
+    scores = torch.where(mask, 5.0, -torch.inf).unsqueeze(0)
+    assert losses.max_margin(scores, mask.float().unsqueeze(0)).item() == 0
+    assert losses.max_margin(torch.randn(1, 3), torch.ones(1, 3), mask=mask.unsqueeze(0)).item() == 0
+    assert max_rho_margin(scores, torch.tensor([only])).item() == 0
+    best, second, _ = two_highest(scores)
+    assert (best.item(), second.item()) == (5.0, -torch.inf)
 
 
 def test_a_trace_sees_no_look_at_values(batch) -> None:

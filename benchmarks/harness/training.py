@@ -189,8 +189,8 @@ def _epoch(
 
 
 def _schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
-    """Down by a cosine, after a rise where the recipe has one."""
-    if not recipe.warm_up:
+    """Down by a cosine, after a rise where the recipe has one and it is more than a step."""
+    if recipe.warm_up * steps < 2:
         return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     return torch.optim.lr_scheduler.OneCycleLR(
         optimizer, recipe.learning_rate, total_steps=steps + 1, pct_start=recipe.warm_up, cycle_momentum=False

@@ -15,8 +15,8 @@ from torch import Tensor
 
 __all__ = ["closed_form", "has_closed_form", "in_blocks", "readable", "refuse_second_derivatives"]
 
-# Numbers in the temporary tables of a block: on a CPU they stay in the cache; elsewhere, where many small blocks would wait for
-# Python, they take no more memory than the scores.
+# Numbers in the temporary tables of a block: on a CPU they stay in the cache; elsewhere many small blocks would wait for Python,
+# and together they are as many as the scores, or these few.
 CPU_BLOCK = 3 << 18
 LEAST_BLOCK = 1 << 24
 

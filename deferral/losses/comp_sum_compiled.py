@@ -1,7 +1,7 @@
 """Comp-sum losses in words of which a compiler makes few loops, with one exponential where one is enough.
 
 On a CPU value and gradient at once: an exponential costs more than a table that is moved.  On a GPU it is the other way round:
-nothing of the scores' size is kept, and the gradient is one loop over the scores, without sums.
+scores and weights are kept, and the gradient is one more loop over them, without sums.
 """
 
 from typing import Any, NamedTuple
@@ -68,28 +68,25 @@ class _Recomputed(torch.autograd.Function):
         mu: float,
     ) -> Tensor:
         row = _row(scores, weights if ceiling is None else ceiling - weights, targets, mu)
-        if targets is None:
-            ctx.save_for_backward(scores, row.total, row.top, row.log_norm, weights, ceiling)
-        else:
-            ctx.save_for_backward(scores, row.total, row.top, row.log_norm, row.pull, targets, row.target_pull)
+        kept = weights if targets is None else row.pull
+        ctx.save_for_backward(scores, kept, ceiling, targets, row.target_pull, row.total, row.top, row.log_norm)
         ctx.mu = mu
         return row.losses.squeeze(-1)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivatives()
-        scores, total, top, log_norm, *weighing = ctx.saved_tensors
+        scores, kept, ceiling, targets, target_pull, total, top, log_norm = ctx.saved_tensors
         log_p = scores - top - log_norm
         p = log_p.exp()
-        if len(weighing) == 2:
-            weights, ceiling = weighing
-            pull = weights if ceiling is None else ceiling - weights
+        if targets is None:
+            pull = kept if ceiling is None else ceiling - kept
             if ctx.mu != 1:
                 pull = pull * _power(p, (ctx.mu - 1) * log_p, ctx.mu)
         else:
-            weighted, targets, target_pull = weighing
+            # Few columns have weights: their pull is kept, rather than taken from all columns once more.
             width = scores.shape[-1]
-            pull = torch.where(hits_of(targets, width), target_pull, F.pad(weighted, (width - weighted.shape[-1], 0)))
+            pull = torch.where(hits_of(targets, width), target_pull, F.pad(kept, (width - kept.shape[-1], 0)))
         return (p * total - pull) * gradient.unsqueeze(-1), None, None, None, None
 
 
@@ -100,12 +97,12 @@ def _row(scores: Tensor, weights: Tensor, targets: Tensor | None, mu: float) -> 
     exponentials = shifted.exp()
     norm = exponentials.sum(dim=-1, keepdim=True)
     log_norm = norm.log()
-    weighed = shifted[..., own:]
+    beside = shifted[..., own:]
     if mu == 1:
         pull = weights
-        losses = pull.sum(dim=-1, keepdim=True) * log_norm - _sum_of_numbers(pull * weighed)
+        losses = pull.sum(dim=-1, keepdim=True) * log_norm - _sum_of_numbers(pull * beside)
     else:
-        exponent = (mu - 1) * (weighed - log_norm)
+        exponent = (mu - 1) * (beside - log_norm)
         pull = weights * _power(exponentials[..., own:] * norm.reciprocal(), exponent, mu)
         losses = (weights - pull).sum(dim=-1, keepdim=True)
         if mu < 1:

@@ -94,11 +94,10 @@ def one_vs_all(
     require_batch("scores", scores.shape[:-1], "expert_correct", expert_correct.shape[:-1])
     targets, counts = without_ignored(targets, ignore_index)
     scores = lift(scores)
-    if phi is logistic and mask is None and not targets.is_floating_point():
+    closed = has_closed_form(expert_correct, compiled=True)
+    if closed and phi is logistic and mask is None and not targets.is_floating_point():
         correct = expert_correct.to(scores.dtype).expand(*targets.shape, expert_correct.shape[-1])
-        if not has_closed_form(expert_correct, compiled=True):
-            losses = _binary_losses(scores.clamp(min=ABSENT), correct, targets.unsqueeze(-1)).squeeze(-1)
-        elif torch.compiler.is_compiling() and scores.device.type != "cpu":
+        if torch.compiler.is_compiling() and scores.device.type != "cpu":
             losses = _BinaryProblems.apply(scores, correct, targets.unsqueeze(-1)).squeeze(-1)
         else:
             losses = closed_form(_binary_problems, scores, correct, targets.unsqueeze(-1), columns=scores.shape[-1])
@@ -132,7 +131,7 @@ def _binary_problems(scores: Tensor, correct: Tensor, targets: Tensor, descent: 
 
 
 class _BinaryProblems(torch.autograd.Function):
-    """`_binary_problems` for a compiler for a GPU: nothing of the scores' size is kept."""
+    """`_binary_problems` for a compiler for a GPU, which keeps nothing but the scores."""
 
     @staticmethod
     def forward(ctx: Any, scores: Tensor, correct: Tensor, targets: Tensor) -> Tensor:
@@ -230,7 +229,7 @@ def cost_sensitive_abstention(
     require_cost_range(cost)
     if isinstance(cost, Tensor):
         require_batch("scores", scores.shape[:-1], "cost", cost.shape)
-        cost = lift(cost)
+        cost = cost.to(lift(scores).dtype)
     targets, counts = without_ignored(targets, ignore_index)
     scores = lift(scores)
     cost = cost.unsqueeze(-1) if isinstance(cost, Tensor) else scores.new_full((1,), cost)

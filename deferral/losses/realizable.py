@@ -106,10 +106,11 @@ def _fill(scores: Tensor, right: Tensor, targets: Tensor, descent: Tensor, losse
             descent[:, own:].addcmul_(p_right, share)
             descent[:, :own].scatter_add_(-1, targets, p_target.mul_(share))
             return
-    target, experts = scores[:, :own].gather(-1, targets), scores[:, own:].masked_fill(~right, -torch.inf)
+    # log p_a = s_a - s_top + log p_top, exact however unlikely the actions are, and however large the scores.
+    top = scores.amax(dim=-1, keepdim=True)
+    target, experts = scores[:, :own].gather(-1, targets) - top, (scores[:, own:] - top).masked_fill(~right, -torch.inf)
     mass = torch.cat([target, experts], dim=-1).logsumexp(dim=-1, keepdim=True).clamp(min=ABSENT)
-    # log p_a = s_a - s_top + log p_top, exact however unlikely the actions are.
-    log_t = mass - scores.amax(dim=-1, keepdim=True) + descent.amax(dim=-1, keepdim=True).log()
+    log_t = mass + descent.amax(dim=-1, keepdim=True).log()
     losses.copy_(_psi(log_t, q))
     scale = (q * log_t).exp()
     pull, target_pull = (experts - mass).exp() * scale, (target - mass).exp() * scale
