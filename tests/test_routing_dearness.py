@@ -190,7 +190,7 @@ def as_format_2(folder: Path) -> None:
     names = json.loads((folder / "router.json").read_text(encoding="utf-8"))
     (stored,) = folder.glob("state.*.safetensors")
     arrays = load(stored.read_bytes())
-    for later in ("state/held_dearness", "state/places", "witnesses/similarity", "witnesses/dearness"):
+    for later in ("state/held_dearness", "state/floor", "state/places", "witnesses/similarity", "witnesses/dearness"):
         del arrays[later]
     numbers = save(arrays)
     stored.unlink()
@@ -251,6 +251,33 @@ def test_a_query_shorter_than_all_of_the_log_is_not_foreseen_cheaper_than_those_
         one = fitted.route(query).price["talker"]
         assert 0.6 * facts < one < 1.5 * facts
         np.testing.assert_allclose(fitted.route_batch([query, longer[0]]).price[0, 1], one, rtol=1e-4)
+
+
+def test_only_experts_whose_prices_are_told_cost_no_less_below_the_shortest_queries() -> None:
+    texts, proof, quality, price = asked(400)
+    longer = [text + " of which every step is to be shown" * 4 if one else text for text, one in zip(texts, proof, strict=True)]
+    both = np.stack([[1e-5 * len(text) for text in longer], price[:, 1]], -1)
+    fitted = Router(0.02, encoder=counts, policies=QUICK).fit(log_of_table(longer, EXPERTS, quality, both))
+    assert fitted.fitted.floor[0] == 0
+    assert fitted.fitted.floor[1] > 10
+    assert fitted.route("war").price["terse"] == pytest.approx(3e-5, rel=1e-3)
+    alone = fitted.fitted.without("talker")
+    assert alone.prices_of_one("war", np.zeros(1)) == pytest.approx([3e-5], rel=1e-3)
+
+
+def test_a_folder_that_knows_no_shortest_queries_prices_by_the_line(tmp_path: Path) -> None:
+    folder = tmp_path / "router"
+    router().save(folder)
+    (numbers,) = folder.glob("state.*.safetensors")
+    arrays = load(numbers.read_bytes())
+    assert arrays.pop("state/floor").any()
+    written = save(arrays)
+    names = json.loads((folder / "router.json").read_text(encoding="utf-8"))
+    del names["names_sha256"]
+    names["sha256"] = sha256(written).hexdigest()
+    (folder / f"state.{names['sha256'][:12]}.safetensors").write_bytes(written)
+    (folder / "router.json").write_text(json.dumps(names), encoding="utf-8")
+    assert not Router.load(folder, encoder=counts).fitted.floor.any()
 
 
 def counts_encoder(texts: list[str]) -> FunctionEncoder:

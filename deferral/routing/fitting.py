@@ -12,7 +12,7 @@ from deferral.routing.encoders import Vectors
 from deferral.routing.outcomes import Table, check_text
 from deferral.routing.policies import Neighbours, Policy
 from deferral.routing.policies.centres import nearest_centre
-from deferral.routing.prices import PriceModel, error_range, fit_prices, shortest
+from deferral.routing.prices import PriceModel, error_range, fit_prices
 from deferral.routing.training import Judged
 
 __all__ = ["Estimates", "Fitted"]
@@ -57,6 +57,7 @@ class Fitted:
     held_price: np.ndarray  # (M, E) dollars, as they were paid
     held_length: np.ndarray  # (M,) characters
     held_dearness: np.ndarray  # (M, E), as it was foreseen
+    floor: np.ndarray  # (E,) characters below which a query costs no less, where neighbours say what it costs
     places: np.ndarray  # (E,) of each expert among those that were learned, -1 of those that came later
     room: str
 
@@ -75,30 +76,25 @@ class Fitted:
 
         (N,), (N, E) -> (N, E)
         """
-        by_length = self.prices(np.maximum(characters, self._shortest))
+        by_length = self.prices.base + np.maximum(characters[:, None], self.floor) * self.prices.per_character
         return np.maximum(by_length + dearness * self.mean_price, _LEAST_SHARE * by_length)
 
     def prices_of_one(self, query: str, dearness: np.ndarray | None = None) -> list[float]:
         """The same of one query; by its length alone where no more is known of it.  (E,) -> E"""
-        characters = max(len(query), self._shortest)
-        by_length = [base + characters * rate for base, rate in self._rates]
+        characters = len(query)
         if dearness is None:
-            return by_length
+            return [base + characters * rate for base, rate, _ in self._rates]
+        by_length = [base + max(characters, floor) * rate for base, rate, floor in self._rates]
         means, above = self._mean_prices, dearness.tolist()
         return [max(price + more * mean, _LEAST_SHARE * price) for price, more, mean in zip(by_length, above, means, strict=True)]
-
-    @cached_property
-    def _shortest(self) -> float:
-        """Characters below which a query costs no less, where neighbours say what it costs."""
-        return shortest(self.held_length) if self.held_dearness.any() else 0.0
 
     @cached_property
     def _mean_prices(self) -> list[float]:
         return self.mean_price.tolist()
 
     @cached_property
-    def _rates(self) -> list[tuple[float, float]]:
-        return list(zip(self.prices.base.tolist(), self.prices.per_character.tolist(), strict=True))
+    def _rates(self) -> list[tuple[float, float, float]]:
+        return list(zip(self.prices.base.tolist(), self.prices.per_character.tolist(), self.floor.tolist(), strict=True))
 
     @cached_property
     def _held_expected(self) -> np.ndarray:
@@ -335,6 +331,7 @@ class Fitted:
             held_estimate=self.held_estimate[:, kept],
             held_price=self.held_price[:, kept],
             held_dearness=self.held_dearness[:, kept],
+            floor=self.floor[kept],
             places=self.places[kept],
         )
 
@@ -359,6 +356,7 @@ class Fitted:
             held_estimate=widened(self.held_estimate, expected),
             held_price=widened(self.held_price, prices(self._held_lengths)),
             held_dearness=widened(self.held_dearness, np.zeros((len(self.held_dearness), 1))),
+            floor=widened(self.floor, np.zeros(1)),
             places=widened(self.places, np.array([-1])),
         )
 

@@ -12,7 +12,7 @@ from deferral.routing.outcomes import Table
 from deferral.routing.partial_logs import doubly_robust, observed
 from deferral.routing.policies import Beside, Heads, Neighbours, Policy, Rejector, expert_means
 from deferral.routing.policies.centres import nearest_centre, spherical_centres
-from deferral.routing.prices import PriceModel, dearness, fit_prices
+from deferral.routing.prices import PriceModel, dearness, fit_prices, shortest
 from deferral.routing.shift import familiarity, refitted, shifted_folds, shrinkage
 from deferral.routing.training import (
     FOLDS,
@@ -83,6 +83,7 @@ def fitted(
         held_price=np.empty((0, experts)),
         held_length=np.empty(0),
         held_dearness=np.empty((0, experts), np.float32),
+        floor=np.zeros(experts),
         places=np.arange(experts),
         room="",
     )
@@ -115,12 +116,13 @@ def _learned(
     foreseen = np.zeros(p.shape, np.float32)
     if beside is not None:
         told = _told(held.beside, *beside)
-        foreseen, state = held.beside * told, replace(state, memory=state.memory.keeping_beside(told))
-    state = replace(state, held_length=length[some], held_dearness=foreseen)
+        every = np.full(len(told), shortest(length))
+        foreseen, dear = held.beside * told, replace(state, floor=every)
+        state = replace(state, memory=state.memory.keeping_beside(told), floor=every * told)
     expected = state.priced(length[some], foreseen)
     if beside is not None and told.any():
         # What was not logged costs what it is expected to, and what was, as much more than its length says at other prices.
-        paid = p if logged else state.priced(length[some], beside[0])
+        paid = p if logged else dear.priced(length[some], beside[0])
         p = np.where(beside[1], paid, expected)
     errors = grid(p)
     names = list(held.deviations)
@@ -163,6 +165,8 @@ def _learned(
         held_quality=held.truth.astype(np.float32),
         held_estimate=judged_as.astype(np.float32),
         held_price=p,
+        held_length=length[some],
+        held_dearness=foreseen,
         room=str(room),
     )
 

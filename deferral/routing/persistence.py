@@ -37,8 +37,8 @@ _NUMBERS, _NAMES, _PARTIAL = "state.{}.safetensors", "router.json", ".{}.{}.{}.p
 _POLICIES = {policy.kind: policy for policy in (Linear, Neighbours, Clusters, Heads, Factors, Features, Rejector)}
 _JUDGED = ("errors", "learned", "static", "random", "oracle", "gain", "half_width", "overall", "rows")
 _EARLY = ("means", "mean_price", "latency", "extension", "held_quality", "held_estimate", "held_price")
-# Not in folders of format 2.
-_LATER = ("held_dearness", "places")
+# Not in every folder of an earlier version.
+_LATER = ("held_dearness", "floor", "places")
 _WITNESSES = {"quality": "estimate", "similarity": "similarity", "trust": "trust", "dearness": "dearness"}
 
 
@@ -225,7 +225,8 @@ def _state(names: dict, arrays: dict[str, np.ndarray]) -> Fitted:
 def _arrays_of(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     found = {name: arrays[f"state/{name}"] for name in _EARLY}
     experts = len(found["means"])
-    earlier = {"held_dearness": np.zeros((len(found["held_price"]), experts), np.float32), "places": np.full(experts, -1)}
+    dearness = np.zeros((len(found["held_price"]), experts), np.float32)
+    earlier: dict[str, np.ndarray] = {"held_dearness": dearness, "floor": np.zeros(experts), "places": np.full(experts, -1)}
     return found | {name: arrays.get(f"state/{name}", earlier[name]) for name in _LATER}
 
 
