@@ -35,7 +35,7 @@ def compiled_block(
     scores: Tensor, weights: Tensor, targets: Tensor | None, ceiling: Tensor | None, descent: Tensor, losses: Tensor, *, mu: float
 ) -> None:
     """What `comp_sum_block` fills."""
-    row = _row(scores, weights if ceiling is None else ceiling - weights, targets, mu)
+    row = _row(scores, weights if ceiling is None else ceiling - weights, targets, mu, divides=True)
     losses.copy_(row.losses)
     scale = row.total / row.norm
     if targets is None:
@@ -67,7 +67,7 @@ class _Recomputed(torch.autograd.Function):
         ceiling: Tensor | None,
         mu: float,
     ) -> Tensor:
-        row = _row(scores, weights if ceiling is None else ceiling - weights, targets, mu)
+        row = _row(scores, weights if ceiling is None else ceiling - weights, targets, mu, divides=False)
         kept = weights if targets is None else row.pull
         ctx.save_for_backward(scores, kept, ceiling, targets, row.target_pull, row.total, row.top, row.log_norm)
         ctx.mu = mu
@@ -82,7 +82,7 @@ class _Recomputed(torch.autograd.Function):
         if targets is None:
             pull = kept if ceiling is None else ceiling - kept
             if ctx.mu != 1:
-                pull = pull * _power(p, (ctx.mu - 1) * log_p, ctx.mu)
+                pull = pull * _power(p, (ctx.mu - 1) * log_p, ctx.mu, divides=False)
         else:
             # Few columns have weights: their pull is kept, rather than taken from all columns once more.
             width = scores.shape[-1]
@@ -90,7 +90,7 @@ class _Recomputed(torch.autograd.Function):
         return (p * total - pull) * gradient.unsqueeze(-1), None, None, None, None
 
 
-def _row(scores: Tensor, weights: Tensor, targets: Tensor | None, mu: float) -> _Row:
+def _row(scores: Tensor, weights: Tensor, targets: Tensor | None, mu: float, *, divides: bool) -> _Row:
     own = scores.shape[-1] - weights.shape[-1]
     top = scores.amax(dim=-1, keepdim=True)
     shifted = scores - top
@@ -103,7 +103,7 @@ def _row(scores: Tensor, weights: Tensor, targets: Tensor | None, mu: float) -> 
         losses = pull.sum(dim=-1, keepdim=True) * log_norm - _sum_of_numbers(pull * beside)
     else:
         exponent = (mu - 1) * (beside - log_norm)
-        pull = weights * _power(exponentials[..., own:] * norm.reciprocal(), exponent, mu)
+        pull = weights * _power(exponentials[..., own:] * norm.reciprocal(), exponent, mu, divides=divides)
         losses = (weights - pull).sum(dim=-1, keepdim=True)
         if mu < 1:
             losses = losses - _sum_of_numbers(pull * (exponent - KNEE).relu())
@@ -117,12 +117,11 @@ def _row(scores: Tensor, weights: Tensor, targets: Tensor | None, mu: float) -> 
     return _Row(losses, exponentials, pull, target_pull, total, top, norm, log_norm)
 
 
-def _power(p: Tensor, exponent: Tensor, mu: float) -> Tensor:
-    """p^(mu-1), constant past the knee, given p and (mu-1) * log p."""
+def _power(p: Tensor, exponent: Tensor, mu: float, *, divides: bool) -> Tensor:
+    """p^(mu-1), constant past the knee, given p and (mu-1) * log p; `divides` where that is quicker than an exponential."""
     if mu == 2:
         return p
-    # A GPU divides more slowly than it takes an exponential.
-    if mu == 0 and p.device.type == "cpu":
+    if mu == 0 and divides:
         return p.clamp(min=LEAST_BEFORE_KNEE).reciprocal()
     return (exponent.clamp(max=KNEE) if mu < 1 else exponent).exp()
 
