@@ -54,19 +54,19 @@ def small(outputs: int, *, width: int = 32) -> Network:
     return Network(body, 4 * width, outputs)
 
 
-def fast(outputs: int, *, width: int = 64) -> Network:
+def fast(outputs: int) -> Network:
     """Seven convolutions, three of them in two residual parts, 1.3 M parameters, for a GPU."""
     body = nn.Sequential(
-        *_conv(3, width),
-        *_conv(width, 2 * width, pool=True),
-        Residual(nn.Sequential(*_conv(2 * width, 2 * width), *_conv(2 * width, 2 * width))),
-        *_conv(2 * width, 3 * width, pool=True),
-        *_conv(3 * width, 3 * width, pool=True),
-        Residual(nn.Sequential(*_conv(3 * width, 3 * width))),
+        *_conv(3, 64),
+        *_conv(64, 128, pool=True),
+        Residual(nn.Sequential(*_conv(128, 128), *_conv(128, 128))),
+        *_conv(128, 192, pool=True),
+        *_conv(192, 192, pool=True),
+        Residual(nn.Sequential(*_conv(192, 192))),
         *_pooled(),
     )
     # Maxima over an image are large: scores of full size would saturate the softmax before the body has learned anything.
-    return Network(body, 3 * width, outputs, scale=0.125)
+    return Network(body, 192, outputs, scale=0.125)
 
 
 def resnet34(outputs: int) -> Network:

@@ -7,12 +7,11 @@ scores and weights are kept, and the gradient is one more loop over them, withou
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from deferral.losses.closed_form import refuse_second_derivatives
 from deferral.losses.comp_sum_blocks import comp_sum_losses, slope
-from deferral.losses.entries import hits_of
+from deferral.losses.entries import hits_of, with_target
 from deferral.numerics import KNEE, LEAST_BEFORE_KNEE
 
 __all__ = ["compiled_block", "recomputed_comp_sum"]
@@ -85,8 +84,7 @@ class _Recomputed(torch.autograd.Function):
                 pull = pull * _power(p, (ctx.mu - 1) * log_p, ctx.mu, divides=False)
         else:
             # Few columns have weights: their pull is kept, rather than taken from all columns once more.
-            width = scores.shape[-1]
-            pull = torch.where(hits_of(targets, width), target_pull, F.pad(kept, (width - kept.shape[-1], 0)))
+            pull = with_target(targets, target_pull, kept, scores.shape[-1])
         return (p * total - pull) * gradient.unsqueeze(-1), None, None, None, None
 
 

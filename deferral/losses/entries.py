@@ -3,11 +3,12 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from deferral.losses.closed_form import has_closed_form
 
-__all__ = ["entry", "hits_of", "two_highest"]
+__all__ = ["entry", "hits_of", "two_highest", "with_target"]
 
 
 def entry(table: Tensor, index: Tensor) -> Tensor:
@@ -20,6 +21,11 @@ def entry(table: Tensor, index: Tensor) -> Tensor:
 def hits_of(index: Tensor, width: int) -> Tensor:
     """True at the index of each row.  (..., 1) -> (..., width) bool"""
     return torch.arange(width, device=index.device) == index
+
+
+def with_target(targets: Tensor, at_target: Tensor | float, last: Tensor, width: int) -> Tensor:
+    """Rows of `at_target` at the target, `last` in the last columns, 0 elsewhere.  (..., 1), (..., W) -> (..., width)"""
+    return torch.where(hits_of(targets, width), at_target, F.pad(last, (width - last.shape[-1], 0)))
 
 
 def two_highest(table: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from deferral.losses.closed_form import closed_form, has_closed_form, in_blocks, refuse_second_derivatives
 from deferral.losses.comp_sum import counted, targeted_comp_sum, without_ignored
-from deferral.losses.entries import entry, hits_of
+from deferral.losses.entries import entry, hits_of, with_target
 from deferral.losses.margin import Margin, logistic
 from deferral.losses.probabilities import ABSENT, log_probabilities, log_probabilities_at
 from deferral.losses.realizable import expected_loss, log_mass, realizable_deferral
@@ -142,9 +142,7 @@ class _BinaryProblems(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         refuse_second_derivatives()
         scores, correct, targets = ctx.saved_tensors
-        width = scores.shape[-1]
-        hits = torch.where(hits_of(targets, width), 1.0, F.pad(correct, (width - correct.shape[-1], 0)))
-        return (scores.sigmoid() - hits) * gradient, None, None
+        return (scores.sigmoid() - with_target(targets, 1.0, correct, scores.shape[-1])) * gradient, None, None
 
 
 def _binary_losses(scores: Tensor, correct: Tensor, targets: Tensor) -> Tensor:
