@@ -36,7 +36,7 @@ _TOGETHER = 16
 _CONVERSATIONS = 4
 # From this many requests under way on, turns begin this many seconds apart at least: a query decided alone costs a crowded loop
 # several times what it costs among others.
-_CROWD = 4
+_CROWD = 24
 _APART = 0.004
 
 
