@@ -106,6 +106,10 @@ def test_nobody_is_asked_first_where_that_cannot_pay_or_was_not_judged(router: R
         assert first_of(router, wanted=wanted) is None
     assert first_of(router, left=0.01) is None, "both answers have to be covered"
     assert first_of(router, left=0.0102).dollars == pytest.approx(0.0101)
+    sent = [{"role": "system", "content": "x" * 400_000}, {"role": "user", "content": GUESS}]
+    dear = first_of(router, messages=sent).dollars
+    assert dear == pytest.approx(sum(PRICES.values()) * 0.1, rel=0.01), "both read all of it, some 100,000 tokens"
+    assert first_of(router, messages=sent, left=dear - 0.001) is None
     assert first_of(router, a_choice(router, fast_path=True)) is None
     assert first_of(router, a_choice(router, ranking=("large",), cost={"large": 0.2}, price={"large": 0.01})) is None
     assert first_of(router, a_choice(router, f"{EASY} 7")) is None
@@ -466,8 +470,11 @@ def test_a_client_that_leaves_ends_both_and_has_paid_for_what_there_was(running:
                 assert time.monotonic() < until
                 time.sleep(0.01)
         left = on_record(running, rows[0][0])
-        assert (left["ending"], left["price"], left["extra"]) == ("deferred", pytest.approx(47e-6), pytest.approx(47e-6))
-        assert gateway.state.limits.left(key) == pytest.approx(1.0 - 47e-6)
+        # The first answer, and what the second expert has read by then.
+        price = 47e-6 + left["input_tokens"] * PRICES["large"] / 1e6
+        assert (left["ending"], left["price"], left["extra"]) == ("deferred", pytest.approx(price), pytest.approx(47e-6))
+        assert (left["expert"], left["output_tokens"], left["estimated"]) == ("large", 0, 1)
+        assert gateway.state.limits.left(key) == pytest.approx(1.0 - price)
         assert gateway.state.answerers.standings["large"].slots.taken == 0
         assert gateway.state.answerers.standings["small"].slots.taken == 0
     finally:

@@ -112,6 +112,21 @@ def test_the_trade_off_is_turned_by_hints_and_by_a_budget_that_runs_low(decider:
     assert choose(decider, asked(HARD), min_quality=0.99).ranking[0] == "large"
 
 
+def test_who_is_too_dear_is_told_by_all_that_is_sent(router: Router) -> None:
+    prices = {"small": 0.01, "large": 2.0}
+    decider = Decider(
+        router, {name: Expert(name, "http://127.0.0.1:1", input_price=price) for name, price in prices.items()}, deadline_s=1.0
+    )
+    long = asked(HARD, tokens=100_000)
+    assert choose(decider, long, Limited(left=0.5)).ranking[0] == "large"
+    # The query alone is expected to cost a cent of the large one; what comes with it is $0.20 of input.
+    choice = choose(decider, long, Limited(left=0.1))
+    assert choice.ranking == ("small",)
+    assert choose(decider, asked(HARD), Limited(left=0.1)).ranking[0] == "large"
+    assert choose(decider, long, Limited(left=0.0)).ranking == ("small",), "the budget itself refuses"
+    decider.close()
+
+
 def test_past_the_deadline_the_static_mix_decides_and_says_so() -> None:
     slow = 0.0
 

@@ -66,6 +66,29 @@ def test_a_key_is_forgotten_and_has_spent_what_it_spent(database: str, monkeypat
     record.stop()
 
 
+def test_an_empty_id_is_not_that_of_all_who_have_none(database: str, capsys: pytest.CaptureFixture[str]) -> None:
+    record, store = filled(database), Keys(database)
+    record.add(row(99, time=NOW, key="", query="mine", reply_id=""))
+    record.stop()
+    before = counts(record)
+    assert before[0] == 21
+    with pytest.raises(ValueError, match="got an empty one"):
+        forget(record.engine, response="")
+    store.start()
+    app = Starlette(routes=routes(SimpleNamespace(record=record, keys=store)), exception_handlers=error_handlers())  # type: ignore[arg-type]
+    with TestClient(app) as client:
+        for path in ("/responses/", "/keys/dk-/record"):
+            assert client.delete(path).json()["error"]["code"] == "no_id"
+    for option in (["--response", ""], ["--key", "dk-"]):
+        with pytest.raises(SystemExit) as ended:
+            main(["gateway", "forget", *option, "--yes", "--database", database])
+        assert ended.value.code
+        assert "got an empty one" in capsys.readouterr().err
+    assert counts(record) == before
+    store.close()
+    record.stop()
+
+
 def test_a_response_is_forgotten_by_either_id(database: str) -> None:
     record = filled(database)
     assert forget(record.engine, response="id-1") == Forgotten(1, 1, 1)

@@ -326,6 +326,25 @@ def test_what_was_spent_without_a_budget_counts_when_there_is_one_again(no_wait:
     assert gate.left(key) == 0.125
 
 
+def test_what_is_in_flight_when_a_key_first_gets_a_budget_counts_in_it(no_wait: None) -> None:
+    record = Spent()
+    gate, free = Limits(record, Clock()), Key("k", "k")  # type: ignore[arg-type]
+    gate.load([free])
+    stream, other = gate.hold(free, 0.0), gate.hold(free, 0.0)
+    other.settle(0.125)
+    record.rows.append((NOON, 0.125))
+    key = replace(free, budget=1.0)
+    gate.follow([key])
+    assert gate.left(key) == 0.875
+    stream.settle(0.5)
+    assert gate.left(key) == 0.375
+    # Without a budget nothing is counted, then or later.
+    gate.follow([free])
+    late = gate.hold(free, 0.0)
+    late.settle(0.5)
+    assert gate.left(free) is None
+
+
 def test_a_window_that_cannot_be_read_is_tried_again(no_wait: None, caplog: pytest.LogCaptureFixture) -> None:
     record = Spent((NOON - 48 * 3600, 0.5))
     gate, day = Limits(record, Clock()), Key("k", "k", budget=1.0, window="day")  # type: ignore[arg-type]

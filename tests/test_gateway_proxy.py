@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +21,10 @@ import openai
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from starlette.testclient import TestClient
 
+from deferral.gateway.app import gateway as build
+from deferral.gateway.app import stamps
 from deferral.gateway.experts_file import read_experts
 from deferral.gateway.logs import JsonLines
 from deferral.gateway.settings import Settings
@@ -83,6 +87,7 @@ output_price = 250.0
 {common}
 model = "stall"
 route = false
+input_price = 3.0
 max_concurrent = 1
 max_waiting = 0
 [experts.misled]
@@ -319,6 +324,7 @@ def test_constraints_and_hints(running: Any) -> None:
     assert gateway.chat(EASY + " x" * 10_000, key=key)[1]["x-deferral-expert"] == "large"
     assert gateway.chat(HARD, key=key, x_deferral_price_of_error="0.001")[1]["x-deferral-expert"] == "small"
     assert gateway.chat(HARD, key=key, x_deferral_price_of_error="many")[0] == 400
+    assert gateway.chat(HARD, key=key, x_deferral_price_of_error="1e-320")[0] == 400, "a price over it would be infinite"
     assert gateway.chat(HARD, key=key, x_deferral_max_latency="0.001")[0] == 400
 
 
@@ -371,6 +377,10 @@ def test_when_the_client_leaves_the_upstream_is_told(running: Any) -> None:
         assert running.upstream.asked("stall")[-1].gone
         row = rows(running, "requested = 'narrow'")[-1]
         assert (row["outcome"], row["status"]) == ("cancelled", 200 if b"stream" in body else 499)
+        # What it has read is paid for, whether its client waits or not.
+        assert (row["expert"], row["estimated"]) == ("narrow", 1)
+        assert row["price"] == pytest.approx(row["input_tokens"] * 3.0 / 1e6)
+        assert row["input_tokens"] > 10
         assert running.gateway.state.answerers.standings["narrow"].slots.taken == 0
 
 
@@ -506,6 +516,35 @@ def test_health_and_readiness(running: Any) -> None:
         assert gateway.ask("GET", "/health")[0] == 200
     finally:
         calm(gateway)
+
+
+def test_what_changed_while_a_gateway_started_is_read_once_more(running: Any, tmp_path: Path) -> None:
+    file = tmp_path / "experts.toml"
+    file.write_text(experts_file(running.upstream.port), encoding="utf-8")
+    options = replace(running.gateway.state.settings, database=str(tmp_path / "gateway.db"), experts_file=file)
+    before, experts = stamps(options), read_experts(file)
+    # As a promotion does, by a file of another name.
+    (tmp_path / "next").write_text(experts_file(running.upstream.port, "context_tokens = 7000"), encoding="utf-8")
+    (tmp_path / "next").replace(file)
+    app = build(small_router(), experts, settings=options, read=before)
+    with TestClient(app):
+        assert app.state.gateway.current.experts["large"].context_tokens == 7000
+    file.write_text("[experts", encoding="utf-8")
+    app = build(small_router(), experts, settings=options, read=before)
+    with TestClient(app):
+        assert app.state.gateway.current.experts["large"].context_tokens is None, "a mistake changes nothing"
+
+
+def test_what_two_keys_name_alike_is_not_one_request_to_the_expert(running: Any) -> None:
+    gateway = running.gateway
+    other, _ = gateway.state.keys.create("another")
+    sent = []
+    for key in (running.key, running.key, other):
+        body = {"model": "small", "messages": [{"role": "user", "content": EASY}]}
+        assert gateway.ask("POST", "/v1/chat/completions", body, key=key, idempotency_key="1")[0] == 200
+        sent.append(running.upstream.seen[-1].headers["idempotency-key"])
+    assert sent[0] == sent[1] != sent[2]
+    assert "1" not in sent
 
 
 def test_a_reload_is_whole_or_not_at_all_and_drops_nothing(running: Any) -> None:

@@ -15,6 +15,7 @@ import aiohttp
 import pytest
 
 from deferral.gateway.answering import Answerers, Call, Standing, Unanswered, _nobody
+from deferral.gateway.breaker import Breaker
 from deferral.gateway.experts_file import Expert
 from deferral.gateway.metrics import Metrics
 from deferral.gateway.requests import parse
@@ -90,6 +91,26 @@ def test_an_expert_that_asks_for_rest_is_left_alone_whether_blamed_or_not() -> N
     assert ticket is not None
     standing.blame(asyncio.CancelledError(), ticket, "small")
     assert not standing.breaker.down
+
+
+@pytest.mark.parametrize("path", ["/responses", "/embeddings", "/completions"])
+def test_who_is_tried_again_with_a_path_that_it_does_not_know_is_tried_once_more(path: str) -> None:
+    now = 0.0
+    standing = Standing(Expert("small", "http://127.0.0.1:1"))
+    standing.breaker = Breaker(clock=lambda: now)
+    for _ in range(5):
+        ticket = standing.breaker.enter()
+        assert ticket is not None
+        standing.blame(Failure(502, "upstream_error", "failed"), ticket, "small")
+    assert standing.breaker.state == "open"
+    now = 11.0
+    ticket = standing.breaker.enter()
+    assert ticket is not None
+    assert standing.breaker.down, "one request tries it"
+    standing.blame(_refused(404, path, None), ticket, "small")
+    assert standing.breaker.state == "half-open"
+    assert not standing.breaker.down
+    assert standing.breaker.enter() is not None
 
 
 def test_the_chosen_one_says_what_kind_of_problem_it_is_and_all_are_named() -> None:

@@ -57,6 +57,8 @@ def routes(gateway: "Gateway") -> list[Route]:
 
     async def deleted(*, key: str | None = None, response: str | None = None) -> Response:
         engine = gateway.record.engine
+        if not (key or response):
+            raise Problem(400, "no_id", "expected the id of a key or of a response, got an empty one")
         gone = await asyncio.to_thread(forget, engine, key=key, response=response)
         if not gone.decisions:
             # A row is written a moment after its reply.

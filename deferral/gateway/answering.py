@@ -43,6 +43,8 @@ class Standing:
         was = breaker.state
         if error.blame:
             breaker.failure(ticket)
+        else:
+            breaker.leave(ticket)
         if error.rest is not None:
             breaker.rest(error.rest, ticket)
         if breaker.state != was:
@@ -122,8 +124,12 @@ class Answerers:
         body_for: Callable[[Expert], bytes],
         headers: Mapping[str, str],
         asked: Asked,
+        asks: Callable[[Expert | None], None] = lambda expert: None,
     ) -> Call:
-        """The first reply that can be used; Unanswered where there is none."""
+        """The first reply that can be used; Unanswered where there is none.
+
+        `asks` is told whom the request is sent to, and None once that expert has answered or failed.
+        """
         self.budget.request()
         failures: list[tuple[Expert, Failure]] = []
         attempts = 0
@@ -137,8 +143,12 @@ class Answerers:
                 try:
                     ticket = await _entered(standing, expert)
                     attempts += 1
-                    return await self._call(expert, standing, ticket, path, body, headers, asked, attempts, fresh=not again)
+                    asks(expert)
+                    call = await self._call(expert, standing, ticket, path, body, headers, asked, attempts, fresh=not again)
+                    asks(None)
+                    return call
                 except Failure as failure:
+                    asks(None)
                     failures.append((expert, failure))
                     if not failure.stale:
                         self.metrics.failed(expert.name, failure.code)

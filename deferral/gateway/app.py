@@ -5,7 +5,7 @@ import logging
 import signal
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +39,7 @@ from deferral.routing.router import Router
 if TYPE_CHECKING:
     from deferral.gateway.tracing import Tracing
 
-__all__ = ["Gateway", "Generation", "gateway", "load_router", "out_of_service"]
+__all__ = ["Gateway", "Generation", "gateway", "load_router", "out_of_service", "stamps"]
 
 _log = logging.getLogger("deferral.gateway")
 
@@ -53,13 +53,17 @@ class Generation:
     decider: Decider
 
 
+Stamps = tuple[tuple[int, int], ...]
+
+
 class Gateway:
-    """What the requests share."""
+    """What the requests share.  `read` are the `stamps` of the files, taken before they were read."""
 
     answerers: Answerers
 
-    def __init__(self, router: Router, experts: Mapping[str, Expert], settings: Settings) -> None:
+    def __init__(self, router: Router, experts: Mapping[str, Expert], settings: Settings, *, read: Stamps | None = None) -> None:
         self.settings = settings
+        self._files = stamps(settings) if read is None else read
         self.current = generation(router, experts, settings)
         self.record = Record(
             settings.database,
@@ -104,6 +108,9 @@ class Gateway:
         self.metrics.watch_alarms(lambda: self.alarms.now)
         self.metrics.watch_record(self.record)
         self.metrics.watch_budgets(lambda: self.limits.known(self.keys))
+        if stamps(self.settings) != self._files:
+            # Announced before this gateway listened, and after it read.
+            await self.reload_or_say()
         self._following = [
             asyncio.create_task(self.reloads.follow(self.reload)),
             asyncio.create_task(self.alarms.follow(lambda: self.current.decider.expected)),
@@ -145,6 +152,15 @@ class Gateway:
         message = f"experts {', '.join(fresh.experts)}; router of {', '.join(fresh.router.experts)}"
         _log.info("reloaded: %s", message)
         return message
+
+    async def reload_or_say(self) -> None:
+        """Reload; where that fails all stays as it was, and the log says why."""
+        try:
+            await self.reload()
+        except (DataError, ValueError) as error:
+            _log.error("not reloaded, all stays as it was: %s", error)
+        except Exception:
+            _log.exception("not reloaded, all stays as it was")
 
     async def reload_everywhere(self) -> str:
         """Reload here, and if that is good, have all others on the same database do so within a second or two."""
@@ -190,12 +206,15 @@ class _App(Starlette):
         await (proxy or super().__call__)(scope, receive, send)
 
 
-def gateway(router: Router, experts: Mapping[str, Expert], *, settings: Settings | None = None) -> Starlette:
+def gateway(
+    router: Router, experts: Mapping[str, Expert], *, settings: Settings | None = None, read: Stamps | None = None
+) -> Starlette:
     """An OpenAI-compatible app around a router; `app.state.gateway` is its `Gateway`.
 
-    ValueError where the experts are not those of the router.
+    `read` are the `stamps` of the settings' files from before they were read: what changes after that is read once more when the
+    app starts.  ValueError where the experts are not those of the router.
     """
-    state = Gateway(router, experts, settings or Settings())
+    state = Gateway(router, experts, settings or Settings(), read=read)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -221,6 +240,17 @@ def gateway(router: Router, experts: Mapping[str, Expert], *, settings: Settings
     )
     app.state.gateway = state
     return app
+
+
+def stamps(settings: Settings) -> Stamps:
+    """What tells whether the router's folder or the experts file was replaced; what is not there has none."""
+    found = []
+    for path in (settings.router_folder, settings.experts_file):
+        with suppress(OSError):
+            if path is not None:
+                status = path.stat()
+                found.append((status.st_ino, status.st_mtime_ns))
+    return tuple(found)
 
 
 def generation(router: Router, experts: Mapping[str, Expert], settings: Settings) -> Generation:
@@ -268,16 +298,8 @@ def _on_hangup(state: Gateway) -> Callable[[], None]:
     loop = asyncio.get_running_loop()
     tasks: set[asyncio.Task] = set()
 
-    async def reload() -> None:
-        try:
-            await state.reload()
-        except (DataError, ValueError) as error:
-            _log.error("not reloaded, all stays as it was: %s", error)
-        except Exception:
-            _log.exception("not reloaded, all stays as it was")
-
     def begin() -> None:
-        task = loop.create_task(reload())
+        task = loop.create_task(state.reload_or_say())
         tasks.add(task)
         task.add_done_callback(tasks.discard)
 

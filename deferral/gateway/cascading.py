@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from deferral.gateway.answering import Call, Unanswered
-from deferral.gateway.deciding import Choice
+from deferral.gateway.deciding import Choice, set_aside
 from deferral.gateway.experts_file import Expert
 from deferral.gateway.limits import Hold
 from deferral.gateway.requests import Asked, Hints, with_model
@@ -83,7 +83,8 @@ def asking_first(
     first, error = now.experts.get(cascade.first), choice.price_of_error
     if first is None or not first.logprobs or first.name not in choice.cost or silence.of(first.name) or cascade.why_not(error):
         return None
-    dollars = choice.price[first.name] + max(price for name, price in choice.price.items() if name != first.name)
+    kept = {name: set_aside(now.experts[name], choice, asked) for name in choice.price}
+    dollars = kept.pop(first.name) + max(kept.values())
     if left is not None and dollars > left:
         return None
     estimate, price, closed = _columns(cascade, choice, now.router.fitted.means)

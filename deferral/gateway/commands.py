@@ -61,6 +61,8 @@ def forget(key: str | None, response: str | None, database: str) -> None:
     if (key is None) == (response is None):
         raise click.UsageError("expected either --key or --response")
     identity = None if key is None else key.removeprefix(PREFIX)
+    if not (identity or response):
+        raise click.UsageError("expected the id of a key or of a response, got an empty one")
     with opened(database) as store, Console(stderr=True).status("deleting") as shown:
         gone = delete(store.engine, key=identity, response=response, progress=lambda so_far: shown.update(str(so_far)))
     if not gone.decisions:

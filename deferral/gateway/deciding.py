@@ -25,7 +25,7 @@ from deferral.routing.encoders import NgramEncoder
 from deferral.routing.router import Plan, Router
 from deferral.routing.static import draws
 
-__all__ = ["Choice", "Decider", "Limited", "refusal"]
+__all__ = ["Choice", "Decider", "Limited", "refusal", "set_aside"]
 
 _PLANS = 256
 # Queries that wait for the worker; the next one is decided by the static mix at once.
@@ -115,10 +115,11 @@ class Decider:
         able = self._able(asked, hints, limited)
         now = self._up(able, limited)
         choice = await self._chosen(able, now, asked, hints, limited, crowded=under_way >= _CROWD)
-        if limited.left is not None and choice.price[choice.ranking[0]] > limited.left:
-            affordable = [name for name in now if choice.price[name] <= limited.left]
+        if limited.left is not None and set_aside(self.experts[choice.ranking[0]], choice, asked) > limited.left:
+            dollars = {name: set_aside(self.experts[name], choice, asked) for name in now}
+            affordable = [name for name in now if dollars[name] <= limited.left]
             # Where nobody is affordable, the budget refuses the cheapest, and says when it begins anew.
-            left = frozenset(affordable or [min(now, key=choice.price.__getitem__)])
+            left = frozenset(affordable or [min(now, key=dollars.__getitem__)])
             return await self._chosen(able, left, asked, hints, limited, crowded=under_way >= _CROWD)
         return choice
 
@@ -287,6 +288,14 @@ class Decider:
             fast,
             decision.kind,
         )  # fmt: skip
+
+
+def set_aside(expert: Expert, choice: Choice, asked: Asked) -> float:
+    """Dollars to be kept for an answer of this expert: what the choice expects, and at least the price of what is sent.
+
+    What is expected goes by the query; a long conversation or a long system prompt around it costs more.
+    """
+    return max(choice.price[expert.name], expert.price(asked.tokens, 0))
 
 
 def refusal(expert: Expert, asked: Asked, hints: Hints, allow: Collection[str] | None) -> str:

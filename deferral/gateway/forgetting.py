@@ -46,13 +46,17 @@ def forget(
     """Delete what is on record of a key (by its id), or of a response (by the gateway's id or the reply's own).
 
     In batches, with as much time between them as they take, so that a gateway that serves can write.  Whoever interrupts it
-    begins again where it was.  SQLite overwrites what is deleted, in the journal too; PostgreSQL when it vacuums.
+    begins again where it was.  SQLite overwrites what is deleted, in the journal too; PostgreSQL when it vacuums.  The key "" is
+    that of requests without one; ValueError for a response with an empty id.
     """
     d = decisions.c
     if (key is None) == (response is None):
         raise ValueError("forget: expected either a key or a response")
     # A database may refuse to look for a NUL.
     name = plain(response or key or "")
+    # All replies without an id have the empty one.
+    if response == "":
+        raise ValueError("forget: expected the id of a response, got an empty one")
     wanted = d.key == name if response is None else or_(d.id == name, d.reply_id == name)
     total = Forgotten()
     with engine.connect() as connection:

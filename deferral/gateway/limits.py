@@ -38,11 +38,18 @@ class Refused(Exception):
 class Hold:
     """Dollars set aside for a request in flight; `settle` exactly once.
 
-    As a context manager it is settled with what is `spent` already, at first 0, where nobody has settled it.
+    As a context manager it is settled with what is `spent` already, at first 0, where nobody has settled it.  Where there was no
+    account to set them aside in, what is spent goes to the one that there is `later`, if the key has a budget by then.
     """
 
-    def __init__(self, account: "Account | None", dollars: float, lock: threading.Lock) -> None:
-        self._account, self._dollars, self._lock = account, dollars, lock
+    def __init__(
+        self,
+        account: "Account | None",
+        dollars: float,
+        lock: threading.Lock,
+        later: "Callable[[], Account | None]" = lambda: None,
+    ) -> None:
+        self._account, self._dollars, self._lock, self._later = account, dollars, lock, later
         self.settled, self.spent = False, 0.0
 
     def settle(self, actual: float) -> None:
@@ -59,6 +66,9 @@ class Hold:
                 # Sums of floats leave dust: with nothing in flight nothing is held.
                 account.held = account.held - self._dollars if account.flying else 0.0
                 account.spent += actual
+        elif (opened := self._later()) is not None:
+            with self._lock:
+                opened.spent += actual
 
     def __enter__(self) -> "Hold":
         return self
@@ -239,7 +249,7 @@ class Limits:
         if not 0 <= dollars < math.inf:
             raise ValueError(f"dollars: expected a price, not negative, got {dollars}")
         if key.budget is None:
-            return Hold(None, dollars, self._lock)
+            return Hold(None, dollars, self._lock, lambda: self._accounts.get(key.id))
         account = self._account(key)
         with self._lock:
             if account.unspent <= 0 or dollars > account.unspent:

@@ -161,12 +161,13 @@ class Metrics(Collector):
         first_byte_s: float,
         latency_s: float,
     ) -> None:
-        """`best_price` is NaN where the router did not choose."""
+        """`best_price` is NaN where the router did not choose, `first_byte_s` where the client left before there was one."""
         self._answers.values[expert, outcome] += 1
         self._price.values[expert,] += price
         self._tokens.values[expert, "input"] += input_tokens
         self._tokens.values[expert, "output"] += output_tokens
-        self._first.add((expert,), first_byte_s)
+        if first_byte_s == first_byte_s:
+            self._first.add((expert,), first_byte_s)
         self._latency.add((expert,), latency_s)
         if best_price == best_price:
             self._best.values[()] += best_price

@@ -7,6 +7,7 @@ import os
 import random
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from hashlib import blake2b
 from time import perf_counter, time
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 from deferral.gateway.access import problem_of
 from deferral.gateway.answering import Call, Unanswered
 from deferral.gateway.cascading import AskingFirst, asking_first
-from deferral.gateway.deciding import Choice, Limited, refusal
+from deferral.gateway.deciding import Choice, Limited, refusal, set_aside
 from deferral.gateway.experts_file import AUTO, Expert
 from deferral.gateway.keys import ANYONE, Key
 from deferral.gateway.limits import Hold, Refused
@@ -48,6 +49,7 @@ _WATCH_AFTER = 0.05
 # Without a word from the client, an answer is expected to be this long.
 _OUTPUT_TOKENS = 256
 _CLOSED_BY_CLIENT = 499
+_ONCE = "idempotency-key"
 # Beyond the time that an expert has for a reply: what its client may take to read the end of it.
 _LONGER = 60.0
 # Ids need no two alike, and are no secret: a key may judge its own responses only.
@@ -75,8 +77,8 @@ class Exchange:
     """One request and its reply."""
 
     __slots__ = (
-        "arrived", "asked", "began", "best", "choice", "first", "gateway", "gone", "id", "kept", "key", "kind", "over", "path",
-        "receive", "send", "started", "status", "traced", "watcher",
+        "arrived", "asked", "asking", "began", "best", "choice", "first", "gateway", "gone", "id", "kept", "key", "kind", "over",
+        "path", "receive", "send", "started", "status", "traced", "watcher",
     )  # fmt: skip
 
     def __init__(self, proxy: Proxy, receive: Receive, send: Send) -> None:
@@ -90,6 +92,7 @@ class Exchange:
         self.choice: Choice | None = None
         self.first: AskingFirst | None = None
         self.best: Expert | None = None
+        self.asking: Expert | None = None
         # started: the client has the first bytes; over: it needs no watching any more; gone: it left.
         self.started = self.over = self.gone = self.kept = False
         self.status = 500
@@ -120,7 +123,8 @@ class Exchange:
             self.status = _CLOSED_BY_CLIENT
         except asyncio.CancelledError:
             self.status = _CLOSED_BY_CLIENT
-            self._keep("", Usage(0, 0, True, ""), "cancelled")
+            read = Usage(self.asked.tokens if self.asking and self.asked else 0, 0, True, "")
+            self._keep(self.asking.name if self.asking else "", read, "cancelled", price=self._sent)
             if not self.gone:
                 raise
         except Exception:
@@ -153,29 +157,47 @@ class Exchange:
         if asked.model in AUTO:
             gateway.metrics.decided(choice.ranking[0], perf_counter() - began, fast=choice.fast_path)
         ranking = [now.experts[name] for name in choice.ranking]
-        forwarded = {
-            name.decode(): value.decode() for name in FORWARDED & headers.keys() if _PLAIN.fullmatch(value := headers[name])
-        }
+        forwarded = self._forwarded(headers)
         # An idempotency key promises one request, and not two that differ.
-        alone = "idempotency-key" in forwarded
+        alone = _ONCE in forwarded
         if now.router.cascade is not None and self.kind == "chat" and asked.model in AUTO and not alone:
             left = gateway.limits.left(self.key)
             self.first = asking_first(now, gateway.silence, asked, wanted, choice, body, left)
-        # What is expected goes by the query; a long conversation before it costs more.
-        with await self._held(choice, ranking[0].price(asked.tokens, 0)) as hold:
+        with await self._held(set_aside(ranking[0], choice, asked)) as hold:
             first = self.first
 
             def ask(experts: Sequence[Expert], body_for: Callable[[Expert], bytes]) -> Awaitable[Call]:
-                return gateway.answerers.answer(experts, self.path, body_for, forwarded, asked)
+                return gateway.answerers.answer(experts, self.path, body_for, forwarded, asked, self._asks)
 
-            if first is None:
-                call = await ask(ranking, lambda expert: with_model(body, expert.model))
-            else:
-                try:
-                    call = await first.answer(ask, asked.query, hold, self.began)
-                finally:
-                    choice = self.choice = first.choice
+            try:
+                if first is None:
+                    call = await ask(ranking, lambda expert: with_model(body, expert.model))
+                else:
+                    try:
+                        call = await first.answer(ask, asked.query, hold, self.began)
+                    finally:
+                        choice = self.choice = first.choice
+            except asyncio.CancelledError:
+                hold.spent += self._sent
+                raise
             await self._hand_on(call, asked, choice, hold)
+
+    def _forwarded(self, headers: Mapping[bytes, bytes]) -> dict[str, str]:
+        """The client's headers that go on to the expert."""
+        found = {name.decode(): value.decode() for name in FORWARDED & headers.keys() if _PLAIN.fullmatch(value := headers[name])}
+        if self.key.id and (once := found.get(_ONCE)):
+            # To the expert all clients are one: what two of them name alike must not be one request.
+            found[_ONCE] = blake2b(once.encode(), digest_size=16, key=self.key.id.encode()[:64]).hexdigest()
+        return found
+
+    def _asks(self, expert: Expert | None) -> None:
+        """Who has the request now, and has not begun to answer it."""
+        self.asking = expert
+
+    @property
+    def _sent(self) -> float:
+        """Dollars for what an expert has read of a request that its client did not wait for."""
+        return self.asking.price(self.asked.tokens, 0) if self.asking and self.asked else 0.0
 
     async def _previous(self, response: str) -> str:
         """The expert that a conversation is with, which it alone remembers."""
@@ -190,15 +212,15 @@ class Exchange:
             raise Problem(400, "previous_response_not_found", message, param=name)
         return expert
 
-    async def _held(self, choice: Choice, sent: float) -> Hold:
-        """Dollars for whoever may answer, at least those of what is sent; where they do not do for two, nobody is asked first."""
+    async def _held(self, dollars: float) -> Hold:
+        """Dollars for one answer, or for two; where they do not do for two, nobody is asked first."""
         limits = self.gateway.limits
         if self.first:
             try:
                 return await limits.held(self.key, self.first.dollars)
             except Refused:
                 self.first = None
-        return await limits.held(self.key, max(choice.price[choice.ranking[0]], sent))
+        return await limits.held(self.key, dollars)
 
     async def _decided(self, now: "Generation", asked: Asked, wanted: Hints) -> Choice:
         if self.traced is None:

@@ -30,7 +30,7 @@ class Reloads:
         self._lock = threading.Lock()
 
     def start(self) -> None:
-        """What was announced before is what the gateway has read at its start."""
+        """From now on announcements are heard; whether files changed before, it is for the gateway to look."""
         self._heard = self.count()
 
     def count(self) -> int:

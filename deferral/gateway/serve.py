@@ -18,7 +18,7 @@ from threadpoolctl import threadpool_limits
 
 from deferral.errors import DataError
 from deferral.gateway.access import must_have_key
-from deferral.gateway.app import gateway, load_router
+from deferral.gateway.app import gateway, load_router, stamps
 from deferral.gateway.experts_file import read_experts
 from deferral.gateway.hysteresis import RULES
 from deferral.gateway.listening import BACKLOG, listening
@@ -63,6 +63,7 @@ def run(settings: Settings, *, log_level: str = "info") -> None:
 def _serve(settings: Settings, log_level: str, listener: socket.socket) -> None:
     """In this process, from a socket that listens already."""
     assert settings.experts_file is not None
+    read = stamps(settings)
     router, experts = load_router(settings), read_experts(settings.experts_file)
     _allow_many_connections()
     # A product of one query takes less time than it takes to wake another thread.
@@ -71,7 +72,7 @@ def _serve(settings: Settings, log_level: str, listener: socket.socket) -> None:
     for ending in (signal.SIGTERM, signal.SIGINT):
         signal.signal(ending, lambda *_: None)
     with logging_to(level=log_level):
-        app = gateway(router, experts, settings=settings)
+        app = gateway(router, experts, settings=settings, read=read)
         config = uvicorn.Config(
             app,
             http=Protocol,

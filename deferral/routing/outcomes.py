@@ -218,9 +218,13 @@ def cost_table(table: Table, price_of_error: float) -> "tuple[Tensor, Tensor]":
     return torch.from_numpy(costs), torch.from_numpy(table.mask)
 
 
+_LEAST_ERROR = 1e-100
+
+
 def check_price_of_error(price_of_error: float) -> None:
     known = isinstance(price_of_error, float | int | np.floating | np.integer) and not isinstance(price_of_error, bool)
-    if not known or not 0 < price_of_error < np.inf:
+    # A price over the price of an error must stay a number.
+    if not known or not _LEAST_ERROR <= price_of_error < np.inf:
         raise ValueError(f"price_of_error: expected what a wrong answer is worth, in dollars, above 0, got {price_of_error!r}")
 
 
