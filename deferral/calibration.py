@@ -46,8 +46,9 @@ def fit_offsets(
     """
     known, mask = _known_scores(scores, num_own, mask)
     require_actions(scores, costs)
+    costs = costs.expand_as(scores)
     check_costs(costs, ceiling=None, mask=mask)
-    costs = costs.double().expand_as(scores)
+    costs = costs.double()
     if weights is not None:
         if not isinstance(weights, Tensor):
             raise TypeError(f"weights: expected a torch tensor, got {type(weights).__name__}; convert it with torch.from_numpy")

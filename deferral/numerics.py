@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["KNEE", "LEAST_BEFORE_KNEE", "PRECISE", "exp_linear", "expm1_linear", "lift", "log_add_exp"]
+__all__ = ["KNEE", "LEAST_BEFORE_KNEE", "PRECISE", "beside", "exp_linear", "expm1_linear", "lift", "log_add_exp"]
 
 # e^10 = 2.2e4 fits float16, and rows past it still pull with a constant, finite slope.
 KNEE = 10.0
@@ -15,9 +15,20 @@ PRECISE = 1e-35
 LEAST_BEFORE_KNEE = math.exp(-KNEE)
 
 
+_HALF = (torch.float16, torch.bfloat16)
+
+
 def lift(scores: Tensor) -> Tensor:
     """float16 and bfloat16 become float32; float32 and float64 stay."""
-    return scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
+    return scores.float() if scores.dtype in _HALF else scores
+
+
+def beside(value: Tensor | float, scores: Tensor) -> Tensor:
+    """The value in the dtype of the lifted scores.  One number comes to their device as well, as in torch's own operations."""
+    dtype = torch.float32 if scores.dtype in _HALF else scores.dtype
+    if not isinstance(value, Tensor):
+        return torch.full((), value, dtype=dtype, device=scores.device)
+    return value.to(dtype) if value.dim() else value.to(scores.device, dtype)
 
 
 def exp_linear(t: Tensor) -> Tensor:

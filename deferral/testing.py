@@ -304,7 +304,7 @@ def finite(loss: Loss, setting: Setting) -> str | None:
 
 
 def half_precision(loss: Loss, setting: Setting) -> str | None:
-    """Half-precision scores give what the same numbers give in float32, and keep their dtype."""
+    """Half-precision scores give what the same numbers give in float32, and are left as they are."""
     for dtype in (torch.bfloat16, torch.float16):
         scores, rows = example(setting, dtype=dtype)
         before = scores.clone()

@@ -17,7 +17,9 @@ __all__ = [
     "require_batch",
     "require_ceiling",
     "require_cost_range",
+    "require_expert_columns",
     "require_floating",
+    "require_mask",
     "require_share",
     "require_targets",
     "require_tensor",
@@ -98,9 +100,7 @@ def action_mask(scores: Tensor, mask: Tensor, num_own: int | None = None) -> Ten
     Bool, True = the answer is known.  With `num_own` given, exactly A or A - num_own columns are accepted.
     """
     actions = scores.shape[-1]
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        came = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"mask: expected a bool tensor (True = known), got {came}; convert with mask.bool()")
+    require_mask(mask)
     columns = mask.shape[-1] if mask.dim() else 0
     if columns > actions or (num_own is not None and columns not in (actions, actions - num_own)):
         expected = (
@@ -111,6 +111,22 @@ def action_mask(scores: Tensor, mask: Tensor, num_own: int | None = None) -> Ten
     if columns < actions:
         mask = torch.cat([mask.new_ones((*mask.shape[:-1], actions - columns)), mask], dim=-1)
     return mask
+
+
+def require_mask(mask: Tensor) -> None:
+    """TypeError unless the mask is a bool tensor."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        came = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"mask: expected a bool tensor (True = known), got {came}; convert with mask.bool()")
+
+
+def require_expert_columns(scores: Tensor, name: str, table: Tensor) -> None:
+    """ValueError for one number per row where there should be a column per expert: it would be read as that many experts."""
+    if scores.dim() > 1 and table.shape == scores.shape[:-1]:
+        raise ValueError(
+            f"{name}: expected one column per expert, (..., E), got {_shape(table)}, one number per row; for one expert use "
+            ".unsqueeze(-1), for numbers that are the same in every row .expand(*scores.shape[:-1], -1)"
+        )
 
 
 def require_ceiling(scores: Tensor, ceiling: Tensor | float) -> None:
@@ -191,7 +207,7 @@ def check_costs(costs: Tensor, *, ceiling: float | Tensor | None = 1.0, mask: Te
         )
     if isinstance(ceiling, Tensor):
         excess = (costs - ceiling) if mask is None else (costs - ceiling)[mask.expand_as(costs)]
-        if bool((excess > 1e-5 * (1 + costs.abs().max())).any()):
+        if bool((excess > 1e-5 * (1 + known.abs().max())).any()):
             raise ValueError(
                 f"{name}: in some row a cost lies above the ceiling by {float(excess.max()):g}; pass the row's sum or maximum"
             )

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from deferral import Criterion, check_targets, chow_scores, error_costs, squared_costs
+from deferral import Criterion, check_targets, chow_scores, error_costs, losses, squared_costs
 from deferral.losses import (
     asymmetric_softmax,
     comp_sum,
@@ -150,9 +150,35 @@ def test_the_consistent_psi_may_be_named() -> None:
     torch.testing.assert_close(explicit, predictor_rejector_abstention(SCORES, r, TARGETS, 0.1, base=mae, alpha=2.0))
 
 
-def test_a_label_k_is_an_error_and_never_reads_the_abstain_column() -> None:
-    with pytest.raises((IndexError, RuntimeError)):
-        score_based_abstention(SCORES, torch.tensor([0, 1, 2, 4]), 0.1)
+@pytest.mark.parametrize("label", [4, -1])
+def test_a_label_k_is_an_error_and_never_reads_the_abstain_column(label: int) -> None:
+    wrong, right = torch.tensor([0, 1, 2, label]), torch.ones(4)
+    for call in (
+        lambda: score_based_abstention(SCORES, wrong, 0.1),
+        lambda: losses.cost_sensitive_abstention(SCORES[:, :4], wrong, 0.1),
+        lambda: single_stage_deferral(SCORES, wrong, right[:, None]),
+        lambda: single_stage_deferral(SCORES, wrong, right[:, None], ceiling=1.5),
+        lambda: losses.one_vs_all(SCORES, wrong, right[:, None]),
+        lambda: losses.picce(SCORES, wrong, right[:, None]),
+        lambda: losses.realizable_experts(SCORES, wrong, right[:, None]),
+        lambda: losses.mozannar_sontag(SCORES, wrong, right),
+        lambda: losses.asymmetric_softmax(SCORES, wrong, right),
+        lambda: losses.deep_gamblers(SCORES, wrong, reward=2.0),
+        lambda: mae(SCORES[:, :4], wrong),
+        lambda: losses.madras(SCORES[:, :4], SCORES[:, 4], wrong, right),
+    ):
+        with pytest.raises((IndexError, RuntimeError)):
+            call()
+
+
+def test_one_number_meets_scores_on_another_device_and_a_table_does_not() -> None:
+    scores = torch.empty(4, 5, device="meta")
+    targets = torch.empty(4, dtype=torch.int64, device="meta")
+    assert two_stage_deferral(scores, scores, ceiling=torch.tensor(1.5)).shape == (4,)
+    assert score_based_abstention(scores, targets, torch.tensor(0.05)).shape == (4,)
+    assert losses.cost_sensitive_abstention(scores, targets, torch.tensor(0.05)).shape == (4,)
+    with pytest.raises(RuntimeError, match="device"):
+        score_based_abstention(scores, targets, torch.full((4,), 0.05))
 
 
 @pytest.mark.parametrize(
@@ -191,6 +217,10 @@ def test_criterion_checks_two_stage_costs_and_masks() -> None:
         Criterion(two_stage_deferral)(SCORES[:, :3], costs * torch.nan, mask=experts_known)
     with pytest.raises(ValueError, match="above the ceiling by"):
         Criterion(two_stage_deferral, ceiling=torch.tensor(1.0))(SCORES[:, :3], 9 * costs)
+    # What is not known says nothing of what is.
+    unknown, known = (9 * costs).index_fill(-1, torch.tensor([1]), torch.nan), torch.tensor([True, False, True])
+    with pytest.raises(ValueError, match="above the ceiling by"):
+        Criterion(two_stage_deferral, ceiling=torch.ones(4, 1))(SCORES[:, :3], unknown, mask=known.expand(4, 3))
     with pytest.raises(ValueError, match="wrong: the largest is 7"):
         Criterion(two_stage_abstention, cost=0.1)(SCORES[:, 0], torch.tensor([0.0, 1.0, 7.0, 0.0]))
     assert "partial" in repr(Criterion(partial(two_stage_deferral, mu=1.7)))

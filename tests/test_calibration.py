@@ -47,6 +47,9 @@ def test_masked_experts_are_never_asked_and_never_counted(seed: int) -> None:
     actions = decide(scores, offsets, mask=mask)
     assert every.gather(-1, actions[:, None]).all()
     assert pick(costs, actions).mean().item() == pytest.approx(best_by_search(scores, costs, 1, mask))
+    # Costs that are the same in every row are read as such.
+    once = costs[0]
+    torch.testing.assert_close(fit_offsets(scores, once, mask=every), fit_offsets(scores, once.expand(60, 4), mask=mask))
 
 
 def test_rounding_of_large_scores_moves_no_row() -> None:

@@ -302,3 +302,51 @@ def test_a_trace_sees_no_look_at_values(batch) -> None:
     other = torch.randn(ROWS, A, dtype=torch.float64)
     other[0, TARGETS[0]] = -500.0  # the path that the traced rows did not need
     torch.testing.assert_close(traced(other, TARGETS, costs[:, K:]), loss(other, TARGETS, costs[:, K:]))
+
+
+@every_loss
+def test_losses_may_be_changed_in_place(loss: Loss, batch) -> None:
+    scores, costs = batch
+    share = torch.rand(ROWS, dtype=torch.float64)
+    expected = with_gradient(lambda s, c: loss(s, c) * share, scores, costs)
+
+    def changed(scores: Tensor, costs: Tensor) -> Tensor:
+        found = loss(scores, costs)
+        found *= share
+        return found
+
+    torch.testing.assert_close(with_gradient(changed, scores, costs), expected)
+
+
+@pytest.mark.parametrize("margin", ["sum_margin", "constrained_margin", "max_margin", "cost_sensitive_abstention"])
+def test_a_margin_function_of_your_own_may_hold_parameters_or_have_no_slope(margin: str, batch) -> None:
+    scores, costs = batch
+    scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+
+    def loss(phi: Callable[[Tensor], Tensor]) -> Tensor:
+        if margin == "cost_sensitive_abstention":
+            return losses.cost_sensitive_abstention(scores, TARGETS, costs[:, 0], phi=phi).sum()
+        return getattr(losses, margin)(scores, costs, phi=phi).sum()
+
+    (slope,) = torch.autograd.grad(loss(lambda t: logistic(scale * t)), scale)
+    step = 1e-6
+    below, above = (loss(lambda t, by=by: logistic((2.0 + by) * t)) for by in (-step, step))
+    torch.testing.assert_close(slope, (above - below) / (2 * step), rtol=1e-6, atol=1e-6)
+    rho = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.grad(loss(partial(rho_margin, rho=rho)), rho)[0].isfinite()
+    scores.requires_grad_()
+    wrong = loss(lambda t: (t <= 0).double())
+    assert not wrong.requires_grad
+    assert wrong >= 0
+
+
+@every_loss
+def test_nothing_is_differentiated_where_nobody_asks(loss: Loss, batch, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores, costs = batch
+    value = loss(scores.clone().requires_grad_(), costs).detach()
+    monkeypatch.setattr(CLOSED_FORM, "_differentiated", None)
+    torch.testing.assert_close(loss(scores, costs), value)
+    with torch.no_grad():
+        torch.testing.assert_close(loss(scores.clone().requires_grad_(), costs), value)
+    with torch.inference_mode():
+        torch.testing.assert_close(loss(scores, costs), value)

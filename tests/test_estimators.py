@@ -541,6 +541,8 @@ def test_splitters() -> None:
     X, y, answers = half_known(120, seed=0)
     ordered = DeferralClassifier(LogisticRegression(), cv=TimeSeriesSplit(3)).fit(X, y, answers)
     assert ordered.predict(X).shape == (120,)
+    counted, same = (AbstainingRegressor(LinearRegression(), cv=cv).fit(X, X[:, 0]) for cv in (3, np.int64(3)))
+    np.testing.assert_array_equal(counted.predict(X), same.predict(X))
     one_by_one = AbstainingRegressor(LinearRegression(), cv=LeaveOneOut()).fit(X, X[:, 0])
     assert (one_by_one.decision(X) == 0).all()
     with pytest.raises(ValueError, match="at most one test part"):

@@ -286,11 +286,26 @@ def test_second_derivatives_are_finite(loss, scale: float, batch) -> None:
         (lambda s, y, m: losses.mixture_of_experts(s, s[:, None, : 1 + E], y, m), "scores and gate differ in rows"),
         (lambda s, y, m: losses.mixture_of_experts(s, s[:, : 1 + E], y, m[None]), "scores and expert_correct differ in rows"),
         (lambda s, y, m: losses.asymmetric_softmax(s[:, :2], 0 * y, m[:, 0]), "at least two classes and one expert"),
+        (lambda s, y, m: losses.madras(s[:, :K], s[:, -1], y, m[:, 0], mask=m[:, :1] > 0), "scores and mask differ in rows"),
+        (lambda s, y, m: losses.one_vs_all(s, y, m[:, 0]), "one column per expert, (..., E), got"),
+        (lambda s, y, m: losses.picce(s, y, m[:, 0]), "for one expert use .unsqueeze(-1)"),
+        (lambda s, y, m: losses.realizable_experts(s, y, m[:, 0]), "one number per row"),
+        (lambda s, y, m: losses.single_stage_deferral(s, y, m[:, 0]), "expert_costs: expected one column per expert"),
     ],
 )
 def test_shapes_that_would_broadcast_to_a_table_are_refused(call, said: str, batch) -> None:
     with pytest.raises(ValueError, match=re.escape(said)):
         call(*batch)
+
+
+def test_a_mask_of_numbers_is_none(batch) -> None:
+    scores, y, m = batch
+    for call in (
+        lambda: losses.madras(scores[:, :K], scores[:, -1], y, m[:, 0], mask=m[:, 0]),
+        lambda: losses.realizable_deferral(scores[:, : K + 1], y, m[:, 0], mask=m[:, 0]),
+    ):
+        with pytest.raises(TypeError, match="mask: expected a bool tensor"):
+            call()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What the four estimators share: fit the predictor, learn the costs on rows it did not see, fit the threshold, decide."""
 
 from collections.abc import Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Self
 
@@ -188,9 +189,9 @@ class TwoStage(BaseEstimator):
         return targets, sample_weight
 
     def _splitter(self, y: np.ndarray) -> Any:
-        if isinstance(self.cv, int):
+        if isinstance(self.cv, Integral):
             # Shuffled, since tables are often sorted; with a fixed seed, so that fit is a function of its arguments.
-            return (StratifiedKFold if self._stratified else KFold)(self.cv, shuffle=True, random_state=0)
+            return (StratifiedKFold if self._stratified else KFold)(int(self.cv), shuffle=True, random_state=0)
         return check_cv(self.cv, y, classifier=self._stratified)
 
     def __sklearn_tags__(self) -> Any:

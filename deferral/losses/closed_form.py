@@ -57,29 +57,34 @@ def closed_form(block: Block, scores: Tensor, *tables: Tensor | None, columns: i
 
     `columns` is how wide the temporaries of a block are.
     """
-    return _ClosedForm.apply(block, columns, scores, *tables)
+    # A view that the function itself returned could not be modified in place.
+    return _ClosedForm.apply(block, columns, scores, *tables).squeeze(-1)
 
 
-def in_blocks(formula: Callable[..., Tensor], scores: Tensor, *tables: Tensor, columns: int) -> Tensor:
+def in_blocks(formula: Callable[..., Tensor], scores: Tensor, *tables: Tensor, columns: int, fixed: bool = True) -> Tensor:
     """formula(scores, *tables), differentiated by autograd block after block, so that it never keeps tables of all rows.
 
-    (..., A), (..., W) each -> (...,); the formula, (rows, A), (rows, W) each -> (rows,), treats every row alike.
+    (..., A), (..., W) each -> (...,); the formula, (rows, A), (rows, W) each -> (rows,), treats every row alike.  One that is
+    not `fixed` may hold parameters of its own, whose gradient no block would see.
     """
-    if not has_closed_form(*tables):
+    if not fixed or not has_closed_form(*tables):
         return formula(scores, *tables)
     batch = scores.shape[:-1]
     tables = tuple(table.expand(*batch, table.shape[-1]) for table in tables)
+    if not (torch.is_grad_enabled() and scores.requires_grad):
+        return closed_form(partial(_valued, formula=formula), scores, *tables, columns=columns)
     return closed_form(partial(_differentiated, formula=formula), scores, *tables, columns=columns)
+
+
+def _valued(scores: Tensor, *rest: Tensor, formula: Callable[..., Tensor]) -> None:
+    *tables, _, losses = rest
+    losses.copy_(formula(scores, *tables).unsqueeze(-1))
 
 
 def _differentiated(scores: Tensor, *rest: Tensor, formula: Callable[..., Tensor]) -> None:
     *tables, descent, losses = rest
-    if torch.is_inference_mode_enabled():
-        losses.copy_(formula(scores, *tables).unsqueeze(-1))
-        return
     with torch.enable_grad():
-        # A copy, since a tensor of inference mode cannot be a leaf.
-        leaf = scores.clone().requires_grad_()
+        leaf = scores.detach().requires_grad_()
         values = formula(leaf, *tables)
         (gradient,) = torch.autograd.grad(values.sum(), leaf)
     losses.copy_(values.detach().unsqueeze(-1))
@@ -105,11 +110,11 @@ class _ClosedForm(torch.autograd.Function):
             scale = torch.cat(scales) if scales else None
         ctx.save_for_backward(descent, None if scale is None else scale.view_as(losses))
         ctx.others = len(others)
-        return losses.squeeze(-1)
+        return losses
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivatives()
         descent, scale = ctx.saved_tensors
-        down = -gradient.unsqueeze(-1)
+        down = -gradient
         return None, None, descent * (down if scale is None else down.mul_(scale)), *repeat(None, ctx.others)

@@ -16,12 +16,11 @@ from deferral.losses.comp_sum_blocks import comp_sum_block, comp_sum_losses
 from deferral.losses.comp_sum_compiled import compiled_block, recomputed_comp_sum
 from deferral.losses.entries import entry
 from deferral.losses.probabilities import ABSENT
-from deferral.numerics import lift
+from deferral.numerics import beside, lift
 from deferral.validation import action_mask, require_actions, require_floating
 
 __all__ = [
     "comp_sum",
-    "comp_sum_at",
     "comp_sum_of_costs",
     "counted",
     "targeted_comp_sum",
@@ -61,13 +60,6 @@ def targeted_comp_sum(scores: Tensor, targets: Tensor, weights: Tensor, *, mu: f
         every = torch.cat([targets, weights.expand(*batch, weights.shape[-1])], dim=-1)
         return _kernel(scores, every, None, mu, mask)
     return _kernel(scores, weights, targets, mu, mask)
-
-
-def comp_sum_at(log_p: Tensor, targets: Tensor, mu: float) -> Tensor:
-    """l_mu at the target, or its expectation under probabilities.  (..., K), (...,) or (..., K) -> (...,)"""
-    if targets.is_floating_point():
-        return torch.where(targets == 0, 0.0, targets * comp_sum_losses(log_p, mu)).sum(dim=-1)
-    return comp_sum_losses(entry(log_p, targets.unsqueeze(-1)).squeeze(-1), mu)
 
 
 def without_ignored(targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor | None]:
@@ -113,8 +105,7 @@ def _kernel(
     if not direct:
         return _formula(scores, weights, targets, mu)
     if ceiling is not None:
-        ceiling = ceiling.to(scores.dtype) if isinstance(ceiling, Tensor) else scores.new_full((1,), ceiling)
-        ceiling = ceiling.expand(*batch, 1)
+        ceiling = beside(ceiling, scores).expand(*batch, 1)
     compiled = torch.compiler.is_compiling()
     if compiled and scores.device.type != "cpu":
         return recomputed_comp_sum(scores, weights, targets, ceiling, mu)
@@ -129,4 +120,6 @@ def _formula(scores: Tensor, weights: Tensor, targets: Tensor | None, mu: float)
     log_p = scores.log_softmax(dim=-1).clamp(min=ABSENT)
     own = scores.shape[-1] - weights.shape[-1]
     losses = (weights * comp_sum_losses(log_p[..., own:], mu)).sum(dim=-1)
-    return losses if targets is None else losses + comp_sum_at(log_p[..., :own], targets.squeeze(-1), mu)
+    if targets is None:
+        return losses
+    return losses + comp_sum_losses(entry(log_p[..., :own], targets).squeeze(-1), mu)

@@ -53,7 +53,7 @@ def recomputed_comp_sum(scores: Tensor, weights: Tensor, targets: Tensor | None,
 
     (..., A), (..., W), (..., 1) or None, (..., 1) or None -> (...,)
     """
-    return _Recomputed.apply(scores, weights, targets, ceiling, mu)
+    return _Recomputed.apply(scores, weights, targets, ceiling, mu).squeeze(-1)
 
 
 class _Recomputed(torch.autograd.Function):
@@ -70,7 +70,7 @@ class _Recomputed(torch.autograd.Function):
         kept = weights if targets is None else row.pull
         ctx.save_for_backward(scores, kept, ceiling, targets, row.target_pull, row.total, row.top, row.log_norm)
         ctx.mu = mu
-        return row.losses.squeeze(-1)
+        return row.losses
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -85,7 +85,7 @@ class _Recomputed(torch.autograd.Function):
         else:
             # Few columns have weights: their pull is kept, rather than taken from all columns once more.
             pull = with_target(targets, target_pull, kept, scores.shape[-1])
-        return (p * total - pull) * gradient.unsqueeze(-1), None, None, None, None
+        return (p * total - pull) * gradient, None, None, None, None
 
 
 def _row(scores: Tensor, weights: Tensor, targets: Tensor | None, mu: float, *, divides: bool) -> _Row:

@@ -25,6 +25,7 @@ __all__ = [
     "constrained_margin",
     "exponential",
     "hinge",
+    "is_fixed",
     "logistic",
     "max_losses",
     "max_margin",
@@ -36,6 +37,7 @@ __all__ = [
     "sum_margin",
 ]
 
+# Of a function of your own, which may hold parameters, autograd keeps the tables of all rows.
 Margin = Callable[[Tensor], Tensor]
 
 
@@ -75,6 +77,16 @@ def rho_hinge(t: Tensor, *, rho: float = 1.0) -> Tensor:
 def sigmoid(t: Tensor) -> Tensor:
     """2 / (1 + e^t)."""
     return 2 * torch.sigmoid(-lift(t))
+
+
+_FIXED = (exponential, logistic, hinge, squared_hinge, rho_margin, rho_hinge, sigmoid)
+
+
+def is_fixed(phi: Margin) -> bool:
+    """Whether it is one of these functions, with numbers for its settings, so that nothing but the scores has a gradient."""
+    if isinstance(phi, partial):
+        return phi.func in _FIXED and not any(isinstance(value, Tensor) for value in (*phi.args, *phi.keywords.values()))
+    return phi in _FIXED
 
 
 def sum_losses(scores: Tensor, *, phi: Margin, mask: Tensor | None = None) -> Tensor:
@@ -166,7 +178,7 @@ def _weighted(
         mask = action_mask(scores, mask, 0)
         scores, weights = scores.masked_fill(~mask, -torch.inf), weights.where(mask, 0.0)
     weights = weights.to(scores.dtype)
-    return in_blocks(partial(_formula, losses=losses, phi=phi), scores, weights, columns=columns)
+    return in_blocks(partial(_formula, losses=losses, phi=phi), scores, weights, columns=columns, fixed=is_fixed(phi))
 
 
 def _formula(scores: Tensor, weights: Tensor, *, losses: Callable[..., Tensor], phi: Margin) -> Tensor:

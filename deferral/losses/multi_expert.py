@@ -10,7 +10,15 @@ from torch import Tensor
 
 from deferral.losses.comp_sum import comp_sum, comp_sum_of_costs, counted, targeted_comp_sum, without_ignored
 from deferral.numerics import lift
-from deferral.validation import action_mask, require_actions, require_batch, require_ceiling, require_floating, require_targets
+from deferral.validation import (
+    action_mask,
+    require_actions,
+    require_batch,
+    require_ceiling,
+    require_expert_columns,
+    require_floating,
+    require_targets,
+)
 
 __all__ = ["single_stage_deferral", "two_stage_deferral"]
 
@@ -36,6 +44,7 @@ def single_stage_deferral(
     """
     require_floating("scores", scores)
     require_floating("expert_costs", expert_costs)
+    require_expert_columns(scores, "expert_costs", expert_costs)
     num_classes = scores.shape[-1] - expert_costs.shape[-1]
     require_targets(scores, targets, num_classes)
     require_batch("scores", scores.shape[:-1], "expert_costs", expert_costs.shape[:-1])

@@ -41,7 +41,7 @@ PredictorLoss = Callable[[Tensor, Tensor], Tensor]
 
 def mae(scores: Tensor, targets: Tensor) -> Tensor:
     """1 - softmax_y(h), comp-sum at mu = 2.  (..., K), (...,) or (..., K) -> (...,)"""
-    return targeted_comp_sum(scores, targets, lift(scores).new_zeros(0), mu=2.0)
+    return targeted_comp_sum(scores, targets, scores.new_zeros(0), mu=2.0)
 
 
 def double_mae(scores: Tensor, targets: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Losses by other authors that ours are compared with: each agrees with its paper's formula, in nats and in log space.
 
-`expert_correct` is 1 or True where the expert's answer is right, 0 or False where it is wrong: (..., E), or (...,) for one
-expert.  `mask`, of the same shape, True = known: an expert whose answer is missing leaves the row.  Rows whose target is
-`ignore_index` give 0.
+`expert_correct` is 1 or True where the expert's answer is right, 0 or False where it is wrong: (..., E) for losses of several
+experts, (...,) for those of one.  `mask`, of the same shape, True = known: an expert whose answer is missing leaves the row.
+Rows whose target is `ignore_index` give 0.
 """
 
 import math
@@ -16,15 +16,17 @@ from torch import Tensor
 from deferral.losses.closed_form import closed_form, has_closed_form, in_blocks, refuse_second_derivatives
 from deferral.losses.comp_sum import counted, targeted_comp_sum, without_ignored
 from deferral.losses.entries import entry, hits_of, with_target
-from deferral.losses.margin import Margin, logistic
+from deferral.losses.margin import Margin, is_fixed, logistic
 from deferral.losses.probabilities import ABSENT, log_probabilities, log_probabilities_at
 from deferral.losses.realizable import expected_loss, log_mass, realizable_deferral
-from deferral.numerics import lift, log_add_exp
+from deferral.numerics import beside, lift, log_add_exp
 from deferral.validation import (
     action_mask,
     require_batch,
     require_cost_range,
+    require_expert_columns,
     require_floating,
+    require_mask,
     require_share,
     require_targets,
     require_tensor,
@@ -89,6 +91,7 @@ def one_vs_all(
     """
     require_floating("scores", scores)
     require_tensor("expert_correct", expert_correct)
+    require_expert_columns(scores, "expert_correct", expert_correct)
     num_classes = scores.shape[-1] - expert_correct.shape[-1]
     require_targets(scores, targets, num_classes)
     require_batch("scores", scores.shape[:-1], "expert_correct", expert_correct.shape[:-1])
@@ -227,20 +230,21 @@ def cost_sensitive_abstention(
     require_cost_range(cost)
     if isinstance(cost, Tensor):
         require_batch("scores", scores.shape[:-1], "cost", cost.shape)
-        cost = cost.to(lift(scores).dtype)
     targets, counts = without_ignored(targets, ignore_index)
     scores = lift(scores)
-    cost = cost.unsqueeze(-1) if isinstance(cost, Tensor) else scores.new_full((1,), cost)
+    cost = beside(cost, scores).unsqueeze(-1)
     hits = targets if targets.is_floating_point() else targets.unsqueeze(-1)
     formula = partial(_binary_problems_at_cost, phi=phi)
-    return counted(in_blocks(formula, scores, hits, cost, columns=14 * scores.shape[-1]), counts)
+    columns = 14 * scores.shape[-1]
+    return counted(in_blocks(formula, scores, hits, cost, columns=columns, fixed=is_fixed(phi)), counts)
 
 
 def _binary_problems_at_cost(scores: Tensor, targets: Tensor, cost: Tensor, *, phi: Margin) -> Tensor:
     if targets.is_floating_point():
         return (cost * targets * phi(scores) + (1 - cost) * (1 - targets) * phi(-scores)).sum(dim=-1)
     hit = hits_of(targets, scores.shape[-1])
-    return (torch.where(hit, cost, 1 - cost) * phi(torch.where(hit, scores, -scores))).sum(dim=-1)
+    # Looked up, so that a label K is an index error.
+    return (torch.where(hit, cost, 1 - cost) * phi(torch.where(hit, entry(scores, targets), -scores))).sum(dim=-1)
 
 
 def madras(
@@ -269,6 +273,8 @@ def madras(
     targets, counts = without_ignored(targets, ignore_index)
     gate = torch.sigmoid(lift(rejector))
     if mask is not None:
+        require_mask(mask)
+        require_batch("scores", scores.shape[:-1], "mask", mask.shape)
         gate, expert_cost = gate.where(mask, 0.0), expert_cost.where(mask, 0.0)
     return counted((1 - gate) * _cross_entropy(scores, targets) + gate * expert_cost, counts)
 
@@ -307,7 +313,7 @@ def mixture_of_experts(
 
 
 def deep_gamblers(scores: Tensor, targets: Tensor, *, reward: float, ignore_index: int = -100) -> Tensor:
-    """-log(o p_y + p_K), 1 < o < K.  (..., K+1), (...,) or (..., K) -> (...,)
+    """-log(o p_y + p_K), 1 < o <= K.  (..., K+1), (...,) or (..., K) -> (...,)
 
     Rank the rows by p_K, the share kept in hand: at the optimum p_K = 1 iff max p <= 1/o, which is Chow's rule at cost
     c = 1 - 1/o.  The argmax over K + 1 scores is not.
@@ -334,6 +340,7 @@ def picce(
     """
     require_floating("scores", scores)
     require_tensor("expert_correct", expert_correct)
+    require_expert_columns(scores, "expert_correct", expert_correct)
     num_classes = scores.shape[-1] - expert_correct.shape[-1]
     require_targets(scores, targets, num_classes)
     require_batch("scores", scores.shape[:-1], "expert_correct", expert_correct.shape[:-1])
@@ -406,7 +413,7 @@ def _of_one(scores: Tensor, targets: Tensor, expert_correct: Tensor) -> Tensor:
     require_targets(scores, targets, scores.shape[-1] - 1)
     require_tensor("expert_correct", expert_correct)
     require_batch("scores", scores.shape[:-1], "expert_correct", expert_correct.shape)
-    return expert_correct.to(lift(scores).dtype)
+    return beside(expert_correct, scores)
 
 
 def _of_one_expert(scores: Tensor, mask: Tensor) -> Tensor:

@@ -16,7 +16,16 @@ from deferral.losses.comp_sum import counted, without_ignored
 from deferral.losses.entries import hits_of
 from deferral.losses.probabilities import ABSENT, known_scores, log_probabilities, log_probabilities_at
 from deferral.numerics import PRECISE, lift, log_add_exp
-from deferral.validation import action_mask, require_actions, require_batch, require_floating, require_targets, require_tensor
+from deferral.validation import (
+    action_mask,
+    require_actions,
+    require_batch,
+    require_expert_columns,
+    require_floating,
+    require_mask,
+    require_targets,
+    require_tensor,
+)
 
 __all__ = ["realizable_deferral", "realizable_experts", "realizable_router"]
 
@@ -48,8 +57,9 @@ def realizable_deferral(
     require_batch("scores", scores.shape[:-1], "expert_cost", expert_cost.shape)
     targets, counts = without_ignored(targets, ignore_index)
     if mask is not None:
-        expert_cost = expert_cost.where(mask, 1.0)
+        require_mask(mask)
         mask = action_mask(scores, mask.unsqueeze(-1), scores.shape[-1] - 1)
+        expert_cost = expert_cost.where(mask[..., -1], 1.0)
     classes, expert = log_probabilities_at(scores, targets, scores.shape[-1] - 1, mask)
     alone = _psi(classes, q)
     together = _psi(log_add_exp(classes, expert), q)
@@ -74,6 +84,7 @@ def realizable_experts(
     """
     require_floating("scores", scores)
     require_tensor("expert_correct", expert_correct)
+    require_expert_columns(scores, "expert_correct", expert_correct)
     num_classes = scores.shape[-1] - expert_correct.shape[-1]
     require_targets(scores, targets, num_classes)
     require_batch("scores", scores.shape[:-1], "expert_correct", expert_correct.shape[:-1])
