@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from deferral.routing import Log, Outcome
 from deferral.routing.encoders import NgramEncoder, Vectors
 from deferral.routing.evaluation import routability
 from deferral.routing.outcomes import Table
@@ -213,3 +214,45 @@ def test_the_blend_is_the_ridge_regression_towards_equal_weights() -> None:
 def test_a_blend_of_estimators_that_say_nothing_is_nothing() -> None:
     nothing = np.zeros((4000, 3), np.float32)
     assert blend(held_of({"one": nothing, "other": nothing}, nothing)) == {"one": 0.0, "other": 0.0}
+
+
+def test_a_query_that_comes_often_weighs_by_its_share_of_the_decisions() -> None:
+    """Half of the queries come 20 times and are easy; both experts are right as often, and one is asked nine times in ten."""
+    generator = np.random.default_rng(0)
+    log = Log()
+    for number in range(3000):
+        often = number % 2 == 0
+        for _ in range(20 if often else 1):
+            place = int(generator.random() < 0.1)
+            good = float(generator.random() < (0.9 if often else 0.5))
+            log.append(Outcome(f"query {number}", "ab"[place], good, 0.0, propensity=(0.9, 0.1)[place]))
+    table = log.table()
+    weights = observed(table)
+    sums = weights.sum(0) / weights.sum() * 2
+    np.testing.assert_allclose(sums, 1, atol=0.1)
+    np.testing.assert_allclose((weights * table.quality).sum(0) / weights.sum(0), 0.7, atol=0.06)
+    some = table.rows(np.arange(100))
+    assert some.asked is not None
+    assert some.asked.shape == (100, 2)
+    # Without propensities the shares of all decisions stand for them.
+    unlogged = observed(replace(table, propensity=np.full_like(table.propensity, np.nan)))
+    np.testing.assert_allclose(unlogged, weights, rtol=0.1)
+
+
+def test_queries_that_all_were_asked_weigh_once_beside_a_log_of_single_answers() -> None:
+    quality = np.ones((400, 2), np.float32)
+    mask = np.ones((400, 2), bool)
+    mask[100:] = np.random.default_rng(0).random(300)[:, None] < [0.05, -1]
+    mask[100:, 1] = ~mask[100:, 0]
+    propensity = np.where(mask, [0.05, 0.95], np.nan).astype(np.float32)
+    propensity[:100] = np.nan
+    nothing = np.full(mask.shape, np.nan, np.float32)
+    table = Table([str(row) for row in range(400)], ["a", "b"], quality, np.zeros(mask.shape), mask, nothing, propensity)
+    weights = observed(table)
+    np.testing.assert_allclose(weights[:100] / weights[0, 0], 1)
+    np.testing.assert_allclose(weights[100:][mask[100:, 0], 0] / weights[0, 0], 20, rtol=1e-5)
+    # Of queries without any propensity, only those like them say how often an expert is asked.
+    halves = replace(table, propensity=propensity.copy(), mask=mask.copy())
+    halves.mask[:100] = np.arange(100)[:, None] % 2 == [0, 1]
+    found = observed(halves)
+    np.testing.assert_allclose(found[0, 0] / found[100:][mask[100:, 1], 1][0], 2 * 0.95, rtol=1e-5)

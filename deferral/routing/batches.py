@@ -60,7 +60,7 @@ def route_file(
     router.plan(**setting)
     work = {
         "router": written(folder),
-        "queries": [str(queries.resolve()), queries.stat().st_size],
+        "queries": [str(queries.resolve()), queries.stat().st_size, queries.stat().st_mtime_ns],
         "setting": {name: _plain(value) for name, value in setting.items()},
     }
     partial, note = out.with_name(f"{out.name}.partial"), out.with_name(f"{out.name}.partial.json")
@@ -180,7 +180,7 @@ def _query(path: Path, row: int, line: bytes) -> str:
         return line.decode("utf-8", "replace").rstrip("\r\n")
     try:
         query = json.loads(line)["query"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         query = None
     if not isinstance(query, str):
         raise DataError(f'{path}: row {row}: expected a JSON object with a text "query", got {line[:60]!r}')

@@ -159,7 +159,6 @@ class NgramEncoder:
     def restore(self, arrays: Arrays) -> "NgramEncoder":
         """The encoder that had these arrays."""
         self.arrays = arrays
-        self.dimensions = arrays["projection"].shape[1]
         self._index()
         return self
 

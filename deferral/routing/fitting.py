@@ -18,6 +18,7 @@ from deferral.routing.training import Judged
 __all__ = ["Estimates", "Fitted"]
 
 _PRIOR = 5.0
+_LEAST_PROPENSITY = 0.01
 # Of the price that its length says, a query costs this share at least.
 _LEAST_SHARE = 0.1
 
@@ -60,6 +61,7 @@ class Fitted:
     floor: np.ndarray  # (E,) characters below which a query costs no less, where neighbours say what it costs
     places: np.ndarray  # (E,) of each expert among those that were learned, -1 of those that came later
     room: str
+    mean_length: float  # characters of a logged query
 
     @cached_property
     def cheapest_first(self) -> np.ndarray:
@@ -284,19 +286,27 @@ class Fitted:
         return "\n".join([*lines, *([f"The static mix is used: {why}."] if why else [])])
 
     def with_outcomes(self, table: Table, vectors: Vectors) -> "Fitted":
-        """One expert more, from its outcomes on some queries: its deviation is a ridge combination of the others'."""
+        """One expert more, from its outcomes on some queries: its deviation is a ridge combination of the others'.
+
+        Its mean is found together with that: these queries may be easier than others.  They weigh by the inverse of their
+        propensities where all are logged, as if each had been asked about once.
+        """
         self._check_new(table.experts[0])
         basis, _, _, _ = self._deviations(vectors)
-        quality = table.quality[:, 0].astype(np.float64)
-        mean = (quality.sum() + _PRIOR * self.means.mean()) / (len(quality) + _PRIOR)
+        quality, chance = table.quality[:, 0].astype(np.float64), table.propensity[:, 0].astype(np.float64)
         size = basis.shape[1]
         common = np.full(size, 1 / size)
+        weights = np.ones(len(quality)) if np.isnan(chance).any() else 1 / np.maximum(chance, _LEAST_PROPENSITY)
+        weights = weights[:, None] / weights.mean()
+        columns = np.concatenate([np.ones((len(basis), 1)), basis], axis=1)
         # Noise of a quality (about 0.2) over the variance expected of a coefficient (about 1 / E).
-        penalty = 0.2 * size
-        slope = np.linalg.solve(basis.T @ basis + penalty * np.eye(size), basis.T @ (quality - mean - basis @ common))
+        penalty = np.diag([_PRIOR, *np.full(size, 0.2 * size)])
+        off = quality - basis @ common - self.means.mean()
+        mean, *slope = np.linalg.solve(columns.T @ (weights * columns) + penalty, (weights * columns).T @ off)
+        mean = float(np.clip(mean + self.means.mean(), 0, 1))
         prices = fit_prices(table)
         latency = float(np.nanmean(table.latency)) if not np.isnan(table.latency).all() else np.nan
-        return self._with(table.experts[0], mean, prices, latency, common + slope)
+        return self._with(table.experts[0], mean, prices, latency, common + np.array(slope))
 
     def with_description(self, name: str, quality: float, price: float, per_character: float) -> "Fitted":
         """One expert more, of which its mean quality and price are known."""
@@ -339,7 +349,7 @@ class Fitted:
         # Held-out rows were not answered by a newcomer: what is expected of it stands in for its outcomes.
         off = (self.held_estimate - self.means) @ np.linalg.pinv(self.extension) @ combination
         expected = (mean + off)[:, None].astype(np.float32)
-        mean_price = prices.base + prices.per_character * self._mean_length()
+        mean_price = prices.base + prices.per_character * self.mean_length
 
         def widened(left: np.ndarray, right: np.ndarray) -> np.ndarray:
             return np.concatenate([left, right], axis=-1).astype(left.dtype)
@@ -362,19 +372,13 @@ class Fitted:
 
     def with_prices(self, prices: PriceModel) -> "Fitted":
         """The same experts at other prices.  What was found worth routing stays what it was at the prices of the fit."""
-        mean_price = prices.base + prices.per_character * self._mean_length()
+        mean_price = prices.base + prices.per_character * self.mean_length
         changed = replace(self, prices=prices, mean_price=mean_price)
         return replace(changed, held_price=changed.priced(self._held_lengths, self.held_dearness))
 
     @cached_property
     def _held_lengths(self) -> np.ndarray:
-        return self.held_length if len(self.held_length) else np.full(len(self.held_price), self._mean_length())
-
-    def _mean_length(self) -> float:
-        """Characters of a logged query; of a log too short to hold rows out, as far as texts are kept."""
-        if len(self.held_length):
-            return float(self.held_length.mean())
-        return float(np.mean([len(text) for text in self.texts])) if self.texts else 0.0
+        return self.held_length if len(self.held_length) else np.full(len(self.held_price), self.mean_length)
 
     def _check_new(self, name: str) -> None:
         check_text("of the new expert", "expert", name)

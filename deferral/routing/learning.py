@@ -47,8 +47,7 @@ def fitted(
     seed: int = 0,
 ) -> Fitted:
     """Learn from a table: hold out, blend, judge, then fit the winner on all rows."""
-    if prices is not None and prices.base.shape != (len(table.experts),):
-        raise ValueError(f"prices: expected one per expert, {len(table.experts)}, got {prices.base.shape}")
+    prices = None if prices is None else prices.of(table.experts)
     weights = observed(table)
     quality = np.where(table.mask, table.quality, 0).astype(np.float32)
     outcomes = doubly_robust(vectors, quality, weights, seed=seed)
@@ -86,6 +85,7 @@ def fitted(
         floor=np.zeros(experts),
         places=np.arange(experts),
         room="",
+        mean_length=float(length.mean()),
     )
     if rows < _FEWEST_ROWS or experts < 2:
         return state

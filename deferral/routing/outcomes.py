@@ -62,6 +62,7 @@ class Table:
     mask: np.ndarray  # (N, E) bool, True = observed
     latency: np.ndarray  # (N, E) float32, seconds, NaN where not known
     propensity: np.ndarray  # (N, E) float32
+    asked: np.ndarray | None = None  # (N, E) how often, where some expert was asked the same more than once
 
     @property
     def full(self) -> bool:
@@ -78,8 +79,9 @@ class Table:
 
     def rows(self, rows: np.ndarray) -> "Table":
         """The same table for some of the queries, by their indices."""
-        arrays = (self.quality, self.price, self.mask, self.latency, self.propensity)
-        return Table([self.queries[row] for row in rows], self.experts, *(array[rows] for array in arrays))
+        names = ("quality", "price", "mask", "latency", "propensity", "asked")
+        arrays = {name: array[rows] for name in names if (array := getattr(self, name)) is not None}
+        return Table([self.queries[row] for row in rows], self.experts, **arrays)
 
 
 class Log:
@@ -179,6 +181,7 @@ class Log:
             mask,
             (mean("latency_s") + unknown_where).astype(np.float32),
             (mean("propensity") + unknown_where).astype(np.float32),
+            count.reshape(shape).astype(np.int32) if count.max() > 1 else None,
         )
         answered = mask.any(1)
         return table if answered.all() else table.rows(np.flatnonzero(answered))

@@ -19,15 +19,24 @@ _BLOCK = 4096
 def observed(table: Table) -> np.ndarray:
     """The weight of every cell: 1 if the table is full, else the inverse of its propensity, 0 where nothing is known.  (N, E)
 
+    Where some expert was asked the same query more than once, every outcome is one decision: of the k about a query, an expert
+    that was asked n times has the weight n / (k * propensity), which is 1 on average however often a query comes.
+
     Where no propensity is logged, the assumption is that who was asked did not depend on the query, and the propensity is the
-    expert's share of the queries.  Weights are divided by their mean over the known cells.
+    expert's share of such queries; where all were asked, it is 1.  Weights are divided by their mean over the known cells.
     """
+    mask, asked, unlogged = table.mask, table.asked, np.isnan(table.propensity)
     if table.full:
-        return np.ones(table.mask.shape, np.float32)
-    share = np.broadcast_to(np.maximum(table.mask.mean(0), 1e-12), table.mask.shape)
-    chance = np.where(np.isnan(table.propensity), share, table.propensity)
-    weights = np.where(table.mask, 1 / np.maximum(chance, _LEAST_PROPENSITY), 0)
-    return (weights / weights[table.mask].mean()).astype(np.float32)
+        return np.ones(mask.shape, np.float32)
+    every = np.zeros((len(mask), 1), bool) if asked is not None else np.asarray(mask.all(1))[:, None]
+    alike = ~(mask & ~unlogged).any(1) & ~every[:, 0]
+    counts = (mask if asked is None else asked)[alike if alike.any() else slice(None)]
+    share = counts.sum(0) / (len(counts) if asked is None else counts.sum())
+    chance = np.where(unlogged, np.where(every, 1.0, share), table.propensity)
+    weights = np.where(mask, 1 / np.maximum(chance, _LEAST_PROPENSITY), 0)
+    if asked is not None:
+        weights = weights * asked / asked.sum(1, keepdims=True).clip(min=1)
+    return (weights / weights[mask].mean()).astype(np.float32)
 
 
 class OutcomeModel:

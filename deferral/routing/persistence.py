@@ -9,6 +9,7 @@ import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,6 +81,7 @@ def save(router: "Router", folder: Path) -> None:
         "abilities": {name: asdict(ability) for name, ability in router.abilities.items()},
         "experts": list(state.experts),
         "policies": [policy.kind for policy in state.policies],
+        "learners": [kind for make in router.policies if (kind := make().kind) in _POLICIES],
         "neighbours": {"count": state.memory.count, "prior": state.memory.prior, "beside": state.memory.beside},
         "weights": list(state.weights),
         "abroad": list(state.abroad),
@@ -87,6 +89,7 @@ def save(router: "Router", folder: Path) -> None:
         "winner": state.winner,
         "held_costs": state.held_costs,
         "room": state.room,
+        "mean_length": state.mean_length,
         "texts": list(state.texts),
         "cascade": None if router.cascade is None else router.cascade.names,
     }
@@ -172,6 +175,9 @@ def load(folder: Path, encode: Callable[[list[str]], Any] | str | Path | None) -
         router.salt = names["salt"]
         router.encoder.restore(_part(arrays, "encoder"))
         router._fitted = _state(names, arrays)
+        if learners := names.get("learners"):
+            usual = partial(Neighbours, count=router._fitted.memory.count, prior=router._fitted.memory.prior)
+            router.policies = tuple(usual if kind == Neighbours.kind else _POLICIES[kind] for kind in learners)
         router._seen = arrays["seen/queries"]
         if witnesses := _part(arrays, "witnesses"):
             router._witnesses = _witnesses(witnesses)
@@ -203,7 +209,7 @@ def _state(names: dict, arrays: dict[str, np.ndarray]) -> Fitted:
     judged = _part(arrays, "judged")
     return Fitted(
         experts=tuple(names["experts"]),
-        prices=PriceModel(**_part(arrays, "prices")),
+        prices=PriceModel(arrays["prices/base"], arrays["prices/per_character"]),
         policies=tuple(policies),
         weights=tuple(names["weights"]),
         abroad=tuple(names["abroad"]),
@@ -218,8 +224,17 @@ def _state(names: dict, arrays: dict[str, np.ndarray]) -> Fitted:
         winner=names["winner"],
         held_costs=names["held_costs"],
         room=names["room"],
+        mean_length=names.get("mean_length", _mean_length(names, arrays)),
         **_arrays_of(arrays),
     )
+
+
+def _mean_length(names: dict, arrays: dict[str, np.ndarray]) -> float:
+    """Of a folder of an earlier version: of the rows held out, or of the texts as far as they are kept."""
+    lengths = arrays.get("held/length", np.empty(0))
+    if not len(lengths):
+        lengths = np.array([len(text) for text in names["texts"]], float)
+    return float(lengths.mean()) if len(lengths) else 0.0
 
 
 def _arrays_of(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -22,10 +22,34 @@ _TOO_SHORT = 0.01
 
 @dataclass(frozen=True)
 class PriceModel:
-    """base + per_character * characters of the query, in dollars.  (E,), (E,)"""
+    """base + per_character * characters of the query, in dollars.  (E,), (E,); ValueError where one is no price.
+
+    `experts` are the names of whose prices these are, where that is known.
+    """
 
     base: np.ndarray
     per_character: np.ndarray
+    experts: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("base", "per_character"):
+            values = np.asarray(getattr(self, name), float)
+            if values.ndim != 1 or values.shape != np.shape(self.base) or not ((values >= 0) & (values < np.inf)).all():
+                raise ValueError(f"prices, {name}: expected one finite number per expert, not negative, got {values.tolist()}")
+            object.__setattr__(self, name, values)
+        if self.experts and len(self.experts) != len(self.base):
+            raise ValueError(f"prices: expected one per expert, {len(self.experts)}, got {len(self.base)}")
+
+    def of(self, experts: Sequence[str]) -> "PriceModel":
+        """The prices of these experts, in their order; where no names are known, it is taken to be theirs."""
+        if not self.experts:
+            if len(self.base) != len(experts):
+                raise ValueError(f"prices: expected one per expert, {len(experts)}, got {len(self.base)}")
+            return self
+        if not set(experts) <= set(self.experts):
+            raise ValueError(f"prices: expected those of {', '.join(experts)}; got those of {', '.join(self.experts)}")
+        order = [self.experts.index(name) for name in experts]
+        return PriceModel(self.base[order], self.per_character[order])
 
     def __call__(self, characters: np.ndarray) -> np.ndarray:
         """The price of each query for each expert.  (N,) -> (N, E)"""
@@ -77,7 +101,7 @@ def shortest(characters: np.ndarray) -> float:
 
 
 def token_prices(log: Log, per_million: Mapping[str, tuple[float, float]]) -> PriceModel:
-    """Prices to come from the dollars per million tokens (input, output) of each expert, in the order of `log.experts`.
+    """Prices to come from the dollars per million tokens (input, output) of each expert of the log, by name.
 
     How many tokens an expert reads and writes is predicted from the length of the query, by a line through its logged tokens.
     Where none of its outcomes has input tokens, a query has a quarter as many as characters.
@@ -96,7 +120,8 @@ def token_prices(log: Log, per_million: Mapping[str, tuple[float, float]]) -> Pr
         raise ValueError(f"{unknown}: none of its outcomes has output tokens, so that its price cannot be predicted")
     read[1] = np.where(read_known, read[1], 1 / CHARACTERS_PER_TOKEN)
     dollars = np.array([per_million[name] for name in log.experts], float).T / 1e6
-    return PriceModel(*(dollars[0] * read + dollars[1] * written))
+    base, per_character = dollars[0] * read + dollars[1] * written
+    return PriceModel(base, per_character, tuple(log.experts))
 
 
 def read_prices(path: str | Path) -> dict[str, tuple[float, float]]:

@@ -31,7 +31,12 @@ class Events:
     quality: np.ndarray  # (N,)
     price: np.ndarray  # (N,) dollars
     propensity: np.ndarray  # (N,)
-    assumed: float  # the share of propensities that were not logged
+    unlogged: np.ndarray  # (N,) bool, where the propensity is assumed
+
+    @property
+    def assumed(self) -> float:
+        """The share of propensities that were not logged."""
+        return float(self.unlogged.mean()) if len(self.unlogged) else 0.0
 
     def of_queries(self, kept: np.ndarray) -> "Events":
         """The decisions on some of the queries.  (M,) bool -> Events"""
@@ -43,7 +48,7 @@ class Events:
             self.quality[rows],
             self.price[rows],
             self.propensity[rows],
-            self.assumed,
+            self.unlogged[rows],
         )
 
 
@@ -82,7 +87,7 @@ def events_of(log: Log, experts: Sequence[str]) -> Events:
         log.column("quality").astype(float),
         log.column("price"),
         np.where(missing, share[expert], propensity),
-        float(missing.mean()),
+        missing,
     )
 
 

@@ -327,6 +327,12 @@ class Router:
             if best < min_quality and learned is None:
                 why = f"on held-out queries routing reached a quality of {best:.3f}, the best single expert more"
                 return Plan(error, mask, mix, why)
+            if why := self._why_fallback(error, learned):
+                reached = (1 - self.explore) * float(mix @ means) + self.explore * float(means[mask].mean())
+                if reached < min_quality - 1e-9:
+                    raise ValueError(
+                        f"min_quality: the static mix, which decides ({why}), reaches at most {reached:.3f}, got {min_quality}"
+                    )
         elif certified_quality is not None:
             return self._promised(mask, learned, certified_quality, confidence)
         else:
@@ -377,6 +383,7 @@ class Router:
             raise ValueError(f"certify: expected outcomes of {', '.join(self.experts)}, got those of {', '.join(table.experts)}")
         order = [table.experts.index(name) for name in self.experts]
         _check_full(table)
+        _check_values(table)
         if (known := self.knows(table.queries)).any():
             raise ValueError(
                 f"certify: {int(known.sum())} of {len(known)} queries were in the log of the fit, the first is query "
@@ -407,7 +414,10 @@ class Router:
         if len(log.experts) != 1:
             raise ValueError(f"expected outcomes of one new expert, got those of {len(log.experts)}: {', '.join(log.experts)}")
         table = log.table()
+        _check_values(table)
         self._fitted = self.fitted.with_outcomes(table, self.encoder(table.queries))
+        # They prove nothing of a router that has learned from them.
+        self._seen = np.union1d(self._seen, fingerprints(table.queries))
         return self._described(table.experts[0], abilities)
 
     def describe_expert(
@@ -432,10 +442,11 @@ class Router:
         return self
 
     def with_prices(self, prices: PriceModel) -> "Router":
-        """From now on these prices, one per expert, without refitting."""
-        if prices.base.shape != (len(self.experts),):
-            raise ValueError(f"prices: expected one per expert, {len(self.experts)}, got {prices.base.shape}")
-        self._fitted, self.cascade = self.fitted.with_prices(prices), None
+        """From now on these prices, one per expert, without refitting.
+
+        Prices that name their experts may have any order, others that of `experts`.
+        """
+        self._fitted, self.cascade = self.fitted.with_prices(prices.of(self.experts)), None
         self._plans = {}
         return self
 

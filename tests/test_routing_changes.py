@@ -1,0 +1,108 @@
+"""What changes after a fit: newcomers, prices, floors, and a router that is loaded to learn again."""
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from deferral.routing import Log, Outcome, PriceModel, Router, log_of_table, token_prices
+from deferral.routing.outcomes import Table
+from deferral.routing.policies import Linear, Neighbours
+from tests.test_routing_router import EXPERTS, QUICK, router, world
+
+pytestmark = pytest.mark.ci_slow
+
+
+def test_a_new_expert_is_not_taken_for_better_because_its_queries_were_easy() -> None:
+    """As good as "small" on everything, with outcomes on the easier of two subjects alone, or mostly."""
+    _, subject, quality, _ = world(600)
+    easy = int(np.argmax([quality[subject == kind, 0].mean() for kind in range(3)]))
+    fresh, kinds, *_ = world(2000, seed=7)
+    chance = np.array([quality[subject == kind, 0].mean() for kind in range(3)])
+    right = (np.random.default_rng(8).random(2000) < chance[kinds]).astype(float)
+    often = np.where(kinds == easy, 0.5, 0.05)
+    seen = np.flatnonzero(np.random.default_rng(9).random(2000) < often)
+
+    def mean_of(propensities: np.ndarray) -> float:
+        log = Log(
+            Outcome(fresh[row], "tiny", right[row], 1e-4, propensity=given) for row, given in zip(seen, propensities, strict=True)
+        )
+        return float(copy.copy(router()).add_expert(log).fitted.means[-1])
+
+    truth, naive = right.mean(), right[seen].mean()
+    without, logged = mean_of(np.full(len(seen), np.nan)), mean_of(often[seen])
+    assert naive > truth + 0.1
+    assert abs(without - truth) < (naive - truth) / 2
+    assert abs(logged - truth) < 0.06
+    assert copy.copy(router()).add_expert(Log([Outcome("at all", "tiny", 1.0, 0.0)])).fitted.means[-1] <= 1
+
+
+def test_what_a_newcomer_was_learned_from_proves_nothing() -> None:
+    some = copy.copy(router())
+    fresh, _, outcomes, paid = world(100, seed=7)
+    some.add_expert(log_of_table(fresh, ["tiny"], outcomes[:, :1], paid[:, :1]))
+    assert some.knows(fresh).all()
+    four = log_of_table(
+        fresh, [*EXPERTS, "tiny"], np.column_stack([outcomes, outcomes[:, 0]]), np.column_stack([paid, paid[:, 0]])
+    )
+    with pytest.raises(ValueError, match="were in the log of the fit"):
+        some.certify(four)
+    unseen = [f"{text} again" for text in fresh]
+    beyond = Table(
+        unseen,
+        EXPERTS,
+        2 * np.ones_like(outcomes, np.float32),
+        paid,
+        np.ones(paid.shape, bool),
+        *2 * [np.full(paid.shape, np.nan)],
+    )
+    with pytest.raises(ValueError, match="expected a quality in"):
+        copy.copy(router()).certify(beyond)
+
+
+def test_a_floor_is_refused_where_the_mix_that_decides_does_not_reach_it() -> None:
+    some = copy.copy(router()).remove_expert("large")
+    single = float(some.fitted.means.max())
+    floor = single + 0.1
+    assert some.plan(min_quality=floor).why_fallback == ""
+    with pytest.raises(ValueError, match=r"the static mix, which decides \(asked for\), reaches at most"):
+        some.plan(min_quality=floor, learned=False)
+    assert some.plan(min_quality=single - 0.01, learned=False).why_fallback == "asked for"
+
+
+def test_a_loaded_router_learns_as_the_one_that_was_saved(tmp_path: Path) -> None:
+    texts, _, quality, price = world(60)
+    small = Router(0.1, policies=(Linear, lambda: Neighbours(count=20))).fit(log_of_table(texts, EXPERTS, quality, price))
+    small.save(tmp_path / "router")
+    loaded = Router.load(tmp_path / "router")
+    assert [make().kind for make in loaded.policies] == ["linear", "neighbours"]
+    assert loaded.encoder.dimensions == 128
+    texts, _, quality, price = world(400)
+    log = log_of_table(texts, EXPERTS, quality, price)
+    one, other = small.fit(log), loaded.fit(log)
+    assert other.encoder.arrays["projection"].shape == one.encoder.arrays["projection"].shape
+    assert [policy.kind for policy in one.fitted.policies] == [policy.kind for policy in other.fitted.policies]
+    assert other.fitted.memory.count == 20
+
+
+def test_long_queries_of_a_log_too_short_to_judge_keep_their_length(tmp_path: Path) -> None:
+    outcomes = [Outcome(f"{number} {'word ' * 1600}", "large", 1.0, 0.02) for number in range(20)]
+    some = Router(0.1, policies=QUICK).fit(Log(outcomes))
+    some.describe_expert("same", quality=0.9, price=0.0, per_character=0.02 / 8000)
+    assert some.fitted.mean_price[1] == pytest.approx(some.fitted.mean_price[0], rel=0.01)
+    some.save(tmp_path / "router")
+    assert Router.load(tmp_path / "router").fitted.mean_length == some.fitted.mean_length
+
+
+def test_prices_go_by_name_and_are_prices() -> None:
+    some = copy.copy(router())
+    named = {name: (0.0, 10.0 * (place + 1)) for place, name in enumerate(EXPERTS)}
+    backwards = Log(Outcome("a query", name, 1.0, 0.0, output_tokens=100) for name in (*reversed(EXPERTS), "another"))
+    some.with_prices(token_prices(backwards, named | {"another": (0.0, 1.0)}))
+    np.testing.assert_allclose(some.fitted.mean_price, [1e-3, 2e-3, 3e-3])
+    with pytest.raises(ValueError, match=r"expected those of .*; got those of"):
+        some.with_prices(token_prices(Log([Outcome("a", "another", 1.0, 0.0, output_tokens=1)]), {"another": (0.0, 1.0)}))
+    for base, per_character in (([0.1, np.nan], [0, 0]), ([0.1, -1], [0, 0]), ([0.1, 0.1], [0]), ([[0.1]], [[0.1]])):
+        with pytest.raises(ValueError, match="expected one finite number per expert, not negative"):
+            PriceModel(np.array(base), np.array(per_character))
