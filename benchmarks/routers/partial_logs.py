@@ -9,10 +9,13 @@ it for one where who was asked did not depend on the query, as if no propensity 
 """
 
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 
 from benchmarks.routers.data import SEED, Data, llmrouter, random_folds
 from benchmarks.routing import MIX, RESAMPLES, priced_figures, settings
@@ -47,6 +50,26 @@ def observed_part(data: Data, train: np.ndarray, chance: np.ndarray, *, logged: 
     return Table(whole.queries, whole.experts, hidden[0], hidden[1], mask, whole.latency, propensity)
 
 
+def _decided(
+    data: Data, fold: np.ndarray, errors: np.ndarray, kind: tuple[np.ndarray, bool] | None, number: int
+) -> tuple[np.ndarray, float, np.ndarray]:
+    """Whom the router asks on a test fold at every price of an error, its fallbacks, and the mix.  -> (S, n), (), (S,)"""
+    torch.set_num_threads(1)
+    train, test = np.flatnonzero(fold != number), np.flatnonzero(fold == number)
+    queries = [data.queries[row] for row in test]
+    with threadpool_limits(1):
+        table = data.table(train) if kind is None else observed_part(data, train, kind[0], logged=kind[1])
+        router = Router(1.0, policies=QUICK, seed=SEED).fit(table)
+        estimated = router.fitted.estimate(router.encoder(queries))
+    asked, fell, mix = np.empty((len(errors), len(test)), int), 0.0, np.empty(len(errors), int)
+    for place, error in enumerate(errors):
+        decisions = router.decide_estimated(router.plan(price_of_error=float(error)), estimated, queries)
+        asked[place] = decisions.actions
+        fell += decisions.fallback.sum()
+        mix[place] = router.plan(price_of_error=float(error), learned=False).mix.argmax()
+    return asked, fell, mix
+
+
 def partial_logs(folder: Path) -> Iterator[dict]:
     """AIQ of the router as it comes, its gain over the static mix of the full table, and the share of the full table's gain."""
     data = llmrouter(folder)
@@ -60,19 +83,16 @@ def partial_logs(folder: Path) -> Iterator[dict]:
     }
     actions = {name: np.zeros((len(errors), len(fold)), int) for name in (MIX, *kinds)}
     fallback = dict.fromkeys(kinds, 0.0)
-    for number in range(SOME):
-        train, test = np.flatnonzero(fold != number), np.flatnonzero(fold == number)
-        queries = [data.queries[row] for row in test]
-        for name, kind in kinds.items():
-            table = data.table(train) if kind is None else observed_part(data, train, kind[0], logged=kind[1])
-            router = Router(1.0, policies=QUICK, seed=SEED).fit(table)
-            estimated = router.fitted.estimate(router.encoder(queries))
-            for place, error in enumerate(errors):
-                decisions = router.decide_estimated(router.plan(price_of_error=float(error)), estimated, queries)
-                actions[name][place, test] = decisions.actions
-                fallback[name] += decisions.fallback.sum() / len(judged) / len(errors)
-                if kind is None:
-                    actions[MIX][place, test] = router.plan(price_of_error=float(error), learned=False).mix.argmax()
+    jobs = [(name, number) for number in range(SOME) for name in kinds]
+    # A process each: most of a fit of a partial log is in one thread.
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as processes:
+        done = processes.map(_decided, *zip(*((data, fold, errors, kinds[name], number) for name, number in jobs), strict=True))
+        for (name, number), (decided, fell, mix) in zip(jobs, done, strict=True):
+            test = np.flatnonzero(fold == number)
+            actions[name][:, test] = decided
+            fallback[name] += fell / len(judged) / len(errors)
+            if kinds[name] is None:
+                actions[MIX][:, test] = mix[:, None]
     tested = data.rows(judged)
     rows, best = np.arange(len(judged)), best_expert(tested.quality, tested.price)
     figures = {
