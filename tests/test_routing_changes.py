@@ -35,6 +35,10 @@ def test_a_new_expert_is_not_taken_for_better_because_its_queries_were_easy() ->
     assert naive > truth + 0.1
     assert abs(without - truth) < (naive - truth) / 2
     assert abs(logged - truth) < 0.06
+    rare = np.full(100, 0.9)
+    rare[7] = 0.01
+    lucky = Log(Outcome(fresh[row], "lucky", float(row == 7), 1e-4, propensity=rare[row]) for row in range(100))
+    assert copy.copy(router()).add_expert(lucky).fitted.means[-1] < 0.4, "one answer does not decide it"
     assert copy.copy(router()).add_expert(Log([Outcome("at all", "tiny", 1.0, 0.0)])).fitted.means[-1] <= 1
 
 
@@ -69,6 +73,15 @@ def test_a_floor_is_refused_where_the_mix_that_decides_does_not_reach_it() -> No
     with pytest.raises(ValueError, match=r"the static mix, which decides \(asked for\), reaches at most"):
         some.plan(min_quality=floor, learned=False)
     assert some.plan(min_quality=single - 0.01, learned=False).why_fallback == "asked for"
+    # Numbers that float32 rounds down, strictly between two experts.
+    small, large = sorted(copy.copy(router()).remove_expert("coder").fitted.means.tolist())
+    for explore in (0.0, 0.05):
+        pair = copy.copy(router()).remove_expert("coder")
+        pair.explore = explore
+        for floor in (0.5, 0.6, 0.7, 0.8, 0.85):
+            assert small < floor < large
+            mix = pair.plan(min_quality=floor, learned=False).mix
+            assert (mix > 0).sum() == 2
 
 
 def test_a_loaded_router_learns_as_the_one_that_was_saved(tmp_path: Path) -> None:

@@ -239,6 +239,51 @@ def test_a_query_that_comes_often_weighs_by_its_share_of_the_decisions() -> None
     np.testing.assert_allclose(unlogged, weights, rtol=0.1)
 
 
+def test_a_policy_that_changed_weighs_by_each_of_its_propensities() -> None:
+    generator = np.random.default_rng(0)
+    log = Log()
+    for number in range(400):
+        for turn in range(50):
+            chance = (0.95, 0.05) if turn < 25 else (0.05, 0.95)
+            place = int(generator.random() < chance[1])
+            log.append(Outcome(f"query {number}", "ab"[place], 1.0, 0.0, propensity=chance[place]))
+        for _ in range(50):
+            place = int(generator.random() < 0.5)
+            log.append(Outcome(f"steady {number}", "ab"[place], 1.0, 0.0, propensity=0.5))
+    weights = observed(log.table())
+    np.testing.assert_allclose(weights[::2].mean(0), weights[1::2].mean(0), rtol=0.05)
+
+
+def test_one_repeated_outcome_leaves_the_queries_that_all_were_asked_as_they_were() -> None:
+    names = [f"expert {place}" for place in range(10)]
+    log = Log(
+        Outcome(f"full {row}", name, 1.0, 0.0, propensity=given) for row in range(200) for name in names for given in (1.0,)
+    )
+    generator = np.random.default_rng(0)
+    for row in range(200):
+        log.append(Outcome(f"traffic {row}", names[generator.integers(10)], 1.0, 0.0, propensity=0.1))
+    before = observed(log.table())
+    log.append(log[len(log) - 1])
+    after = observed(log.table())
+    np.testing.assert_allclose(after[:200] / after[0, 0], 1)
+    np.testing.assert_allclose(after[200:-1] / after[0, 0], before[200:-1] / before[0, 0], rtol=1e-5)
+    np.testing.assert_allclose(after[-1].max() / after[0, 0], 10, rtol=1e-5)
+
+
+def test_an_expert_that_only_logged_rows_have_is_weighed_by_its_share_of_them() -> None:
+    mask = np.zeros((1000, 3), bool)
+    mask[np.arange(1000), np.arange(1000) % 2] = True
+    mask[::10, 2] = True
+    propensity = np.where(mask, 0.5, np.nan).astype(np.float32)
+    propensity[:, 2] = propensity[0] = np.nan
+    mask[0] = [True, False, False]
+    nothing = np.full(mask.shape, np.nan, np.float32)
+    quality = np.ones(mask.shape, np.float32)
+    table = Table([str(row) for row in range(1000)], ["a", "b", "c"], quality, np.zeros(mask.shape), mask, nothing, propensity)
+    weights = observed(table)
+    np.testing.assert_allclose(weights[10, 2] / weights[1, 1], (1 / 0.099) / 2, rtol=1e-3)
+
+
 def test_queries_that_all_were_asked_weigh_once_beside_a_log_of_single_answers() -> None:
     quality = np.ones((400, 2), np.float32)
     mask = np.ones((400, 2), bool)

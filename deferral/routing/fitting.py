@@ -289,7 +289,7 @@ class Fitted:
         """One expert more, from its outcomes on some queries: its deviation is a ridge combination of the others'.
 
         Its mean is found together with that: these queries may be easier than others.  They weigh by the inverse of their
-        propensities where all are logged, as if each had been asked about once.
+        propensities where all are logged, and together as much as equal ones that say as much.
         """
         self._check_new(table.experts[0])
         basis, _, _, _ = self._deviations(vectors)
@@ -297,7 +297,8 @@ class Fitted:
         size = basis.shape[1]
         common = np.full(size, 1 / size)
         weights = np.ones(len(quality)) if np.isnan(chance).any() else 1 / np.maximum(chance, _LEAST_PROPENSITY)
-        weights = weights[:, None] / weights.mean()
+        weights = np.minimum(weights / weights.mean(), max(len(weights) / _PRIOR, 1))
+        weights = weights[:, None] * weights.sum() / (weights**2).sum()
         columns = np.concatenate([np.ones((len(basis), 1)), basis], axis=1)
         # Noise of a quality (about 0.2) over the variance expected of a coefficient (about 1 / E).
         penalty = np.diag([_PRIOR, *np.full(size, 0.2 * size)])

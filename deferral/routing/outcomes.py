@@ -150,7 +150,7 @@ class Log:
         return view
 
     def table(self, experts: Sequence[str] | None = None) -> Table:
-        """One row per query, one column per expert, in their order of appearance; repeated outcomes are averaged."""
+        """One row per query, one column per expert, in their order of appearance; repeated outcomes are averaged, and counted."""
         if len(self) == 0:
             raise DataError("the log holds no outcome; expected at least one")
         names = list(self.experts if experts is None else experts)
@@ -170,6 +170,14 @@ class Log:
             sums = np.bincount(cell, weights=self.column(name)[kept], minlength=size)
             return (sums / np.maximum(count, 1)).reshape(shape)
 
+        def propensity() -> np.ndarray:
+            """Of several outcomes the harmonic mean, since they weigh by the inverse; of those that have one."""
+            logged = self.column("propensity")[kept].astype(float)
+            known = ~np.isnan(logged)
+            sums = np.bincount(cell[known], weights=1 / np.maximum(logged[known], 1e-6), minlength=size)
+            with np.errstate(invalid="ignore"):
+                return (np.bincount(cell[known], minlength=size) / sums).reshape(shape)
+
         mask = (count > 0).reshape(shape)
         unknown_where = np.where(mask, 0.0, np.nan)
         table = Table(
@@ -180,7 +188,7 @@ class Log:
             mean("price"),
             mask,
             (mean("latency_s") + unknown_where).astype(np.float32),
-            (mean("propensity") + unknown_where).astype(np.float32),
+            propensity().astype(np.float32),
             count.reshape(shape).astype(np.int32) if count.max() > 1 else None,
         )
         answered = mask.any(1)

@@ -19,24 +19,34 @@ _BLOCK = 4096
 def observed(table: Table) -> np.ndarray:
     """The weight of every cell: 1 if the table is full, else the inverse of its propensity, 0 where nothing is known.  (N, E)
 
-    Where some expert was asked the same query more than once, every outcome is one decision: of the k about a query, an expert
-    that was asked n times has the weight n / (k * propensity), which is 1 on average however often a query comes.
+    Queries that every expert answered, as often as the others, were asked of all with certainty, unless propensities say
+    otherwise.  Elsewhere, once some expert was asked the same query twice, every outcome is one decision: of the k about a query,
+    an expert that was asked n times has the weight n / (k * propensity), which is 1 on average however often a query comes.
+    Propensities that add up to more than 1 are those of asking several experts together, n times at most.
 
     Where no propensity is logged, the assumption is that who was asked did not depend on the query, and the propensity is the
-    expert's share of such queries; where all were asked, it is 1.  Weights are divided by their mean over the known cells.
+    expert's share of such queries.  Weights are divided by their mean over the known cells.
     """
-    mask, asked, unlogged = table.mask, table.asked, np.isnan(table.propensity)
+    mask, unlogged = table.mask, np.isnan(table.propensity)
     if table.full:
         return np.ones(mask.shape, np.float32)
-    every = np.zeros((len(mask), 1), bool) if asked is not None else np.asarray(mask.all(1))[:, None]
-    alike = ~(mask & ~unlogged).any(1) & ~every[:, 0]
-    counts = (mask if asked is None else asked)[alike if alike.any() else slice(None)]
-    share = counts.sum(0) / (len(counts) if asked is None else counts.sum())
-    chance = np.where(unlogged, np.where(every, 1.0, share), table.propensity)
+    counts = mask.astype(np.int32) if table.asked is None else table.asked
+    every = mask.all(1) & (counts == counts[:, :1]).all(1) & (unlogged | (table.propensity >= 1)).all(1)
+    logged = np.where(mask & ~unlogged, table.propensity, 0).sum(1)
+    alike = counts[~every & (logged == 0)]
+    share = np.where(alike.any(0), _share(alike, table), _share(counts[~every], table))
+    chance = np.where(every[:, None], 1.0, np.where(unlogged, share, table.propensity))
     weights = np.where(mask, 1 / np.maximum(chance, _LEAST_PROPENSITY), 0)
-    if asked is not None:
-        weights = weights * asked / asked.sum(1, keepdims=True).clip(min=1)
+    if table.asked is not None:
+        rounds = np.where(every | (logged > 1 + 1e-6), counts.max(1), counts.sum(1))
+        weights = weights * counts / rounds.clip(min=1)[:, None]
     return (weights / weights[mask].mean()).astype(np.float32)
+
+
+def _share(counts: np.ndarray, table: Table) -> np.ndarray:
+    """Each expert's share of the queries, or of the decisions where queries come more than once.  (n, E) -> (E,)"""
+    size = len(counts) if table.asked is None else counts.sum()
+    return counts.sum(0) / max(size, 1)
 
 
 class OutcomeModel:

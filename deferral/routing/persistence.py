@@ -209,7 +209,7 @@ def _state(names: dict, arrays: dict[str, np.ndarray]) -> Fitted:
     judged = _part(arrays, "judged")
     return Fitted(
         experts=tuple(names["experts"]),
-        prices=PriceModel(arrays["prices/base"], arrays["prices/per_character"]),
+        prices=_prices(arrays),
         policies=tuple(policies),
         weights=tuple(names["weights"]),
         abroad=tuple(names["abroad"]),
@@ -227,6 +227,13 @@ def _state(names: dict, arrays: dict[str, np.ndarray]) -> Fitted:
         mean_length=names.get("mean_length", _mean_length(names, arrays)),
         **_arrays_of(arrays),
     )
+
+
+def _prices(arrays: dict[str, np.ndarray]) -> PriceModel:
+    try:
+        return PriceModel(arrays["prices/base"], arrays["prices/per_character"])
+    except ValueError as error:
+        raise KeyError(str(error)) from None
 
 
 def _mean_length(names: dict, arrays: dict[str, np.ndarray]) -> float:

@@ -97,7 +97,7 @@ class Router:
 
         `prices` are the prices to come, by default a line through the logged ones.  `certify` is a share of the queries, drawn
         at random, that nothing is learned from: `certified_quality` is proved by them (see `certify`).  Learning from partial
-        logs assumes what `deferral.routing.training.observed` says.
+        logs assumes what `deferral.routing.partial_logs.observed` says.
         """
         if not isinstance(log, Log | Table):
             raise TypeError(
@@ -329,7 +329,7 @@ class Router:
                 return Plan(error, mask, mix, why)
             if why := self._why_fallback(error, learned):
                 reached = (1 - self.explore) * float(mix @ means) + self.explore * float(means[mask].mean())
-                if reached < min_quality - 1e-9:
+                if reached < min_quality - 1e-6:
                     raise ValueError(
                         f"min_quality: the static mix, which decides ({why}), reaches at most {reached:.3f}, got {min_quality}"
                     )
@@ -343,7 +343,7 @@ class Router:
 
     def _but_explored(self, wanted: float, values: np.ndarray, mask: np.ndarray) -> float:
         """The mean of the other decisions with which, and with those that are drawn at random, the mean is the wanted one."""
-        return float((wanted - self.explore * values[mask].mean()) / (1 - self.explore))
+        return (wanted - self.explore * float(values[mask].mean())) / (1 - self.explore)
 
     def _why_fallback(self, error: float, learned: bool | None) -> str:
         return self.fitted.why_not(error) if learned is None else "" if learned else "asked for"
