@@ -74,9 +74,10 @@ def test_the_history_adds_up_to_the_record(tmp_path: Path) -> None:
     rows, said = traffic(300, end=12_000.0)
     rows[7] = row(7, time=rows[7].time, expert="", chosen="small", outcome="error", price=0.0, latency_s=math.nan)
     rows[8], rows[9] = replace(rows[8], estimated=True), replace(rows[9], estimated=True, status=502)
+    rows[10] = replace(rows[10], estimated=True, status=499, outcome="cancelled")
     engine = connect(stored(tmp_path / "g.db", rows, said))
     found = history(engine, since=11_700, until=12_000)
-    assert found.estimated == 1, "an error has no price to be estimated"
+    assert found.estimated == 2, "an error has no price to be estimated, what a client left has one"
     assert (sum(found.requests), found.routed, found.width, len(found.requests)) == (300, 300, 60, 5)
     counts = {name: sum(one.expert == name for one in rows) for name in ("large", "small", "")}
     assert {name: sum(each) for name, each in found.experts.items()} == counts
@@ -86,7 +87,7 @@ def test_the_history_adds_up_to_the_record(tmp_path: Path) -> None:
     assert found.totals[""].latency_s is None
     assert sum(found.price) == pytest.approx(sum(one.price for one in rows))
     saved = [0.02 - one.price for one in rows if one.outcome == "ok"]
-    assert found.compared == len(saved) == 299
+    assert found.compared == len(saved) == 298
     assert sum(found.saving) == pytest.approx(sum(saved))
     # The variance of a sum, up to the end of each step.
     for step, half in enumerate(found.saving_half):
@@ -119,7 +120,8 @@ def test_sums_by_the_minute_are_those_of_the_decisions_also_after_a_migration(da
         written = connection.execute(select(minutes).order_by(minutes.c.minute, minutes.c.expert)).all()
         for table in set(tables.tables) - {"decisions", "feedback", "texts", "keys", "schema_version"}:
             connection.exec_driver_sql(f"DROP TABLE {table}")
-        connection.exec_driver_sql("ALTER TABLE decisions DROP COLUMN kind")
+        for column in ("kind", "draw"):
+            connection.exec_driver_sql(f"ALTER TABLE decisions DROP COLUMN {column}")
         for column in ("former", "former_until"):
             connection.exec_driver_sql(f"ALTER TABLE keys DROP COLUMN {column}")
         connection.exec_driver_sql("UPDATE schema_version SET version = 1")

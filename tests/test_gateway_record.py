@@ -53,7 +53,13 @@ def until(condition, seconds: float = 20.0) -> None:
 
 def test_a_row_comes_back_as_it_was(record: Record, database: str) -> None:
     written = row(
-        1, reply_id="chatcmpl-1", best_price=1e-3, kind="r-3", expected_cost={"small": 0.6, "large": math.inf}, streamed=True
+        1,
+        reply_id="chatcmpl-1",
+        best_price=1e-3,
+        kind="r-3",
+        draw=0.25,
+        expected_cost={"small": 0.6, "large": math.inf},
+        streamed=True,
     )
     record.add(written)
     record.stop()

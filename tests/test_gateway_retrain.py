@@ -1,8 +1,10 @@
 import asyncio
+import copy
 import math
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,11 +15,13 @@ from deferral.cli import main
 from deferral.errors import DataError
 from deferral.gateway.database import connect
 from deferral.gateway.export import FAILED, FELL_BACK, NAMED, NO_CHANCE, NO_QUALITY, NO_TEXT, export, logged
-from deferral.gateway.off_policy import Draws, compare, doubly_robust
+from deferral.gateway.off_policy import Draws, alike, compare, doubly_robust, interval_of_mean
 from deferral.gateway.record import DecisionRow, Record
-from deferral.gateway.retrain import learned, retrain
+from deferral.gateway.retrain import learned, promote, retrain
 from deferral.routing import Log, Outcome, Router, log_of_table, read_log
+from deferral.routing.persistence import written
 from deferral.routing.policies import Linear
+from deferral.routing.static import fingerprints
 from tests.gateway_rows import row
 
 
@@ -186,6 +190,17 @@ def test_policies_that_agree_gain_nothing_and_repeated_queries_count_as_one_draw
     assert again.gain.estimate == pytest.approx(other.gain.estimate)
     assert again.gain.half_width == pytest.approx(other.gain.half_width)
     assert again.gain_weighted.half_width == pytest.approx(other.gain_weighted.half_width)
+    assert again.seen == other.seen, "25 calls of one agent are one draw"
+    assert alike([0.5, None, 0.25, 0.5, None]).tolist() == [3, 1, 2, 3, 0]
+
+
+def test_the_interval_of_a_mean_is_that_of_its_groups() -> None:
+    values, stands_for = np.random.default_rng(0).normal(size=60), np.ones(60)
+    mean, half = interval_of_mean(values, stands_for, np.arange(60))
+    assert (mean, half) == pytest.approx((values.mean(), 1.96 * values.std(ddof=1) / 60**0.5))
+    fourfold = interval_of_mean(np.repeat(values, 4), np.ones(240), np.repeat(np.arange(60), 4))
+    assert fourfold == pytest.approx((mean, half))
+    assert interval_of_mean(values, stands_for, np.zeros(60, int)) == (mean, None)
 
 
 @pytest.fixture(scope="module")
@@ -225,10 +240,37 @@ def test_a_better_router_is_promoted_and_an_equal_one_is_not(tmp_path: Path, old
     gain = true_cost(before) - true_cost(promoted)
     assert verdict.comparison.gain.low < gain < verdict.comparison.gain.high
     assert verdict.comparison.gain_weighted.low < gain < verdict.comparison.gain_weighted.high
+    with pytest.raises(DataError, match="another router was saved there in the meantime"):
+        promote(promoted, folder, written(tmp_path / "router.previous"))
+    assert Router.load(folder).salt == old_router.salt
     again = retrain(engine, folder, load=linear)
     assert not again.promoted
     assert again.comparison is not None
     assert again.comparison.gain.low <= 0
+
+
+@pytest.mark.ci_slow
+def test_a_cascade_that_pays_is_not_lost_unasked_and_nobody_is_judged_on_what_it_learned(
+    tmp_path: Path, old_router: Router
+) -> None:
+    folder = tmp_path / "router"
+    with_cascade = copy.copy(old_router)
+    with_cascade.cascade = SimpleNamespace(why_not=lambda error: "")  # type: ignore[assignment]
+    old_router.save(folder)
+    rows, quality = served(old_router, 800, seed=5)
+    asyncio.run(recorded(tmp_path / "gateway.db", rows, quality))
+    engine = connect(str(tmp_path / "gateway.db"))
+    loaded = iter([with_cascade, linear(folder), with_cascade, linear(folder)])
+    kept = retrain(engine, folder, load=lambda _: next(loaded))
+    assert (kept.better, kept.promoted) == (False, False)
+    assert "--drop-cascade" in kept.why
+    assert retrain(engine, folder, load=lambda _: next(loaded), drop_cascade=True).promoted
+    knowing = linear(folder)
+    knowing._seen = np.sort(fingerprints([str(one.query) for one in rows]))
+    loaded = iter([knowing, linear(folder)])
+    verdict = retrain(engine, folder, load=lambda _: next(loaded))
+    assert not verdict.promoted
+    assert any("the old router has learned from the query" in reason for reason in verdict.left_out)
 
 
 @pytest.mark.ci_slow

@@ -41,8 +41,11 @@ def until(condition, seconds: float = 20.0) -> None:
         time.sleep(0.01)
 
 
-def recorded(path: Path, count: int, *, explore: float, judged: bool = True) -> str:
-    """The live router always asks the small expert, but for what it explores; the candidate the large one where it is hard."""
+def recorded(path: Path, count: int, *, explore: float, judged: bool = True, calls: int = 1) -> str:
+    """The live router always asks the small expert, but for what it explores; the candidate the large one where it is hard.
+
+    With `calls`, so many requests in a row have the same query.
+    """
     generator, engine = np.random.default_rng(3), connect(str(path))
     prepare(engine)
     rows, said, shadowed = [], [], []
@@ -54,7 +57,7 @@ def recorded(path: Path, count: int, *, explore: float, judged: bool = True) -> 
         made = row(
             number, time=1000.0 + number, expert=chosen, chosen=chosen, price_of_error=ERROR, price=PRICE[chosen],
             propensity=1 - explore / 2 if chosen == "small" else explore / 2, expected_quality=quality, expected_price=PRICE,
-            expected_cost=cost,
+            expected_cost=cost, draw=number // calls / count,
         )  # fmt: skip
         rows.append(values(made))
         truth = (0.3 if hard else 0.9) if chosen == "small" else 0.95
@@ -86,6 +89,35 @@ def test_the_gain_is_what_the_candidate_would_have_saved(tmp_path: Path, capsys:
     json.dumps(found.as_json(), allow_nan=False)
     main(["gateway", "shadow", "--hours", "1000000", "--database", path])
     assert "agrees on 1000 of 2000 requests" in capsys.readouterr().out
+
+
+def test_a_query_that_is_asked_again_is_one_draw(tmp_path: Path) -> None:
+    each, together = (
+        agreement(connect(recorded(tmp_path / f"{calls}.db", 2000, explore=0.3, calls=calls)), since=0, until=1e6).gain
+        for calls in (1, 5)
+    )
+    assert each is not None
+    assert together is not None
+    assert (each.rows, each.estimate) == (together.rows, pytest.approx(together.estimate))
+    assert together.seen[1] <= each.seen[1]
+    assert each.half != together.half
+    few = agreement(connect(recorded(tmp_path / "few.db", 2000, explore=0.3, calls=110)), since=0, until=1e6)
+    assert few.gain is None
+    assert "too little was explored" in few.why_no_gain
+
+
+def test_no_request_outweighs_all_others_by_its_own_price_of_an_error(tmp_path: Path) -> None:
+    engine = connect(recorded(tmp_path / "g.db", 2000, explore=0.3))
+    usual = agreement(engine, since=0, until=1e6).gain
+    with engine.begin() as connection:
+        some = select(decisions.c.id).where(decisions.c.propensity < 0.5).limit(3)
+        connection.execute(update(decisions).where(decisions.c.id.in_(some)).values(price_of_error=1e-9))
+    found = agreement(engine, since=0, until=1e6).gain
+    assert usual is not None
+    assert found is not None
+    assert abs(found.estimate - usual.estimate) < usual.half
+    assert found.half < 1.5 * usual.half
+    engine.dispose()
 
 
 def test_the_gain_is_that_of_all_requests_where_one_expert_is_judged_less(tmp_path: Path) -> None:

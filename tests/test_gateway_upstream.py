@@ -189,6 +189,34 @@ def test_a_connection_that_ended_while_it_was_idle_is_replaced_and_no_other_is()
     assert (nobody.status, nobody.attempts, requests) == (502, 1, 1)
 
 
+def test_who_is_asked_is_told_once_there_is_a_connection_and_no_more_when_that_is_over() -> None:
+    async def run() -> list[str | None]:
+        told: list[str | None] = []
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readuntil(b"\r\n\r\n")
+            told.append("asked")
+            writer.close()
+
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        closed, there = (
+            Expert(name, f"http://127.0.0.1:{port}/v1")
+            for name, port in (("closed", 1), ("there", server.sockets[0].getsockname()[1]))
+        )
+        upstream = Upstream(max_reply_bytes=1 << 20)
+        answerers = Answerers(upstream, Metrics(), retry_share=0.0)
+        body = b'{"model": "small", "messages": []}'
+        with pytest.raises(Unanswered):
+            await answerers.answer(
+                [closed, there], CHAT, lambda _: body, {}, parse("chat", body), lambda who: told.append(who and who.name)
+            )
+        await upstream.close()
+        server.close()
+        return told
+
+    assert asyncio.run(run()) == [None, "there", "asked", None]
+
+
 def test_a_stream_that_has_begun_lets_others_ask_whoever_was_left_alone() -> None:
     async def run() -> None:
         begun = Reply(200, [], b"data: {}", Usage(0, 0, True, ""), SimpleNamespace(close=lambda: None))  # type: ignore[arg-type]

@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 from sqlalchemy import Engine, Row, func, select
 
-from deferral.gateway.off_policy import Draws, doubly_robust
+from deferral.gateway.off_policy import Draws, alike, doubly_robust, interval_of_mean
 from deferral.gateway.schema import cascades, decisions, feedback, shadows
 
 __all__ = ["Agreement", "Gain", "agreement"]
 
 _ROWS = 20_000
 _FEWEST_SEEN = 20
+# A request's price of an error counts up to so many times the median.
+_MOST_STAKE = 10.0
 _Z = 1.96
 
 
@@ -25,7 +27,7 @@ class Gain:
     """What changing to the candidate saves, in errors a query, on the `rows` that were judged.
 
     `estimate` is doubly robust, `half` half its 95% interval; `weighted` is the self-normalised inverse propensity estimate.
-    `seen`: of the rows on which the routers differ, those that drew the live choice, and the candidate's.
+    `seen`: where the routers differ, the queries that drew the live choice, and the candidate's.
     """
 
     rows: int
@@ -81,8 +83,12 @@ def agreement(engine: Engine, *, since: float, until: float) -> Agreement:
     The candidate decides every request by itself, also in a conversation that stays where it is.  The live choice is the one
     without exploration: whom it asked with a propensity above 1/2, else the lowest expected cost of the others.  An answer that
     was kept or not by its log-probabilities was no choice of the router: that is the lowest expected cost, and such an answer
-    counts for the gain only where it was drawn.  The cost of an answer is 1 - quality + price / price_of_error; where nobody was
-    drawn, the live router's expectation.  Where experts are judged at different rates, an answer stands for as many as were not.
+    counts for the gain only where it was drawn.
+
+    The cost of an answer is (e (1 - quality) + price) / u, with e the request's price of an error and u the median of all; e
+    counts up to 10 u, so that nobody's setting outweighs all others.  Where nobody was drawn it is the live router's expectation.
+    The same query, asked again, is one draw.  Where experts are judged at different rates, an answer stands for as many as were
+    not.
     """
     d, s, through = decisions.c, shadows.c, cascades.c
     within = (s.time >= since) & (s.time < until)
@@ -100,6 +106,7 @@ def agreement(engine: Engine, *, since: float, until: float) -> Agreement:
                 # What a first answer cost that was not given is no price of the one that was.
                 (d.price - func.coalesce(through.extra, 0.0)).label("price"),
                 d.price_of_error,
+                d.draw,
                 through.ending,
                 opinion,
             )
@@ -153,21 +160,25 @@ def _gain(rows: Sequence[Row], expected: list[dict], live: list[str]) -> tuple[G
     judged = Counter(rows[place].chosen for place in usable)
     experts = sorted({name for place in usable for name in expected[place]})
     index = {name: number for number, name in enumerate(experts)}
+    asked_at = np.array([rows[place].price_of_error for place in usable])
+    unit = float(np.median(asked_at))
+    error = np.minimum(asked_at / unit, _MOST_STAKE)
     estimate = np.full((len(usable), len(experts)), np.nan)
     for line, place in enumerate(usable):
         for name, (good, dollars, _) in expected[place].items():
             if good is not None and dollars is not None:
-                estimate[line, index[name]] = 1 - good + dollars / rows[place].price_of_error
+                estimate[line, index[name]] = error[line] * (1 - good) + dollars / unit
     old, new, drawn = (
         np.array([index[name] for name in names])
         for names in ([live[p] for p in usable], [rows[p].other for p in usable], [rows[p].chosen for p in usable])
     )
-    propensity, paid = np.array([(rows[p].propensity, rows[p].price / rows[p].price_of_error) for p in usable]).T
+    propensity, paid = np.array([(rows[p].propensity, rows[p].price / unit) for p in usable]).T
     said = np.array([rows[p].quality for p in usable])
     heard = np.array([judged[rows[p].chosen] / answered[rows[p].chosen] for p in usable])
-    draws = Draws(drawn, propensity, 1 - said + paid, estimate, np.arange(len(usable)), heard)
+    group = alike([rows[place].draw for place in usable])
+    draws = Draws(drawn, propensity, error * (1 - said) + paid, estimate, group, heard)
     differ = old != new
-    seen = int((differ & (drawn == old)).sum()), int((differ & (drawn == new)).sum())
+    seen = draws.seen(differ & (drawn == old)), draws.seen(differ & (drawn == new))
     if not differ.any():
         return None, f"the two decide the same on all {len(usable)} judged answers"
     if not seen[1]:
@@ -178,12 +189,12 @@ def _gain(rows: Sequence[Row], expected: list[dict], live: list[str]) -> tuple[G
             f"candidate's, expected at least {_FEWEST_SEEN} of each"
         )
     gains, stands_for = doubly_robust(draws, old) - doubly_robust(draws, new), 1 / heard
-    gain = np.average(gains, weights=stands_for)
-    half = _Z * math.sqrt(len(gains) / (len(gains) - 1)) * np.linalg.norm(stands_for * (gains - gain)) / stands_for.sum()
+    gain, half = interval_of_mean(gains, stands_for, group)
+    assert half is not None
     weight_old, weight_new = (draws.weight(policy) * differ * stands_for for policy in (old, new))
     weighted = np.average(draws.cost, weights=weight_old) - np.average(draws.cost, weights=weight_new)
     weighted *= np.average(differ, weights=stands_for)
-    return Gain(len(usable), int(differ.sum()), seen, float(gain), float(half), float(weighted)), ""
+    return Gain(len(usable), int(differ.sum()), seen, gain, half, float(weighted)), ""
 
 
 def _wilson(hits: int, count: int) -> tuple[float, float]:

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING
 
@@ -128,7 +129,7 @@ class Answerers:
     ) -> Call:
         """The first reply that can be used; Unanswered where there is none.
 
-        `asks` is told whom the request is sent to, and None once that expert has answered or failed.
+        `asks` is told who has a connection for the request, and None once that expert has answered or failed.
         """
         self.budget.request()
         failures: list[tuple[Expert, Failure]] = []
@@ -143,8 +144,18 @@ class Answerers:
                 try:
                     ticket = await _entered(standing, expert)
                     attempts += 1
-                    asks(expert)
-                    call = await self._call(expert, standing, ticket, path, body, headers, asked, attempts, fresh=not again)
+                    call = await self._call(
+                        expert,
+                        standing,
+                        ticket,
+                        path,
+                        body,
+                        headers,
+                        asked,
+                        attempts,
+                        fresh=not again,
+                        on_connected=partial(asks, expert),
+                    )
                     asks(None)
                     return call
                 except Failure as failure:
@@ -178,12 +189,13 @@ class Answerers:
         attempts: int,
         *,
         fresh: bool,
+        on_connected: Callable[[], None],
     ) -> Call:
         began = monotonic()
         traced = None if self.traces is None else self.traces.attempt(expert, path, attempts)
         try:
             sent = headers if traced is None else traced.headers(headers)
-            reply = await self.upstream.ask(expert, path, body, sent, asked, fresh=fresh)
+            reply = await self.upstream.ask(expert, path, body, sent, asked, fresh=fresh, on_connected=on_connected)
             if traced is not None:
                 traced.began(reply)
         except BaseException as error:

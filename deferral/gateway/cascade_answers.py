@@ -9,6 +9,7 @@ from sqlalchemy import Engine, Row, select
 
 from deferral.errors import DataError
 from deferral.gateway.export import confidence_in, latest
+from deferral.gateway.off_policy import alike
 from deferral.gateway.schema import cascades, decisions
 from deferral.routing.cascade import features
 from deferral.routing.cascade_fitting import Answered
@@ -35,14 +36,14 @@ def answers_on_record(engine: Engine, experts: Sequence[str], first: str, left_o
     place = list(experts).index(first)
     columns = (
         decisions.c.id, decisions.c.expert, decisions.c.chosen, decisions.c.outcome, decisions.c.propensity,
-        decisions.c.expected, decisions.c.price, cascades.c.ending, cascades.c.extra, cascades.c.confidence,
+        decisions.c.expected, decisions.c.price, decisions.c.draw, cascades.c.ending, cascades.c.extra, cascades.c.confidence,
     )  # fmt: skip
     wanted = (
         select(*columns)
         .join(cascades, cascades.c.decision == decisions.c.id)
         .where(cascades.c.first == first, cascades.c.ending.in_(("kept", "deferred")))
     )
-    found, last = [], ""
+    found, drawn, last = [], [], ""
     given: dict[str, list[bool]] = {name: [] for name in experts}
     while True:
         # In pages: a long transaction would keep the writer's journal from being emptied.
@@ -55,6 +56,7 @@ def answers_on_record(engine: Engine, experts: Sequence[str], first: str, left_o
                 left_out[reason] += 1
             if reason in ("", NO_QUALITY):
                 found.append(_known(row, expected, experts, place, said.get(row.id)))
+                drawn.append(row.draw)
                 given[row.expert].append(row.id in said)
         if len(page) < _PAGE:
             break
@@ -68,8 +70,9 @@ def answers_on_record(engine: Engine, experts: Sequence[str], first: str, left_o
     sure, *numbers = zip(*found, strict=True)
     estimate, expected_price, quality, price, mask, propensity = (np.array(column) for column in numbers)
     heard = np.array([np.mean(given[name]) if given[name] else 1.0 for name in experts])
-    propensity, rows = np.where(mask, propensity * heard, 1.0), np.arange(len(sure))
-    return Answered(tuple(experts), first, features(sure), estimate, expected_price, quality, price, mask, propensity, rows)
+    propensity = np.where(mask, propensity * heard, 1.0)
+    query = alike(drawn)
+    return Answered(tuple(experts), first, features(sure), estimate, expected_price, quality, price, mask, propensity, query)
 
 
 def _why_not(row: Row, expected: dict, experts: Sequence[str], judged: bool) -> str:

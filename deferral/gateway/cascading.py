@@ -24,7 +24,7 @@ from deferral.gateway.rows import CascadeRow
 from deferral.routing.cascade import Cascade, features
 from deferral.routing.confidence import Confidence, confidence_of_reply
 from deferral.routing.router import Router
-from deferral.routing.static import draws
+from deferral.routing.static import EXPLORE, draws
 
 if TYPE_CHECKING:
     from deferral.gateway.app import Generation
@@ -232,7 +232,7 @@ class AskingFirst:
 
 def _drawn(router: Router, query: str, best: int, allowed: np.ndarray) -> tuple[int, float]:
     """As the router explores: anyone who may be asked, for a share of the queries, and the probability of what was drawn."""
-    curious, action = float(draws([query], router.salt + "explore")[0]), best
+    curious, action = float(draws([query], router.salt + EXPLORE)[0]), best
     if curious < router.explore:
         action = int(allowed[min(int(curious / router.explore * len(allowed)), len(allowed) - 1)])
     return action, router.explore / len(allowed) + (1 - router.explore) * (action == best)

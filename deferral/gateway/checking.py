@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
@@ -21,6 +21,7 @@ from deferral.gateway.listening import listening
 from deferral.gateway.reaching import Reached, reach
 from deferral.gateway.record import Record
 from deferral.gateway.settings import Settings, is_loopback
+from deferral.gateway.shadow import load_candidate
 from deferral.routing.router import Router
 
 if TYPE_CHECKING:
@@ -115,7 +116,10 @@ def _files(settings: Settings, router: Router | None, experts: Mapping[str, Expe
         found += _together(router, experts)
     if settings.shadow_folder is not None:
         candidate = settings.shadow_folder
-        _tried(found, "candidate", lambda: Router.load(candidate, encoder=settings.encoder))
+        unread: list[Finding] = []
+        _tried(unread, "candidate", lambda: load_candidate(candidate, settings.encoder))
+        # The gateway starts without it.
+        found += [replace(one, kind="note") for one in unread]
     if settings.traces:
         _tried(found, "traces", lambda: import_module("deferral.gateway.tracing"))
     return found

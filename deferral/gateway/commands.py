@@ -121,6 +121,7 @@ def export(file: Path, since: datetime | None, until: datetime | None, assume_qu
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="Folder of the sentence encoder that the router was fitted with, if it was.",
 )
+@click.option("--drop-cascade", is_flag=True, help="Promote it also where the old router's cascade, which pays, is lost.")
 @click.option("--dry-run", is_flag=True, help="Judge, and change nothing.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the intervals.")
 @_assumed
@@ -129,6 +130,7 @@ def retrain(
     router: Path,
     log: Path | None,
     encoder: Path | None,
+    drop_cascade: bool,
     dry_run: bool,
     seed: int,
     assume_quality: float | None,
@@ -150,6 +152,7 @@ def retrain(
                 router,
                 old_log=old_log,
                 assumed_quality=assume_quality,
+                drop_cascade=drop_cascade,
                 dry_run=dry_run,
                 load=lambda folder: Router.load(folder, encoder=encoder),
                 seed=seed,
@@ -186,10 +189,12 @@ def cascade(router: Path, encoder: Path | None, dry_run: bool, seed: int, databa
     """
     from deferral.gateway.cascade_answers import answers_on_record
     from deferral.gateway.reloads import Reloads
+    from deferral.gateway.retrain import promote
     from deferral.routing import Router
     from deferral.routing.cascade_fitting import fit_cascade, gain_over
+    from deferral.routing.persistence import written
 
-    loaded = Router.load(router, encoder=encoder)
+    before, loaded = written(router), Router.load(router, encoder=encoder)
     old, error = loaded.cascade, loaded.price_of_error
     if old is None:
         raise click.UsageError(f"{router} has no cascade; make the first with `deferral route cascade LOG -r {router}`")
@@ -203,7 +208,7 @@ def cascade(router: Path, encoder: Path | None, dry_run: bool, seed: int, databa
         better = new.why_not(error) == "" and gain > half
         if better and not dry_run:
             loaded.cascade = new
-            loaded.save(router)
+            promote(loaded, router, before)
             Reloads(store.engine).announce()
     click.echo(new.report(error))
     click.echo("\n".join(f"{count} rows left out: {reason}" for reason, count in left_out.most_common()))
@@ -213,7 +218,8 @@ def cascade(router: Path, encoder: Path | None, dry_run: bool, seed: int, databa
     if not better:
         click.echo(f"{router} stays as it was")
         sys.exit(3)
-    click.echo("it would replace it" if dry_run else f"{router} has the new one; gateways on this database take it in a second")
+    taken = f"{router} has the new one, {router}.previous the old one; gateways on this database take it in a second"
+    click.echo("it would replace it" if dry_run else taken)
 
 
 @gateway.command()

@@ -29,7 +29,7 @@ from deferral.gateway.requests import Asked
 from deferral.routing.decisions import Decisions
 from deferral.routing.fitting import Estimates
 from deferral.routing.router import Plan, Router
-from deferral.routing.static import draws
+from deferral.routing.static import EXPLORE, draws
 
 __all__ = ["Conversations"]
 
@@ -130,7 +130,7 @@ class Conversations:
         usual = np.bincount([place.expert for place in places], [place.chance for place in places], len(router.experts))
         chances = (1 - router.explore) * usual + router.explore * plan.mask / plan.mask.sum()
         chosen = places[0].expert
-        explored = router.explore > 0 and draws([turn.query], router.salt + "explore")[0] < router.explore
+        explored = router.explore > 0 and draws([turn.query], router.salt + EXPLORE)[0] < router.explore
         said = self._why(asked, turn, plan, chosen, after[0], None if before is None else before[0])
         if explored and int(decisions.actions[0]) != chosen:
             said = "" if before is None else f"drawn at random, to learn; the conversation stays with {router.experts[chosen]}"

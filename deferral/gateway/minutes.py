@@ -24,8 +24,9 @@ def add_to_minutes(connection: Connection, rows: Sequence[tuple]) -> None:
         compared = row["requested"] == "auto" and row["outcome"] == "ok" and row["best_price"] is not None
         saved = row["best_price"] - row["price"] if compared else 0.0
         latency = row["latency_s"]
-        # What nobody answered, or answered with an error, costs nothing: there is no price to be estimated.
-        estimated = row["estimated"] and row["expert"] != "" and row["status"] < 300
+        # What nobody answered, or answered with an error, costs nothing; what a client left costs what was read.
+        costs = row["expert"] != "" and (row["status"] < 300 or row["outcome"] == "cancelled")
+        estimated = row["estimated"] and costs
         one = (
             1, row["requested"] == "auto", row["outcome"] in ("error", "truncated"), estimated,
             row["price"], compared, saved, saved * saved, latency is not None, latency or 0.0,

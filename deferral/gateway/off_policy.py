@@ -6,7 +6,8 @@ query, asked again) are drawn together in the intervals.  Where rows are missing
 those that are there stands for 1 / heard: answers of an expert that is judged more often must not count for more.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,9 +18,10 @@ if TYPE_CHECKING:
 
     from deferral.intervals import Interval
 
-__all__ = ["Comparison", "Draws", "compare", "doubly_robust", "self_normalised"]
+__all__ = ["Comparison", "Draws", "alike", "compare", "doubly_robust", "interval_of_mean", "self_normalised"]
 
 _RESAMPLES = 2000
+_Z = 1.96
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,10 @@ class Draws:
     group: np.ndarray  # (N,) integers from 0
     heard: np.ndarray | float = 1.0  # (N,) the probability that such a row is among these: that its answer was judged, say
 
+    def seen(self, rows: np.ndarray) -> int:
+        """How many draws these rows are: a query that is asked again is drawn as before.  (N,) bool"""
+        return len(np.unique(self.group[rows]))
+
     def weight(self, actions: np.ndarray) -> np.ndarray:
         """1 / propensity where a policy takes the action that was drawn, else 0.  (N,) -> (N,)"""
         return np.where(actions == self.action, 1 / self.propensity, 0.0)
@@ -44,7 +50,7 @@ class Comparison:
 
     rows: int
     differ: int  # rows on which they differ
-    seen: tuple[int, int]  # of those, the rows that drew the old one's action, and the new one's
+    seen: tuple[int, int]  # of those, the draws of the old one's action, and of the new one's: a query asked again is one
     old: "Interval"  # doubly robust
     new: "Interval"
     gain: "Interval"  # old - new, doubly robust
@@ -58,7 +64,7 @@ def compare(draws: Draws, old: np.ndarray, new: np.ndarray, *, seed: int = 0) ->
     return Comparison(
         rows=len(differ),
         differ=int(differ.sum()),
-        seen=(int((differ & (old == draws.action)).sum()), int((differ & (new == draws.action)).sum())),
+        seen=(draws.seen(differ & (old == draws.action)), draws.seen(differ & (new == draws.action))),
         old=_mean(draws, before, seed),
         new=_mean(draws, after, seed),
         gain=_mean(draws, before - after, seed),
@@ -95,6 +101,24 @@ def self_normalised(draws: Draws, old: np.ndarray, new: np.ndarray, *, seed: int
             return np.where(share == 0, 0.0, share / all_rows * (cost_old / weight_old - cost_new / weight_new))
 
     return _interval(draws, parts, gain, seed)
+
+
+def alike(drawn: Sequence[float | None]) -> np.ndarray:
+    """The group of each decision by the number that it was drawn by: one that is the same, or None, which none shares.
+
+    N -> (N,) integers from 0
+    """
+    numbers = [-1.0 - place if number is None else number for place, number in enumerate(drawn)]
+    return np.unique(numbers, return_inverse=True)[1].reshape(-1)
+
+
+def interval_of_mean(values: np.ndarray, stands_for: np.ndarray, group: np.ndarray) -> tuple[float, float | None]:
+    """A weighted mean and half its 95% interval, by the normal law over whole groups; None with one group.  (N,) thrice"""
+    mean, groups = float(np.average(values, weights=stands_for)), int(group.max()) + 1
+    if groups < 2:
+        return mean, None
+    off = np.bincount(group, stands_for * (values - mean), groups)
+    return mean, float(_Z * math.sqrt(groups / (groups - 1)) * np.linalg.norm(off) / stands_for.sum())
 
 
 def _mean(draws: Draws, values: np.ndarray, seed: int) -> "Interval":

@@ -28,6 +28,7 @@ from deferral.gateway.streams import METERS, StreamMeter, error_event
 from deferral.gateway.upstream import FORWARDED, Failure
 from deferral.gateway.usage import Usage
 from deferral.gateway.wire import Left, header_map, read_body, send_problem, send_whole
+from deferral.routing.static import EXPLORE, draw_of
 
 if TYPE_CHECKING:
     from deferral.gateway.app import Gateway, Generation
@@ -77,8 +78,8 @@ class Exchange:
     """One request and its reply."""
 
     __slots__ = (
-        "arrived", "asked", "asking", "began", "best", "choice", "first", "gateway", "gone", "id", "kept", "key", "kind", "over",
-        "path", "receive", "send", "started", "status", "traced", "watcher",
+        "arrived", "asked", "asking", "began", "best", "choice", "draw", "first", "gateway", "gone", "id", "kept", "key", "kind",
+        "over", "path", "receive", "send", "started", "status", "traced", "watcher",
     )  # fmt: skip
 
     def __init__(self, proxy: Proxy, receive: Receive, send: Send) -> None:
@@ -93,6 +94,7 @@ class Exchange:
         self.first: AskingFirst | None = None
         self.best: Expert | None = None
         self.asking: Expert | None = None
+        self.draw = math.nan
         # started: the client has the first bytes; over: it needs no watching any more; gone: it left.
         self.started = self.over = self.gone = self.kept = False
         self.status = 500
@@ -155,6 +157,7 @@ class Exchange:
         choice = self.choice = await self._decided(now, asked, wanted)
         self.best = now.experts.get(choice.best)
         if asked.model in AUTO:
+            self.draw = draw_of(asked.query, now.router.salt + EXPLORE)
             gateway.metrics.decided(choice.ranking[0], perf_counter() - began, fast=choice.fast_path)
         ranking = [now.experts[name] for name in choice.ranking]
         forwarded = self._forwarded(headers)
@@ -401,6 +404,7 @@ class Exchange:
             best_price=best_price,
             cascade=cascade,
             kind=choice.kind if choice else "",
+            draw=self.draw,
         )
         if self.traced is None:
             gateway.record.add(row)

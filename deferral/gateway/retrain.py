@@ -15,8 +15,9 @@ from deferral.errors import DataError
 from deferral.gateway.export import Logged, logged, nothing_left
 from deferral.gateway.off_policy import Comparison, Draws, compare
 from deferral.routing import Log, Needs, Outcome, Router
+from deferral.routing.persistence import written
 
-__all__ = ["Verdict", "choices", "draws_of", "learned", "retrain"]
+__all__ = ["Verdict", "choices", "draws_of", "learned", "promote", "retrain"]
 
 _HELD_OUT = 0.3
 _FEWEST_ROWS = 100
@@ -55,6 +56,7 @@ def retrain(
     *,
     old_log: Log | None = None,
     assumed_quality: float | None = None,
+    drop_cascade: bool = False,
     dry_run: bool = False,
     load: Callable[[Path], Router] = Router.load,
     seed: int = 0,
@@ -64,10 +66,12 @@ def retrain(
 
     Three queries in ten are held out, always the same ones, so that no router of this gateway has seen them.  The new router
     replaces the folder if the 95% interval of its gain lies above 0; what was there is kept beside it, as FOLDER.previous.
+    A new router has no cascade: one that pays is replaced with `drop_cascade` only, since its worth is no part of the comparison.
     A router with an encoder of your own needs a `load` that passes it.  `on_stage` is told what is begun.
     """
     folder = Path(folder)
     on_stage("reading the record")
+    before = written(folder)
     old, new = load(folder), load(folder)
     left_out: Counter[str] = Counter()
     judged, unjudged = Counter[str](), Counter[str]()
@@ -84,7 +88,11 @@ def retrain(
             left_out["held out, but the price of an error is not known"] += 1
         else:
             judge.append(row)
-    reasons = dict(left_out.most_common())
+    # A router that was fitted on all of a log has learned some of what is held out here.
+    known = old.knows([row.outcome.query for row in judge])
+    left_out["held out, but the old router has learned from the query"] += int(known.sum())
+    judge = [row for row, learned_from in zip(judge, known, strict=True) if not learned_from]
+    reasons = {reason: count for reason, count in left_out.most_common() if count}
     if not train and not judge:
         raise DataError(nothing_left(left_out))
     if len(judge) < _FEWEST_ROWS or not train:
@@ -98,8 +106,13 @@ def retrain(
     draws = draws_of(new, judge, heard)
     comparison = compare(draws, choices(old, judge), choices(new, judge), seed=seed)
     why = _why_not(comparison)
+    if not why and old.cascade is not None and not old.cascade.why_not(old.price_of_error) and not drop_cascade:
+        why = (
+            f"it saves {_shown(comparison.gain)} errors a query where neither has a cascade, but the one that is there pays, and "
+            "would be lost: promote it nevertheless with --drop-cascade, then make another with `deferral route cascade`"
+        )
     if not why and not dry_run:
-        _promote(new, folder)
+        promote(new, folder, before)
     saves = f"it saves {_shown(comparison.gain)} errors a query"
     return Verdict(not why, not why and not dry_run, why or saves, len(train), comparison, reasons)
 
@@ -192,7 +205,13 @@ def _why_not(judged: Comparison) -> str:
     return ""
 
 
-def _promote(router: Router, folder: Path) -> None:
+def promote(router: Router, folder: Path, before: str) -> None:
+    """Save a router in the place of the one that was `written` there before, which is kept beside it as FOLDER.previous.
+
+    DataError where it is another by now: that one was not what the new router was compared with.
+    """
+    if written(folder) != before:
+        raise DataError(f"{folder}: another router was saved there in the meantime, and is left alone; start again")
     previous = folder.with_name(f"{folder.name}.previous")
     partial = folder.with_name(f".{folder.name}.previous.partial")
     shutil.rmtree(partial, ignore_errors=True)

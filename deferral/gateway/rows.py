@@ -58,6 +58,7 @@ class DecisionRow:
     best_price: float = math.nan  # the same tokens at the price of the expert that is best on the mean
     cascade: CascadeRow | None = None
     kind: str = ""  # of query, as the router knows them; "" where it was not looked for
+    draw: float = math.nan  # in [0, 1), what the router explores by: the same for the same query; NaN where it did not decide
 
 
 def values(row: DecisionRow) -> tuple[Any, ...]:
@@ -87,6 +88,7 @@ def values(row: DecisionRow) -> tuple[Any, ...]:
         bool(row.streamed),
         bool(row.fast_path),
         row.kind or None,
+        _known(row.draw),
     )
 
 

@@ -22,7 +22,7 @@ __all__ = [
     "version",
 ]
 
-VERSION = 4
+VERSION = 5
 
 tables = MetaData()
 decisions = Table(
@@ -52,6 +52,7 @@ decisions = Table(
     Column("streamed", Boolean, nullable=False),
     Column("fast_path", Boolean, nullable=False),
     Column("kind", String(24)),  # of query, as the router that decided knows them
+    Column("draw", Float(53)),  # what the router explores by: the same for the same query
     Index("decisions_by_time", "time"),
     Index("decisions_by_key", "key", "time", "price"),
     Index("decisions_by_reply", "reply_id", "key"),

@@ -19,7 +19,7 @@ from deferral.gateway.rows import expected_json
 from deferral.gateway.schema import shadows
 from deferral.routing import Needs, Router
 
-__all__ = ["Shadow", "load_shadow"]
+__all__ = ["Shadow", "load_candidate", "load_shadow"]
 
 _log = logging.getLogger("deferral.gateway.shadow")
 
@@ -117,15 +117,20 @@ def load_shadow(folder: Path, encoder: Path | None, engine: Engine) -> Shadow | 
     """The candidate in a folder; None, and a line in the log, where there is none that can be read."""
     try:
         mark = blake2b((folder / "router.json").read_bytes(), digest_size=8).hexdigest()
-        try:
-            router = Router.load(folder, encoder=encoder)
-        except ValueError:
-            # It may have been fitted without the live one's encoder.
-            router = Router.load(folder)
-        return Shadow(router, mark, engine)
+        return Shadow(load_candidate(folder, encoder), mark, engine)
     except Exception as error:
         _log.error("no candidate is scored, %s cannot be read: %s", folder, error)
         return None
+
+
+def load_candidate(folder: Path, encoder: Path | None) -> Router:
+    """The candidate in a folder, which may have been fitted without the live one's encoder."""
+    try:
+        return Router.load(folder, encoder=encoder)
+    except ValueError:
+        if encoder is None:
+            raise
+        return Router.load(folder)
 
 
 def _write(connection: Connection, rows: Sequence[tuple]) -> None:

@@ -143,8 +143,8 @@ def status(engine: Engine, keys: Iterable[Key], *, since: float = 0.0, now: floa
                 ones.label("requests"),
                 _count(d.requested == "auto").label("routed"),
                 _count(d.streamed).label("streamed"),
-                # What nobody answered, or answered with an error, costs nothing: there is no price to be estimated.
-                _count(d.estimated & (d.expert != "") & (d.status < 300)).label("estimated"),
+                # What nobody answered, or answered with an error, costs nothing; what a client left costs what was read.
+                _count(d.estimated & (d.expert != "") & ((d.status < 300) | (d.outcome == "cancelled"))).label("estimated"),
                 _count(d.fast_path).label("fast_path"),
                 func.coalesce(func.sum(d.price), 0.0).label("price"),
                 func.coalesce(func.sum(case((paired, d.best_price - d.price), else_=0.0)), 0.0).label("saving"),

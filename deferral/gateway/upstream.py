@@ -2,7 +2,7 @@
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
@@ -38,6 +38,7 @@ _OVERLOADED = frozenset({408, 425, 429})
 # A connection that was closed while it was idle is found to be so by the first answer of the other end's machine.
 _STALE_S = 1.0
 _opened: ContextVar[bool] = ContextVar("opened")
+_connected: ContextVar[Callable[[], None]] = ContextVar("connected", default=lambda: None)
 # Of a header that came; the parser of replies is not as strict.
 _FIT = re.compile(rb"[\t -~\x80-\xff]*")
 
@@ -117,7 +118,15 @@ class Upstream:
         await self._fresh.close()
 
     async def ask(
-        self, expert: Expert, path: str, body: bytes, headers: Mapping[str, str], asked: Asked, *, fresh: bool = False
+        self,
+        expert: Expert,
+        path: str,
+        body: bytes,
+        headers: Mapping[str, str],
+        asked: Asked,
+        *,
+        fresh: bool = False,
+        on_connected: Callable[[], None] = lambda: None,
     ) -> Reply:
         """One attempt, by a new connection if `fresh`; Failure if it gave nothing that a client could use."""
         prepared = self._prepared.get((expert.name, path))
@@ -126,6 +135,7 @@ class Upstream:
         sent = {**headers, **prepared.headers} if headers else prepared.headers
         began = monotonic()
         _opened.set(False)
+        _connected.set(on_connected)
         try:
             # A redirect would take the key to another place.
             response = await (self._fresh if fresh else self._session).post(
@@ -233,7 +243,12 @@ def _check_error(beginning: bytes, path: str) -> None:
 
 
 class _Connector(aiohttp.TCPConnector):
-    """Tells whoever asks whether a connection was opened for the request."""
+    """Tells whoever asks that the request has a connection, and whether it was opened for it."""
+
+    async def connect(self, *request: Any, **options: Any) -> Any:
+        connection = await super().connect(*request, **options)
+        _connected.get()()
+        return connection
 
     async def _create_connection(self, *request: Any) -> Any:
         _opened.set(True)

@@ -8,14 +8,13 @@ from typing import Any
 import numpy as np
 from sqlalchemy import Engine, func, or_, select
 
-from deferral.gateway.off_policy import Draws, doubly_robust
+from deferral.gateway.off_policy import Draws, alike, doubly_robust, interval_of_mean
 from deferral.gateway.schema import cascades, decisions, feedback
 
 __all__ = ["Point", "WhatIf", "what_if"]
 
 _ROWS = 5000
 _POINTS = 25
-_Z = 1.96
 # Of answers to the queries of one expert, where those are a share worth mentioning.
 _FEWEST_SEEN, _WORTH_MENTIONING = 20, 0.02
 _NOBODY = -1
@@ -78,6 +77,7 @@ def what_if(engine: Engine, *, since: float, until: float, present: float) -> Wh
             d.expected,
             (d.price - func.coalesce(through.extra, 0.0)).label("price"),
             d.price_of_error,
+            d.draw,
             opinion,
         )
         .outerjoin(cascades, through.decision == d.id)
@@ -108,17 +108,18 @@ def what_if(engine: Engine, *, since: float, until: float, present: float) -> Wh
     best = np.nanargmin(1 - quality + price / asked_at[:, None], axis=1)
     paid = np.array([row.price for row in rows])[usable]
     said = np.array([math.nan if row.quality is None else row.quality for row in rows])[usable]
-    judged, lines = ~np.isnan(said), np.arange(len(drawn))
+    judged = ~np.isnan(said)
+    group = alike([row.draw for row, kept in zip(rows, usable, strict=True) if kept])
     answered, heard = (np.bincount(each, minlength=len(experts)) for each in (drawn, drawn[judged]))
     listened = propensity * (heard / np.maximum(answered, 1))[drawn]
-    priced = Draws(drawn, propensity, paid, price, lines)
-    judgements = Draws(np.where(judged, drawn, _NOBODY), np.where(judged, listened, 1.0), said, quality, lines)
+    priced = Draws(drawn, propensity, paid, price, group)
+    judgements = Draws(np.where(judged, drawn, _NOBODY), np.where(judged, listened, 1.0), said, quality, group)
     points = []
     for error in _settings(quality, price, present):
         actions = np.nanargmin(1 - quality + price / error, axis=1)
-        few = [_unseen(actions, best, draws.action == actions, experts) for draws in (priced, judgements)]
+        few = [_unseen(actions, best, draws, experts) for draws in (priced, judgements)]
         cost, good = (
-            _mean(doubly_robust(draws, actions), not less) for draws, less in zip((priced, judgements), few, strict=True)
+            _mean(doubly_robust(draws, actions), group, not less) for draws, less in zip((priced, judgements), few, strict=True)
         )
         shares = np.bincount(actions, minlength=len(experts)) / len(actions)
         by_name = dict(zip(experts, shares.tolist(), strict=True))
@@ -143,17 +144,21 @@ def _settings(quality: np.ndarray, price: np.ndarray, present: float) -> np.ndar
     return np.union1d(np.geomspace(middle / 30, middle * 100, _POINTS), present)
 
 
-def _unseen(actions: np.ndarray, best: np.ndarray, seen: np.ndarray, experts: list[str]) -> list[str]:
+def _unseen(actions: np.ndarray, best: np.ndarray, draws: Draws, experts: list[str]) -> list[str]:
     """Experts too few of whose answers were seen among the queries that are theirs already, or among those that are not."""
-    group = 2 * actions + (actions != best)
-    asked, known = (np.bincount(each, minlength=2 * len(experts)) for each in (group, group[seen]))
+    theirs = 2 * actions + (actions != best)
+    asked = np.bincount(theirs, minlength=2 * len(experts))
+    seen = draws.action == actions
+    # A query that was asked again was seen once.
+    once = np.unique(np.stack([theirs[seen], draws.group[seen]]), axis=1)[0]
+    known = np.bincount(once, minlength=2 * len(experts))
     few = np.logical_and(asked >= _WORTH_MENTIONING * len(actions), known < _FEWEST_SEEN)
     return [name for name, either in zip(experts, few.reshape(-1, 2), strict=True) if either.any()]
 
 
-def _mean(values: np.ndarray, enough: bool) -> tuple[float, float | None]:
-    half = float(_Z * values.std(ddof=1) / np.sqrt(len(values))) if enough and len(values) > 1 else None
-    return float(values.mean()), half
+def _mean(values: np.ndarray, group: np.ndarray, enough: bool) -> tuple[float, float | None]:
+    mean, half = interval_of_mean(values, np.ones(len(values)), group)
+    return mean, half if enough else None
 
 
 def _number(value: float | None) -> float:

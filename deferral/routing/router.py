@@ -22,7 +22,7 @@ from deferral.routing.policies import Policy
 from deferral.routing.prices import PriceModel
 from deferral.routing.promises import Witnesses, promised_error
 from deferral.routing.sentences import sentence_encoder
-from deferral.routing.static import draws, fingerprints, mix_at_error, mix_at_price, mix_at_quality
+from deferral.routing.static import EXPLORE, draws, fingerprints, mix_at_error, mix_at_price, mix_at_quality
 from deferral.routing.training import POLICIES
 
 __all__ = ["Plan", "Router"]
@@ -199,7 +199,7 @@ class Router:
             actions = np.where(fallback, self._drawn_from(plan.mix, queries), best)
         if self.explore > 0:
             allowed = np.flatnonzero(plan.mask)
-            curious = draws(queries, self.salt + "explore")
+            curious = draws(queries, self.salt + EXPLORE)
             picked = allowed[np.minimum((curious / self.explore * len(allowed)).astype(int), len(allowed) - 1)]
             actions = np.where(curious < self.explore, picked, actions)
         if self.explore > 0 or some:

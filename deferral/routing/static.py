@@ -7,7 +7,11 @@ import numpy as np
 
 from deferral.routing.evaluation import hull
 
-__all__ = ["draws", "fingerprints", "mix_at_error", "mix_at_price", "mix_at_quality"]
+__all__ = ["EXPLORE", "draw_of", "draws", "fingerprints", "mix_at_error", "mix_at_price", "mix_at_quality"]
+
+
+# After the salt, what the draws of exploration are keyed by.
+EXPLORE = "explore"
 
 
 def mix_at_error(quality: np.ndarray, price: np.ndarray, mask: np.ndarray, error: float) -> np.ndarray:
@@ -38,11 +42,19 @@ def draws(queries: Sequence[str], salt: str) -> np.ndarray:
     return fingerprints(queries, salt) / 2**64 * (1 - 2**-53)
 
 
+def draw_of(query: str, salt: str) -> float:
+    """The same of one query."""
+    return int.from_bytes(_digest(query, salt.encode()), "big") / 2**64 * (1 - 2**-53)
+
+
 def fingerprints(queries: Sequence[str], salt: str = "") -> np.ndarray:
     """A number of 64 bits that stands for each query.  -> (N,) uint64"""
     key = salt.encode()
-    digests = (hashlib.blake2b(query.encode("utf-8", "replace"), digest_size=8, key=key).digest() for query in queries)
-    return np.frombuffer(b"".join(digests), ">u8").astype(np.uint64)
+    return np.frombuffer(b"".join([_digest(query, key) for query in queries]), ">u8").astype(np.uint64)
+
+
+def _digest(query: str, key: bytes) -> bytes:
+    return hashlib.blake2b(query.encode("utf-8", "replace"), digest_size=8, key=key).digest()
 
 
 def _corners(quality: np.ndarray, price: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
