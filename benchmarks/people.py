@@ -9,8 +9,10 @@ Mozannar-Sontag 96.30.
 split of CIFAR-10H   the published protocol: 70 / 10 / 20% of the test images learn, calibrate and test; a random person of 95%
 CIFAR-10N to 10H     heads learn from the annotators of the training images (82%), the threshold from 20% of CIFAR-10H
 groups by class      simulated: one group is right on 95% of the animals and 60% of the vehicles, the other the reverse
-hate speech          words and word pairs; 40 / 20 / 10 / 30% for classifier, heads, threshold, test; any of its annotators
-Chaoyang             no image: pathologist A's label is the model's input, and B or C may be asked
+hate speech          words and word pairs; 40 / 20 / 10 / 30% for classifier, heads, threshold, test; any of its annotators,
+                     whose vote is one of those that make the label: asking looks better by that
+Chaoyang             no image: pathologist A's label is the model's input, and B or C may be asked; C agrees with the label
+                     on 99.6 to 99.9%, so that there is nearly nothing to be learned but to ask C
 
 System accuracy is 1 - error; at a price of 0 the cost is the error.
 """

@@ -28,7 +28,8 @@ seeds, with one seed ± half of its 95% bootstrap interval.  Thresholds are fitt
 included; "natural threshold" is the same scores without that.  A difference is paired over the test rows, its brackets cover
 every seed's 95% interval.  "Cheaper" and "dearer" count the intervals that lie on one side of zero.  "Ours minus published" has
 a 95% interval, over our seeds, or over the test rows where there is one seed; in the published protocol (preset paper) a figure
-is held where that interval reaches zero or below, and not held where all of it lies above.
+is held where ours is at most the published one, not held where the whole interval lies above zero, and undecided in between.
+Costs of what is kept are over the seeds that keep anything.
 Minutes are sums over the cells, where other work on the machine makes them more; started twice, a command shares its cells
 between two processes, a core each, and takes half as long.
 """
@@ -183,8 +184,10 @@ def _provenance(records: Sequence[Record]) -> str:
     measure = "CPU time" if all("cpu_seconds" in record for record in records) else "one process"
     minutes = sum(record["cpu_seconds" if measure == "CPU time" else "wall_seconds"] for record in records) / 60
     machines = sorted({f"{r['machine']['device']}, torch {r['machine']['torch']}" for r in records})
+    unclean = sum("with changes" in record["machine"]["commit"] for record in records)
     mixed = _mixed(records)
     warning = f"  Cells of several settings stand together ({', '.join(mixed)}): delete the outdated ones." if mixed else ""
+    warning += f"  {unclean} cells were made by code that no commit holds." if unclean else ""
     return f"{len(records)} cells, {minutes:.1f} minutes of {measure}; {'; '.join(machines)}.{warning}"
 
 
@@ -192,9 +195,11 @@ def _mixed(records: Sequence[Record]) -> list[str]:
     """The data sets whose cells were trained in more than one way: a preset may change between two runs."""
     found: dict[str, set[str]] = {}
     for record in records:
-        network, rows, recipe = (record["settings"].get(key) for key in ("network", "rows", "recipe"))
-        recipe = {key: value for key, value in (recipe or {}).items() if key not in ("bfloat16", "compiled")}
-        found.setdefault(record["cell"]["data"], set()).add(json.dumps([network, rows, recipe], sort_keys=True))
+        # How fast it was, and in which precision, is the machine's.
+        way = {key: value for key, value in record["settings"].items() if key not in ("speed", "first_stage")}
+        if recipe := way.get("recipe"):
+            way["recipe"] = {key: value for key, value in recipe.items() if key not in ("bfloat16", "compiled")}
+        found.setdefault(record["cell"]["data"], set()).add(json.dumps(way, sort_keys=True))
     return sorted(data for data, ways in found.items() if len(ways) > 1)
 
 

@@ -65,12 +65,13 @@ class BudgetCurve:
         """The value when the budget is spent as far as it goes, per row.  number or (G,) -> (...) or (..., G)
 
         On the straight line between two points, after all rows that cost nothing more; a budget for more than all rows changes
-        nothing.
+        nothing.  ValueError for a budget below what never deferring spends; NaN where that is so under some weights of many.
         """
-        spend, places = self.spend, _places(budget)
-        if not bool((spend[..., 0] <= places.min()).all()):
-            raise ValueError(f"budget: never deferring already spends {float(spend[..., 0].max()):g} a row, got {budget}")
-        return _line(self.spend, self.value, places, last=True)
+        places = _places(budget)
+        covered = _covered(self.spend, places)
+        if self.spend.ndim == 1 and not bool(covered.all()):
+            raise ValueError(f"budget: never deferring already spends {float(self.spend[0]):g} a row, got {budget}")
+        return _or_nan(_line(self.spend, self.value, places, last=True), covered)
 
 
 @numpy_or_torch
@@ -334,6 +335,18 @@ def _ratio(total: Tensor, mass: Tensor) -> Tensor:
 
 def _places(given: Tensor | float) -> np.ndarray:
     return np.asarray(given.detach().cpu() if isinstance(given, Tensor) else given, dtype=np.float64)
+
+
+@numpy_or_torch
+def _covered(spend: Tensor, places: Tensor) -> Tensor:
+    """Whether budgets cover never deferring: they may themselves have been summed from prices.  (..., N+1), (G,) -> (..., G)"""
+    least = spend[..., :1] * (1 - 1e-12)
+    return (least <= places.reshape(-1).to(spend)).reshape(spend.shape[:-1] + places.shape)
+
+
+@numpy_or_torch
+def _or_nan(values: Tensor, known: Tensor) -> Tensor:
+    return values.where(known, torch.nan)
 
 
 @numpy_or_torch

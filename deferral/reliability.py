@@ -37,7 +37,8 @@ def reliability(
     """Mean predicted probability against observed frequency, bin by bin.  (N,), (N,) of 0 and 1, (..., N) -> (..., bins)
 
     Bins are [0, 1/bins), [1/bins, 2/bins) .. [.., 1], or, with `equal_mass`, hold about equally many rows each (fewer bins where
-    values are equal).  Rows where the mask (N,) is False are left out.
+    values are equal), whatever their weights: bins stay where they are while a bootstrap draws weights.  Rows where the mask (N,)
+    is False are left out.
     """
     if probability.dim() != 1 or probability.shape != outcome.shape or len(probability) == 0:
         raise ValueError(

@@ -68,7 +68,8 @@ def test_a_published_figure_is_held_not_held_or_not_run() -> None:
         return tables._against(cells, "3.22 ± 0.04", 100.0, preset)
 
     assert against() == "not run"
-    assert against(cell_of((0.030, 0.033, 0.036), 0)) == "+0.08 [-0.22, +0.38], held (one seed)"
+    assert against(cell_of((0.030, 0.033, 0.036), 0)) == "+0.08 [-0.22, +0.38], undecided (one seed)"
+    assert against(cell_of((0.030, 0.032, 0.036), 0)) == "-0.02 [-0.22, +0.38], held (one seed)"
     assert against(cell_of((0.033, 0.036, 0.039), 0)) == "+0.38 [+0.08, +0.68], not held (one seed)"
     three = [cell_of((0.0, cost, 1.0), seed) for seed, cost in enumerate((0.0341, 0.0342, 0.0343))]
     # Student's interval of three: the mean -+ 4.303 deviations / sqrt(3).
@@ -80,6 +81,9 @@ def test_cells_of_several_settings_in_one_table_are_told() -> None:
     alike = [cell_of((0.0, 0.03, 0.1), seed) for seed in range(2)]
     assert report._mixed(alike) == []  # the precision is the machine's
     assert report._mixed([*alike, cell_of((0.0, 0.03, 0.1), 2, epochs=100)]) == ["cifar10"]
+    other = cell_of((0.0, 0.03, 0.1), 2)
+    other["settings"]["head_steps"] = 500
+    assert report._mixed([*alike, other]) == ["cifar10"]
 
 
 def test_every_script_says_claim_numbers_and_command() -> None:

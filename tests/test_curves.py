@@ -257,6 +257,8 @@ def test_bad_input() -> None:
         risk_coverage_curve(rows, rows).at(80)
     with pytest.raises(ValueError, match="never deferring already spends"):
         budget_curve(rows, rows, rows, rows + 1, own_price=0.5).at(0.4)
+    summed = budget_curve(rows, rows, rows, rows + 1, own_price=0.1)
+    torch.testing.assert_close(summed.at(0.1), summed.value[0])
     with pytest.raises(ValueError, match="at least the own price"):
         budget_curve(rows, rows, rows, rows, own_price=2.0)
     with pytest.raises(ValueError, match="leave out"):

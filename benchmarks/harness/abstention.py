@@ -1,7 +1,8 @@
 """Abstention at a constant cost: the cells that score-based and predictor-rejector share, so that neither runs twice.
 
 Single-stage methods train a network of their own on the rows of both stages; two-stage methods and Chow's rule share one
-first stage, and their second stage sees the rows that it did not.  Thresholds are fitted on the calibration rows.
+first stage, and the second stage sees the rows that it did not, which Chow's rule does without.  Thresholds are fitted on the
+calibration rows.
 """
 
 import time
@@ -108,7 +109,10 @@ def two_stage(run: Run, cell: Cell, first: FirstStage, cost: float) -> Judged:
 
 
 def single_stage(run: Run, cell: Cell, first: FirstStage, cost: float, images: tuple) -> tuple[tuple[Outputs, Outputs], dict]:
-    """A network of its own, trained on the rows of both stages: no method gets more labels than another."""
+    """A network of its own, trained on the rows of both stages, as many labels as two stages use.
+
+    Chow's rule and never abstaining use fewer: those of the first stage and of calibration.
+    """
     train_images, test_images = images
     predictor, stage2, _ = rows_by_purpose(run, len(train_images), cell.seed)
     classes = CLASSES[cell.data]

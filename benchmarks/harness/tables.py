@@ -135,7 +135,9 @@ def _over(cells: Sequence[Record], key: str, scale: float, *, part: int = 0) -> 
         return "none kept"
     figures = over_seeds(torch.tensor([scale * value["estimate"] for value in values], dtype=torch.float64))
     spread = figures.deviation if len(values) > 1 else scale * (values[0]["high"] - values[0]["low"]) / 2
-    return f"{figures.mean:.{_digits(scale)}f} ± {spread:.{_digits(scale)}f}"
+    # Where a seed keeps nothing, what is kept costs nothing that could be named.
+    some = "" if len(values) == len(cells) else f" ({len(values)} of {len(cells)})"
+    return f"{figures.mean:.{_digits(scale)}f} ± {spread:.{_digits(scale)}f}{some}"
 
 
 def _seeds(section: Section, cells: Sequence[Record]) -> str:
@@ -168,7 +170,7 @@ def _against(cells: Sequence[Record], published: str | None, scale: float, prese
     low, high = figures.low, figures.high
     if len(cells) == 1:
         low, high = (scale * cells[0]["parts"][0]["cost"][end] - target for end in ("low", "high"))
-    verdict = "" if preset != "paper" else ", held" if low <= 0 else ", not held"
+    verdict = "" if preset != "paper" else ", not held" if low > 0 else ", held" if figures.mean <= 0 else ", undecided"
     return f"{figures.mean:+.2f} [{low:+.2f}, {high:+.2f}]{verdict}{' (one seed)' if len(cells) == 1 else ''}"
 
 

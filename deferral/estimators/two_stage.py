@@ -126,7 +126,10 @@ class TwoStage(BaseEstimator):
             raise ValueError("cv: expected at least two test parts, since the threshold is cross-fitted too")
         if frozen:
             parts = [(np.arange(len(y)), *self._outputs(base, X))]
-            warn_of_training_rows(base, X, y, parts[0][1], self._own_errors, level=4)
+            there = np.flatnonzero(fold >= 0)
+            warn_of_training_rows(
+                base, _safe_indexing(X, there), _safe_indexing(y, there), parts[0][1][there], self._own_errors, level=4
+            )
         own = np.zeros(len(y), dtype=np.result_type(*(answers for _, answers, _ in parts)))
         outputs = np.zeros((len(y), parts[0][2].shape[-1]))
         for test, answers, features in parts:
