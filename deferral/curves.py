@@ -68,10 +68,9 @@ class BudgetCurve:
         nothing.  ValueError for a budget below what never deferring spends; NaN where that is so under some weights of many.
         """
         places = _places(budget)
-        covered = _covered(self.spend, places)
-        if self.spend.ndim == 1 and not bool(covered.all()):
+        if self.spend.ndim == 1 and not bool(_covered(self.spend, places).all()):
             raise ValueError(f"budget: never deferring already spends {float(self.spend[0]):g} a row, got {budget}")
-        return _or_nan(_line(self.spend, self.value, places, last=True), covered)
+        return _where_covered(self.spend, self.value, places)
 
 
 @numpy_or_torch
@@ -345,8 +344,9 @@ def _covered(spend: Tensor, places: Tensor) -> Tensor:
 
 
 @numpy_or_torch
-def _or_nan(values: Tensor, known: Tensor) -> Tensor:
-    return values.where(known, torch.nan)
+def _where_covered(spend: Tensor, value: Tensor, places: Tensor) -> Tensor:
+    """The value at each budget, NaN where it does not cover never deferring.  (..., N+1), (..., N+1), (G,) -> (..., G)"""
+    return _line(spend, value, places, last=True).where(_covered(spend, places), torch.nan)
 
 
 @numpy_or_torch

@@ -229,6 +229,11 @@ def test_numpy_in_numpy_out() -> None:
     assert isinstance(curve.at(1.0), np.float64)
     assert float(curve.at(1.0)) == pytest.approx(loss.mean())
     assert isinstance(curve.at(np.array([0.5, 1.0])), np.ndarray)
+    spent = budget_curve(confidence, loss, loss, loss + 1)
+    assert isinstance(spent.at(0.5), np.float64)
+    assert isinstance(spent.at(np.array([0.25, 0.5])), np.ndarray)
+    torch_spent = budget_curve(*map(torch.from_numpy, (confidence, loss, loss, loss + 1)))
+    assert float(spent.at(0.5)) == pytest.approx(float(torch_spent.at(0.5)), rel=1e-6)
 
 
 def test_small_integers_do_not_wrap_around() -> None:

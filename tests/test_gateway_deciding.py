@@ -109,6 +109,7 @@ def test_the_trade_off_is_turned_by_hints_and_by_a_budget_that_runs_low(decider:
     assert choose(decider, asked(HARD), max_latency=0.5).ranking == ("small",)
     assert choose(decider, asked(HARD), Limited(left=0.005)).ranking == ("small",)
     assert choose(decider, asked(HARD), Limited(left=0.0)).ranking == ("small",), "the budget itself refuses"
+    assert choose(decider, asked(HARD), Limited(left=0.0), max_latency=0.5).ranking == ("small",)
     assert choose(decider, asked(HARD), min_quality=0.99).ranking[0] == "large"
 
 

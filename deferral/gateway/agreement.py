@@ -71,8 +71,8 @@ class Agreement:
         lines += [
             f"gain: {gain.estimate:.4f} [{low:.4f}, {high:.4f}] errors a query (doubly robust), "
             f"{gain.weighted:.4f} (self-normalised weights)",
-            f"from {gain.rows} judged answers; where they differ, {gain.seen[0]} of {gain.differ} drew the live choice, "
-            f"{gain.seen[1]} the candidate's",
+            f"from {gain.rows} judged answers; they differ on {gain.differ}, where {gain.seen[0]} different queries drew the "
+            f"live choice, {gain.seen[1]} the candidate's",
         ]
         return "\n".join(lines)
 
@@ -185,7 +185,7 @@ def _gain(rows: Sequence[Row], expected: list[dict], live: list[str]) -> tuple[G
         return None, "nothing was explored: where the two differ, nobody was asked whom the candidate would ask (--explore 0.02)"
     if min(seen) < _FEWEST_SEEN:
         return None, (
-            f"too little was explored: where the two differ, {seen[0]} judged answers drew the live choice and {seen[1]} the "
+            f"too little was explored: where the two differ, {seen[0]} different queries drew the live choice and {seen[1]} the "
             f"candidate's, expected at least {_FEWEST_SEEN} of each"
         )
     gains, stands_for = doubly_robust(draws, old) - doubly_robust(draws, new), 1 / heard

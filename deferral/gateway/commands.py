@@ -189,7 +189,7 @@ def cascade(router: Path, encoder: Path | None, dry_run: bool, seed: int, databa
     """
     from deferral.gateway.cascade_answers import answers_on_record
     from deferral.gateway.reloads import Reloads
-    from deferral.gateway.retrain import promote
+    from deferral.gateway.retrain import check_unchanged
     from deferral.routing import Router
     from deferral.routing.cascade_fitting import fit_cascade, gain_over
     from deferral.routing.persistence import written
@@ -208,7 +208,8 @@ def cascade(router: Path, encoder: Path | None, dry_run: bool, seed: int, databa
         better = new.why_not(error) == "" and gain > half
         if better and not dry_run:
             loaded.cascade = new
-            promote(loaded, router, before)
+            check_unchanged(router, before)
+            loaded.save(router)
             Reloads(store.engine).announce()
     click.echo(new.report(error))
     click.echo("\n".join(f"{count} rows left out: {reason}" for reason, count in left_out.most_common()))
@@ -218,8 +219,7 @@ def cascade(router: Path, encoder: Path | None, dry_run: bool, seed: int, databa
     if not better:
         click.echo(f"{router} stays as it was")
         sys.exit(3)
-    taken = f"{router} has the new one, {router}.previous the old one; gateways on this database take it in a second"
-    click.echo("it would replace it" if dry_run else taken)
+    click.echo("it would replace it" if dry_run else f"{router} has the new one; gateways on this database take it in a second")
 
 
 @gateway.command()

@@ -116,10 +116,11 @@ class Decider:
         now = self._up(able, limited)
         choice = await self._chosen(able, now, asked, hints, limited, crowded=under_way >= _CROWD)
         if limited.left is not None and set_aside(self.experts[choice.ranking[0]], choice, asked) > limited.left:
-            dollars = {name: set_aside(self.experts[name], choice, asked) for name in now}
-            affordable = [name for name in now if dollars[name] <= limited.left]
+            # A cap on the time may have left out some of those who are up.
+            dollars = {name: set_aside(self.experts[name], choice, asked) for name in choice.price}
+            affordable = [name for name, price in dollars.items() if price <= limited.left]
             # Where nobody is affordable, the budget refuses the cheapest, and says when it begins anew.
-            left = frozenset(affordable or [min(now, key=dollars.__getitem__)])
+            left = frozenset(affordable or [min(dollars, key=dollars.__getitem__)])
             return await self._chosen(able, left, asked, hints, limited, crowded=under_way >= _CROWD)
         return choice
 

@@ -79,7 +79,8 @@ class Exchange:
 
     __slots__ = (
         "arrived", "asked", "asking", "began", "best", "choice", "draw", "first", "gateway", "gone", "id", "kept", "key", "kind",
-        "over", "path", "receive", "send", "started", "status", "traced", "watcher",
+        "over", "path", "receive", "send", "started", "status", "traced", "tries",
+        "watcher",
     )  # fmt: skip
 
     def __init__(self, proxy: Proxy, receive: Receive, send: Send) -> None:
@@ -94,7 +95,7 @@ class Exchange:
         self.first: AskingFirst | None = None
         self.best: Expert | None = None
         self.asking: Expert | None = None
-        self.draw = math.nan
+        self.draw, self.tries = math.nan, 0
         # started: the client has the first bytes; over: it needs no watching any more; gone: it left.
         self.started = self.over = self.gone = self.kept = False
         self.status = 500
@@ -126,7 +127,7 @@ class Exchange:
         except asyncio.CancelledError:
             self.status = _CLOSED_BY_CLIENT
             read = Usage(self.asked.tokens if self.asking and self.asked else 0, 0, True, "")
-            self._keep(self.asking.name if self.asking else "", read, "cancelled", price=self._sent)
+            self._keep(self.asking.name if self.asking else "", read, "cancelled", price=self._sent, attempts=self.tries)
             if not self.gone:
                 raise
         except Exception:
@@ -157,7 +158,8 @@ class Exchange:
         choice = self.choice = await self._decided(now, asked, wanted)
         self.best = now.experts.get(choice.best)
         if asked.model in AUTO:
-            self.draw = draw_of(asked.query, now.router.salt + EXPLORE)
+            # A conversation that is known by its name alone was drawn by a query that it sent earlier.
+            self.draw = math.nan if wanted.conversation else draw_of(asked.query, now.router.salt + EXPLORE)
             gateway.metrics.decided(choice.ranking[0], perf_counter() - began, fast=choice.fast_path)
         ranking = [now.experts[name] for name in choice.ranking]
         forwarded = self._forwarded(headers)
@@ -196,6 +198,7 @@ class Exchange:
     def _asks(self, expert: Expert | None) -> None:
         """Who has the request now, and has not begun to answer it."""
         self.asking = expert
+        self.tries += expert is not None
 
     @property
     def _sent(self) -> float:

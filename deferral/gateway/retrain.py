@@ -17,7 +17,7 @@ from deferral.gateway.off_policy import Comparison, Draws, compare
 from deferral.routing import Log, Needs, Outcome, Router
 from deferral.routing.persistence import written
 
-__all__ = ["Verdict", "choices", "draws_of", "learned", "promote", "retrain"]
+__all__ = ["Verdict", "check_unchanged", "choices", "draws_of", "learned", "promote", "retrain"]
 
 _HELD_OUT = 0.3
 _FEWEST_ROWS = 100
@@ -40,8 +40,8 @@ class Verdict:
         lines = [f"learned from {self.trained_on} rows"]
         if (judged := self.comparison) is not None:
             lines += [
-                f"judged on {judged.rows} others; the routers differ on {judged.differ}, of which {judged.seen[0]} had drawn the "
-                f"old one's choice and {judged.seen[1]} the new one's",
+                f"judged on {judged.rows} others; the routers differ on {judged.differ}, where {judged.seen[0]} different "
+                f"queries had drawn the old one's choice and {judged.seen[1]} the new one's",
                 f"cost in errors a query (95%): old {_shown(judged.old)}, new {_shown(judged.new)}",
                 f"gain: {_shown(judged.gain)} (doubly robust), {_shown(judged.gain_weighted)} (self-normalised weights)",
             ]
@@ -195,8 +195,8 @@ def _why_not(judged: Comparison) -> str:
         return "it decides every held-out query as the old one does"
     if min(judged.seen) < _FEWEST_SEEN:
         return (
-            f"where the two differ, too few queries had drawn the choice of one of them ({judged.seen[0]} and {judged.seen[1]}; "
-            f"expected at least {_FEWEST_SEEN} of each): wait for more traffic, or explore more"
+            f"where the two differ, too few different queries had drawn the choice of one of them ({judged.seen[0]} and "
+            f"{judged.seen[1]}; expected at least {_FEWEST_SEEN} of each): wait for more traffic, or explore more"
         )
     if judged.gain.low <= 0:
         return f"the gain of {_shown(judged.gain)} errors a query may be nothing"
@@ -205,13 +205,15 @@ def _why_not(judged: Comparison) -> str:
     return ""
 
 
-def promote(router: Router, folder: Path, before: str) -> None:
-    """Save a router in the place of the one that was `written` there before, which is kept beside it as FOLDER.previous.
-
-    DataError where it is another by now: that one was not what the new router was compared with.
-    """
+def check_unchanged(folder: Path, before: str) -> None:
+    """DataError where the router in a folder is another than was `written` there before: that one was compared with nothing."""
     if written(folder) != before:
         raise DataError(f"{folder}: another router was saved there in the meantime, and is left alone; start again")
+
+
+def promote(router: Router, folder: Path, before: str) -> None:
+    """Save a router in the place of the one that was `written` there before, which is kept beside it as FOLDER.previous."""
+    check_unchanged(folder, before)
     previous = folder.with_name(f"{folder.name}.previous")
     partial = folder.with_name(f".{folder.name}.previous.partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -22,7 +22,6 @@ def observed(table: Table) -> np.ndarray:
     Queries that every expert answered, as often as the others, were asked of all with certainty, unless propensities say
     otherwise.  Elsewhere, once some expert was asked the same query twice, every outcome is one decision: of the k about a query,
     an expert that was asked n times has the weight n / (k * propensity), which is 1 on average however often a query comes.
-    Propensities that add up to more than 1 are those of asking several experts together, n times at most.
 
     Where no propensity is logged, the assumption is that who was asked did not depend on the query, and the propensity is the
     expert's share of such queries.  Weights are divided by their mean over the known cells.
@@ -38,7 +37,7 @@ def observed(table: Table) -> np.ndarray:
     chance = np.where(every[:, None], 1.0, np.where(unlogged, share, table.propensity))
     weights = np.where(mask, 1 / np.maximum(chance, _LEAST_PROPENSITY), 0)
     if table.asked is not None:
-        rounds = np.where(every | (logged > 1 + 1e-6), counts.max(1), counts.sum(1))
+        rounds = np.where(every, counts.max(1), counts.sum(1))
         weights = weights * counts / rounds.clip(min=1)[:, None]
     return (weights / weights[mask].mean()).astype(np.float32)
 

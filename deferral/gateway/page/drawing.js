@@ -178,7 +178,7 @@ export function drawShadow(found) {
   write("gain", gain
     ? `It would save ${fixed(gain.estimate, 4)} ± ${fixed(gain.half, 4)} errors a query (doubly robust, 95%), ` +
       `${fixed(gain.weighted, 4)} by weights alone, from ${whole(gain.rows)} judged answers; where the two differ, ` +
-      `${whole(gain.seen[0])} drew the live choice and ${whole(gain.seen[1])} the candidate's.`
+      `${whole(gain.seen[0])} different queries drew the live choice and ${whole(gain.seen[1])} the candidate's.`
     : `What it would save is not known: ${found.why_no_gain}.`);
 }
 
