@@ -353,6 +353,10 @@ def test_a_frozen_predictor_on_its_own_training_rows_warns() -> None:
     assert (model.decision(fresh[0]) == 0).all()
     held_out = DeferralClassifier(FrozenEstimator(memory), price=0.1).fit(*fresh)
     assert held_out.estimator_.estimator is memory
+    # Rows that count nothing are not there, and give no warning.
+    whole = [np.concatenate(parts) for parts in zip((X, y, answers), fresh, strict=True)]
+    weights = np.repeat([0.0, 1.0], 200)
+    DeferralClassifier(FrozenEstimator(memory), price=0.1).fit(*whole, sample_weight=weights)
     assert (held_out.decision(X) == 1).mean() > 0.3
     # Fitted here, the same predictor is cross-fitted: its perfect training rows are never used.
     assert (DeferralClassifier(KNeighborsClassifier(1), price=0.1).fit(X, y, answers).decision(X) == 1).mean() > 0.3

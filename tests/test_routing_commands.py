@@ -231,6 +231,9 @@ def test_a_file_of_queries_that_is_none_is_refused(folder: Path, tmp_path: Path)
         (tmp_path / "packed.gz").write_bytes(content)
         with pytest.raises(DataError, match="row 1: expected text in UTF-8, one query a line"):
             route_file(folder, tmp_path / "packed.gz", out)
+    (tmp_path / "deep.jsonl").write_text('{"query": ' + 100_000 * "[" + "\n")
+    with pytest.raises(DataError, match="row 1: expected a JSON object"):
+        route_file(folder, tmp_path / "deep.jsonl", tmp_path / "deep.out")
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(DataError, match="expected a file, which can be read again"):
         route_file(folder, tmp_path / "pipe", out)

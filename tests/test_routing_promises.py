@@ -144,6 +144,8 @@ def test_off_policy_estimates_are_right_on_average_and_the_naive_one_is_not() ->
         assert assumed.assumed == 1
         right = replay(assumed, always, 1.0, quality=chance, price=np.zeros((150, 2)), resamples=2)
         found["wrong propensities"].append(right.quality["doubly robust"].estimate)
+    some = events_of(Log([Outcome("old", "a", 1.0, 0.0), Outcome("new", "b", 1.0, 0.0, propensity=0.5)]), ["a", "b"])
+    assert [some.assumed, some.of_queries(np.array([False, True])).assumed] == [0.5, 0]
     for name in (*METHODS, "wrong propensities"):
         assert np.mean(found[name]) == pytest.approx(0.6, abs=0.05), name
     assert np.mean(found["logged"]) == pytest.approx(0.78, abs=0.03)
