@@ -354,9 +354,11 @@ def test_a_frozen_predictor_on_its_own_training_rows_warns() -> None:
     held_out = DeferralClassifier(FrozenEstimator(memory), price=0.1).fit(*fresh)
     assert held_out.estimator_.estimator is memory
     # Rows that count nothing are not there, and give no warning.
-    whole = [np.concatenate([*10 * [seen], new]) for seen, new in zip((X, y, answers), fresh, strict=True)]
-    weights = np.repeat([0.0, 1.0], [2000, 200])
-    DeferralClassifier(FrozenEstimator(memory), price=0.1).fit(*whole, sample_weight=weights)
+    many = half_known(3000, seed=2)
+    whole = [np.concatenate(parts) for parts in zip(many, fresh, strict=True)]
+    weights = np.repeat([0.0, 1.0], [3000, 200])
+    seen_most = KNeighborsClassifier(1).fit(*many[:2])
+    DeferralClassifier(FrozenEstimator(seen_most), price=0.1).fit(*whole, sample_weight=weights)
     assert (held_out.decision(X) == 1).mean() > 0.3
     # Fitted here, the same predictor is cross-fitted: its perfect training rows are never used.
     assert (DeferralClassifier(KNeighborsClassifier(1), price=0.1).fit(X, y, answers).decision(X) == 1).mean() > 0.3
