@@ -79,8 +79,7 @@ class Exchange:
 
     __slots__ = (
         "arrived", "asked", "asking", "began", "best", "choice", "draw", "first", "gateway", "gone", "id", "kept", "key", "kind",
-        "over", "path", "receive", "send", "started", "status", "traced", "tries",
-        "watcher",
+        "over", "path", "receive", "send", "started", "status", "traced", "tries", "watcher",
     )  # fmt: skip
 
     def __init__(self, proxy: Proxy, receive: Receive, send: Send) -> None:

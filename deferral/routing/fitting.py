@@ -10,6 +10,7 @@ import numpy as np
 
 from deferral.routing.encoders import Vectors
 from deferral.routing.outcomes import Table, check_text
+from deferral.routing.partial_logs import LEAST_PROPENSITY
 from deferral.routing.policies import Neighbours, Policy
 from deferral.routing.policies.centres import nearest_centre
 from deferral.routing.prices import PriceModel, error_range, fit_prices
@@ -18,7 +19,6 @@ from deferral.routing.training import Judged
 __all__ = ["Estimates", "Fitted"]
 
 _PRIOR = 5.0
-_LEAST_PROPENSITY = 0.01
 # Of the price that its length says, a query costs this share at least.
 _LEAST_SHARE = 0.1
 
@@ -296,7 +296,7 @@ class Fitted:
         quality, chance = table.quality[:, 0].astype(np.float64), table.propensity[:, 0].astype(np.float64)
         size = basis.shape[1]
         common = np.full(size, 1 / size)
-        weights = np.ones(len(quality)) if np.isnan(chance).any() else 1 / np.maximum(chance, _LEAST_PROPENSITY)
+        weights = np.ones(len(quality)) if np.isnan(chance).any() else 1 / np.maximum(chance, LEAST_PROPENSITY)
         weights = np.minimum(weights / weights.mean(), max(len(weights) / _PRIOR, 1))
         weights = weights[:, None] * weights.sum() / (weights**2).sum()
         columns = np.concatenate([np.ones((len(basis), 1)), basis], axis=1)

@@ -6,9 +6,9 @@ from deferral.routing.encoders import Vectors
 from deferral.routing.outcomes import Table
 from deferral.routing.policies import Linear, expert_means
 
-__all__ = ["OutcomeModel", "doubly_robust", "observed"]
+__all__ = ["LEAST_PROPENSITY", "OutcomeModel", "doubly_robust", "observed"]
 
-_LEAST_PROPENSITY = 0.01
+LEAST_PROPENSITY = 0.01
 _MOST_WEIGHT = 20.0
 # An expert of n outcomes is not weighed up by more than n / 5.
 _FEW = 5.0
@@ -35,7 +35,7 @@ def observed(table: Table) -> np.ndarray:
     alike = counts[~every & (logged == 0)]
     share = np.where(alike.any(0), _share(alike, table), _share(counts[~every], table))
     chance = np.where(every[:, None], 1.0, np.where(unlogged, share, table.propensity))
-    weights = np.where(mask, 1 / np.maximum(chance, _LEAST_PROPENSITY), 0)
+    weights = np.where(mask, 1 / np.maximum(chance, LEAST_PROPENSITY), 0)
     if table.asked is not None:
         rounds = np.where(every, counts.max(1), counts.sum(1))
         weights = weights * counts / rounds.clip(min=1)[:, None]
