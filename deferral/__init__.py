@@ -14,19 +14,19 @@ if TYPE_CHECKING:
     from deferral.losses import (
         Criterion,
         predictor_rejector_abstention,
+        regression_deferral,
+        rejector_of_scores,
         score_based_abstention,
         single_stage_deferral,
         two_stage_abstention,
         two_stage_deferral,
     )
-    from deferral.validation import check_targets
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Criterion",
     "Interval",
-    "check_targets",
     "chow_scores",
     "decide",
     "decide_pair",
@@ -38,6 +38,8 @@ __all__ = [
     "paired_difference",
     "pick",
     "predictor_rejector_abstention",
+    "regression_deferral",
+    "rejector_of_scores",
     "score_based_abstention",
     "single_stage_costs",
     "single_stage_deferral",
@@ -55,23 +57,26 @@ _HOMES = {
     "losses": [
         "Criterion",
         "predictor_rejector_abstention",
+        "regression_deferral",
+        "rejector_of_scores",
         "score_based_abstention",
         "single_stage_deferral",
         "two_stage_abstention",
         "two_stage_deferral",
     ],
-    "validation": ["check_targets"],
 }
+# Those that need torch and numpy alone; what needs an extra is imported by its name, and says what is missing.
+_MODULES = [*_HOMES, "baselines", "curves", "experts", "metrics", "reliability", "testing"]
 
 
 def __getattr__(name: str) -> Any:
     for home, names in _HOMES.items():
         if name in names:
             return getattr(import_module(f"deferral.{home}"), name)
-        if name == home:
-            return import_module(f"deferral.{home}")
+    if name in _MODULES:
+        return import_module(f"deferral.{name}")
     raise AttributeError(f"module 'deferral' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *__all__]
+    return sorted([*__all__, *_MODULES, "__version__"])

@@ -19,7 +19,7 @@ from deferral.costs import pick
 from deferral.curves import own_and_asked
 from deferral.decision import decide, margin_levels
 from deferral.metrics import check_weights
-from deferral.validation import action_mask, check_costs, check_mask, check_scores, require_actions
+from deferral.validation import check_costs, check_scores, checked_scores, require_actions, require_share, require_tensor
 
 __all__ = ["budget_offsets", "coverage_offsets", "deferral_rate_offsets", "fit_offsets", "fit_temperature"]
 
@@ -28,7 +28,7 @@ def fit_offsets(
     scores: Tensor,
     costs: Tensor,
     *,
-    num_own: int = 1,
+    num_own: int,
     mask: Tensor | None = None,
     weights: Tensor | None = None,
     per_expert: bool = False,
@@ -44,14 +44,13 @@ def fit_offsets(
     given the others, until none can gain.  Never dearer than the common number on these rows, but a local optimum; E numbers
     also overfit sooner than one.
     """
-    known, mask = _known_scores(scores, num_own, mask)
+    known, mask = checked_scores(scores, num_own, mask)
     require_actions(scores, costs)
     costs = costs.expand_as(scores)
     check_costs(costs, ceiling=None, mask=mask)
     costs = costs.double()
     if weights is not None:
-        if not isinstance(weights, Tensor):
-            raise TypeError(f"weights: expected a torch tensor, got {type(weights).__name__}; convert it with torch.from_numpy")
+        require_tensor("weights", weights)
         if weights.shape != scores.shape[:1]:
             raise ValueError(f"weights: expected one per row, shape ({len(scores)},), got {tuple(weights.shape)}")
         costs = costs * check_weights(weights, scores).unsqueeze(-1)
@@ -63,32 +62,32 @@ def fit_offsets(
     return offsets
 
 
-def coverage_offsets(scores: Tensor, coverage: float, *, num_own: int = 1, mask: Tensor | None = None) -> Tensor:
+def coverage_offsets(scores: Tensor, coverage: float, *, num_own: int, mask: Tensor | None = None) -> Tensor:
     """Offsets that defer as many rows as possible and keep at least the share `coverage` of them.  (N, A) -> (A,)
 
     Rows are deferred in the order of `deferral_margin`.  Rows of equal margin stay together, on the side of being kept; rows
     without a known expert are always kept.
     """
-    _check_share("coverage", coverage)
+    require_share("coverage", coverage)
     return _defer_at_most(len(scores) - math.ceil(coverage * len(scores) - 1e-9), scores, num_own, mask)
 
 
-def deferral_rate_offsets(scores: Tensor, rate: float, *, num_own: int = 1, mask: Tensor | None = None) -> Tensor:
+def deferral_rate_offsets(scores: Tensor, rate: float, *, num_own: int, mask: Tensor | None = None) -> Tensor:
     """Offsets that defer as many rows as possible, at most the share `rate` of them.  (N, A) -> (A,)
 
     Rows are deferred in the order of `deferral_margin`.  Rows of equal margin stay together, on the side of being kept.
     """
-    _check_share("rate", rate)
+    require_share("rate", rate)
     return _defer_at_most(math.floor(rate * len(scores) + 1e-9), scores, num_own, mask)
 
 
-def budget_offsets(scores: Tensor, prices: Tensor, budget: float, *, num_own: int = 1, mask: Tensor | None = None) -> Tensor:
+def budget_offsets(scores: Tensor, prices: Tensor, budget: float, *, num_own: int, mask: Tensor | None = None) -> Tensor:
     """Offsets that defer as many rows as a budget pays for, in the order of `deferral_margin`.  (N, A), (A,) or (N, A) -> (A,)
 
     `prices` are what each action costs, own actions included, and `budget` is the mean price of a row, both in one currency.
     ValueError where no threshold stays within the budget: with free own actions never deferring always does.
     """
-    known, mask = _known_scores(scores, num_own, mask)
+    known, mask = checked_scores(scores, num_own, mask)
     require_actions(scores, prices, name="prices")
     # 0.1 in float32 is a little more than a tenth, and a budget may itself have been summed from prices.
     rounding = torch.finfo(torch.float32).eps if prices.dtype == torch.float32 else 1e-12
@@ -181,8 +180,8 @@ class _Sweep:
         )
         upper, lower, step = lowest[:-1], highest[1:], float(size.median()) or 1.0
         # Far from everything (a mask by finfo.min) half way would be far too: one step from the end that is nearer to 0.
-        beside = (upper - step).where((upper - step).abs() < (lower + step).abs(), lower + step)
-        between = (upper / 2 + lower / 2).where(upper - lower < 1e6 * step, beside)
+        near_zero = (upper - step).where((upper - step).abs() < (lower + step).abs(), lower + step)
+        between = (upper / 2 + lower / 2).where(upper - lower < 1e6 * step, near_zero)
         none, every = (margin + 1e-12 * size).max() + step, (margin - 1e-12 * size).min() - step
         lower_ones = torch.cat([between, every[None]])
         apart = torch.finfo(torch.float64).eps * lower_ones.abs() <= lead
@@ -234,23 +233,6 @@ def _sweep_experts(known: Tensor, num_own: int) -> _Sweep:
     return _Sweep.of(first, known[:, :num_own].amax(dim=-1), float(leads[len(leads) // 10]) if len(leads) else math.inf)
 
 
-def _known_scores(scores: Tensor, num_own: int, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Checked scores in float64, -inf where the mask is False, and the mask with one column per action."""
-    check_scores(scores)
-    if scores.dim() != 2 or len(scores) == 0:
-        raise ValueError(f"scores: expected at least one row and shape (N, A), got {tuple(scores.shape)}")
-    if not 0 < num_own < scores.shape[-1]:
-        raise ValueError(f"num_own: expected 1..{scores.shape[-1] - 1} for scores {tuple(scores.shape)}, got {num_own}")
-    if bool(scores[:, :num_own].isneginf().any()):
-        raise ValueError("scores: expected finite scores of the own actions, got -inf; an own action can always be taken")
-    known = scores.detach().double()
-    if mask is not None:
-        mask = action_mask(scores, mask, num_own)
-        check_mask(mask, num_own, scores.shape[-1])
-        known = known.where(mask, -torch.inf)
-    return known, mask
-
-
 def _move_one_at_a_time(offsets: Tensor, known: Tensor, costs: Tensor, num_own: int) -> None:
     """Coordinate descent on the experts' offsets, in place, until a whole round saves nothing."""
     total = pick(costs, decide(known, offsets)).sum()
@@ -273,7 +255,7 @@ def _move_one_at_a_time(offsets: Tensor, known: Tensor, costs: Tensor, num_own: 
 
 
 def _defer_at_most(rows: int, scores: Tensor, num_own: int, mask: Tensor | None) -> Tensor:
-    known, _ = _known_scores(scores, num_own, mask)
+    known, _ = checked_scores(scores, num_own, mask)
     sweep = _sweep_experts(known, num_own)
     deferred = sweep.sums_over_deferred(torch.ones(len(scores), dtype=torch.float64, device=scores.device))
     return _common_offset(sweep.thresholds[(deferred <= rows).nonzero().max()], scores, num_own)
@@ -283,8 +265,3 @@ def _common_offset(threshold: Tensor, scores: Tensor, num_own: int) -> Tensor:
     offsets = torch.zeros(scores.shape[-1], dtype=torch.float64, device=scores.device)
     offsets[num_own:] = -threshold
     return offsets
-
-
-def _check_share(name: str, share: float) -> None:
-    if not 0.0 <= share <= 1.0:
-        raise ValueError(f"{name}: expected a share of the rows in [0, 1], got {share}")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from deferral.decision import decide
-from deferral.validation import action_mask, check_mask, check_scores
+from deferral.validation import checked_scores
 
 try:
     from scipy.optimize import linprog
@@ -47,7 +47,7 @@ def fit_capacities(
     scores: Tensor,
     capacities: Sequence[int] | Sequence[float] | Tensor,
     *,
-    num_own: int = 1,
+    num_own: int,
     mask: Tensor | None = None,
 ) -> Assignment:
     """max sum_i scores[i, a_i] where expert j answers at most capacities[j] rows, own actions any number.  (N, A), (E,)
@@ -60,19 +60,8 @@ def fit_capacities(
     (Birkhoff; solved by HiGHS).  Among the dual prices that support the assignment, the ones returned leave
     every row a gap to its next best action, where there is one to be had.
     """
-    check_scores(scores)
-    if scores.dim() != 2 or len(scores) == 0:
-        raise ValueError(f"scores: expected at least one row and shape (N, A), got {tuple(scores.shape)}")
-    num_experts = scores.shape[-1] - num_own
-    if num_own < 1 or num_experts < 1:
-        raise ValueError(f"num_own: expected 1..{scores.shape[-1] - 1} for scores {tuple(scores.shape)}, got {num_own}")
-    known = scores.detach().double().cpu()
-    if bool(known[:, :num_own].isneginf().any()):
-        raise ValueError("scores: expected finite scores of the own actions, got -inf; an own action can always be taken")
-    if mask is not None:
-        mask = action_mask(scores, mask, num_own)
-        check_mask(mask, num_own, scores.shape[-1])
-        known = known.where(mask.cpu(), -torch.inf)
+    known, mask = checked_scores(scores, num_own, mask)
+    known, num_experts = known.cpu(), scores.shape[-1] - num_own
     limits = _row_counts(capacities, len(scores), num_experts)
 
     best_own = known[:, :num_own].amax(dim=-1, keepdim=True)

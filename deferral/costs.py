@@ -54,7 +54,7 @@ def error_costs(
             f"answers: expected class indices of an integer dtype, got {answers.dtype}; for answers that are real numbers "
             "use squared_costs"
         )
-    _check_rows(answers, targets.shape[:-1] if targets.is_floating_point() else targets.shape)
+    _check_columns("answers", answers, targets.shape[:-1] if targets.is_floating_point() else targets.shape)
     if targets.is_floating_point():
         check_targets(targets, targets.shape[-1])
     dtype = targets.dtype if targets.is_floating_point() else torch.get_default_dtype()
@@ -66,7 +66,7 @@ def error_costs(
     num_classes = targets.shape[-1] if targets.is_floating_point() else None
     _check_answers(answers, num_classes, known)
     if targets.is_floating_point():
-        error = 1 - targets.gather(-1, answers if known is None else answers.where(known, 0))
+        error = 1 - targets.gather(-1, (answers if known is None else answers.where(known, 0)).long())
     else:
         error = (answers != targets.unsqueeze(-1)).to(dtype)
     costs = alpha_row * error + price_row
@@ -74,17 +74,17 @@ def error_costs(
 
 
 @overload
-def squared_costs(answers: Tensor, targets: Tensor, price: PerExpert = ..., *, alpha: PerExpert = ...) -> Tensor: ...
+def squared_costs(answers: Tensor, targets: Tensor, *, alpha: PerExpert = ..., price: PerExpert = ...) -> Tensor: ...
 @overload
 def squared_costs(
-    answers: Tensor, targets: Tensor, price: PerExpert = ..., *, alpha: PerExpert = ..., missing: float
+    answers: Tensor, targets: Tensor, *, alpha: PerExpert = ..., price: PerExpert = ..., missing: float
 ) -> tuple[Tensor, Tensor]: ...
 def squared_costs(
     answers: Tensor,
     targets: Tensor,
-    price: PerExpert = 0.0,
     *,
     alpha: PerExpert = 1.0,
+    price: PerExpert = 0.0,
     missing: float | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """cost_j = alpha_j * (answer_j - target)^2 + price_j.  (..., A), (...,) -> (..., A)
@@ -97,7 +97,7 @@ def squared_costs(
     require_tensor("answers", answers)
     require_tensor("targets", targets)
     answers = answers if answers.is_floating_point() else answers.to(torch.get_default_dtype())
-    _check_rows(answers, targets.shape)
+    _check_columns("answers", answers, targets.shape)
     alpha_row = _per_expert(alpha, "alpha", answers, answers.dtype)
     price_row = _per_expert(price, "price", answers, answers.dtype)
     check_costs(alpha_row, ceiling=None, name="alpha")
@@ -115,10 +115,13 @@ def single_stage_costs(targets: Tensor, expert_costs: Tensor, num_classes: int) 
     """The table [1 - one_hot(target), expert_costs] that single-stage deferral is judged on.  (...,), (..., E) -> (..., K+E)
 
     Action k < K answers class k and costs one error if it is wrong; action K + j asks expert j.  `targets` may be
-    probabilities (..., K).
+    probabilities (..., K).  Reads the values.
     """
     require_floating("expert_costs", expert_costs)
-    hit = targets if targets.is_floating_point() else torch.nn.functional.one_hot(targets, num_classes)
+    require_tensor("targets", targets)
+    _check_columns("expert_costs", expert_costs, targets.shape[:-1] if targets.is_floating_point() else targets.shape)
+    check_targets(targets, num_classes)
+    hit = targets if targets.is_floating_point() else torch.nn.functional.one_hot(targets.long(), num_classes)
     return torch.cat([1 - hit.to(expert_costs.dtype), expert_costs], dim=-1)
 
 
@@ -146,11 +149,11 @@ def _per_expert(value: PerExpert, name: str, answers: Tensor, dtype: torch.dtype
     return row
 
 
-def _check_rows(answers: Tensor, rows: torch.Size) -> None:
-    if answers.dim() == 0 or answers.shape[:-1] != rows:
+def _check_columns(name: str, table: Tensor, rows: torch.Size) -> None:
+    if table.dim() == 0 or table.shape[:-1] != rows:
         raise ValueError(
-            f"answers: expected shape {(*rows, 'A')}, one column per expert, got {tuple(answers.shape)}; "
-            "for a single expert use answers.unsqueeze(-1), and targets have no axis of experts"
+            f"{name}: expected shape {(*rows, 'A')}, one column per expert, got {tuple(table.shape)}; "
+            f"for a single expert use {name}.unsqueeze(-1), and targets have no axis of experts"
         )
 
 

@@ -253,16 +253,14 @@ def system_augrc(margin: Tensor, own_cost: Tensor, deferred_cost: Tensor, weight
 
 
 @numpy_or_torch
-def own_and_asked(
-    scores: Tensor, costs: Tensor, *, num_own: int = 1, mask: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+def own_and_asked(scores: Tensor, costs: Tensor, *, num_own: int, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """What a curve over the threshold needs: (margin, own_cost, deferred_cost), (N,) each, from (N, A) scores and costs.
 
     The own action and the expert are those that `decide` prefers on each side.  A row whose experts are all masked has margin
     -inf and deferred_cost NaN.
     """
     require_actions(scores, costs)
-    margin = deferral_margin(scores.double(), num_own, mask=mask)
+    margin = deferral_margin(scores.double(), num_own=num_own, mask=mask)
     experts = None if mask is None else action_mask(scores, mask, num_own).expand(scores.shape)[..., num_own:]
     asked = decide(scores[..., num_own:], mask=experts)
     own_cost = pick(costs, decide(scores[..., :num_own]))

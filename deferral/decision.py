@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from deferral.numerics import lift
-from deferral.validation import action_mask, require_floating
+from deferral.validation import action_mask, require_floating, require_num_own
 
 __all__ = ["chow_scores", "decide", "decide_pair", "deferral_margin", "margin_levels", "oracle"]
 
@@ -46,13 +46,12 @@ def decide_pair(scores: Tensor, rejector: Tensor, offset: float = 0.0) -> Tensor
     return decide(scores).where(rejector > offset, scores.shape[-1])
 
 
-def deferral_margin(scores: Tensor, num_own: int, *, mask: Tensor | None = None) -> Tensor:
+def deferral_margin(scores: Tensor, *, num_own: int, mask: Tensor | None = None) -> Tensor:
     """Best expert score minus best own score; `decide` defers iff it is >= 0.  (..., A) -> (...,)
 
     `num_own` is K in the single stage and 1 in the two-stage form.  -inf where the mask leaves nobody to be asked.
     """
-    if not 0 < num_own < scores.shape[-1]:
-        raise ValueError(f"num_own: expected 1..{scores.shape[-1] - 1} for scores {tuple(scores.shape)}, got {num_own}")
+    require_num_own(scores, num_own)
     values = lift(scores)
     values = values.where(~values.isnan(), -torch.inf)
     if mask is not None:
@@ -90,14 +89,18 @@ def margin_levels(margin: Tensor, size: Tensor | None = None) -> Tensor:
 def oracle(costs: Tensor, *, mask: Tensor | None = None) -> Tensor:
     """The cheapest action of every row; ties keep the first, the own prediction.  (..., A) -> (...,)
 
-    A cost of NaN is never the cheapest.
+    A cost of NaN is never the cheapest.  Where every action is masked the result is -1, as that of `decide`.
     """
     known = costs.where(~costs.isnan(), torch.inf)
     if mask is not None:
-        known = known.where(action_mask(costs, mask), torch.inf)
+        mask = action_mask(costs, mask)
+        known = known.where(mask, torch.inf)
     positions = torch.arange(costs.shape[-1], device=costs.device)
     cheapest = known == known.amin(dim=-1, keepdim=True)
-    return positions.where(cheapest, costs.shape[-1]).amin(dim=-1)
+    if mask is None:
+        return positions.where(cheapest, costs.shape[-1]).amin(dim=-1)
+    first = positions.where(cheapest & mask, costs.shape[-1]).amin(dim=-1)
+    return first.where(mask.any(dim=-1), -1)
 
 
 def chow_scores(probabilities: Tensor, cost: Tensor | float) -> Tensor:

@@ -42,7 +42,7 @@ def correct(answers: Tensor, targets: Tensor, actions: Tensor, *, mask: Tensor |
 
 
 @numpy_or_torch
-def kept(actions: Tensor, num_own: int = 1) -> Tensor:
+def kept(actions: Tensor, *, num_own: int) -> Tensor:
     """1 where an own action is taken, else 0; the average is the coverage.  (...,) -> (...,)
 
     Action -1, which `decide` gives where every action is masked, is nobody's: 0.
@@ -51,7 +51,7 @@ def kept(actions: Tensor, num_own: int = 1) -> Tensor:
 
 
 @numpy_or_torch
-def load(actions: Tensor, num_own: int, num_experts: int) -> Tensor:
+def load(actions: Tensor, *, num_own: int, num_experts: int) -> Tensor:
     """1 in the column of the expert who is asked; the average is each expert's share of the rows.  (...,) -> (..., E)"""
     experts = torch.arange(num_own, num_own + num_experts, device=actions.device)
     return (actions.unsqueeze(-1) == experts).to(torch.get_default_dtype())
@@ -91,7 +91,7 @@ def system_figures(
     targets: Tensor,
     actions: Tensor,
     *,
-    num_own: int = 1,
+    num_own: int,
     mask: Tensor | None = None,
     weights: Tensor | None = None,
 ) -> dict[str, Tensor]:
@@ -102,7 +102,7 @@ def system_figures(
     (1 - accuracy where kept); load, each expert's share of the rows (..., E).
     """
     right = correct(answers, targets, actions, mask=mask)
-    own = kept(actions, num_own).bool()
+    own = kept(actions, num_own=num_own).bool()
     accuracy_kept = average(right.where(own, torch.nan), weights)
     return {
         "deferral cost": average(deferral_cost(costs, actions, mask=mask), weights),
@@ -112,7 +112,7 @@ def system_figures(
         "accuracy where kept": accuracy_kept,
         "accuracy where deferred": average(right.where(~own, torch.nan), weights),
         "selective risk": 1 - accuracy_kept,
-        "load": average(load(actions, num_own, answers.shape[-1] - num_own), weights),
+        "load": average(load(actions, num_own=num_own, num_experts=answers.shape[-1] - num_own), weights),
     }
 
 

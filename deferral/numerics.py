@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["KNEE", "LEAST_BEFORE_KNEE", "PRECISE", "beside", "exp_linear", "expm1_linear", "lift", "log_add_exp"]
+__all__ = ["KNEE", "LEAST_BEFORE_KNEE", "PRECISE", "cast_like", "exp_linear", "expm1_linear", "lift", "log_add_exp"]
 
 # e^10 = 2.2e4 fits float16, and rows past it still pull with a constant, finite slope.
 KNEE = 10.0
@@ -23,7 +23,7 @@ def lift(scores: Tensor) -> Tensor:
     return scores.float() if scores.dtype in _HALF else scores
 
 
-def beside(value: Tensor | float, scores: Tensor) -> Tensor:
+def cast_like(value: Tensor | float, scores: Tensor) -> Tensor:
     """The value in the dtype of the lifted scores.  One number comes to their device as well, as in torch's own operations."""
     dtype = torch.float32 if scores.dtype in _HALF else scores.dtype
     if not isinstance(value, Tensor):

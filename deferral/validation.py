@@ -13,6 +13,7 @@ __all__ = [
     "check_mask",
     "check_scores",
     "check_targets",
+    "checked_scores",
     "require_actions",
     "require_batch",
     "require_ceiling",
@@ -20,6 +21,7 @@ __all__ = [
     "require_expert_columns",
     "require_floating",
     "require_mask",
+    "require_num_own",
     "require_share",
     "require_targets",
     "require_tensor",
@@ -149,6 +151,12 @@ def require_share(name: str, value: float) -> None:
         raise ValueError(f"{name}: expected a number in [0, 1], got {value}")
 
 
+def require_num_own(scores: Tensor, num_own: int) -> None:
+    """ValueError unless some actions are own ones and some are experts."""
+    if not 0 < num_own < scores.shape[-1]:
+        raise ValueError(f"num_own: expected 1..{scores.shape[-1] - 1} for scores {_shape(scores)}, got {num_own}")
+
+
 def require_cost_range(cost: Tensor | float) -> None:
     """ValueError for a cost of abstention given as a number outside [0, 1]; tensors are checked by `check_costs`."""
     if hasattr(cost, "__len__") and not isinstance(cost, Tensor):
@@ -170,6 +178,22 @@ def check_scores(scores: Tensor, *, name: str = "scores") -> None:
             f"{name}: expected finite numbers, got {scores[tuple(first)].item()} at index {first} and {int(bad.sum()) - 1} "
             "more; the model has diverged (lower the learning rate) or its input holds NaN"
         )
+
+
+def checked_scores(scores: Tensor, num_own: int, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Scores (N, A) in float64, -inf where the mask is False, and the mask with one column per action.  Reads the values."""
+    check_scores(scores)
+    if scores.dim() != 2 or len(scores) == 0:
+        raise ValueError(f"scores: expected at least one row and shape (N, A), got {_shape(scores)}")
+    require_num_own(scores, num_own)
+    if bool(scores[:, :num_own].isneginf().any()):
+        raise ValueError("scores: expected finite scores of the own actions, got -inf; an own action can always be taken")
+    known = scores.detach().double()
+    if mask is not None:
+        mask = action_mask(scores, mask, num_own)
+        check_mask(mask, num_own, scores.shape[-1])
+        known = known.where(mask, -torch.inf)
+    return known, mask
 
 
 def check_targets(targets: Tensor, num_classes: int) -> None:

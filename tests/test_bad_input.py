@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from deferral import Criterion, check_targets, chow_scores, error_costs, losses, squared_costs
+from deferral import Criterion, chow_scores, error_costs, losses, squared_costs
 from deferral.losses import (
     asymmetric_softmax,
     comp_sum,
@@ -34,7 +34,7 @@ from deferral.losses import (
 )
 from deferral.losses.margin import rho_hinge, rho_margin, sigmoid
 from deferral.losses.predictor_rejector import constrained_rho_hinge, double_mae, mae
-from deferral.validation import check_costs, check_mask, check_scores
+from deferral.validation import check_costs, check_mask, check_scores, check_targets
 
 SCORES = torch.randn(4, 5)
 TARGETS = torch.tensor([0, 1, 2, 0])

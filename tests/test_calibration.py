@@ -43,37 +43,39 @@ def test_masked_experts_are_never_asked_and_never_counted(seed: int) -> None:
     costs = costs.abs()
     mask = torch.rand(60, 3, generator=generator) < 0.4
     every = torch.cat([torch.ones(60, 1).bool(), mask], -1)
-    offsets = fit_offsets(scores, costs.masked_fill(~every, torch.nan), mask=mask)
+    offsets = fit_offsets(scores, costs.masked_fill(~every, torch.nan), mask=mask, num_own=1)
     actions = decide(scores, offsets, mask=mask)
     assert every.gather(-1, actions[:, None]).all()
     assert pick(costs, actions).mean().item() == pytest.approx(best_by_search(scores, costs, 1, mask))
     # Costs that are the same in every row are read as such.
     once = costs[0]
-    torch.testing.assert_close(fit_offsets(scores, once, mask=every), fit_offsets(scores, once.expand(60, 4), mask=mask))
+    torch.testing.assert_close(
+        fit_offsets(scores, once, mask=every, num_own=1), fit_offsets(scores, once.expand(60, 4), mask=mask, num_own=1)
+    )
 
 
 def test_rounding_of_large_scores_moves_no_row() -> None:
     scores = 1000 + torch.randn(3000, 2)
     costs = torch.rand(3000, 2)
-    exact = pick(costs, decide(scores.double(), fit_offsets(scores.double(), costs))).mean()
-    torch.testing.assert_close(pick(costs, decide(scores, fit_offsets(scores, costs))).mean(), exact)
+    exact = pick(costs, decide(scores.double(), fit_offsets(scores.double(), costs, num_own=1))).mean()
+    torch.testing.assert_close(pick(costs, decide(scores, fit_offsets(scores, costs, num_own=1))).mean(), exact)
 
 
 def test_among_equally_cheap_thresholds_the_one_that_defers_least() -> None:
     scores = torch.tensor([[0.0, 3.0], [0.0, 2.0], [0.0, 1.0]])
     costs = torch.tensor([[0.3, 0.6], [0.2, 0.1], [0.3, 0.1]], dtype=torch.float64)  # -0.3 + 0.1 + 0.2 is not quite 0
-    assert (decide(scores, fit_offsets(scores, costs)) == 0).all()
+    assert (decide(scores, fit_offsets(scores, costs, num_own=1)) == 0).all()
 
 
 def test_never_and_always_deferring_are_reached() -> None:
     scores = torch.randn(30, 2)
     free_expert = torch.tensor([[1.0, 0.0]]).expand(30, 2)
-    assert (decide(scores, fit_offsets(scores, free_expert)) == 1).all()
-    assert (decide(scores, fit_offsets(scores, free_expert.flip(-1))) == 0).all()
+    assert (decide(scores, fit_offsets(scores, free_expert, num_own=1)) == 1).all()
+    assert (decide(scores, fit_offsets(scores, free_expert.flip(-1), num_own=1)) == 0).all()
     with pytest.raises(ValueError, match="own action can always be taken"):
-        fit_offsets(torch.full((3, 2), -torch.inf), torch.rand(3, 2))
+        fit_offsets(torch.full((3, 2), -torch.inf), torch.rand(3, 2), num_own=1)
     nobody = torch.zeros(30, 1, dtype=torch.bool)
-    assert (decide(scores, fit_offsets(scores, free_expert, mask=nobody), mask=nobody) == 0).all()
+    assert (decide(scores, fit_offsets(scores, free_expert, mask=nobody, num_own=1), mask=nobody) == 0).all()
 
 
 @pytest.mark.parametrize("num_own", [1, 3])
@@ -113,7 +115,7 @@ def test_one_offset_per_expert_corrects_each_experts_own_bias() -> None:
     best = costs.amin(-1).mean().item()
 
     def cost(per_expert: bool) -> float:
-        return pick(costs, decide(scores, fit_offsets(scores, costs, per_expert=per_expert))).mean().item()
+        return pick(costs, decide(scores, fit_offsets(scores, costs, per_expert=per_expert, num_own=1))).mean().item()
 
     assert cost(False) > best + 0.05
     assert cost(True) < best + 0.01
@@ -161,14 +163,14 @@ def test_coverage_rate_and_budget_are_met_and_used_up(num_own: int, ties: bool, 
 def test_a_budget_in_currency() -> None:
     scores = torch.tensor([[0.0, 4.0, 1.0], [0.0, 3.0, 1.0], [0.0, 1.0, 2.0], [0.0, -1.0, -2.0]])
     prices = torch.tensor([0.001, 0.05, 0.01])  # dollars a query
-    assert decide(scores, budget_offsets(scores, prices, 0.011)).tolist() == [0, 0, 0, 0]
-    assert decide(scores, budget_offsets(scores, prices, 0.1019 / 4)).tolist() == [1, 0, 0, 0]
-    assert decide(scores, budget_offsets(scores, prices, 0.102 / 4)).tolist() == [1, 1, 0, 0]
-    assert decide(scores, budget_offsets(scores, prices, 1.0)).tolist() == [1, 1, 2, 1]
+    assert decide(scores, budget_offsets(scores, prices, 0.011, num_own=1)).tolist() == [0, 0, 0, 0]
+    assert decide(scores, budget_offsets(scores, prices, 0.1019 / 4, num_own=1)).tolist() == [1, 0, 0, 0]
+    assert decide(scores, budget_offsets(scores, prices, 0.102 / 4, num_own=1)).tolist() == [1, 1, 0, 0]
+    assert decide(scores, budget_offsets(scores, prices, 1.0, num_own=1)).tolist() == [1, 1, 2, 1]
     with pytest.raises(ValueError, match=r"at least 0\.001 a row"):
-        budget_offsets(scores, prices, 0.0009)
+        budget_offsets(scores, prices, 0.0009, num_own=1)
     # An expert below the price of the own answer: the budget can be met by deferring alone.
-    assert (decide(scores, budget_offsets(scores, torch.tensor([0.3, 0.1, 0.1]), 0.1)) > 0).all()
+    assert (decide(scores, budget_offsets(scores, torch.tensor([0.3, 0.1, 0.1]), 0.1, num_own=1)) > 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
@@ -176,16 +178,16 @@ def test_the_rows_promised_are_the_rows_decided_in_every_dtype(dtype: torch.dtyp
     generator = torch.Generator().manual_seed(0)
     scores = (300 + torch.randn(501, 4, generator=generator)).to(dtype)
     for share in (0.0, 0.1, 0.5, 0.9, 1.0):
-        deferred = (decide(scores, deferral_rate_offsets(scores, share)) > 0).double().mean().item()
+        deferred = (decide(scores, deferral_rate_offsets(scores, share, num_own=1)) > 0).double().mean().item()
         assert deferred <= share
         assert dtype == torch.float16 or deferred > share - 1 / 500
     huge = torch.tensor([[0.0, 1e17]] * 3, dtype=torch.float64)
-    assert (decide(huge, coverage_offsets(huge, 1.0)) == 0).all()
-    assert (decide(huge, coverage_offsets(huge, 0.5)) == 0).all()  # rows of equal margin stay together
-    assert (decide(huge, coverage_offsets(huge, 0.0)) == 1).all()
+    assert (decide(huge, coverage_offsets(huge, 1.0, num_own=1)) == 0).all()
+    assert (decide(huge, coverage_offsets(huge, 0.5, num_own=1)) == 0).all()  # rows of equal margin stay together
+    assert (decide(huge, coverage_offsets(huge, 0.0, num_own=1)) == 1).all()
     # 0.4 - 0.1 and 0.5 - 0.2 are one margin, whatever their last digit.
     near = torch.tensor([[0.1, 0.4], [0.2, 0.5]], dtype=torch.float64)
-    assert (decide(near, deferral_rate_offsets(near, 0.5)) == 0).all()
+    assert (decide(near, deferral_rate_offsets(near, 0.5, num_own=1)) == 0).all()
 
 
 FAR = torch.finfo(torch.float32).min
@@ -247,7 +249,7 @@ def test_extreme_scores_spoil_no_fit(kind: str) -> None:
         generator = torch.Generator().manual_seed(seed)
         scores = extreme_scores(kind, 1, 1, generator)
         costs = torch.rand(60, 2, generator=generator, dtype=torch.float64)
-        fitted = pick(costs, decide(scores, fit_offsets(scores, costs))).mean().item()
+        fitted = pick(costs, decide(scores, fit_offsets(scores, costs, num_own=1))).mean().item()
         assert fitted <= min(pick(costs, actions).mean().item() for actions in rules_between_levels(scores, 1)) + 1e-9
 
 
@@ -258,9 +260,9 @@ def test_one_row_closed_by_a_large_number_leaves_the_fit_of_the_others() -> None
     convention, closed = scores.clone(), scores.clone()
     convention[0, 1:], closed[0, 1:] = FAR, -torch.inf
     costs[0, 0] = 1.0  # deferring it would look better than keeping it
-    torch.testing.assert_close(fit_offsets(convention, costs), fit_offsets(closed, costs))
+    torch.testing.assert_close(fit_offsets(convention, costs, num_own=1), fit_offsets(closed, costs, num_own=1))
     for share in (0.0, 0.3, 0.8):
-        torch.testing.assert_close(coverage_offsets(convention, share), coverage_offsets(closed, share))
+        torch.testing.assert_close(coverage_offsets(convention, share, num_own=1), coverage_offsets(closed, share, num_own=1))
 
 
 def test_levels_join_what_rounding_parts_and_no_chain_joins_all() -> None:
@@ -289,11 +291,13 @@ def test_weights_count_rows(per_expert: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     scores, costs = torch.randn(2, 50, 3, generator=generator, dtype=torch.float64).unbind()
     costs, times = costs.abs(), torch.randint(0, 4, (50,), generator=generator)
-    weighted = fit_offsets(scores, costs, weights=times.double(), per_expert=per_expert)
-    repeated = fit_offsets(scores.repeat_interleave(times, 0), costs.repeat_interleave(times, 0), per_expert=per_expert)
+    weighted = fit_offsets(scores, costs, weights=times.double(), per_expert=per_expert, num_own=1)
+    repeated = fit_offsets(
+        scores.repeat_interleave(times, 0), costs.repeat_interleave(times, 0), per_expert=per_expert, num_own=1
+    )
     actions = [decide(scores, offsets)[times > 0] for offsets in (weighted, repeated)]
     assert torch.equal(*actions)
-    assert not torch.equal(actions[0], decide(scores, fit_offsets(scores, costs, per_expert=per_expert))[times > 0])
+    assert not torch.equal(actions[0], decide(scores, fit_offsets(scores, costs, per_expert=per_expert, num_own=1))[times > 0])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
@@ -301,15 +305,15 @@ def test_a_small_budget_is_kept_to_whatever_the_prices_are_stored_in(dtype: torc
     scores = torch.randn(20_000, 3, generator=torch.Generator().manual_seed(0))
     prices = torch.tensor([0.0, 1.0, 100.0], dtype=dtype)
     for budget in (0.0, 0.001, 0.01):
-        actions = decide(scores, budget_offsets(scores, prices, budget))
+        actions = decide(scores, budget_offsets(scores, prices, budget, num_own=1))
         spent = pick(prices.double().expand(20_000, 3), actions).mean().item()
         assert spent <= budget * (1 + 1e-6)
     assert spent > 0
     # An own price is no reason for slack either: the mean of exact tenths is a budget that they meet.
     tenth = torch.full((20_000, 3), 0.1, dtype=torch.float64)
-    assert (decide(scores, budget_offsets(scores, tenth, 0.1)) > 0).all()
+    assert (decide(scores, budget_offsets(scores, tenth, 0.1, num_own=1)) > 0).all()
     with pytest.raises(ValueError, match="least that any threshold spends"):
-        budget_offsets(scores, tenth, 0.1 - 1e-9)
+        budget_offsets(scores, tenth, 0.1 - 1e-9, num_own=1)
 
 
 def test_a_known_temperature_is_found() -> None:
@@ -357,33 +361,33 @@ def test_scores_without_a_best_temperature_are_refused() -> None:
 
 
 def test_bad_input() -> None:
-    with pytest.raises(ValueError, match="share of the rows"):
-        coverage_offsets(torch.randn(3, 2), 1.1)
-    with pytest.raises(ValueError, match="share of the rows"):
-        deferral_rate_offsets(torch.randn(3, 2), float("nan"))
+    with pytest.raises(ValueError, match=r"expected a number in \[0, 1\]"):
+        coverage_offsets(torch.randn(3, 2), 1.1, num_own=1)
+    with pytest.raises(ValueError, match=r"expected a number in \[0, 1\]"):
+        deferral_rate_offsets(torch.randn(3, 2), float("nan"), num_own=1)
     with pytest.raises(ValueError, match="at least one row"):
-        coverage_offsets(torch.randn(0, 2), 0.5)
+        coverage_offsets(torch.randn(0, 2), 0.5, num_own=1)
     with pytest.raises(ValueError, match="one price per action"):
-        budget_offsets(torch.randn(3, 2), torch.rand(1), 0.5)
+        budget_offsets(torch.randn(3, 2), torch.rand(1), 0.5, num_own=1)
     with pytest.raises(ValueError, match="own action"):
-        coverage_offsets(torch.randn(3, 2), 0.5, mask=torch.zeros(3, 2, dtype=torch.bool))
+        coverage_offsets(torch.randn(3, 2), 0.5, mask=torch.zeros(3, 2, dtype=torch.bool), num_own=1)
     with pytest.raises(ValueError, match="at least one row"):
-        fit_offsets(torch.randn(0, 2), torch.rand(0, 2))
+        fit_offsets(torch.randn(0, 2), torch.rand(0, 2), num_own=1)
     with pytest.raises(ValueError, match="finite"):
-        fit_offsets(torch.full((3, 2), torch.nan), torch.rand(3, 2))
+        fit_offsets(torch.full((3, 2), torch.nan), torch.rand(3, 2), num_own=1)
     with pytest.raises(ValueError, match="NaN"):
-        fit_offsets(torch.randn(3, 2), torch.full((3, 2), torch.nan))
+        fit_offsets(torch.randn(3, 2), torch.full((3, 2), torch.nan), num_own=1)
     with pytest.raises(ValueError, match="one cost per action"):
-        fit_offsets(torch.randn(3, 2), torch.rand(3, 3))
+        fit_offsets(torch.randn(3, 2), torch.rand(3, 3), num_own=1)
     with pytest.raises(ValueError, match=r"weights: expected one per row, shape \(3,\)"):
-        fit_offsets(torch.randn(3, 2), torch.rand(3, 2), weights=torch.ones(2))
+        fit_offsets(torch.randn(3, 2), torch.rand(3, 2), weights=torch.ones(2), num_own=1)
     with pytest.raises(TypeError, match="weights: expected a torch tensor, got ndarray"):
-        fit_offsets(torch.randn(3, 2), torch.rand(3, 2), weights=torch.ones(3).numpy())
+        fit_offsets(torch.randn(3, 2), torch.rand(3, 2), weights=torch.ones(3).numpy(), num_own=1)
     with pytest.raises(ValueError, match="not all 0"):
-        fit_offsets(torch.randn(3, 2), torch.rand(3, 2), weights=torch.zeros(3))
+        fit_offsets(torch.randn(3, 2), torch.rand(3, 2), weights=torch.zeros(3), num_own=1)
     with pytest.raises(ValueError, match="num_own"):
         coverage_offsets(torch.randn(3, 2), 0.5, num_own=2)
-    for call in (lambda s: fit_offsets(s, torch.rand(3, 2)), lambda s: coverage_offsets(s, 0.5)):
+    for call in (lambda s: fit_offsets(s, torch.rand(3, 2), num_own=1), lambda s: coverage_offsets(s, 0.5, num_own=1)):
         with pytest.raises(TypeError, match="scores: expected a torch tensor, got ndarray"):
             call(torch.randn(3, 2).numpy())
 

@@ -75,7 +75,7 @@ def test_a_tie_that_exceeds_the_capacity_is_priced_out_just_above() -> None:
     votes = torch.arange(1000).remainder(10).double() / 10
     scores = torch.stack([votes, torch.full_like(votes, 0.85)], -1)
     for capacity, asked in ((50, 0), (100, 100), (150, 100), (299, 200), (1000, 900)):
-        found = fit_capacities(scores, [capacity])
+        found = fit_capacities(scores, [capacity], num_own=1)
         assert int(found.actions.sum()) == min(capacity, 900)
         deferred = decide(scores, found.offsets) == 1
         assert int(deferred.sum()) == asked
@@ -86,7 +86,7 @@ def test_a_finite_number_that_stands_for_a_mask_moves_no_price() -> None:
     scores = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
     masked, convention = scores.clone(), scores.clone()
     masked[:5, 1:], convention[:5, 1:] = -torch.inf, torch.finfo(torch.float32).min
-    expected, found = fit_capacities(masked, [30, 40]), fit_capacities(convention, [30, 40])
+    expected, found = fit_capacities(masked, [30, 40], num_own=1), fit_capacities(convention, [30, 40], num_own=1)
     assert torch.equal(found.actions, expected.actions)
     torch.testing.assert_close(found.prices, expected.prices)
 
@@ -102,7 +102,7 @@ def test_the_online_rule_is_the_assignment_and_keeps_the_loads_on_new_rows(exper
 
     fitted, fresh = draw(3000), draw(30_000)
     share = 0.6 / experts
-    found = fit_capacities(fitted, [share] * experts)
+    found = fit_capacities(fitted, [share] * experts, num_own=1)
     assert torch.equal(decide(fitted, found.offsets), found.actions)
     loads = torch.bincount(found.actions, minlength=1 + experts)[1:]
     assert (loads <= round(share * 3000)).all()
@@ -119,28 +119,28 @@ def test_the_price_lies_between_the_gain_of_one_more_and_the_loss_of_one_fewer()
     scores = torch.randn(60, 3, generator=generator).double() + torch.tensor([0.0, 1.0, 1.0])
 
     def total(first: int) -> float:
-        return pick(scores, fit_capacities(scores, [first, 15]).actions).sum().item()
+        return pick(scores, fit_capacities(scores, [first, 15], num_own=1).actions).sum().item()
 
-    price = fit_capacities(scores, [10, 15]).prices[0].item()
+    price = fit_capacities(scores, [10, 15], num_own=1).prices[0].item()
     assert total(11) - total(10) <= price <= total(10) - total(9)
     assert total(11) > total(10)
     # Gains of 1, 5 and 3: a second answer would gain 3, losing the first costs 5, and no row moves between.
     few = torch.tensor([[0.0, 1.0], [0.0, 5.0], [0.0, 3.0]])
-    found = fit_capacities(few, [1])
+    found = fit_capacities(few, [1], num_own=1)
     assert found.prices.item() == pytest.approx(4.0)
     assert decide(few, found.offsets).tolist() == found.actions.tolist() == [0, 1, 0]
 
 
 def test_capacities_that_bind_nobody_change_nothing() -> None:
     scores = torch.randn(40, 4)
-    free = fit_capacities(scores, [1.0, 1.0, 1.0])
+    free = fit_capacities(scores, [1.0, 1.0, 1.0], num_own=1)
     assert torch.equal(free.actions, decide(scores))
     assert (free.offsets == 0).all()
-    assert torch.equal(fit_capacities(scores, [40, 100, 40]).actions, decide(scores))
-    closed = fit_capacities(scores, [0, 0, 0])
+    assert torch.equal(fit_capacities(scores, [40, 100, 40], num_own=1).actions, decide(scores))
+    closed = fit_capacities(scores, [0, 0, 0], num_own=1)
     assert (closed.actions == 0).all()
     assert (decide(scores, closed.offsets) == 0).all()
-    all_equal = fit_capacities(torch.zeros(6, 3), [1, 2])
+    all_equal = fit_capacities(torch.zeros(6, 3), [1, 2], num_own=1)
     assert (torch.bincount(all_equal.actions, minlength=3)[1:] <= torch.tensor([1, 2])).all()
     assert (decide(torch.zeros(6, 3), all_equal.offsets) == 0).all()
 
@@ -148,7 +148,7 @@ def test_capacities_that_bind_nobody_change_nothing() -> None:
 @pytest.mark.parametrize("size", [1e-20, 1.0, 1e20])
 def test_the_units_of_the_scores_do_not_matter(size: float) -> None:
     scores = torch.randn(200, 3, dtype=torch.float64)
-    plain, scaled = (fit_capacities(unit * scores, [30, 40]) for unit in (1.0, size))
+    plain, scaled = (fit_capacities(unit * scores, [30, 40], num_own=1) for unit in (1.0, size))
     assert torch.equal(scaled.actions, plain.actions)
     torch.testing.assert_close(scaled.prices / size, plain.prices, rtol=1e-6, atol=0.0)
 
@@ -156,26 +156,26 @@ def test_the_units_of_the_scores_do_not_matter(size: float) -> None:
 def test_a_share_is_rounded_down_and_a_tenth_is_a_tenth_in_float32() -> None:
     scores = torch.tensor([0.0, 1.0]).repeat(1000, 1) + 0.1 * torch.rand(1000, 2)
     for share, rows in ((torch.tensor([0.1]), 100), ([0.1], 100), (torch.tensor([0.0999]), 99), ([1], 1), ([1.0], 1000)):
-        assert int(fit_capacities(scores, share).actions.sum()) == rows
+        assert int(fit_capacities(scores, share, num_own=1).actions.sum()) == rows
 
 
 def test_bad_input() -> None:
     scores = torch.randn(6, 3)
     with pytest.raises(ValueError, match="one number for each of 2 experts"):
-        fit_capacities(scores, [3])
+        fit_capacities(scores, [3], num_own=1)
     with pytest.raises(ValueError, match="shares of the rows"):
-        fit_capacities(scores, [3, 0.5])
+        fit_capacities(scores, [3, 0.5], num_own=1)
     with pytest.raises(ValueError, match="shares of the rows"):
-        fit_capacities(scores, [float("nan"), 0.5])
+        fit_capacities(scores, [float("nan"), 0.5], num_own=1)
     with pytest.raises(ValueError, match=">= 0"):
-        fit_capacities(scores, [-1, 2])
+        fit_capacities(scores, [-1, 2], num_own=1)
     with pytest.raises(TypeError, match="integers"):
-        fit_capacities(scores, torch.tensor([True, False]))
+        fit_capacities(scores, torch.tensor([True, False]), num_own=1)
     with pytest.raises(ValueError, match="num_own"):
         fit_capacities(scores, [], num_own=3)
     with pytest.raises(ValueError, match="finite"):
-        fit_capacities(scores.fill_(torch.nan), [1, 1])
+        fit_capacities(scores.fill_(torch.nan), [1, 1], num_own=1)
     with pytest.raises(ValueError, match="at least one row"):
-        fit_capacities(torch.randn(0, 3), [1, 1])
+        fit_capacities(torch.randn(0, 3), [1, 1], num_own=1)
     with pytest.raises(TypeError, match="torch tensor, got ndarray"):
-        fit_capacities(torch.randn(6, 3).numpy(), [1, 1])
+        fit_capacities(torch.randn(6, 3).numpy(), [1, 1], num_own=1)

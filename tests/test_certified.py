@@ -378,7 +378,7 @@ def test_the_rule_that_is_served_is_the_rule_that_was_certified(num_own: int, ma
     scores[:50, num_own:] = -torch.inf
     scores[50:80, -1] = -torch.inf
     mask = torch.rand(500, 2, generator=generator) < 0.7 if masked else None
-    margin = deferral_margin(scores, num_own, mask=mask)
+    margin = deferral_margin(scores, num_own=num_own, mask=mask)
     open_experts = scores[:, num_own:] > -torch.inf
     open_experts = open_experts if mask is None else open_experts & mask
     own = decide(scores[:, :num_own])
@@ -404,7 +404,7 @@ def test_rounding_moves_no_tied_population_to_the_other_side() -> None:
     scores = torch.tensor([[0.1, 0.5]], dtype=torch.float64).expand(2000, 2)
     wrong = torch.rand(2000, generator=torch.Generator().manual_seed(0)) < 0.4
     risk = SystemRisk(wrong, torch.zeros_like(wrong), 0.1)
-    found = certify(deferral_margin(scores, 1), risk, torch.tensor([0.4], dtype=torch.float64))
+    found = certify(deferral_margin(scores, num_own=1), risk, torch.tensor([0.4], dtype=torch.float64))
     assert found.holds
     actions = decide_at(scores, found.threshold, num_own=1)
     assert wrong[actions == 0].sum() / 2000 <= 0.1
@@ -452,7 +452,7 @@ def test_a_grid_keeps_the_shares_it_was_asked_for_and_hits_no_row() -> None:
     assert threshold_grid(tied, 50).tolist() == [1.5, torch.inf]
     assert threshold_grid(tied[:1], 5).tolist() == [torch.inf]
     votes = tenths(5000, 2, torch.Generator().manual_seed(0))
-    margin = deferral_margin(votes, 1)
+    margin = deferral_margin(votes, num_own=1)
     assert len(margin.unique()) > 21
     expected = torch.cat([torch.arange(-19, 20, 2) / 20.0, torch.tensor([torch.inf])]).double()
     torch.testing.assert_close(threshold_grid(margin, 5000, coverage=(1e-3, 1.0)), expected)

@@ -26,7 +26,7 @@ def test_costs_under_probabilities_are_expected_costs() -> None:
 
 def test_squared_costs_and_missing_numbers() -> None:
     answers = torch.tensor([[1.0, 3.0], [torch.nan, 2.0]])
-    costs, mask = squared_costs(answers, torch.tensor([1.0, 1.0]), [0.0, 0.5], missing=float("nan"))
+    costs, mask = squared_costs(answers, torch.tensor([1.0, 1.0]), price=[0.0, 0.5], missing=float("nan"))
     torch.testing.assert_close(costs, torch.tensor([[0.0, 4.5], [0.0, 1.5]]))
     assert mask.tolist() == [[True, True], [False, True]]
     torch.testing.assert_close(squared_costs(answers[:1], torch.tensor([1.0])), torch.tensor([[0.0, 4.0]]))
@@ -61,12 +61,22 @@ def test_pick() -> None:
         (lambda: error_costs(ANSWERS[:, :2], TARGETS, price=torch.zeros(3, 1, 2)), ValueError, "one per column"),
         (lambda: error_costs(ANSWERS[:, :2], TARGETS, ceiling=float("nan")), ValueError, "ceiling"),
         (lambda: single_stage_costs(TARGETS, torch.ones(2, 1, dtype=torch.long), 3), TypeError, "floating"),
+        (lambda: single_stage_costs(TARGETS, torch.ones(2), 3), ValueError, "expert_costs: expected shape"),
+        (lambda: single_stage_costs(TARGETS - 100, torch.ones(2, 1), 3), ValueError, r"class indices in 0\.\.2"),
         (lambda: squared_costs(torch.tensor([[torch.nan]]), torch.ones(1)), ValueError, "NaN"),
     ],
 )
 def test_bad_input(call, error: type[Exception], said: str) -> None:
     with pytest.raises(error, match=said):
         call()
+
+
+def test_labels_and_answers_may_have_any_integer_dtype() -> None:
+    law = torch.tensor([[0.2, 0.8], [0.5, 0.5]])
+    wide = torch.tensor([[1], [0]])
+    assert torch.equal(error_costs(wide.to(torch.uint8), law), error_costs(wide, law))
+    labels, costs = torch.tensor([1, 0]), torch.rand(2, 1)
+    assert torch.equal(single_stage_costs(labels.to(torch.int32), costs, 2), single_stage_costs(labels, costs, 2))
 
 
 def test_the_ceiling_is_what_can_occur_not_what_did() -> None:

@@ -167,7 +167,7 @@ def test_margins_that_differ_by_rounding_are_one_level() -> None:
     costs = torch.rand(400, 2, generator=generator, dtype=torch.float64)
     own, asked = costs.unbind(-1)
     exact = system_aurc(tenths[:, 1] - tenths[:, 0], own, asked)
-    rounded = own_and_asked(tenths.double() / 10, costs)
+    rounded = own_and_asked(tenths.double() / 10, costs, num_own=1)
     assert len(rounded[0].unique()) > 21
     torch.testing.assert_close(system_aurc(*rounded), exact)
     torch.testing.assert_close(
@@ -269,7 +269,7 @@ def test_bad_input() -> None:
     with pytest.raises(ValueError, match="leave out"):
         excess_system_aurc(rows, rows, torch.full((3,), torch.nan))
     with pytest.raises(ValueError, match="one cost per action"):
-        own_and_asked(torch.rand(3, 2), torch.rand(3, 3))
+        own_and_asked(torch.rand(3, 2), torch.rand(3, 3), num_own=1)
 
 
 @pytest.mark.parametrize("seed", range(8))

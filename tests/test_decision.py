@@ -29,6 +29,7 @@ def test_offsets_masks_and_nan() -> None:
     assert oracle(torch.tensor([[0.1, torch.nan], [torch.nan, 0.1]])).tolist() == [0, 1]
     assert decide(scores, mask=torch.zeros(3, 3, dtype=torch.bool)).tolist() == [-1, -1, -1]
     assert oracle(torch.tensor([[0.5, 0.0, 0.1]]), mask=torch.tensor([[False, True]])).tolist() == [2]
+    assert oracle(torch.tensor([[0.5, 0.0], [0.5, 0.0]]), mask=torch.tensor([[False, False], [True, False]])).tolist() == [-1, 0]
 
 
 def test_half_precision_offsets_do_not_round_away() -> None:
@@ -45,11 +46,11 @@ def test_the_pair_answers_iff_the_rejector_is_above_the_offset() -> None:
 def test_the_margin_defers_iff_it_is_not_negative() -> None:
     scores = torch.randn(100, 7).round()
     for own in (1, 4):
-        assert torch.equal(deferral_margin(scores, own) >= 0, decide(scores) >= own)
+        assert torch.equal(deferral_margin(scores, num_own=own) >= 0, decide(scores) >= own)
         odd = scores.clone()
         odd[:3], odd[3:6, 0], odd[6:9, -1] = -torch.inf, torch.nan, torch.nan
-        assert torch.equal(deferral_margin(odd, own) >= 0, decide(odd) >= own)
-        assert deferral_margin(odd, own)[:3].tolist() == [0.0, 0.0, 0.0]
+        assert torch.equal(deferral_margin(odd, num_own=own) >= 0, decide(odd) >= own)
+        assert deferral_margin(odd, num_own=own)[:3].tolist() == [0.0, 0.0, 0.0]
 
 
 def test_chow_abstains_iff_the_top_probability_is_at_most_one_minus_cost() -> None:
@@ -63,7 +64,7 @@ def test_chow_abstains_iff_the_top_probability_is_at_most_one_minus_cost() -> No
         (lambda: decide(torch.tensor([[1, 2]])), "floating"),
         (lambda: chow_scores(torch.tensor([[1, 0]]), 0.1), "probabilities: expected a floating"),
         (lambda: decide_pair(torch.randn(3, 2), torch.randn(2)), "one rejector value per row"),
-        (lambda: deferral_margin(torch.randn(3, 2), 2), r"expected 1\.\.1"),
+        (lambda: deferral_margin(torch.randn(3, 2), num_own=2), r"expected 1\.\.1"),
         (lambda: decide(torch.randn(3, 5), torch.zeros(3)), "one offset per action"),
         (lambda: decide(torch.randn(3, 2), mask=torch.ones(2, 2).bool()), "differ in rows"),
     ],

@@ -184,14 +184,15 @@ def test_the_threshold_moves_only_for_more_than_one_standard_error() -> None:
     truth = torch.rand(4000, 2, generator=generator, dtype=torch.float64)
     costs = (torch.rand(4000, 2, generator=generator, dtype=torch.float64) < truth).double()
     mask = torch.ones(4000, 2, dtype=torch.bool)
-    assert fit_cost_offsets(truth, truth, mask).tolist() == [0, 0]
+    ones = torch.ones(4000, dtype=torch.float64)
+    assert fit_cost_offsets(truth, truth, mask, ones).tolist() == [0, 0]
     # Costs of asking that are stated 0.4 too high need an offset of 0.4 for asking.
     stated = truth + torch.tensor([0.0, 0.4])
-    assert fit_cost_offsets(stated, costs, mask).tolist() == pytest.approx([0, 0.4], abs=0.1)
+    assert fit_cost_offsets(stated, costs, mask, ones).tolist() == pytest.approx([0, 0.4], abs=0.1)
     # On few rows the best threshold of right scores is noise: what it costs in truth.
     few = list(zip(truth.split(40), costs.split(40), strict=True))
-    always = [pick(t, decide(-t, fit_offsets(-t, c))).mean() for t, c in few]
-    guarded = [pick(t, decide(-t, fit_cost_offsets(t, c, mask[:40]))).mean() for t, c in few]
+    always = [pick(t, decide(-t, fit_offsets(-t, c, num_own=1))).mean() for t, c in few]
+    guarded = [pick(t, decide(-t, fit_cost_offsets(t, c, mask[:40], ones[:40]))).mean() for t, c in few]
     assert sum(guarded) < sum(always)
 
 

@@ -35,7 +35,8 @@ class Blocked:
 allowed = {name.partition(".")[0] for name in sys.modules} | set(sys.stdlib_module_names) | {"deferral"}
 sys.meta_path.insert(0, Blocked())
 from deferral import *
-import deferral.losses, deferral.metrics, deferral.testing
+import deferral
+assert all(getattr(deferral, name) for name in deferral._MODULES)
 """
     subprocess.run([sys.executable, "-c", program], check=True)
 
@@ -52,6 +53,15 @@ def test_every_public_name_is_there_when_asked_for() -> None:
     assert all(getattr(deferral, name).__name__ == name for name in deferral.__all__)
     with pytest.raises(AttributeError, match="no attribute 'decides'"):
         deferral.decides  # noqa: B018
+
+
+def test_every_module_of_the_core_is_there_whatever_was_imported_before() -> None:
+    program = """
+import deferral
+assert all(getattr(deferral, name).__name__ == f"deferral.{name}" for name in deferral._MODULES)
+assert "metrics" in dir(deferral) and "import_module" not in dir(deferral)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def imported(path: Path) -> set[str]:

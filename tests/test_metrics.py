@@ -12,8 +12,8 @@ def test_figures_by_hand() -> None:
     actions = torch.tensor([0, 2, 1])
     torch.testing.assert_close(deferral_cost(costs, actions), torch.tensor([0.0, 0.2, 0.1]))
     assert correct(answers, targets, actions).tolist() == [1, 1, 1]
-    assert kept(actions).tolist() == [1, 0, 0]
-    assert load(actions, 1, 2).tolist() == [[0, 0], [0, 1], [1, 0]]
+    assert kept(actions, num_own=1).tolist() == [1, 0, 0]
+    assert load(actions, num_own=1, num_experts=2).tolist() == [[0, 0], [0, 1], [1, 0]]
 
 
 def test_abstention_loss_is_its_identity() -> None:
@@ -22,7 +22,7 @@ def test_abstention_loss_is_its_identity() -> None:
     actions = (torch.rand(200) < 0.3).long()
     costs = torch.stack([1 - right.double(), torch.full((200,), cost, dtype=torch.float64)], -1)
     rho = actions.double().mean()
-    error = selective_risk(1 - right.double(), kept(actions))
+    error = selective_risk(1 - right.double(), kept(actions, num_own=1))
     torch.testing.assert_close(average(deferral_cost(costs, actions)), (1 - rho) * error + rho * cost)
 
 
@@ -35,7 +35,7 @@ def test_system_figures_equal_loops_over_the_rows() -> None:
     mask[:, 0] = mask[:, 3] = True
     costs = torch.rand(60, 4, generator=generator)
     actions = torch.randint(0, 4, (60,), generator=generator)
-    figures = system_figures(costs, answers, targets, actions, mask=mask)
+    figures = system_figures(costs, answers, targets, actions, mask=mask, num_own=1)
 
     known = [i for i in range(60) if mask[i, actions[i]]]
     answered = [i for i in known if actions[i] != 3]
@@ -57,7 +57,7 @@ def test_system_figures_equal_loops_over_the_rows() -> None:
 
 def test_an_empty_subset_has_no_figure() -> None:
     ones = torch.ones(4, 2)
-    figures = system_figures(ones, ones.long(), torch.ones(4, dtype=torch.long), torch.ones(4, dtype=torch.long))
+    figures = system_figures(ones, ones.long(), torch.ones(4, dtype=torch.long), torch.ones(4, dtype=torch.long), num_own=1)
     assert figures["coverage"] == 0
     assert figures["accuracy where kept"].isnan()
     assert figures["selective risk"].isnan()
@@ -67,7 +67,7 @@ def test_an_empty_subset_has_no_figure() -> None:
 
 
 def test_what_is_nobodys_is_not_kept_and_a_class_is_not_a_missing_answer() -> None:
-    assert kept(torch.tensor([-1, 0, 1])).tolist() == [0, 1, 0]
+    assert kept(torch.tensor([-1, 0, 1]), num_own=1).tolist() == [0, 1, 0]
     answers = torch.tensor([[255, 3]], dtype=torch.uint8)
     assert correct(answers, torch.tensor([255]), torch.tensor([0])).tolist() == [1]
 
@@ -79,7 +79,7 @@ def test_what_nobody_answers_has_no_cost_and_is_neither_right_nor_wrong() -> Non
     costs, answers, targets = torch.tensor([[0.25, 1.0], [0.5, 0.5]]), torch.tensor([[1, 0], [1, 1]]), torch.tensor([1, 1])
     assert actions.tolist() == [0, -1]
     for known in (None, mask):
-        figures = system_figures(costs, answers, targets, actions, mask=known)
+        figures = system_figures(costs, answers, targets, actions, mask=known, num_own=1)
         assert float(figures["deferral cost"]) == 0.25
         assert (float(figures["system accuracy"]), float(figures["answered"]), float(figures["coverage"])) == (1.0, 0.5, 0.5)
         assert figures["load"].tolist() == [0.0]
@@ -101,7 +101,7 @@ def test_numpy_in_numpy_out() -> None:
     costs, actions = np.array([[0.0, 1.0], [0.5, 0.25]]), np.array([1, 1])
     assert isinstance(deferral_cost(costs, actions), np.ndarray)
     assert average(deferral_cost(costs, actions)) == 0.625
-    figures = system_figures(costs, np.array([[0, 1], [1, 1]]), np.array([1, 1]), actions)
+    figures = system_figures(costs, np.array([[0, 1], [1, 1]]), np.array([1, 1]), actions, num_own=1)
     assert isinstance(figures["load"], np.ndarray)
     assert figures["system accuracy"] == 1.0
     read_only = np.broadcast_to(np.float32(1.0), (3,))

@@ -70,7 +70,7 @@ def judge(calibration: Outputs, test: Outputs, *, errors_ahead: float = 0.0) -> 
     their noise.
     """
     scores = calibration.scores.double()
-    offsets = fit_offsets(scores, calibration.costs.double())
+    offsets = fit_offsets(scores, calibration.costs.double(), num_own=1)
     gain = deferral_cost(calibration.costs, decide(scores)) - deferral_cost(calibration.costs, decide(scores, offsets))
     if gain.mean() < errors_ahead * gain.std() / len(gain) ** 0.5:
         offsets = torch.zeros_like(offsets)
@@ -121,10 +121,10 @@ def _taken(test: Outputs, actions: Tensor, natural: Tensor) -> Judged:
     return Judged(
         cost=deferral_cost(test.costs, actions),
         natural_cost=deferral_cost(test.costs, natural),
-        kept=kept(actions),
-        natural_kept=kept(natural),
+        kept=kept(actions, num_own=1),
+        natural_kept=kept(natural, num_own=1),
         own_cost=test.costs[:, 0],
-        load=load(actions, 1, test.costs.shape[-1] - 1),
+        load=load(actions, num_own=1, num_experts=test.costs.shape[-1] - 1),
         error=None if test.errors is None else deferral_cost(test.errors, actions),
     )
 

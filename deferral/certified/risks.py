@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from deferral.validation import check_costs, require_floating
+from deferral.validation import check_costs, require_floating, require_tensor
 
 __all__ = ["DeferralRate", "Risk", "SelectiveRisk", "SystemRisk", "check_groups", "check_margin", "checked_risks", "of_rows"]
 
@@ -61,11 +61,11 @@ def checked_risks(margin: Tensor, risks: Risk | Sequence[Risk]) -> list[Risk]:
         if not 0.0 < risk.at_most < ceiling:
             raise ValueError(f"at_most: expected a level between 0 and the largest possible, {ceiling:g}, got {risk.at_most}")
         if isinstance(risk, SelectiveRisk):
-            _require_tensor("loss", risk.loss)
+            require_tensor("loss", risk.loss)
             risk = replace(risk, loss=_checked_losses("loss", risk.loss, margin, 1.0))
         elif isinstance(risk, SystemRisk):
-            _require_tensor("own_cost", risk.own_cost)
-            _require_tensor("deferred_cost", risk.deferred_cost)
+            require_tensor("own_cost", risk.own_cost)
+            require_tensor("deferred_cost", risk.deferred_cost)
             own = _checked_losses("own_cost", risk.own_cost, margin, ceiling)
             alone = margin.cpu().isneginf()
             deferred = risk.deferred_cost.cpu()
@@ -99,7 +99,7 @@ def check_margin(margin: Tensor) -> None:
 
 
 def check_groups(groups: Tensor, margin: Tensor, num_groups: int) -> None:
-    _require_tensor("groups", groups)
+    require_tensor("groups", groups)
     if groups.is_floating_point() or groups.dtype == torch.bool or groups.shape != margin.shape:
         raise ValueError(
             f"groups: expected one integer index per row, shape {tuple(margin.shape)}, got {groups.dtype} of shape "
@@ -110,11 +110,6 @@ def check_groups(groups: Tensor, margin: Tensor, num_groups: int) -> None:
             f"groups: expected indices in 0..num_groups - 1, got {int(groups.min())}..{int(groups.max())} with "
             f"num_groups={num_groups}"
         )
-
-
-def _require_tensor(name: str, values: Tensor) -> None:
-    if not isinstance(values, Tensor):
-        raise TypeError(f"{name}: expected a torch tensor, got {type(values).__name__}; convert it with torch.from_numpy")
 
 
 def _checked_losses(name: str, values: Tensor, margin: Tensor, ceiling: float) -> Tensor:

@@ -20,7 +20,7 @@ def decide_at(scores: Tensor, threshold: float | Tensor, *, num_own: int, mask: 
     -inf included.  One threshold per row, float64, serves groups: `thresholds[groups]`.
     """
     require_floating("scores", scores)
-    margin = deferral_margin(scores.double(), num_own, mask=mask)
+    margin = deferral_margin(scores.double(), num_own=num_own, mask=mask)
     experts = None
     if mask is not None:
         mask = action_mask(scores, mask, num_own)

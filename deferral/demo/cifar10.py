@@ -151,7 +151,7 @@ def _compare(stage2: Part, test: Part, price: float, seed: int, doing: Callable[
     system = judged.system(price)
 
     def thresholded(name: str, scores_of: Callable[[Part], Tensor], rows: Part) -> tuple[Method, float]:
-        offsets = fit_offsets(scores_of(rows), rows.system(price).costs)
+        offsets = fit_offsets(scores_of(rows), rows.system(price).costs, num_own=1)
         scores = scores_of(judged) + offsets
         return system.take(name, decide(scores), scores), float(offsets[1])
 

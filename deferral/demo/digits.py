@@ -119,7 +119,7 @@ def run(seed: int, device: torch.device | str, progress: Progress, *, useless_ex
 
     def thresholded(name: str, scores_of: Callable[[Part], Tensor], model: nn.Module = predictor) -> Method:
         """Offsets fitted on the calibration rows, decisions on the test rows."""
-        offsets = fit_offsets(scores_of(calibration), system(calibration, model).costs)
+        offsets = fit_offsets(scores_of(calibration), system(calibration, model).costs, num_own=1)
         scores = scores_of(test) + offsets
         # What abstains leaves rows without an answer: it belongs in the table, not on one axis with those that answer all.
         # A retrained model starts and ends elsewhere, so it is a point without a curve.

@@ -117,7 +117,7 @@ def fit_cost_model(
     return CostModel(mean, scale, fitted[:-1].copy(), fitted[-1].copy(), ceiling, squares), expected
 
 
-def fit_cost_offsets(expected: Tensor, costs: Tensor, mask: Tensor, weights: Tensor | None = None) -> Tensor:
+def fit_cost_offsets(expected: Tensor, costs: Tensor, mask: Tensor, weights: Tensor) -> Tensor:
     """`fit_offsets` on scores -expected, or 0 where it saves less than one standard error.  (N, A) x 3, (N,) -> (A,)
 
     The expected costs are calibrated, so that their natural threshold is 0; on few rows the best threshold is mostly noise.
@@ -126,8 +126,7 @@ def fit_cost_offsets(expected: Tensor, costs: Tensor, mask: Tensor, weights: Ten
     scores = -expected
     if scores.shape[-1] == 1:
         return torch.zeros(1, dtype=torch.float64)
-    weights = costs.new_ones(len(costs)) if weights is None else weights
-    offsets = fit_offsets(scores, costs * weights.unsqueeze(-1), mask=mask)
+    offsets = fit_offsets(scores, costs, num_own=1, mask=mask, weights=weights)
     saved = pick(costs, decide(scores, mask=mask)) - pick(costs, decide(scores, offsets, mask=mask))
     rows = weights.sum()
     mean = (weights * saved).sum() / rows

@@ -70,7 +70,7 @@ class System:
 
     def take(self, name: str, actions: Tensor, scores: Tensor | None = None, *, drawn: bool = True) -> Method:
         """The figures of taking these actions; the scores behind them give the curve over all thresholds as well."""
-        curve = None if scores is None else cost_coverage_curve(*own_and_asked(scores, self.costs, mask=self.mask))
+        curve = None if scores is None else cost_coverage_curve(*own_and_asked(scores, self.costs, mask=self.mask, num_own=1))
         # A number is close to its target or far from it; only a class is right or wrong.
         right = (
             torch.full_like(self.targets, torch.nan)
@@ -82,8 +82,8 @@ class System:
             actions=actions.cpu(),
             cost=deferral_cost(self.costs, actions, mask=self.mask).cpu(),
             correct=right.cpu(),
-            kept=kept(actions).cpu(),
-            load=load(actions, 1, self.num_experts).cpu(),
+            kept=kept(actions, num_own=1).cpu(),
+            load=load(actions, num_own=1, num_experts=self.num_experts).cpu(),
             curve=curve,
             drawn=drawn,
         )

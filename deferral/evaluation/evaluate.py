@@ -88,7 +88,7 @@ def evaluate(
         """With a threshold from those rows, where there are any."""
         mask = outputs[number].mask
         if len(rows):
-            scores = scores + fit_offsets(scores[rows], table[number][rows], mask=mask[rows])
+            scores = scores + fit_offsets(scores[rows], table[number][rows], mask=mask[rows], num_own=1)
         return take(name, number, scores, decide(scores, mask=mask))
 
     methods, of_file = [], {}
@@ -191,7 +191,7 @@ def _costs(output: Outputs, prices: list[float], abstain_cost: float | None) -> 
     asked = 1 + len(prices)
     answers = output.answers[:, :asked]
     if output.labels is None:
-        costs = squared_costs(answers, output.targets, [0.0, *prices])
+        costs = squared_costs(answers, output.targets, price=[0.0, *prices])
     else:
         errors, _ = error_costs(answers, output.targets, missing=-1)
         # In float64: a price that float32 has rounded would no longer tie with an equal cost of abstaining.
@@ -207,7 +207,7 @@ def _judged_curves(
     """Areas with intervals, the risk-coverage curve with its ends on GRID, and the ends of the cost-coverage curve."""
     deferring = scores.shape[-1] > 1
     if deferring:
-        margin, own, asked = own_and_asked(scores, system.costs, mask=system.mask)
+        margin, own, asked = own_and_asked(scores, system.costs, mask=system.mask, num_own=1)
     else:
         margin, own, asked = -scores[:, 0], system.costs[:, 0], system.costs[:, 0]
 

@@ -16,7 +16,7 @@ from deferral.losses.comp_sum_blocks import comp_sum_block, comp_sum_losses
 from deferral.losses.comp_sum_compiled import compiled_block, recomputed_comp_sum
 from deferral.losses.entries import entry
 from deferral.losses.probabilities import ABSENT
-from deferral.numerics import beside, lift
+from deferral.numerics import cast_like, lift
 from deferral.validation import action_mask, require_actions, require_floating
 
 __all__ = [
@@ -105,7 +105,7 @@ def _kernel(
     if not direct:
         return _formula(scores, weights, targets, mu)
     if ceiling is not None:
-        ceiling = beside(ceiling, scores).expand(*batch, 1)
+        ceiling = cast_like(ceiling, scores).expand(*batch, 1)
     compiled = torch.compiler.is_compiling()
     if compiled and scores.device.type != "cpu":
         return recomputed_comp_sum(scores, weights, targets, ceiling, mu)

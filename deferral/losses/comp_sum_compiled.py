@@ -95,12 +95,12 @@ def _row(scores: Tensor, weights: Tensor, targets: Tensor | None, mu: float, *, 
     exponentials = shifted.exp()
     norm = exponentials.sum(dim=-1, keepdim=True)
     log_norm = norm.log()
-    beside = shifted[..., own:]
+    weighted = shifted[..., own:]
     if mu == 1:
         pull = weights
-        losses = pull.sum(dim=-1, keepdim=True) * log_norm - _sum_of_numbers(pull * beside)
+        losses = pull.sum(dim=-1, keepdim=True) * log_norm - _sum_of_numbers(pull * weighted)
     else:
-        exponent = (mu - 1) * (beside - log_norm)
+        exponent = (mu - 1) * (weighted - log_norm)
         pull = weights * _power(exponentials[..., own:] * norm.reciprocal(), exponent, mu, divides=divides)
         losses = (weights - pull).sum(dim=-1, keepdim=True)
         if mu < 1:

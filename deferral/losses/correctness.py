@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from deferral.losses.multi_expert import single_stage_deferral
-from deferral.losses.probabilities import log_probabilities
-from deferral.losses.published import asymmetric_logit, asymmetric_softmax, mozannar_sontag, one_vs_all
+from deferral.losses.probabilities import asymmetric_logit, log_probabilities
+from deferral.losses.published import asymmetric_softmax, mozannar_sontag, one_vs_all
 from deferral.numerics import lift
 
 __all__ = ["expert_correctness"]

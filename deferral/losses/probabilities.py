@@ -6,10 +6,18 @@ import torch
 from torch import Tensor
 
 from deferral.losses.closed_form import has_closed_form, refuse_second_derivatives
-from deferral.losses.entries import entry
+from deferral.losses.entries import entry, hits_of
 from deferral.numerics import lift
 
-__all__ = ["ABSENT", "known_scores", "log_probabilities", "log_probabilities_at"]
+__all__ = [
+    "ABSENT",
+    "asymmetric_logit",
+    "expected_loss",
+    "known_scores",
+    "log_mass",
+    "log_probabilities",
+    "log_probabilities_at",
+]
 
 # The log-probability of an action that has left the row.  exp(-1e30) is 0, and 0 * 1e30 is 0 where 0 * inf would be NaN.
 ABSENT = -1e30
@@ -44,6 +52,25 @@ def known_scores(scores: Tensor, mask: Tensor | None) -> Tensor:
     """The scores in float32 or better, hugely negative where masked: such actions have left the row."""
     scores = lift(scores)
     return scores if mask is None else scores.masked_fill(~mask, ABSENT)
+
+
+def log_mass(log_p: Tensor, right: Tensor) -> Tensor:
+    """log sum of p over the columns that are right; hugely negative where none is, with all derivatives.  (..., E) -> (..., 1)"""
+    some = right.any(dim=-1, keepdim=True)
+    return log_p.masked_fill(~right & some, -torch.inf).logsumexp(dim=-1, keepdim=True).masked_fill(~some, ABSENT)
+
+
+def expected_loss(losses: Tensor, targets: Tensor) -> Tensor:
+    """The loss at the target, or those of the classes weighed by their probabilities.  (..., 1) or (..., K) -> (...,)"""
+    return (targets * losses.where(targets != 0, 0.0)).sum(dim=-1) if targets.is_floating_point() else losses.squeeze(-1)
+
+
+def asymmetric_logit(scores: Tensor) -> Tensor:
+    """The logit of the expert's accuracy under the asymmetric softmax.  (..., K+1) -> (...,)"""
+    scores = lift(scores)
+    classes = scores[..., :-1]
+    best = classes.detach().argmax(dim=-1, keepdim=True)
+    return scores[..., -1] - classes.masked_fill(hits_of(best, classes.shape[-1]), -torch.inf).logsumexp(dim=-1)
 
 
 class _AtTarget(torch.autograd.Function):

@@ -17,9 +17,16 @@ from deferral.losses.closed_form import closed_form, has_closed_form, in_blocks,
 from deferral.losses.comp_sum import counted, targeted_comp_sum, without_ignored
 from deferral.losses.entries import entry, hits_of, with_target
 from deferral.losses.margin import Margin, is_fixed, logistic
-from deferral.losses.probabilities import ABSENT, log_probabilities, log_probabilities_at
-from deferral.losses.realizable import expected_loss, log_mass, realizable_deferral
-from deferral.numerics import beside, lift, log_add_exp
+from deferral.losses.probabilities import (
+    ABSENT,
+    asymmetric_logit,
+    expected_loss,
+    log_mass,
+    log_probabilities,
+    log_probabilities_at,
+)
+from deferral.losses.realizable import realizable_deferral
+from deferral.numerics import cast_like, lift, log_add_exp
 from deferral.validation import (
     action_mask,
     require_batch,
@@ -184,14 +191,6 @@ def _asymmetric(scores: Tensor, targets: Tensor, expert_correct: Tensor, known: 
     return classification + skill.where(known, 0.0)
 
 
-def asymmetric_logit(scores: Tensor) -> Tensor:
-    """The logit of the expert's accuracy under the asymmetric softmax.  (..., K+1) -> (...,)"""
-    scores = lift(scores)
-    classes = scores[..., :-1]
-    best = classes.detach().argmax(dim=-1, keepdim=True)
-    return scores[..., -1] - classes.masked_fill(hits_of(best, classes.shape[-1]), -torch.inf).logsumexp(dim=-1)
-
-
 def realizable_surrogate(
     scores: Tensor,
     targets: Tensor,
@@ -232,7 +231,7 @@ def cost_sensitive_abstention(
         require_batch("scores", scores.shape[:-1], "cost", cost.shape)
     targets, counts = without_ignored(targets, ignore_index)
     scores = lift(scores)
-    cost = beside(cost, scores).unsqueeze(-1)
+    cost = cast_like(cost, scores).unsqueeze(-1)
     hits = targets if targets.is_floating_point() else targets.unsqueeze(-1)
     formula = partial(_binary_problems_at_cost, phi=phi)
     columns = 14 * scores.shape[-1]
@@ -413,7 +412,7 @@ def _of_one(scores: Tensor, targets: Tensor, expert_correct: Tensor) -> Tensor:
     require_targets(scores, targets, scores.shape[-1] - 1)
     require_tensor("expert_correct", expert_correct)
     require_batch("scores", scores.shape[:-1], "expert_correct", expert_correct.shape)
-    return beside(expert_correct, scores)
+    return cast_like(expert_correct, scores)
 
 
 def _of_one_expert(scores: Tensor, mask: Tensor) -> Tensor:

@@ -14,7 +14,14 @@ from torch import Tensor
 from deferral.losses.closed_form import closed_form, has_closed_form, readable
 from deferral.losses.comp_sum import counted, without_ignored
 from deferral.losses.entries import hits_of
-from deferral.losses.probabilities import ABSENT, known_scores, log_probabilities, log_probabilities_at
+from deferral.losses.probabilities import (
+    ABSENT,
+    expected_loss,
+    known_scores,
+    log_mass,
+    log_probabilities,
+    log_probabilities_at,
+)
 from deferral.numerics import PRECISE, lift, log_add_exp
 from deferral.validation import (
     action_mask,
@@ -158,14 +165,3 @@ def _psi(log_t: Tensor, q: float) -> Tensor:
     if not 0.0 <= q <= 1.0:
         raise ValueError(f"q: expected a number in [0, 1] (0 logarithmic, 1 linear), got {q}")
     return -log_t if q == 0 else -torch.expm1(q * log_t) / q
-
-
-def log_mass(log_p: Tensor, right: Tensor) -> Tensor:
-    """log sum of p over the columns that are right; hugely negative where none is, with all derivatives.  (..., E) -> (..., 1)"""
-    some = right.any(dim=-1, keepdim=True)
-    return log_p.masked_fill(~right & some, -torch.inf).logsumexp(dim=-1, keepdim=True).masked_fill(~some, ABSENT)
-
-
-def expected_loss(losses: Tensor, targets: Tensor) -> Tensor:
-    """The loss at the target, or those of the classes weighed by their probabilities.  (..., 1) or (..., K) -> (...,)"""
-    return (targets * losses.where(targets != 0, 0.0)).sum(dim=-1) if targets.is_floating_point() else losses.squeeze(-1)

@@ -7,7 +7,7 @@ Mao, Mohri, Zhong, "Theoretically Grounded Loss Functions and Algorithms for Sco
 from torch import Tensor
 
 from deferral.losses.comp_sum import counted, targeted_comp_sum, without_ignored
-from deferral.numerics import beside, lift
+from deferral.numerics import cast_like, lift
 from deferral.validation import require_batch, require_cost_range, require_floating, require_targets
 
 __all__ = ["rejector_of_scores", "score_based_abstention"]
@@ -28,7 +28,7 @@ def score_based_abstention(
     require_cost_range(cost)
     if isinstance(cost, Tensor):
         require_batch("scores", scores.shape[:-1], "cost", cost.shape)
-    weight = (1 - beside(cost, scores)).unsqueeze(-1)
+    weight = (1 - cast_like(cost, scores)).unsqueeze(-1)
     targets, counts = without_ignored(targets, ignore_index)
     return counted(targeted_comp_sum(scores, targets, weight, mu=mu), counts)
 
