@@ -2,7 +2,8 @@
 
 Every table is cross-fitted: the test fold of a row is never seen by any choice made for it, not by the blend, its weights, the
 trust in it, nor the verdict to use it.  Folds are random (seed 0) or whole subjects.  Curves are pooled over the folds; intervals
-are 95% bootstrap intervals over the test rows.
+are 95% bootstrap intervals over the test rows, or over subjects where whole subjects are held out: what they say of subjects to
+come.  Some queries stand in the data more than once; how many of them another fold holds too is printed under the table.
 
 How the design came about: features, penalties, the sizes of the estimators, how networks are trained, and what is done with
 queries unlike the log were compared by cross-validation on the rows outside the first random test fold of RouteLLM's and
@@ -32,7 +33,8 @@ estimator on both, were compared on those rows of RouteLLM, gained nothing, and 
 
 APGR: average performance gap recovered, the mean over the folds (pooled: of all rows at once).  Which subjects share a fold moves
 it by some .02: length alone scores .53 to .58 on four draws of them.  AIQ: average quality over the prices from the cheapest to
-the dearest expert.  saving: what is saved at the quality of the best single expert.  routed: `Router` as it comes, with its
+the dearest expert.  saving: what is saved at the quality of the best single expert; reached: the share of resamples in which that
+quality is reached at all, its interval is of these.  routed: `Router` as it comes, with its
 fallback; learned: the same without fallback.  rejector: the network trained
 by the two-stage deferral loss; over rejector, over neighbours, over static: paired differences.
 """
@@ -55,6 +57,7 @@ from rich.console import Console
 from rich.table import Table as Printed
 from torch import Tensor
 
+from benchmarks.harness.running import commit
 from benchmarks.routers.data import (
     FOLDS,
     SEED,
@@ -183,7 +186,13 @@ def by_subject(train: np.ndarray, quality: np.ndarray, test: np.ndarray, means: 
     return np.stack([known.get(name, means) for name in test])
 
 
-def two_models(data: Data, fold: np.ndarray, found: Predicted) -> Iterator[dict]:
+def resamples_of(figure: Callable[[Tensor], Tensor], unit: np.ndarray) -> Tensor:
+    """A figure of the rows' weights on samples of the units, each with all of its rows.  (N,) -> (RESAMPLES, ...)"""
+    member = torch.from_numpy(np.unique(unit, return_inverse=True)[1])
+    return bootstrap(lambda weights: figure(weights[:, member]), int(member.max()) + 1, resamples=RESAMPLES, seed=SEED)
+
+
+def two_models(data: Data, fold: np.ndarray, unit: np.ndarray, found: Predicted) -> Iterator[dict]:
     """APGR and CPT, the mean over the folds."""
     gain = data.quality[:, 1] - data.quality[:, 0]
     scores = {name: estimate[:, 1] - estimate[:, 0] for name, estimate in found.estimates.items()}
@@ -199,7 +208,7 @@ def two_models(data: Data, fold: np.ndarray, found: Predicted) -> Iterator[dict]
 
         return of_weights
 
-    resampled = {name: bootstrap(figure(name), len(gain), resamples=RESAMPLES, seed=SEED) for name in scores}
+    resampled = {name: resamples_of(figure(name), unit) for name in scores}
     one = torch.ones(1, len(gain), dtype=torch.float64)
     estimates = {name: float(figure(name)(one)) for name in scores}
     for name in ("random", "length", "true subject", *LEARNERS, "oracle"):
@@ -225,7 +234,7 @@ def two_models(data: Data, fold: np.ndarray, found: Predicted) -> Iterator[dict]
         }
 
 
-def priced(data: Data, fold: np.ndarray, found: Predicted) -> Iterator[dict]:
+def priced(data: Data, fold: np.ndarray, unit: np.ndarray, found: Predicted) -> Iterator[dict]:
     """AIQ and saving of the pooled curves."""
     rows = np.arange(len(data.quality))
     curves = {name: curve_of(estimate, found.price, data, found.errors) for name, estimate in found.estimates.items()}
@@ -237,7 +246,7 @@ def priced(data: Data, fold: np.ndarray, found: Predicted) -> Iterator[dict]:
     best = best_expert(data.quality, data.price)
 
     figures = {name: priced_figures(one, data, best) for name, one in curves.items()}
-    resampled = {name: bootstrap(one, len(rows), resamples=RESAMPLES, seed=SEED) for name, one in figures.items()}
+    resampled = {name: resamples_of(one, unit) for name, one in figures.items()}
     one = torch.ones(1, len(rows), dtype=torch.float64)
     estimates = {name: of(one)[0].tolist() for name, of in figures.items()}
     for name in ("static mix", MIX, "length", "true subject", *LEARNERS, "oracle"):
@@ -257,6 +266,7 @@ def priced(data: Data, fold: np.ndarray, found: Predicted) -> Iterator[dict]:
             "over_rejector_interval": [ahead.low, ahead.high],
             **{f"saving_{round(100 * share)}": part.estimate for share, part in zip(SHARES, saved, strict=True)},
             "saving_100_interval": [saved[0].low, saved[0].high],
+            "saving_100_reached": float((~resampled[name][:, 1].isnan()).double().mean()),
             **(
                 {"fallback": float(found.fallback.mean()), "fallback_by_row": float(found.fallback.all(0).mean())}
                 if name == "routed"
@@ -351,8 +361,16 @@ TABLES: dict[str, tuple] = {
 }
 
 
-def run(name: str, folder: Path, encode: Encode | None) -> tuple[list[dict], dict[str, float]]:
-    """The lines of a table, and the seconds that fitting took."""
+def in_another_fold(queries: list[str], fold: np.ndarray) -> float:
+    """The share of the rows whose query, word for word, stands in another fold too."""
+    folds: dict[str, set[int]] = {}
+    for query, number in zip(queries, fold.tolist(), strict=True):
+        folds.setdefault(query, set()).add(number)
+    return float(np.mean([len(folds[query]) > 1 for query in queries]))
+
+
+def run(name: str, folder: Path, encode: Encode | None) -> tuple[list[dict], dict]:
+    """The lines of a table, and what else is to be known of it."""
     if name == "routerdc":
         return list(routerdc(folder, encode)), {}
     if name == "partial-logs":
@@ -361,12 +379,19 @@ def run(name: str, folder: Path, encode: Encode | None) -> tuple[list[dict], dic
         return list(partial_logs(folder)), {}
     read, fold_of, judge, train_rows = TABLES[name]
     data = read(folder)
-    fold = random_folds(len(data.queries)) if fold_of is random_folds else fold_of(data.subject)
+    whole_subjects = fold_of is not random_folds
+    fold = fold_of(data.subject) if whole_subjects else random_folds(len(data.queries))
+    unit = data.subject if whole_subjects else np.arange(len(fold))
     found = predicted(data, fold, train_rows=train_rows, encode=encode)
-    return list(judge(data, fold, found)), found.seconds
+    about = {
+        "resampled": f"{len(np.unique(data.subject))} subjects" if whole_subjects else "rows",
+        "queries_in_another_fold": round(in_another_fold(data.queries, fold), 4),
+        "fit_seconds": {method: round(value, 1) for method, value in found.seconds.items()},
+    }
+    return list(judge(data, fold, unit, found)), about
 
 
-def show(name: str, lines: list[dict]) -> None:
+def show(name: str, lines: list[dict], about: dict) -> None:
     keys = [key for key in lines[0] if not key.endswith("_interval")]
     keys += [key for line in lines for key in line if key not in keys and not key.endswith("_interval")]
     table = Printed(title=name, box=None, header_style="bold", title_justify="left")
@@ -380,6 +405,9 @@ def show(name: str, lines: list[dict]) -> None:
             cells.append(f"{text} [{ends[0]:.4f}, {ends[1]:.4f}]" if ends else text)
         table.add_row(*cells)
     Console(width=240).print(table)
+    if about:
+        twice = f"{about['queries_in_another_fold']:.2%} of the queries stand in another fold too"
+        Console(width=240).print(f"intervals over {about['resampled']}; {twice}", highlight=False)
     if PEERS[name]:
         Console(width=240).print(f"peers: {PEERS[name]}\n", highlight=False)
 
@@ -431,12 +459,13 @@ def command(root: Path | None, only: tuple[str, ...], encoder: Path | None, summ
     encode = None if encoder is None else cached(encoder)
     for name in only or (EVERY if encode is None else WITH_SENTENCES):
         begun = time.perf_counter()
-        lines, seconds = run(name, root / "llm", encode)
+        lines, about = run(name, root / "llm", encode)
         lines = strict(lines)
-        show(name, lines)
+        show(name, lines, about)
         record = {
             "command": f"python -m benchmarks routing --only {name}" + ("" if encode is None else " --encoder FOLDER"),
             **({} if encode is None else {"encoder": encode.fingerprint}),
+            "commit": commit(),
             "device": platform.processor() or platform.machine(),
             "python": platform.python_version(),
             **{package: version(package) for package in ("torch", "numpy", "scipy", "scikit-learn")},
@@ -444,7 +473,7 @@ def command(root: Path | None, only: tuple[str, ...], encoder: Path | None, summ
             "folds": FOLDS,
             "resamples": RESAMPLES,
             "wall_seconds": round(time.perf_counter() - begun, 1),
-            "fit_seconds": {method: round(value, 1) for method, value in seconds.items()},
+            **about,
             "peers": PEERS[name],
             "lines": lines,
         }

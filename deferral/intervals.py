@@ -1,5 +1,6 @@
 """Bootstrap intervals of any metric, paired differences, figures over seeds: seeded, vectorised, the same on every machine."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -119,7 +120,8 @@ def bootstrap_means(values: Tensor, *, resamples: int = 10_000, seed: int = 0) -
 def interval(estimate: Tensor | float, resampled: Tensor, *, level: float = 0.95, centred: bool = False) -> Interval:
     """The percentile interval of a figure, from its value in every resample.  (resamples,) -> Interval
 
-    Resamples in which the figure is not defined (NaN: no row was kept, say) are left out; if all are, the ends are NaN.
+    Resamples in which the figure is not defined (NaN: no row was kept, say) are left out; if all are, the ends are NaN.  So they
+    are where the estimate itself is not defined: an interval of the lucky resamples would read as if it were.
 
     `centred` moves the resamples to have the estimate as their mean.  It is for a figure that has the noise of sampling taken
     off, such as `debiased_calibration_error`: resampling adds that noise a second time, and all resamples lie too high.
@@ -131,6 +133,8 @@ def interval(estimate: Tensor | float, resampled: Tensor, *, level: float = 0.95
     figures, tail = resampled.double(), (1 - level) / 2
     if centred:
         figures = figures - figures.nanmean() + float(estimate)
+    if math.isnan(float(estimate)):
+        return Interval(math.nan, math.nan, math.nan)
     low, high = torch.nanquantile(figures, torch.tensor([tail, 1 - tail], dtype=torch.float64, device=figures.device)).tolist()
     return Interval(estimate=float(estimate), low=low, high=high)
 

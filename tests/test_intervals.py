@@ -163,3 +163,9 @@ def test_one_interval_is_of_one_figure() -> None:
     with pytest.raises(ValueError, match="one figure per resample"):
         interval(0.0, torch.zeros(0))
     assert interval(1.0, torch.tensor([1, 1, 1])).low == 1
+
+
+def test_a_figure_that_does_not_exist_has_no_interval() -> None:
+    found = interval(math.nan, torch.tensor([0.1, 0.2, math.nan]))
+    assert math.isnan(found.low) and math.isnan(found.high)
+    assert not found.excludes_zero()
