@@ -123,6 +123,15 @@ def test_rest_is_no_failure_and_ends(clock: Clock) -> None:
     assert breaker.wait == 300, "nobody rests for ever"
 
 
+def test_failures_do_not_shorten_a_rest_that_was_asked_for(clock: Clock) -> None:
+    breaker = Breaker(clock)
+    tickets = [ticket for ticket in (breaker.enter() for _ in range(6)) if ticket is not None]
+    breaker.rest(60, tickets[0])
+    for ticket in tickets[1:]:
+        breaker.failure(ticket)
+    assert (breaker.state, breaker.wait) == ("open", 60)
+
+
 @settings(max_examples=30)
 @given(share=st.sampled_from([0.0, 0.1, 0.2, 1.0]), requests=st.integers(0, 500), greed=st.integers(0, 4))
 def test_retries_are_a_share_of_the_requests(share: float, requests: int, greed: int) -> None:

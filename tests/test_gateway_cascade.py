@@ -250,6 +250,18 @@ def test_an_answer_without_log_probabilities_says_nothing_and_the_record_says_so
     assert "logprobs" not in sent[-1][1], "perhaps it did not want to be asked for them"
 
 
+@pytest.mark.parametrize("second", [None, (400, b"{}"), 30.0], ids=["fails", "refuses", "takes too long"])
+def test_an_answer_without_log_probabilities_is_given_where_nobody_better_has_one(router: Router, second: Any) -> None:
+    first = first_of(router)
+    call, hold, sent = answered(first, {"small": told(None), "large": second})
+    assert [name for name, _ in sent] == ["small", "large"], "what was answered and paid for is not asked for again"
+    assert (call.expert.name, call.ended) == ("small", [True])
+    assert (first.row.ending, first.row.extra, hold.spent) == ("failed", 0.0, pytest.approx(0.0011))
+    assert first.choice.ranking == ("large", "small")
+    assert "without log-probabilities; because; large " in first.choice.reason
+    assert "so the first answer is given" in first.choice.reason
+
+
 def test_who_never_tells_is_not_asked_first_for_a_while() -> None:
     silence = Silence()
     for _ in range(2):

@@ -477,14 +477,20 @@ def test_conversations_through_a_gateway(tmp_path: Path) -> None:
             named = [ask([user(text)], x_deferral_conversation="mine") for text in (hard(2), easy(3), "yes", easy(4))]
             assert named == ["large", "large", "large", "small"]
             assert ask(talk(hard(3), "go on")) == "large"
+            again = [ask([user(text)], x_deferral_conversation="again") for text in (hard(4), hard(4), hard(4), "yes")]
+            assert again == ["large"] * 4
     with closing(sqlite3.connect(database)) as connection:
         kept = connection.execute(
-            "select query, reason from decisions join texts on decision = id order by decisions.time"
+            "select query, reason, draw from decisions join texts on decision = id order by decisions.time"
         ).fetchall()
-    assert [query for query, _ in kept] == [
-        hard(1), easy(1), easy(2), hard(1), hard(2), easy(3), "yes", easy(4), hard(3)
+    assert [query for query, _, _ in kept] == [
+        hard(1), easy(1), easy(2), hard(1), hard(2), easy(3), "yes", easy(4), hard(3), *[hard(4)] * 3, "yes"
     ]  # fmt: skip
     assert kept[1][1].startswith("stays with large: small would save 0.1")
     assert ", for 1 of 2 requests" in kept[1][1]
     assert kept[2][1].startswith("leaves large for small: it saves 0.1")
-    assert kept[-1][1].startswith("stays with large: the follow-up is short")
+    assert kept[8][1].startswith("stays with large: the follow-up is short")
+    drawn = [draw for _, _, draw in kept]
+    assert None not in drawn
+    assert (len(set(drawn[-4:])), drawn[5] == drawn[6]) == (1, True), "a follow-up goes where an earlier request was drawn to"
+    assert len(set(drawn)) == 8

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from deferral.gateway.deciding import Choice, Decider, Limited
+from deferral.gateway.deciding import Choice, Decider, Limited, refusal
 from deferral.gateway.experts_file import Expert
 from deferral.gateway.problems import Problem
 from deferral.gateway.requests import Asked, Hints, parse
@@ -100,6 +100,28 @@ def test_who_is_down_is_not_asked_and_if_all_are_the_client_is_told_when_to_come
     assert (caught.value.status, caught.value.headers["retry-after"]) == (503, "4")
 
 
+def test_a_setting_that_only_those_who_are_down_can_meet_is_worth_coming_back_for(decider: Decider) -> None:
+    for down, hints, query in (
+        ({"large": 3.2}, {"min_quality": 0.9}, HARD),
+        ({"small": 3.2}, {"max_latency": 0.5}, EASY),
+        ({"small": 3.2}, {"budget": 1.0}, EASY),
+    ):
+        with pytest.raises(Problem, match=f"down for the moment: {next(iter(down))}") as caught:
+            choose(decider, asked(query), Limited(down=down), **hints)
+        assert (caught.value.status, caught.value.code, caught.value.headers["retry-after"]) == (503, "experts_down", "4")
+    with pytest.raises(Problem) as caught:
+        choose(decider, asked(HARD), Limited(down={"large": 3.2}), budget=0.001)
+    assert caught.value.status == 400, "nobody is that cheap"
+
+
+def test_a_setting_that_the_rest_of_a_budget_cannot_meet_is_left_to_the_budget(decider: Decider) -> None:
+    choice = choose(decider, asked(HARD), Limited(left=0.005), min_quality=0.99)
+    assert choice.ranking == ("large",), "which the budget refuses"
+    # The mix asks the small one for half of the queries, and cannot do without the others.
+    mixed = [choose(decider, asked(f"{HARD} {number}"), Limited(left=0.005), min_quality=0.75) for number in range(20)]
+    assert {one.ranking for one in mixed} == {("large",)}
+
+
 def test_the_trade_off_is_turned_by_hints_and_by_a_budget_that_runs_low(decider: Decider) -> None:
     assert choose(decider, asked(HARD)).ranking[0] == "large"
     assert choose(decider, asked(HARD), price_of_error=0.001).ranking[0] == "small"
@@ -175,6 +197,32 @@ def test_exploration_has_the_propensity_that_it_says(router: Router) -> None:
     assert {round(choice.propensity, 3) for choice in choices} == {0.1, 0.9}
     assert {choice.ranking[0] for choice in rare} == {"large"}
     assert len(rare) == pytest.approx(60, abs=3 * math.sqrt(600 * 0.1 * 0.9)), "drawn as often as its propensity says"
+
+
+def test_where_a_budget_leaves_one_expert_nothing_is_drawn(router: Router) -> None:
+    before = router.explore
+    router.explore = 0.2
+    try:
+        decider = Decider(router, EXPERTS, deadline_s=1.0)
+        choices = [choose(decider, asked(f"{HARD} {number}"), Limited(left=0.005)) for number in range(200)]
+    finally:
+        router.explore = before
+    assert {(choice.ranking, choice.propensity) for choice in choices} == {(("small",), 1.0)}
+
+
+def test_each_of_several_inputs_has_the_window_to_itself() -> None:
+    expert = Expert("e", "http://127.0.0.1:1", context_tokens=1000)
+
+    def refused(kind, **fields) -> str:
+        return refusal(expert, parse(kind, json.dumps({"model": "e"} | fields).encode()), Hints(), None)
+
+    for inputs in (["x" * 2000] * 10, [[12_345] * 900] * 10, [12_345] * 900):
+        assert not refused("embeddings", input=inputs)
+        assert not refused("completions", prompt=inputs, max_tokens=100)
+    for inputs in (["x" * 2000, "x" * 4004], [[1] * 1001], [1] * 1001, "x" * 4004):
+        assert "exceed its window of 1000" in refused("embeddings", input=inputs)
+    assert "about 950 tokens and 100" in refused("completions", prompt=[[1] * 950], max_tokens=100)
+    assert parse("embeddings", json.dumps({"model": "e", "input": ["x" * 2000] * 10}).encode()).tokens > 5000, "all are paid for"
 
 
 def test_many_decisions_at_once_leave_the_event_loop_time_for_others(router: Router) -> None:

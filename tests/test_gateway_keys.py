@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 from sqlalchemy import Engine, event
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
@@ -200,6 +200,14 @@ def test_a_new_token_is_not_lost_where_the_database_fails_a_moment_later(keys: K
     assert keys.find(token) == issued.key
 
 
+def test_a_key_is_not_lost_where_the_database_fails_right_after_it_was_made(keys: Keys, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as away:
+        away.setattr(keys, "refresh", lambda: (_ for _ in ()).throw(OperationalError("select", {}, Exception("away"))))
+        token, key = keys.create("bob")
+    keys.refresh()
+    assert keys.find(token) == key
+
+
 def test_changes_at_the_same_time_are_all_kept(shared_keys: Keys) -> None:
     _, key = shared_keys.create("bob")
     settings = [{"budget": 5.0}, {"requests_per_minute": 7}, {"window": "day"}, {"experts": frozenset({"a"})}]
@@ -274,6 +282,7 @@ WRONG = [
     ({"budget": 0.0}, "budget: expected dollars above 0"),
     ({"budget": float("nan")}, "budget: expected dollars above 0"),
     ({"budget": float("inf")}, "budget: expected dollars above 0"),
+    ({"budget": 10**400}, "budget: expected dollars above 0"),
     ({"window": "year"}, "window: expected one of hour, day, week, month"),
     ({"zone": "Mars/Olympus"}, "time zone: expected a name"),
 ]
@@ -439,6 +448,9 @@ def test_keys_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "no gateway answers" in capsys.readouterr().err
 
 
+HUGE = b'{"budget": 1%s}' % (b"0" * 400)
+
+
 def test_admin_endpoints_make_and_end_keys(tmp_path: Path) -> None:
     record, store = Record(str(tmp_path / "gateway.db")), Keys(str(tmp_path / "gateway.db"))
     record.start()
@@ -459,7 +471,7 @@ def test_admin_endpoints_make_and_end_keys(tmp_path: Path) -> None:
         assert (changed.status_code, "token" in changed.json()) == (200, False)
         assert {name: changed.json()[name] for name in ("id", "name", *body)} == {"id": key.id, "name": "bob", **body}
         assert store.find(made.json()["token"]) == replace(key, budget=5.0, experts=None, window="day")
-        for wrong in (b"{}", b'{"admin": true}', b'{"budget": -1}', b'{"zone": null}', b'{"experts": "a"}'):
+        for wrong in (b"{}", b'{"admin": true}', b'{"budget": -1}', b'{"zone": null}', b'{"experts": "a"}', HUGE):
             assert client.patch(path, content=wrong).status_code == 400, wrong
         assert client.patch("/keys/nobody", json=body).status_code == 404
         rotated = client.post(f"{path}/token", json={"grace_hours": 1})
@@ -486,7 +498,7 @@ def test_admin_endpoints_make_and_end_keys(tmp_path: Path) -> None:
             b'{"name": "x", "zone": 5}',
         ]
         wrong += [b'{"name": "x", "experts": "small"}', b'{"name": "x", "admin": "yes"}', b'{"name": "x", "budget": NaN}']
-        wrong += [b'{"name": "x", "window": ["day"]}', b'{"name": "\\ud800"}']
+        wrong += [b'{"name": "x", "window": ["day"]}', b'{"name": "\\ud800"}', HUGE[:-1] + b', "name": "x"}']
         for body in wrong:
             answer = client.post("/keys", content=body)
             assert answer.status_code == 400, body

@@ -345,6 +345,17 @@ def test_what_is_in_flight_when_a_key_first_gets_a_budget_counts_in_it(no_wait: 
     assert gate.left(free) is None
 
 
+def test_what_is_in_flight_while_a_key_has_no_budget_counts_when_it_has_one_again(no_wait: None) -> None:
+    gate, key = Limits(Spent(), Clock()), Key("k", "k", budget=1.0)  # type: ignore[arg-type]
+    gate.load([key])
+    stream = gate.hold(key, 0.5)
+    gate.follow([replace(key, budget=None)])
+    gate.follow([key])
+    assert gate.left(key) == 0.5
+    stream.settle(0.5)
+    assert gate.left(key) == 0.5
+
+
 def test_a_window_that_cannot_be_read_is_tried_again(no_wait: None, caplog: pytest.LogCaptureFixture) -> None:
     record = Spent((NOON - 48 * 3600, 0.5))
     gate, day = Limits(record, Clock()), Key("k", "k", budget=1.0, window="day")  # type: ignore[arg-type]

@@ -9,13 +9,18 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from sqlalchemy import event, insert, select
+from starlette.applications import Starlette
+from starlette.testclient import TestClient
 
 from deferral.gateway import record as record_module
 from deferral.gateway import retention as retention_module
 from deferral.gateway.database import connect, decisions, feedback, prepare, texts
+from deferral.gateway.endpoints import error_handlers, routes
+from deferral.gateway.keys import ANYONE, Key
 from deferral.gateway.record import Record
 from deferral.gateway.schema import alarms
 from deferral.gateway.status import status
@@ -149,6 +154,19 @@ def test_feedback_is_of_the_response_and_the_key_that_asked(record: Record, data
     for wrong in (-0.1, 1.1, math.nan, True, "1"):
         with pytest.raises(ValueError, match="quality: expected a number in"):
             asyncio.run(record.feedback("id-1", wrong, source_key="k"))
+
+
+def test_feedback_that_no_float_can_hold_is_refused() -> None:
+    async def admitted(key: Key) -> None: ...
+
+    gateway = SimpleNamespace(
+        access=SimpleNamespace(client=lambda scope, headers: ANYONE), limits=SimpleNamespace(admitted=admitted)
+    )
+    app = Starlette(routes=routes(gateway), exception_handlers=error_handlers())  # type: ignore[arg-type]
+    with TestClient(app) as client:
+        for number in ("1" + "0" * 400, "-1" + "0" * 400, "NaN", "1e400"):
+            answer = client.post("/v1/feedback", content=f'{{"id": "x", "quality": {number}}}')
+            assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_feedback")
 
 
 def test_feedback_may_come_before_its_row(record: Record, database: str) -> None:

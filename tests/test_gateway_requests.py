@@ -74,6 +74,24 @@ def test_the_query_is_the_last_message_of_the_user() -> None:
     assert not parse("chat", chat()).tools
 
 
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "input_audio", "input_audio": {"data": "x" * 40_000, "format": "wav"}},
+        {"type": "file", "file": {"filename": "a.pdf", "file_data": "x" * 40_000}},
+        {"type": "input_file", "filename": "a.pdf", "file_data": "x" * 40_000},
+    ],
+)
+def test_sounds_and_files_do_not_count_as_their_bytes(part: dict) -> None:
+    content = [{"type": "text", "text": "look"}, part]
+    bodies = {"chat": chat(messages=[{"role": "user", "content": content}])}
+    bodies["responses"] = json.dumps({"model": "auto", "input": [{"role": "user", "content": content}]}).encode()
+    for kind, body in bodies.items():
+        asked = parse(kind, body)  # type: ignore[arg-type]
+        assert 1000 < asked.tokens < 1200
+        assert (asked.query, asked.images) == ("look", False)
+
+
 def test_prompts_and_inputs_are_queries_too() -> None:
     assert parse("completions", b'{"model": "auto", "prompt": ["a", "b"]}').query == "a\nb"
     assert parse("completions", b'{"model": "auto", "prompt": [1, 2]}').query == ""
@@ -118,6 +136,10 @@ def test_hints_are_numbers_above_zero() -> None:
         with pytest.raises(Problem) as caught:
             hints({b"x-deferral-budget": text})
         assert caught.value.status == 400
+    for text in (b"", b" ", b","):
+        with pytest.raises(Problem, match="x-deferral-regions: expected names such as eu, us") as caught:
+            hints({b"x-deferral-regions": text})
+        assert caught.value.status == 400
 
 
 def test_usage_is_what_the_upstream_says_or_an_estimate() -> None:
@@ -132,6 +154,9 @@ def test_usage_is_what_the_upstream_says_or_an_estimate() -> None:
         found = usage_of(b'{"usage": ' + strange + b"}", 99)
         assert found is not None
         assert found.estimated
+    for nothing in (b"{}", b'{"prompt_tokens": null, "completion_tokens": null}'):
+        found = usage_of(b'{"choices": [{"message": {"content": "12345678"}}], "usage": ' + nothing + b"}", 99)
+        assert found == (99, 2, True, "", 0), "an answer is not for nothing"
     assert usage_of(b"[]", 1) is None
     assert usage_of(b'{"choices": [', 1) is None
     assert usage_of(b"[" * 100_000, 1) is None
@@ -143,6 +168,10 @@ def test_usage_of_a_reply_that_is_too_long_to_be_read() -> None:
     assert found is not None
     assert (found.input_tokens, found.output_tokens, found.estimated) == (8, 0, False)
     assert usage_of(vectors[:-2], 99) is None
+    long = b'{"choices":[{"message":{"content":"' + b"a" * 200_000 + b'"}}]'
+    assert usage_of(long + b"}", 9) == (9, 50_000, True, "", 0)
+    more = b', "usage": {"prompt_tokens": 5, "completion_tokens": 6}, "more": "' + b"b" * 5000 + b'"}'
+    assert usage_of(long + more, 9) == (5, 6, False, "", 0), "neither in the first nor in the last bytes"
 
 
 @settings(max_examples=40)

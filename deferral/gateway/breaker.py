@@ -96,4 +96,6 @@ class Breaker:
         self._open, self._probing = opened, False
         self._epoch += 1
         self._calls.clear()
-        self._until = self._clock() + self._pause if opened else 0.0
+        if opened:
+            # It may have asked for a longer rest.
+            self._until = max(self._until, self._clock() + self._pause)

@@ -137,11 +137,12 @@ class AskingFirst:
         except Unanswered as nobody:
             self._says("unanswered", "but did not")
             self.attempts += nobody.attempts
-            return await ask(self._ranked(but=first.name), self._plain_body)
+            others = [self.now.experts[name] for name in self.choice.ranking if name != first.name]
+            return await ask(others, self._plain_body)
         try:
             if call.reply.status >= 300:
                 # Perhaps it refuses to report them; perhaps the request is wrong, and then whoever is asked will say so.
-                return await self._alone(ask, call, f"but refused, with status {call.reply.status}", 0.0)
+                return await self._alone(ask, call, f"but refused, with status {call.reply.status}", 0.0, began)
             usage = call.reply.usage
             hold.spent = first.price(usage.input_tokens, usage.output_tokens, usage.cached_tokens)
             reply = _parsed(call.reply.body)
@@ -149,10 +150,10 @@ class AskingFirst:
             if not self.wanted:
                 call.reply.body = _without_logprobs(reply, call.reply.body)
             if sure is None:
-                return await self._alone(ask, call, "and did so without log-probabilities", hold.spent)
+                return await self._alone(ask, call, "and did so without log-probabilities", hold.spent, began)
             self.silence.heard(first.name)
             second = self._judged(sure, query)
-            return call if second is None else await self._deferred(ask, call, second, hold.spent, began)
+            return call if second is None else await self._instead(ask, call, [second], hold.spent, began)
         except BaseException:
             call.end(None)
             raise
@@ -177,16 +178,16 @@ class AskingFirst:
         self.row = CascadeRow(cascade.first, "kept" if kept else "deferred", 0.0, float(quality[0, place]), tuple(sure))
         return None if kept else self.now.experts[name]
 
-    async def _deferred(self, ask: Ask, call: Call, second: Expert, spent: float, began: float) -> Call:
-        """The second answer; the first where there is none, or none within the time that one of the two would have had alone."""
+    async def _instead(self, ask: Ask, call: Call, others: list[Expert], spent: float, began: float) -> Call:
+        """Another answer; the first where there is none, or none within the time that one expert would have had alone."""
         call.end(True)
         row = self.row
         assert row is not None
         self.row = replace(row, extra=spent)
-        patience = max(self.first.total_s, second.total_s) - (perf_counter() - began)
+        patience = max(expert.total_s for expert in (self.first, *others)) - (perf_counter() - began)
         try:
             async with asyncio.timeout(patience):
-                found = await ask([second], self._plain_body)
+                found = await ask(others, self._plain_body)
             if found.reply.status < 300:
                 self.attempts += call.attempts
                 return found
@@ -197,34 +198,30 @@ class AskingFirst:
         except TimeoutError:
             attempts, why = 1, "took too long"
         self.attempts += attempts
-        self.choice = self.choice._replace(reason=f"{self.choice.reason}, which {why}; so the first answer is given")
+        names = " and ".join(expert.name for expert in others)
+        self.choice = self.choice._replace(reason=f"{self.choice.reason}; {names} {why}, so the first answer is given")
         self.row = replace(row, ending="failed")
         return call
 
-    async def _alone(self, ask: Ask, call: Call, how: str, spent: float) -> Call:
+    async def _alone(self, ask: Ask, call: Call, how: str, spent: float, began: float) -> Call:
         """An answer without log-probabilities says nothing of itself: what the router chose alone holds."""
-        answered = call.reply.status < 300
-        if answered:
-            self.silence.missed(self.first.name, how)
+        first, ranking = self.first.name, self.choice.ranking
         self._says("silent", how)
-        if answered and self.choice.ranking[0] == self.first.name:
-            return call
+        if call.reply.status < 300:
+            self.silence.missed(first, how)
+            better = [self.now.experts[name] for name in ranking[: ranking.index(first)]]
+            return await self._instead(ask, call, better, spent, began) if better else call
         call.end(True)
         self.attempts += call.attempts
-        self._says("silent", "", spent)
-        found = await ask(self._ranked(), self._plain_body)
+        found = await ask([self.now.experts[name] for name in ranking], self._plain_body)
         # What is refused by all says nothing of log-probabilities, and one client must not end the asking for the others.
-        if not answered and found.reply.status < 300:
-            self.silence.missed(self.first.name, how)
+        if found.reply.status < 300:
+            self.silence.missed(first, how)
         return found
 
-    def _says(self, ending: str, how: str, extra: float = 0.0) -> None:
-        if how:
-            self.choice = self.choice._replace(reason=f"{self.first.name} was to answer first, {how}; {self.choice.reason}")
-        self.row = CascadeRow(self.first.name, ending, extra)
-
-    def _ranked(self, *, but: str = "") -> list[Expert]:
-        return [self.now.experts[name] for name in self.choice.ranking if name != but]
+    def _says(self, ending: str, how: str) -> None:
+        self.choice = self.choice._replace(reason=f"{self.first.name} was to answer first, {how}; {self.choice.reason}")
+        self.row = CascadeRow(self.first.name, ending)
 
     def _plain_body(self, expert: Expert) -> bytes:
         return with_model(self.body, expert.model)

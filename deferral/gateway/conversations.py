@@ -29,7 +29,7 @@ from deferral.gateway.requests import Asked
 from deferral.routing.decisions import Decisions
 from deferral.routing.fitting import Estimates
 from deferral.routing.router import Plan, Router
-from deferral.routing.static import EXPLORE, draws
+from deferral.routing.static import EXPLORE, draw_of
 
 __all__ = ["Conversations"]
 
@@ -47,6 +47,7 @@ class _Held(NamedTuple):
     turn: bytes
     last: int
     propensity: float
+    draw: float
     until: float
 
 
@@ -72,8 +73,8 @@ class Conversations:
         begin = -(-max(len(own) - _MOST_TURNS, 0) // _STEP) * _STEP
         return asked._replace(query=own[-1].query, turns=tuple(own[begin:]), follows=own[-1] is not turns[-1])
 
-    def decided(self, asked: Asked, plan: Plan, standing: Plan, name: bytes) -> tuple[Decisions, str]:
-        """Whom to ask, as `Router.decide` says it, and why.
+    def decided(self, asked: Asked, plan: Plan, standing: Plan, name: bytes) -> tuple[Decisions, str, float]:
+        """Whom to ask, as `Router.decide` says it, why, and the number that exploration drew by.
 
         `plan` allows whoever may be asked now, `standing` also those who are down for the moment; `name` stands for the
         conversation, b"" where the messages hold it.
@@ -87,7 +88,7 @@ class Conversations:
             before, after = after, tuple(moved(place, turn, self.rules) for place in after)
         return self._finished(asked, plan, standing, name, before, after, turns[-1])
 
-    def _recalling(self, held: _Held, asked: Asked, plan: Plan, standing: Plan, name: bytes) -> tuple[Decisions, str]:
+    def _recalling(self, held: _Held, asked: Asked, plan: Plan, standing: Plan, name: bytes) -> tuple[Decisions, str, float]:
         """The decision where it is remembered where the conversation is."""
         last = asked.turns[-1]
         [turn] = self._scored(asked._replace(turns=(last,)), standing)
@@ -101,7 +102,7 @@ class Conversations:
             return self._finished(asked._replace(follows=True), plan, standing, name, held.after, held.after, turn)
         self._remember(name, held._replace(until=monotonic() + _KEPT_S))
         decisions = replace(self._row(plan, turn), actions=np.array([held.last]), propensity=np.array([held.propensity]))
-        return decisions, f"stays with {self.router.experts[held.last]}: the follow-up is short"
+        return decisions, f"stays with {self.router.experts[held.last]}: the follow-up is short", held.draw
 
     def _finished(
         self,
@@ -112,7 +113,7 @@ class Conversations:
         before: tuple[Place, ...] | None,
         after: tuple[Place, ...],
         turn: Scored,
-    ) -> tuple[Decisions, str]:
+    ) -> tuple[Decisions, str, float]:
         """The decision where the places of the conversation are known."""
         router = self.router
         decisions = self._row(plan, turn)
@@ -130,14 +131,15 @@ class Conversations:
         usual = np.bincount([place.expert for place in places], [place.chance for place in places], len(router.experts))
         chances = (1 - router.explore) * usual + router.explore * plan.mask / plan.mask.sum()
         chosen = places[0].expert
-        explored = router.explore > 0 and draws([turn.query], router.salt + EXPLORE)[0] < router.explore
+        draw = draw_of(turn.query, router.salt + EXPLORE)
         said = self._why(asked, turn, plan, chosen, after[0], None if before is None else before[0])
-        if explored and int(decisions.actions[0]) != chosen:
+        if draw < router.explore and int(decisions.actions[0]) != chosen:
             said = "" if before is None else f"drawn at random, to learn; the conversation stays with {router.experts[chosen]}"
             chosen = int(decisions.actions[0])
         if name:
-            self._remember(name, _Held(before, after, _digest(turn.query), chosen, float(chances[chosen]), monotonic() + _KEPT_S))
-        return replace(decisions, actions=np.array([chosen]), propensity=chances[[chosen]]), said
+            digest, until = _digest(turn.query), monotonic() + _KEPT_S
+            self._remember(name, _Held(before, after, digest, chosen, float(chances[chosen]), draw, until))
+        return replace(decisions, actions=np.array([chosen]), propensity=chances[[chosen]]), said, draw
 
     def _why(self, asked: Asked, turn: Scored, plan: Plan, chosen: int, after: Place, before: Place | None) -> str:
         """Why the conversation is where it is; "" where the request by itself would have gone there too."""

@@ -1,7 +1,6 @@
 """Whom to ask: hard constraints first, then the router; never on the time of others."""
 
 import asyncio
-import copy
 import dataclasses
 import math
 from collections import deque
@@ -23,7 +22,7 @@ from deferral.routing.constraints import Abilities, Needs
 from deferral.routing.decisions import Decision, Decisions
 from deferral.routing.encoders import NgramEncoder
 from deferral.routing.router import Plan, Router
-from deferral.routing.static import draws
+from deferral.routing.static import EXPLORE, draw_of, draws
 
 __all__ = ["Choice", "Decider", "Limited", "refusal", "set_aside"]
 
@@ -38,6 +37,7 @@ _CONVERSATIONS = 4
 # several times what it costs among others.
 _CROWD = 24
 _APART = 0.004
+_UNMET = "setting_cannot_be_met"
 
 
 class Choice(NamedTuple):
@@ -45,6 +45,7 @@ class Choice(NamedTuple):
 
     quality, price and cost (in errors) of every expert that might be asked; propensity of the chosen one; `best` is the expert
     of the highest mean quality, "" where the router was not asked; `kind` is that of the query, as the router knows them.
+    `draw` is the number that exploration drew by: of whoever has the same one, the choices are one draw.
     """
 
     ranking: tuple[str, ...]
@@ -57,6 +58,7 @@ class Choice(NamedTuple):
     best: str
     fast_path: bool
     kind: str = ""
+    draw: float = math.nan
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +97,6 @@ class Decider:
         self._together: deque[tuple[Plan, str, asyncio.Future[Choice]]] = deque()
         self._last_turn = -math.inf
         self._one_of_few = asyncio.Semaphore(_CONVERSATIONS)
-        # Plans are cached by the router, and a cache that two threads fill may lose what one has just put there.
-        self._planner = copy.copy(router)
-        self._planner._plans = {}
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="decide")
         self._waiting = 0
         # The first decision loads what later ones find loaded.
@@ -108,21 +107,38 @@ class Decider:
         return asked if self.conversations is None else self.conversations.read(asked)
 
     async def choose(self, asked: Asked, hints: Hints, limited: Limited, *, under_way: int = 1) -> Choice:
-        """Problem 4xx where a constraint leaves nobody or a hint cannot be met, 503 where all who may answer are down.
+        """Problem 4xx where a constraint leaves nobody or a hint cannot be met, 503 where those who could answer are down.
 
+        Where what is left of a budget does not do, the choice is of one whom it does not cover.
         `under_way` counts the requests that the gateway has not done with, this one among them.
         """
         able = self._able(asked, hints, limited)
         now = self._up(able, limited)
-        choice = await self._chosen(able, now, asked, hints, limited, crowded=under_way >= _CROWD)
-        if limited.left is not None and set_aside(self.experts[choice.ranking[0]], choice, asked) > limited.left:
-            # A cap on the time may have left out some of those who are up.
-            dollars = {name: set_aside(self.experts[name], choice, asked) for name in choice.price}
-            affordable = [name for name, price in dollars.items() if price <= limited.left]
-            # Where nobody is affordable, the budget refuses the cheapest, and says when it begins anew.
-            left = frozenset(affordable or [min(dollars, key=dollars.__getitem__)])
-            return await self._chosen(able, left, asked, hints, limited, crowded=under_way >= _CROWD)
-        return choice
+        crowded = under_way >= _CROWD
+        try:
+            choice = await self._chosen(able, now, asked, hints, limited, crowded=crowded)
+        except Problem as problem:
+            if problem.code != _UNMET or now == able:
+                raise
+            # What cannot be met by anybody is the client's to change; an outage only has to be waited for.
+            await self._plan(able, hints, limited.thrift)
+            raise self._down(able - now, limited, f"without them the setting cannot be met ({problem.message})") from None
+        if limited.left is None:
+            return choice
+        # A cap on the time may have left out some of those who are up.
+        dollars = {name: set_aside(self.experts[name], choice, asked) for name in choice.price}
+        dear = {name: price for name, price in dollars.items() if price > limited.left}
+        if not dear:
+            return choice
+        if affordable := frozenset(dollars.keys() - dear.keys()):
+            # Also where one of these was drawn: the others could not have been, and the propensity has to say so.
+            try:
+                return await self._chosen(able, affordable, asked, hints, limited, crowded=crowded)
+            except Problem as problem:
+                if problem.code != _UNMET:
+                    raise
+        # The budget refuses it, and says when it begins anew.
+        return choice._replace(ranking=(min(dear, key=dear.__getitem__),))
 
     async def _chosen(
         self, able: frozenset[str], now: frozenset[str], asked: Asked, hints: Hints, limited: Limited, *, crowded: bool
@@ -136,12 +152,13 @@ class Decider:
         if self._at_once:
             return await self._in_turn(plan, query, crowded=crowded)
         decided = await self._in_worker(lambda: self._decided(plan, [query]), self.deadline_s)
-        return self._choice(decided[0] if decided else self._by_mix(plan, query)[0], plan, fast=decided is None)
+        decision = decided[0] if decided else self._by_mix(plan, query)[0]
+        return self._choice(decision, plan, self._draw(query), fast=decided is None)
 
     async def _in_conversation(
         self, conversations: Conversations, asked: Asked, plan: Plan, standing: Plan, name: bytes
     ) -> Choice:
-        def decided() -> tuple[Decisions, str]:
+        def decided() -> tuple[Decisions, str, float]:
             return conversations.decided(asked, plan, standing, name)
 
         if self._at_once:
@@ -151,9 +168,9 @@ class Decider:
         else:
             found = await self._in_worker(decided, self.deadline_s)
             if found is None:
-                return self._choice(self._by_mix(plan, asked.query)[0], plan, fast=True)
-        decisions, said = found
-        choice = self._choice(decisions[0], plan, fast=False)
+                return self._choice(self._by_mix(plan, asked.query)[0], plan, self._draw(asked.query), fast=True)
+        decisions, said, draw = found
+        choice = self._choice(decisions[0], plan, draw, fast=False)
         if not said:
             return choice
         # The static mix is not what kept the conversation where it is.
@@ -178,10 +195,13 @@ class Decider:
             return names
         up = frozenset(name for name in names if name not in limited.down)
         if not up:
-            wait = min(limited.down[name] for name in names)
-            shown = ", ".join(name for name in self.experts if name in names)
-            raise Problem(503, "experts_down", f"all who may answer are down: {shown}", retry_after=wait)
+            raise self._down(names, limited, "nobody else may answer")
         return up
+
+    def _down(self, names: frozenset[str], limited: Limited, why: str) -> Problem:
+        shown = ", ".join(name for name in self.experts if name in names)
+        wait = min(limited.down[name] for name in names)
+        return Problem(503, "experts_down", f"down for the moment: {shown}; {why}", retry_after=wait)
 
     async def _plan(self, allow: frozenset[str], hints: Hints, thrift: float) -> Plan:
         # A factor of two digits keeps the plans few.
@@ -196,14 +216,14 @@ class Decider:
                 plan = self.router.plan(needs=needs, **hints.setting_by_name)
             else:
                 # This searches the held-out rows, long enough to be felt by others.
-                plan = await self._in_worker(lambda: self._planner.plan(needs=needs, **hints.setting_by_name), None)
+                plan = await self._in_worker(lambda: self.router.plan(needs=needs, **hints.setting_by_name), None)
                 if plan is None:
                     raise Problem(503, "busy", "too many new settings at the same time; send it again", retry_after=1)
             if factor < 1:
                 error = plan.price_of_error * factor
                 plan = self.router.plan(needs=needs, price_of_error=error, max_latency=hints.max_latency)
         except ValueError as error_of_plan:
-            raise Problem(400, "setting_cannot_be_met", str(error_of_plan)) from None
+            raise Problem(400, _UNMET, str(error_of_plan)) from None
         if len(self._plans) >= _PLANS:
             self._plans.clear()
         self._plans[key] = plan
@@ -232,8 +252,8 @@ class Decider:
             same = [(query, future) for of, query, future in waiting if of is plan]
             try:
                 decided = self._decided(plan, [query for query, _ in same])
-                for decision, (_, future) in zip(decided, same, strict=True):
-                    future.set_result(self._choice(decision, plan, fast=False))
+                for decision, (query, future) in zip(decided, same, strict=True):
+                    future.set_result(self._choice(decision, plan, self._draw(query), fast=False))
             except Exception as error:
                 for _, future in same:
                     if not future.done():
@@ -278,7 +298,10 @@ class Decider:
             plan.price_of_error, why,
         )  # fmt: skip
 
-    def _choice(self, decision: Decision, plan: Plan, *, fast: bool) -> Choice:
+    def _draw(self, query: str) -> float:
+        return draw_of(query, self.router.salt + EXPLORE)
+
+    def _choice(self, decision: Decision, plan: Plan, draw: float, *, fast: bool) -> Choice:
         quality, price, cost = decision.quality, decision.price, decision.cost
         if plan.closed is not None:
             allowed = [name for name, place in self._place.items() if plan.mask[place]]
@@ -287,7 +310,7 @@ class Decider:
         return Choice(
             (decision.expert, *others), decision.why, decision.propensity, quality, price, cost, plan.price_of_error, self._best,
             fast,
-            decision.kind,
+            decision.kind, draw,
         )  # fmt: skip
 
 
@@ -303,10 +326,9 @@ def refusal(expert: Expert, asked: Asked, hints: Hints, allow: Collection[str] |
     """Why an expert may not answer; "" if it may."""
     if allow is not None and expert.name not in allow:
         return "not allowed for this key"
-    if expert.context_tokens is not None and asked.tokens + asked.output_tokens > expert.context_tokens:
-        return (
-            f"about {asked.tokens} tokens and {asked.output_tokens} for the answer exceed its window of {expert.context_tokens}"
-        )
+    tokens = asked.longest or asked.tokens
+    if expert.context_tokens is not None and tokens + asked.output_tokens > expert.context_tokens:
+        return f"about {tokens} tokens and {asked.output_tokens} for the answer exceed its window of {expert.context_tokens}"
     if asked.responses and not expert.responses:
         return "it has no /responses"
     if asked.tools and not expert.tools:

@@ -1,7 +1,6 @@
 """The small endpoints: models, feedback, health, metrics, and the door to the admin ones."""
 
 import json
-import math
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -177,6 +176,6 @@ def _feedback(body: bytes) -> tuple[str, float]:
             raise Problem(400, "invalid_feedback", 'thumbs: expected "up" or "down"', param="thumbs")
         return identity, _THUMBS[thumbs]
     number = isinstance(quality, int | float) and not isinstance(quality, bool)
-    if not number or not math.isfinite(quality) or not 0 <= quality <= 1:
+    if not number or not 0 <= quality <= 1:
         raise Problem(400, "invalid_feedback", "quality: expected a number in [0, 1]", param="quality")
     return identity, float(quality)

@@ -4,8 +4,8 @@ import base64
 import hmac
 import json
 import logging
-import math
 import secrets
+import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -166,7 +166,9 @@ class Keys:
         }
         with self.engine.begin() as connection:
             connection.execute(insert(table).values(**row))
-        self.refresh()
+        # The token is valid by now, and must not be lost; whoever serves reads again anyway.
+        with suppress(SQLAlchemyError):
+            self.refresh()
         return token, key
 
     def change(self, key: str, **settings: Any) -> tuple[Key, Key]:
@@ -295,7 +297,9 @@ def _check(name: str, experts: Collection[str] | None, rate: int | None, budget:
         raise ValueError("experts: expected at least one name, or None for all; a key for nobody is revoked instead")
     if rate is not None and (isinstance(rate, bool) or not isinstance(rate, int) or not 1 <= rate <= 1_000_000):
         raise ValueError(f"requests_per_minute: expected a whole number from 1 to 1,000,000, got {rate!r}")
-    if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int | float) or not 0 < budget < math.inf):
+    number = isinstance(budget, int | float) and not isinstance(budget, bool)
+    # A whole number may be larger than any float.
+    if budget is not None and (not number or not 0 < budget <= sys.float_info.max):
         raise ValueError(f"budget: expected dollars above 0, got {budget!r}")
     if window not in WINDOWS:
         raise ValueError(f"window: expected one of {', '.join(WINDOWS)}, got {window!r}")

@@ -270,12 +270,8 @@ class Limits:
 
     def _take_over(self, before: Key, key: Key, account: Account | None) -> None:
         """What has changed where the window is the same."""
-        if account is None:
-            return
-        if key.budget is None:
-            with self._lock:
-                self._accounts.pop(key.id, None)
-        elif before.budget != key.budget:
+        # The account of a key without a budget stays: what is in flight is settled there, should it get one again.
+        if account is not None and key.budget is not None and before.budget != key.budget:
             self._grant(key, account)
 
     def _move(self, key: Key, account: Account, window: Span, counted: float) -> None:

@@ -28,7 +28,6 @@ from deferral.gateway.streams import METERS, StreamMeter, error_event
 from deferral.gateway.upstream import FORWARDED, Failure
 from deferral.gateway.usage import Usage
 from deferral.gateway.wire import Left, header_map, read_body, send_problem, send_whole
-from deferral.routing.static import EXPLORE, draw_of
 
 if TYPE_CHECKING:
     from deferral.gateway.app import Gateway, Generation
@@ -78,7 +77,7 @@ class Exchange:
     """One request and its reply."""
 
     __slots__ = (
-        "arrived", "asked", "asking", "began", "best", "choice", "draw", "first", "gateway", "gone", "id", "kept", "key", "kind",
+        "arrived", "asked", "asking", "began", "best", "choice", "first", "gateway", "gone", "id", "kept", "key", "kind",
         "over", "path", "receive", "send", "started", "status", "traced", "tries", "watcher",
     )  # fmt: skip
 
@@ -94,7 +93,7 @@ class Exchange:
         self.first: AskingFirst | None = None
         self.best: Expert | None = None
         self.asking: Expert | None = None
-        self.draw, self.tries = math.nan, 0
+        self.tries = 0
         # started: the client has the first bytes; over: it needs no watching any more; gone: it left.
         self.started = self.over = self.gone = self.kept = False
         self.status = 500
@@ -157,8 +156,6 @@ class Exchange:
         choice = self.choice = await self._decided(now, asked, wanted)
         self.best = now.experts.get(choice.best)
         if asked.model in AUTO:
-            # A conversation that is known by its name alone was drawn by a query that it sent earlier.
-            self.draw = math.nan if wanted.conversation else draw_of(asked.query, now.router.salt + EXPLORE)
             gateway.metrics.decided(choice.ranking[0], perf_counter() - began, fast=choice.fast_path)
         ranking = [now.experts[name] for name in choice.ranking]
         forwarded = self._forwarded(headers)
@@ -406,7 +403,7 @@ class Exchange:
             best_price=best_price,
             cascade=cascade,
             kind=choice.kind if choice else "",
-            draw=self.draw,
+            draw=choice.draw if choice else math.nan,
         )
         if self.traced is None:
             gateway.record.add(row)

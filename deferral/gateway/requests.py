@@ -10,13 +10,14 @@ from typing import Any, Literal, NamedTuple
 
 from deferral.gateway.experts_file import AUTO
 from deferral.gateway.problems import Problem
-from deferral.gateway.turns import BYTES_PER_TOKEN, Turn, conversation, messages_of, text_of
+from deferral.gateway.turns import BYTES_PER_TOKEN, Turn, bytes_in, conversation, messages_of, text_of
 
 __all__ = ["Asked", "Hints", "Kind", "hints", "parse", "with_model"]
 
 Kind = Literal["chat", "completions", "embeddings", "responses"]
 
-_IMAGE_TOKENS = 1000
+# Of a picture, a sound or a file.
+_DATA_TOKENS = 1000
 # Of the Responses API: what an expert keeps between requests.
 _ELSEWHERE = ("conversation", "prompt")
 _MODEL = re.compile(rb'"model"\s*:\s*("[^"\\]*(?:\\.[^"\\]*)*")', re.DOTALL)
@@ -25,7 +26,8 @@ _DECODER = json.JSONDecoder()
 
 
 class Asked(NamedTuple):
-    """`tokens` is estimated, `output_tokens` what the client allows (0: not said).
+    """`tokens` is estimated, `output_tokens` what the client allows (0: not said).  `longest` has the tokens of the longest of
+    several inputs or prompts, each of which has an expert's window to itself (0: there is one).
 
     `query` is what is scored: the last of the `turns`, which are the user's requests, oldest first.  With `follows` it is not the
     newest, which only follows it up.  `responses` is a request of the Responses API, `previous` the id of the response that it
@@ -43,6 +45,7 @@ class Asked(NamedTuple):
     follows: bool = False
     responses: bool = False
     previous: str = ""
+    longest: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,22 +95,24 @@ def parse(kind: Kind, body: bytes) -> Asked:
     stream = request.get("stream")
     if stream is not None and not isinstance(stream, bool):
         raise Problem(400, "invalid_type", f"stream: expected true or false, got {_kind(stream)}", param="stream")
-    previous = ""
+    previous, longest = "", 0
     if kind == "chat" or kind == "responses":
         if kind == "responses":
             previous = _previous(request)
-        turns, tools, images, image_bytes = conversation(_messages(kind, request))
+        turns, tools, images, data, data_bytes = conversation(_messages(kind, request))
         tools = tools or bool(request.get("tools")) or bool(request.get("functions"))
     else:
         name = "prompt" if kind == "completions" else "input"
-        turns, tools, images, image_bytes = (Turn(text_of(request.get(name)), 0),), False, 0, 0
-    tokens = (len(body) - image_bytes) // BYTES_PER_TOKEN + images * _IMAGE_TOKENS
+        turns, tools, images, data, data_bytes = (Turn(text_of(request.get(name)), 0),), False, False, 0, 0
+        longest = _longest(request.get(name))
+    tokens = (len(body) - data_bytes) // BYTES_PER_TOKEN + data * _DATA_TOKENS
     allowed = request.get("max_completion_tokens") or request.get("max_tokens") or request.get("max_output_tokens")
     output = allowed if isinstance(allowed, int) and not isinstance(allowed, bool) and 0 < allowed < 1 << 31 else 0
     responses = kind == "responses"
     return Asked(
-        model, turns[-1].query, tokens, output, tools, images > 0, stream is True, turns, responses=responses, previous=previous
-    )
+        model, turns[-1].query, tokens, output, tools, images, stream is True, turns, responses=responses, previous=previous,
+        longest=longest,
+    )  # fmt: skip
 
 
 def with_model(body: bytes, model: str) -> bytes:
@@ -141,8 +146,12 @@ def hints(headers: Mapping[bytes, bytes]) -> Hints:
         if not math.isfinite(values[name]) or values[name] < 0 or (values[name] == 0 and name != "min_quality"):
             shown = header.decode()
             raise Problem(400, "invalid_hint", f"{shown}: expected a number above 0, got {_shown(text)}", param=shown)
-    if regions := headers.get(b"x-deferral-regions"):
-        values["regions"] = frozenset(region.strip() for region in regions.decode("latin-1").split(","))
+    if (regions := headers.get(b"x-deferral-regions")) is not None:
+        values["regions"] = frozenset(region.strip() for region in regions.decode("latin-1").split(",")) - {""}
+        # Taken for no header, it would lift the constraint.
+        if not values["regions"]:
+            shown = "x-deferral-regions"
+            raise Problem(400, "invalid_hint", f"{shown}: expected names such as eu, us, got {_shown(regions)}", param=shown)
     if conversation_name := headers.get(b"x-deferral-conversation"):
         values["conversation"] = conversation_name
     return Hints(**values) if values else NO_HINTS
@@ -160,6 +169,20 @@ def _messages(kind: Kind, request: Mapping[str, Any]) -> list[Any]:
     if not isinstance(items, str | list):
         raise Problem(400, "invalid_input", f"input: expected a text or a list, got {_kind(items)}", param="input")
     return messages_of(request.get("instructions"), items)
+
+
+def _longest(inputs: Any) -> int:
+    """Tokens of the longest of several inputs: texts, or lists of ids of tokens; one such list is an input of its own."""
+    if not isinstance(inputs, list) or not inputs:
+        return 0
+    if isinstance(inputs[0], int):
+        return len(inputs)
+    sizes = (
+        -(-bytes_in(one) // BYTES_PER_TOKEN) if isinstance(one, str) else len(one)
+        for one in inputs
+        if isinstance(one, str | list)
+    )
+    return max(sizes, default=0)
 
 
 def _previous(request: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ of a message.  What the user sends twice without an answer in between is one tur
 import re
 from typing import Any, NamedTuple
 
-__all__ = ["BYTES_PER_TOKEN", "Conversation", "Turn", "conversation", "messages_of", "text_of"]
+__all__ = ["BYTES_PER_TOKEN", "Conversation", "Turn", "bytes_in", "conversation", "messages_of", "text_of"]
 
 # A rule of thumb of English text in today's tokenizers; in other scripts a character has more bytes and more tokens.
 BYTES_PER_TOKEN = 4
@@ -26,6 +26,10 @@ _OBSERVED = "Observation:"
 # More of them in one message are taken for text: reading a request takes a bounded time.
 _MOST_WRAPPED = 32
 _PARTS_OF_TOOLS = frozenset({"tool_result", "tool_use", "tool_call"})
+_SOUNDS_AND_FILES = frozenset({"input_audio", "file", "input_file"})
+# Where a part has its data, by either API, and where they are in it.
+_DATA = ("image_url", "image", "input_audio", "file", "file_data")
+_DATA_IN_IT = ("url", "data", "file_data")
 
 
 class Turn(NamedTuple):
@@ -36,12 +40,16 @@ class Turn(NamedTuple):
 
 
 class Conversation(NamedTuple):
-    """The requests of the user, oldest first, at least one: without any, the last text that there is stands for it."""
+    """The requests of the user, oldest first, at least one: without any, the last text that there is stands for it.
+
+    `data` counts pictures, sounds and files, `data_bytes` what is sent of them.
+    """
 
     turns: tuple[Turn, ...]
     tools: bool
-    images: int
-    image_bytes: int
+    images: bool
+    data: int
+    data_bytes: int
 
 
 def conversation(messages: list[Any]) -> Conversation:
@@ -49,7 +57,7 @@ def conversation(messages: list[Any]) -> Conversation:
     turns: list[tuple[str, int]] = []
     rest = 0
     users_text, other_text = "", ""
-    tools, images, image_bytes, answered = False, 0, 0, True
+    tools, images, data, data_bytes, answered = False, False, 0, 0, True
     for message in reversed(messages):
         if not isinstance(message, dict):
             continue
@@ -60,12 +68,14 @@ def conversation(messages: list[Any]) -> Conversation:
             text = text_of(content)
             for part in content if isinstance(content, list) else ():
                 kind = str(part.get("type")) if isinstance(part, dict) else ""
-                if "image" in kind or kind == "computer_screenshot":
-                    images += 1
-                    image_bytes += _length(part)
+                picture = "image" in kind or kind == "computer_screenshot"
+                if picture or kind in _SOUNDS_AND_FILES:
+                    images = images or picture
+                    data += 1
+                    data_bytes += _length(part)
                 elif kind in _PARTS_OF_TOOLS:
                     tools = True
-        rest += len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
+        rest += bytes_in(text)
         if role == "user":
             users_text = users_text or text
             if answered and (asked := _asked(text)):
@@ -81,7 +91,7 @@ def conversation(messages: list[Any]) -> Conversation:
     if not turns:
         turns.append((users_text if users_text or _has_user(messages) else other_text, rest))
     found = tuple(Turn(query, (rest - after) // BYTES_PER_TOKEN) for query, after in reversed(turns))
-    return Conversation(found, tools, images, image_bytes)
+    return Conversation(found, tools, images, data, data_bytes)
 
 
 def messages_of(instructions: Any, items: str | list[Any]) -> list[dict[str, Any]]:
@@ -115,6 +125,11 @@ def text_of(content: Any) -> str:
         for part in content
     )
     return "\n".join(text for text in texts if isinstance(text, str))
+
+
+def bytes_in(text: str) -> int:
+    """The length of a text in UTF-8."""
+    return len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
 
 
 def _has_user(messages: list[Any]) -> bool:
@@ -151,6 +166,6 @@ def _asked(text: str) -> str:
 
 
 def _length(part: dict[str, Any]) -> int:
-    image = part.get("image_url", part.get("image"))
-    url = image.get("url") if isinstance(image, dict) else image
-    return len(url) if isinstance(url, str) else 0
+    held = next((part[name] for name in _DATA if name in part), None)
+    data = next((held[name] for name in _DATA_IN_IT if name in held), None) if isinstance(held, dict) else held
+    return len(data) if isinstance(data, str) else 0

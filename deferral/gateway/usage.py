@@ -40,16 +40,19 @@ def usage_of(body: bytes, input_tokens: int) -> Usage | None:
         stripped = body.strip()
         if not (stripped.startswith(b"{") and stripped.endswith(b"}")):
             return None
-        return usage_reported(last_usage(body[:_TAIL]) or last_usage(body[-_TAIL:]), id_in(body[:_TAIL]), input_tokens, 0)
-    try:
-        reply = json.loads(body)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(reply, dict):
-        return None
-    usage, own = reply.get("usage"), reply.get("id")
-    characters = 0 if isinstance(usage, dict) else sum(map(len, TEXT.findall(body)))
-    reply_id = own if isinstance(own, str) and len(own) <= _LONGEST_ID else ""
+        last = body.rfind(b'"usage"')
+        usage = last_usage(body[last : last + _TAIL]) or last_usage(body[:_TAIL])
+        reply_id = id_in(body[:_TAIL])
+    else:
+        try:
+            reply = json.loads(body)
+        except (ValueError, RecursionError):
+            return None
+        if not isinstance(reply, dict):
+            return None
+        usage, own = reply.get("usage"), reply.get("id")
+        reply_id = own if isinstance(own, str) and len(own) <= _LONGEST_ID else ""
+    characters = 0 if _tokens(usage) else sum(map(len, TEXT.findall(body)))
     return usage_reported(usage, reply_id, input_tokens, characters)
 
 
@@ -98,7 +101,7 @@ def id_in(head: bytes) -> str:
 
 def usage_reported(reported: Any, reply_id: str, input_tokens: int, characters: int) -> Usage:
     """What is `reported`, else the estimate of the input and `characters` of the output."""
-    tokens = _tokens(reported) if isinstance(reported, dict) else None
+    tokens = _tokens(reported)
     if tokens is None:
         return Usage(input_tokens, -(-characters // _CHARACTERS_PER_TOKEN), True, reply_id)
     into, out = tokens
@@ -107,8 +110,10 @@ def usage_reported(reported: Any, reply_id: str, input_tokens: int, characters: 
     return Usage(into, out, False, reply_id, min(cached, into) if _is_count(cached) else 0)
 
 
-def _tokens(usage: dict[str, Any]) -> tuple[int, int] | None:
-    """Of input and output, by the names of either API."""
+def _tokens(usage: Any) -> tuple[int, int] | None:
+    """Of input and output, by the names of either API; None where they are not reported."""
+    if not isinstance(usage, dict):
+        return None
     into = usage.get("prompt_tokens", usage.get("input_tokens"))
     out = usage.get("completion_tokens", usage.get("output_tokens", 0))
     return (into, out) if _is_count(into) and _is_count(out) else None
