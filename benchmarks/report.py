@@ -27,7 +27,7 @@ How to read the tables.  A cost is the mean over the test rows, in errors; with 
 seeds, with one seed ± half of its 95% bootstrap interval.  Thresholds are fitted on calibration rows for every method, baselines
 included; "natural threshold" is the same scores without that.  A difference is paired over the test rows, its brackets cover
 every seed's 95% interval.  "Cheaper" and "dearer" count the intervals that lie on one side of zero.  "Ours minus published" has
-a 95% interval, over our seeds, or over the test rows where there is one seed; in the published protocol (preset paper) a figure
+a 95% interval, over our seeds or over the test rows, whichever is the wider; in the published protocol (preset paper) a figure
 is held where ours is at most the published one, not held where the whole interval lies above zero, and undecided in between.
 Costs of what is kept are over the seeds that keep anything.
 Minutes are sums over the cells, where other work on the machine makes them more; started twice, a command shares its cells

@@ -1,8 +1,8 @@
 """Abstention at a constant cost: the cells that score-based and predictor-rejector share, so that neither runs twice.
 
-Single-stage methods train a network of their own on the rows of both stages; two-stage methods and Chow's rule share one
-first stage, and the second stage sees the rows that it did not, which Chow's rule does without.  Thresholds are fitted on the
-calibration rows.
+Single-stage methods train a network of their own, from nothing, on the rows of both stages; two-stage methods and Chow's rule
+share one first stage, and the second stage sees the rows that it did not, which Chow's rule does without.  Thresholds are fitted
+on the calibration rows.
 """
 
 import time

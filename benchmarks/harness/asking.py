@@ -1,7 +1,8 @@
 """Deferral to E experts from fixed features: the methods that multi-expert, two-stage and people have in common.
 
 A method learns heads on the rows of the second stage, which the first stage's network did not see; its threshold is fitted on
-the calibration rows.  Every head has 64 hidden units and the same steps.
+the calibration rows.  Every head has 64 hidden units and the same steps, but for
+those of losses that are not convex (q = 1, mu = 2): they start from the head of a convex one, and so take twice as many.
 """
 
 from collections.abc import Callable

@@ -36,6 +36,8 @@ PRESETS = {
         {"cifar10": (0.2, 0.3), "cifar100": (0.2, 0.3), "svhn": (0.2, 0.3)},
         experts=(1, 4, 16),
     ),
+    # Its rate and that weights are not averaged were chosen on 5,000 training images held out, after a first run had shown errors
+    # of 16% on the test images.
     "fast": Preset(
         45_000,
         3_000,
