@@ -258,6 +258,24 @@ def test_files_and_options_that_do_not_fit_together(tmp_path: Path) -> None:
         evaluate([tmp_path / "outputs.txt"])
 
 
+def test_text_in_parquet_that_is_not_utf_8(tmp_path: Path) -> None:
+    latin = pa.Array.from_buffers(pa.string(), 1, [None, pa.array([0, 2], pa.int32()).buffers()[1], pa.py_buffer(b"\xe9t")])
+    table = pa.Table.from_arrays([latin, latin, pa.array([0.5])], ["target", "answer", "score"])
+    pa.parquet.write_table(table, tmp_path / "latin.parquet")
+    with pytest.raises(DataError, match=r"latin\.parquet: column 'target': a text in it is not UTF-8"):
+        evaluate([tmp_path / "latin.parquet"])
+
+
+@pytest.mark.parametrize("sentinel", [-1.797e308, 1e154])
+def test_a_number_that_stands_for_a_missing_one_is_named(tmp_path: Path, sentinel: float) -> None:
+    table = {"target": [1.0] * 9, "answer": [1.5] * 9, "answer_A": [1.0] * 9, "score": [0.0] * 9, "score_A": [1.0] * 9}
+    assert evaluate([write(tmp_path / "good.csv", table)], regression=True).comparison.figures["oracle"].cost.estimate == 0
+    table["answer_A"][4] = sentinel
+    path = write(tmp_path / "ours.csv", table)
+    with pytest.raises(DataError, match=r"ours\.csv: row 5, column 'answer_A': .* for the target 1 is too far off"):
+        evaluate([tmp_path / "good.csv", path], regression=True)
+
+
 def test_the_baselines_that_need_no_probability_learn_from_the_scores(tmp_path: Path) -> None:
     """The expert is right where a score says so: post-hoc deferral finds it, a constant cannot."""
     generator = torch.Generator().manual_seed(0)

@@ -167,5 +167,5 @@ def test_one_interval_is_of_one_figure() -> None:
 
 def test_a_figure_that_does_not_exist_has_no_interval() -> None:
     found = interval(math.nan, torch.tensor([0.1, 0.2, math.nan]))
-    assert math.isnan(found.low) and math.isnan(found.high)
+    assert all(map(math.isnan, (found.low, found.high)))
     assert not found.excludes_zero()

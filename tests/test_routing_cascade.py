@@ -26,7 +26,7 @@ from deferral.routing import (
     write_log,
 )
 from deferral.routing.cascade import Cascade, features
-from deferral.routing.cascade_fitting import Answered, _costs, _guess, gain_over
+from deferral.routing.cascade_fitting import Answered, _costs, _guess, _judged, gain_over
 from deferral.routing.policies import Linear
 from tests.handmade_cascade import GUESS, handmade, unsure_router
 from tests.running_gateway import EASY, HARD
@@ -53,6 +53,23 @@ def two_points(count: int, *, seed: int, telling: bool = True) -> Answered:
 @pytest.fixture(scope="module")
 def learned() -> Cascade:
     return fit_cascade(two_points(3000, seed=0))
+
+
+def test_answers_to_few_queries_prove_nothing_however_many_they_are() -> None:
+    def judged(queries: int) -> float:
+        query = np.repeat(np.arange(queries), 100)
+        alone, always, cascaded = (np.full((1, len(query)), cost) for cost in (0.4, 0.3, 0.1))
+        alone[0, ::2] = 0.5
+        asked = np.ones((1, len(query)), bool)
+        single = np.full((1, len(query), 2), 0.3)
+        return float(_judged(np.ones(1), query, alone, always, cascaded, asked, ~asked, single).half_width[0])
+
+    assert judged(1) == judged(2) == judged(19) == math.inf
+    assert judged(20) < math.inf
+    for queries in (1, 19):
+        few = replace(two_points(200, seed=0), query=np.arange(200) % queries)
+        with pytest.raises(DataError, match=f"are to {queries} different queries, expected at least 20"):
+            fit_cascade(few)
 
 
 def test_numbers_of_log_probabilities() -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
@@ -89,6 +90,8 @@ def test_evaluate_judges_by_folds_and_a_router_on_other_queries(folder: Path, tm
     stored = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert (stored["rows"], stored["groups"]) == (150, 3)
     assert "150 queries of 3 subjects" in result.output
+    unsaid = call("evaluate", tmp_path / "log.jsonl", "--by-tag", "--resamples", 100)
+    assert "fitting and judging 3 folds" in unsaid.stderr
     # On a subject that was never seen there is nothing to go by.
     assert stored["figures"]["routed"]["AIQ"]["estimate"] < stored["figures"]["oracle"]["AIQ"]["estimate"]
     assert (tmp_path / "out" / "curve.png").stat().st_size > 1000
@@ -96,7 +99,9 @@ def test_evaluate_judges_by_folds_and_a_router_on_other_queries(folder: Path, tm
     assert "always one expert" in other.output
     write_log(outcomes(300, 0), tmp_path / "same.jsonl")
     assert "left out: " in call("evaluate", tmp_path / "same.jsonl", "-r", folder, "--resamples", 100).output
-    assert call("evaluate", tmp_path / "log.jsonl", "-r", folder, "--by-tag").exit_code == 2
+    for given in (("--by-tag",), ("--folds", 3)):
+        refused = call("evaluate", tmp_path / "log.jsonl", "-r", folder, *given)
+        assert (refused.exit_code, f"{given[0]} goes without --router" in refused.output) == (2, True)
     assert "ask for fewer folds (--folds)" in call("evaluate", tmp_path / "log.jsonl", "--by-tag", "--folds", 9).output
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     plain = call("evaluate", tmp_path / "log.jsonl", "-r", folder, "--resamples", 100, "-o", tmp_path / "plain")
@@ -183,15 +188,10 @@ def test_a_batch_goes_on_where_it_was_killed(folder: Path, tmp_path: Path, monke
     assert seen == [80, 102]
     assert out.read_bytes() == whole
     assert not partial.exists()
-    with pytest.raises(DataError, match="it is there already"):
-        route_file(folder, tmp_path / "in.jsonl", out)
     assert "102 decisions" in call("batch", tmp_path / "in.txt", tmp_path / "again.jsonl", "-r", folder).output
     assert (tmp_path / "again.jsonl").read_bytes() == whole
     again = call("batch", tmp_path / "in.txt", tmp_path / "again.jsonl", "-r", folder)
     assert (again.exit_code, "is complete" in again.output) == (0, True)
-    (tmp_path / "another.txt").write_text("precious")
-    with pytest.raises(DataError, match="it is there already"):
-        call("batch", tmp_path / "in.txt", tmp_path / "another.txt", "-r", folder)
     with (tmp_path / "locked.partial").open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(DataError, match=r"locked.partial: another process is writing it"):
@@ -215,6 +215,97 @@ def test_a_batch_goes_on_where_it_was_killed(folder: Path, tmp_path: Path, monke
     route_file(folder, tmp_path / "bad.jsonl", tmp_path / "bad.out", on_rows=lambda rows, read: seen.append(rows))
     assert seen == [102]
     assert (tmp_path / "bad.out").read_bytes() == whole, "a mended file goes on after the rows that were decided"
+
+
+@pytest.mark.ci_slow
+def test_a_batch_that_is_there_is_taken_for_done_only_if_it_is(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batching, "_CHUNK", 40)
+    queries, out = tmp_path / "in.txt", tmp_path / "out.jsonl"
+    texts = world(100, seed=4)[0]
+
+    def ask(lines: list[str]) -> None:
+        queries.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    ask(texts)
+    arguments = ("batch", queries, out, "-r", folder)
+    assert "100 decisions" in call(*arguments).output
+    whole = out.read_bytes()
+    again = call(*arguments)
+    assert (again.exit_code, "is complete" in again.output) == (0, True)
+
+    def refused(*others: object) -> None:
+        with pytest.raises(DataError, match=r"out\.jsonl: it is there already; remove it or name another file"):
+            call(*arguments, *others)
+
+    refused("--price-of-error", 10.0)
+    refused("--deny", "small")
+    Router(0.1, policies=QUICK).fit(outcomes(200, 5)).save(tmp_path / "another")
+    refused("-r", tmp_path / "another")
+    for lines in (["emperor", *texts[1:]], [*texts[:-1], "emperor treaty"], texts[:-1], [*texts, "one more"]):
+        ask(lines)
+        refused()
+    ask(texts)
+    for content in (b"precious\n" * 100, whole[:-20], whole + b"{}\n", b""):
+        out.write_bytes(content)
+        refused()
+        assert out.read_bytes() == content
+    out.write_bytes(whole)
+    assert route_file(folder, queries, out) == 100
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["another", "in.txt", "out.jsonl"]
+
+
+@pytest.mark.ci_slow
+def test_the_note_of_a_batch_that_was_stopped_is_never_half_written(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batching, "_CHUNK", 10)
+    queries, out, note = tmp_path / "in.jsonl", tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial.json"
+    rows = [json.dumps({"query": text}) + "\n" for text in world(40, seed=4)[0]]
+    queries.write_text("".join([*rows[:25], "{}\n", *rows[26:]]))
+
+    def killed(rows: int, read: int) -> None:
+        raise KeyboardInterrupt
+
+    written_at = []
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            route_file(folder, queries, out, on_rows=killed)
+        written_at.append((note.stat().st_ino, note.stat().st_mtime_ns))
+    assert written_at[0] == written_at[1]
+    with pytest.raises(DataError, match="row 26"):
+        route_file(folder, queries, out)
+    queries.write_text("".join(rows))
+    before = note.read_bytes()
+
+    def full(path: Path, *given: object, **options: object) -> None:
+        path.write_bytes(b"")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as disk:
+        disk.setattr(Path, "write_text", full)
+        with pytest.raises(OSError, match="No space left"):
+            route_file(folder, queries, out)
+    assert note.read_bytes() == before
+    assert route_file(folder, queries, out) == 40
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
+
+
+def test_without_its_extra_the_command_names_it() -> None:
+    program = "import sys; sys.modules['threadpoolctl'] = None; from deferral.cli import main; main(['route', '--help'])"
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert found.returncode == 1
+    assert "routing needs threadpoolctl: pip install 'deferral[router]'" in found.stderr
+    assert "Traceback" not in found.stderr
+
+
+def test_help_shows_every_default_and_says_what_similarity_is() -> None:
+    for command in route.commands.values():
+        for option in command.params:
+            if isinstance(option, click.Option) and type(option.default) in (int, float):
+                assert option.show_default, f"{command.name} {option.opts[0]}"
+    assert "mean cosine with the ten nearest" in " ".join(call("explain", "--help").output.split())
 
 
 @pytest.mark.ci_slow
@@ -310,3 +401,14 @@ def test_the_guide_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     assert len(session["actions"]) == 5
     assert session["worth"].cost["doubly robust"].low < session["worth"].cost["doubly robust"].high
     assert "Routability" in capsys.readouterr().out
+
+
+def test_of_two_experts_the_better_may_be_the_cheaper() -> None:
+    quality = np.random.default_rng(0).integers(0, 2, (200, 2)).astype(float)
+    quality[:150, 0] = 1.0
+    price, errors = np.tile([[0.001, 0.02]], (200, 1)), np.array([1.0])
+    nobody, first = np.zeros((1, 200), bool), np.zeros((1, 200), int)
+    rows = Held(["a", "b"], quality, price, errors, first, first, first, nobody, quality[:, 1] - quality[:, 0])
+    found = evaluation(rows, resamples=20).figures
+    assert found["routed"]["APGR"].estimate == pytest.approx(found["oracle"]["APGR"].estimate)
+    assert found["oracle"]["APGR"].estimate > found["random"]["APGR"].estimate

@@ -187,3 +187,8 @@ def test_draws_are_uniform_and_the_same_for_the_same_query_and_salt() -> None:
     assert drawn.max() < 1
     assert np.abs(np.sort(drawn) - np.linspace(0, 1, 4000)).max() < 1.63 / np.sqrt(4000)  # Kolmogorov-Smirnov, 1%
     assert torch.tensor(drawn).dtype == torch.float64
+
+
+def test_prices_that_differ_by_rounding_are_one_price() -> None:
+    rounded, exact = (trade_offs(np.array([[0.001, 0.3, third]])) for third in (0.1 + 0.2, 0.3))
+    np.testing.assert_allclose(rounded, exact, rtol=1e-6)

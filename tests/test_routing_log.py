@@ -64,6 +64,12 @@ def test_a_table_holds_the_mean_of_every_cell() -> None:
     assert np.isnan(table.latency).all()
 
 
+def test_an_unknown_latency_says_nothing_of_the_known_ones() -> None:
+    log = Log([Outcome("q", "a", 1, 0, latency_s=2), Outcome("q", "a", 1, 0), Outcome("q", "a", 0, 0, latency_s=4)])
+    log.extend([Outcome("q", "b", 1, 0), Outcome("r", "a", 1, 0, latency_s=5)])
+    np.testing.assert_array_equal(log.table().latency, [[3, np.nan], [5, np.nan]])
+
+
 def test_a_table_of_some_experts_leaves_out_queries_that_none_of_them_answered() -> None:
     table = some_log().table(["large"])
     assert table.queries == ["what is 2 + 2?", "prove it \U0001f389 日本語"]
@@ -169,6 +175,26 @@ def test_a_parquet_file_that_was_cut_off_and_text_that_it_cannot_hold(tmp_path: 
     assert len(list(tmp_path.iterdir())) == 1
     write_log(half, tmp_path / "log.jsonl")
     assert read_log(tmp_path / "log.jsonl")[0].query == "half \ud800"
+
+
+def test_a_parquet_file_of_bytes_and_one_with_a_column_twice(tmp_path: Path) -> None:
+    offsets = pa.array([0, 2], pa.int32()).buffers()[1]
+    latin = pa.Array.from_buffers(pa.string(), 1, [None, offsets, pa.py_buffer(b"\xe9t")])
+    columns = {"query": latin, "expert": pa.array(["a"]), "quality": pa.array([1.0]), "price": pa.array([0.0])}
+    pq.write_table(pa.table(columns), tmp_path / "latin.parquet")
+    with pytest.raises(DataError, match=r"latin\.parquet: a text in it is not UTF-8 .*xe9t"):
+        read_log(tmp_path / "latin.parquet")
+    columns["query"] = pa.array(["q"])
+    twice = pa.Table.from_arrays([*columns.values(), pa.array([0.0])], [*columns, "quality"])
+    pq.write_table(twice, tmp_path / "twice.parquet")
+    with pytest.raises(DataError, match=r"twice\.parquet: the column 'quality' is there twice"):
+        read_log(tmp_path / "twice.parquet")
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", "log.parquet"])
+def test_a_log_is_not_written_where_there_is_no_folder(tmp_path: Path, name: str) -> None:
+    with pytest.raises(DataError, match=rf"nowhere: expected the folder for {name}, there is none"):
+        write_log(some_log(), tmp_path / "nowhere" / name)
 
 
 def test_a_parquet_file_of_decimals_and_names_that_are_spelt_alike(tmp_path: Path) -> None:

@@ -184,6 +184,8 @@ def test_a_floor_is_looked_for_along_the_whole_curve_and_left_to_the_single_expe
     plan = one.plan(min_quality=0.95)
     assert "reached a quality of 0.900, the best single expert more" in plan.why_fallback
     assert plan.mix @ one.fitted.means == pytest.approx(0.95)
+    with pytest.raises(ValueError, match=r"routing reached at most 0.900, got 0.95"):
+        one.plan(min_quality=0.95, learned=True)
 
 
 def test_a_plan_hangs_on_what_the_router_says_now() -> None:

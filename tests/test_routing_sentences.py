@@ -1,9 +1,11 @@
 """Sentence encoders, on a tiny one that is made here from a configuration."""
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -34,6 +36,26 @@ def test_a_folder_without_onnx_needs_sentence_transformers(tmp_path: Path, monke
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(DataError, match="the encoder cannot be read"):
         sentence_encoder(tmp_path)
+
+
+def test_an_encoder_is_known_by_its_weights_tokenizer_and_pooling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sentence_transformers", SimpleNamespace(SentenceTransformer=lambda *given, **options: None))
+    with pytest.raises(DataError, match="it holds no weights"):
+        sentence_encoder(tmp_path)
+    (tmp_path / "one" / "1_Pooling").mkdir(parents=True)
+    names = ("pytorch_model.bin", "tokenizer.json", "vocab.txt", "spiece.model", "1_Pooling/config.json", "model.safetensors")
+    for name in names:
+        (tmp_path / "one" / name).write_text(name)
+    known = sentence_encoder(tmp_path / "one").fingerprint
+    shutil.copytree(tmp_path / "one", tmp_path / "moved")
+    (tmp_path / "moved" / "README.md").write_text("of no weight")
+    assert sentence_encoder(tmp_path / "moved").fingerprint == known
+    for name in names:
+        other = shutil.copytree(tmp_path / "one", tmp_path / name.replace("/", "-"))
+        (other / name).write_text("another")
+        assert sentence_encoder(other).fingerprint != known
+    (tmp_path / "moved" / "1_Pooling").rename(tmp_path / "moved" / "2_Pooling")
+    assert sentence_encoder(tmp_path / "moved").fingerprint != known
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +95,64 @@ def exported(source: Path) -> Path:
 
     assert export(source, source.parent / "onnx", max_tokens=32) > 0.9999
     return source.parent / "onnx"
+
+
+@pytest.mark.ci_slow
+def test_the_folder_of_an_export_is_as_open_as_any_other(exported: Path, tmp_path: Path) -> None:
+    (tmp_path / "any").mkdir()
+    assert exported.stat().st_mode == (tmp_path / "any").stat().st_mode
+    assert not list(exported.parent.glob(".*"))
+    assert os.access(exported / "model.onnx", os.R_OK)
+
+
+@pytest.mark.ci_slow
+def test_a_checkpoint_in_half_precision_is_exported(source: Path, tmp_path: Path) -> None:
+    import torch
+    from transformers import BertModel
+
+    from deferral.routing.onnx_export import export
+
+    shutil.copytree(source, tmp_path / "half")
+    BertModel.from_pretrained(source).to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    assert export(tmp_path / "half", tmp_path / "onnx") > 0.9999
+
+
+_LEGACY = {"word_embedding_dimension": 32, "pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}
+
+
+@pytest.mark.parametrize(
+    ("pooling", "module", "message"),
+    [
+        (_LEGACY, "Normalize", "no model can be read"),
+        ({"pooling_mode": "mean"}, "Normalize", "no model can be read"),
+        (
+            _LEGACY | {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False},
+            "Normalize",
+            "expected the mean .*'cls_token'",
+        ),
+        (_LEGACY | {"pooling_mode_max_tokens": True}, "Normalize", "expected the mean of the tokens"),
+        ({"pooling_mode": "cls"}, "Normalize", r"config\.json: expected the mean of the tokens, .* got cls"),
+        (_LEGACY, "Dense", r"modules\.json: the module Dense cannot be exported"),
+    ],
+)
+def test_an_encoder_of_other_pooling_is_not_exported(tmp_path: Path, pooling: dict, module: str, message: str) -> None:
+    from deferral.routing.onnx_export import export
+
+    kinds = [
+        "sentence_transformers.models.Transformer",
+        "sentence_transformers.models.Pooling",
+        f"sentence_transformers.models.{module}",
+    ]
+    modules = [{"idx": place, "path": f"{place}_Pooling" if place else "", "type": kind} for place, kind in enumerate(kinds)]
+    (tmp_path / "in" / "1_Pooling").mkdir(parents=True)
+    for name, content in (("modules.json", modules), ("tokenizer.json", {}), ("1_Pooling/config.json", pooling)):
+        (tmp_path / "in" / name).write_text(json.dumps(content))
+    with pytest.raises(DataError, match=message):
+        export(tmp_path / "in", tmp_path / "out")
+    (tmp_path / "in" / "modules.json").unlink()
+    if module != "Dense":
+        with pytest.raises(DataError, match=message):
+            export(tmp_path / "in", tmp_path / "out")
 
 
 @pytest.mark.ci_slow

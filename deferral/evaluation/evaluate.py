@@ -72,6 +72,8 @@ def evaluate(
     fitting, judging = rows.split([int(calibration_share * len(rows)), len(rows) - int(calibration_share * len(rows))])
     judging = judging.sort().values
     price_row = [prices.get(name, 0.0) for name in first.experts]
+    for output, path in zip(outputs, paths, strict=True):
+        _check_sizes(output, path)
     table = [_costs(output, price_row, abstain_cost) for output in outputs]
 
     def system(number: int) -> System:
@@ -181,6 +183,23 @@ def _check(
         raise DataError(f"calibration share: expected a number in [0, 1), got {calibration_share}")
     if calibration_share and (int(calibration_share * len(first.targets)) < 1):
         raise DataError(f"calibration share: {calibration_share} of {len(first.targets)} rows is less than one row")
+
+
+def _check_sizes(output: Outputs, path: Path) -> None:
+    """DataError where squared errors are too large to be added up: often a number that stands for a missing one."""
+    if output.labels is not None:
+        return
+    asked = 1 + len(output.experts)
+    errors = (output.answers[:, :asked] - output.targets.unsqueeze(-1)).square().where(output.mask[:, :asked], 0.0)
+    # Of a resample, each of as many rows may be the largest.
+    if (large := (errors > torch.finfo(errors.dtype).max / len(errors)).nonzero()).numel():
+        row, column = large[0].tolist()
+        name = ["answer", *(f"answer_{name}" for name in output.experts)][column]
+        raise DataError(
+            f"{path}: row {row + 1}, column {name!r}: {float(output.answers[row, column]):g} for the target "
+            f"{float(output.targets[row]):g} is too far off to be squared; expected numbers of the data, and an empty cell where "
+            "an expert's answer is missing"
+        )
 
 
 def _named_targets(output: Outputs) -> list[str] | list[float]:

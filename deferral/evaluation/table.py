@@ -50,6 +50,11 @@ class Table:
                 cells = pc.cast(column, pa.string()).to_pylist()
             except (pa.ArrowNotImplementedError, pa.ArrowInvalid) as error:
                 raise DataError(f"{self.path}: column {name!r}: expected text or numbers, got {column.type}") from error
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    f"{self.path}: column {name!r}: a text in it is not UTF-8 ({error.reason}: {error.object[:40]!r}); write it "
+                    "as UTF-8"
+                ) from error
             stripped = [(cell or "").strip() for cell in cells]
             self._text[name] = ["" if cell in _EMPTY else cell for cell in stripped]
         return self._text[name]

@@ -20,7 +20,11 @@ from threading import Thread
 from typing import Any, BinaryIO
 
 import numpy as np
-from threadpoolctl import threadpool_limits
+
+try:
+    from threadpoolctl import threadpool_limits
+except ModuleNotFoundError as error:
+    raise ImportError("routing needs threadpoolctl: pip install 'deferral[router]'") from error
 
 from deferral.errors import DataError
 from deferral.routing.constraints import Needs
@@ -45,11 +49,11 @@ def route_file(
     """Route every query of a file by the router in a folder; the number of queries.  DataError names the row.
 
     `queries` is .jsonl, one object with "query" a line, or any other text file, one query a line (an empty line is an empty
-    query).  `setting` are those of `Router.plan`.  Calls `on_rows(rows done, bytes of the file read)` as it goes on.
+    query).  `setting` are those of `Router.plan`.  Calls `on_rows(rows done, bytes of the file read)` as it goes on.  An `out`
+    that the same work has left is kept, and nothing is done.
     """
     if out.exists() and out.samefile(queries):
         raise DataError(f"{out}: it holds the queries; name another file for the decisions")
-    _check_free(out)
     if not queries.is_file():
         raise DataError(f"{queries}: expected a file, which can be read again from the middle; write what comes by a pipe to one")
     if workers < 1:
@@ -58,6 +62,9 @@ def route_file(
     # The setting is judged before any work is done, and a missing router named.
     router = Router.load(folder, encoder=encoder)
     router.plan(**setting)
+    if _complete(router, setting, queries, out):
+        return _lines(queries)
+    _check_free(out)
     work = {
         "router": written(folder),
         "queries": [str(queries.resolve()), queries.stat().st_size, queries.stat().st_mtime_ns],
@@ -83,11 +90,29 @@ def route_file(
                 on_rows(rows, read)
         except DataError as error:
             # From there on the file may be another when it is mended.
-            note.write_text(json.dumps(_until(rows, queries, work)), encoding="utf-8")
+            _write(note, _until(rows, queries, work))
             raise DataError(f"{error}; mend it and repeat the command: {rows:,} decisions are kept") from error
         os.replace(partial, out)
     note.unlink()
     return rows
+
+
+def _complete(router: Router, setting: dict, queries: Path, out: Path) -> bool:
+    """Whether `out` is what this work leaves: a decision for each query, the first chunk of them as they are decided now.
+
+    To decide all again would take as long as the work.  An edit further down is told by its time.
+    """
+    if not out.is_file() or queries.stat().st_mtime_ns > out.stat().st_mtime_ns or _lines(out) != _lines(queries):
+        return False
+    with threadpool_limits(1, user_api="blas"), out.open("rb") as file:
+        decided = b"".join(lines for lines, _ in _decided_here(islice(_chunks(queries, 0), 1), router, setting, 0))
+        # A copy may end within a line.
+        return file.read(len(decided)) == decided and all(line.endswith(b"\n") for line in file)
+
+
+def _lines(path: Path) -> int:
+    with path.open("rb") as file:
+        return sum(1 for _ in file)
 
 
 def _check_free(out: Path) -> None:
@@ -132,7 +157,7 @@ def _whole_lines(partial: Path, note: Path, work: dict, queries: Path) -> int:
     came to a bad row, the file may be another from there on.
     """
     if partial.stat().st_size == 0:
-        note.write_text(json.dumps(work), encoding="utf-8")
+        _write(note, work)
         return 0
     lines = read = whole = 0
     with partial.open("rb+") as file:
@@ -150,9 +175,20 @@ def _whole_lines(partial: Path, note: Path, work: dict, queries: Path) -> int:
                 f"{partial}: it was begun with another router, file or setting; remove it and {note.name} to start again, or "
                 "repeat the command that began it"
             )
-        note.write_text(json.dumps(work), encoding="utf-8")
+        if begun != work:
+            _write(note, work)
         file.truncate(whole)
     return rows
+
+
+def _write(note: Path, work: dict) -> None:
+    """The note whole or not at all: decisions without one cannot be continued."""
+    partial = note.with_name(f"{note.name}.new")
+    try:
+        partial.write_text(json.dumps(work), encoding="utf-8")
+        os.replace(partial, note)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _chunks(path: Path, skip: int) -> Iterator[tuple[list[str], int]]:
@@ -192,7 +228,7 @@ def _decided_here(
 ) -> Iterator[tuple[bytes, int]]:
     """(lines of decisions, bytes read) of each chunk, in order."""
     for queries, read in chunks:
-        yield _lines(router, setting, queries, first), read
+        yield _decisions(router, setting, queries, first), read
         first += len(queries)
 
 
@@ -235,10 +271,10 @@ def _end_with_parent() -> None:
 
 
 def _work(queries: list[str], first: int) -> bytes:
-    return _lines(_of_worker["router"], _of_worker["setting"], queries, first)
+    return _decisions(_of_worker["router"], _of_worker["setting"], queries, first)
 
 
-def _lines(router: Router, setting: dict, queries: list[str], first: int) -> bytes:
+def _decisions(router: Router, setting: dict, queries: list[str], first: int) -> bytes:
     decisions = router.route_batch(queries, **setting)
     rows = np.arange(len(queries))
     columns = {

@@ -23,7 +23,7 @@ _HIDDEN = 16
 _FEWEST_STEPS = 400  # few weights, in a loss that is flat where qualities are off by a common factor
 _RIDGE = 10.0
 _FEWEST_KNOWN = 20
-_FEWEST_ASKED = 20
+_FEWEST_QUERIES = 20  # a mean of fewer is no normal law
 # 95% over all prices of an error together: somewhere among 25 an interval of one lies above 0 by chance alone.
 _Z = 3.09
 
@@ -110,8 +110,14 @@ def _cross_fitted(
     answers: Answered, errors: np.ndarray, seed: int, old: Cascade | None = None
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     """The numbers of the queries, and the costs of each answer by what was learned from those to the other folds of queries."""
-    if (known := int(answers.mask.any(1).sum())) < _FEWEST:
-        raise DataError(f"{known} answers with a confidence are too few to learn from, expected at least {_FEWEST}")
+    known = answers.mask.any(1)
+    if known.sum() < _FEWEST:
+        raise DataError(f"{known.sum()} answers with a confidence are too few to learn from, expected at least {_FEWEST}")
+    if (queries := len(np.unique(answers.query[known]))) < _FEWEST_QUERIES:
+        raise DataError(
+            f"the answers with a confidence are to {queries} different queries, expected at least {_FEWEST_QUERIES}: answers to "
+            "the same query are no news to each other; log more queries"
+        )
     if len(answers.experts) < 2:
         raise DataError(f"{answers.first} is the only expert; a cascade needs one more to defer to")
     codes, query = np.unique(answers.query, return_inverse=True)
@@ -264,11 +270,11 @@ def _judged(
     columns = []
     for place in range(len(errors)):
         rivals = (alone[place], single[place, :, best[place]])
-        gains = [_mean_and_half(np.bincount(query, rival - cascaded[place]) / counts) for rival in rivals]
+        gains = [mean_and_half(np.bincount(query, rival - cascaded[place]) / counts, _Z) for rival in rivals]
         columns.append(min(gains, key=lambda gain: gain[0] - gain[1]))
     gain, half = np.array(columns).T
-    # A mean of so few is no normal law.
-    half = np.where(asked.sum(1) < _FEWEST_ASKED, np.inf, half)
+    queries_asked = np.array([len(np.unique(query[one])) for one in asked])
+    half = np.where(queries_asked < _FEWEST_QUERIES, np.inf, half)
     return Paid(
         errors=np.asarray(errors, float),
         alone=alone.mean(1),
@@ -280,10 +286,6 @@ def _judged(
         asked=asked.mean(1),
         deferred=deferred.mean(1),
     )
-
-
-def _mean_and_half(values: np.ndarray) -> tuple[float, float]:
-    return float(values.mean()), float(_Z * values.std(ddof=1) / np.sqrt(len(values)))
 
 
 def _nothing(errors: np.ndarray) -> Paid:

@@ -73,7 +73,13 @@ def _setting_options(command: Callable) -> Callable:
         click.option("--region", "regions", multiple=True, help="Ask only experts of this region (and others so named)."),
         click.option("--images", is_flag=True, help="The query holds images."),
         click.option("--tools", is_flag=True, help="The query needs tools."),
-        click.option("--tokens", type=click.IntRange(min=0), default=0, help="The query's tokens, for the context window."),
+        click.option(
+            "--tokens",
+            type=click.IntRange(min=0),
+            default=0,
+            show_default=True,
+            help="The query's tokens, for the context window.",
+        ),
         click.option("--max-latency", type=_POSITIVE, help="Seconds: a cap on an expert's mean."),
         click.option("--confidence", type=_SHARE, default=0.95, show_default=True, help="Of --certified-quality."),
         click.option("--certified-quality", type=_SHARE, help="Promise this share of the best expert's quality."),
@@ -105,11 +111,18 @@ def _setting(options: dict[str, Any]) -> dict[str, Any]:
 @click.option("--out", "-o", type=_NEW, required=True, help="Folder of the router; one that is there is replaced at the end.")
 @click.option("--price-of-error", type=_POSITIVE, required=True, help="What a wrong answer is worth, in dollars.")
 @_encoder_options
-@click.option("--explore", type=click.FloatRange(0, 1, max_open=True), default=0.0, help="Share of queries asked at random.")
+@click.option(
+    "--explore",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.0,
+    show_default=True,
+    help="Share of queries asked at random.",
+)
 @click.option(
     "--certify",
     type=click.FloatRange(0, 1, max_open=True),
     default=0.0,
+    show_default=True,
     help="Share of the queries that is kept out of the fit, to prove --certified-quality by.",
 )
 @click.option(
@@ -143,7 +156,11 @@ def fit(
 @route.command()
 @click.argument("log", type=_FILE)
 @click.option("--router", "-r", "folder", type=_FOLDER, help="Judge this router, on the queries that it was not fitted on.")
-@click.option("--folds", type=click.IntRange(min=2), default=5, show_default=True, help="Without --router.")
+@click.option(
+    "--folds",
+    type=click.IntRange(min=2),
+    help="Without --router.  [default: 5, or with --by-tag as many as there are subjects where those are fewer]",
+)
 @click.option("--by-tag", is_flag=True, help="Without --router: folds of whole subjects, the first tag of a query.")
 @_encoder_options
 @click.option("--out", "-o", type=_NEW, help="Folder for evaluation.json and curve.png.")
@@ -152,7 +169,7 @@ def fit(
 def evaluate(
     log: Path,
     folder: Path | None,
-    folds: int,
+    folds: int | None,
     by_tag: bool,
     encoder: Path | None,
     cache: Path | None,
@@ -165,8 +182,9 @@ def evaluate(
     Without --router: routers are fitted on all folds but one and judge that one, on held-out queries or (--by-tag) on held-out
     subjects.  With --router: another data set, say.
     """
-    if folder is not None and by_tag:
-        raise click.UsageError("--by-tag goes without --router: it fits routers of its own")
+    for name, given in (("--by-tag", by_tag), ("--folds", folds is not None)):
+        if folder is not None and given:
+            raise click.UsageError(f"{name} goes without --router: it fits routers of its own")
     outcomes = _read(log)
     if out is not None:
         # Before the work, not after it.
@@ -182,10 +200,10 @@ def evaluate(
             click.echo(f"left out: {int((~new).sum()):,} queries that the router was fitted on", err=True)
         rows = held(router, table.rows(np.flatnonzero(new)))
     else:
-        fold = tag_folds(outcomes, table, folds) if by_tag else query_folds(table, folds, seed=seed)
-        parts = []
-        with _progress(f"fitting and judging {folds} folds") as progress:
-            task = progress.add_task("fitting and judging folds", total=folds)
+        fold = tag_folds(outcomes, table, folds=folds) if by_tag else query_folds(table, folds=folds, seed=seed)
+        parts, count = [], len(np.unique(fold))
+        with _progress(f"fitting and judging {count} folds") as progress:
+            task = progress.add_task("fitting and judging folds", total=count)
             # The price of an error is one among many here: judged over all of them.
             for _, part in cross_fitted(lambda: Router(1.0, encoder=encode, seed=seed), table, fold):
                 parts.append(part)
@@ -211,7 +229,11 @@ def evaluate(
 @_encoder_options
 @click.option("--count", type=click.IntRange(min=0), default=5, show_default=True, help="Nearest logged queries to show.")
 def explain(query: str, folder: Path, encoder: Path | None, cache: Path | None, count: int, **options: Any) -> None:
-    """Say whom the router asks, what it expects of every expert, and which logged queries are nearest."""
+    """Say whom the router asks, what it expects of every expert, and which logged queries are nearest.
+
+    The similarity to the log is the mean cosine with the ten nearest queries, taken down by what the log has not of this query.
+    The number before a logged query is the cosine in what the log has of both, and so mostly larger.
+    """
     router = Router.load(folder, encoder=_encoder(encoder, cache))
     show_explanation(*router.explain(query, count=count, **_setting(options)))
 
@@ -276,9 +298,7 @@ def batch(queries: Path, out: Path, folder: Path, encoder: Path | None, workers:
 
     Stopped or killed, the same command continues where it was; once OUT is complete, it does nothing.
     """
-    if _complete(queries, out):
-        click.echo(f"{out} is complete, a decision for each query of {queries}; remove it to route them again")
-        return
+    there = out.exists()
     with _progress(f"routing {queries.name}") as progress:
         task = progress.add_task("routing", total=queries.stat().st_size)
 
@@ -286,7 +306,10 @@ def batch(queries: Path, out: Path, folder: Path, encoder: Path | None, workers:
             progress.update(task, completed=read, description=f"{rows:,} queries routed")
 
         rows = route_file(folder, queries, out, setting=_setting(options), encoder=encoder, workers=workers, on_rows=on_rows)
-    click.echo(f"wrote {out}, {rows:,} decisions")
+    if there:
+        click.echo(f"{out} is complete, a decision for each query of {queries}; remove it to route them again")
+    else:
+        click.echo(f"wrote {out}, {rows:,} decisions")
 
 
 @route.command()
@@ -338,16 +361,6 @@ def export_encoder(source: Path, out: Path, int8: bool, max_tokens: int | None) 
     with _working("exporting and comparing with torch"):
         least = export(source, out, int8=int8, max_tokens=max_tokens)
     click.echo(f"wrote {out}; least cosine with torch {least:.5f}")
-
-
-def _complete(queries: Path, out: Path) -> bool:
-    """Whether OUT is the end of an earlier run: it holds as many decisions as there are queries."""
-    return out.is_file() and not out.samefile(queries) and _lines(out) == _lines(queries)
-
-
-def _lines(path: Path) -> int:
-    with path.open("rb") as file:
-        return sum(1 for _ in file)
 
 
 def _encoder(folder: Path | None, cache: Path | None) -> Any:

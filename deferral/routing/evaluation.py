@@ -48,7 +48,9 @@ def trade_offs(price: np.ndarray, count: int = 60) -> np.ndarray:
     """Prices of an error that take every decision from cheapest to best: inf, log-spaced, all but 0.  (N, E) -> (count + 2,)"""
     means = np.sort(price.mean(0))
     gaps = np.diff(means)
-    smallest = gaps[gaps > 0].min() if (gaps > 0).any() else max(float(means[-1]), 1e-12)
+    # Prices that differ by rounding are one price.
+    gaps = gaps[gaps > 1e-9 * means[-1]]
+    smallest = gaps.min() if len(gaps) else max(float(means[-1]), 1e-12)
     largest = float(means[-1] - means[0]) or smallest
     return np.concatenate([[np.inf], np.geomspace(1000 * largest, smallest / 2, count), [1e-6 * smallest]])
 

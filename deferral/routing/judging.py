@@ -26,6 +26,7 @@ from deferral.routing.router import Router
 __all__ = ["SHARES", "Evaluation", "Held", "cross_fitted", "evaluation", "held", "joined", "query_folds", "subjects", "tag_folds"]
 
 SHARES = (1.0, 0.98, 0.95)
+FOLDS = 5
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Held:
     learned: np.ndarray  # (S, N) whom its estimates would have it ask
     static: np.ndarray  # (S, N) the best single expert of the fit
     fallback: np.ndarray  # (S, N) bool
-    margin: np.ndarray  # (N,) estimated quality of the best expert of the fit less that of the cheapest
+    margin: np.ndarray  # (N,) of two experts, the estimated quality of the second less that of the first; else 0
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,7 @@ def held(router: Router, table: Table, errors: np.ndarray | None = None) -> Held
         plan = router.plan(price_of_error=at, learned=True)
         learned.append(router.decide_estimated(plan, estimated, table.queries).actions)
         static.append(np.full(len(quality), int(np.lexsort((mean_price, 1 - means + mean_price / at))[0])))
-    estimate = estimated[0]
-    margin = estimate[:, int(np.lexsort((mean_price, -means))[0])] - estimate[:, int(mean_price.argmin())]
+    margin = estimated.quality[:, 1] - estimated.quality[:, 0] if len(means) == 2 else np.zeros(len(quality))
     return Held(
         router.experts, quality, price, errors, np.stack(routed), np.stack(learned), np.stack(static), np.stack(fallback), margin
     )
@@ -108,16 +108,18 @@ def joined(parts: Sequence[Held]) -> Held:
     return replace(parts[0], **rows, **settings)
 
 
-def query_folds(table: Table, folds: int, *, seed: int = 0) -> np.ndarray:
-    """Folds of queries at random.  -> (N,)"""
+def query_folds(table: Table, folds: int | None = None, *, seed: int = 0) -> np.ndarray:
+    """Folds of queries at random, 5 where nothing is said.  -> (N,)"""
+    folds = folds or FOLDS
     if len(table.queries) < folds:
         raise ValueError(f"expected at least {folds} queries, one per fold, got {len(table.queries)}")
     return np.random.default_rng(seed).permutation(len(table.queries)) % folds
 
 
-def tag_folds(log: Log, table: Table, folds: int) -> np.ndarray:
-    """Folds of whole subjects: the largest go to the emptiest fold.  -> (N,)"""
+def tag_folds(log: Log, table: Table, folds: int | None = None) -> np.ndarray:
+    """Folds of whole subjects, the largest into the emptiest fold; 5, or one a subject where there are fewer.  -> (N,)"""
     subject, member = subjects(log, table)
+    folds = folds or max(min(FOLDS, len(subject)), 2)
     if len(subject) < folds:
         raise ValueError(
             f"tags: expected at least {folds} subjects, one per fold, got {len(subject)}: {', '.join(subject)}; "
@@ -202,7 +204,8 @@ def _two_experts(rows: Held, group: np.ndarray | None, resamples: int, seed: int
     """APGR, CPT(50) and CPT(80) of the estimated gain, of random calls and of the oracle."""
     best = best_expert(rows.quality, rows.price)
     gain = rows.quality[:, best] - rows.quality[:, 1 - best]
-    scores = {"routed": rows.margin, "random": np.zeros(len(gain)), "oracle": gain}
+    # Folds may differ in whom they take for the better one: it is the better one of the rows that are judged.
+    scores = {"routed": rows.margin if best == 1 else -rows.margin, "random": np.zeros(len(gain)), "oracle": gain}
     found = {}
     for policy, score in scores.items():
         one = intervals_of(

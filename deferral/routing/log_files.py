@@ -52,6 +52,8 @@ def write_log(log: Log, path: str | Path) -> None:
     write = {".jsonl": _write_jsonl, ".parquet": _write_parquet}.get(path.suffix)
     if write is None:
         raise DataError(f"{path}: expected a name that ends in .jsonl or .parquet")
+    if not path.parent.is_dir():
+        raise DataError(f"{path.parent}: expected the folder for {path.name}, there is none; make it first")
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         write(log, partial)
@@ -95,10 +97,17 @@ def _read_parquet(path: Path) -> Iterator[dict]:
     pa = _pyarrow()
     try:
         with pa.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if repeated := [name for name in _FIELDS if names.count(name) > 1]:
+                raise DataError(f"{path}: the column {repeated[0]!r} is there twice; leave one out")
             for batch in file.iter_batches(batch_size=_CHUNK):
                 yield from batch.to_pylist()
     except FileNotFoundError:
         raise
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}: a text in it is not UTF-8 ({error.reason}: {error.object[:40]!r}); write it as UTF-8"
+        ) from error
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: cannot be read as Parquet: {error}") from error
 

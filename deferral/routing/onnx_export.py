@@ -54,14 +54,18 @@ def export(source: str | Path, out: str | Path, *, int8: bool = False, max_token
         raise DataError(f"{out}: it is there already; remove it or name another folder")
     if not (source / TOKENS).is_file():
         raise DataError(f"{source / TOKENS}: it is missing; expected a folder of the transformers library with a fast tokenizer")
+    _check_pooling(source)
     model = _model(source)
     positions = getattr(model.config, "max_position_embeddings", MAX_TOKENS)
     max_tokens = min(MAX_TOKENS, positions) if max_tokens is None else max_tokens
     if not 2 <= max_tokens <= positions:
         raise ValueError(f"max_tokens: expected 2 to {positions}, as many as the model takes, got {max_tokens}")
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+    # The temporary folder is closed to all others; what is kept is as open as any new folder.
+    partial = temporary / "encoder"
     try:
+        partial.mkdir()
         shutil.copyfile(source / TOKENS, partial / TOKENS)
         (partial / NOTE).write_text(json.dumps({"max_tokens": max_tokens, "pooling": "mean"}), encoding="utf-8")
         _write(model, partial / PLAIN)
@@ -72,8 +76,38 @@ def export(source: str | Path, out: str | Path, *, int8: bool = False, max_token
             least = _checked(model, partial, INT8)
         os.rename(partial, out)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     return least
+
+
+def _check_pooling(source: Path) -> None:
+    """DataError where sentence-transformers makes other vectors of the states than their mean at length 1."""
+    modules, pooling = source / "modules.json", source / "1_Pooling" / "config.json"
+    if modules.is_file():
+        for module in _read(modules):
+            kind = str(module["type"]).rpartition(".")[2]
+            if kind not in ("Transformer", "Pooling", "Normalize"):
+                raise DataError(
+                    f"{modules}: the module {kind} cannot be exported; expected only Transformer, Pooling and Normalize"
+                )
+            if kind == "Pooling":
+                pooling = source / module["path"] / "config.json"
+    if pooling.is_file():
+        config = _read(pooling)
+        # Earlier versions of that library wrote a flag for each way.
+        flags = [
+            name.removeprefix("pooling_mode_") for name, on in config.items() if name.startswith("pooling_mode_") and on is True
+        ]
+        way = config.get("pooling_mode", flags or "mean")
+        if way not in ("mean", ["mean"], ["mean_tokens"]):
+            raise DataError(f"{pooling}: expected the mean of the tokens, which is what is exported; got {way}")
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path}: expected JSON, {error}") from error
 
 
 def _model(source: Path) -> Any:
@@ -92,7 +126,8 @@ def _model(source: Path) -> Any:
         model = AutoModel.from_pretrained(str(source), local_files_only=True, attn_implementation="eager")
     except (OSError, ValueError) as error:
         raise DataError(f"{source}: no model can be read from it, {error}") from error
-    return model.eval()
+    # A checkpoint may be stored in half precision, which NumPy and onnxruntime on a CPU do not take.
+    return model.float().eval()
 
 
 def _write(model: nn.Module, path: Path) -> None:

@@ -166,29 +166,27 @@ class Log:
         shape, size = (len(self.queries), len(names)), len(self.queries) * len(names)
         count = np.bincount(cell, minlength=size)
 
-        def mean(name: str) -> np.ndarray:
-            sums = np.bincount(cell, weights=self.column(name)[kept], minlength=size)
-            return (sums / np.maximum(count, 1)).reshape(shape)
-
-        def propensity() -> np.ndarray:
-            """Of several outcomes the harmonic mean, since they weigh by the inverse; of those that have one."""
-            logged = self.column("propensity")[kept].astype(float)
-            known = ~np.isnan(logged)
-            sums = np.bincount(cell[known], weights=1 / np.maximum(logged[known], 1e-6), minlength=size)
+        def mean(values: np.ndarray) -> np.ndarray:
+            """Of the outcomes of a cell of which the value is known, NaN where there is none.  (kept,) -> (N, E)"""
+            known = ~np.isnan(values)
+            sums = np.bincount(cell[known], weights=values[known], minlength=size)
             with np.errstate(invalid="ignore"):
-                return (np.bincount(cell[known], minlength=size) / sums).reshape(shape)
+                return (sums / np.bincount(cell[known], minlength=size)).reshape(shape)
 
+        quality, price, latency, propensity = (
+            self.column(name)[kept].astype(float) for name in ("quality", "price", "latency_s", "propensity")
+        )
         mask = (count > 0).reshape(shape)
-        unknown_where = np.where(mask, 0.0, np.nan)
         table = Table(
             # The log may grow.
             list(self.queries),
             names,
-            mean("quality").astype(np.float32),
-            mean("price"),
+            np.where(mask, mean(quality), 0).astype(np.float32),
+            np.where(mask, mean(price), 0),
             mask,
-            (mean("latency_s") + unknown_where).astype(np.float32),
-            propensity().astype(np.float32),
+            mean(latency).astype(np.float32),
+            # The harmonic mean, since outcomes weigh by the inverse.
+            (1 / mean(1 / np.maximum(propensity, 1e-6))).astype(np.float32),
             count.reshape(shape).astype(np.int32) if count.max() > 1 else None,
         )
         answered = mask.any(1)

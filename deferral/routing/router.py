@@ -333,6 +333,11 @@ class Router:
                     raise ValueError(
                         f"min_quality: the static mix, which decides ({why}), reaches at most {reached:.3f}, got {min_quality}"
                     )
+            elif best < min_quality:
+                raise ValueError(
+                    f"min_quality: on held-out queries routing reached at most {best:.3f}, got {min_quality}; without "
+                    "learned=True the best single expert is asked"
+                )
         elif certified_quality is not None:
             return self._promised(mask, learned, certified_quality, confidence)
         else:

@@ -20,6 +20,7 @@ __all__ = ["OnnxEncoder", "TransformersEncoder", "mean_pooled", "sentence_encode
 _BATCH = 64
 MAX_TOKENS = 128
 NOTE, PLAIN, INT8, TOKENS = "encoder.json", "model.onnx", "model_int8.onnx", "tokenizer.json"
+_WEIGHTS, _SETTINGS = (".safetensors", ".bin"), (".json", ".txt", ".model")
 
 
 def sentence_encoder(folder: str | Path) -> "OnnxEncoder | TransformersEncoder":
@@ -118,9 +119,15 @@ class TransformersEncoder:
                 f"{folder} holds no {PLAIN}: make one with `deferral route export-encoder {folder} OUT` (pip install "
                 "'deferral[encoders-export]'), or pip install sentence-transformers"
             ) from error
+        files = [path for path in sorted(folder.rglob("*")) if path.suffix in (*_WEIGHTS, *_SETTINGS) and path.is_file()]
+        if not any(path.suffix in _WEIGHTS for path in files):
+            raise DataError(
+                f"{folder}: it holds no weights; expected the folder of a sentence encoder, with .safetensors or .bin"
+            )
         self._model: Any = SentenceTransformer(str(folder), device="cpu", local_files_only=True)
-        weights = [path for path in sorted(folder.rglob("*.safetensors")) if path.is_file()]
-        self.fingerprint = fingerprint(*weights, "sentence-transformers")
+        # Equal weights with another tokenizer or pooling are another encoder.
+        contents = (f"{path.relative_to(folder).as_posix()} {fingerprint(path)}\n" for path in files)
+        self.fingerprint = fingerprint(*contents, "sentence-transformers")
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """(N, D) float32, rows of length 1."""

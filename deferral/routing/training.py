@@ -274,9 +274,9 @@ def judged(
     )
 
 
-def mean_and_half(values: np.ndarray) -> tuple[float, float]:
-    """The mean and half the length of its 95% interval, by the normal law.  (N,) -> number, number"""
-    return float(values.mean()), float(_Z * values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else np.inf
+def mean_and_half(values: np.ndarray, z: float = _Z) -> tuple[float, float]:
+    """The mean and half the length of its interval, z standard errors (of 95%), by the normal law.  (N,) -> number, number"""
+    return float(values.mean()), float(z * values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else np.inf
 
 
 def grid(price: np.ndarray) -> np.ndarray:
