@@ -351,7 +351,9 @@ def _where_covered(spend: Tensor, value: Tensor, places: Tensor) -> Tensor:
 def _line(x: Tensor, y: Tensor, places: Tensor, *, last: bool = False) -> Tensor:
     """Between the points on both sides of each place; of several points at one place, from the first or the last of them."""
     at = places.reshape(-1).to(x).expand(*x.shape[:-1], places.numel()).contiguous()
-    right = torch.searchsorted(x.contiguous(), at, right=last).clamp(1, x.shape[-1] - 1)
+    # A budget that differs by rounding from what is spent at a point is that point's.
+    found = at + 1e-12 * at.abs() if last else at
+    right = torch.searchsorted(x.contiguous(), found, right=last).clamp(1, x.shape[-1] - 1)
     x0, x1, y0, y1 = x.gather(-1, right - 1), x.gather(-1, right), y.gather(-1, right - 1), y.gather(-1, right)
     share = ((at - x0) / (x1 - x0)).where(x1 > x0, 1.0).clamp(0, 1)
     return (y0 + share * (y1 - y0)).reshape(x.shape[:-1] + places.shape)

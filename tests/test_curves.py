@@ -291,3 +291,9 @@ def test_a_budget_pays_for_all_that_is_free() -> None:
     assert curve.at(0.1).item() == pytest.approx(1 / 6)
     assert curve.at(9.0) == 0
     assert budget_curve(torch.tensor([3.0, 2.0, 1.0]), *costs, torch.zeros(3)).at(0.0) == 0
+
+
+def test_a_budget_that_rounding_parts_from_its_point_pays_for_the_free_rows_too() -> None:
+    prices = torch.tensor([0.1, 0.1, 0.1, 0.0], dtype=torch.float64)
+    curve = budget_curve(torch.tensor([4.0, 3.0, 2.0, 1.0]), torch.ones(4), torch.zeros(4), prices)
+    assert curve.at(0.075) == pytest.approx(0.0, abs=1e-9)

@@ -686,3 +686,28 @@ def test_on_real_tables_abstaining_is_cheaper_than_always_and_never(name: str, d
         model = AbstainingRegressor(forest, cost=0.7 * error).fit(train, y_train)
         saved.append(min(error, 0.7 * error) - (1 - model.score(test, y_test)))
     assert min(saved) > 0
+
+
+class BySign:
+    """Two folds by the sign of the first feature."""
+
+    def get_n_splits(self, X=None, y=None, groups=None) -> int:
+        return 2
+
+    def split(self, X, y=None, groups=None):
+        first, second = (np.flatnonzero((X[:, 0] > 0) == sign) for sign in (False, True))
+        yield first, second
+        yield second, first
+
+
+def test_a_splitter_sees_the_rows() -> None:
+    X, y, _ = half_known(120, seed=0)
+    AbstainingClassifier(cost=0.3, cv=BySign()).fit(X, y)
+
+
+def test_an_expert_of_whom_the_second_stage_sees_no_answer_is_named() -> None:
+    X, y = np.random.default_rng(0).normal(size=(200, 3)), np.arange(200) % 5
+    answers = np.where(np.arange(200) < 20, y, -1)
+    weights = 1.0 * (np.arange(200) >= 20)
+    with pytest.raises(ValueError, match="an answer in every column on the rows"):
+        DeferralClassifier().fit(X, y, np.where(answers < 0, np.nan, answers)[:, None], sample_weight=weights)

@@ -381,3 +381,16 @@ def test_a_class_axis_elsewhere_is_moved(batch) -> None:
     values = score_based_abstention(scores.movedim(1, -1), targets, 0.1)
     assert values.shape == (2, 3, 5)
     torch.testing.assert_close(values[1, 2, 4], score_based_abstention(scores[1, :, 2, 4], targets[1, 2, 4], 0.1))
+
+
+def test_class_weights_have_the_digits_of_the_scores() -> None:
+    law, scores, costs = torch.tensor([[1.0, 0.0]]).bfloat16(), torch.zeros(1, 3), torch.zeros(1, 1)
+    torch.testing.assert_close(
+        single_stage_deferral(scores, law, costs, ceiling=1.02), single_stage_deferral(scores, law.float(), costs, ceiling=1.02)
+    )
+    generator = torch.Generator().manual_seed(0)
+    scores, costs = (torch.rand(9, width, generator=generator, dtype=torch.float64) for width in (5, 2))
+    labels = torch.arange(9) % 3
+    table = single_stage_costs(labels, costs, 3)
+    single, two = single_stage_deferral(scores, labels, costs, ceiling=1.3), two_stage_deferral(scores, table, ceiling=1.3)
+    torch.testing.assert_close(single, two, rtol=1e-12, atol=1e-12)

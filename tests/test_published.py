@@ -329,3 +329,10 @@ def test_criterion_knows_which_columns_are_classes(criterion, arguments, batch) 
     )
     with pytest.raises(ValueError, match=rf"class indices in 0\.\.{K - 1}, got {K}"):
         criterion(*arguments(scores, last + 1, m))
+
+
+def test_an_impossible_class_counts_nothing_under_probabilities() -> None:
+    scores, label = torch.tensor([[0.0, 1.0, -torch.inf]]), torch.tensor([1])
+    law = torch.nn.functional.one_hot(label, 3).float()
+    soft, hard = (losses.cost_sensitive_abstention(scores, targets, 0.1) for targets in (law, label))
+    torch.testing.assert_close(soft, hard)

@@ -73,6 +73,11 @@ class TwoStage(BaseEstimator):
         weights = np.ones(len(y)) if sample_weight is None else sample_weight
         # A splitter such as TimeSeriesSplit tests only some rows: the second stage takes those.
         rows = np.flatnonzero(fold >= 0)
+        if len(silent := np.flatnonzero(~known[rows].any(axis=0))):
+            raise ValueError(
+                f"expert_answers: expected an answer in every column on the rows that the second stage learns from, got none in "
+                f"{silent.tolist()}; drop them, or give those rows a weight and a test part of cv"
+            )
         table = self._with_inputs(outputs, X)[rows]
         known = np.column_stack([np.ones(len(rows), dtype=bool), known[rows]])
         errors, mask = self._errors(np.column_stack([own[rows], experts[rows]]), known, y[rows]), torch.tensor(known)
@@ -111,7 +116,7 @@ class TwoStage(BaseEstimator):
         frozen = is_frozen(base)
         self.estimator_ = base if frozen else fit_clone(base, X, y, sample_weight)
         parts, fold = [], np.full(len(y), -1)
-        for number, (train, test) in enumerate(self._splitter(y).split(np.empty(len(y)), y, groups)):
+        for number, (train, test) in enumerate(self._splitter(y).split(X, y, groups)):
             if (fold[test] >= 0).any():
                 raise ValueError("cv: expected every row in at most one test part; use a splitter such as KFold")
             fold[test] = number

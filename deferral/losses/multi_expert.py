@@ -57,7 +57,7 @@ def single_stage_deferral(
     targets, counts = without_ignored(targets, ignore_index)
     if ceiling == 1.0:
         return counted(targeted_comp_sum(scores, targets, 1 - expert_costs, mu=mu, mask=mask), counts)
-    hit = targets if targets.is_floating_point() else F.one_hot(targets, num_classes)
+    hit = (targets if targets.is_floating_point() else F.one_hot(targets, num_classes)).to(lift(scores).dtype)
     weights = torch.cat([hit + (ceiling - 1), (ceiling - expert_costs).expand(*hit.shape[:-1], -1)], dim=-1)
     if mask is not None:
         mask = action_mask(scores, mask, num_classes)

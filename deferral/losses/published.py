@@ -240,6 +240,8 @@ def cost_sensitive_abstention(
 
 def _binary_problems_at_cost(scores: Tensor, targets: Tensor, cost: Tensor, *, phi: Margin) -> Tensor:
     if targets.is_floating_point():
+        # 0 * inf is NaN where an impossible class counts nothing.
+        scores = scores.clamp(min=ABSENT)
         return (cost * targets * phi(scores) + (1 - cost) * (1 - targets) * phi(-scores)).sum(dim=-1)
     hit = hits_of(targets, scores.shape[-1])
     # Looked up, so that a label K is an index error.
