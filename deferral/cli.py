@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 try:
     import click
+    from click.core import ParameterSource
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 except ModuleNotFoundError as error:
@@ -100,6 +101,10 @@ def demo(
     answers, some ten minutes; stopped and started again, it continues at the last epoch.
     """
     if context.invoked_subcommand is not None:
+        given = (name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE)
+        if (name := next(given, None)) is not None:
+            option, command = name.replace("_", "-"), context.invoked_subcommand
+            raise click.UsageError(f"--{option} is not of `demo {command}`; give options of {command} after its name")
         return
     # Imported here: `deferral --help` must not wait for torch and scikit-learn, nor a gateway hold them.
     import torch
@@ -253,7 +258,9 @@ def main(arguments: list[str] | None = None) -> None:
         error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("stopped; the same command starts again, from the last checkpoint where there is one", err=True)
+        words = sys.argv[1:] if arguments is None else arguments
+        again = "; the same command goes on from its last checkpoint, if it has written one" if "demo" in words[:1] else ""
+        click.echo(f"stopped{again}", err=True)
         sys.exit(130)
     except (DataError, ImportError, OSError) as error:
         click.echo(f"Error: {error}", err=True)
@@ -263,9 +270,12 @@ def main(arguments: list[str] | None = None) -> None:
 def _price(text: str) -> tuple[str, float]:
     name, _, cost = text.rpartition("=")
     try:
-        return name, float(cost)
-    except ValueError as error:
-        raise click.BadParameter(f"expected NAME=COST, got {text!r}", param_hint="--price") from error
+        price = float(cost)
+    except ValueError:
+        name = ""
+    if not name:
+        raise click.BadParameter(f"expected NAME=COST, got {text!r}", param_hint="--price")
+    return name, price
 
 
 def _progress() -> Progress:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from deferral.cli import main
+from deferral.cli import commands, main
 
 
 def deferral(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -47,6 +47,9 @@ def test_the_demo_prints_a_table_and_saves_pictures_and_figures(tmp_path: Path) 
         (("demo", "--device", "meta"), "expected one of cpu"),
         (("demo", "--seed", "-1"), "-1 is not in the range"),
         (("demo", "--seed", str(2**64)), f"{2**64} is not in the range"),
+        (("demo", "--seed", "7", "gateway"), "--seed is not of `demo gateway`; give options of gateway after its name"),
+        (("evaluate", __file__, "--price", "0.05", "--out", "{tmp}"), "expected NAME=COST, got '0.05'"),
+        (("evaluate", __file__, "--price", "a=b", "--out", "{tmp}"), "expected NAME=COST, got 'a=b'"),
         (("evaluate", __file__, "--out", "/dev/null/x"), "Not a directory"),
         (("demo", "--out", "/dev/null/x"), "Not a directory"),
         (("nonsense",), "No such command"),
@@ -63,6 +66,22 @@ def test_bad_input_is_one_clear_error_without_a_traceback(
     told = capsys.readouterr().err
     assert said in told
     assert "Traceback" not in told
+
+
+@pytest.mark.parametrize(("command", "promised"), [("demo", True), ("evaluate", False)])
+def test_stopped_it_promises_a_checkpoint_only_where_there_may_be_one(
+    command: str, promised: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(context: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands.commands[command], "invoke", stopped)
+    with pytest.raises(SystemExit) as ended:
+        main([command, *([] if promised else [__file__])])
+    assert ended.value.code == 130
+    said = capsys.readouterr().err
+    assert "stopped" in said
+    assert ("last checkpoint" in said) is promised
 
 
 def test_bench_runs_the_scripts_of_the_checkout_from_any_folder(tmp_path: Path) -> None:

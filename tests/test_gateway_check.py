@@ -27,6 +27,9 @@ class Other(BaseHTTPRequestHandler):
     """Lists many models, takes max_completion_tokens alone, reports neither usage nor log-probabilities, and has vectors."""
 
     def do_GET(self) -> None:
+        if self.path != "/v1/models":
+            self._answer(404, {})
+            return
         self._answer(200, {"data": [{"id": f"m{number}"} for number in range(9)]})
 
     def do_POST(self) -> None:
@@ -159,6 +162,10 @@ def test_servers_differ() -> None:
         assert unlisted.faults == [
             "does not list the model 'other' but m0, m1, m2, m3, m4 and 4 more; correct model, or see with --ask"
         ]
+        [lacking] = reached(Expert("small", url.removesuffix("/v1"), "m1", **PRICES))
+        assert lacking.faults == [f"has no {url.removesuffix('/v1')}/models (status 404): does base_url lack /v1?"]
+        [unsure] = reached(Expert("small", f"{url}/more", "m1", **PRICES))
+        assert (unsure.faults, "does not list its models (status 404" in unsure.notes[0]) == ([], True)
         mute, vectors = reached(
             Expert("small", url, "m1", logprobs=True, **PRICES),
             Expert("e", url, "vectors", route=False, input_price=1.0),

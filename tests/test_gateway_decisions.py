@@ -25,7 +25,7 @@ def test_an_operator_finds_decisions(database: str, capsys: pytest.CaptureFixtur
     store.create("twin")
     for number, values in enumerate(
         (
-            {"key": alice.id, "reason": "the cheapest"},
+            {"key": alice.id, "reason": "the cheapest", "propensity": 0.02},
             {"key": alice.id, "expert": "", "outcome": "error", "status": 502, "reply_id": "chatcmpl-1"},
             {"key": twin.id, "expert": "large", "time": NOW - 30 * 3600, "latency_s": float("nan")},
             {"expert": "large", "requested": "large"},
@@ -49,7 +49,9 @@ def test_an_operator_finds_decisions(database: str, capsys: pytest.CaptureFixtur
     main(["gateway", "decisions", "--database", database, "--key", "alice"])
     first, second = capsys.readouterr().out.splitlines()
     assert "id-1 alice asked auto, nobody answered: error (502) in 0.25 s, $0.0001; " in first
-    assert second.endswith("ok (200) in 0.25 s, $0.0001; the cheapest")
+    assert second.endswith("ok (200) in 0.25 s, $0.0001; the cheapest (with probability 0.02)")
+    main(["gateway", "decisions", "--database", database, "--json", "--response", "id-0"])
+    assert json.loads(capsys.readouterr().out)["propensity"] == 0.02
     for key, words in (("twin", "is the name of 2 keys"), ("bob", "is no key")):
         with pytest.raises(SystemExit):
             main(["gateway", "decisions", "--database", database, "--key", key])

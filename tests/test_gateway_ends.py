@@ -9,13 +9,19 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import AsyncMock
 
 import aiohttp
 import pytest
+import uvicorn
 
 from deferral.gateway.database import prepare
+from deferral.gateway.experts_file import Expert
 from deferral.gateway.keys import Keys
+from deferral.gateway.proxying import LONGER
+from deferral.gateway.serve import _Server
 from tests.faulty_upstream import Upstream
 from tests.running_gateway import EASY, small_router
 from tests.serving_process import Serving, serving
@@ -167,6 +173,21 @@ def test_a_budget_is_not_overspent_by_more_than_the_requests_in_flight_and_holds
         again.end(signal.SIGTERM)
     assert after.refused == CLIENTS
     assert spent + len(after.whole) * price <= budget + CLIENTS * price
+
+
+def test_what_is_under_way_has_the_time_of_the_slowest_expert_as_it_is_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uvicorn.Server, "shutdown", AsyncMock())
+    experts = {"small": Expert("small", "http://127.0.0.1:1"), "large": Expert("large", "http://127.0.0.1:1", total_s=0.5)}
+    state: Any = SimpleNamespace(current=SimpleNamespace(experts=experts))
+    server = _Server(uvicorn.Config("none"), "", state)
+    for slowest in (
+        Expert("large", "http://127.0.0.1:1", total_s=900.0),
+        Expert("large", "http://127.0.0.1:1", first_byte_s=700.0),
+    ):
+        experts["large"] = slowest
+        asyncio.run(server.shutdown())
+        # Its turn, its answer, and a client that reads as slowly as it may.
+        assert server.config.timeout_graceful_shutdown == slowest.first_byte_s + slowest.total_s + LONGER
 
 
 async def spend(url: str, token: str, **fields: Any) -> Load:

@@ -62,6 +62,10 @@ def test_the_file_is_read(tmp_path: Path) -> None:
         ('"https://api.example.com/v1"', '"https://me:hunter2@api.example.com"', 8, "no user, password"),
         ('"https://api.example.com/v1"', '"api.example.com"', 8, "http:// or https://"),
         ('"https://api.example.com/v1"', '"https://api.example.com:99999/"', 8, "http:// or https://"),
+        ("example.com/v1", "example.com/v1/chat/completions", 8, "write 'https://api.example.com/v1', got"),
+        ("example.com/v1", "example.com/v1/completions/", 8, "write 'https://api.example.com/v1', got"),
+        ("example.com/v1", "example.com/embeddings", 8, "write 'https://api.example.com', got"),
+        ("127.0.0.1:8001/v1/", "127.0.0.1:8001/v1/responses", 3, "write 'http://127.0.0.1:8001/v1', got"),
         ('key_env = "LARGE_KEY"', 'key_env = "OTHER_KEY"', 10, "OTHER_KEY is not set"),
         ('key_env = "LARGE_KEY"', 'key_env = "sk-proj-hunter2"', 10, "the name of an environment variable"),
         ('key_env = "LARGE_KEY"', 'api_key = "sk-proj-hunter2"', 10, "keys are not read from files"),
@@ -84,6 +88,11 @@ def test_a_key_that_no_header_can_hold_is_refused_unseen(tmp_path: Path, key: st
         read_experts(write(tmp_path, GOOD), {"LARGE_KEY": key})
     assert key not in str(caught.value)
     assert ":10:" in str(caught.value)
+
+
+def test_a_base_url_may_have_any_other_path() -> None:
+    for path in ("", "/openai/v1", "/completions/v1", "/my-completions"):
+        assert Expert("small", f"http://127.0.0.1:8001{path}").base_url.endswith(path)
 
 
 def test_a_file_that_is_missing_empty_or_no_text(tmp_path: Path) -> None:

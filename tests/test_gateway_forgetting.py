@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from sqlalchemy import func, insert, select
+from sqlalchemy import event, func, insert, select
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
@@ -15,6 +15,7 @@ from deferral.cli import main
 from deferral.gateway import forgetting as module
 from deferral.gateway import retention as retention_module
 from deferral.gateway.admin import routes
+from deferral.gateway.database import connect
 from deferral.gateway.endpoints import error_handlers
 from deferral.gateway.forgetting import Forgotten, forget
 from deferral.gateway.keys import Key, Keys
@@ -99,6 +100,78 @@ def test_a_response_is_forgotten_by_either_id(database: str) -> None:
     assert counts(record) == [18, 2, 18]
     assert record.spent("b", 0.0) == 2.5
     record.stop()
+
+
+def test_what_moves_while_it_is_counted_counts_once(database: str) -> None:
+    record, other, moved = filled(database), connect(database), []
+
+    def move(connection: object, cursor: object, statement: str, *_: object) -> None:
+        if "FROM forgotten" in statement and not moved:
+            moved.append(forget(other, key="a"))
+
+    event.listen(record.engine, "before_cursor_execute", move)
+    assert record.spent("a", 0.0) == 2.5
+    assert moved == [Forgotten(10, 2, 10)]
+    other.dispose()
+    record.stop()
+
+
+def test_an_id_that_several_replies_had_is_not_forgotten_for_all(database: str, capsys: pytest.CaptureFixture[str]) -> None:
+    record = filled(database)
+    for number in (50, 51):
+        record.add(row(number, time=NOW, key="ab"[number % 2], reply_id="same"))
+    record.add(row(52, time=NOW, key="a", reply_id="id-50"))
+    record.stop()
+    before = counts(record)
+    with pytest.raises(ValueError, match="'same' is the id of several replies; say which by its x-deferral-id: id-50, id-51"):
+        forget(record.engine, response="same")
+    app = Starlette(routes=routes(SimpleNamespace(record=record)), exception_handlers=error_handlers())  # type: ignore[arg-type]
+    with TestClient(app) as client:
+        answer = client.delete("/responses/same")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (409, "ambiguous_id")
+    with pytest.raises(SystemExit) as ended:
+        main(["gateway", "forget", "--response", "same", "--yes", "--database", database])
+    assert ended.value.code == 2
+    assert "id-50, id-51" in " ".join(capsys.readouterr().err.split())
+    assert counts(record) == before
+    # The gateway's own id comes first, whatever replies were called.
+    assert forget(record.engine, response="id-50").decisions == 1
+    assert forget(record.engine, response="same").decisions == 1
+    assert forget(record.engine, response="id-50").decisions == 1
+    assert counts(record)[0] == 20
+    record.engine.dispose()
+
+
+def test_a_name_is_no_id_and_nothing_is_deleted_unasked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database = str(tmp_path / "gateway.db")
+    record, store = filled(database), Keys(database)
+    key = store.create("alice")[1]
+    record.add(row(90, time=NOW, key=key.id))
+    record.stop()
+    asked: list[str] = []
+    monkeypatch.setattr("click.confirm", lambda text: asked.append(text))
+    for options, words in (
+        (["--key", "alice"], f"'alice' is no id of a key but a name; what is on record is deleted by the key's id, {key.id}"),
+        ([], "expected either --key or --response"),
+        (["--key", "dk-"], "got an empty one"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(["gateway", "forget", *options, "--database", database])
+        assert ended.value.code == 2
+        assert words in " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert asked == []
+    with pytest.raises(SystemExit) as ended:
+        main(["gateway", "forget", "--key", key.id, "--database", database])
+    assert (ended.value.code, capsys.readouterr().err) == (1, "nothing was deleted\n")
+    assert asked == ["It cannot be undone.  Delete it?"]
+    assert counts(record)[0] == 21
+    monkeypatch.setattr("click.confirm", lambda text: True)
+    main(["gateway", "forget", "--key", key.id, "--database", database])
+    assert counts(record)[0] == 20
+    store.close()
+    record.engine.dispose()
 
 
 def test_what_is_forgotten_is_in_no_file(tmp_path: Path) -> None:

@@ -401,8 +401,19 @@ def test_keys_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "has no 'smal'; it has small" in " ".join(capsys.readouterr().err.split())
     assert run("keys", "create", "eve", "--expert", "small", "--experts", str(tmp_path / "experts.toml")).startswith("dk-")
     with pytest.raises(SystemExit):
-        run("keys", "create", "eve", "--zone", "Mars/Olympus")
+        run("keys", "create", "eve", "--budget", "1", "--zone", "Mars/Olympus")
     assert "time zone: expected a name" in capsys.readouterr().err
+    for option, value in (("--window", "week"), ("--zone", "Asia/Tokyo")):
+        with pytest.raises(SystemExit) as ended:
+            run("keys", "create", "carol", option, value)
+        assert ended.value.code == 2
+        assert f"{option} is of a budget; expected --budget as well" in capsys.readouterr().err
+    main(["gateway", "keys", "create", "twice", *database])
+    said = capsys.readouterr()
+    assert said.out.startswith("dk-")
+    assert f"twice had a valid key before, {kept}, which stays valid; `deferral gateway keys set` and `rotate`" in said.err
+    main(["gateway", "keys", "create", "short", *database])
+    assert "had a valid key before" not in capsys.readouterr().err, "it is revoked"
     assert "window day -> week; budget $2.5 -> $4; a running" in run("keys", "set", key.id, "--budget", "4", "--window", "week")
     assert "is so already" in run("keys", "set", key.id, "--budget", "4")
     run("keys", "set", "bob [/red]", "--no-budget", "--any-rate", "--all-experts", "--name", "rob", "--zone", "UTC")
@@ -446,6 +457,10 @@ def test_keys_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit):
         run("status", "--url", "http://127.0.0.1:9")
     assert "no gateway answers" in capsys.readouterr().err
+    monkeypatch.setattr("deferral.gateway.probe.probe", lambda url, admin_key: {"ready": "ready", "metrics": {}})
+    for key_of, words in (([], "want the admin key"), (["--admin-key", "wrong"], "were refused to this admin key")):
+        main(["gateway", "status", "--url", "http://127.0.0.1:9", *key_of, *database])
+        assert f"its metrics {words}: --admin-key, or DEFERRAL_ADMIN_KEY" in capsys.readouterr().err
 
 
 HUGE = b'{"budget": 1%s}' % (b"0" * 400)

@@ -2,6 +2,9 @@
 
 import asyncio
 import json
+import socket
+import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -29,6 +32,9 @@ class _Wire:
 
     def close(self) -> None:
         self.closed = True
+
+    def get_write_buffer_size(self) -> int:
+        return 0
 
     def get_extra_info(self, name: str) -> str:
         return name
@@ -94,11 +100,11 @@ async def tell(scope: Any, receive: Any, send: Any) -> None:
     await send_json(send, {"body": body.decode(), "headers": sorted(name.decode() for name in headers)})
 
 
-def said_to(app: Any, *packets: bytes, patience: int = 75) -> bytes:
+def said_to(app: Any, *packets: bytes, patience: float = 75) -> bytes:
     """What a server with this app says until it closes the connection."""
 
     async def run() -> bytes:
-        loop, config = asyncio.get_running_loop(), Config(app, http=Protocol, ws="none", timeout_keep_alive=patience)
+        loop, config = asyncio.get_running_loop(), Config(app, http=Protocol, ws="none", timeout_keep_alive=patience)  # type: ignore[arg-type]
         config.load()
         server = await loop.create_server(lambda: Protocol(config, ServerState(), {}, loop), "127.0.0.1", 0)
         reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
@@ -107,7 +113,7 @@ def said_to(app: Any, *packets: bytes, patience: int = 75) -> bytes:
             for packet in packets:
                 writer.write(packet)
                 await asyncio.sleep(0.001)
-            while part := await reader.read(1 << 16):
+            while part := await asyncio.wait_for(reader.read(1 << 16), 10):
                 said += part
         except ConnectionError:
             # Whoever is refused is sent away before all is read.
@@ -119,9 +125,9 @@ def said_to(app: Any, *packets: bytes, patience: int = 75) -> bytes:
     return asyncio.run(run())
 
 
-def replies_to(*packets: bytes, patience: int = 75) -> list[Any]:
+def replies_to(*packets: bytes, app: Any = tell, patience: float = 75) -> list[Any]:
     """What a server answers until it closes the connection: bodies, read where they are JSON."""
-    said = said_to(tell, *packets, patience=patience)
+    said = said_to(app, *packets, patience=patience)
     bodies = [part.partition(b"\r\n\r\n")[2] for part in said.split(b"HTTP/1.1 ")[1:]]
     return [json.loads(body) if body.startswith(b"{") else body.decode() for body in bodies]
 
@@ -273,3 +279,112 @@ def test_what_comes_in_time_is_answered_and_nothing_waits_for_it_any_more() -> N
     rest = b"lf"
     assert said_to(app, HALF, rest, END).count(b"200 OK") == 2
     assert timers == [0, 0]
+
+
+WHOLE = END.replace(b"connection: close\r\n", b"")
+
+
+async def refuse(scope: Any, receive: Any, send: Any) -> None:
+    """An app that does not wait for the body."""
+    await send_json(send, {"body": "refused"}, 401)
+
+
+@pytest.mark.parametrize(
+    ("app", "packets", "statuses"),
+    [
+        (tell, [HEAD], [b"408"]),
+        (tell, [b"P"], [b"408"]),
+        (tell, [WHOLE, b"P"], [b"200", b"408"]),
+        (tell, [WHOLE + HEAD], [b"200", b"408"]),
+        (refuse, [HALF], [b"401"]),
+        (refuse, [HALF, b"l"], [b"401"]),
+        (refuse, [HALF, b"lf", b"P"], [b"401", b"408"]),
+    ],
+)
+def test_half_a_request_is_not_waited_for_without_an_end_whether_or_not_it_is_being_read(
+    monkeypatch: pytest.MonkeyPatch, app: Any, packets: list[bytes], statuses: list[bytes]
+) -> None:
+    monkeypatch.setattr("deferral.gateway.protocol._LONGEST_UPLOAD_S", 0.05)
+    assert [reply[:3] for reply in said_to(app, *packets).split(b"HTTP/1.1 ")[1:]] == statuses
+
+
+def test_a_connection_is_idle_after_what_was_refused_is_whole_and_not_while_a_request_is_answered() -> None:
+    assert [reply["body"] for reply in replies_to(HALF, b"lf", app=refuse, patience=0.05)] == ["refused"]
+    assert [reply["body"] for reply in replies_to(HALF, b"lf" + END, app=refuse)] == ["refused"] * 2
+    assert replies_to(b"\r\n", b"\r\n", patience=0.05) == [], "empty lines are no request"
+
+    async def slow(scope: Any, receive: Any, send: Any) -> None:
+        if scope["path"] == "/slow":
+            await asyncio.sleep(0.2)
+        await tell(scope, receive, send)
+
+    late = HEAD.replace(b"/ ", b"/slow ", 1) + b"connection: close\r\ncontent-length: 3\r\n\r\nend"
+    assert len(replies_to(WHOLE + late[:20], late[20:], app=slow, patience=0.05)) == 2
+
+
+async def much(scope: Any, receive: Any, send: Any) -> None:
+    """An app whose reply is longer than any buffer takes."""
+    await read_body(receive, header_map(scope), 1 << 20)
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % MUCH)]})
+    await send({"type": "http.response.body", "body": bytes(MUCH)})
+
+
+async def much_by_parts(scope: Any, receive: Any, send: Any) -> None:
+    """The same as a stream."""
+    await read_body(receive, header_map(scope), 1 << 20)
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    for _ in range(MUCH >> 16):
+        await send({"type": "http.response.body", "body": bytes(1 << 16), "more_body": True})
+    await send({"type": "http.response.body", "body": b""})
+
+
+MUCH = 8 << 20
+
+
+def taken(loop: Any, app: Any, packet: bytes, take: Callable[[socket.socket], Any], patience: float = 75) -> Any:
+    """What a client makes of a reply, in a thread of its own, once the server has let go of it."""
+
+    async def run() -> Any:
+        loop, config = asyncio.get_running_loop(), Config(app, http=Protocol, ws="none", timeout_keep_alive=patience)  # type: ignore[arg-type]
+        config.load()
+        state = ServerState()
+        server = await loop.create_server(lambda: Protocol(config, state, {}, loop), "127.0.0.1", 0)
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            await loop.run_in_executor(None, client.connect, server.sockets[0].getsockname())
+            client.sendall(packet)
+            found = await loop.run_in_executor(None, take, client)
+            async with asyncio.timeout(10):
+                while state.connections or state.tasks:
+                    await asyncio.sleep(0.01)
+            server.close()
+            return found
+
+    with asyncio.Runner(loop_factory=loop) as runner:
+        return runner.run(run())
+
+
+LOOPS = [asyncio.new_event_loop, pytest.importorskip("uvloop").new_event_loop]
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize(("app", "packet"), [(much, WHOLE), (much, END), (much_by_parts, WHOLE), (much_by_parts, END)])
+def test_who_reads_nothing_of_a_reply_is_let_go(monkeypatch: pytest.MonkeyPatch, loop: Any, app: Any, packet: bytes) -> None:
+    monkeypatch.setattr("deferral.gateway.protocol._LONGEST_PAUSE_S", 0.05)
+    taken(loop, app, packet, lambda client: client.recv(1))
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_who_reads_slowly_gets_all_of_it_and_stays_no_longer(monkeypatch: pytest.MonkeyPatch, loop: Any) -> None:
+    monkeypatch.setattr("deferral.gateway.protocol._LONGEST_PAUSE_S", 0.5)
+
+    def slowly(client: socket.socket) -> int:
+        size, pauses = 0, 0
+        while part := client.recv(1 << 16):
+            size += len(part)
+            if size >> 20 > pauses:
+                pauses += 1
+                time.sleep(0.15)
+        return size
+
+    assert taken(loop, much, WHOLE, slowly, patience=0.1) > MUCH

@@ -25,7 +25,7 @@ from starlette.testclient import TestClient
 
 from deferral.gateway.app import gateway as build
 from deferral.gateway.app import stamps
-from deferral.gateway.experts_file import read_experts
+from deferral.gateway.experts_file import Expert, read_experts
 from deferral.gateway.logs import JsonLines
 from deferral.gateway.settings import Settings
 from tests.faulty_upstream import CHUNKS, Upstream
@@ -382,6 +382,47 @@ def test_when_the_client_leaves_the_upstream_is_told(running: Any) -> None:
         assert row["price"] == pytest.approx(row["input_tokens"] * 3.0 / 1e6)
         assert row["input_tokens"] > 10
         assert running.gateway.state.answerers.standings["narrow"].slots.taken == 0
+
+
+def test_a_client_that_reads_late_gets_all_of_a_stream_and_the_expert_is_not_blamed(running: Any) -> None:
+    gateway = running.gateway
+    before, size = gateway.state.current, 12 << 20
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ncontent-length: %d\r\n\r\n"
+        events = (b"data: " + bytes(1 << 16) + b"\n\n") * (size >> 16) + b"data: [DONE]\n\n"
+        writer.write(head % len(events) + events)
+        writer.close()
+
+    server = gateway.call(asyncio.start_server(serve, "127.0.0.1", 0))
+    address = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+    gateway.state.current = replace(before, experts={**before.experts, "quick": Expert("quick", address, total_s=0.5)})
+    gateway.state.answerers.update(gateway.state.current.experts)
+    breaker = gateway.state.answerers.standings["quick"].breaker
+    request = b'{"model": "quick", "messages": [{"role": "user", "content": "x"}], "stream": true}'
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\nauthorization: Bearer %b\r\n"
+    try:
+        with contextlib.ExitStack() as opened:
+            clients = [opened.enter_context(socket.socket()) for _ in range(5)]
+            for client in clients:
+                client.settimeout(10)
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                client.connect(("127.0.0.1", gateway.port))
+                client.sendall(head % running.key.encode() + b"content-length: %d\r\n\r\n" % len(request) + request)
+            time.sleep(1)
+            for client in clients:
+                read, end = 0, b""
+                while part := client.recv(1 << 20):
+                    read, end = read + len(part), (end + part)[-100:]
+                assert read > size
+                assert b"data: [DONE]" in end
+        assert {row["outcome"] for row in rows(running, "expert = 'quick'")} == {"ok"}
+        assert (breaker.state, list(breaker._calls)) == ("closed", [True] * 5)
+    finally:
+        gateway.state.current = before
+        gateway.state.answerers.update(before.experts)
+        server.close()
 
 
 def test_feedback_is_kept_by_either_id(running: Any) -> None:

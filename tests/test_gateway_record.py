@@ -6,6 +6,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,18 +14,21 @@ from types import SimpleNamespace
 
 import pytest
 from sqlalchemy import event, insert, select
+from sqlalchemy.exc import OperationalError
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
 from deferral.gateway import record as record_module
 from deferral.gateway import retention as retention_module
-from deferral.gateway.database import connect, decisions, feedback, prepare, texts
+from deferral.gateway.database import alone, connect, decisions, feedback, prepare, texts
 from deferral.gateway.endpoints import error_handlers, routes
+from deferral.gateway.forgetting import forget_some
 from deferral.gateway.keys import ANYONE, Key
-from deferral.gateway.record import Record
+from deferral.gateway.record import Record, _Feedback, _kept
 from deferral.gateway.schema import alarms
 from deferral.gateway.status import status
 from tests.gateway_rows import row
+from tests.postgres_server import fresh_database
 
 
 @pytest.fixture
@@ -223,6 +227,57 @@ def test_a_full_disk_loses_nothing_and_is_told(path: Path, monkeypatch: pytest.M
     until(lambda: not made.full and not made.trouble)
     made.stop()
     assert {found.id for found in rows_of(path)} == {f"id-{number}" for number in range(sent)}
+
+
+def test_a_deletion_that_failed_once_is_no_trouble_any_more(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, may_go_on, steps = Record(str(path)), threading.Event(), []
+    monkeypatch.setattr(record_module, "_LAST_RETRY", 0.01)
+
+    def step() -> float:
+        steps.append(made.trouble)
+        if not may_go_on.is_set():
+            raise OperationalError("x", {}, Exception("away"))
+        return 60.0
+
+    monkeypatch.setattr(made._retention, "step", step)
+    made.start()
+    until(lambda: "cannot be deleted, Exception: away" in made.trouble)
+    made.add(row(1))
+    until(lambda: not made.waiting)
+    count = len(steps)
+    until(lambda: len(steps) > count + 1)
+    assert all(steps[1:]), "what was written hides no deletion that fails"
+    may_go_on.set()
+    until(lambda: not made.trouble)
+    made.stop()
+
+
+def test_feedback_waits_for_nobody_and_is_not_kept_on_what_is_being_deleted(postgres: str) -> None:
+    with fresh_database(postgres, "test_feedback_in_the_moment_of_a_deletion") as url:
+        made = Record(url)
+        made.start()
+        made.add(row(1, reply_id="reply-1"))
+        made.add(row(2))
+        until(lambda: not made.waiting)
+        other = connect(url)
+        with other.connect() as connection, alone(connection, "forget"):
+            assert forget_some(connection, decisions.c.id == "id-1", 1).decisions == 1
+            for known in ("id-1", "reply-1"):
+                assert not asyncio.run(made.feedback(known, 1.0, source_key=""))
+            assert asyncio.run(made.feedback("id-2", 1.0, source_key=""))
+        made.add(row(3))
+        made.stop()
+        assert [found.decision for found in rows_of(url, feedback)] == ["id-2"]
+        # The other way round the deletion waits, and finds what was said.
+        with other.connect() as connection, other.connect() as deleting:
+            assert _kept(connection, [_Feedback("id-3", 0.5, "", 1.0, lambda known: None)])[0][1]
+            deleting.exec_driver_sql("SET lock_timeout = '100ms'")
+            with pytest.raises(OperationalError, match="lock timeout"):
+                forget_some(deleting, decisions.c.id == "id-3", 1)
+            deleting.rollback()
+            connection.commit()
+            assert forget_some(deleting, decisions.c.id == "id-3", 1).feedback == 1
+        other.dispose()
 
 
 def test_a_writer_that_has_failed_takes_no_more_requests(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

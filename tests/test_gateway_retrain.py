@@ -10,19 +10,22 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sqlalchemy.exc import OperationalError
 
 from deferral.cli import main
 from deferral.errors import DataError
-from deferral.gateway.database import connect
+from deferral.gateway.database import connect, prepare
 from deferral.gateway.export import FAILED, FELL_BACK, NAMED, NO_CHANCE, NO_QUALITY, NO_TEXT, export, logged
 from deferral.gateway.off_policy import Draws, alike, compare, doubly_robust, interval_of_mean
 from deferral.gateway.record import DecisionRow, Record
-from deferral.gateway.retrain import learned, promote, retrain
+from deferral.gateway.reloads import Reloads
+from deferral.gateway.retrain import Verdict, learned, promote, retrain
 from deferral.routing import Log, Outcome, Router, log_of_table, read_log
 from deferral.routing.persistence import written
 from deferral.routing.policies import Linear
 from deferral.routing.static import fingerprints
 from tests.gateway_rows import row
+from tests.handmade_cascade import unsure_router
 
 
 async def recorded(path: Path | str, rows: list[DecisionRow], quality: dict[str, float]) -> None:
@@ -292,8 +295,44 @@ def test_what_was_not_explored_promotes_nobody(tmp_path: Path, old_router: Route
     old_log = full_log(300, seed=0, swapped=True)
     verdict = retrain(connect(str(tmp_path / "small.db")), folder, load=linear, old_log=old_log)
     assert not verdict.promoted
+    assert str(verdict).startswith(f"learned from {verdict.trained_on} rows of the record and {verdict.of_log} of the log\n")
+    assert verdict.of_log == len(old_log)
     texts = set(learned(linear(folder), [Outcome("mine", "small", 1.0, 1e-4)], old_log).fitted.texts)
     assert texts == {*old_log.queries, "    "}
+
+
+def test_of_what_cannot_be_used_only_what_there_is_is_said(tmp_path: Path, old_router: Router) -> None:
+    old_router.save(tmp_path / "router")
+    asyncio.run(recorded(tmp_path / "gateway.db", served(old_router, 10, seed=5)[0], {}))
+    with pytest.raises(DataError, match=r"no row of the record can be used \(10 rows: [^;]*\)\.") as caught:
+        retrain(connect(str(tmp_path / "gateway.db")), tmp_path / "router", load=linear)
+    assert "0 rows: held out" not in str(caught.value)
+
+
+def test_what_was_learned_is_said_where_the_gateways_cannot_be_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(reloads: Reloads) -> None:
+        raise OperationalError("x", {}, Exception("the disk is full"))
+
+    router, database = unsure_router(), str(tmp_path / "gateway.db")
+    router.save(tmp_path / "router")
+    prepare(connect(database))
+    monkeypatch.setattr(Reloads, "announce", away)
+    made = Verdict(True, True, "it saves much", 5, None, {})
+    monkeypatch.setattr("deferral.gateway.retrain.retrain", lambda *_, **__: made)
+    monkeypatch.setattr("deferral.gateway.cascade_answers.answers_on_record", lambda *_: [])
+    better = SimpleNamespace(why_not=lambda error: "", report=lambda error: "promoted: it saves much", **vars(router.cascade))
+    monkeypatch.setattr("deferral.routing.cascade_fitting.fit_cascade", lambda *_, **__: better)
+    monkeypatch.setattr("deferral.routing.cascade_fitting.gain_over", lambda *_, **__: (1.0, 0.5))
+    monkeypatch.setattr(Router, "save", lambda router, folder: None)
+    for command in ("retrain", "cascade"):
+        with pytest.raises(SystemExit) as ended:
+            main(["gateway", command, str(tmp_path / "router"), "--database", database])
+        assert ended.value.code == 1
+        said = capsys.readouterr()
+        assert "promoted: it saves much" in said.out
+        assert "is replaced, but the gateways could not be told, the disk is full; send SIGHUP" in said.err
 
 
 @pytest.mark.ci_slow

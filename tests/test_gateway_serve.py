@@ -93,9 +93,23 @@ def test_a_taken_port_is_named_before_anything_is_served(tmp_path: Path, capsys:
         with pytest.raises(SystemExit) as ended:
             main([*command, "--database", str(tmp_path / "gateway.db")])
     assert ended.value.code == 1
+    assert not (tmp_path / "gateway.db").exists()
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert f"127.0.0.1:{port}: port {port} is taken by another process; end that one, or choose another with --port" in said
+
+
+def test_who_is_refused_for_want_of_a_key_finds_no_database_afterwards(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small_router().save(tmp_path / "router")
+    (tmp_path / "experts.toml").write_text('[experts.small]\nbase_url = "http://127.0.0.1:1"\n', encoding="utf-8")
+    command = ["serve", str(tmp_path / "router"), "--experts", str(tmp_path / "experts.toml"), "--port", "0"]
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--host", "0.0.0.0", "--database", str(tmp_path / "gateway.db")])
+    assert ended.value.code == 2
+    assert "it has no key" in capsys.readouterr().err
+    assert not (tmp_path / "gateway.db").exists()
 
 
 @pytest.mark.parametrize(
@@ -172,7 +186,7 @@ def test_a_gateway_as_a_process(tmp_path: Path) -> None:
         with log.open("w") as stderr:
             process = subprocess.Popen(command, cwd=tmp_path, stderr=stderr, env={**os.environ, "OMP_NUM_THREADS": "1"})
         try:
-            logged(log, "serving small, large at http://127.0.0.1:")
+            logged(log, f"serving small, large at http://127.0.0.1:{port}, page at http://127.0.0.1:{port}/dashboard")
             status, page = ask(port, "chat", origin="https://example.com")
             assert (status, json.loads(page)["error"]["code"]) == (403, "pages_need_a_key")
             # A bad file changes nothing, and a good one everything.

@@ -189,6 +189,86 @@ def test_a_connection_that_ended_while_it_was_idle_is_replaced_and_no_other_is()
     assert (nobody.status, nobody.attempts, requests) == (502, 1, 1)
 
 
+async def drips(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """A stream without an end, an event every 20 ms."""
+    await reader.readuntil(b"\r\n\r\n")
+    writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n")
+    while not reader.at_eof():
+        writer.write(b"data: " + CHUNK + b"\n\n")
+        await asyncio.sleep(0.02)
+
+
+async def pours(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """A long stream, at once."""
+    await reader.readuntil(b"\r\n\r\n")
+    writer.write(streamed(*[bytes(1 << 16)] * 100, b"[DONE]"))
+
+
+@pytest.mark.parametrize(("serve", "pause", "cut"), [(drips, 0.0, True), (pours, 0.0, False), (pours, 0.5, False)])
+def test_an_expert_has_its_time_for_a_stream_and_not_what_the_client_takes_to_read_it(
+    serve: Any, pause: float, cut: bool
+) -> None:
+    async def run() -> bytes:
+        served = asyncio.Event()
+
+        async def serving(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await serve(reader, writer)
+            writer.close()
+            served.set()
+
+        server = await asyncio.start_server(serving, "127.0.0.1", 0)
+        expert = Expert("small", f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1", total_s=0.3)
+        upstream = Upstream(max_reply_bytes=1 << 20)
+        body = b'{"model": "small", "messages": [], "stream": true}'
+        reply = await upstream.ask(expert, CHAT, body, {}, parse("chat", body))
+        read = reply.body
+        try:
+            async with asyncio.timeout(10):
+                await asyncio.sleep(pause)
+                async for part in reply.rest():
+                    read += part
+                    if len(read) < 1 << 17:
+                        await asyncio.sleep(pause)
+        finally:
+            reply.close()
+            await upstream.close()
+            server.close()
+            await served.wait()
+        return read
+
+    if cut:
+        with pytest.raises(Failure, match="stopped in the middle of the stream"):
+            asyncio.run(run())
+    else:
+        assert asyncio.run(run()).endswith(b"data: [DONE]\n\n")
+
+
+def test_a_whole_reply_has_its_time_and_no_more() -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(whole()[:-9])
+        await reader.read()
+        writer.close()
+        served.set()
+
+    async def run() -> None:
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        expert = Expert("small", f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1", total_s=0.1)
+        upstream = Upstream(max_reply_bytes=1 << 20)
+        body = b'{"model": "small", "messages": []}'
+        try:
+            await upstream.ask(expert, CHAT, body, {}, parse("chat", body))
+        finally:
+            await upstream.close()
+            server.close()
+            await served.wait()
+
+    served = asyncio.Event()
+    with pytest.raises(Failure, match="did not answer in time") as failed:
+        asyncio.run(run())
+    assert (failed.value.status, failed.value.code, failed.value.blame) == (504, "upstream_timeout", True)
+
+
 def test_who_is_asked_is_told_once_there_is_a_connection_and_no_more_when_that_is_over() -> None:
     async def run() -> list[str | None]:
         told: list[str | None] = []

@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from deferral.gateway.keys import Key
 from deferral.gateway.metrics import Metrics
-from deferral.gateway.worker_metrics import WorkerMetrics
+from deferral.gateway.worker_metrics import WorkerMetrics, fold
 
 
 def counted(answers: int, breaker: str, flying: int = 0) -> Metrics:
@@ -48,7 +48,7 @@ def test_one_worker_alone_says_what_it_counted(tmp_path: Path) -> None:
 
 def test_others_are_added_and_the_ended_stay_in_the_counters_alone(tmp_path: Path) -> None:
     # A process that lives: the one that runs this test.
-    (tmp_path / f"{os.getppid()}.prom").write_bytes(counted(2, "half-open", flying=1).text())
+    (tmp_path / f"{os.getppid()}-0.prom").write_bytes(counted(2, "half-open", flying=1).text())
     ended = multiprocessing.get_context("spawn").Process(target=leave, args=(tmp_path,))
     ended.start()
     ended.join()
@@ -85,4 +85,49 @@ def test_a_folder_that_cannot_be_written_costs_the_others_this_worker_alone(
     assert len(caplog.records) == 1
     (tmp_path / "gone").mkdir()
     worker.leave()
-    assert (tmp_path / "gone" / f"{os.getpid()}.prom").read_bytes()
+    [left] = (tmp_path / "gone").glob(f"{os.getpid()}-*.prom")
+    assert left.read_bytes()
+
+
+def test_what_a_scraper_was_told_stays_when_the_worker_is_killed(tmp_path: Path) -> None:
+    metrics = counted(3, "closed")
+    worker, other = WorkerMetrics(metrics, tmp_path), WorkerMetrics(counted(2, "closed"), tmp_path)
+    worker.leave()
+    metrics.ended("chat", 200)
+    told = samples(worker.text())
+    # It is killed before it leaves anything again.
+    after = samples(other.text())
+    name = "deferral_requests_total", "200", "chat"
+    assert told[name] == 4
+    assert after[name] == 4 + 2
+
+
+def test_those_that_have_ended_are_one_file_and_count_once(tmp_path: Path) -> None:
+    living = WorkerMetrics(counted(3, "closed"), tmp_path)
+    for _ in range(3):
+        ended = multiprocessing.get_context("spawn").Process(target=leave, args=(tmp_path,))
+        ended.start()
+        ended.join()
+        assert ended.pid is not None
+        (tmp_path / f"{ended.pid}-0.partial").write_text("half")
+        before = samples(living.text())
+        copies = {path.name: path.read_bytes() for path in tmp_path.glob(f"{ended.pid}-*.prom")}
+        fold(tmp_path, ended.pid)
+        assert samples(living.text()) == before
+        # Killed after it has added it and before it has deleted it, the parent counts nothing twice.
+        [(name, text)] = copies.items()
+        (tmp_path / name).write_bytes(text)
+        assert samples(living.text()) == before
+        fold(tmp_path, 0)
+        assert samples(living.text()) == before
+        (tmp_path / name).unlink()
+    assert samples(living.text())["deferral_answers_total", "ok", "small"] == 3 + 3 * 4
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_one_that_has_left_nothing_or_cannot_be_added_is_said_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    fold(tmp_path, 1)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "1-a.prom").mkdir()
+    fold(tmp_path, 1)
+    assert "stay in a file of their own" in caplog.text

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -116,6 +117,31 @@ def spend(gateway: Serving, token: str, clients: int = CLIENTS, **fields) -> lis
     # A budget that does not hold would never refuse anybody.
     asyncio.run(asyncio.wait_for(run(), 60))
     return statuses
+
+
+@pytest.mark.parametrize("count", ["1", "5"])
+def test_a_reload_that_comes_before_they_are_up_ends_nobody_and_is_not_missed(folder: Path, count: str) -> None:
+    file = folder / "experts.toml"
+    good = file.read_text()
+    gateway = Serving(folder, "--workers", count)
+    try:
+        # One process says nothing until it is up, but holds its port before.
+        until(lambda: "workers at" in gateway.log or (count == "1" and listens(gateway.port)))
+        file.write_text(good + '[experts.third]\nroute = false\nbase_url = "http://127.0.0.1:1"\n')
+        while gateway.log.count("serving small, large") < int(count):
+            assert gateway.process.poll() is None, gateway.log
+            gateway.process.send_signal(signal.SIGHUP)
+            time.sleep(0.02)
+        assert "ended with status" not in gateway.log
+        assert all("third" in str(ask(gateway, "GET", "/v1/models", "")[1]) for _ in range(12))
+        assert gateway.end(signal.SIGTERM) == 0
+    finally:
+        gateway.close()
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as one:
+        return one.connect_ex(("127.0.0.1", port)) == 0
 
 
 def test_three_workers_hold_one_budget_one_rate_and_one_router(

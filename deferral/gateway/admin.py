@@ -59,11 +59,14 @@ def routes(gateway: "Gateway") -> list[Route]:
         engine = gateway.record.engine
         if not (key or response):
             raise Problem(400, "no_id", "expected the id of a key or of a response, got an empty one")
-        gone = await asyncio.to_thread(forget, engine, key=key, response=response)
-        if not gone.decisions:
-            # A row is written a moment after its reply.
-            await asyncio.sleep(_WRITTEN)
+        try:
             gone = await asyncio.to_thread(forget, engine, key=key, response=response)
+            if not gone.decisions:
+                # A row is written a moment after its reply.
+                await asyncio.sleep(_WRITTEN)
+                gone = await asyncio.to_thread(forget, engine, key=key, response=response)
+        except ValueError as error:
+            raise Problem(409, "ambiguous_id", str(error)) from None
         if not gone.decisions:
             what = f"the key {key[:100]!r}" if key is not None else f"the response {(response or '')[:100]!r}"
             raise Problem(404, "nothing_on_record", f"nothing is on record of {what}")

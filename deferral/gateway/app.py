@@ -108,9 +108,6 @@ class Gateway:
         self.metrics.watch_alarms(lambda: self.alarms.now)
         self.metrics.watch_record(self.record)
         self.metrics.watch_budgets(lambda: self.limits.known(self.keys))
-        if stamps(self.settings) != self._files:
-            # Announced before this gateway listened, and after it read.
-            await self.reload_or_say()
         self._following = [
             asyncio.create_task(self.reloads.follow(self.reload)),
             asyncio.create_task(self.alarms.follow(lambda: self.current.decider.expected)),
@@ -161,6 +158,11 @@ class Gateway:
             _log.error("not reloaded, all stays as it was: %s", error)
         except Exception:
             _log.exception("not reloaded, all stays as it was")
+
+    async def catch_up(self) -> None:
+        """Reload if the files have changed since they were read: that was announced before this gateway listened."""
+        if stamps(self.settings) != self._files:
+            await self.reload_or_say()
 
     async def reload_everywhere(self) -> str:
         """Reload here, and if that is good, have all others on the same database do so within a second or two."""
@@ -221,6 +223,7 @@ def gateway(
         await state.start()
         remove = _on_hangup(state)
         try:
+            await state.catch_up()
             yield
         finally:
             remove()
@@ -297,6 +300,7 @@ def _on_hangup(state: Gateway) -> Callable[[], None]:
         return lambda: None
     loop = asyncio.get_running_loop()
     tasks: set[asyncio.Task] = set()
+    before = signal.getsignal(hangup)
 
     def begin() -> None:
         task = loop.create_task(state.reload_or_say())
@@ -305,6 +309,8 @@ def _on_hangup(state: Gateway) -> Callable[[], None]:
 
     def remove() -> None:
         loop.remove_signal_handler(hangup)
+        # What is left to be written must not end with it.
+        signal.signal(hangup, before or signal.SIG_DFL)
 
     loop.add_signal_handler(hangup, begin)
     return remove

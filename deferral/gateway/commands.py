@@ -1,4 +1,4 @@
-"""The commands `deferral gateway` and `deferral serve`: they parse and print, and decide nothing."""
+"""The command `deferral gateway`: it parses and prints, and decides nothing."""
 
 import json
 import sys
@@ -12,6 +12,8 @@ from pathlib import Path
 
 import click
 from rich.console import Console
+from sqlalchemy import Engine
+from sqlalchemy.exc import SQLAlchemyError
 
 from deferral.errors import DataError
 from deferral.gateway.key_commands import keys
@@ -52,9 +54,9 @@ gateway.add_command(keys)
 @gateway.command()
 @click.option("--key", help="All that is on record of this key, by its id or the prefix that is shown.")
 @click.option("--response", help="One response, by x-deferral-id or by the reply's own id.")
-@click.confirmation_option(prompt="It cannot be undone.  Delete it?")
+@click.option("--yes", is_flag=True, help="Delete without asking.")
 @database_option
-def forget(key: str | None, response: str | None, database: str) -> None:
+def forget(key: str | None, response: str | None, yes: bool, database: str) -> None:
     """Delete decisions, judgements and texts from the record; what they cost stays in the key's budget."""
     from deferral.gateway.forgetting import forget as delete
 
@@ -63,8 +65,20 @@ def forget(key: str | None, response: str | None, database: str) -> None:
     identity = None if key is None else key.removeprefix(PREFIX)
     if not (identity or response):
         raise click.UsageError("expected the id of a key or of a response, got an empty one")
-    with opened(database) as store, Console(stderr=True).status("deleting") as shown:
-        gone = delete(store.engine, key=identity, response=response, progress=lambda so_far: shown.update(str(so_far)))
+    with opened(database) as store:
+        issued = [] if identity is None else [one.key for one in store.list()]
+        named = [] if identity in [one.id for one in issued] else [one.id for one in issued if one.name == key]
+        if named:
+            why = f"is no id of a key but a name; what is on record is deleted by the key's id, {' or '.join(named)}"
+            raise click.BadParameter(f"{key!r} {why}; see `deferral gateway keys list`", param_hint="--key")
+        if not (yes or click.confirm("It cannot be undone.  Delete it?")):
+            click.echo("nothing was deleted", err=True)
+            sys.exit(1)
+        try:
+            with Console(stderr=True).status("deleting") as shown:
+                gone = delete(store.engine, key=identity, response=response, progress=lambda so_far: shown.update(str(so_far)))
+        except ValueError as error:
+            raise click.BadParameter(str(error), param_hint="--response") from None
     if not gone.decisions:
         raise DataError(f"nothing is on record of {key or response!r}; what was just answered is written a moment later")
     click.echo(gone)
@@ -140,32 +154,32 @@ def retrain(
 
     Exit status 0 if it is better, 3 if not.  Gateways that run on the database take it within a second or two.
     """
-    from deferral.gateway.reloads import Reloads
     from deferral.gateway.retrain import retrain as learn
     from deferral.routing import Router, read_log
 
     old_log = None if log is None else read_log(log)
-    with opened(database) as store, _stages() as on_stage:
+    with opened(database) as store:
         try:
-            verdict = learn(
-                store.engine,
-                router,
-                old_log=old_log,
-                assumed_quality=assume_quality,
-                drop_cascade=drop_cascade,
-                dry_run=dry_run,
-                load=lambda folder: Router.load(folder, encoder=encoder),
-                seed=seed,
-                on_stage=on_stage,
-            )
+            with _stages() as on_stage:
+                verdict = learn(
+                    store.engine,
+                    router,
+                    old_log=old_log,
+                    assumed_quality=assume_quality,
+                    drop_cascade=drop_cascade,
+                    dry_run=dry_run,
+                    load=lambda folder: Router.load(folder, encoder=encoder),
+                    seed=seed,
+                    on_stage=on_stage,
+                )
         except DataError:
             raise
         except ValueError as error:
             # An encoder that is a function cannot be named here.
             raise click.UsageError(f"{error}; in Python, deferral.gateway.retrain.retrain takes it") from None
+        click.echo(verdict)
         if verdict.promoted:
-            Reloads(store.engine).announce()
-    click.echo(verdict)
+            _announce(store.engine, router)
     if not verdict.better:
         sys.exit(3)
     if not dry_run:
@@ -188,7 +202,6 @@ def cascade(router: Path, encoder: Path | None, dry_run: bool, seed: int, databa
     Exit status 0 if it is, 3 if not.  Gateways that run on the database take it within a second or two.
     """
     from deferral.gateway.cascade_answers import answers_on_record
-    from deferral.gateway.reloads import Reloads
     from deferral.gateway.retrain import check_unchanged
     from deferral.routing import Router
     from deferral.routing.cascade_fitting import fit_cascade, gain_over
@@ -199,23 +212,25 @@ def cascade(router: Path, encoder: Path | None, dry_run: bool, seed: int, databa
     if old is None:
         raise click.UsageError(f"{router} has no cascade; make the first with `deferral route cascade LOG -r {router}`")
     left_out: Counter[str] = Counter()
-    with opened(database) as store, _stages() as on_stage:
-        on_stage("reading the record")
-        answers = answers_on_record(store.engine, loaded.experts, old.first, left_out)
-        on_stage(f"learning from {len(answers):,} answers of {old.first}")
-        new = fit_cascade(answers, seed=seed)
-        gain, half = gain_over(old, answers, error, seed=seed)
+    with opened(database) as store:
+        with _stages() as on_stage:
+            on_stage("reading the record")
+            answers = answers_on_record(store.engine, loaded.experts, old.first, left_out)
+            on_stage(f"learning from {len(answers):,} answers of {old.first}")
+            new = fit_cascade(answers, seed=seed)
+            gain, half = gain_over(old, answers, error, seed=seed)
         better = new.why_not(error) == "" and gain > half
         if better and not dry_run:
             loaded.cascade = new
             check_unchanged(router, before)
             loaded.save(router)
-            Reloads(store.engine).announce()
-    click.echo(new.report(error))
-    click.echo("\n".join(f"{count} rows left out: {reason}" for reason, count in left_out.most_common()))
-    click.echo(
-        f"against the cascade that is there it saves {gain:.4f} ± {half:.4f} errors a query at ${error:.3g} an error (95%)"
-    )
+        click.echo(new.report(error))
+        click.echo("\n".join(f"{count} rows left out: {reason}" for reason, count in left_out.most_common()))
+        click.echo(
+            f"against the cascade that is there it saves {gain:.4f} ± {half:.4f} errors a query at ${error:.3g} an error (95%)"
+        )
+        if better and not dry_run:
+            _announce(store.engine, router)
     if not better:
         click.echo(f"{router} stays as it was")
         sys.exit(3)
@@ -249,7 +264,8 @@ def status(hours: float, as_json: bool, url: str | None, admin_key: str | None, 
         for name, value in running["metrics"].items():
             click.echo(f"  {name} {value:g}")
         if not running["metrics"]:
-            click.echo("  its metrics want the admin key: --admin-key, or DEFERRAL_ADMIN_KEY", err=True)
+            why = "want the admin key" if not admin_key else "were refused to this admin key"
+            click.echo(f"  its metrics {why}: --admin-key, or DEFERRAL_ADMIN_KEY", err=True)
 
 
 @gateway.command()
@@ -303,6 +319,19 @@ def shadow(hours: float, as_json: bool, database: str) -> None:
     with opened(database) as store:
         found = agreement(store.engine, since=now - 3600 * hours, until=now)
     click.echo(json.dumps(found.as_json()) if as_json else found)
+
+
+def _announce(engine: Engine, router: Path) -> None:
+    """Tell the gateways; what is in its place stays there if that fails."""
+    from deferral.gateway.reloads import Reloads
+
+    try:
+        Reloads(engine).announce()
+    except SQLAlchemyError as error:
+        raise DataError(
+            f"{router} is replaced, but the gateways could not be told, {getattr(error, 'orig', None) or error}; send SIGHUP to "
+            "each, or POST /admin/reload"
+        ) from error
 
 
 @contextmanager

@@ -20,6 +20,8 @@ __all__ = ["AUTO", "Expert", "read_experts"]
 AUTO = frozenset({"auto", "deferral/auto"})
 _NAME = re.compile(r"[ -~]{1,100}")
 _HEADER_VALUE = re.compile(r"[!-~]+")
+# What the gateway itself adds to a base_url.
+_ADDED = re.compile(r"(/chat/completions|/completions|/embeddings|/responses|/models)/*")
 _SECTION = re.compile(r"""\s*\[\s*experts\s*\.\s*(?:"([^"]*)"|'([^']*)'|([\w-]+))\s*\]""")
 _LOOKS_LIKE_A_KEY = frozenset({"key", "api_key", "apikey", "token", "secret", "password", "authorization"})
 
@@ -165,6 +167,9 @@ def _check_url(expert: Expert) -> None:
         raise _FieldError("base_url", "expected no user, password, query or fragment; a key goes into key_env")
     if wrong or not _HEADER_VALUE.fullmatch(expert.base_url):
         raise _FieldError("base_url", f"expected http:// or https:// with a host, got {expert.base_url!r}")
+    if (added := _ADDED.search(expert.base_url)) and added.end() == len(expert.base_url):
+        wanted = expert.base_url[: added.start()]
+        raise _FieldError("base_url", f"the gateway adds {added[1]} itself; write {wanted!r}, got {expert.base_url!r}")
 
 
 def _check_key(expert: Expert) -> None:

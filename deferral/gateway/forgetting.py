@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
-from sqlalchemy import ColumnElement, Connection, Engine, or_, select
+from sqlalchemy import ColumnElement, Connection, Engine, select
 
 from deferral.gateway.database import adding, alone, delete_among, scrub
 from deferral.gateway.rows import plain
@@ -14,6 +14,7 @@ from deferral.gateway.schema import cascades, decisions, feedback, forgotten, sh
 __all__ = ["Forgotten", "forget", "forget_some", "old_costs"]
 
 _AT_ONCE = 500
+_NAMED = 10
 # Windows of budgets begin on a quarter of an hour in every time zone, and last at most a month.
 _QUARTER = 900
 _LONGEST_WINDOW = 32 * 86400
@@ -47,9 +48,8 @@ def forget(
 
     In batches, with as much time between them as they take, so that a gateway that serves can write.  Whoever interrupts it
     begins again where it was.  SQLite overwrites what is deleted, in the journal too; PostgreSQL when it vacuums.  The key "" is
-    that of requests without one; ValueError for a response with an empty id.
+    that of requests without one; ValueError for a response with an empty id, or one that several replies had.
     """
-    d = decisions.c
     if (key is None) == (response is None):
         raise ValueError("forget: expected either a key or a response")
     # A database may refuse to look for a NUL.
@@ -57,9 +57,10 @@ def forget(
     # All replies without an id have the empty one.
     if response == "":
         raise ValueError("forget: expected the id of a response, got an empty one")
-    wanted = d.key == name if response is None else or_(d.id == name, d.reply_id == name)
     total = Forgotten()
     with engine.connect() as connection:
+        wanted = decisions.c.key == name if response is None else decisions.c.id == _meant(connection, name)
+        connection.rollback()
         while True:
             began = time.monotonic()
             with alone(connection, "forget"):
@@ -74,6 +75,21 @@ def forget(
         while total.texts and not scrub(connection) and time.monotonic() < end:
             time.sleep(0.05)
     return total
+
+
+def _meant(connection: Connection, name: str) -> str:
+    """The id of the decision that has it, else of the only one whose reply had it; ValueError where several had.
+
+    An upstream may give one id to all its replies, whoever they are for.
+    """
+    d = decisions.c
+    if connection.execute(select(d.id).where(d.id == name)).first() is not None:
+        return name
+    found = connection.execute(select(d.id).where(d.reply_id == name).limit(_NAMED + 1)).scalars().all()
+    if len(found) > 1:
+        listed = ", ".join(found[:_NAMED]) + (" and more" if len(found) > _NAMED else "")
+        raise ValueError(f"{name[:200]!r} is the id of several replies; say which by its x-deferral-id: {listed}")
+    return found[0] if found else name
 
 
 def forget_some(connection: Connection, wanted: ColumnElement[bool], count: int) -> Forgotten:

@@ -121,8 +121,8 @@ def recent(
     """
     d = decisions.c
     columns = (
-        d.id, d.time, d.key, d.requested, d.expert, d.chosen, d.reason, d.price, d.estimated, d.input_tokens, d.output_tokens,
-        d.latency_s, d.status, d.outcome, d.attempts, d.streamed, d.fast_path,
+        d.id, d.time, d.key, d.requested, d.expert, d.chosen, d.reason, d.propensity, d.price, d.estimated,
+        d.input_tokens, d.output_tokens, d.latency_s, d.status, d.outcome, d.attempts, d.streamed, d.fast_path,
     )  # fmt: skip
     wanted = select(*columns).order_by(d.time.desc(), d.id.desc()).limit(count)
     if since is not None:
@@ -142,4 +142,6 @@ def said(one: Mapping[str, Any], key: str) -> str:
     when = datetime.fromtimestamp(one["time"], UTC).strftime("%Y-%m-%d %H:%M:%SZ")
     took = "" if one["latency_s"] is None else f" in {one['latency_s']:.2f} s"
     asked = f"{key or 'anyone'} asked {one['requested']}, {one['expert'] or 'nobody'} answered"
-    return f"{when} {one['id']} {asked}: {one['outcome']} ({one['status']}){took}, ${one['price']:.3g}; {one['reason']}"
+    chance = "" if one["propensity"] is None else f" (with probability {one['propensity']:.3g})"
+    cost = f"${one['price']:.3g}"
+    return f"{when} {one['id']} {asked}: {one['outcome']} ({one['status']}){took}, {cost}; {one['reason']}{chance}"

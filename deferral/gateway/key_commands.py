@@ -40,8 +40,8 @@ def keys() -> None:
 @_experts_file
 @click.option("--requests-per-minute", type=_rate, help="At most so many in any 60 seconds.")
 @click.option("--budget", type=_budget, help="Dollars in each window.")
-@click.option("--window", type=click.Choice(WINDOWS), default="month", show_default=True, help="The budget's calendar window.")
-@click.option("--zone", default="UTC", show_default=True, help="The time zone in which windows begin, as Europe/Berlin.")
+@click.option("--window", type=click.Choice(WINDOWS), help="The budget's calendar window.  [default: month]")
+@click.option("--zone", help="The time zone in which windows begin, as Europe/Berlin.  [default: UTC]")
 @click.option("--admin", is_flag=True, help="For the admin endpoints, and for nothing else.")
 @database_option
 def create(
@@ -50,24 +50,29 @@ def create(
     experts_file: Path | None,
     requests_per_minute: int | None,
     budget: float | None,
-    window: Any,
-    zone: str,
     admin: bool,
     database: str,
+    **windows: Any,
 ) -> None:
     """Make a key for NAME, and print it: this once, since only its hash is kept."""
     _look_up(experts, experts_file)
+    given = {option: value for option, value in windows.items() if value is not None}
+    if given and budget is None:
+        raise click.UsageError(f"--{next(iter(given))} is of a budget; expected --budget as well")
     with opened(database, create=True) as store, _usage():
+        so_named = [key.id for key in store if key.name == name]
         token, key = store.create(
             name,
             experts=experts or None,
             requests_per_minute=requests_per_minute,
             budget=budget,
-            window=window,
-            zone=zone,
             admin=admin,
+            **given,
         )
     _say_what_was_not_looked_up(experts, experts_file)
+    if so_named:
+        was = f"{name} had a valid key before, {' and '.join(so_named)}, which stays valid"
+        click.echo(f"{was}; `deferral gateway keys set` and `rotate` change one, and now want its id", err=True)
     click.echo(f"key {key.id} for {name}; it is valid within two seconds, and shown this once:", err=True)
     click.echo(token)
 

@@ -16,6 +16,8 @@ _LONGEST_HEAD = 1 << 16
 # Nobody ends while a request is under way: who sends half of one must not hold that up.  Nobody has been asked for it yet, so
 # that it can be sent again.
 _LONGEST_UPLOAD_S, _LAST_UPLOAD_S = 120.0, 5.0
+# A client that takes nothing of its reply for so long does not read.
+_LONGEST_PAUSE_S = 60.0
 
 
 class Protocol(HttpToolsProtocol):
@@ -23,25 +25,29 @@ class Protocol(HttpToolsProtocol):
 
     Who connects and says nothing, or a head (or trailers) without an end, is sent away.  A wish to be upgraded, which Java's
     client has with every first request, is not granted, and its request is answered like any other.  A stream to a client of
-    HTTP/1.0, which knows no chunks, goes on until the connection ends.  Who has sent half of a request has two minutes for the
-    rest, or five seconds once the server is to end.
+    HTTP/1.0, which knows no chunks, goes on until the connection ends.  Who has sent half of a request, were it one byte, has two
+    minutes for the rest, or five seconds once the server is to end.  Who takes nothing of a reply for a minute loses the rest.
     """
 
     # Bytes since the last that were the end of a head, or a part of a body.
     _unfinished = 0
+    # A request has begun to come, and has not come to its end.
+    _partial = False
     _running: RequestResponseCycle | None = None
     _ending = False
     _upload: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client has connected."""
-        super().connection_made(cast(asyncio.Transport, Gathering(transport, self.loop)))
+        self._gathering = Gathering(transport, self.loop)
+        super().connection_made(cast(asyncio.Transport, self._gathering))
         self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 
     def connection_lost(self, error: Exception | None) -> None:
         """The client is gone: the request that is answered learns of it, and not only the last that was sent."""
         super().connection_lost(error)
         self._wait_no_more()
+        self._gathering.wait_no_more()
         running = self._running
         if running is not None and not running.response_complete:
             running.disconnected = True
@@ -49,7 +55,6 @@ class Protocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Some bytes of requests."""
-        self._unset_keepalive_if_required()
         self._unfinished += len(data)
         try:
             self.parser.feed_data(data)
@@ -61,6 +66,12 @@ class Protocol(HttpToolsProtocol):
             if self._unfinished > _LONGEST_HEAD:
                 self._refuse(f"expected a head of at most {_LONGEST_HEAD} bytes")
             self._wait_for_the_rest()
+
+    def on_message_begin(self) -> None:
+        """The first byte of a request: from now on it is the rest of it that is waited for."""
+        self._unset_keepalive_if_required()
+        self._partial = True
+        super().on_message_begin()
 
     def on_headers_complete(self) -> None:
         """A request begins, with its headers: what comes as trailers, after checks of whoever is in front, is none of them."""
@@ -76,14 +87,31 @@ class Protocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """The end of a request."""
+        self._partial = False
         self._wait_no_more()
         if not self.parser.should_upgrade():
             super().on_message_complete()
+            if self.cycle.response_complete:
+                # It was refused before all of it had come; uvicorn looks at it no more.
+                self.cycle.more_body = False
+                self._unset_keepalive_if_required()
+                self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 
     def on_response_complete(self) -> None:
-        """The end of a reply; a request that waited for it may begin."""
+        """The end of a reply; a request that waited for it may begin, and half of one is waited for."""
         super().on_response_complete()
         self._wait_for_the_rest()
+
+    def pause_writing(self) -> None:
+        """Much is unsent: the client has to take some of it."""
+        super().pause_writing()
+        self._gathering.wait_for_the_reader()
+
+    def resume_writing(self) -> None:
+        """The client has taken enough."""
+        super().resume_writing()
+        if not self.transport.is_closing():
+            self._gathering.wait_no_more()
 
     def shutdown(self) -> None:
         """The server is to end: what is under way is finished."""
@@ -98,21 +126,34 @@ class Protocol(HttpToolsProtocol):
 
     def _wait_for_the_rest(self) -> None:
         """Most requests come whole, and have no use for a timer."""
-        running = self._running
-        if running is not None and running.more_body and not running.response_started and self._upload is None:
+        if not self._partial or self._replying():
+            return
+        self._unset_keepalive_if_required()
+        if self._upload is None:
             patience = _LAST_UPLOAD_S if self._ending else _LONGEST_UPLOAD_S
-            self._upload = self.loop.call_later(patience, self._too_late, running, patience)
+            self._upload = self.loop.call_later(patience, self._too_late, patience)
+
+    def _replying(self) -> bool:
+        """Whether the client waits for a reply, or gets one: the end of that will look for the rest of a request again."""
+        running = self._running
+        return running is not None and not running.response_complete and (running.response_started or not running.more_body)
 
     def _wait_no_more(self) -> None:
         if self._upload is not None:
             self._upload.cancel()
             self._upload = None
 
-    def _too_late(self, cycle: RequestResponseCycle, patience: float) -> None:
-        if cycle.response_started or self.transport.is_closing():
+    def _too_late(self, patience: float) -> None:
+        self._upload = None
+        if self._replying() or self.transport.is_closing():
+            return
+        running = self._running
+        if running is not None and running.more_body and running.response_complete:
+            # It was refused before all of it had come.
+            self.transport.close()
             return
         status, code = (503, "server_ends") if self._ending else (408, "request_timeout")
-        body = error_body(status, code, f"the body: expected all of it within {patience:.0f} s; send it again")
+        body = error_body(status, code, f"the request: expected all of it within {patience:.0f} s; send it again")
         head = b"content-type: application/json\r\ncontent-length: %d\r\nretry-after: 1\r\nconnection: close\r\n\r\n" % len(body)
         self.transport.write(b"".join([STATUS_LINE[status], head, body]))
         self.transport.close()
@@ -158,12 +199,16 @@ def _without_chunks(app: ASGIApp, cycle: RequestResponseCycle) -> Any:
 
 
 class Gathering:
-    """A transport whose bytes go out at the end of the turn in which they were written, or when they are 64 KiB."""
+    """A transport whose bytes go out at the end of the turn in which they were written, or when they are 64 KiB.
+
+    Once asked to `wait_for_the_reader`, or closed with bytes unsent, it ends when the client takes nothing for a minute.
+    """
 
     def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
-        self._transport, self._call_soon = transport, loop.call_soon
+        self._transport, self._call_soon, self._call_later = transport, loop.call_soon, loop.call_later
         self._parts: list[bytes] = []
         self._size = 0
+        self._reader: asyncio.TimerHandle | None = None
         self.is_closing = transport.is_closing
 
     def __getattr__(self, name: str) -> Any:
@@ -182,6 +227,28 @@ class Gathering:
         """What was written still goes out."""
         self._flush()
         self._transport.close()
+        if self._transport.get_write_buffer_size():
+            self.wait_for_the_reader()
+
+    def wait_for_the_reader(self) -> None:
+        """From now on the client has to take some of what is unsent, every minute."""
+        if self._reader is None:
+            self._look_again()
+
+    def wait_no_more(self) -> None:
+        """The client has taken enough, or is gone."""
+        if self._reader is not None:
+            self._reader.cancel()
+            self._reader = None
+
+    def _look_again(self) -> None:
+        self._reader = self._call_later(_LONGEST_PAUSE_S, self._look, self._transport.get_write_buffer_size())
+
+    def _look(self, unsent: int) -> None:
+        if self._transport.get_write_buffer_size() < unsent:
+            self._look_again()
+        else:
+            self._transport.abort()
 
     def _flush(self) -> None:
         parts, self._parts, self._size = self._parts, [], 0

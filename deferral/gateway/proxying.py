@@ -51,7 +51,7 @@ _OUTPUT_TOKENS = 256
 _CLOSED_BY_CLIENT = 499
 _ONCE = "idempotency-key"
 # Beyond the time that an expert has for a reply: what its client may take to read the end of it.
-_LONGER = 60.0
+LONGER = 60.0
 # Ids need no two alike, and are no secret: a key may judge its own responses only.
 _ids = random.Random(os.urandom(32))
 if hasattr(os, "register_at_fork"):
@@ -291,7 +291,7 @@ class Exchange:
         # A client that does not read would hold its expert for ever.
         task = asyncio.current_task()
         assert task is not None
-        limit = asyncio.get_running_loop().call_later(call.expert.total_s + _LONGER, self._give_up, task)
+        limit = asyncio.get_running_loop().call_later(call.expert.total_s + LONGER, self._give_up, task)
         try:
             await send({"type": "http.response.start", "status": call.reply.status, "headers": headers})
             meter.feed(chunk)

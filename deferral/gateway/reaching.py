@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from deferral.gateway.experts_file import Expert
 from deferral.gateway.requests import Kind, parse
@@ -80,6 +81,8 @@ async def _look(upstream: Upstream, found: Reached) -> None:
         found.faults.append(f"sends on to another address (status {status}), where the gateway does not follow; correct base_url")
     elif status >= 500:
         found.faults.append(f"failed with status {status} when it was asked for its models; its own log has the reason")
+    elif status == 404 and not urlsplit(expert.base_url).path:
+        found.faults.append(f"has no {expert.base_url}/models (status 404): does base_url lack /v1?")
     elif listed is None:
         found.notes.append(
             f"does not list its models (status {status} for {expert.base_url}/models): whether base_url (with its /v1?), key and "

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, Select, select
 from sqlalchemy.exc import DataError as ValueRefused
 from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 
@@ -69,6 +69,25 @@ class _Passed:
         return self.entered - self.left
 
 
+@dataclass(slots=True)
+class _Trouble:
+    """Why one kind of work fails at present; "" if it does not.  The log hears of it at most every half minute."""
+
+    why: str = ""
+    _told_at: float = -math.inf
+
+    def begins(self, why: str, waiting: int) -> None:
+        self.why = why
+        if time.monotonic() - self._told_at > 30:
+            self._told_at = time.monotonic()
+            _log.error("the database fails and is tried again: %s; %d rows are waiting", why, waiting)
+
+    def ends(self, message: str) -> None:
+        if self.why:
+            _log.warning("%s", message)
+            self.why, self._told_at = "", -math.inf
+
+
 class Record:
     """Decisions and feedback in a database.  Between `start` and `close` a thread of its own writes them.
 
@@ -99,8 +118,8 @@ class Record:
         self._thread: threading.Thread | None = None
         self._closing = False
         self._give_up_at = math.inf
-        self._trouble = ""
-        self._warned_at = -math.inf
+        # Apart: neither hides the other, and each ends with its own success.
+        self._writing, self._deleting = _Trouble(), _Trouble()
         self._clean_at = 0.0
         self._ended = False
 
@@ -127,8 +146,8 @@ class Record:
 
     @property
     def trouble(self) -> str:
-        """Why rows cannot be written at present; "" if they can."""
-        return "the writer has ended" if self._ended else self._trouble
+        """Why the database takes no rows at present, or gives none up whose time is over; "" if it does both."""
+        return "the writer has ended" if self._ended else self._writing.why or self._deleting.why
 
     @property
     def waiting(self) -> int:
@@ -231,7 +250,7 @@ class Record:
             self._something.clear()
             self._urgent.clear()
             if not self._write_some():
-                _log.error("%d rows are lost: the database still fails at the end, %s", len(self._waiting), self._trouble)
+                _log.error("%d rows are lost: the database still fails at the end, %s", len(self._waiting), self._writing.why)
                 return
             if self._waiting:
                 self._something.set()
@@ -260,7 +279,7 @@ class Record:
                 break
             except (SQLAlchemyError, MemoryError) as error:
                 if not isinstance(error, IntegrityError | ValueRefused):
-                    self._note(_reason(error))
+                    self._writing.begins(_reason(error), len(self._waiting))
                     if time.monotonic() > self._give_up_at:
                         return False
                     time.sleep(wait)
@@ -275,9 +294,7 @@ class Record:
             _log.error("a row is left out, it cannot be written (or is there already): %s", _reason(fault))
             answers = [(item, False) for item in batch if isinstance(item, _Feedback)]
             break
-        if self._trouble:
-            _log.warning("the database takes rows again; %d are waiting", len(self._waiting))
-            self._trouble, self._warned_at = "", -math.inf
+        self._writing.ends(f"the database takes rows again; {len(self._waiting)} are waiting")
         for item, known in answers:
             item.answer(known)
         return True
@@ -305,16 +322,12 @@ class Record:
     def _clean(self) -> float:
         """Delete some of what is over its time.  -> seconds until there is more to do"""
         try:
-            return self._retention.step()
+            wait = self._retention.step()
         except SQLAlchemyError as error:
-            self._note(f"what is over its time cannot be deleted, {_reason(error)}")
+            self._deleting.begins(f"what is over its time cannot be deleted, {_reason(error)}", len(self._waiting))
             return _LAST_RETRY
-
-    def _note(self, trouble: str) -> None:
-        self._trouble = trouble
-        if time.monotonic() - self._warned_at > 30:
-            self._warned_at = time.monotonic()
-            _log.error("the database fails and is tried again: %s; %d rows are waiting", trouble, len(self._waiting))
+        self._deleting.ends("what is over its time can be deleted again")
+        return wait
 
 
 def _reason(error: Exception) -> str:
@@ -329,7 +342,7 @@ def _characters(item: DecisionRow | _Feedback) -> int:
 
 def _kept(connection: Connection, said: Sequence[_Feedback]) -> list[tuple[_Feedback, bool]]:
     """Write feedback whose decision is there.  -> each, and whether it was"""
-    columns = select(decisions.c.id, decisions.c.key)
+    columns = _held(select(decisions.c.id, decisions.c.key))
     by_id = {row.id: row.key for row in connection.execute(columns.where(decisions.c.id.in_({item.id for item in said})))}
     answers, kept = [], {}
     for item in said:
@@ -355,4 +368,10 @@ def _meant(connection: Connection, item: _Feedback, by_id: Mapping[str, str]) ->
     same = decisions.c.reply_id == item.id
     if item.key:
         same &= decisions.c.key == item.key
-    return connection.execute(select(decisions.c.id).where(same).limit(2)).scalars().all()
+    return connection.execute(_held(select(decisions.c.id).where(same).limit(2))).scalars().all()
+
+
+def _held(wanted: Select) -> Select:
+    """Not to be deleted before the commit, and without those that are being deleted: feedback on them would stay for ever."""
+    # Skipped, not waited for: whoever deletes locks many in no order, and the two could wait for each other.
+    return wanted.with_for_update(read=True, key_share=True, skip_locked=True)

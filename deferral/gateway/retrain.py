@@ -35,9 +35,10 @@ class Verdict:
     trained_on: int
     comparison: Comparison | None
     left_out: dict[str, int]
+    of_log: int = 0  # rows of the old log that it has learned from as well
 
     def __str__(self) -> str:
-        lines = [f"learned from {self.trained_on} rows"]
+        lines = [f"learned from {self.trained_on} rows of the record" + (f" and {self.of_log} of the log" if self.of_log else "")]
         if (judged := self.comparison) is not None:
             lines += [
                 f"judged on {judged.rows} others; the routers differ on {judged.differ}, where {judged.seen[0]} different "
@@ -94,13 +95,15 @@ def retrain(
     judge = [row for row, learned_from in zip(judge, known, strict=True) if not learned_from]
     reasons = {reason: count for reason, count in left_out.most_common() if count}
     if not train and not judge:
-        raise DataError(nothing_left(left_out))
+        raise DataError(nothing_left(Counter(reasons)))
     if len(judge) < _FEWEST_ROWS or not train:
         why = f"{len(judge)} rows to judge by are too few, expected at least {_FEWEST_ROWS}"
         return Verdict(False, False, why, len(train), None, reasons)
     both = "" if old_log is None else f" and {len(old_log):,} of the log"
     on_stage(f"fitting a router to {len(train):,} outcomes of the record{both}, which may take minutes")
-    learned(new, train, old_log, unseen={row.outcome.query for row in judge})
+    unseen = {row.outcome.query for row in judge}
+    learned(new, train, old_log, unseen=unseen)
+    of_log = 0 if old_log is None else sum(old_log[row].query not in unseen for row in range(len(old_log)))
     on_stage(f"judging both routers on {len(judge):,} other outcomes")
     heard = {name: count / (count + unjudged[name]) for name, count in judged.items()}
     draws = draws_of(new, judge, heard)
@@ -114,7 +117,7 @@ def retrain(
     if not why and not dry_run:
         promote(new, folder, before)
     saves = f"it saves {_shown(comparison.gain)} errors a query"
-    return Verdict(not why, not why and not dry_run, why or saves, len(train), comparison, reasons)
+    return Verdict(not why, not why and not dry_run, why or saves, len(train), comparison, reasons, of_log)
 
 
 def learned(router: Router, outcomes: Sequence[Outcome], old_log: Log | None = None, unseen: Collection[str] = ()) -> Router:

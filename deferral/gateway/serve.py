@@ -2,10 +2,12 @@
 
 import gc
 import logging
+import math
 import os
 import signal
 import socket
 import tempfile
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -17,15 +19,18 @@ import uvicorn
 from threadpoolctl import threadpool_limits
 
 from deferral.errors import DataError
-from deferral.gateway.access import must_have_key
-from deferral.gateway.app import gateway, load_router, stamps
-from deferral.gateway.experts_file import read_experts
+from deferral.gateway.access import must_have_key, no_key
+from deferral.gateway.app import Gateway, gateway, load_router, stamps
+from deferral.gateway.database import connect, look
+from deferral.gateway.experts_file import Expert, read_experts
 from deferral.gateway.hysteresis import RULES
 from deferral.gateway.listening import BACKLOG, listening
 from deferral.gateway.logs import logging_to
 from deferral.gateway.protocol import Protocol
-from deferral.gateway.settings import Settings
-from deferral.gateway.workers import supervise
+from deferral.gateway.proxying import LONGER
+from deferral.gateway.settings import Settings, is_loopback
+from deferral.gateway.worker_metrics import fold
+from deferral.gateway.workers import ignore_hangups, supervise
 
 __all__ = ["run", "serve", "settings_of"]
 
@@ -44,8 +49,11 @@ def run(settings: Settings, *, log_level: str = "info") -> None:
     ValueError where it would be reachable from other machines without any key, DataError where its address is not to be had.
     """
     assert settings.experts_file is not None
-    must_have_key(settings)
+    ignore_hangups()
+    if not is_loopback(settings.host):
+        _must_have_tables(settings)
     with listening(settings.host, settings.port) as listener:
+        must_have_key(settings)
         if settings.workers == 1:
             _serve(settings, log_level, listener)
             return
@@ -57,7 +65,18 @@ def run(settings: Settings, *, log_level: str = "info") -> None:
             _log.info("%d workers at %s:%d", settings.workers, *listener.getsockname()[:2])
             with tempfile.TemporaryDirectory(prefix="deferral-metrics-") as folder:
                 shared = replace(settings, metrics_folder=Path(folder))
-                supervise(partial(_serve, shared, log_level), listener, settings.workers)
+                ended_one = partial(fold, Path(folder))
+                supervise(partial(_serve, shared, log_level), listener, settings.workers, ended_one=ended_one)
+
+
+def _must_have_tables(settings: Settings) -> None:
+    """ValueError where there can be no key; whoever is refused finds no new database afterwards."""
+    engine = connect(settings.database)
+    try:
+        if look(engine) == 0:
+            raise ValueError(no_key(settings.host))
+    finally:
+        engine.dispose()
 
 
 def _serve(settings: Settings, log_level: str, listener: socket.socket) -> None:
@@ -83,8 +102,6 @@ def _serve(settings: Settings, log_level: str, listener: socket.socket) -> None:
             ws="none",
             lifespan="on",
             timeout_keep_alive=_KEEP_ALIVE,
-            # A reply ends by itself within its expert's time.
-            timeout_graceful_shutdown=int(max(expert.total_s for expert in experts.values())) + 30,
             backlog=BACKLOG,
         )
         # What is there now stays, and what requests leave behind is mostly no garbage but rows that wait to be written: looking
@@ -93,20 +110,31 @@ def _serve(settings: Settings, log_level: str, listener: socket.socket) -> None:
         gc.freeze()
         gc.set_threshold(_OBJECTS_PER_COLLECTION)
         place = ("[%s]:%d" if ":" in settings.host else "%s:%d") % (settings.host, listener.getsockname()[1])
-        _Server(config, f"serving {', '.join(experts)} at http://{place}").run([listener])
+        greeting = f"serving {', '.join(experts)} at http://{place}, page at http://{place}/dashboard"
+        _Server(config, greeting, app.state.gateway).run([listener])
 
 
 class _Server(uvicorn.Server):
-    """Says where it serves once it does."""
+    """Says where it serves once it does, and lets what is under way end."""
 
-    def __init__(self, config: uvicorn.Config, greeting: str) -> None:
+    def __init__(self, config: uvicorn.Config, greeting: str, state: Gateway) -> None:
         super().__init__(config)
-        self._greeting = greeting
+        self._greeting, self._state = greeting, state
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Open the database and the connections, then the door."""
         await super().startup(sockets)
         _log.info("%s", self._greeting)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """What is under way ends by itself, within the time of the experts as they are now."""
+        self.config.timeout_graceful_shutdown = _longest(self._state.current.experts.values())
+        await super().shutdown(sockets)
+
+
+def _longest(experts: Iterable[Expert]) -> int:
+    """Seconds that a request may take of the slowest: to get its turn, for its answer, and until its client has read that."""
+    return math.ceil(max(expert.first_byte_s + expert.total_s for expert in experts) + LONGER)
 
 
 def _allow_many_connections() -> None:

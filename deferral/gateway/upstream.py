@@ -1,6 +1,7 @@
 """One attempt: a request goes to an expert, and a reply comes back whole, or begins, or it is a failure of a known kind."""
 
 import asyncio
+import math
 import re
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextvars import ContextVar
@@ -77,18 +78,29 @@ class Reply:
     usage: Usage  # of a whole body
     response: aiohttp.ClientResponse | None = None
     mask: MaskedStream | None = None
+    left: float = math.inf  # seconds that the expert has for the rest of a stream
 
     @property
     def streamed(self) -> bool:
         return self.response is not None
 
     async def rest(self) -> AsyncIterator[bytes]:
-        """What follows the first bytes of a stream; Failure where it breaks off."""
+        """What follows the first bytes of a stream; Failure where it breaks off, or its expert has taken too long.
+
+        Only the time in which the expert is waited for counts, and not what the client takes to read.
+        """
         assert self.response is not None
         assert self.mask is not None
-        read, masked_part = self.response.content.readany, self.mask.part
+        read, masked_part, left = self.response.content.readany, self.mask.part, self.left
         try:
-            while chunk := await read():
+            while True:
+                asked = monotonic()
+                chunk = await read()
+                left -= monotonic() - asked
+                if not chunk:
+                    break
+                if left < 0:
+                    raise TimeoutError
                 yield masked_part(chunk)
             if self.mask.held:
                 yield self.mask.held
@@ -137,18 +149,25 @@ class Upstream:
         _opened.set(False)
         _connected.set(on_connected)
         try:
-            # A redirect would take the key to another place.
-            response = await (self._fresh if fresh else self._session).post(
-                prepared.url, data=body, headers=sent, timeout=prepared.timeout, allow_redirects=False
-            )
-        except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
-            reused = not _opened.get() and monotonic() - began < _STALE_S
-            raise _unanswered(error, reused=reused) from error
-        try:
-            return await self._reply(response, asked, path, prepared.secret)
-        except BaseException:
-            response.close()
-            raise
+            # aiohttp's own limit would hold for a stream as well, and go on while a client does not read.
+            async with asyncio.timeout(expert.total_s):
+                try:
+                    # A redirect would take the key to another place.
+                    response = await (self._fresh if fresh else self._session).post(
+                        prepared.url, data=body, headers=sent, timeout=prepared.timeout, allow_redirects=False
+                    )
+                except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
+                    reused = not _opened.get() and monotonic() - began < _STALE_S
+                    raise _unanswered(error, reused=reused) from error
+                try:
+                    reply = await self._reply(response, asked, path, prepared.secret)
+                except BaseException:
+                    response.close()
+                    raise
+        except TimeoutError as error:
+            raise Failure(504, "upstream_timeout", "did not answer in time") from error
+        reply.left = expert.total_s - (monotonic() - began)
+        return reply
 
     async def look(self, expert: Expert, path: str, timeout_s: float) -> tuple[int, bytes]:
         """GET a path, by a new connection.  -> status and body, whatever they are; Failure where none came"""
@@ -221,7 +240,7 @@ def _prepared(expert: Expert, path: str) -> _Prepared:
     headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
     if expert.key is not None:
         headers["Authorization"] = f"Bearer {expert.key}"
-    timeout = aiohttp.ClientTimeout(total=expert.total_s, connect=expert.connect_s, sock_read=expert.first_byte_s)
+    timeout = aiohttp.ClientTimeout(connect=expert.connect_s, sock_read=expert.first_byte_s)
     return _Prepared(expert, URL(expert.base_url + path), headers, timeout, (expert.key or "").encode())
 
 

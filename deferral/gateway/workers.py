@@ -14,7 +14,7 @@ from typing import Any
 
 from deferral.errors import DataError
 
-__all__ = ["supervise"]
+__all__ = ["ignore_hangups", "supervise"]
 
 _log = logging.getLogger("deferral.gateway")
 
@@ -28,18 +28,35 @@ _PATIENCE = 5
 _LONGEST_PAUSE = 30.0
 
 
-def supervise(serve: Callable[[socket.socket], None], listener: socket.socket, count: int) -> None:
+def ignore_hangups() -> None:
+    """Until there is somebody who reloads at SIGHUP: it would end this process, and those that are begun by it."""
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
+def supervise(
+    serve: Callable[[socket.socket], None],
+    listener: socket.socket,
+    count: int,
+    *,
+    ended_one: Callable[[int], None] = lambda process: None,
+) -> None:
     """Have `count` processes call `serve` with the socket until SIGTERM or SIGINT; SIGHUP is passed on to all.
 
-    `serve` is a function that can be named, since each process is a new one.  DataError if they cannot stay up.
+    `serve` is a function that can be named, since each process is a new one; it must look whether what it has read has changed,
+    once it follows SIGHUP.  `ended_one` is told the id of a process that has ended, before another takes its place.  DataError if
+    they cannot stay up.
     """
+    ignore_hangups()
     ended, hung_up = threading.Event(), threading.Event()
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda *_: ended.set())
+    multiprocessing.set_forkserver_preload(["__main__", "deferral.gateway.serve"])
+    running = {_begun(serve, listener): time.monotonic()}
+    # Only now: the process that all are copies of was begun with the first, and ignores SIGHUP as this one did.
     if hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, lambda *_: hung_up.set())
-    multiprocessing.set_forkserver_preload(["__main__", "deferral.gateway.serve"])
-    running = {_begun(serve, listener): time.monotonic() for _ in range(count)}
+    running |= {_begun(serve, listener): time.monotonic() for _ in range(count - 1)}
     failures, begin_at = 0, 0.0
     while not ended.is_set():
         wait([process.sentinel for process in running], _LOOK)
@@ -54,6 +71,8 @@ def supervise(serve: Callable[[socket.socket], None], listener: socket.socket, c
             failures = failures + 1 if now - began < _TOO_SOON else 1
             begin_at = now + min(0.1 * 2 ** min(failures, 10), _LONGEST_PAUSE)
             _log.error("worker %s ended with status %s; another takes its place", process.pid, process.exitcode)
+            if process.pid is not None:
+                ended_one(process.pid)
         if failures >= _PATIENCE and not any(now - began >= _TOO_SOON for began in running.values()):
             break
         while len(running) < count and now >= begin_at:
@@ -75,6 +94,7 @@ def _begun(serve: Callable[[socket.socket], None], listener: socket.socket) -> B
 
 
 def _work(serve: Callable[[socket.socket], None], listener: socket.socket) -> None:
+    ignore_hangups()
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
     serve(listener)
 
