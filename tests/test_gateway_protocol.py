@@ -350,6 +350,7 @@ def taken(loop: Any, app: Any, packet: bytes, take: Callable[[socket.socket], An
         state = ServerState()
         server = await loop.create_server(lambda: Protocol(config, state, {}, loop), "127.0.0.1", 0)
         with socket.socket() as client:
+            client.settimeout(10)
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             await loop.run_in_executor(None, client.connect, server.sockets[0].getsockname())
             client.sendall(packet)

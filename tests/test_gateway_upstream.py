@@ -193,7 +193,7 @@ async def drips(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
     """A stream without an end, an event every 20 ms."""
     await reader.readuntil(b"\r\n\r\n")
     writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n")
-    while not reader.at_eof():
+    while not writer.is_closing():
         writer.write(b"data: " + CHUNK + b"\n\n")
         await asyncio.sleep(0.02)
 
@@ -212,9 +212,11 @@ def test_an_expert_has_its_time_for_a_stream_and_not_what_the_client_takes_to_re
         served = asyncio.Event()
 
         async def serving(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            await serve(reader, writer)
-            writer.close()
-            served.set()
+            try:
+                await serve(reader, writer)
+            finally:
+                writer.close()
+                served.set()
 
         server = await asyncio.start_server(serving, "127.0.0.1", 0)
         expert = Expert("small", f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1", total_s=0.3)
@@ -245,11 +247,13 @@ def test_an_expert_has_its_time_for_a_stream_and_not_what_the_client_takes_to_re
 
 def test_a_whole_reply_has_its_time_and_no_more() -> None:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readuntil(b"\r\n\r\n")
-        writer.write(whole()[:-9])
-        await reader.read()
-        writer.close()
-        served.set()
+        try:
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(whole()[:-9])
+            await reader.read()
+        finally:
+            writer.close()
+            served.set()
 
     async def run() -> None:
         server = await asyncio.start_server(serve, "127.0.0.1", 0)
