@@ -2,14 +2,14 @@
 
 Each is a plug-in rule on what separate models say: a classifier's probabilities, and models of the experts that may be fitted
 by any means.  The theory puts the threshold at 0; with estimated probabilities fit it: `fit_offsets(scores, costs, num_own=K)`.
-Selective prediction without experts is `chow_scores`.
+Selective prediction without experts is `chow_scores`.  Values of `probabilities` are read: raw scores are refused.
 """
 
 import torch
 from torch import Tensor
 
 from deferral.numerics import lift
-from deferral.validation import require_batch, require_floating
+from deferral.validation import check_probabilities, require_batch, require_floating
 
 __all__ = ["compare_confidence", "deferral_gains", "post_hoc_scores", "selective_prediction"]
 
@@ -23,7 +23,7 @@ def selective_prediction(probabilities: Tensor, expected_costs: Tensor) -> Tenso
     Chow, "On Optimum Recognition Error and Reject Tradeoff" (1970); as a baseline of deferral with a tuned threshold: Mozannar
     et al., "Who Should Predict? Exact Algorithms For Learning to Defer to Humans" (AISTATS 2023).
     """
-    require_floating("probabilities", probabilities)
+    check_probabilities(probabilities)
     require_floating("expected_costs", expected_costs)
     if expected_costs.dim() != 1:
         raise ValueError(
@@ -41,7 +41,7 @@ def compare_confidence(probabilities: Tensor, correctness: Tensor, *, price: Ten
 
     Raghu et al., "The Algorithmic Automation Problem" (2019); Mozannar et al. (AISTATS 2023).
     """
-    require_floating("probabilities", probabilities)
+    check_probabilities(probabilities)
     require_floating("correctness", correctness)
     require_batch("probabilities", probabilities.shape[:-1], "correctness", correctness.shape[:-1])
     if isinstance(price, Tensor) and price.shape not in ((), correctness.shape[-1:]):

@@ -1,11 +1,13 @@
 """Thresholds fitted on held-out scores.  On real data the natural threshold of a good surrogate may never defer.
 
-Each function returns offsets (A,), float64, for `decide(scores, offsets)`; what it says of the rows it was given holds there
-exactly, ties included, and on new rows up to sampling.  For a promise on new rows see `deferral.certified`, for a capacity of
-each expert `deferral.capacity`.  The first `num_own` actions (K in the single stage, 1 in two stages) are the own ones.
+Each function returns offsets (A,), float64, for `decide(scores, offsets)`; what it says of the rows it was given holds there,
+ties included, and on new rows up to sampling.  For a promise on new rows see `deferral.certified`, for a capacity of each expert
+`deferral.capacity`.  The first `num_own` actions (K in the single stage, 1 in two stages) are the own ones.
 
 To close an action give a mask or -inf.  A number such as finfo.min is a score like any other; but an offset that would lift it
-would round away what the other experts differ by, so that of several experts none is lifted so far.
+would round away what the other experts differ by, so that of several experts none is lifted so far.  In the tenth of the rows
+where the two best experts lie nearest to each other, an offset may still round them together: the later one is then asked, and
+what was counted of that row was the other.
 """
 
 import math

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from deferral.numerics import lift
-from deferral.validation import action_mask, require_floating, require_num_own
+from deferral.validation import action_mask, check_probabilities, require_floating, require_num_own, require_rejector
 
 __all__ = ["chow_scores", "decide", "decide_pair", "deferral_margin", "margin_levels", "oracle"]
 
@@ -40,9 +40,7 @@ def decide_pair(scores: Tensor, rejector: Tensor, offset: float = 0.0) -> Tensor
     (..., K), (...,) -> (...,).  r = offset abstains.  Mao, Mohri, Zhong, "Predictor-Rejector Multi-Class Abstention"
     (ALT 2024), eq. 1.
     """
-    require_floating("rejector", rejector)
-    if scores.shape[:-1] != rejector.shape:
-        raise ValueError(f"one rejector value per row: scores {tuple(scores.shape)}, rejector {tuple(rejector.shape)}")
+    require_rejector(rejector, scores.shape[:-1])
     return decide(scores).where(rejector > offset, scores.shape[-1])
 
 
@@ -108,13 +106,6 @@ def chow_scores(probabilities: Tensor, cost: Tensor | float) -> Tensor:
 
     With one expert of expected cost `cost`, the last action asks that expert.  Reads the values: raw scores are refused.
     """
-    require_floating("probabilities", probabilities)
-    # A softmax in half precision may end a little above 1.
-    outside = ~((probabilities >= 0) & (probabilities <= 1.001))
-    if bool(outside.any()):
-        raise ValueError(
-            f"probabilities: expected numbers in [0, 1], got {float(probabilities[outside][0]):g} and {int(outside.sum()) - 1} "
-            "more; are they raw scores?  Pass scores.softmax(-1)"
-        )
+    check_probabilities(probabilities)
     threshold = torch.as_tensor(1 - cost, dtype=probabilities.dtype, device=probabilities.device)
     return torch.cat([probabilities, threshold.expand(probabilities.shape[:-1]).unsqueeze(-1)], dim=-1)

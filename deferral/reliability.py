@@ -40,6 +40,19 @@ def reliability(
     values are equal), whatever their weights: bins stay where they are while a bootstrap draws weights.  Rows where the mask (N,)
     is False are left out.
     """
+    predicted, happened, weights, member = _in_bins(probability, outcome, weights, bins, equal_mass, mask)
+    count = weights @ member
+    return Reliability(
+        predicted=(weights @ (member * predicted.unsqueeze(-1))) / count,
+        observed=(weights @ (member * happened.unsqueeze(-1))) / count,
+        count=count,
+    )
+
+
+def _in_bins(
+    probability: Tensor, outcome: Tensor, weights: Tensor | None, bins: int, equal_mass: bool, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of the n known rows: probability and outcome (n,), weights (..., n), and 1 where the row is in the bin (n, bins)."""
     if probability.dim() != 1 or probability.shape != outcome.shape or len(probability) == 0:
         raise ValueError(
             "probability, outcome: expected two non-empty vectors of one length, got "
@@ -62,13 +75,7 @@ def reliability(
     number = torch.bucketize(predicted, edges, right=True)
     used, number = number.unique(return_inverse=True)
     member = torch.nn.functional.one_hot(number, len(used)).double()
-    weights = check_weights(weights, probability)[..., known]
-    count = weights @ member
-    return Reliability(
-        predicted=(weights @ (member * predicted.unsqueeze(-1))) / count,
-        observed=(weights @ (member * happened.unsqueeze(-1))) / count,
-        count=count,
-    )
+    return predicted, happened, check_weights(weights, probability)[..., known], member
 
 
 @numpy_or_torch
@@ -103,18 +110,22 @@ def debiased_calibration_error(
 ) -> Tensor:
     """Squared l2 calibration error with its sampling noise taken off, over bins of equal mass.  -> (...)
 
-    sum over bins of their share times `(observed - predicted)^2 - observed (1 - observed) / (count - 1)`: mean 0 for perfect
+    sum over bins of their share times `mean(r)^2 - var(r) / (count - 1)`, r = outcome - probability: mean 0 for perfect
     probabilities, so it can be negative.  Bins with a count of at most 1 are left out.
     For its interval: `metric_interval(..., centred=True)`.
-    Kumar, Liang, Ma, "Verified Uncertainty Calibration" (NeurIPS 2019), definition 5.1.
+    Kumar, Liang, Ma, "Verified Uncertainty Calibration" (NeurIPS 2019), definition 5.1, where the rows of a bin share one
+    probability.
     """
-    table = reliability(probability, outcome, weights, bins=bins, equal_mass=True, mask=mask)
-    usable = table.count > 1
+    predicted, happened, weights, member = _in_bins(probability, outcome, weights, bins, True, mask)
+    count = weights @ member
+    usable = count > 1
     if not bool(usable.any(-1).all()):
         raise ValueError(f"rows: expected at least two in some bin, got {len(probability)} rows in {bins} bins; use fewer bins")
-    noise = table.observed * (1 - table.observed) / (table.count - 1)
-    terms = ((table.observed - table.predicted).square() - noise).where(usable, 0.0)
-    return (table.count.where(usable, 0.0) * terms).sum(-1) / table.count.where(usable, 0.0).sum(-1)
+    residual = (happened - predicted).unsqueeze(-1)
+    squared_mean = ((weights @ (member * residual)) / count).square()
+    variance = (weights @ (member * residual.square())) / count - squared_mean
+    terms = (squared_mean - variance / (count - 1)).where(usable, 0.0)
+    return (count.where(usable, 0.0) * terms).sum(-1) / count.where(usable, 0.0).sum(-1)
 
 
 @numpy_or_torch

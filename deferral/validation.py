@@ -11,6 +11,7 @@ __all__ = [
     "action_mask",
     "check_costs",
     "check_mask",
+    "check_probabilities",
     "check_scores",
     "check_targets",
     "checked_scores",
@@ -22,6 +23,7 @@ __all__ = [
     "require_floating",
     "require_mask",
     "require_num_own",
+    "require_rejector",
     "require_share",
     "require_targets",
     "require_tensor",
@@ -157,6 +159,16 @@ def require_num_own(scores: Tensor, num_own: int) -> None:
         raise ValueError(f"num_own: expected 1..{scores.shape[-1] - 1} for scores {_shape(scores)}, got {num_own}")
 
 
+def require_rejector(rejector: Tensor, rows: torch.Size) -> None:
+    """Floating, and one number for every row."""
+    require_floating("rejector", rejector)
+    if rejector.shape != rows:
+        raise ValueError(
+            f"one rejector value per row: expected shape {tuple(rows)}, got {_shape(rejector)}; "
+            "a model with one output needs .squeeze(-1)"
+        )
+
+
 def require_cost_range(cost: Tensor | float) -> None:
     """ValueError for a cost of abstention given as a number outside [0, 1]; tensors are checked by `check_costs`."""
     if hasattr(cost, "__len__") and not isinstance(cost, Tensor):
@@ -177,6 +189,17 @@ def check_scores(scores: Tensor, *, name: str = "scores") -> None:
         raise ValueError(
             f"{name}: expected finite numbers, got {scores[tuple(first)].item()} at index {first} and {int(bad.sum()) - 1} "
             "more; the model has diverged (lower the learning rate) or its input holds NaN"
+        )
+
+
+def check_probabilities(probabilities: Tensor) -> None:
+    """Floating, and in [0, 1] up to the rounding of a softmax in half precision.  Reads the values."""
+    require_floating("probabilities", probabilities)
+    outside = ~((probabilities >= 0) & (probabilities <= 1.001))
+    if bool(outside.any()):
+        raise ValueError(
+            f"probabilities: expected numbers in [0, 1], got {float(probabilities[outside][0]):g} and {int(outside.sum()) - 1} "
+            "more; are they raw scores?  Pass scores.softmax(-1)"
         )
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deferral import losses
+from deferral import decide, losses
 from deferral.losses.margin import exponential, hinge, logistic, rho_margin, sigmoid, squared_hinge
 from deferral.losses.predictor_rejector import (
     constrained_rho_hinge,
@@ -118,6 +118,11 @@ def one_expert(
 
 def realizable_family(scores: Tensor, targets: Tensor, expert_correct: Tensor, *, q: float) -> Tensor:
     return losses.realizable_deferral(scores, targets, 1 - expert_correct, q=q)
+
+
+def realizable_router(scores: Tensor, targets: Tensor, expert_correct: Tensor) -> Tensor:
+    right = torch.cat([F.one_hot(targets, K).to(expert_correct.dtype), expert_correct], dim=-1)
+    return losses.realizable_router(scores, 1 - right)
 
 
 def regression(scores: Tensor, value: Tensor, expert_costs: Tensor, **options) -> Tensor:
@@ -237,6 +242,7 @@ CASES = [
     one_expert(realizable_family, realizable=True, q=0.0, deterministic=True, bayes=False),
     case(losses.realizable_experts, SINGLE_STAGE_BINARY, "targets", "expert_correct", q=1.0),
     case(losses.realizable_experts, SINGLE_STAGE_BINARY, "targets", "expert_correct", q=0.0, bayes=False),
+    case(realizable_router, SINGLE_STAGE_BINARY, "targets", "expert_correct", bayes=False),
     # Published by others.
     one_expert(losses.mozannar_sontag, realizable=False),
     one_expert(losses.mozannar_sontag, alpha=0.5, bayes=False),
@@ -252,7 +258,10 @@ CASES = [
     split_rejector(madras, MADRAS, "targets", "expert_correct", bayes=False),
     case(mixture_of_experts, MIXTURE, "targets", "expert_correct", bayes=False),
     case(losses.deep_gamblers, GAMBLE, "targets", reward=REWARD),
-    case(losses.picce, SINGLE_STAGE_BINARY, "targets", "expert_correct", bayes=None),
+    # The argmax over all scores is another rule.
+    case(losses.deep_gamblers, replace(GAMBLE, decide=decide), "targets", reward=REWARD, bayes=False),
+    # Not proved: no random problem is a counterexample.
+    case(losses.picce, SINGLE_STAGE_BINARY, "targets", "expert_correct"),
     # Pairings that are known to be inconsistent: the test that passes the others must be seen to fail them.
     case(cross_entropy_pair, PAIR, "targets", "cost", bayes=False),
     case(double_mae_with_psi_one, PAIR, "targets", "cost", bayes=False),

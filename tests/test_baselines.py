@@ -87,6 +87,8 @@ def test_half_precision_does_not_round_the_price() -> None:
         (lambda: selective_prediction(torch.rand(3, 2), torch.rand(3, 1)), r"one number per expert \(E,\)"),
         (lambda: deferral_gains(torch.rand(3, 1)), "one per expert"),
         (lambda: selective_prediction(torch.ones(3, 2, dtype=torch.long), torch.rand(2)), "probabilities: expected a floating"),
+        (lambda: selective_prediction(10 * torch.ones(3, 2), torch.rand(2)), "are they raw scores"),
+        (lambda: compare_confidence(-torch.ones(3, 2), torch.rand(3, 1)), "are they raw scores"),
         (lambda: post_hoc_scores(torch.zeros(2, 1).long()), "gains: expected a floating dtype"),
     ],
 )

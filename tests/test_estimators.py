@@ -41,7 +41,7 @@ from deferral.estimators import (
     DeferralRegressor,
     TrainingRowsWarning,
 )
-from deferral.estimators.answers import as_labels
+from deferral.estimators.answers import as_labels, as_numbers
 from deferral.estimators.rejector import fit_cost_model, fit_cost_offsets
 
 CLASSES = (AbstainingClassifier, DeferralClassifier, AbstainingRegressor, DeferralRegressor)
@@ -232,6 +232,13 @@ def test_marks_never_collide_with_classes() -> None:
     assert set(AbstainingClassifier(cost=0.3, abstain_label=9).fit(X, y).predict(X)) == {0, 1, 9}
     with pytest.raises(ValueError, match="is a class"):
         AbstainingClassifier(abstain_label=1).fit(X, y)
+    # A mark of another kind would turn 0 into "0".
+    with pytest.raises(ValueError, match=r"abstain_label: expected a number .* got 'abstain'; pass None"):
+        AbstainingClassifier(abstain_label="abstain").fit(X, y)
+    with pytest.raises(ValueError, match=r"defer_label: expected text .* got -1; pass None"):
+        DeferralClassifier(defer_label=-1).fit(X, np.array(["no", "yes"])[y])
+    mixed = AbstainingClassifier(cost=0.3, abstain_label=-1).fit(X, np.array(["no", "yes"], dtype=object)[y])
+    assert set(mixed.predict(X)) == {-1, "no", "yes"}
     with pytest.raises(ValueError, match="is a class"):
         DeferralClassifier().fit(X, np.array(["no", "defer"])[y])
 
@@ -253,6 +260,17 @@ def test_every_way_to_leave_an_answer_out_is_the_same() -> None:
     texts = [[np.nan if answer is None else words[answer] for answer in row] for row in listed]
     for given in (texts, pd.DataFrame(texts), np.array(texts, dtype=object), np.ma.array(words[answers], mask=gaps)):
         np.testing.assert_array_equal(DeferralClassifier(l2=10.0).fit(X, words[y], given).expected_cost(X), base)
+
+
+@pytest.mark.parametrize("missing", [pd.NA, pd.NaT, None, np.nan, float("nan")], ids=repr)
+def test_a_missing_answer_among_objects(missing) -> None:
+    for answers in (["no", missing], np.array(["no", missing], dtype=object)):
+        labels, known = as_labels(answers, np.array(["no", "yes"]))
+        assert known.tolist() == [[True], [False]]
+        assert labels[0] == "no"
+    numbers, known = as_numbers([[1.5, missing], [missing, 2]])
+    assert known.tolist() == [[True, False], [False, True]]
+    assert numbers[known].tolist() == [1.5, 2.0]
 
 
 def test_an_answer_outside_the_classes_is_wrong() -> None:

@@ -30,7 +30,7 @@ from tests.cases import CASES, Case
 
 every_loss = pytest.mark.parametrize("case", CASES, ids=repr)
 NOT_A_SURROGATE = {"Criterion", "expert_correctness", "rejector_of_scores", "comp_sum"}
-ELSEWHERE = {"learned_loss", "selective_net", "realizable_router"}  # test_published.py: they decide nothing, or couple rows
+ELSEWHERE = {"learned_loss", "selective_net"}  # test_published.py: they decide nothing, or couple rows
 
 
 def test_every_exported_loss_is_in_the_list() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from deferral import Criterion, losses
 from deferral.losses.margin import logistic
+from deferral.losses.predictor_rejector import constrained_rho_hinge, double_mae, mae, max_rho_margin
 
 B, K, E = 8, 4, 3
 
@@ -46,6 +47,22 @@ def test_one_vs_all_is_binary_cross_entropy_and_drops_missing_experts(batch) -> 
     without = losses.one_vs_all(scores[:, known], y, m[:, [0, 2]])
     torch.testing.assert_close(losses.one_vs_all(scores, y, m, mask=mask), without)
     torch.testing.assert_close(losses.one_vs_all(scores, F.one_hot(y, K).double(), m), expected)
+
+
+@pytest.mark.ci_slow
+@pytest.mark.parametrize("loss", [losses.one_vs_all, losses.realizable_experts])
+def test_compiled_without_a_gradient_to_take(loss, batch) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*batch), loss(*batch))
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.ci_slow)])
+def test_a_large_score_leaves_the_other_binary_problems_their_digits(compiled: bool) -> None:
+    torch._dynamo.reset()
+    loss = torch.compile(losses.one_vs_all, backend="aot_eager", fullgraph=True) if compiled else losses.one_vs_all
+    scores, right = torch.tensor([[1e4, 0.5, 1e4]]), torch.tensor([[1.0]])
+    torch.testing.assert_close(loss(scores, torch.tensor([0]), right), F.softplus(torch.tensor([0.5])))
 
 
 def test_asymmetric_softmax_is_its_own_probability(batch) -> None:
@@ -316,6 +333,8 @@ def test_a_mask_of_numbers_is_none(batch) -> None:
         (Criterion(losses.mozannar_sontag), lambda s, y, m: (s[:, : K + 1], y, m[:, 0])),
         (Criterion(losses.cost_sensitive_abstention, cost=0.1), lambda s, y, m: (s[:, :K], y)),
         (Criterion(functools.partial(losses.cost_sensitive_abstention, phi=logistic), cost=0.1), lambda s, y, m: (s[:, :K], y)),
+        *((Criterion(base), lambda s, y, m: (s[:, :K], y)) for base in (mae, double_mae, max_rho_margin, constrained_rho_hinge)),
+        (Criterion(functools.partial(max_rho_margin, rho=2.0)), lambda s, y, m: (s[:, :K], y)),
         (Criterion(losses.mixture_of_experts), lambda s, y, m: (s[:, :K], s[:, : 1 + E], y, m)),
         (Criterion(losses.madras), lambda s, y, m: (s[:, :K], s[:, K], y, m[:, 0])),
         (Criterion(losses.deep_gamblers, reward=2.2), lambda s, y, m: (s[:, : K + 1], y)),

@@ -8,7 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deferral import decide, error_costs, pick, single_stage_costs
-from deferral.losses import predictor_rejector_abstention, two_stage_deferral
+from deferral.losses import (
+    predictor_rejector_abstention,
+    realizable_experts,
+    realizable_router,
+    single_stage_deferral,
+    two_stage_deferral,
+)
 from deferral.losses.predictor_rejector import double_mae
 from tests.cases import CASES, Case
 
@@ -84,14 +90,40 @@ def test_a_router_at_mu_2_is_realizable_and_the_logistic_is_not_for_three_action
     answers = torch.where(torch.rand(N, 3, generator=generator) < 0.6, 1, 0).scatter(-1, best.unsqueeze(-1), 1)
     costs = error_costs(answers, torch.ones(N, dtype=torch.long)).double()
 
-    def cost_of(mu: float, start: Tensor | None = None) -> tuple[float, Tensor]:
-        weights = (torch.zeros(3, D, dtype=torch.float64) if start is None else start.clone()).requires_grad_()
-        minimise(lambda: two_stage_deferral(x @ weights.T, costs, mu=mu).mean(), weights)
-        return float(pick(costs, decide((x @ weights.T).detach())).mean()), weights.detach()
+    logistic, of_logistic = cost_of(lambda scores: two_stage_deferral(scores, costs), x, costs)
+    assert logistic > 0.03
+    # Mu = 2 is slow to start: its docstring starts it from a solution of one of these.
+    router, of_router = cost_of(lambda scores: realizable_router(scores, costs), x, costs)
+    assert router < 0.01
+    for start in (of_logistic, of_router):
+        assert cost_of(lambda scores: two_stage_deferral(scores, costs, mu=2.0), x, costs, start)[0] < 0.01
 
-    logistic, start = cost_of(1.0)
-    assert logistic > 0.01
-    assert cost_of(2.0, start)[0] < 0.5 * logistic
+
+def cost_of(loss: Callable[[Tensor], Tensor], x: Tensor, costs: Tensor, start: Tensor | None = None) -> tuple[float, Tensor]:
+    """The mean cost of the linear minimiser's decisions, and the minimiser (A, D)."""
+    w = (torch.zeros(costs.shape[-1], D, dtype=torch.float64) if start is None else start.clone()).requires_grad_()
+    minimise(lambda: loss(x @ w.T).mean(), w)
+    return float(pick(costs, decide((x @ w.T).detach())).mean()), w.detach()
+
+
+def test_with_two_experts_too() -> None:
+    """As in `problem`: where an expert scores highest it is right, and the label is anything; elsewhere right now and then."""
+    generator = torch.Generator().manual_seed(5)
+    w = torch.randn(K + 2, D, generator=generator, dtype=torch.float64)
+    w[K:] *= 1.5
+    x = torch.randn(N, D, generator=generator, dtype=torch.float64)
+    decided = (x @ w.T).argmax(-1)
+    assert torch.bincount(decided).amin() > 0.05 * N
+    targets = torch.randint(K, (N,), generator=generator).where(decided >= K, decided.clamp(max=K - 1))
+    lucky = torch.rand(N, 2, generator=generator) < 0.6
+    correct = (lucky | (decided.unsqueeze(-1) == torch.arange(K, K + 2))).double()
+    costs = single_stage_costs(targets, 1 - correct, K)
+    error, start = cost_of(lambda scores: realizable_experts(scores, targets, correct, q=0.0), x, costs)
+    assert error < 0.01
+    for q in (0.7, 1.0):
+        assert cost_of(lambda scores, q=q: realizable_experts(scores, targets, correct, q=q), x, costs, start)[0] < 0.01
+    assert cost_of(lambda scores: realizable_router(scores, costs), x, costs)[0] < 0.01
+    assert cost_of(lambda scores: single_stage_deferral(scores, targets, 1 - correct), x, costs)[0] > 0.03
 
 
 def test_the_pair_with_twice_mae_is_realizable() -> None:

@@ -61,6 +61,18 @@ def test_the_debiased_error_by_hand_leaves_a_row_alone_in_its_bin_out() -> None:
     assert float(debiased_calibration_error(probability, happened, bins=2)) == pytest.approx(by_hand)
 
 
+def test_the_debiased_error_of_perfect_probabilities_that_differ_within_a_bin_is_zero() -> None:
+    sure = torch.tensor([0.0, 1.0, 0.0, 1.0])
+    assert debiased_calibration_error(sure, sure, bins=1) == 0
+    generator = torch.Generator().manual_seed(0)
+    errors = []
+    for _ in range(300):
+        probability = torch.rand(40, generator=generator, dtype=torch.float64)
+        happened = (torch.rand(40, generator=generator, dtype=torch.float64) < probability).double()
+        errors.append(debiased_calibration_error(probability, happened, bins=2))
+    assert float(torch.stack(errors).mean().abs()) < 3 * float(torch.stack(errors).std()) / 300**0.5
+
+
 def test_masks_weights_and_the_bootstrap_agree() -> None:
     generator = torch.Generator().manual_seed(0)
     probability = torch.rand(60, generator=generator, dtype=torch.float64)

@@ -47,12 +47,26 @@ def as_numbers(answers: Any) -> tuple[np.ndarray, np.ndarray]:
 
 def free_label(classes: np.ndarray, wanted: Any, word: str) -> Any:
     """The mark of a row without an own answer: as wanted, else -1 (or one below the smallest class), or the word."""
-    if wanted is None and classes.dtype.kind in "biuf":
+    numeric = classes.dtype.kind in "biuf"
+    if wanted is None and numeric:
         wanted = -1 if -1 not in classes else classes.min().item() - 1
     label = word if wanted is None else wanted
+    # In one array of answers the other kind would rewrite every class.
+    if classes.dtype.kind != "O" and np.asarray(label).dtype.kind not in ("biuf" if numeric else "U"):
+        kind, free = ("a number", "a free number") if numeric else ("text", repr(word))
+        raise ValueError(
+            f"{word}_label: expected {kind} as among the classes {classes[:3].tolist()}, got {label!r}; pass None for {free}, "
+            "or y of dtype object to mix kinds"
+        )
     if label in classes.tolist():
         raise ValueError(f"{word}_label: {label!r} is a class; choose another one")
     return label
+
+
+def _is_missing(answer: Any) -> bool:
+    # NaN differs from itself; of pandas' NA not even that is known, and its truth is an error.
+    differs = answer != answer
+    return answer is None or not isinstance(differs, bool | np.bool_) or bool(differs)
 
 
 def _table(answers: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -61,7 +75,7 @@ def _table(answers: Any) -> tuple[np.ndarray, np.ndarray]:
     if hasattr(answers, "isna"):
         known = ~np.asarray(answers.isna())
     elif values.dtype.kind == "O":
-        known = ~((values == np.array(None)) | (values != values)).astype(bool)
+        known = ~np.frompyfunc(_is_missing, 1, 1)(values).astype(bool)
     else:
         known = np.full(values.shape, True) if values.dtype.kind != "f" else ~np.isnan(values)
     known &= ~np.ma.getmaskarray(answers) if isinstance(answers, np.ma.MaskedArray) else True

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from deferral.baselines import compare_confidence, deferral_gains, post_hoc_scores, selective_prediction
+from deferral.baselines import compare_confidence, deferral_gains, post_hoc_scores
 from deferral.evaluation.outputs import Outputs
 from deferral.metrics import average
 
@@ -38,7 +38,8 @@ def baselines(
     if confidence is not None:
         # An expert who answered none of these rows is never asked.
         means = average(costs[fitting].where(output.mask[fitting], torch.nan))[1:].nan_to_num(torch.inf)
-        found["selective prediction"] = selective_prediction(confidence, means), fitting
+        # The threshold is fitted, so that a score in place of a probability will do.
+        found["selective prediction"] = torch.cat([confidence, (1 - means).expand(len(confidence), -1)], dim=-1), fitting
     features = _features(output)
     if features is not None:
         learning, thresholding = fitting.tensor_split(2)

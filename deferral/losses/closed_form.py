@@ -93,7 +93,9 @@ def _differentiated(scores: Tensor, *rest: Tensor, formula: Callable[..., Tensor
 
 class _ClosedForm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, block: Block, columns: int, scores: Tensor, *others: Tensor | None) -> Tensor:
+    def forward(ctx: Any, *given: Any) -> Tensor:
+        # One name for all: with no gradient to take, a compiler that meets as many arguments as names leaves the context out.
+        block, columns, scores, *others = given
         descent = torch.empty_like(scores, memory_format=torch.contiguous_format)
         losses = scores.new_empty((*scores.shape[:-1], 1))
         rows = losses.numel()

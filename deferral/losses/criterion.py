@@ -7,10 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deferral.losses.predictor_rejector import constrained_rho_hinge, double_mae, mae, max_rho_margin
 from deferral.losses.published import cost_sensitive_abstention
 from deferral.validation import check_costs, check_mask, check_scores, check_targets
 
 __all__ = ["Criterion"]
+
+_SCORES_OF_CLASSES_ALONE = {constrained_rho_hinge, cost_sensitive_abstention, double_mae, mae, max_rho_margin}
 
 
 class Criterion(nn.Module):
@@ -85,7 +88,7 @@ class Criterion(nn.Module):
 
     def _extra_columns(self, given: dict[str, Any]) -> int:
         """How many columns of the scores stand behind the class columns: one per expert, none, or one for abstaining."""
-        if "rejector" in given or "gate" in given or getattr(self.loss, "func", self.loss) is cost_sensitive_abstention:
+        if "rejector" in given or "gate" in given or getattr(self.loss, "func", self.loss) in _SCORES_OF_CLASSES_ALONE:
             return 0
         if "expert_costs" in given:
             return given["expert_costs"].shape[-1]

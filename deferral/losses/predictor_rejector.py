@@ -24,7 +24,7 @@ from deferral.losses.margin import (
     sigmoid,
 )
 from deferral.numerics import lift
-from deferral.validation import require_batch, require_cost_range, require_floating, require_targets
+from deferral.validation import require_batch, require_cost_range, require_floating, require_rejector, require_targets
 
 __all__ = [
     "constrained_rho_hinge",
@@ -85,7 +85,7 @@ def predictor_rejector_abstention(
     """
     require_floating("scores", scores)
     require_targets(scores, targets, scores.shape[-1])
-    _require_rejector(rejector, scores.shape[:-1], cost)
+    _require_rejector_and_cost(rejector, scores.shape[:-1], cost)
     psi = _consistent_psi(base, psi, scores.shape[-1], alpha, beta)
     if alpha != beta and getattr(phi, "func", phi) in (sigmoid, rho_margin):
         raise ValueError(
@@ -123,18 +123,13 @@ def two_stage_abstention(rejector: Tensor, wrong: Tensor, cost: Tensor | float, 
 
     ALT 2024, eq. 5; with `rejector_of_scores` the second stage of AISTATS 2024.
     """
-    _require_rejector(rejector, wrong.shape, cost)
+    _require_rejector_and_cost(rejector, wrong.shape, cost)
     return wrong * phi(-rejector) + cost * phi(rejector)
 
 
-def _require_rejector(rejector: Tensor, rows: torch.Size, cost: Tensor | float) -> None:
-    require_floating("rejector", rejector)
+def _require_rejector_and_cost(rejector: Tensor, rows: torch.Size, cost: Tensor | float) -> None:
+    require_rejector(rejector, rows)
     require_cost_range(cost)
-    if rejector.shape != rows:
-        raise ValueError(
-            f"one rejector value per row: expected shape {tuple(rows)}, got {tuple(rejector.shape)}; "
-            "a model with one output needs .squeeze(-1)"
-        )
     if isinstance(cost, Tensor):
         require_batch("rejector", rows, "cost", cost.shape)
 

@@ -34,6 +34,7 @@ from deferral.validation import (
     require_expert_columns,
     require_floating,
     require_mask,
+    require_rejector,
     require_share,
     require_targets,
     require_tensor,
@@ -158,8 +159,14 @@ class _BinaryProblems(torch.autograd.Function):
 def _binary_losses(scores: Tensor, correct: Tensor, targets: Tensor) -> Tensor:
     """(..., K+E), (..., E), (..., 1) -> (..., 1)"""
     own = scores.shape[-1] - correct.shape[-1]
-    experts = (correct * scores[..., own:].clamp(min=ABSENT)).sum(dim=-1, keepdim=True)
-    return F.softplus(scores, threshold=40).sum(dim=-1, keepdim=True) - entry(scores[..., :own], targets) - experts
+    losses, at_target = F.softplus(scores, threshold=40), entry(scores[..., :own], targets)
+    experts = scores[..., own:].clamp(min=ABSENT)
+    # Taken off each problem by itself: off their sum, a large score would leave the others few digits.
+    if torch.compiler.is_compiling():
+        return (losses - with_target(targets, at_target, correct * experts, scores.shape[-1])).sum(dim=-1, keepdim=True)
+    losses[..., :own].scatter_add_(-1, targets, at_target.neg_())
+    losses[..., own:].addcmul_(correct, experts, value=-1)
+    return losses.sum(dim=-1, keepdim=True)
 
 
 def asymmetric_softmax(
@@ -262,13 +269,8 @@ def madras(
     Not Bayes-consistent: it compares the entropy, not the error, with the expert's.
     Madras, Pitassi, Zemel, "Predict Responsibly" (NeurIPS 2018), eq. 5.
     """
-    require_floating("rejector", rejector)
     require_targets(scores, targets, scores.shape[-1])
-    if rejector.shape != scores.shape[:-1]:
-        raise ValueError(
-            f"one rejector value per row: expected shape {tuple(scores.shape[:-1])}, got {tuple(rejector.shape)}; "
-            "a model with one output needs .squeeze(-1)"
-        )
+    require_rejector(rejector, scores.shape[:-1])
     require_floating("expert_cost", expert_cost)
     require_batch("scores", scores.shape[:-1], "expert_cost", expert_cost.shape)
     targets, counts = without_ignored(targets, ignore_index)

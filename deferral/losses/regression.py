@@ -9,7 +9,7 @@ from torch import Tensor
 from deferral.losses.comp_sum import comp_sum
 from deferral.losses.margin import Margin, logistic
 from deferral.numerics import lift
-from deferral.validation import action_mask, require_batch, require_floating, require_tensor
+from deferral.validation import action_mask, require_batch, require_floating, require_rejector, require_tensor
 
 __all__ = ["regression_abstention", "regression_deferral"]
 
@@ -65,13 +65,8 @@ def regression_abstention(predictor_loss: Tensor, rejector: Tensor, cost: Tensor
     `predictor_loss.detach()`.  Bayes-consistent (answer iff Var(y|x) < cost) for Phi logistic, exponential, hinge and squared
     hinge.  `cost` is in the units of the loss and may exceed 1.
     """
-    require_floating("rejector", rejector)
     require_floating("predictor_loss", predictor_loss)
-    if predictor_loss.shape != rejector.shape:
-        raise ValueError(
-            f"one rejector value per row: rejector {tuple(rejector.shape)}, predictor_loss {tuple(predictor_loss.shape)}; "
-            "a model with one output needs .squeeze(-1)"
-        )
+    require_rejector(rejector, predictor_loss.shape)
     if hasattr(cost, "__len__") and not isinstance(cost, Tensor):
         require_tensor("cost", cost)
     if isinstance(cost, Tensor):
