@@ -9,7 +9,7 @@ import pytest
 from deferral.routing import Log, Outcome, PriceModel, Router, log_of_table, token_prices
 from deferral.routing.outcomes import Table
 from deferral.routing.policies import Linear, Neighbours
-from tests.test_routing_router import EXPERTS, QUICK, router, world
+from tests.test_routing_router import EXPERTS, QUICK, SUBJECTS, router, world
 
 pytestmark = pytest.mark.ci_slow
 
@@ -40,6 +40,43 @@ def test_a_new_expert_is_not_taken_for_better_because_its_queries_were_easy() ->
     lucky = Log(Outcome(fresh[row], "lucky", float(row == 7), 1e-4, propensity=rare[row]) for row in range(100))
     assert copy.copy(router()).add_expert(lucky).fitted.means[-1] < 0.4, "one answer does not decide it"
     assert copy.copy(router()).add_expert(Log([Outcome("at all", "tiny", 1.0, 0.0)])).fitted.means[-1] <= 1
+
+
+def test_a_newcomer_after_a_removal_is_planned_by_what_is_served(tmp_path: Path) -> None:
+    some = copy.copy(router())
+    before = some.fitted.held.estimate - some.fitted.means
+    some.remove_expert("small").describe_expert("planned", quality=0.6, price=0.005)
+    state = some.fitted
+    expected = before @ state.extension[:, -1]
+    assert expected.std() > 0.05
+    np.testing.assert_allclose(state.held.estimate[:, -1] - state.means[-1], expected, atol=1e-5)
+    other = copy.copy(router()).describe_expert("planned", quality=0.6, price=0.005).remove_expert("small")
+    np.testing.assert_allclose(other.fitted.held.estimate, state.held.estimate, atol=1e-6)
+    copy.copy(router()).remove_expert("small").save(tmp_path / "router")
+    loaded = Router.load(tmp_path / "router").describe_expert("planned", quality=0.6, price=0.005)
+    np.testing.assert_array_equal(loaded.fitted.held.estimate, state.held.estimate)
+
+
+def test_a_newcomer_that_answered_the_queries_of_the_fit_is_as_sure_as_the_experts_whose_twin_it_is(tmp_path: Path) -> None:
+    def asked(rows: int, seed: int) -> tuple[list[str], np.ndarray, np.ndarray]:
+        generator = np.random.default_rng(seed)
+        kind = generator.integers(0, 2, rows)
+        texts = [f"{' '.join(generator.choice(list(SUBJECTS.values())[one], 6))} {seed}-{row}" for row, one in enumerate(kind)]
+        quality = (generator.random((rows, 2)) < np.where(kind[:, None] == [0, 1], 0.6, 0.4)).astype(float)
+        return texts, quality, np.tile([[0.001, 0.01]], (rows, 1))
+
+    slopes = []
+    for seed in range(3):
+        texts, quality, price = asked(300, seed)
+        some = Router(0.1, policies=QUICK).fit(log_of_table(texts, ["one", "other"], quality, price))
+        some.save(tmp_path / "router")
+        for pair in (some, Router.load(tmp_path / "router")):
+            pair.add_expert(log_of_table(texts, ["twin"], quality[:, :1], price[:, :1]).table())
+        np.testing.assert_array_equal(pair.fitted.extension, some.fitted.extension)
+        fresh = some.route_batch(asked(500, seed + 50)[0]).quality
+        one, _, twin = (fresh - fresh.mean(0)).T
+        slopes.append(one @ twin / (one @ one))
+    assert 0.7 < np.mean(slopes) <= 1.1
 
 
 def test_what_a_newcomer_was_learned_from_proves_nothing() -> None:

@@ -95,7 +95,7 @@ def test_prices_that_follow_nothing_are_foreseen_by_length_alone() -> None:
     noise = np.random.default_rng(7).permutation(price)
     learned = Router(0.02, encoder=counts, policies=QUICK).fit(log_of_table(texts, EXPERTS, quality, noise))
     assert learned.fitted.memory.beside == 0
-    assert not learned.fitted.held_dearness.any()
+    assert not learned.fitted.held.dearness.any()
 
 
 def test_other_prices_keep_what_was_learned_of_the_length_of_answers() -> None:
@@ -109,7 +109,7 @@ def test_other_prices_keep_what_was_learned_of_the_length_of_answers() -> None:
     # Three times the line, and three times what is above it but for the rounding of the mean length.
     np.testing.assert_allclose(after, 3 * before, rtol=0.02)
     assert after[proof, 1].min() > 2 * after[~proof, 1].max()
-    held = other.fitted.held_price[:, 1]
+    held = other.fitted.held.price[:, 1]
     assert held.max() > 5 * held.min()
 
 
@@ -154,8 +154,8 @@ def test_held_out_prices_were_foreseen_by_rows_of_other_folds() -> None:
     held = np.flatnonzero(fold == 2)
     again = like.fitted.estimate(like.encoder([texts[row] for row in held])).dearness
     # Its encoder and its line are of fewer rows.
-    np.testing.assert_allclose(mine.held_dearness[held], again, atol=0.15)
-    assert np.corrcoef(mine.held_dearness[held, 1], again[:, 1])[0, 1] > 0.98
+    np.testing.assert_allclose(mine.held.dearness[held], again, atol=0.15)
+    assert np.corrcoef(mine.held.dearness[held, 1], again[:, 1])[0, 1] > 0.98
 
 
 def test_a_router_that_was_saved_foresees_the_same_and_one_of_format_2_goes_by_length(tmp_path: Path) -> None:
@@ -173,11 +173,12 @@ def test_a_router_that_was_saved_foresees_the_same_and_one_of_format_2_goes_by_l
     plain.encoder, plain.salt = mine.encoder, "salt"
     state, memory = mine.fitted, mine.fitted.memory.without_beside()
     policies = tuple(memory if policy is state.memory else policy for policy in state.policies)
-    plain._fitted = replace(state, policies=policies, memory=memory, held_dearness=0 * state.held_dearness)
+    plain._fitted = replace(state, policies=policies, memory=memory, held=replace(state.held, dearness=0 * state.held.dearness))
     plain.certify(log_of_table(texts, EXPERTS, quality, price))
     plain.save(tmp_path / "old")
     as_format_2(tmp_path / "old")
     old = Router.load(tmp_path / "old", encoder=counts)
+    np.testing.assert_allclose(old.fitted.held.deviation, state.held.deviation, atol=1e-5)
     by_length = mine.fitted.prices(np.array([len(text) for text in texts], float))
     np.testing.assert_allclose(old.route_batch(texts).price, by_length)
     assert [old.route(text) for text in texts] == [plain.route(text) for text in texts]
@@ -190,7 +191,8 @@ def as_format_2(folder: Path) -> None:
     names = json.loads((folder / "router.json").read_text(encoding="utf-8"))
     (stored,) = folder.glob("state.*.safetensors")
     arrays = load(stored.read_bytes())
-    for later in ("state/held_dearness", "state/floor", "state/places", "witnesses/similarity", "witnesses/dearness"):
+    state = ("state/held_dearness", "state/floor", "state/places", "held/deviation", "held/fold", "held/keys")
+    for later in (*state, "witnesses/similarity", "witnesses/dearness"):
         del arrays[later]
     numbers = save(arrays)
     stored.unlink()
@@ -206,7 +208,7 @@ def test_prices_that_are_named_are_paid_as_they_are_foreseen() -> None:
     log, fitted = log_of_table(texts, EXPERTS, quality, price), router().fitted
     named = Router(0.02, encoder=counts, policies=QUICK).fit(log, prices=fitted.prices)
     # At the prices of the log both are the same log.
-    np.testing.assert_allclose(named.fitted.held_price, fitted.held_price, rtol=1e-4, atol=1e-9)
+    np.testing.assert_allclose(named.fitted.held.price, fitted.held.price, rtol=1e-4, atol=1e-9)
     assert named.fitted.judged is not None
     assert fitted.judged is not None
     np.testing.assert_allclose(named.fitted.judged.gain, fitted.judged.gain, atol=1e-3)
@@ -219,10 +221,10 @@ def test_what_was_not_logged_is_paid_as_it_is_foreseen() -> None:
     log = single_answers()
     state = Router(0.02, encoder=counts, policies=QUICK).fit(log).fitted
     column = state.experts.index("talker")
-    unlogged = np.isin(state.held_price[:, column], price[:, 1], invert=True)
+    unlogged = np.isin(state.held.price[:, column], price[:, 1], invert=True)
     assert 200 < unlogged.sum() < 400
-    foreseen = state.priced(state.held_length, state.held_dearness)[:, column]
-    np.testing.assert_allclose(state.held_price[unlogged, column], foreseen[unlogged])
+    foreseen = state.priced(state.held.length, state.held.dearness)[:, column]
+    np.testing.assert_allclose(state.held.price[unlogged, column], foreseen[unlogged])
     # Of a proof and of a fact, and not of the mean of both.
     assert np.quantile(foreseen, 0.75) > 3 * np.quantile(foreseen, 0.25)
 
@@ -236,7 +238,7 @@ def test_an_expert_whose_prices_nothing_tells_goes_by_length_beside_one_whose_pr
     unseen, proof, _, _ = asked(100, seed=1)
     estimated = state.estimate(counts_encoder(texts)(unseen))
     assert not estimated.dearness[:, 1].any()
-    assert not state.held_dearness[:, 1].any()
+    assert not state.held.dearness[:, 1].any()
     assert estimated.dearness[proof, 0].min() > estimated.dearness[~proof, 0].max()
 
 

@@ -1,11 +1,16 @@
+import copy
 import itertools
+import json
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from deferral.intervals import bootstrap
+from deferral.routing import log_of_table
 from deferral.routing.evaluation import (
     aiq,
     apgr,
@@ -19,7 +24,10 @@ from deferral.routing.evaluation import (
     static_curve,
     trade_offs,
 )
+from deferral.routing.judging import evaluation, held
+from deferral.routing.showing import save_evaluation
 from deferral.routing.static import draws, mix_at_error, mix_at_price, mix_at_quality
+from tests.test_routing_router import EXPERTS, router, world
 
 
 def tables(rows: int = 200, experts: int = 4) -> tuple[np.ndarray, np.ndarray]:
@@ -192,3 +200,30 @@ def test_draws_are_uniform_and_the_same_for_the_same_query_and_salt() -> None:
 def test_prices_that_differ_by_rounding_are_one_price() -> None:
     rounded, exact = (trade_offs(np.array([[0.001, 0.3, third]])) for third in (0.1 + 0.2, 0.3))
     np.testing.assert_allclose(rounded, exact, rtol=1e-6)
+    assert (np.diff(trade_offs(np.array([[0.3, 0.1 + 0.2]]))) < 0).all()
+
+
+def test_the_learned_curve_is_of_the_estimates_where_the_static_mix_decides_and_at_random() -> None:
+    texts, _, quality, price = world(200, seed=21)
+    table = log_of_table(texts, EXPERTS, quality, price).table()
+    unsure = copy.copy(router())
+    similarity, chance = router().fitted.familiar
+    unsure._fitted = replace(router().fitted, familiar=(similarity, 1e-6 * chance), reliance=0.0, abroad=router().fitted.weights)
+    unsure._plans, unsure.explore = {}, 0.5
+    found, errors = held(unsure, table), trade_offs(table.price)
+    assert found.fallback.all()
+    expected = curve(unsure.fitted.estimate(unsure.encoder(texts)).quality.astype(float), price, quality, errors)
+    np.testing.assert_allclose(np.take_along_axis(price.T, found.learned, 0), expected.price)
+    assert (found.learned != found.routed).mean() > 0.2
+
+
+def test_a_figure_that_does_not_exist_is_null(tmp_path: Path) -> None:
+    texts, _, quality, price = world(100, seed=22)
+    rows = held(router(), log_of_table(texts, EXPERTS, quality, price).table())
+    cheap = np.zeros_like(rows.routed)
+    found = evaluation(replace(rows, routed=cheap), resamples=100)
+    assert np.isnan(found.figures["routed"]["saving at 100%"].estimate)
+    save_evaluation(found, tmp_path / "evaluation.json")
+    read = json.loads((tmp_path / "evaluation.json").read_text(), parse_constant=pytest.fail)
+    assert read["figures"]["routed"]["saving at 100%"]["estimate"] is None
+    assert read["figures"]["routed"]["AIQ"]["estimate"] == found.figures["routed"]["AIQ"].estimate

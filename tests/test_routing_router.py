@@ -172,11 +172,11 @@ def test_a_budget_and_a_floor_hold_with_what_is_drawn_at_random() -> None:
 
 
 def test_a_floor_is_looked_for_along_the_whole_curve_and_left_to_the_single_expert_that_alone_reaches_it() -> None:
-    one, rows = copy.copy(router()), len(router().fitted.held_price)
+    one, rows = copy.copy(router()), len(router().fitted.held.price)
     # The dear one is thought to be a little better, and is not: where quality counts most, it is highest nowhere.
     estimate, truth = np.tile(np.float32([0.1, 0.8, 0.81]), (rows, 1)), np.tile(np.float32([0.1, 0.9, 0.3]), (rows, 1))
-    half = np.full(3, 0.5)
-    one._plans, one._fitted = {}, replace(router().fitted, held_estimate=estimate, held_quality=truth, means=half)
+    half, held = np.full(3, 0.5), replace(router().fitted.held, estimate=estimate, quality=truth)
+    one._plans, one._fitted = {}, replace(router().fitted, held=held, means=half)
     assert 0.001 < one.plan(min_quality=0.85).price_of_error < 1.8
     with pytest.raises(ValueError, match=r"at most 0.900 was reached"):
         one.plan(min_quality=0.95)
@@ -186,6 +186,29 @@ def test_a_floor_is_looked_for_along_the_whole_curve_and_left_to_the_single_expe
     assert plan.mix @ one.fitted.means == pytest.approx(0.95)
     with pytest.raises(ValueError, match=r"routing reached at most 0.900, got 0.95"):
         one.plan(min_quality=0.95, learned=True)
+
+
+def test_what_the_static_mix_does_better_at_a_budget_or_a_floor_is_left_to_it() -> None:
+    one, held = copy.copy(router()), router().fitted.held
+    # Estimates of other rows are noise.
+    wrong = replace(held, estimate=np.random.default_rng(0).permutation(held.estimate))
+    one._fitted = replace(router().fitted, held=wrong)
+    for explore in (0.0, 0.2):
+        one._plans, one.explore = {}, explore
+        for setting, why in (
+            ({"budget": 9.0}, "for this budget a quality of 0."),
+            ({"min_quality": 0.6}, "this quality for $0."),
+        ):
+            plan = one.plan(**setting)
+            assert f"routing reached {why}" in plan.why_fallback
+            assert (plan.mix > 0).sum() == 2
+            assert one.plan(**setting, learned=True).why_fallback == ""
+            assert one.plan(**setting, learned=False).why_fallback == "asked for"
+        # Where both ask one expert always, neither is better.
+        most = 1000 * float((1 - explore) * one.fitted.mean_price.max() + explore * one.fitted.mean_price.mean())
+        one._fitted = replace(one.fitted, held=replace(wrong, estimate=np.tile(np.float32([0.1, 0.1, 0.9]), (len(wrong), 1))))
+        assert one.plan(budget=most + 1e-6).why_fallback == ""
+        one._fitted = replace(one.fitted, held=wrong)
 
 
 def test_a_plan_hangs_on_what_the_router_says_now() -> None:
@@ -251,6 +274,17 @@ def test_exploration_is_as_frequent_as_its_propensity() -> None:
     best = decisions.cost.argmin(1)
     np.testing.assert_allclose(decisions.propensity, np.where(decisions.actions == best, 0.7 + 0.1, 0.1))
     assert (decisions.actions == best).mean() == pytest.approx(0.8, abs=0.03)
+    for one in decisions:
+        usual = min(one.cost, key=lambda name: one.cost[name])
+        if one.expert == usual:
+            assert one.why.startswith(f"{usual}: expected quality")
+        else:
+            assert one.why.startswith(f"{one.expert}, drawn at random to learn: expected quality {one.quality[one.expert]:.2f}")
+            assert f"cost {one.cost[one.expert]:.3f} errors; {usual} would cost {one.cost[usual]:.3f}, at $0.1" in one.why
+    mixed = curious.route_batch(world(300, seed=6)[0], learned=False)
+    said = [one.why for one in mixed if one.expert != EXPERTS[curious.plan(learned=False).mix.argmax()]]
+    assert 40 < len(said) < 80
+    assert all(why.partition(", ")[2] == "drawn at random to learn, else by the static mix: asked for" for why in said)
     # Inverse propensities count every expert as often as there are queries.
     for expert in range(3):
         assert (1 / decisions.propensity)[decisions.actions == expert].sum() / 3000 == pytest.approx(1, abs=0.2)

@@ -1,6 +1,5 @@
 """What a comparison or an evaluation leaves behind beside its pictures: printed tables, and a JSON file of all figures."""
 
-import json
 import math
 import platform
 from dataclasses import asdict
@@ -15,6 +14,7 @@ from rich.table import Table
 import deferral
 from deferral.evaluation.comparison import RESAMPLES, Comparison
 from deferral.intervals import Interval
+from deferral.strict_json import as_json
 
 if TYPE_CHECKING:
     from deferral.evaluation.evaluate import Evaluation
@@ -87,17 +87,8 @@ def _record(comparison: Comparison) -> dict[str, Any]:
 
 
 def _write(record: dict[str, Any], path: Path) -> Path:
-    path.write_text(json.dumps(_without_nan(record), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    path.write_text(as_json(record), encoding="utf-8")
     return path
-
-
-def _without_nan(value: Any) -> Any:
-    """NaN and infinity are no JSON: what is not a number becomes null."""
-    if isinstance(value, dict):
-        return {name: _without_nan(part) for name, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _print(table: Table) -> None:

@@ -39,6 +39,7 @@ class Decisions:
     price_of_error: float
     why_fallback: str  # of all rows, or "" where the learned policy is used
     kinds: list[str] | None = None  # of each query
+    drawn: np.ndarray | None = None  # (N,) who was drawn at random in the place of another, to learn; -1 where nobody was
 
     def __len__(self) -> int:
         return len(self.actions)
@@ -49,11 +50,13 @@ class Decisions:
         return [self.experts[action] for action in self.actions]
 
     def __getitem__(self, row: int) -> Decision:
-        return self._decision(self.kinds[row] if self.kinds else "", *(array[row].tolist() for array in self._arrays))
+        kind, drawn = self.kinds[row] if self.kinds else "", -1 if self.drawn is None else int(self.drawn[row])
+        return self._decision(kind, drawn, *(array[row].tolist() for array in self._arrays))
 
     def __iter__(self) -> Iterator[Decision]:
         # To be asked for its numbers one by one takes an array longer than to become a list.
-        return map(self._decision, self.kinds or [""] * len(self), *(array.tolist() for array in self._arrays))
+        kinds, drawn = self.kinds or [""] * len(self), [-1] * len(self) if self.drawn is None else self.drawn.tolist()
+        return map(self._decision, kinds, drawn, *(array.tolist() for array in self._arrays))
 
     @property
     def _arrays(self) -> tuple[np.ndarray, ...]:
@@ -62,6 +65,7 @@ class Decisions:
     def _decision(
         self,
         kind: str,
+        drawn: int,
         action: int,
         quality: list[float],
         price: list[float],
@@ -73,10 +77,12 @@ class Decisions:
         names = self.experts
         name, quality = names[action], [min(max(value, 0.0), 1.0) for value in quality]
         if fallback:
-            why = f"{name} by the static mix: "
+            how = f"{name}, drawn at random to learn, else" if drawn == action else name
+            why = f"{how} by the static mix: "
             why += self.why_fallback or f"the query is unlike the log (similarity {similarity:.2f})"
         else:
-            why = why_learned(name, action, quality, price, cost, self.price_of_error)
+            usual = names[min(set(range(len(cost))) - {action}, key=cost.__getitem__)] if drawn == action else ""
+            why = why_learned(name, action, quality, price, cost, self.price_of_error, usual)
         return Decision(
             name,
             dict(zip(names, quality, strict=True)),
@@ -91,12 +97,13 @@ class Decisions:
 
 
 def why_learned(
-    name: str, action: int, quality: list[float], price: list[float], cost: list[float], price_of_error: float
+    name: str, action: int, quality: list[float], price: list[float], cost: list[float], price_of_error: float, usual: str = ""
 ) -> str:
-    """Why the learned policy asks this expert."""
+    """Why the learned policy asks this expert, or, where it was drawn at random in the place of the usual one, that it was."""
     others = min(cost[:action] + cost[action + 1 :], default=inf)
-    best = f", the next {others:.3f}" if others < inf else ""
+    best = f"; {usual} would cost {others:.3f}" if usual else f", the next {others:.3f}" if others < inf else ""
+    how = f"{name}, drawn at random to learn" if usual else name
     return (
-        f"{name}: expected quality {quality[action]:.2f} for ${price[action]:.3g}, cost {cost[action]:.3f} errors{best}, "
+        f"{how}: expected quality {quality[action]:.2f} for ${price[action]:.3g}, cost {cost[action]:.3f} errors{best}, "
         f"at ${price_of_error:.3g} an error"
     )

@@ -51,7 +51,7 @@ def trade_offs(price: np.ndarray, count: int = 60) -> np.ndarray:
     # Prices that differ by rounding are one price.
     gaps = gaps[gaps > 1e-9 * means[-1]]
     smallest = gaps.min() if len(gaps) else max(float(means[-1]), 1e-12)
-    largest = float(means[-1] - means[0]) or smallest
+    largest = float(means[-1] - means[0]) if len(gaps) else smallest
     return np.concatenate([[np.inf], np.geomspace(1000 * largest, smallest / 2, count), [1e-6 * smallest]])
 
 

@@ -4,16 +4,18 @@ from bisect import bisect_right
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from deferral.routing.encoders import Vectors
+from deferral.routing.held_rows import HeldRows, Search
 from deferral.routing.outcomes import Table, check_text
 from deferral.routing.partial_logs import LEAST_PROPENSITY
 from deferral.routing.policies import Neighbours, Policy
 from deferral.routing.policies.centres import nearest_centre
-from deferral.routing.prices import PriceModel, error_range, fit_prices
+from deferral.routing.prices import PriceModel, fit_prices
+from deferral.routing.static import fingerprints
 from deferral.routing.training import Judged
 
 __all__ = ["Estimates", "Fitted"]
@@ -53,11 +55,7 @@ class Fitted:
     judged: Judged | None
     winner: str
     held_costs: dict[str, float]
-    held_quality: np.ndarray  # (M, E) outcomes of rows held out
-    held_estimate: np.ndarray  # (M, E)
-    held_price: np.ndarray  # (M, E) dollars, as they were paid
-    held_length: np.ndarray  # (M,) characters
-    held_dearness: np.ndarray  # (M, E), as it was foreseen
+    held: HeldRows
     floor: np.ndarray  # (E,) characters below which a query costs no less, where neighbours say what it costs
     places: np.ndarray  # (E,) of each expert among those that were learned, -1 of those that came later
     room: str
@@ -99,9 +97,11 @@ class Fitted:
         return list(zip(self.prices.base.tolist(), self.prices.per_character.tolist(), self.floor.tolist(), strict=True))
 
     @cached_property
-    def _held_expected(self) -> np.ndarray:
-        """The prices by which held-out rows are decided; those paid in a folder of an earlier version.  -> (M, E)"""
-        return self.priced(self.held_length, self.held_dearness) if len(self.held_length) else self.held_price
+    def search(self) -> Search:
+        """Which price of an error meets what is asked for, on the rows held out."""
+        # A folder of an earlier version knows what was paid alone.
+        expected = self.priced(self.held.length, self.held.dearness) if len(self.held.length) else self.held.price
+        return Search(self.held, expected, self.means, self.mean_price)
 
     def estimate(self, vectors: Vectors) -> Estimates:
         """What is expected of N queries.  Vectors -> Estimates"""
@@ -235,37 +235,6 @@ class Fitted:
             raise ValueError(f"max_latency: no expert that may be asked answers within {most:g} s on average ({known})")
         return quick
 
-    def error_at_price(self, mask: np.ndarray, most: float, explore: float = 0.0) -> float:
-        """The largest price of an error at which the held-out rows cost at most this on average.
-
-        `explore` is the share of queries that go to an expert of the mask at random.
-        """
-        errors, prices, _ = self._along(mask, explore)
-        met = prices <= most
-        # The first that breaks it ends the search: price rises with the price of an error.
-        return float(errors[max(int(np.argmin(met)) - 1, 0) if not met.all() else -1])
-
-    def error_at_quality(self, mask: np.ndarray, least: float, explore: float = 0.0) -> tuple[float, float]:
-        """The smallest price of an error at which the held-out rows have at least this mean quality, and the highest they have.
-
-        Of the price of an error where that is highest, if only the best single expert is as good.  ValueError if none is.
-        """
-        errors, _, qualities = self._along(mask, explore)
-        best, single = float(qualities.max()), self._explored(float(self.means[mask].max()), self.means[mask].mean(), explore)
-        if max(best, single) < least:
-            at_random = f", {100 * explore:g}% of them asked at random" if explore > 0 else ""
-            raise ValueError(
-                f"min_quality: at most {max(best, single):.3f} was reached on held-out queries{at_random}, got {least}"
-            )
-        return float(errors[int(np.argmax(qualities >= min(least, best)))]), best
-
-    def errors_from_best(self, mask: np.ndarray, count: int = 60) -> np.ndarray:
-        """Falling prices of an error, from the one at which the held-out rows have the highest quality.  (E,) bool -> (G,)"""
-        errors = np.geomspace(*self._ends(), count)[::-1]
-        if len(self.held_price) == 0:
-            return errors
-        return errors[int(np.argmax([self._means_at(mask, error)[1] for error in errors])) :]
-
     def report(self, error: float) -> str:
         """What was held out, what won, and what it is worth at this price of an error."""
         if self.judged is None:
@@ -293,6 +262,9 @@ class Fitted:
         """
         self._check_new(table.experts[0])
         basis, _, _, _ = self._deviations(vectors)
+        # Queries of the fit are known too well: of them, what was expected before they were.
+        held, before = self.held.deviations_of(fingerprints(table.queries))
+        basis[held] = before
         quality, chance = table.quality[:, 0].astype(np.float64), table.propensity[:, 0].astype(np.float64)
         size = basis.shape[1]
         common = np.full(size, 1 / size)
@@ -338,18 +310,12 @@ class Fitted:
             mean_price=self.mean_price[kept],
             latency=self.latency[kept],
             extension=self.extension[:, kept],
-            held_quality=self.held_quality[:, kept],
-            held_estimate=self.held_estimate[:, kept],
-            held_price=self.held_price[:, kept],
-            held_dearness=self.held_dearness[:, kept],
+            held=self.held.columns(kept),
             floor=self.floor[kept],
             places=self.places[kept],
         )
 
     def _with(self, name: str, mean: float, prices: PriceModel, latency: float, combination: np.ndarray) -> "Fitted":
-        # Held-out rows were not answered by a newcomer: what is expected of it stands in for its outcomes.
-        off = (self.held_estimate - self.means) @ np.linalg.pinv(self.extension) @ combination
-        expected = (mean + off)[:, None].astype(np.float32)
         mean_price = prices.base + prices.per_character * self.mean_length
 
         def widened(left: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -363,10 +329,7 @@ class Fitted:
             mean_price=widened(self.mean_price, mean_price),
             latency=widened(self.latency, np.array([latency])),
             extension=widened(self.extension, combination[:, None]),
-            held_quality=widened(self.held_quality, expected),
-            held_estimate=widened(self.held_estimate, expected),
-            held_price=widened(self.held_price, prices(self._held_lengths)),
-            held_dearness=widened(self.held_dearness, np.zeros((len(self.held_dearness), 1))),
+            held=self.held.widened(mean, combination, prices(self._held_lengths)),
             floor=widened(self.floor, np.zeros(1)),
             places=widened(self.places, np.array([-1])),
         )
@@ -375,43 +338,13 @@ class Fitted:
         """The same experts at other prices.  What was found worth routing stays what it was at the prices of the fit."""
         mean_price = prices.base + prices.per_character * self.mean_length
         changed = replace(self, prices=prices, mean_price=mean_price)
-        return replace(changed, held_price=changed.priced(self._held_lengths, self.held_dearness))
+        return replace(changed, held=replace(self.held, price=changed.priced(self._held_lengths, self.held.dearness)))
 
     @cached_property
     def _held_lengths(self) -> np.ndarray:
-        return self.held_length if len(self.held_length) else np.full(len(self.held_price), self.mean_length)
+        return self.held.length if len(self.held.length) else np.full(len(self.held), self.mean_length)
 
     def _check_new(self, name: str) -> None:
         check_text("of the new expert", "expert", name)
         if name in self.experts:
             raise ValueError(f"{name!r} is an expert already; remove it first, or fit the router on all outcomes")
-
-    def _ends(self) -> tuple[float, float]:
-        low, high = error_range(self.held_price) if len(self.held_price) else (1e-6, 1e6)
-        return low / 1e3, high * 1e3
-
-    def _means_at(self, mask: np.ndarray, error: float) -> tuple[float, float]:
-        """Mean price and quality of the held-out rows at a price of an error; of the best on the mean where there are none."""
-        if len(self.held_price) == 0:
-            best = np.where(mask, self.means - self.mean_price / error, -np.inf).argmax()
-            return float(self.mean_price[best]), float(self.means[best])
-        order = self.cheapest_first
-        order = order[mask[order]]
-        chosen = order[(self.held_estimate[:, order] - self._held_expected[:, order] / error).argmax(1)]
-        rows = np.arange(len(chosen))
-        return float(self.held_price[rows, chosen].mean()), float(self.held_quality[rows, chosen].mean())
-
-    def _along(self, mask: np.ndarray, explore: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Rising prices of an error, and mean price and quality of the held-out rows at each.  -> (G,), (G,), (G,)"""
-        errors = np.geomspace(*self._ends(), 400)
-        price, quality = np.array([self._means_at(mask, error) for error in errors]).T
-        return (
-            errors,
-            self._explored(price, self.mean_price[mask].mean(), explore),
-            self._explored(quality, self.means[mask].mean(), explore),
-        )
-
-    @staticmethod
-    def _explored(usual: Any, at_random: float, explore: float) -> Any:
-        """A mean of the decisions, where a share of them is drawn at random."""
-        return (1 - explore) * usual + explore * at_random

@@ -22,6 +22,7 @@ from deferral.routing.evaluation import (
 )
 from deferral.routing.outcomes import Log, Table
 from deferral.routing.router import Router
+from deferral.routing.shift import folds_of_groups
 
 __all__ = ["SHARES", "Evaluation", "Held", "cross_fitted", "evaluation", "held", "joined", "query_folds", "subjects", "tag_folds"]
 
@@ -77,11 +78,11 @@ def held(router: Router, table: Table, errors: np.ndarray | None = None) -> Held
     for error in errors:
         # A price of an error is finite.
         at = float(min(error, 1e12))
-        decisions = router.decide_estimated(router.plan(price_of_error=at), estimated, table.queries)
+        plan = router.plan(price_of_error=at)
+        decisions = router.decide_estimated(plan, estimated, table.queries)
         routed.append(decisions.actions)
         fallback.append(decisions.fallback)
-        plan = router.plan(price_of_error=at, learned=True)
-        learned.append(router.decide_estimated(plan, estimated, table.queries).actions)
+        learned.append(router.cheapest(plan, estimated, table.queries))
         static.append(np.full(len(quality), int(np.lexsort((mean_price, 1 - means + mean_price / at))[0])))
     margin = estimated.quality[:, 1] - estimated.quality[:, 0] if len(means) == 2 else np.zeros(len(quality))
     return Held(
@@ -125,11 +126,7 @@ def tag_folds(log: Log, table: Table, folds: int | None = None) -> np.ndarray:
             f"tags: expected at least {folds} subjects, one per fold, got {len(subject)}: {', '.join(subject)}; "
             "ask for fewer folds (--folds)"
         )
-    sizes, fold, filled = np.bincount(member), np.zeros(len(subject), int), np.zeros(folds)
-    for number in np.argsort(-sizes, kind="stable"):
-        fold[number] = filled.argmin()
-        filled[fold[number]] += sizes[number]
-    return fold[member]
+    return folds_of_groups(member, folds)
 
 
 def subjects(log: Log, table: Table) -> tuple[list[str], np.ndarray]:

@@ -8,12 +8,14 @@ import numpy as np
 from deferral.routing.encoders import Vectors
 from deferral.routing.evaluation import routability
 from deferral.routing.fitting import Fitted
+from deferral.routing.held_rows import HeldRows
 from deferral.routing.outcomes import Table
 from deferral.routing.partial_logs import doubly_robust, observed
 from deferral.routing.policies import Beside, Heads, Neighbours, Policy, Rejector, expert_means
 from deferral.routing.policies.centres import nearest_centre, spherical_centres
 from deferral.routing.prices import PriceModel, dearness, fit_prices, shortest
 from deferral.routing.shift import familiarity, refitted, shifted_folds, shrinkage
+from deferral.routing.static import fingerprints
 from deferral.routing.training import (
     FOLDS,
     HeldOut,
@@ -77,11 +79,7 @@ def fitted(
         judged=None,
         winner="static mix",
         held_costs={},
-        held_quality=np.empty((0, experts), np.float32),
-        held_estimate=np.empty((0, experts), np.float32),
-        held_price=np.empty((0, experts)),
-        held_length=np.empty(0),
-        held_dearness=np.empty((0, experts), np.float32),
+        held=HeldRows.none(experts),
         floor=np.zeros(experts),
         places=np.arange(experts),
         room="",
@@ -90,11 +88,14 @@ def fitted(
     if rows < _FEWEST_ROWS or experts < 2:
         return state
     state = replace(state, memory=memory)
-    return _learned(state, vectors, quality, weights, outcomes, price, prices is None, above, length, policies, seed)
+    return _learned(
+        state, table.queries, vectors, quality, weights, outcomes, price, prices is None, above, length, policies, seed
+    )
 
 
 def _learned(
     state: Fitted,
+    queries: Sequence[str],
     vectors: Vectors,
     quality: np.ndarray,
     weights: np.ndarray,
@@ -162,11 +163,16 @@ def _learned(
         judged=verdict,
         winner=winner,
         held_costs=costs,
-        held_quality=held.truth.astype(np.float32),
-        held_estimate=judged_as.astype(np.float32),
-        held_price=p,
-        held_length=length[some],
-        held_dearness=foreseen,
+        held=HeldRows(
+            quality=held.truth.astype(np.float32),
+            estimate=judged_as.astype(np.float32),
+            price=p,
+            length=length[some],
+            dearness=foreseen,
+            deviation=(judged_as - state.means).astype(np.float32),
+            fold=fold,
+            keys=fingerprints([queries[row] for row in some.tolist()]),
+        ),
         room=str(room),
     )
 

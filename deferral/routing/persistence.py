@@ -21,6 +21,7 @@ from deferral.routing.cascade import Cascade
 from deferral.routing.constraints import Abilities
 from deferral.routing.encoders import NgramEncoder
 from deferral.routing.fitting import Estimates, Fitted
+from deferral.routing.held_rows import HeldRows
 from deferral.routing.policies import Clusters, Factors, Features, Heads, Linear, Neighbours, Rejector
 from deferral.routing.prices import PriceModel
 from deferral.routing.promises import Witnesses
@@ -37,9 +38,17 @@ _READABLE = (2, FORMAT)
 _NUMBERS, _NAMES, _PARTIAL = "state.{}.safetensors", "router.json", ".{}.{}.{}.partial"
 _POLICIES = {policy.kind: policy for policy in (Linear, Neighbours, Clusters, Heads, Factors, Features, Rejector)}
 _JUDGED = ("errors", "learned", "static", "random", "oracle", "gain", "half_width", "overall", "rows")
-_EARLY = ("means", "mean_price", "latency", "extension", "held_quality", "held_estimate", "held_price")
-# Not in every folder of an earlier version.
-_LATER = ("held_dearness", "floor", "places")
+_STATE = ("means", "mean_price", "latency", "extension", "floor", "places")
+_HELD = {
+    "quality": "state/held_quality",
+    "estimate": "state/held_estimate",
+    "price": "state/held_price",
+    "length": "held/length",
+    "dearness": "state/held_dearness",
+    "deviation": "held/deviation",
+    "fold": "held/fold",
+    "keys": "held/keys",
+}
 _WITNESSES = {"quality": "estimate", "similarity": "similarity", "trust": "trust", "dearness": "dearness"}
 
 
@@ -56,10 +65,10 @@ def save(router: "Router", folder: Path) -> None:
     for policy in state.policies:
         if policy is not state.memory:
             arrays |= {f"{policy.kind}/{name}": array for name, array in policy.arrays.items()}
-    arrays |= {f"state/{name}": getattr(state, name) for name in (*_EARLY, *_LATER)}
+    arrays |= {f"state/{name}": getattr(state, name) for name in _STATE}
+    arrays |= {place: getattr(state.held, name) for name, place in _HELD.items()}
     arrays |= {"familiar/similarity": state.familiar[0], "familiar/chance": state.familiar[1]}
     arrays |= {"kinds/centres": state.kinds[0], "kinds/shares": state.kinds[1]}
-    arrays["held/length"] = state.held_length
     arrays |= {"prices/base": state.prices.base, "prices/per_character": state.prices.per_character}
     arrays["seen/queries"] = router._seen
     if router._witnesses is not None:
@@ -217,7 +226,6 @@ def _state(names: dict, arrays: dict[str, np.ndarray]) -> Fitted:
         texts=tuple(names["texts"]),
         familiar=(arrays["familiar/similarity"], arrays["familiar/chance"]),
         # Folders of earlier versions have none of these, nor what neighbours were asked for.
-        held_length=arrays.get("held/length", np.empty(0)),
         kinds=(arrays.get("kinds/centres", np.empty((0, 0), np.float32)), arrays.get("kinds/shares", np.empty(0))),
         reliance=names["reliance"],
         judged=Judged(**judged) if judged else None,
@@ -225,6 +233,7 @@ def _state(names: dict, arrays: dict[str, np.ndarray]) -> Fitted:
         held_costs=names["held_costs"],
         room=names["room"],
         mean_length=names.get("mean_length", _mean_length(names, arrays)),
+        held=_held(arrays),
         **_arrays_of(arrays),
     )
 
@@ -245,11 +254,25 @@ def _mean_length(names: dict, arrays: dict[str, np.ndarray]) -> float:
 
 
 def _arrays_of(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    found = {name: arrays[f"state/{name}"] for name in _EARLY}
-    experts = len(found["means"])
-    dearness = np.zeros((len(found["held_price"]), experts), np.float32)
-    earlier: dict[str, np.ndarray] = {"held_dearness": dearness, "floor": np.zeros(experts), "places": np.full(experts, -1)}
-    return found | {name: arrays.get(f"state/{name}", earlier[name]) for name in _LATER}
+    experts = len(arrays["state/means"])
+    # Not in every folder of an earlier version.
+    found = {"state/floor": np.zeros(experts), "state/places": np.full(experts, -1)} | arrays
+    return {name: found[f"state/{name}"] for name in _STATE}
+
+
+def _held(arrays: dict[str, np.ndarray]) -> HeldRows:
+    estimate = arrays["state/held_estimate"]
+    # Nor these.
+    found = {
+        "state/held_dearness": np.zeros_like(estimate),
+        "held/length": np.empty(0),
+        "held/fold": np.empty(0, int),
+        "held/keys": np.empty(0, np.uint64),
+    } | arrays
+    if "held/deviation" not in found:
+        # Of an expert that was removed its part is lost.
+        found["held/deviation"] = (estimate - arrays["state/means"]) @ np.linalg.pinv(arrays["state/extension"])
+    return HeldRows(**{name: found[place] for name, place in _HELD.items()})
 
 
 def _part(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from math import inf
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 
@@ -22,12 +22,22 @@ from deferral.routing.policies import Policy
 from deferral.routing.prices import PriceModel
 from deferral.routing.promises import Witnesses, promised_error
 from deferral.routing.sentences import sentence_encoder
-from deferral.routing.static import EXPLORE, draws, fingerprints, mix_at_error, mix_at_price, mix_at_quality
+from deferral.routing.static import (
+    chances,
+    drawn_from,
+    explored,
+    fingerprints,
+    mix_at_error,
+    mix_at_price,
+    mix_at_quality,
+)
 from deferral.routing.training import POLICIES
 
-__all__ = ["Plan", "Router"]
+__all__ = ["Plan", "Router", "Setting"]
 
 _LEAST_TRUST = 0.1
+# Means that differ by less are equal.
+_ROUNDING = 1e-6
 _PLANS = 256
 
 
@@ -51,12 +61,26 @@ class Plan:
         return np.flatnonzero(~self.mask).tolist()
 
 
+class Setting(TypedDict, total=False):
+    """The trade-off of a query, and who may be asked: see `Router.plan`."""
+
+    price_of_error: float | None
+    budget: float | None
+    min_quality: float | None
+    max_latency: float | None
+    needs: Needs | None
+    learned: bool | None
+    certified_quality: float | None
+    confidence: float
+
+
 class Router:
     """Learns from a log which expert should answer a query, at any price of an error.
 
     `price_of_error` is what one wrong answer is worth, in dollars; `encoder` a function from N texts to an (N, D) array or the
-    folder of a sentence encoder, by default n-grams without weights; `abilities` what each expert can do; `explore` the share
-    of queries that go to an expert drawn at random.
+    folder of a sentence encoder, by default n-grams without weights; `policies` make the estimators that `fit` blends, one of a
+    kind; `abilities` what each expert can do; `explore` the share of queries that go to an expert drawn at random; `seed` that
+    of the folds, the fits and the rows that certify.
     `Router(price_of_error=0.02).fit(read_log("outcomes.jsonl")).route("prove that ...").expert`
     """
 
@@ -140,13 +164,13 @@ class Router:
         """What was held out, what won, and where the static mix is used instead."""
         return self.fitted.report(self.price_of_error)
 
-    def route(self, query: str, **setting: Any) -> Decision:
+    def route(self, query: str, **setting: Unpack[Setting]) -> Decision:
         """Whom to ask.  Takes the settings of `plan`: price_of_error, budget, min_quality, certified_quality ..."""
         if not isinstance(query, str):
             raise TypeError(f"query: expected a text, got {type(query).__name__}")
         return self.decide_one(self.plan(**setting), self.encoder([query]), query)
 
-    def route_batch(self, queries: Sequence[str], **setting: Any) -> Decisions:
+    def route_batch(self, queries: Sequence[str], **setting: Unpack[Setting]) -> Decisions:
         """Whom to ask for each of N queries.  Takes the settings of `plan`."""
         if isinstance(queries, str):
             raise TypeError("queries: expected a list of texts, got one text; use route for one query")
@@ -193,23 +217,26 @@ class Router:
     def decide_estimated(self, plan: Plan, estimated: Estimates, queries: Sequence[str]) -> Decisions:
         """Decisions from what `Fitted.estimate` says of the queries: many settings of the trade-off at once, say."""
         price, cost, best, fallback = self._weighed(plan, estimated, _characters(queries))
-        actions, propensity = best, np.ones(len(queries))
+        actions, propensity, drawn = best, np.ones(len(queries)), None
         some = bool(np.logical_or.reduce(fallback))
         if some:
-            actions = np.where(fallback, self._drawn_from(plan.mix, queries), best)
+            actions = np.where(fallback, drawn_from(plan.mix, queries, self.salt), best)
         if self.explore > 0:
-            allowed = np.flatnonzero(plan.mask)
-            curious = draws(queries, self.salt + EXPLORE)
-            picked = allowed[np.minimum((curious / self.explore * len(allowed)).astype(int), len(allowed) - 1)]
-            actions = np.where(curious < self.explore, picked, actions)
+            usual, drawn = actions, explored(plan.mask, self.explore, queries, self.salt)
+            actions = np.where(drawn >= 0, drawn, usual)
+            drawn = np.where(drawn == usual, -1, drawn)
         if self.explore > 0 or some:
             propensity = self._chances(plan, best, fallback)[np.arange(len(queries)), actions]
         return Decisions(
             list(self.fitted.experts), actions, estimated.quality, price, cost, propensity, fallback, estimated.similarity,
-            plan.price_of_error, plan.why_fallback,
+            plan.price_of_error, plan.why_fallback, drawn=drawn,
         )  # fmt: skip
 
-    def chances(self, queries: Sequence[str], **setting: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def cheapest(self, plan: Plan, estimated: Estimates, queries: Sequence[str]) -> np.ndarray:
+        """Whom the estimates alone would have asked: no fallback, no exploration.  -> (N,)"""
+        return self._weighed(plan, estimated, _characters(queries))[2]
+
+    def chances(self, queries: Sequence[str], **setting: Unpack[Setting]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The probability that each expert is asked, and its expected quality and price, by the settings of `plan`.
 
         N -> (N, E), (N, E), (N, E)
@@ -234,14 +261,7 @@ class Router:
 
     def _chances(self, plan: Plan, best: np.ndarray, fallback: np.ndarray) -> np.ndarray:
         usual = np.where(fallback[:, None], plan.mix, np.eye(len(plan.mix))[best])
-        return (1 - self.explore) * usual + self.explore * plan.mask / plan.mask.sum()
-
-    def _drawn_from(self, mix: np.ndarray, queries: Sequence[str]) -> np.ndarray:
-        """The expert of each query that its draw picks from the mix.  (E,), N -> (N,)"""
-        members = np.flatnonzero(mix)
-        if len(members) == 1:
-            return np.full(len(queries), members[0])
-        return np.minimum(np.searchsorted(np.cumsum(mix), draws(queries, self.salt), side="right"), members[-1])
+        return chances(usual, plan.mask, self.explore)
 
     def plan(
         self,
@@ -307,7 +327,7 @@ class Router:
         mask = able(state.experts, self.abilities, needs or Needs())
         if max_latency is not None:
             mask = state.quick_enough(mask, max_latency)
-        means, prices = state.means, state.mean_price
+        means, prices, worse = state.means, state.mean_price, ""
         if budget is not None:
             if not 0 < budget < np.inf:
                 raise ValueError(f"budget: expected dollars per 1,000 queries, above 0, got {budget}")
@@ -318,18 +338,25 @@ class Router:
                     f"${1000 * least:.4g} per 1,000 queries are spent; got ${budget:.4g}"
                 )
             mix = mix_at_price(means, prices, mask, self._but_explored(budget / 1000, prices, mask))
-            error = state.error_at_price(mask, budget / 1000, self.explore)
+            error, quality = state.search.error_at_price(mask, budget / 1000, self.explore)
+            _, quality_of_mix = state.search.of_mix(mix, mask, self.explore)
+            if learned is None and quality < quality_of_mix - _ROUNDING:
+                worse = f"for this budget a quality of {quality:.3f} on held-out queries, the static mix {quality_of_mix:.3f}"
         elif min_quality is not None:
             if not 0 <= min_quality <= 1:
                 raise ValueError(f"min_quality: expected a quality in [0, 1], got {min_quality}")
-            error, best = state.error_at_quality(mask, min_quality, self.explore)
+            error, price, best = state.search.error_at_quality(mask, min_quality, self.explore)
             mix = mix_at_quality(means, prices, mask, self._but_explored(min_quality, means, mask))
             if best < min_quality and learned is None:
                 why = f"on held-out queries routing reached a quality of {best:.3f}, the best single expert more"
                 return Plan(error, mask, mix, why)
+            price_of_mix, _ = state.search.of_mix(mix, mask, self.explore)
+            reached = (1 - self.explore) * float(mix @ means) + self.explore * float(means[mask].mean())
+            meets = reached >= min_quality - _ROUNDING
+            if learned is None and meets and price > price_of_mix * (1 + _ROUNDING):
+                worse = f"this quality for ${price:.3g} a query on held-out queries, the static mix for ${price_of_mix:.3g}"
             if why := self._why_fallback(error, learned):
-                reached = (1 - self.explore) * float(mix @ means) + self.explore * float(means[mask].mean())
-                if reached < min_quality - 1e-6:
+                if not meets:
                     raise ValueError(
                         f"min_quality: the static mix, which decides ({why}), reaches at most {reached:.3f}, got {min_quality}"
                     )
@@ -344,7 +371,8 @@ class Router:
             error = self.price_of_error if price_of_error is None else price_of_error
             check_price_of_error(error)
             mix = mix_at_error(means, prices, mask, error)
-        return Plan(float(error), mask, mix, self._why_fallback(error, learned))
+        why = self._why_fallback(error, learned) or (f"routing reached {worse}" if worse else "")
+        return Plan(float(error), mask, mix, why)
 
     def _but_explored(self, wanted: float, values: np.ndarray, mask: np.ndarray) -> float:
         """The mean of the other decisions with which, and with those that are drawn at random, the mean is the wanted one."""
@@ -375,7 +403,9 @@ class Router:
             return (self._chances(plan, best, fallback) * rows.quality).sum(1)
 
         return at(
-            promised_error(qualities_at, rows.quality[:, mask], state.errors_from_best(mask), share=share, confidence=confidence)
+            promised_error(
+                qualities_at, rows.quality[:, mask], state.search.errors_from_best(mask), share=share, confidence=confidence
+            )
         )
 
     def certify(self, log: Log | Table) -> "Router":
@@ -406,7 +436,7 @@ class Router:
         """Which of the queries were in the log of the fit.  N -> (N,) bool"""
         return np.isin(fingerprints(queries), self._seen)
 
-    def explain(self, query: str, *, count: int = 5, **setting: Any) -> tuple[Decision, list[tuple[str, float]]]:
+    def explain(self, query: str, *, count: int = 5, **setting: Unpack[Setting]) -> tuple[Decision, list[tuple[str, float]]]:
         """The decision, and the logged queries nearest to this one with their similarity, nearest first."""
         rows, similarity = self.fitted.memory.nearest(self.encoder([query]), count)
         texts = self.fitted.texts
@@ -414,11 +444,11 @@ class Router:
             (texts[row], float(cosine)) for row, cosine in zip(rows[0], similarity[0], strict=True)
         ]
 
-    def add_expert(self, log: Log, *, abilities: Abilities | None = None) -> "Router":
+    def add_expert(self, log: Log | Table, *, abilities: Abilities | None = None) -> "Router":
         """Add a model from some of its outcomes, a hundred say, without refitting the others."""
         if len(log.experts) != 1:
             raise ValueError(f"expected outcomes of one new expert, got those of {len(log.experts)}: {', '.join(log.experts)}")
-        table = log.table()
+        table = log.table() if isinstance(log, Log) else log
         _check_values(table)
         self._fitted = self.fitted.with_outcomes(table, self.encoder(table.queries))
         # They prove nothing of a router that has learned from them.

@@ -5,7 +5,7 @@ import numpy as np
 from deferral.routing.encoders import Vectors, projection, reduced
 from deferral.routing.policies.centres import nearest_centre, spherical_centres
 
-__all__ = ["familiarity", "refitted", "shifted_folds", "shrinkage"]
+__all__ = ["familiarity", "folds_of_groups", "refitted", "shifted_folds", "shrinkage"]
 
 _CLUSTERS = 10
 _BINS = 16
@@ -16,13 +16,16 @@ def shifted_folds(vectors: Vectors, folds: int, *, seed: int) -> tuple[np.ndarra
     """The rows' clusters, and folds of whole clusters: what a new subject looks like.  -> (N,), (N,)"""
     dense = vectors.dense
     cluster = nearest_centre(dense, spherical_centres(dense, min(_CLUSTERS, max(2, len(dense) // 25)), seed=seed))
-    # The largest clusters first, each to the emptiest fold.
-    sizes, fold = np.bincount(cluster), np.zeros(cluster.max() + 1, int)
-    filled = np.zeros(folds)
+    return cluster, folds_of_groups(cluster, folds)
+
+
+def folds_of_groups(member: np.ndarray, folds: int) -> np.ndarray:
+    """Folds of whole groups: the largest first, each to the emptiest fold.  (N,) -> (N,)"""
+    sizes, fold, filled = np.bincount(member), np.zeros(member.max() + 1, int), np.zeros(folds)
     for number in np.argsort(-sizes, kind="stable"):
         fold[number] = filled.argmin()
         filled[fold[number]] += sizes[number]
-    return cluster, fold[cluster]
+    return fold[member]
 
 
 def refitted(vectors: Vectors, rest: np.ndarray, *, seed: int) -> Vectors:

@@ -1,6 +1,5 @@
 """What the commands of `deferral route` print and leave behind."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +12,7 @@ from deferral.intervals import Interval
 from deferral.routing.decisions import Decision
 from deferral.routing.judging import Evaluation
 from deferral.routing.replay import METHODS, Replay
+from deferral.strict_json import as_json
 
 __all__ = ["draw_evaluation", "save_evaluation", "show_evaluation", "show_explanation", "show_replays"]
 
@@ -50,13 +50,13 @@ def show_evaluation(found: Evaluation) -> None:
 
 
 def save_evaluation(found: Evaluation, path: Path) -> None:
-    """All figures, the points of the curves and the corners of their hulls, as JSON."""
+    """All figures, the points of the curves and the corners of their hulls, as JSON; null for a figure that does not exist."""
     content = {
         **{name: value for name, value in asdict(found).items() if name != "curves"},
         "curves": {name: points.tolist() for name, points in found.curves.items()},
         "hulls": {name: points.tolist() for name, points in found.hulls.items()},
     }
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    path.write_text(as_json(content), encoding="utf-8")
 
 
 def draw_evaluation(found: Evaluation, path: Path) -> bool:

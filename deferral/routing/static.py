@@ -7,7 +7,18 @@ import numpy as np
 
 from deferral.routing.evaluation import hull
 
-__all__ = ["EXPLORE", "draw_of", "draws", "fingerprints", "mix_at_error", "mix_at_price", "mix_at_quality"]
+__all__ = [
+    "EXPLORE",
+    "chances",
+    "draw_of",
+    "drawn_from",
+    "draws",
+    "explored",
+    "fingerprints",
+    "mix_at_error",
+    "mix_at_price",
+    "mix_at_quality",
+]
 
 
 # After the salt, what the draws of exploration are keyed by.
@@ -35,6 +46,26 @@ def mix_at_quality(quality: np.ndarray, price: np.ndarray, mask: np.ndarray, lea
     """The cheapest mix whose mean quality is at least `least`; that of the best quality if none is that good.  -> (E,)"""
     members, corners = _corners(quality, price, mask)
     return _between(members, corners[:, 1], least, len(quality))
+
+
+def drawn_from(mix: np.ndarray, queries: Sequence[str], salt: str) -> np.ndarray:
+    """The expert of each query that its draw picks from the mix.  (E,), N -> (N,)"""
+    members = np.flatnonzero(mix)
+    if len(members) == 1:
+        return np.full(len(queries), members[0])
+    return np.minimum(np.searchsorted(np.cumsum(mix), draws(queries, salt), side="right"), members[-1])
+
+
+def explored(mask: np.ndarray, share: float, queries: Sequence[str], salt: str) -> np.ndarray:
+    """Whom a share of the queries, above 0, is given to: anyone of the mask, and -1 for the others.  (E,) bool, N -> (N,)"""
+    allowed, drawn = np.flatnonzero(mask), draws(queries, salt + EXPLORE)
+    picked = allowed[np.minimum((drawn / share * len(allowed)).astype(int), len(allowed) - 1)]
+    return np.where(drawn < share, picked, -1)
+
+
+def chances(usual: np.ndarray, mask: np.ndarray, share: float) -> np.ndarray:
+    """Of the decisions with exploration, from those without it.  (..., E), (E,) bool -> (..., E)"""
+    return (1 - share) * usual + share * mask / mask.sum()
 
 
 def draws(queries: Sequence[str], salt: str) -> np.ndarray:
