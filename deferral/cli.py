@@ -222,7 +222,11 @@ def evaluate(
             tell=status.update,
         )
     show_evaluation(evaluation)
-    written = [save_evaluation(evaluation, out), *draw_evaluation(evaluation, out)]
+    written = [save_evaluation(evaluation, out)]
+    try:
+        written += draw_evaluation(evaluation, out)
+    except ImportError as error:
+        click.echo(f"the pictures are left out: {error}")
     click.echo("\n".join(f"wrote {path}" for path in written))
 
 

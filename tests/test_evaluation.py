@@ -1,6 +1,7 @@
 """`deferral evaluate`: files of any tool in, figures out; every bad file is named by row and column."""
 
 import json
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -334,3 +335,13 @@ def test_every_expert_has_a_picture_of_its_own(tmp_path: Path) -> None:
     table |= {"action": ["own"] * 10, "probability_A b": [0.5] * 10, "probability_A-b": [0.6] * 10}
     paths = draw_evaluation(evaluate([write(tmp_path / "ours.csv", table)]), tmp_path)
     assert len(set(paths)) == len(paths)
+
+
+def test_without_matplotlib_the_figures_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = {"target": ["a", "b", "a", "b"], "answer": ["a", "b", "b", "b"], "score": [0.9, 0.8, 0.1, 0.7]}
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    cli.main(["evaluate", str(write(tmp_path / "ours.csv", table)), "--out", str(tmp_path / "out")])
+    assert "the pictures are left out: pictures need Matplotlib" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["ours.json"]

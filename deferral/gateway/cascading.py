@@ -24,7 +24,7 @@ from deferral.gateway.rows import CascadeRow
 from deferral.routing.cascade import Cascade, features
 from deferral.routing.confidence import Confidence, confidence_of_reply
 from deferral.routing.router import Router
-from deferral.routing.static import EXPLORE, draws
+from deferral.routing.static import chances, explored
 
 if TYPE_CHECKING:
     from deferral.gateway.app import Generation
@@ -164,7 +164,7 @@ class AskingFirst:
         estimate, price, closed = _columns(cascade, choice, router.fitted.means)
         actions, quality, cost = cascade.after(features([sure]), estimate, price, error, closed)
         allowed, place, best = np.flatnonzero(~closed), cascade.place, int(actions[0])
-        action, propensity = _drawn(router, query, best, allowed) if router.explore > 0 else (best, 1.0)
+        action, propensity = _drawn(router, query, best, ~closed) if router.explore > 0 else (best, 1.0)
         name, kept = cascade.experts[action], action == place
         other = min(float(cost[0, one]) for one in allowed if one != place)
         done = "kept" if kept else f"deferred to {name}"
@@ -229,10 +229,9 @@ class AskingFirst:
 
 def _drawn(router: Router, query: str, best: int, allowed: np.ndarray) -> tuple[int, float]:
     """As the router explores: anyone who may be asked, for a share of the queries, and the probability of what was drawn."""
-    curious, action = float(draws([query], router.salt + EXPLORE)[0]), best
-    if curious < router.explore:
-        action = int(allowed[min(int(curious / router.explore * len(allowed)), len(allowed) - 1)])
-    return action, router.explore / len(allowed) + (1 - router.explore) * (action == best)
+    drawn = int(explored(allowed, router.explore, [query], router.salt)[0])
+    action = best if drawn < 0 else drawn
+    return action, float(chances(np.eye(len(allowed))[best], allowed, router.explore)[action])
 
 
 def _columns(cascade: Cascade, choice: Choice, means: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

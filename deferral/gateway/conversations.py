@@ -29,7 +29,7 @@ from deferral.gateway.requests import Asked
 from deferral.routing.decisions import Decisions
 from deferral.routing.fitting import Estimates
 from deferral.routing.router import Plan, Router
-from deferral.routing.static import EXPLORE, draw_of
+from deferral.routing.static import EXPLORE, chances, draw_of
 
 __all__ = ["Conversations"]
 
@@ -129,7 +129,7 @@ class Conversations:
                 own = begun(now, plan.mix, router.fitted.cheapest_first, router.salt)
                 places += [one._replace(chance=one.chance * place.chance) for one in own]
         usual = np.bincount([place.expert for place in places], [place.chance for place in places], len(router.experts))
-        chances = (1 - router.explore) * usual + router.explore * plan.mask / plan.mask.sum()
+        chance = chances(usual, plan.mask, router.explore)
         chosen = places[0].expert
         draw = draw_of(turn.query, router.salt + EXPLORE)
         said = self._why(asked, turn, plan, chosen, after[0], None if before is None else before[0])
@@ -138,8 +138,8 @@ class Conversations:
             chosen = int(decisions.actions[0])
         if name:
             digest, until = _digest(turn.query), monotonic() + _KEPT_S
-            self._remember(name, _Held(before, after, digest, chosen, float(chances[chosen]), draw, until))
-        return replace(decisions, actions=np.array([chosen]), propensity=chances[[chosen]]), said, draw
+            self._remember(name, _Held(before, after, digest, chosen, float(chance[chosen]), draw, until))
+        return replace(decisions, actions=np.array([chosen]), propensity=chance[[chosen]]), said, draw
 
     def _why(self, asked: Asked, turn: Scored, plan: Plan, chosen: int, after: Place, before: Place | None) -> str:
         """Why the conversation is where it is; "" where the request by itself would have gone there too."""

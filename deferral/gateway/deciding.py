@@ -22,7 +22,7 @@ from deferral.routing.constraints import Abilities, Needs
 from deferral.routing.decisions import Decision, Decisions
 from deferral.routing.encoders import NgramEncoder
 from deferral.routing.router import Plan, Router
-from deferral.routing.static import EXPLORE, draw_of, draws
+from deferral.routing.static import EXPLORE, draw_of, drawn_from
 
 __all__ = ["Choice", "Decider", "Limited", "refusal", "set_aside"]
 
@@ -290,8 +290,7 @@ class Decider:
         state = self.router.fitted
         price = state.prices(np.array([len(query)], float))
         cost = np.where(plan.mask, 1 - state.means + price / plan.price_of_error, np.inf)
-        drawn = draws([query], self.router.salt)
-        action = np.minimum(np.searchsorted(np.cumsum(plan.mix), drawn, side="right"), np.flatnonzero(plan.mix)[-1])
+        action = drawn_from(plan.mix, [query], self.router.salt)
         why = f"the encoder took longer than {1000 * self.deadline_s:.0f} ms"
         return Decisions(
             self.router.experts, action, state.means[None], price, cost, plan.mix[action], np.array([True]), np.zeros(1),

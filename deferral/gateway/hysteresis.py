@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from deferral.routing.static import draws
+from deferral.routing.static import drawn_from
 
 __all__ = ["RULES", "Place", "Rules", "Scored", "begun", "gain", "moved"]
 
@@ -77,11 +77,8 @@ def begun(first: Scored, mix: np.ndarray, cheapest_first: np.ndarray, salt: str)
     """Where a conversation begins.  `mix` (E,) draws where the request is unlike the log."""
     if first.known:
         return (Place(_cheapest(first.cost, cheapest_first), 0, 1.0),)
-    members = np.flatnonzero(mix)
-    if len(members) == 1:
-        return (Place(int(members[0]), 0, 1.0),)
-    drawn = min(int(np.searchsorted(np.cumsum(mix), draws([first.query], salt)[0], side="right")), int(members[-1]))
-    order = [drawn, *(int(member) for member in members if member != drawn)]
+    drawn = int(drawn_from(mix, [first.query], salt)[0])
+    order = [drawn, *(int(member) for member in np.flatnonzero(mix) if member != drawn)]
     return tuple(Place(member, 0, float(mix[member])) for member in order)
 
 
