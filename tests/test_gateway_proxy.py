@@ -309,9 +309,9 @@ def test_a_named_expert_is_asked_and_nobody_else(running: Any) -> None:
     gateway = running.gateway
     assert gateway.chat(HARD, key=running.key, model="small")[1]["x-deferral-expert"] == "small"
     assert gateway.chat(HARD, key=running.key, model="nobody")[0] == 404
-    status, _, said = gateway.chat(HARD, key=running.key, model="misled")
+    status, headers, said = gateway.chat(HARD, key=running.key, model="misled")
     assert (status, said["error"]["code"]) == (502, "upstream_misconfigured")
-    [row] = rows(running, "requested = 'misled'")
+    [row] = rows(running, f"id = '{headers['x-deferral-id']}'")
     assert (row["outcome"], row["expert"], row["attempts"]) == ("error", "", 1)
 
 
@@ -386,18 +386,18 @@ def test_when_the_client_leaves_the_upstream_is_told(running: Any) -> None:
 
 def test_a_client_that_reads_late_gets_all_of_a_stream_and_the_expert_is_not_blamed(running: Any) -> None:
     gateway = running.gateway
-    before, size = gateway.state.current, 12 << 20
+    before, size, patience = gateway.state.current, 12 << 20, 2.0
+    events = (b"data: " + bytes(1 << 16) + b"\n\n") * (size >> 16) + b"data: [DONE]\n\n"
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
-        head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ncontent-length: %d\r\n\r\n"
-        events = (b"data: " + bytes(1 << 16) + b"\n\n") * (size >> 16) + b"data: [DONE]\n\n"
-        writer.write(head % len(events) + events)
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ncontent-length: %d\r\n\r\n" % len(events))
+        writer.write(events)
         writer.close()
 
     server = gateway.call(asyncio.start_server(serve, "127.0.0.1", 0))
     address = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
-    gateway.state.current = replace(before, experts={**before.experts, "quick": Expert("quick", address, total_s=0.5)})
+    gateway.state.current = replace(before, experts={**before.experts, "quick": Expert("quick", address, total_s=patience)})
     gateway.state.answerers.update(gateway.state.current.experts)
     breaker = gateway.state.answerers.standings["quick"].breaker
     request = b'{"model": "quick", "messages": [{"role": "user", "content": "x"}], "stream": true}'
@@ -410,7 +410,7 @@ def test_a_client_that_reads_late_gets_all_of_a_stream_and_the_expert_is_not_bla
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
                 client.connect(("127.0.0.1", gateway.port))
                 client.sendall(head % running.key.encode() + b"content-length: %d\r\n\r\n" % len(request) + request)
-            time.sleep(1)
+            time.sleep(1.25 * patience)
             for client in clients:
                 read, end = 0, b""
                 while part := client.recv(1 << 20):
