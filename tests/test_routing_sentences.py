@@ -105,7 +105,7 @@ def test_the_folder_of_an_export_is_as_open_as_any_other(exported: Path, tmp_pat
     assert os.access(exported / "model.onnx", os.R_OK)
 
 
-@pytest.mark.ci_slow
+@pytest.mark.slow
 def test_a_checkpoint_in_half_precision_is_exported(source: Path, tmp_path: Path) -> None:
     import torch
     from transformers import BertModel
