@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+import threading
 import time
 
 import numpy as np
@@ -72,6 +73,7 @@ def test_what_router_and_file_say_of_an_expert_holds_together(router: Router) ->
     finally:
         router.abilities = {}
     assert choose(decider, asked(HARD, tokens=51)).ranking == ("small",)
+    assert refusal(decider.experts["large"], asked(tokens=51), Hints(), None), "nor by its name"
     with pytest.raises(Problem, match="exceed its window of 50"):
         choose(decider, asked(tokens=51, tools=True))
 
@@ -183,6 +185,33 @@ def test_a_worker_with_too_much_to_do_is_not_waited_for(router: Router) -> None:
     decider.close()
     assert results.count(1) == 32
     assert results.count(None) == 18
+
+
+def test_all_who_come_with_a_new_setting_wait_for_one_plan_and_not_for_each_other(router: Router) -> None:
+    decider, made, planned = Decider(router, EXPERTS, deadline_s=1.0), [], Router.plan
+
+    def slowly(*arguments, **setting):
+        made.append((threading.current_thread().name, setting["max_latency"]))
+        time.sleep(0.2)
+        return planned(*arguments, **setting)
+
+    async def run() -> list:
+        waiting = [asyncio.create_task(decider.choose(asked(EASY), Hints(max_latency=50.0), Limited())) for _ in range(40)]
+        await asyncio.sleep(0.05)
+        waiting[0].cancel()
+        await decider.choose(asked(EASY), Hints(), Limited())
+        assert not any(one.done() for one in waiting[1:]), "who has a plan does not wait for those who have none"
+        return await asyncio.gather(*waiting, return_exceptions=True)
+
+    choose(decider, asked(EASY))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(router, "plan", lambda **setting: slowly(router, **setting))
+        results = asyncio.run(run())
+    decider.close()
+    assert [at for name, at in made if name.startswith("plan")] == [50.0]
+    assert len(made) == 1, "the usual setting was planned before"
+    assert isinstance(results[0], asyncio.CancelledError)
+    assert {choice.ranking[0] for choice in results[1:]} == {"small"}
 
 
 def test_exploration_has_the_propensity_that_it_says(router: Router) -> None:

@@ -130,7 +130,7 @@ def test_an_id_that_several_replies_had_is_not_forgotten_for_all(database: str, 
         answer = client.delete("/responses/same")
     assert (answer.status_code, answer.json()["error"]["code"]) == (409, "ambiguous_id")
     with pytest.raises(SystemExit) as ended:
-        main(["gateway", "forget", "--response", "same", "--yes", "--database", database])
+        main(["gateway", "forget", "--response", "same", "--database", database])
     assert ended.value.code == 2
     assert "id-50, id-51" in " ".join(capsys.readouterr().err.split())
     assert counts(record) == before

@@ -441,6 +441,8 @@ def test_keys_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtur
         "time zone: expected a name": ("eve", "--zone", "Mars/Olympus"),
         "'year' is not one of": ("eve", "--window", "year"),
         "name: expected up to 200 printable": ("eve", "--name", ""),
+        "window: this key has no budget": ("rob", "--window", "day"),
+        "zone: this key has no budget": ("rob", "--zone", "Asia/Tokyo"),
     }
     before = keys.list()
     for message, arguments in mistakes.items():

@@ -1,15 +1,16 @@
 """What changes after a fit: newcomers, prices, floors, and a router that is loaded to learn again."""
 
 import copy
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from deferral.routing import Log, Outcome, PriceModel, Router, log_of_table, token_prices
+from deferral.routing import Log, Needs, Outcome, PriceModel, Router, log_of_table, token_prices
 from deferral.routing.outcomes import Table
 from deferral.routing.policies import Linear, Neighbours
-from tests.test_routing_router import EXPERTS, QUICK, SUBJECTS, router, world
+from tests.test_routing_router import EXPERTS, QUICK, SUBJECTS, queries, router, world
 
 pytestmark = pytest.mark.ci_slow
 
@@ -156,3 +157,65 @@ def test_prices_go_by_name_and_are_prices() -> None:
     for base, per_character in (([0.1, np.nan], [0, 0]), ([0.1, -1], [0, 0]), ([0.1, 0.1], [0]), ([[0.1]], [[0.1]])):
         with pytest.raises(ValueError, match="expected one finite number per expert, not negative"):
             PriceModel(np.array(base), np.array(per_character))
+
+
+@cache
+def twins() -> Router:
+    """small knows history, coder code; either of two others is right in half of the cases, whatever is asked."""
+    rows = 600
+    texts, subject = queries(rows)
+    chance = np.stack([np.where(subject == 1, 0.9, 0.2), np.where(subject == 2, 0.9, 0.2), *np.full((2, rows), 0.5)], -1)
+    quality = (np.random.default_rng(1).random(chance.shape) < chance).astype(float)
+    price = np.tile([[0.001, 0.001, 0.001, 0.0015]], (rows, 1))
+    return Router(0.05, policies=QUICK).fit(log_of_table(texts, ["small", "coder", "heads", "tails"], quality, price))
+
+
+TWINS = Needs.of(allow=["heads", "tails"])
+
+
+def test_among_those_who_may_be_asked_the_verdict_is_theirs() -> None:
+    router = twins()
+    everybody, some = router.plan(), router.plan(needs=Needs.of(allow=["small", "coder"]))
+    alike = router.plan(needs=TWINS)
+    assert everybody.why_fallback == some.why_fallback == ""
+    assert "among those who may be asked" in alike.why_fallback
+    assert router.plan(needs=TWINS, learned=True).why_fallback == ""
+    texts, _ = queries(50, seed=3)
+    assert router.route_batch(texts, needs=TWINS).fallback.all()
+
+
+def test_the_verdict_on_everybody_is_found_again_in_the_rows_that_were_held_out() -> None:
+    fitted = twins().fitted
+    again = fitted.search.judged(np.ones(4, bool))
+    for name in ("errors", "learned", "static", "random", "oracle", "gain", "half_width"):
+        np.testing.assert_allclose(getattr(again, name), getattr(fitted.judged, name), rtol=1e-5, atol=1e-7)
+    np.testing.assert_array_equal(again.better, fitted.judged.better)
+
+
+def test_after_a_removal_and_at_other_prices_it_is_judged_anew(tmp_path: Path) -> None:
+    router = copy.copy(twins())
+    left = router.fitted.verdict(np.array([False, False, True, True]))
+    dear = PriceModel(np.full(4, 0.04), np.array([0.0, 0.0, 0.0, 1e-4]), ("small", "coder", "heads", "tails"))
+    for name in ("small", "coder"):
+        router.remove_expert(name)
+    assert "maybe nothing" in router.plan().why_fallback
+    assert "maybe nothing" in router.report
+    np.testing.assert_array_equal(router.fitted.judged.gain, left.gain)
+    router.save(tmp_path / "router")
+    loaded = Router.load(tmp_path / "router")
+    np.testing.assert_array_equal(loaded.fitted.judged.gain, left.gain)
+    other = copy.copy(twins())
+    before = other.fitted.judged
+    other.with_prices(dear)
+    assert other.fitted.judged.errors[-1] > before.errors[-1], "prices of an error at which decisions change are others"
+    assert other.plan(price_of_error=0.5).why_fallback == ""
+
+
+def test_a_newcomer_is_not_judged_by_what_is_expected_of_it() -> None:
+    router = copy.copy(twins())
+    before = router.fitted.judged
+    router.describe_expert("new", quality=0.6, price=0.002)
+    assert router.fitted.judged is before
+    beside, without = np.array([False, False, True, True, True]), np.array([False, False, True, True, False])
+    np.testing.assert_array_equal(router.fitted.verdict(beside).gain, router.fitted.verdict(without).gain)
+    np.testing.assert_array_equal(router.fitted.verdict(without).gain, twins().fitted.verdict(without[:4]).gain)

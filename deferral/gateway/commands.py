@@ -59,6 +59,8 @@ gateway.add_command(keys)
 def forget(key: str | None, response: str | None, yes: bool, database: str) -> None:
     """Delete decisions, judgements and texts from the record; what they cost stays in the key's budget."""
     from deferral.gateway.forgetting import forget as delete
+    from deferral.gateway.forgetting import meant
+    from deferral.gateway.rows import plain
 
     if (key is None) == (response is None):
         raise click.UsageError("expected either --key or --response")
@@ -71,10 +73,13 @@ def forget(key: str | None, response: str | None, yes: bool, database: str) -> N
         if named:
             why = f"is no id of a key but a name; what is on record is deleted by the key's id, {' or '.join(named)}"
             raise click.BadParameter(f"{key!r} {why}; see `deferral gateway keys list`", param_hint="--key")
-        if not (yes or click.confirm("It cannot be undone.  Delete it?")):
-            click.echo("nothing was deleted", err=True)
-            sys.exit(1)
         try:
+            if response:
+                with store.engine.connect() as connection:
+                    meant(connection, plain(response))
+            if not (yes or click.confirm("It cannot be undone.  Delete it?")):
+                click.echo("nothing was deleted", err=True)
+                sys.exit(1)
             with Console(stderr=True).status("deleting") as shown:
                 gone = delete(store.engine, key=identity, response=response, progress=lambda so_far: shown.update(str(so_far)))
         except ValueError as error:

@@ -17,7 +17,7 @@ from deferral.gateway.drift import Expected
 from deferral.gateway.experts_file import Expert
 from deferral.gateway.hysteresis import RULES, Rules
 from deferral.gateway.problems import Problem
-from deferral.gateway.requests import Asked, Hints
+from deferral.gateway.requests import NO_HINTS, Asked, Hints
 from deferral.routing.constraints import Abilities, Needs
 from deferral.routing.decisions import Decision, Decisions
 from deferral.routing.encoders import NgramEncoder
@@ -75,11 +75,12 @@ class Limited:
 
 
 class Decider:
-    """One router with the experts of one experts file.  `close` ends its worker.
+    """One router with the experts of one experts file.  `close` ends its threads.
 
     With the n-gram encoder, whose work is bounded by its 2,000 characters, queries are decided where they are: a thread would
     compete for the same interpreter lock.  Those of one turn of the event loop are decided together, and where many requests are
     under way a turn waits some milliseconds for company.
+    Plans, which go through the held-out rows once for each set of experts, are made in a thread of their own.
     Any other encoder runs in one worker thread, and after `deadline_s` the static mix decides instead.  With `rules=None` every
     request of a conversation is decided by itself.
     """
@@ -91,13 +92,16 @@ class Decider:
         self.expected = Expected(names, router.fitted.kind_names, router.fitted.kinds[1])
         self.conversations = None if rules is None else Conversations(router, self.experts, rules)
         self._place = {name: place for place, name in enumerate(router.experts)}
-        self._best = router.experts[int(router.fitted.means.argmax())]
+        self._best = max(names, key=lambda name: router.fitted.means[self._place[name]])
         self._at_once = isinstance(router.encoder, NgramEncoder)
         self._plans: dict[Any, Plan] = {}
+        self._planning: dict[Any, asyncio.Future[Plan]] = {}
+        self._judged: set[frozenset[str]] = set()  # of whom it is known what deciding among them is worth
         self._together: deque[tuple[Plan, str, asyncio.Future[Choice]]] = deque()
         self._last_turn = -math.inf
         self._one_of_few = asyncio.Semaphore(_CONVERSATIONS)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="decide")
+        self._planner = ThreadPoolExecutor(1, thread_name_prefix="plan")
         self._waiting = 0
         # The first decision loads what later ones find loaded.
         self._decided(router.plan(needs=Needs(allow=frozenset(names))), ["a first query", "and a second"])
@@ -179,6 +183,7 @@ class Decider:
     def close(self) -> None:
         """Whoever waits is still decided."""
         self._worker.shutdown(wait=False)
+        self._planner.shutdown(wait=False)
 
     def _able(self, asked: Asked, hints: Hints, limited: Limited) -> frozenset[str]:
         reasons = {name: refusal(expert, asked, hints, limited.allow) for name, expert in self.experts.items()}
@@ -210,23 +215,48 @@ class Decider:
         plan = self._plans.get(key)
         if plan is not None:
             return plan
-        needs = Needs(allow=allow)
         try:
-            if hints.budget is None and hints.min_quality is None:
-                plan = self.router.plan(needs=needs, **hints.setting_by_name)
+            if allow in self._judged and hints.setting[1:] == NO_HINTS.setting[1:]:
+                plan = self._planned(allow, hints, factor)
+                self._keep_plan(key, plan)
             else:
-                # This searches the held-out rows, long enough to be felt by others.
-                plan = await self._in_worker(lambda: self.router.plan(needs=needs, **hints.setting_by_name), None)
-                if plan is None:
-                    raise Problem(503, "busy", "too many new settings at the same time; send it again", retry_after=1)
-            if factor < 1:
-                error = plan.price_of_error * factor
-                plan = self.router.plan(needs=needs, price_of_error=error, max_latency=hints.max_latency)
-        except ValueError as error_of_plan:
-            raise Problem(400, _UNMET, str(error_of_plan)) from None
+                # This goes through the held-out rows, long enough to be felt by others.
+                plan = await self._plan_of_all(key, lambda: self._planned(allow, hints, factor), hints)
+        except ValueError as error:
+            raise Problem(400, _UNMET, str(error)) from None
+        return plan
+
+    async def _plan_of_all(self, key: Any, work: Callable[[], Plan], hints: Hints) -> Plan:
+        """One plan for all who come for it at the same time: where an expert fails, thousands may."""
+        planning = self._planning.get(key)
+        if planning is None:
+            # Of outages there are few, of settings as many as clients like.
+            if len(self._planning) >= _MOST_WAITING and hints.setting != NO_HINTS.setting:
+                raise Problem(503, "busy", "too many new settings at the same time; send it again", retry_after=1)
+            planning = self._planning[key] = asyncio.get_running_loop().run_in_executor(self._planner, work)
+            planning.add_done_callback(lambda done: self._has_planned(key, done))
+        return await asyncio.shield(planning)
+
+    def _has_planned(self, key: Any, done: "asyncio.Future[Plan]") -> None:
+        del self._planning[key]
+        # An error is for those who wait; if nobody does, it would be reported as never retrieved.
+        if not done.cancelled() and done.exception() is None:
+            allow, (*_, max_latency, _), _ = key
+            if max_latency is None:
+                self._judged.add(allow)
+            self._keep_plan(key, done.result())
+
+    def _keep_plan(self, key: Any, plan: Plan) -> None:
         if len(self._plans) >= _PLANS:
             self._plans.clear()
+            self._judged.clear()
         self._plans[key] = plan
+
+    def _planned(self, allow: frozenset[str], hints: Hints, factor: float) -> Plan:
+        needs = Needs(allow=allow)
+        plan = self.router.plan(needs=needs, **hints.setting_by_name)
+        if factor < 1:
+            return self.router.plan(needs=needs, price_of_error=plan.price_of_error * factor, max_latency=hints.max_latency)
         return plan
 
     def _in_turn(self, plan: Plan, query: str, *, crowded: bool) -> "asyncio.Future[Choice]":

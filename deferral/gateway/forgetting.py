@@ -11,7 +11,7 @@ from deferral.gateway.database import adding, alone, delete_among, scrub
 from deferral.gateway.rows import plain
 from deferral.gateway.schema import cascades, decisions, feedback, forgotten, shadows, texts
 
-__all__ = ["Forgotten", "forget", "forget_some", "old_costs"]
+__all__ = ["Forgotten", "forget", "forget_some", "meant", "old_costs"]
 
 _AT_ONCE = 500
 _NAMED = 10
@@ -59,7 +59,7 @@ def forget(
         raise ValueError("forget: expected the id of a response, got an empty one")
     total = Forgotten()
     with engine.connect() as connection:
-        wanted = decisions.c.key == name if response is None else decisions.c.id == _meant(connection, name)
+        wanted = decisions.c.key == name if response is None else decisions.c.id == meant(connection, name)
         connection.rollback()
         while True:
             began = time.monotonic()
@@ -77,7 +77,7 @@ def forget(
     return total
 
 
-def _meant(connection: Connection, name: str) -> str:
+def meant(connection: Connection, name: str) -> str:
     """The id of the decision that has it, else of the only one whose reply had it; ValueError where several had.
 
     An upstream may give one id to all its replies, whoever they are for.

@@ -247,7 +247,7 @@ class Exchange:
         if expert is None or (key.experts is not None and expert.name not in key.experts):
             message = f"model: {asked.model[:100]!r} is no expert that this key may ask; GET /v1/models lists them"
             raise Problem(404, "model_not_found", message, param="model")
-        if reason := refusal(expert, asked, wanted, key.experts):
+        if reason := refusal(now.decider.experts.get(expert.name, expert), asked, wanted, key.experts):
             raise Problem(400, "expert_not_able", f"{expert.name} may not answer this request: {reason}")
         price = expert.price(asked.tokens, 0 if self.kind == "embeddings" else asked.output_tokens or _OUTPUT_TOKENS)
         reason = "gave the previous response" if asked.previous else "asked for by name"

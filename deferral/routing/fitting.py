@@ -21,6 +21,7 @@ from deferral.routing.training import Judged
 __all__ = ["Estimates", "Fitted"]
 
 _PRIOR = 5.0
+_VERDICTS = 256
 # Of the price that its length says, a query costs this share at least.
 _LEAST_SHARE = 0.1
 
@@ -211,18 +212,57 @@ class Fitted:
         """The same for one query."""
         return self.kind_names[(self.kinds[0] @ vectors.dense[0]).argmax()] if self.kind_names else ""
 
-    def why_not(self, error: float) -> str:
-        """Why the learned policy is not used at this price of an error; "" if it is."""
-        if self.judged is None:
+    def verdict(self, mask: np.ndarray | None = None) -> Judged | None:
+        """What deciding among some of the experts was worth on the rows held out.  (E,) bool -> Judged, or None
+
+        Newcomers have no outcomes there, and are not judged; nor is anybody where fewer than two others are left, of whom what
+        was found among all has to do.
+        """
+        learned = self.places >= 0
+        known = learned if mask is None else mask & learned
+        # Folders of earlier versions do not say which rows were held out together.
+        if self.judged is None or len(self.held.fold) == 0 or known.sum() < 2 or np.array_equal(known, learned):
+            return self.judged
+        found = self._verdicts.get(known.tobytes())
+        if found is None:
+            if len(self._verdicts) >= _VERDICTS:
+                self._verdicts.clear()
+            found = self._verdicts[known.tobytes()] = self._judged(known, self.judged)
+        return found
+
+    @cached_property
+    def _verdicts(self) -> dict[bytes, Judged]:
+        return {}
+
+    def _judged_again(self) -> "Fitted":
+        """With the verdict on the experts and prices of today."""
+        known = self.places >= 0
+        if self.judged is None or len(self.held.fold) == 0 or known.sum() < 2:
+            return self
+        return replace(self, judged=self._judged(known, self.judged))
+
+    def _judged(self, known: np.ndarray, of_the_fit: Judged) -> Judged:
+        found = self.search.judged(known)
+        # Of doubly robust outcomes nobody knows the best.
+        return replace(found, oracle=np.full_like(found.oracle, np.nan)) if np.isnan(of_the_fit.oracle).any() else found
+
+    def why_not(self, error: float, mask: np.ndarray | None = None) -> str:
+        """Why the learned policy is not used among these experts at this price of an error; "" if it is."""
+        verdict = self.verdict(mask)
+        if verdict is None:
             return "there is too little to learn from"
-        errors, better = self.judged.errors, self.judged.better
+        errors, better = verdict.errors, verdict.better
         place = int(np.searchsorted(errors, error))
         around = np.array([max(place - 1, 0), min(place, len(errors) - 1)])
         if better[around].all():
             return ""
-        worst = int(around[(self.judged.gain - self.judged.half_width)[around].argmin()])
-        gain, half = self.judged.gain[worst], self.judged.half_width[worst]
-        return f"on held-out queries routing saved {gain:.4f} ± {half:.4f} errors a query at ${error:.3g} an error: maybe nothing"
+        worst = int(around[(verdict.gain - verdict.half_width)[around].argmin()])
+        gain, half = verdict.gain[worst], verdict.half_width[worst]
+        among = "" if mask is None or mask.all() else " among those who may be asked"
+        return (
+            f"on held-out queries routing{among} saved {gain:.4f} ± {half:.4f} errors a query at ${error:.3g} an error: "
+            "maybe nothing"
+        )
 
     def quick_enough(self, mask: np.ndarray, most: float) -> np.ndarray:
         """The experts whose mean latency is at most this.  (E,) bool -> (E,) bool"""
@@ -299,7 +339,7 @@ class Fitted:
         if len(self.experts) == 1:
             raise ValueError(f"{name!r} is the only expert left; add another first")
         kept = np.array([place for place, expert in enumerate(self.experts) if expert != name])
-        return self._columns(kept)
+        return self._columns(kept)._judged_again()
 
     def _columns(self, kept: np.ndarray) -> "Fitted":
         return replace(
@@ -335,10 +375,11 @@ class Fitted:
         )
 
     def with_prices(self, prices: PriceModel) -> "Fitted":
-        """The same experts at other prices.  What was found worth routing stays what it was at the prices of the fit."""
+        """The same experts at other prices, and the verdict at those."""
         mean_price = prices.base + prices.per_character * self.mean_length
         changed = replace(self, prices=prices, mean_price=mean_price)
-        return replace(changed, held=replace(self.held, price=changed.priced(self._held_lengths, self.held.dearness)))
+        held = replace(self.held, price=changed.priced(self._held_lengths, self.held.dearness))
+        return replace(changed, held=held)._judged_again()
 
     @cached_property
     def _held_lengths(self) -> np.ndarray:

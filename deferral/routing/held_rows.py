@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from deferral.routing.prices import error_range
+from deferral.routing.training import Judged, grid, judged
 
 __all__ = ["HeldRows", "Search"]
 
@@ -113,6 +114,16 @@ class Search:
         if len(self.rows) == 0:
             return errors
         return errors[int(np.argmax([self._means_at(mask, error)[1] for error in errors])) :]
+
+    def judged(self, mask: np.ndarray) -> Judged:
+        """What deciding the held-out rows among these experts is worth, against the best single one of them.  (E,) bool"""
+        rows, quality = self.rows, self.rows.quality[:, mask].astype(np.float64)
+        means = np.empty_like(quality)
+        for number in np.unique(rows.fold):
+            means[rows.fold == number] = quality[rows.fold != number].mean(0)
+        price = rows.price[:, mask]
+        estimate = rows.estimate[:, mask].astype(np.float64)
+        return judged(estimate, self.expected[:, mask], means, price, quality, grid(price))
 
     def of_mix(self, mix: np.ndarray, mask: np.ndarray, explore: float) -> tuple[float, float]:
         """Mean price and quality of the held-out rows by a static mix.  (E,), (E,) bool -> number, number"""

@@ -355,7 +355,7 @@ class Router:
             meets = reached >= min_quality - _ROUNDING
             if learned is None and meets and price > price_of_mix * (1 + _ROUNDING):
                 worse = f"this quality for ${price:.3g} a query on held-out queries, the static mix for ${price_of_mix:.3g}"
-            if why := self._why_fallback(error, learned):
+            if why := self._why_fallback(error, learned, mask):
                 if not meets:
                     raise ValueError(
                         f"min_quality: the static mix, which decides ({why}), reaches at most {reached:.3f}, got {min_quality}"
@@ -371,15 +371,15 @@ class Router:
             error = self.price_of_error if price_of_error is None else price_of_error
             check_price_of_error(error)
             mix = mix_at_error(means, prices, mask, error)
-        why = self._why_fallback(error, learned) or (f"routing reached {worse}" if worse else "")
+        why = self._why_fallback(error, learned, mask) or (f"routing reached {worse}" if worse else "")
         return Plan(float(error), mask, mix, why)
 
     def _but_explored(self, wanted: float, values: np.ndarray, mask: np.ndarray) -> float:
         """The mean of the other decisions with which, and with those that are drawn at random, the mean is the wanted one."""
         return (wanted - self.explore * float(values[mask].mean())) / (1 - self.explore)
 
-    def _why_fallback(self, error: float, learned: bool | None) -> str:
-        return self.fitted.why_not(error) if learned is None else "" if learned else "asked for"
+    def _why_fallback(self, error: float, learned: bool | None, mask: np.ndarray) -> str:
+        return self.fitted.why_not(error, mask) if learned is None else "" if learned else "asked for"
 
     def _promised(self, mask: np.ndarray, learned: bool | None, share: float, confidence: float) -> Plan:
         """The plan of the lowest price of an error at which the floor is certified."""
@@ -395,7 +395,7 @@ class Router:
 
         def at(error: float) -> Plan:
             mix = mix_at_error(state.means, state.mean_price, mask, error)
-            return Plan(float(error), mask, mix, self._why_fallback(error, learned))
+            return Plan(float(error), mask, mix, self._why_fallback(error, learned, mask))
 
         def qualities_at(error: float) -> np.ndarray:
             plan = at(error)

@@ -23,6 +23,7 @@ __all__ = [
     "Judged",
     "blend",
     "cost_rows",
+    "grid",
     "held_out",
     "judged",
     "mixed",
