@@ -7,7 +7,9 @@ Fixed before any result was seen.  20 splits of every set: half of the rows trai
 and the experts, 20% the second stage, 10% the thresholds, 20% are the test.  Expert j is gradient boosting on one third of the
 training rows, the j-th by the first principal component.  Costs are squared errors on standardised y, plus beta = 0, 0.05, 0.1
 for experts 1, 2, 3; abstaining costs 0.1.  The single stage starts from the fitted predictor.  All 20 splits are trained at once
-along a leading dimension.  Intervals are over rows, each averaged over the splits that test it.
+along a leading dimension.  Intervals are over rows, each averaged over the splits that test it.  Some rows are there twice: a
+row of the same inputs and y is outside the test for 23.6% of the test rows of wine, 3.6% of concrete, .7% of power plant and none
+of the others: costs on wine are in part those of rows that were learned from.
 
 Changed after a first table of these test rows had been seen, in which rejectors of 3,000 steps at mu = 1 overfitted the 20% of
 the second stage, and the single stage was cheaper than never and always deferring on 3 of 8 sets.  Now whatever decides learns

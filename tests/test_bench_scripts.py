@@ -27,7 +27,7 @@ from benchmarks.harness.cells import Cell, Results
 from benchmarks.harness.running import RESULTS
 from benchmarks.harness.splits import Columns, Splits, experts_answers, parts_of
 from benchmarks.harness.stage1 import Rows
-from deferral.datasets import RegressionTable, svhn
+from deferral.datasets import RegressionTable, svhn, uci
 from deferral.torchvision_compat import import_torchvision
 
 IMAGE_SCRIPTS = [score_based, predictor_rejector, multi_expert, two_stage, people]
@@ -154,6 +154,20 @@ def test_a_split_is_a_partition_and_inner_splits_leave_its_test_rows_out() -> No
     inner = parts_of(101, 3, inner=True)
     assert sorted(np.concatenate(inner)) == sorted(np.concatenate(parts[:3]))
     assert [len(part) for part in inner] == [40, 17, 8, 16]
+
+
+def test_as_many_test_rows_have_a_twin_as_the_page_says(data_root: Path) -> None:
+    said = regression.__doc__ or ""
+    for name, file in regression.DATA.items():
+        table = uci(data_root / "uci", file)
+        rows = np.column_stack([table.features.numpy(), table.targets.numpy()])
+        same = np.unique(rows, axis=0, return_inverse=True)[1].ravel()
+        shares = []
+        for split in range(regression.PRESETS["laptop"].splits):
+            *others, test = parts_of(len(rows), split)
+            shares.append(np.isin(same[test], same[np.concatenate(others)]).mean())
+        share = f"{100 * np.mean(shares):.1f}".lstrip("0")
+        assert (f"{share}% of {name}" in said or f"{share}% of the test rows of {name}" in said) == (share != ".0")
 
 
 def test_an_expert_knows_a_third_and_is_judged_there_by_what_it_did_not_learn_from() -> None:
