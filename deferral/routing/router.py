@@ -200,7 +200,8 @@ class Router:
             cost[place] = inf
         # Ties go to the cheaper expert.
         best = min(state.cheapest_places, key=cost.__getitem__)
-        quality = [min(max(value, 0.0), 1.0) for value in quality]
+        if min(quality) < 0 or max(quality) > 1:
+            quality = [min(max(value, 0.0), 1.0) for value in quality]
         names = state.experts
         return Decision(
             names[best],
