@@ -16,6 +16,7 @@ from deferral.routing import (
     Confidence,
     Log,
     Outcome,
+    PriceModel,
     Router,
     answers_in,
     confidence_of,
@@ -301,7 +302,13 @@ def test_answers_of_a_log_are_each_what_was_logged() -> None:
     answers = answers_in(log, unsure_router(), "small")
     assert len(answers) == 5
     assert answers.quality[:, 0].tolist() == [0, 1, 0, 1, 1]
-    assert answers.price[-1].tolist() == [0.0003, 0.01]
+    # In proportion to what the router says that they cost today: here the mean of the log, thrice the price of an answer.
+    router = unsure_router()
+    today, logged = router.fitted.mean_price, [(4 * 0.0001 + 0.0003 + 0.0003) / 6, 0.01]
+    assert answers.price[-1] == pytest.approx([today[0] * 0.0003 / logged[0], 0.01], rel=0.05)
+    router.with_prices(PriceModel(np.array([0.002, 0.05]), np.zeros(2), ("small", "large")))
+    dear = answers_in(log, router, "small")
+    np.testing.assert_allclose(dear.price, answers.price * [0.002 / today[0], 5.0], rtol=0.05)
     assert answers.query[0] == answers.query[-1]
     with pytest.raises(ValueError, match="'tiny' is no expert of this router"):
         answers_in(log, unsure_router(), "tiny")

@@ -1,6 +1,7 @@
 """What changes after a fit: newcomers, prices, floors, and a router that is loaded to learn again."""
 
 import copy
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -219,3 +220,73 @@ def test_a_newcomer_is_not_judged_by_what_is_expected_of_it() -> None:
     beside, without = np.array([False, False, True, True, True]), np.array([False, False, True, True, False])
     np.testing.assert_array_equal(router.fitted.verdict(beside).gain, router.fitted.verdict(without).gain)
     np.testing.assert_array_equal(router.fitted.verdict(without).gain, twins().fitted.verdict(without[:4]).gain)
+
+
+def test_the_same_prices_change_nothing_where_answers_cost_more_than_their_length_says() -> None:
+    """Held-out rows pay what they paid, and not what was foreseen: an interval without that noise would prove too much."""
+    generator = np.random.default_rng(0)
+    texts, subject = queries(800, seed=5)
+    quality = (generator.random((800, 2)) < np.stack([np.where(subject == 1, 0.9, 0.3), np.full(800, 0.9)], -1)).astype(float)
+    written = np.where(subject == 0, 8.0, 1.0)[:, None] * generator.exponential(1.0, (800, 2))
+    router = Router(0.1, policies=QUICK).fit(log_of_table(texts, ["small", "large"], quality, written * [0.001, 0.01]))
+    fitted = router.fitted
+    assert (fitted.held.dearness != 0).any(), "neighbours foresee what is paid"
+    np.testing.assert_allclose(
+        np.maximum(fitted.by_length(fitted.held.length) + fitted.held.above * fitted.mean_price, 0), fitted.held.price
+    )
+    same = fitted.with_prices(fitted.prices)
+    np.testing.assert_allclose(same.judged.gain, fitted.judged.gain, atol=1e-9)
+    np.testing.assert_allclose(same.judged.half_width, fitted.judged.half_width, atol=1e-9)
+    twice = fitted.with_prices(PriceModel(2 * fitted.prices.base, 2 * fitted.prices.per_character))
+    np.testing.assert_allclose(twice.judged.errors, 2 * fitted.judged.errors)
+    np.testing.assert_allclose(twice.judged.gain, fitted.judged.gain, atol=1e-9)
+
+
+def test_a_newcomer_that_leaves_again_leaves_all_as_it_was() -> None:
+    router = copy.copy(twins())
+    before = router.fitted
+    router.describe_expert("new", quality=0.6, price=0.002).remove_expert("new")
+    assert router.fitted.judged is before.judged
+    assert router.report == twins().report
+
+
+def test_what_was_learned_of_nothing_is_not_proved_by_rounding() -> None:
+    texts, _ = queries(60, seed=8)
+    quality = (np.random.default_rng(3).random((60, 3)) < 0.5).astype(float)
+    router = Router(0.1, policies=QUICK).fit(log_of_table(texts, EXPERTS, quality, np.tile([[0.001, 0.002, 0.02]], (60, 1))))
+    fitted = router.fitted
+    flat = replace(fitted, held=replace(fitted.held, estimate=fitted.held.means[fitted.held.fold]))
+    for mask in (np.array([True, True, False]), np.array([True, False, True])):
+        np.testing.assert_array_equal(flat.verdict(mask).overall, 0)
+        assert flat.why_not(0.1, mask)
+
+
+def test_where_means_are_close_and_prices_are_not_the_asked_price_itself_is_judged() -> None:
+    texts, _ = queries(600, seed=9)
+    generator = np.random.default_rng(4)
+    quality = (generator.random((600, 2)) < [0.85, 0.8]).astype(float)
+    lengths = np.array([len(text) for text in texts])
+    price = np.stack([np.full(600, 0.0100001), 0.01 * lengths / lengths.mean()], -1)
+    fitted = Router(0.1, policies=QUICK).fit(log_of_table(texts, ["flat", "metered"], quality, price)).fitted
+    assert fitted.judged.errors[-1] < 1e-3
+    for error in (0.1, 0.3):
+        here = fitted.search.judged(np.ones(2, bool), np.array([error]))
+        assert (fitted.why_not(error) == "") == bool(here.better[0])
+        assert bool(here.better[0]) or f"at ${error:.3g} an error" in fitted.why_not(error)
+
+
+def test_the_report_speaks_of_those_who_are_left() -> None:
+    router = copy.copy(twins()).remove_expert("coder")
+    assert "Judged anew" in router.report
+    assert router.report != copy.copy(router).remove_expert("small").report
+    assert "not complementary" in router.report or "predictable" in router.report
+    router.remove_expert("heads").remove_expert("tails")
+    assert router.report == "small is the only expert left."
+    assert router.route("treaty").why.endswith("only small may be asked") or not router.route("treaty").fallback
+
+
+def test_a_plan_is_searched_once_for_all_queries_of_other_lengths() -> None:
+    router = copy.copy(twins())
+    router._plans = {}
+    plans = {id(router.plan(budget=1.2, needs=Needs.of(tokens=100 + number))) for number in range(5)}
+    assert len(plans) == 1

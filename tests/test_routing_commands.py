@@ -1,5 +1,6 @@
 """`deferral route` from end to end, and files of queries that survive being stopped."""
 
+import copy
 import fcntl
 import gzip
 import json
@@ -14,13 +15,13 @@ import pytest
 from click.testing import CliRunner, Result
 
 from deferral.datasets import DataError
-from deferral.routing import Log, Outcome, Router, write_log
+from deferral.routing import Log, Needs, Outcome, Router, write_log
 from deferral.routing import batches as batching
 from deferral.routing.batches import route_file
 from deferral.routing.commands import route
 from deferral.routing.judging import Held, evaluation, held, joined, query_folds, tag_folds
 from tests.test_readme import run as run_page
-from tests.test_routing_router import EXPERTS, QUICK, world
+from tests.test_routing_router import EXPERTS, QUICK, router, world
 
 
 def outcomes(rows: int, seed: int, mark: str = "") -> Log:
@@ -252,8 +253,27 @@ def test_a_batch_that_is_there_is_taken_for_done_only_if_it_is(
         refused()
         assert out.read_bytes() == content
     out.write_bytes(whole)
-    assert route_file(folder, queries, out) == 100
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["another", "in.txt", "out.jsonl"]
+    assert "is complete" in call(*arguments).output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["another", "in.txt", "out.jsonl", "out.jsonl.work.json"]
+    (tmp_path / "out.jsonl.work.json").unlink()
+    refused()
+
+
+@pytest.mark.ci_slow
+def test_a_batch_is_not_done_where_only_what_comes_late_would_be_decided_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batching, "_CHUNK", 20)
+    fitted, queries, out = copy.copy(router()), tmp_path / "in.txt", tmp_path / "out.jsonl"
+    fitted.save(tmp_path / "router")
+    queries.write_text("emperor treaty crown\n" * 20 + "integral derivative theorem\n" * 5)
+    assert route_file(tmp_path / "router", queries, out) == 25
+    assert [json.loads(line)["expert"] for line in out.read_text().splitlines()] == ["small"] * 20 + ["large"] * 5
+    with pytest.raises(DataError, match="it is there already"):
+        route_file(tmp_path / "router", queries, out, setting={"needs": Needs.of(deny=["large"])})
+    fitted.remove_expert("large").save(tmp_path / "router")
+    with pytest.raises(DataError, match="it is there already"):
+        route_file(tmp_path / "router", queries, out)
 
 
 @pytest.mark.ci_slow
@@ -261,7 +281,7 @@ def test_the_note_of_a_batch_that_was_stopped_is_never_half_written(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(batching, "_CHUNK", 10)
-    queries, out, note = tmp_path / "in.jsonl", tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial.json"
+    queries, out, note = tmp_path / "in.jsonl", tmp_path / "out.jsonl", tmp_path / "out.jsonl.work.json"
     rows = [json.dumps({"query": text}) + "\n" for text in world(40, seed=4)[0]]
     queries.write_text("".join([*rows[:25], "{}\n", *rows[26:]]))
 
@@ -289,7 +309,7 @@ def test_the_note_of_a_batch_that_was_stopped_is_never_half_written(
             route_file(folder, queries, out)
     assert note.read_bytes() == before
     assert route_file(folder, queries, out) == 40
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl", "out.jsonl.work.json"]
 
 
 def test_without_its_extra_the_command_names_it() -> None:

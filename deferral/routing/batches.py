@@ -1,7 +1,7 @@
 """A file of queries in, a file of decisions out: in a stream, by several processes, and resumable after a kill.
 
-Decisions are written to OUT.partial, which becomes OUT when the last is there.  OUT.partial.json says what it was begun with, so
-that only the same work is continued.
+Decisions are written to OUT.partial, which becomes OUT when the last is there.  OUT.work.json says what it was begun with, so
+that only the same work is continued, or taken for done.
 """
 
 import json
@@ -58,19 +58,19 @@ def route_file(
         raise DataError(f"{queries}: expected a file, which can be read again from the middle; write what comes by a pipe to one")
     if workers < 1:
         raise ValueError(f"workers: expected at least 1, got {workers}")
-    setting = {name: value for name, value in (setting or {}).items() if value is not None}
+    setting = {name: value for name, value in (setting or {}).items() if value not in (None, Needs())}
     # The setting is judged before any work is done, and a missing router named.
     router = Router.load(folder, encoder=encoder)
     router.plan(**setting)
-    if _complete(router, setting, queries, out):
-        return _lines(queries)
-    _check_free(out)
     work = {
         "router": written(folder),
-        "queries": [str(queries.resolve()), queries.stat().st_size, queries.stat().st_mtime_ns],
+        "queries": _digest(queries),
         "setting": {name: _plain(value) for name, value in setting.items()},
     }
-    partial, note = out.with_name(f"{out.name}.partial"), out.with_name(f"{out.name}.partial.json")
+    partial, note = out.with_name(f"{out.name}.partial"), out.with_name(f"{out.name}.work.json")
+    if _complete(router, setting, queries, out) and _begun(note) == work:
+        return _lines(queries)
+    _check_free(out)
     # One thread as in the workers, so that the last digit does not hang on their number.
     with partial.open("ab") as file, threadpool_limits(1, user_api="blas"):
         _claim(file, partial)
@@ -92,17 +92,18 @@ def route_file(
             # From there on the file may be another when it is mended.
             _write(note, _until(rows, queries, work))
             raise DataError(f"{error}; mend it and repeat the command: {rows:,} decisions are kept") from error
+        # The note stays: it says what decided them.
+        _write(note, work)
         os.replace(partial, out)
-    note.unlink()
     return rows
 
 
 def _complete(router: Router, setting: dict, queries: Path, out: Path) -> bool:
-    """Whether `out` is what this work leaves: a decision for each query, the first chunk of them as they are decided now.
+    """Whether `out` is what such work leaves: a decision for each query, the first chunk of them as they are decided now.
 
-    To decide all again would take as long as the work.  An edit further down is told by its time.
+    To decide all again would take as long as the work: of the rest, the note says what decided it.
     """
-    if not out.is_file() or queries.stat().st_mtime_ns > out.stat().st_mtime_ns or _lines(out) != _lines(queries):
+    if not out.is_file() or _lines(out) != _lines(queries):
         return False
     with threadpool_limits(1, user_api="blas"), out.open("rb") as file:
         decided = b"".join(lines for lines, _ in _decided_here(islice(_chunks(queries, 0), 1), router, setting, 0))
@@ -143,11 +144,16 @@ def _plain(value: Any) -> Any:
 
 def _until(rows: int, queries: Path, work: dict) -> dict:
     """The same work, of a file of which no more is known than its first rows."""
+    return {**work, "queries": {"rows": rows, "digest": _digest(queries, rows)}}
+
+
+def _digest(queries: Path, rows: int | None = None) -> str:
+    """Of the first rows, or of all."""
     digest = sha256()
     with queries.open("rb") as file:
         for line in islice(file, rows):
             digest.update(line)
-    return {**work, "queries": [str(queries.resolve()), digest.hexdigest()]}
+    return digest.hexdigest()
 
 
 def _whole_lines(partial: Path, note: Path, work: dict, queries: Path) -> int:
@@ -166,10 +172,7 @@ def _whole_lines(partial: Path, note: Path, work: dict, queries: Path) -> int:
                 lines, read = lines + 1, read + len(line)
                 whole = read if lines % _CHUNK == 0 else whole
         rows = lines - lines % _CHUNK
-        try:
-            begun = json.loads(note.read_text(encoding="utf-8"))
-        except (ValueError, FileNotFoundError):
-            begun = None
+        begun = _begun(note)
         if begun != work and begun != _until(rows, queries, work):
             raise DataError(
                 f"{partial}: it was begun with another router, file or setting; remove it and {note.name} to start again, or "
@@ -179,6 +182,14 @@ def _whole_lines(partial: Path, note: Path, work: dict, queries: Path) -> int:
             _write(note, work)
         file.truncate(whole)
     return rows
+
+
+def _begun(note: Path) -> Any:
+    """The work that a note is of; None where there is none that can be read."""
+    try:
+        return json.loads(note.read_text(encoding="utf-8"))
+    except (ValueError, FileNotFoundError):
+        return None
 
 
 def _write(note: Path, work: dict) -> None:

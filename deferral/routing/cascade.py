@@ -42,6 +42,17 @@ class Paid:
         """Where the cascade is cheaper with confidence.  (G,) bool"""
         return self.gain > self.half_width
 
+    @property
+    def pays(self) -> list[tuple[float, float]]:
+        """Prices of an error between which it is, from neighbour to neighbour of those that were judged."""
+        found: list[tuple[float, float]] = []
+        for place in np.flatnonzero(self.better[:-1] & self.better[1:]):
+            low, high = float(self.errors[place]), float(self.errors[place + 1])
+            if found and found[-1][1] == low:
+                low = found.pop()[0]
+            found.append((low, high))
+        return found
+
 
 @dataclass(frozen=True)
 class Cascade:
@@ -152,10 +163,10 @@ class Cascade:
         judged = self.paid
         place = int(np.abs(np.log(judged.errors / error)).argmin())
         gain, half = judged.gain[place], judged.half_width[place]
-        better = judged.errors[judged.better]
-        where = f"It pays at ${better[0]:.3g} to ${better[-1]:.3g} an error" if len(better) else "It pays at no price of an error"
+        ranges = " and ".join(f"${low:.3g} to ${high:.3g}" for low, high in judged.pays)
+        where = f"It pays at {ranges} an error" if ranges else "It pays at no price of an error"
         lines = [
-            f"{where} ({len(better)} of the {len(judged.errors)} that were judged, from ${judged.errors[0]:.3g} to "
+            f"{where} ({judged.better.sum()} of the {len(judged.errors)} that were judged, from ${judged.errors[0]:.3g} to "
             f"${judged.errors[-1]:.3g}).",
             f"At ${judged.errors[place]:.3g} an error, in errors a query: {self.first} asked first where that is expected to pay "
             f"{judged.cascaded[place]:.4f}, always {judged.always[place]:.4f}, never {judged.alone[place]:.4f}; best single "

@@ -11,7 +11,7 @@ from deferral.routing.encoders import Arrays, FunctionEncoder
 from deferral.routing.outcomes import Log, Table
 from deferral.routing.policies.networks import trained
 from deferral.routing.policies.rejector import priced_loss
-from deferral.routing.prices import error_range
+from deferral.routing.prices import error_range, fit_prices
 from deferral.routing.router import Router
 from deferral.routing.training import FOLDS, grid, mean_and_half, random_folds
 
@@ -81,9 +81,10 @@ def answers_in(
     query = np.array([by_text[log.queries[code]] for code in column[rows]])
     estimate, expected = _foreseen(table, router, seed, on_fold)
     quality, mask = table.quality[query].astype(float), table.mask[query]
-    price = np.where(mask, table.price[query], expected[query])
+    paid = table.price[query]
     # This very answer, and not the mean of several.
-    quality[:, place], price[:, place], mask[:, place] = log.column("quality")[rows], log.column("price")[rows], True
+    quality[:, place], paid[:, place], mask[:, place] = log.column("quality")[rows], log.column("price")[rows], True
+    price = np.where(mask, _today(paid, table, query, router), expected[query])
     propensity = np.where(np.isnan(table.propensity[query]) | table.full, 1.0, table.propensity[query]).astype(float)
     propensity[:, place] = 1.0
     sure = features([log.confidences[int(row)] for row in rows])
@@ -149,6 +150,17 @@ def _foreseen(table: Table, router: Router, seed: int, on_fold: Callable[[int, i
         found = like.fitted.estimate(like.encoder([table.queries[row] for row in held]))
         quality[held], dearness[held] = found.quality, found.dearness
     return np.clip(quality, 0, 1), router.fitted.priced(characters, dearness)
+
+
+def _today(paid: np.ndarray, table: Table, query: np.ndarray, router: Router) -> np.ndarray:
+    """What answers to these queries of a log would cost at the router's prices, which may have changed since.  -> (N, E)
+
+    By their length what the router says, and above that as much more than the log's prices say, in proportion.
+    """
+    characters = np.array([len(text) for text in table.queries], float)
+    logged, today = fit_prices(table)(characters), router.fitted.prices(characters)
+    scale = today.mean(0) / np.where(logged.mean(0) > 0, logged.mean(0), np.inf)
+    return np.maximum(today[query] + (paid - logged[query]) * scale, 0)
 
 
 def _learned(answers: Answered, seed: int) -> Arrays:

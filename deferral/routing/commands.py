@@ -339,7 +339,7 @@ def cascade(log: Path, folder: Path, first: str, encoder: Path | None, cache: Pa
         progress.update(task, description=f"learning from {len(answers):,} answers of {first} when to defer")
         found = fit_cascade(answers, seed=seed)
     click.echo(found.report(router.price_of_error))
-    if not found.paid.better.any():
+    if not found.paid.pays:
         click.echo(f"{folder} stays as it was")
         sys.exit(3)
     if written(folder) != before:

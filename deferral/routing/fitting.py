@@ -77,8 +77,12 @@ class Fitted:
 
         (N,), (N, E) -> (N, E)
         """
-        by_length = self.prices.base + np.maximum(characters[:, None], self.floor) * self.prices.per_character
+        by_length = self.by_length(characters)
         return np.maximum(by_length + dearness * self.mean_price, _LEAST_SHARE * by_length)
+
+    def by_length(self, characters: np.ndarray) -> np.ndarray:
+        """What the lengths of queries alone say.  (N,) -> (N, E)"""
+        return self.prices.base + np.maximum(characters[:, None], self.floor) * self.prices.per_character
 
     def prices_of_one(self, query: str, dearness: np.ndarray | None = None) -> list[float]:
         """The same of one query; by its length alone where no more is known of it.  (E,) -> E"""
@@ -218,49 +222,64 @@ class Fitted:
         Newcomers have no outcomes there, and are not judged; nor is anybody where fewer than two others are left, of whom what
         was found among all has to do.
         """
-        learned = self.places >= 0
-        known = learned if mask is None else mask & learned
-        # Folders of earlier versions do not say which rows were held out together.
-        if self.judged is None or len(self.held.fold) == 0 or known.sum() < 2 or np.array_equal(known, learned):
-            return self.judged
-        found = self._verdicts.get(known.tobytes())
+        known = self._known(mask)
+        return self.judged if known is None or known.sum() == (self.places >= 0).sum() else self._judged(known)
+
+    def _known(self, mask: np.ndarray | None) -> np.ndarray | None:
+        """Of whom there are outcomes among those who may be asked, if they can be judged."""
+        known = self.places >= 0
+        known = known if mask is None else known & mask
+        return known if self.judged is not None and self.held.judgeable and known.sum() > 1 else None
+
+    def _judged(self, known: np.ndarray, errors: tuple[float, ...] = ()) -> Judged:
+        assert self.judged is not None
+        key = (known.tobytes(), errors)
+        found = self._verdicts.get(key)
         if found is None:
+            found = self.search.judged(known, np.array(errors) if errors else None)
+            if np.isnan(self.judged.oracle).any():
+                # Of doubly robust outcomes nobody knows the best.
+                found = replace(found, oracle=np.full_like(found.oracle, np.nan))
             if len(self._verdicts) >= _VERDICTS:
                 self._verdicts.clear()
-            found = self._verdicts[known.tobytes()] = self._judged(known, self.judged)
+            self._verdicts[key] = found
         return found
 
     @cached_property
-    def _verdicts(self) -> dict[bytes, Judged]:
+    def _verdicts(self) -> dict[tuple[bytes, tuple[float, ...]], Judged]:
         return {}
 
     def _judged_again(self) -> "Fitted":
         """With the verdict on the experts and prices of today."""
-        known = self.places >= 0
-        if self.judged is None or len(self.held.fold) == 0 or known.sum() < 2:
-            return self
-        return replace(self, judged=self._judged(known, self.judged))
-
-    def _judged(self, known: np.ndarray, of_the_fit: Judged) -> Judged:
-        found = self.search.judged(known)
-        # Of doubly robust outcomes nobody knows the best.
-        return replace(found, oracle=np.full_like(found.oracle, np.nan)) if np.isnan(of_the_fit.oracle).any() else found
+        known = self._known(None)
+        if known is None:
+            return replace(self, held_costs={}, room="")
+        room = self.search.room(known)
+        verdict = self._judged(known)
+        if np.isnan(verdict.oracle).any():
+            room = replace(room, oracle=np.nan)
+        return replace(self, judged=verdict, held_costs={}, room=str(room))
 
     def why_not(self, error: float, mask: np.ndarray | None = None) -> str:
         """Why the learned policy is not used among these experts at this price of an error; "" if it is."""
-        verdict = self.verdict(mask)
+        if mask is not None and mask.sum() == 1:
+            return f"only {self.experts[int(mask.argmax())]} may be asked"
+        verdict, known = self.verdict(mask), self._known(mask)
         if verdict is None:
             return "there is too little to learn from"
+        if known is not None and not verdict.errors[0] <= error <= verdict.errors[-1]:
+            # Prices whose means are close may differ much from query to query: decisions change there, too.
+            verdict = self._judged(known, (float(error),))
         errors, better = verdict.errors, verdict.better
         place = int(np.searchsorted(errors, error))
-        around = np.array([max(place - 1, 0), min(place, len(errors) - 1)])
+        around = np.array([max(min(place, len(errors)) - 1, 0), min(place, len(errors) - 1)])
         if better[around].all():
             return ""
         worst = int(around[(verdict.gain - verdict.half_width)[around].argmin()])
         gain, half = verdict.gain[worst], verdict.half_width[worst]
-        among = "" if mask is None or mask.all() else " among those who may be asked"
+        among = "" if known is None or mask is None or mask.all() else " among those who may be asked"
         return (
-            f"on held-out queries routing{among} saved {gain:.4f} ± {half:.4f} errors a query at ${error:.3g} an error: "
+            f"on held-out queries routing{among} saved {gain:.4f} ± {half:.4f} errors a query at ${errors[worst]:.3g} an error: "
             "maybe nothing"
         )
 
@@ -283,14 +302,22 @@ class Fitted:
         at = self.judged
         oracle = "" if np.isnan(at.oracle[place]) else f", oracle {at.oracle[place]:.4f}"
         apart = "" if abs(at.errors[place] / error - 1) < 0.01 else f" (of those tried the nearest to ${error:.3g})"
+        if len(self.experts) == 1:
+            return f"{self.experts[0]} is the only expert left."
+        costs = ", ".join(f"{name} {cost:.4f}" for name, cost in self.held_costs.items())
         lines = [
-            f"Held-out cost over all trade-offs: {', '.join(f'{name} {cost:.4f}' for name, cost in self.held_costs.items())}; "
-            f"used: {self.winner}{', since none alone is cheaper with confidence' if self.winner == 'blend' else ''}.",
+            f"Held-out cost over all trade-offs: {costs}; "
+            f"used: {self.winner}{', since none alone is cheaper with confidence' if self.winner == 'blend' else ''}."
+            if self.held_costs
+            else "Judged anew: experts or prices are others than at the fit.",
             f"At ${at.errors[place]:.3g} an error{apart}: routed {at.learned[place]:.4f}, "
             f"best single expert {at.static[place]:.4f}, random {at.random[place]:.4f}"
             f"{oracle} errors a query; saved {at.gain[place]:.4f} ± {at.half_width[place]:.4f} (95%).",
-            f"Routability: {self.room}.",
         ]
+        if self.room:
+            lines.append(f"Routability: {self.room}.")
+        elif not self.held_costs:
+            lines[0] = "The verdict is that of the fit: too little is left of it to judge anew."
         why = self.why_not(error)
         return "\n".join([*lines, *([f"The static mix is used: {why}."] if why else [])])
 
@@ -339,7 +366,9 @@ class Fitted:
         if len(self.experts) == 1:
             raise ValueError(f"{name!r} is the only expert left; add another first")
         kept = np.array([place for place, expert in enumerate(self.experts) if expert != name])
-        return self._columns(kept)._judged_again()
+        left = self._columns(kept)
+        newcomer = self.places[self.experts.index(name)] < 0
+        return left if newcomer else left._judged_again()
 
     def _columns(self, kept: np.ndarray) -> "Fitted":
         return replace(
@@ -378,8 +407,12 @@ class Fitted:
         """The same experts at other prices, and the verdict at those."""
         mean_price = prices.base + prices.per_character * self.mean_length
         changed = replace(self, prices=prices, mean_price=mean_price)
-        held = replace(self.held, price=changed.priced(self._held_lengths, self.held.dearness))
-        return replace(changed, held=held)._judged_again()
+        if self.held.judgeable:
+            # What an answer cost above what its length says, it would cost above that at other prices.
+            paid = np.maximum(changed.by_length(self.held.length) + self.held.above * mean_price, 0)
+        else:
+            paid = changed.priced(self._held_lengths, self.held.dearness)
+        return replace(changed, held=replace(self.held, price=paid))._judged_again()
 
     @cached_property
     def _held_lengths(self) -> np.ndarray:

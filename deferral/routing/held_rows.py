@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from deferral.routing.evaluation import Routability, routability
 from deferral.routing.prices import error_range
 from deferral.routing.training import Judged, grid, judged
 
@@ -16,7 +17,7 @@ __all__ = ["HeldRows", "Search"]
 class HeldRows:
     """What was expected of M rows by estimators that had not seen them, and what happened.  None where too little was logged.
 
-    Folders of earlier versions have no lengths, folds and keys.
+    Folders of earlier versions have no `above` and no `means`, still earlier ones no lengths, folds and keys.
     """
 
     quality: np.ndarray  # (M, E) outcomes; of an expert that came later, what is expected
@@ -27,13 +28,16 @@ class HeldRows:
     deviation: np.ndarray  # (M, E0) estimates less means of the experts that were learned, also of those that left
     fold: np.ndarray  # (M,)
     keys: np.ndarray  # (M,) uint64, fingerprints of the queries
+    above: np.ndarray  # (M, E) dearness, as it was paid
+    means: np.ndarray  # (F, E) of the experts on the rows outside each fold
 
     @classmethod
     def none(cls, experts: int) -> "HeldRows":
         """No rows."""
         figures = np.empty((0, experts), np.float32)
         prices = np.empty((0, experts))
-        return cls(figures, figures, prices, np.empty(0), figures, figures, np.empty(0, int), np.empty(0, np.uint64))
+        no_keys = np.empty(0, np.uint64)
+        return cls(figures, figures, prices, np.empty(0), figures, figures, np.empty(0, int), no_keys, prices, figures)
 
     def __len__(self) -> int:
         return len(self.price)
@@ -46,6 +50,8 @@ class HeldRows:
             estimate=self.estimate[:, kept],
             price=self.price[:, kept],
             dearness=self.dearness[:, kept],
+            above=self.above[:, kept],
+            means=self.means[:, kept],
         )
 
     def widened(self, mean: float, combination: np.ndarray, price: np.ndarray) -> "HeldRows":
@@ -58,7 +64,14 @@ class HeldRows:
             estimate=_beside(self.estimate, expected),
             price=_beside(self.price, price),
             dearness=_beside(self.dearness, np.zeros((len(self), 1))),
+            above=_beside(self.above, np.zeros((len(self.above), 1))),
+            means=_beside(self.means, np.full((len(self.means), 1), mean)),
         )
+
+    @property
+    def judgeable(self) -> bool:
+        """Whether they say all that a verdict goes by."""
+        return len(self.means) > 0
 
     def deviations_of(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Which of these queries are among the rows, and their deviations.  (N,) -> (K,) places, (K, E0)
@@ -115,15 +128,21 @@ class Search:
             return errors
         return errors[int(np.argmax([self._means_at(mask, error)[1] for error in errors])) :]
 
-    def judged(self, mask: np.ndarray) -> Judged:
-        """What deciding the held-out rows among these experts is worth, against the best single one of them.  (E,) bool"""
-        rows, quality = self.rows, self.rows.quality[:, mask].astype(np.float64)
-        means = np.empty_like(quality)
-        for number in np.unique(rows.fold):
-            means[rows.fold == number] = quality[rows.fold != number].mean(0)
-        price = rows.price[:, mask]
+    def judged(self, mask: np.ndarray, errors: np.ndarray | None = None) -> Judged:
+        """What deciding the held-out rows among these experts is worth, against the best single one of them.
+
+        (E,) bool; at these prices of an error (G,), by default those between which decisions change.
+        """
+        rows, price = self.rows, self.rows.price[:, mask]
+        errors = grid(price) if errors is None else errors
+        means = rows.means[rows.fold][:, mask]
+        return judged(rows.estimate[:, mask], self.expected[:, mask], means, price, rows.quality[:, mask], errors)
+
+    def room(self, mask: np.ndarray) -> Routability:
+        """How much there is to gain among these experts.  (E,) bool"""
+        rows = self.rows
         estimate = rows.estimate[:, mask].astype(np.float64)
-        return judged(estimate, self.expected[:, mask], means, price, quality, grid(price))
+        return routability(estimate, rows.price[:, mask], rows.quality[:, mask], self.expected[:, mask])
 
     def of_mix(self, mix: np.ndarray, mask: np.ndarray, explore: float) -> tuple[float, float]:
         """Mean price and quality of the held-out rows by a static mix.  (E,), (E,) bool -> number, number"""

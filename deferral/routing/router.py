@@ -286,9 +286,13 @@ class Router:
         """
         if needs is not None and not isinstance(needs, Needs):
             raise TypeError(f"needs: expected Needs.of(...), got {type(needs).__name__}")
-        setting = (price_of_error, budget, min_quality, max_latency, needs, learned, certified_quality, confidence)
+        mask = b""
+        if needs is not None or max_latency is not None:
+            # A query's tokens are its own; who may be asked is the same for many.
+            mask = self._mask(needs, max_latency).tobytes()
+        setting = (price_of_error, budget, min_quality, learned, certified_quality, confidence)
         # What else a plan hangs on may have been set to another value since.
-        key = (*setting, self.price_of_error, self.explore, None if needs is None else tuple(self.abilities.items()))
+        key = (*setting, mask, self.price_of_error, self.explore)
         # Other threads may clear what is kept between any two steps, or change the experts: then these are nobody's plans.
         plans = self._plans
         try:
@@ -299,35 +303,37 @@ class Router:
         if plan is None:
             if len(plans) >= _PLANS:
                 plans.clear()
-            plan = plans[key] = self._planned(*setting)
+            plan = plans[key] = self._planned(np.frombuffer(mask, bool) if mask else np.ones(len(self.experts), bool), *setting)
         return plan
+
+    def _mask(self, needs: Needs | None, max_latency: float | None) -> np.ndarray:
+        if max_latency is not None:
+            _check_number("max_latency", max_latency)
+        mask = able(self.experts, self.abilities, needs or Needs())
+        return mask if max_latency is None else self.fitted.quick_enough(mask, max_latency)
 
     def _planned(
         self,
+        mask: np.ndarray,
         price_of_error: float | None,
         budget: float | None,
         min_quality: float | None,
-        max_latency: float | None,
-        needs: Needs | None,
         learned: bool | None,
         certified_quality: float | None,
         confidence: float,
     ) -> Plan:
         state = self.fitted
         numbers = {
-            "price_of_error": price_of_error, "budget": budget, "min_quality": min_quality, "max_latency": max_latency,
+            "price_of_error": price_of_error, "budget": budget, "min_quality": min_quality,
             "certified_quality": certified_quality, "confidence": confidence,
         }  # fmt: skip
         for name, value in numbers.items():
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating)):
-                raise TypeError(f"{name}: expected a number, got {value!r}")
+            if value is not None:
+                _check_number(name, value)
         if sum(value is not None for value in (price_of_error, budget, min_quality, certified_quality)) > 1:
             raise ValueError(
                 "expected one of price_of_error, budget, min_quality and certified_quality; each of them sets the same trade-off"
             )
-        mask = able(state.experts, self.abilities, needs or Needs())
-        if max_latency is not None:
-            mask = state.quick_enough(mask, max_latency)
         means, prices, worse = state.means, state.mean_price, ""
         if budget is not None:
             if not 0 < budget < np.inf:
@@ -509,6 +515,11 @@ class Router:
         self._witnesses = self.cascade = None
         self._plans = {}
         return self
+
+
+def _check_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        raise TypeError(f"{name}: expected a number, got {value!r}")
 
 
 def _characters(queries: Sequence[str]) -> np.ndarray:
