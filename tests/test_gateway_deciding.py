@@ -214,6 +214,34 @@ def test_all_who_come_with_a_new_setting_wait_for_one_plan_and_not_for_each_othe
     assert {choice.ranking[0] for choice in results[1:]} == {"small"}
 
 
+def test_settings_of_clients_neither_drive_out_nor_hold_up_the_usual_plans(router: Router) -> None:
+    decider, planned = Decider(router, EXPERTS, deadline_s=1.0), Router.plan
+
+    def slowly(**setting):
+        if setting.get("budget") is not None:
+            time.sleep(0.05)
+        return planned(router, **setting)
+
+    async def run() -> None:
+        for number in range(300):
+            await decider.choose(asked(EASY), Hints(price_of_error=0.05 + number / 1e6), Limited())
+        flood = [asyncio.create_task(decider.choose(asked(EASY), Hints(budget=5.0 + k), Limited())) for k in range(20)]
+        await asyncio.sleep(0.01)
+        await decider.choose(asked(EASY), Hints(), Limited())
+        # One is down, and a plan without it is new.
+        await decider.choose(asked(EASY), Hints(), Limited(down={"small": 5.0}))
+        assert sum(one.done() for one in flood) < 10
+        await asyncio.gather(*flood)
+
+    choose(decider, asked(EASY))
+    usual = dict(decider._usual)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(router, "plan", slowly)
+        asyncio.run(run())
+    decider.close()
+    assert usual.items() <= decider._usual.items()
+
+
 def test_exploration_has_the_propensity_that_it_says(router: Router) -> None:
     before = router.explore, router.salt
     router.explore, router.salt = 0.2, "the same draws in every run"

@@ -3,10 +3,12 @@
 import asyncio
 import json
 import signal
+import socket
 import sqlite3
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +18,7 @@ from unittest.mock import AsyncMock
 import aiohttp
 import pytest
 import uvicorn
+from starlette.applications import Starlette
 
 from deferral.gateway.database import prepare
 from deferral.gateway.experts_file import Expert
@@ -179,7 +182,7 @@ def test_what_is_under_way_has_the_time_of_the_slowest_expert_as_it_is_at_the_en
     monkeypatch.setattr(uvicorn.Server, "shutdown", AsyncMock())
     experts = {"small": Expert("small", "http://127.0.0.1:1"), "large": Expert("large", "http://127.0.0.1:1", total_s=0.5)}
     state: Any = SimpleNamespace(current=SimpleNamespace(experts=experts))
-    server = _Server(uvicorn.Config("none"), "", state)
+    server = _Server(uvicorn.Config("none"), "", state, threading.Event())
     for slowest in (
         Expert("large", "http://127.0.0.1:1", total_s=900.0),
         Expert("large", "http://127.0.0.1:1", first_byte_s=700.0),
@@ -196,3 +199,32 @@ async def spend(url: str, token: str, **fields: Any) -> Load:
     load_with_key = [load.client(url, number, token=token, **fields) for number in range(CLIENTS)]
     await asyncio.gather(*load_with_key)
     return load
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_a_signal_that_comes_while_it_starts_ends_it_in_good_order(early: bool) -> None:
+    lived: list[str] = []
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        lived.append("opened")
+        yield
+        lived.append("closed")
+
+    ended = threading.Event()
+    if early:
+        ended.set()
+    experts = {"small": Expert("small", "http://127.0.0.1:1", total_s=0.5)}
+    state: Any = SimpleNamespace(current=SimpleNamespace(experts=experts))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = _Server(uvicorn.Config(Starlette(lifespan=lifespan), log_config=None), "", state, ended)
+
+        async def run() -> None:
+            serving = asyncio.create_task(server._serve([listener]))
+            await asyncio.wait([serving], timeout=10 if early else 0.3)
+            assert serving.done() == early
+            server.should_exit = True
+            await serving
+
+        asyncio.run(run())
+    assert lived == ["opened", "closed"]

@@ -232,7 +232,7 @@ def ending(app: Any, packet: bytes, later: bytes = b"") -> bytes:
         server = await loop.create_server(lambda: Protocol(config, state, {}, loop), "127.0.0.1", 0)
         reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
         writer.write(packet)
-        while not any(connection._running for connection in state.connections):  # type: ignore[union-attr]
+        while not any(connection._running or connection._partial for connection in state.connections):  # type: ignore[union-attr]
             await asyncio.sleep(0.001)
         for connection in list(state.connections):
             connection.shutdown()
@@ -279,6 +279,15 @@ def test_what_comes_in_time_is_answered_and_nothing_waits_for_it_any_more() -> N
     rest = b"lf"
     assert said_to(app, HALF, rest, END).count(b"200 OK") == 2
     assert timers == [0, 0]
+
+
+@pytest.mark.parametrize("cut", [1, 20])
+def test_half_a_head_has_its_time_too_once_the_server_is_to_end(monkeypatch: pytest.MonkeyPatch, cut: int) -> None:
+    answer = ending(tell, WHOLE[:cut], later=WHOLE[cut:])
+    assert answer.count(b"200 OK") == 1
+    assert b"connection: close" in answer
+    monkeypatch.setattr("deferral.gateway.protocol._LAST_UPLOAD_S", 0.02)
+    assert b"server_ends" in ending(tell, WHOLE[:cut])
 
 
 WHOLE = END.replace(b"connection: close\r\n", b"")

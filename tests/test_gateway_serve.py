@@ -189,6 +189,15 @@ def test_a_gateway_as_a_process(tmp_path: Path) -> None:
             logged(log, f"serving small, large at http://127.0.0.1:{port}, page at http://127.0.0.1:{port}/dashboard")
             status, page = ask(port, "chat", origin="https://example.com")
             assert (status, json.loads(page)["error"]["code"]) == (403, "pages_need_a_key")
+            # A page may have its own name point here; then it is of the same origin, and its browser names none.
+            for host, allowed in (
+                ("evil.example", False),
+                (f"localhost:{port}", True),
+                (f"[::1]:{port}", True),
+                ("127.9.0.1", True),
+            ):
+                status, said = ask(port, "chat", host=host)
+                assert (status == 200) == allowed, said
             # A bad file changes nothing, and a good one everything.
             file.write_text(good + "[experts.large]\n", encoding="utf-8")
             process.send_signal(signal.SIGHUP)
@@ -220,7 +229,7 @@ def test_a_gateway_as_a_process(tmp_path: Path) -> None:
     assert all(json.loads(line) for line in log.read_text().splitlines())
     with contextlib.closing(sqlite3.connect(tmp_path / "deferral-gateway.db")) as connection:
         rows = connection.execute("select outcome, streamed from decisions order by time").fetchall()
-    assert rows == [("ok", 0), ("ok", 1)]
+    assert rows == [("ok", 0)] * 4 + [("ok", 1)]
 
 
 def ask(port: int, kind: str, *, stream: bool = False, **headers: str) -> tuple[int, bytes]:

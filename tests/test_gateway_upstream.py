@@ -21,7 +21,7 @@ from deferral.gateway.metrics import Metrics
 from deferral.gateway.requests import parse
 from deferral.gateway.streams import StreamMeter
 from deferral.gateway.upstream import Failure, Reply, Upstream, _refused, _retry_after, _unanswered
-from deferral.gateway.usage import Usage, error_of
+from deferral.gateway.usage import Usage, error_of, id_in
 
 CHAT = "/chat/completions"
 
@@ -389,3 +389,24 @@ def test_a_stream_is_over_when_it_says_so_and_not_when_the_answer_does(events: l
         for event in events:
             meter.feed(b"data: " + event + end)
         assert meter.finished is finished
+
+
+def test_the_id_of_a_stream_is_that_of_the_reply_wherever_its_keys_stand() -> None:
+    first = b'data: {"choices":[],"created":0,"id":"","model":"","object":""}\n\n'
+    call = b'{"delta":{"tool_calls":[{"function":{"arguments":"","name":"f"},"id":"call_abc","index":0,"type":"function"}]}}'
+    second = b'data: {"choices":[' + call + b'],"id":"chatcmpl-XYZ","object":"chat.completion.chunk"}\n\n'
+    meter = StreamMeter()
+    for byte in first + second:
+        meter.feed(bytes([byte]))
+    assert meter.usage(1).reply_id == "chatcmpl-XYZ"
+    assert id_in(b'data: {"type":"response.created","response":{"id":"resp_1","output":[]}}\n\n') == "resp_1"
+    assert id_in(b'{"id":"chatcmpl-1","choices":[{"message":') == "chatcmpl-1"
+    assert id_in(b'{"choices":[{"message":{"tool_calls":[{"id":"call_abc"') == ""
+
+
+@pytest.mark.parametrize("name", ["content", "reasoning_content", "reasoning", "refusal", "thinking"])
+def test_what_a_model_thinks_is_paid_for_as_what_it_says(name: str) -> None:
+    meter = StreamMeter()
+    for _ in range(100):
+        meter.feed(b'data: {"id":"x","choices":[{"delta":{"%b":"four, or more"}}]}\n\n' % name.encode())
+    assert meter.usage(1).output_tokens == 100 * 13 // 4

@@ -282,7 +282,7 @@ def test_the_report_speaks_of_those_who_are_left() -> None:
     assert "not complementary" in router.report or "predictable" in router.report
     router.remove_expert("heads").remove_expert("tails")
     assert router.report == "small is the only expert left."
-    assert router.route("treaty").why.endswith("only small may be asked") or not router.route("treaty").fallback
+    assert not router.route("treaty").fallback
 
 
 def test_a_plan_is_searched_once_for_all_queries_of_other_lengths() -> None:

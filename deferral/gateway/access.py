@@ -44,6 +44,10 @@ class Access:
             # Any page in a browser may send requests to this machine, but not without saying where it is from.
             if b"origin" in headers:
                 raise Problem(403, "pages_need_a_key", "a gateway without keys takes no requests of web pages; make a key")
+            # Nor by a name that a page has had this machine's address given to: then it says nothing.
+            if not _is_here(headers.get(b"host", b"")):
+                message = "a gateway without keys answers to localhost and the addresses of this machine alone; make a key"
+                raise Problem(403, "host_needs_a_key", message)
             return ANYONE
         token = _bearer(headers)
         if not token:
@@ -95,3 +99,10 @@ def problem_of(refused: Refused) -> Problem:
 def _bearer(headers: Mapping[bytes, bytes]) -> str:
     scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
     return token.strip().decode("latin-1") if scheme.lower() == b"bearer" else ""
+
+
+def _is_here(host: bytes) -> bool:
+    """Whether a Host header, with or without a port, names this machine by itself; there may be none."""
+    name = host.decode("latin-1").strip().lower()
+    name = name[1:].partition("]")[0] if name.startswith("[") else name.partition(":")[0]
+    return not host or is_loopback(name)

@@ -27,6 +27,8 @@ from deferral.routing.static import EXPLORE, draw_of, drawn_from
 __all__ = ["Choice", "Decider", "Limited", "refusal", "set_aside"]
 
 _PLANS = 256
+# One for each set of experts that are up and each hundredth by which a budget runs low.
+_USUAL_PLANS = 4096
 # Queries that wait for the worker; the next one is decided by the static mix at once.
 _MOST_WAITING = 32
 # Queries that are decided in one turn of the event loop.  Of a thousand that come in the same moment, few may be decided before
@@ -94,7 +96,9 @@ class Decider:
         self._place = {name: place for place, name in enumerate(router.experts)}
         self._best = max(names, key=lambda name: router.fitted.means[self._place[name]])
         self._at_once = isinstance(router.encoder, NgramEncoder)
+        # What clients set is as much as they like, and must not drive out, nor hold up, what all others are decided by.
         self._plans: dict[Any, Plan] = {}
+        self._usual: dict[Any, Plan] = {}
         self._planning: dict[Any, asyncio.Future[Plan]] = {}
         self._judged: set[frozenset[str]] = set()  # of whom it is known what deciding among them is worth
         self._together: deque[tuple[Plan, str, asyncio.Future[Choice]]] = deque()
@@ -102,6 +106,7 @@ class Decider:
         self._one_of_few = asyncio.Semaphore(_CONVERSATIONS)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="decide")
         self._planner = ThreadPoolExecutor(1, thread_name_prefix="plan")
+        self._usual_planner = ThreadPoolExecutor(1, thread_name_prefix="plan the usual")
         self._waiting = 0
         # The first decision loads what later ones find loaded.
         self._decided(router.plan(needs=Needs(allow=frozenset(names))), ["a first query", "and a second"])
@@ -184,6 +189,7 @@ class Decider:
         """Whoever waits is still decided."""
         self._worker.shutdown(wait=False)
         self._planner.shutdown(wait=False)
+        self._usual_planner.shutdown(wait=False)
 
     def _able(self, asked: Asked, hints: Hints, limited: Limited) -> frozenset[str]:
         reasons = {name: refusal(expert, asked, hints, limited.allow) for name, expert in self.experts.items()}
@@ -212,13 +218,13 @@ class Decider:
         # A factor of two digits keeps the plans few.
         factor = max(round(thrift, 2), 0.01)
         key = (allow, hints.setting, factor)
-        plan = self._plans.get(key)
+        plan = self._plans_of(hints).get(key)
         if plan is not None:
             return plan
         try:
             if allow in self._judged and hints.setting[1:] == NO_HINTS.setting[1:]:
                 plan = self._planned(allow, hints, factor)
-                self._keep_plan(key, plan)
+                self._keep_plan(key, plan, hints)
             else:
                 # This goes through the held-out rows, long enough to be felt by others.
                 plan = await self._plan_of_all(key, lambda: self._planned(allow, hints, factor), hints)
@@ -233,24 +239,27 @@ class Decider:
             # Of outages there are few, of settings as many as clients like.
             if len(self._planning) >= _MOST_WAITING and hints.setting != NO_HINTS.setting:
                 raise Problem(503, "busy", "too many new settings at the same time; send it again", retry_after=1)
-            planning = self._planning[key] = asyncio.get_running_loop().run_in_executor(self._planner, work)
-            planning.add_done_callback(lambda done: self._has_planned(key, done))
+            planner = self._usual_planner if hints.setting == NO_HINTS.setting else self._planner
+            planning = self._planning[key] = asyncio.get_running_loop().run_in_executor(planner, work)
+            planning.add_done_callback(lambda done: self._has_planned(key, done, hints))
         return await asyncio.shield(planning)
 
-    def _has_planned(self, key: Any, done: "asyncio.Future[Plan]") -> None:
+    def _has_planned(self, key: Any, done: "asyncio.Future[Plan]", hints: Hints) -> None:
         del self._planning[key]
         # An error is for those who wait; if nobody does, it would be reported as never retrieved.
         if not done.cancelled() and done.exception() is None:
-            allow, (*_, max_latency, _), _ = key
-            if max_latency is None:
-                self._judged.add(allow)
-            self._keep_plan(key, done.result())
+            if hints.max_latency is None:
+                self._judged.add(key[0])
+            self._keep_plan(key, done.result(), hints)
 
-    def _keep_plan(self, key: Any, plan: Plan) -> None:
-        if len(self._plans) >= _PLANS:
-            self._plans.clear()
-            self._judged.clear()
-        self._plans[key] = plan
+    def _plans_of(self, hints: Hints) -> dict[Any, Plan]:
+        return self._usual if hints.setting == NO_HINTS.setting else self._plans
+
+    def _keep_plan(self, key: Any, plan: Plan, hints: Hints) -> None:
+        plans = self._plans_of(hints)
+        if len(plans) >= (_PLANS if plans is self._plans else _USUAL_PLANS):
+            plans.clear()
+        plans[key] = plan
 
     def _planned(self, allow: frozenset[str], hints: Hints, factor: float) -> Plan:
         needs = Needs(allow=allow)

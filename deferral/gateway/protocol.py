@@ -79,6 +79,8 @@ class Protocol(HttpToolsProtocol):
         if not self.parser.should_upgrade():
             super().on_headers_complete()
             self.headers = []
+            if self._ending:
+                self.cycle.keep_alive = False
 
     def on_body(self, body: bytes) -> None:
         """A part of a body."""
@@ -115,9 +117,13 @@ class Protocol(HttpToolsProtocol):
 
     def shutdown(self) -> None:
         """The server is to end: what is under way is finished."""
-        super().shutdown()
         self._ending = True
         self._wait_no_more()
+        if self._partial and (self.cycle is None or (self.cycle.response_complete and not self.cycle.more_body)):
+            # Of half a head uvicorn knows nothing, and would close the door on it.
+            self._unset_keepalive_if_required()
+        else:
+            super().shutdown()
         self._wait_for_the_rest()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:

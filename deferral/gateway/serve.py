@@ -1,5 +1,6 @@
 """A gateway as a process, and the command `deferral serve`."""
 
+import asyncio
 import gc
 import logging
 import math
@@ -7,6 +8,7 @@ import os
 import signal
 import socket
 import tempfile
+import threading
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
@@ -87,9 +89,10 @@ def _serve(settings: Settings, log_level: str, listener: socket.socket) -> None:
     _allow_many_connections()
     # A product of one query takes less time than it takes to wake another thread.
     threadpool_limits(1, user_api="blas")
-    # When all is done, uvicorn raises the signal that ended it once more, for whoever was there before.
+    # Until uvicorn listens to signals, one of these is kept for it.  When all is done, it raises the one that ended it once more.
+    ended_early = threading.Event()
     for ending in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(ending, lambda *_: None)
+        signal.signal(ending, lambda *_: ended_early.set())
     with logging_to(level=log_level):
         app = gateway(router, experts, settings=settings, read=read)
         config = uvicorn.Config(
@@ -111,20 +114,26 @@ def _serve(settings: Settings, log_level: str, listener: socket.socket) -> None:
         gc.set_threshold(_OBJECTS_PER_COLLECTION)
         place = ("[%s]:%d" if ":" in settings.host else "%s:%d") % (settings.host, listener.getsockname()[1])
         greeting = f"serving {', '.join(experts)} at http://{place}, page at http://{place}/dashboard"
-        _Server(config, greeting, app.state.gateway).run([listener])
+        _Server(config, greeting, app.state.gateway, ended_early).run([listener])
 
 
 class _Server(uvicorn.Server):
     """Says where it serves once it does, and lets what is under way end."""
 
-    def __init__(self, config: uvicorn.Config, greeting: str, state: Gateway) -> None:
+    def __init__(self, config: uvicorn.Config, greeting: str, state: Gateway, ended_early: threading.Event) -> None:
         super().__init__(config)
-        self._greeting, self._state = greeting, state
+        self._greeting, self._state, self._ended_early = greeting, state, ended_early
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Open the database and the connections, then the door."""
         await super().startup(sockets)
         _log.info("%s", self._greeting)
+        if self._ended_early.is_set():
+            # Not at once: without a shutdown, uvicorn would leave open what has been opened.
+            asyncio.get_running_loop().call_soon(self._end)
+
+    def _end(self) -> None:
+        self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """What is under way ends by itself, within the time of the experts as they are now."""

@@ -9,7 +9,7 @@ __all__ = ["TEXT", "Usage", "error_of", "id_in", "last_usage", "usage_of", "usag
 _CHARACTERS_PER_TOKEN = 4
 _READ_WHOLE = 1 << 17
 _TAIL = 4096
-TEXT = re.compile(rb'"(?:content|reasoning_content|text|arguments)"\s*:\s*"([^"\\]*(?:\\.[^"\\]*)*)"')
+TEXT = re.compile(rb'"(?:content|reasoning_content|reasoning|thinking|refusal|text|arguments)"\s*:\s*"([^"\\]*(?:\\.[^"\\]*)*)"')
 _LONGEST_ID = 200
 _ID = re.compile(rb'"id"\s*:\s*"([^"\\]{1,%d})"' % _LONGEST_ID)
 _USAGE = re.compile(rb'"usage"\s*:\s*(?=\{)')
@@ -94,8 +94,23 @@ def last_usage(text: bytes) -> dict[str, Any] | None:
 
 
 def id_in(head: bytes) -> str:
-    """The id of a reply that begins like this; "" where it is not there."""
-    found = _ID.search(head)
+    """The id of a reply that begins like this; "" where it is not there.
+
+    Of a stream, that of the first event that has one: where keys come sorted, an answer's tool calls with their ids come before.
+    """
+    for event in _EVENT.finditer(head):
+        try:
+            said = json.loads(event[1])
+        except (ValueError, RecursionError):
+            break
+        for one in (said, said.get("response")):
+            if isinstance(one, dict) and isinstance(own := one.get("id"), str) and 0 < len(own) <= _LONGEST_ID:
+                return own
+    else:
+        if _EVENT.search(head):
+            return ""
+    # What is cut off, or too long to be read, has the id of the whole before its first list.
+    found = _ID.search(head.partition(b"[")[0])
     return found.group(1).decode("utf-8", "replace") if found else ""
 
 

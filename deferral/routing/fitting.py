@@ -262,11 +262,11 @@ class Fitted:
 
     def why_not(self, error: float, mask: np.ndarray | None = None) -> str:
         """Why the learned policy is not used among these experts at this price of an error; "" if it is."""
-        if mask is not None and mask.sum() == 1:
-            return f"only {self.experts[int(mask.argmax())]} may be asked"
         verdict, known = self.verdict(mask), self._known(mask)
         if verdict is None:
             return "there is too little to learn from"
+        if mask is not None and mask.sum() == 1:
+            return ""
         if known is not None and not verdict.errors[0] <= error <= verdict.errors[-1]:
             # Prices whose means are close may differ much from query to query: decisions change there, too.
             verdict = self._judged(known, (float(error),))
