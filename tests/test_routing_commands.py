@@ -432,3 +432,19 @@ def test_of_two_experts_the_better_may_be_the_cheaper() -> None:
     found = evaluation(rows, resamples=20).figures
     assert found["routed"]["APGR"].estimate == pytest.approx(found["oracle"]["APGR"].estimate)
     assert found["oracle"]["APGR"].estimate > found["random"]["APGR"].estimate
+
+
+@pytest.mark.ci_slow
+def test_an_expert_with_next_to_no_outcomes_is_named_and_taken_for_no_better_than_the_mean(tmp_path: Path) -> None:
+    log = outcomes(200, 6)
+    log.append(Outcome(log.queries[3], "smal", 1.0, 0.001))
+    write_log(log, tmp_path / "log.jsonl")
+    said = call("fit", tmp_path / "log.jsonl", "-o", tmp_path / "router", "--price-of-error", 0.1).output
+    write_log(outcomes(200, 6), tmp_path / "clean.jsonl")
+    assert "smal has 1 of 601 outcomes" in said
+    assert "is it small, mistyped?" in said
+    fitted = Router.load(tmp_path / "router").fitted
+    means = dict(zip(fitted.experts, fitted.means.tolist(), strict=True))
+    others = np.mean([means[name] for name in EXPERTS])
+    assert others < means["smal"] < others + 0.15, "six outcomes' worth, of which five are the mean of all"
+    assert "mistyped" not in call("fit", tmp_path / "clean.jsonl", "-o", tmp_path / "other", "--price-of-error", 0.1).output

@@ -54,6 +54,8 @@ def route_file(
     """
     if out.exists() and out.samefile(queries):
         raise DataError(f"{out}: it holds the queries; name another file for the decisions")
+    if not out.parent.is_dir():
+        raise DataError(f"{out}: there is no folder {out.parent}; make it, or name another file")
     if not queries.is_file():
         raise DataError(f"{queries}: expected a file, which can be read again from the middle; write what comes by a pipe to one")
     if workers < 1:

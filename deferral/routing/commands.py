@@ -1,5 +1,6 @@
 """`deferral route`: learn from a log which language model should answer.  Parses and prints, decides nothing."""
 
+import difflib
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,6 +36,7 @@ _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 _NEW = click.Path(path_type=Path)
 _SHARE = click.FloatRange(0, 1, min_open=True, max_open=True)
 _POSITIVE = click.FloatRange(0, min_open=True)
+_RARE = 20  # outcomes of an expert
 
 
 class _Route(click.Group):
@@ -146,11 +148,26 @@ def fit(
     # Before the work, not after it.
     check_place(out)
     outcomes = _read(log)
+    _warn_of_rare(outcomes)
     price_model = None if prices is None else token_prices(outcomes, read_prices(prices))
     router = Router(price_of_error, encoder=_encoder(encoder, cache), explore=explore, seed=seed)
     with _working(f"fitting on {len(outcomes.queries):,} queries of {len(outcomes.experts)} experts"):
         router.fit(outcomes, prices=price_model, certify=certify).save(out)
     click.echo(f"{router.report}\nwrote {out}")
+
+
+def _warn_of_rare(log: Log) -> None:
+    """Of experts of whom next to nothing is known: they are taken to be like the mean, which nobody has seen; or mistyped."""
+    counts = np.bincount(log.column("expert"), minlength=len(log.experts))
+    for name, count in zip(log.experts, counts.tolist(), strict=True):
+        if count < min(_RARE, counts.max() / 10):
+            alike = difflib.get_close_matches(name, [other for other in log.experts if other != name], 1)
+            mistyped = f"; is it {alike[0]}, mistyped?" if alike else ""
+            click.echo(
+                f"warning: {name} has {count} of {len(log):,} outcomes, so that what is said of it below is a guess{mistyped}  "
+                "Leave it out, or add it by Router.add_expert once a hundred of its outcomes are there.",
+                err=True,
+            )
 
 
 @route.command()

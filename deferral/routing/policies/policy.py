@@ -50,12 +50,18 @@ class Folded(Generic[T]):
 
 
 def expert_means(quality: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The mean quality of each expert, shrunk to that of all by five outcomes' worth.  (N, E), (N, E) -> (E,) float32"""
-    mass = weights.sum(0, dtype=np.float64)
+    """The mean quality of each expert, shrunk to that of all by five outcomes' worth.  (N, E), (N, E) -> (E,) float32
+
+    Outcomes of different weights count for as many equal ones as say as much, (sum w)^2 / sum w^2: one that stands for
+    thousands is one.
+    """
+    mass, squares = weights.sum(0, dtype=np.float64), (weights.astype(np.float64) ** 2).sum(0)
     sums = np.where(weights > 0, quality * weights, 0).sum(0, dtype=np.float64)
+    mean, count = sums / np.maximum(mass, 1e-12), mass**2 / np.maximum(squares, 1e-12)
     # A table without gaps needs no borrowing.
     prior = 0.0 if (weights > 0).all() else _PRIOR
-    return ((sums + prior * sums.sum() / max(mass.sum(), 1e-12)) / np.maximum(mass + prior, 1e-12)).astype(np.float32)
+    of_all = count @ mean / max(count.sum(), 1e-12)
+    return ((count * mean + prior * of_all) / np.maximum(count + prior, 1e-12)).astype(np.float32)
 
 
 def centred(quality: np.ndarray, weights: np.ndarray, means: np.ndarray) -> np.ndarray:
