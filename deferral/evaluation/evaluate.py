@@ -167,8 +167,14 @@ def _check(
         if not same or _named_targets(output) != _named_targets(first):
             detail = "the targets differ" if same else f"{len(output.targets)} rows instead of {len(first.targets)}"
             raise DataError(f"{path}: expected the rows of {paths[0]} in the same order, but {detail}")
-        if output.experts != first.experts or output.abstains != first.abstains:
-            raise DataError(f"{path}: expected the experts of {paths[0]} ({', '.join(first.experts) or 'none'}) and its actions")
+        if output.experts != first.experts:
+            raise DataError(
+                f"{path}: expected the experts of {paths[0]} ({', '.join(first.experts) or 'none'}), got "
+                f"{', '.join(output.experts) or 'none'}"
+            )
+        if output.abstains != first.abstains:
+            one, other = (path, paths[0]) if output.abstains else (paths[0], path)
+            raise DataError(f"{path}: in {one} rows may abstain, in {other} not; compare files with the same actions")
     if strange := sorted(set(prices) - set(first.experts)):
         raise DataError(f"price of {strange[0]!r}: there is no such expert; the file has {', '.join(first.experts) or 'none'}")
     if any(not 0 <= price < float("inf") for price in prices.values()):

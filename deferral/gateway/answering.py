@@ -231,5 +231,5 @@ def _nobody(failures: Sequence[tuple[Expert, Failure]], attempts: int) -> Unansw
     """One problem out of the failures of all who were asked: the last of the chosen one says what kind it is."""
     chosen = failures[0][0]
     last = [failure for expert, failure in failures if expert is chosen][-1]
-    message = "; ".join(f"{expert.name} {failure.message}" for expert, failure in failures)
+    message = "; ".join(dict.fromkeys(f"{expert.name} {failure.message}" for expert, failure in failures))
     return Unanswered(attempts, last.status, last.code, message, last.rest)

@@ -64,7 +64,11 @@ class Criterion(nn.Module):
         if isinstance(targets, Tensor):
             if not targets.is_floating_point():
                 targets = targets[targets != given.get("ignore_index")]
-            check_targets(targets, given["scores"].shape[-1] - self._extra_columns(given))
+            scores, costs = given["scores"], given.get("expert_costs")
+            classes = scores.shape[-1] - self._extra_columns(given)
+            # Costs of another shape are told by the loss: the labels are not to blame.
+            if classes > 0 and (costs is None or costs.dim() == scores.dim()):
+                check_targets(targets, classes)
 
     @staticmethod
     def _check_costs(given: dict[str, Any]) -> None:
