@@ -203,7 +203,7 @@ def test_criterion_is_the_mean_and_validation_can_be_switched_off() -> None:
     with pytest.raises(ValueError, match=r"Pass ceiling=1\.\d+ .*here and to the loss"):
         Criterion(single_stage_deferral)(SCORES, TARGETS, dear)
     for costs in (torch.zeros(*COSTS.shape[:-1], SCORES.shape[-1] + 2), COSTS[..., 0]):
-        with pytest.raises(ValueError, match="columns for classes|one column per expert"):
+        with pytest.raises(ValueError, match=r"columns for classes|one column per expert"):
             Criterion(single_stage_deferral)(SCORES, TARGETS, costs)
     Criterion(single_stage_deferral, ceiling=1.5)(SCORES, TARGETS, dear)
     Criterion(single_stage_deferral, validate=False)(SCORES, TARGETS, dear)

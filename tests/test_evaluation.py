@@ -238,8 +238,8 @@ def test_files_and_options_that_do_not_fit_together(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="different names"):
         evaluate([path, path])
     one, two = tmp_path / "keeps.csv", tmp_path / "abstains.csv"
-    one.write_text("target,answer,ann,score,score_ann\na,a,b,0.5,0.25\n", encoding="utf-8")
-    two.write_text("target,answer,ann,score,score_ann,score_abstain\na,a,b,0.5,0.25,0\n", encoding="utf-8")
+    one.write_text("target,answer,answer_ann,score,score_ann\na,a,b,0.5,0.25\n", encoding="utf-8")
+    two.write_text("target,answer,answer_ann,score,score_ann,score_abstain\na,a,b,0.5,0.25,0\n", encoding="utf-8")
     with pytest.raises(DataError, match=r"keeps.csv: in .*abstains.csv rows may abstain, in .*keeps.csv not"):
         evaluate([two, one], abstain_cost=0.1)
     with pytest.raises(DataError, match="no such expert"):
