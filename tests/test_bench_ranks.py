@@ -80,7 +80,7 @@ def on_each_rank(folder: Path) -> None:
     assert not [path for path in Path("/proc/self/task").glob("*/comm") if "gloo" in path.read_text()]
 
 
-@pytest.mark.ci_slow
+@pytest.mark.slow
 def test_two_ranks_take_the_steps_of_one_process(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))

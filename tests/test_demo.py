@@ -47,7 +47,7 @@ def test_so_it_is_on_other_seeds(seed: int) -> None:
     cheaper_than_the_rest(run(seed))
 
 
-@pytest.mark.ci_slow
+@pytest.mark.slow
 def test_nothing_is_learned_from_the_test_rows(comparison: Comparison, monkeypatch: pytest.MonkeyPatch) -> None:
     """With other labels and other answers on the test rows, every learned decision stays what it was."""
     split = digits._split

@@ -686,8 +686,8 @@ def test_bad_input(call, said: str) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param("concrete_strength", marks=pytest.mark.slow),
-        pytest.param("airfoil_self_noise", marks=pytest.mark.ci_slow),
+        pytest.param("concrete_strength", marks=pytest.mark.ci_slow),
+        pytest.param("airfoil_self_noise", marks=pytest.mark.slow),
         pytest.param("abalone", marks=pytest.mark.slow),
     ],
 )

@@ -1,8 +1,10 @@
 """`deferral route` from end to end, and files of queries that survive being stopped."""
 
+import contextlib
 import copy
 import fcntl
 import gzip
+import io
 import json
 import os
 import subprocess
@@ -15,7 +17,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from deferral.datasets import DataError
-from deferral.routing import Log, Needs, Outcome, Router, write_log
+from deferral.routing import Log, Needs, Outcome, Router, commands, write_log
 from deferral.routing import batches as batching
 from deferral.routing.batches import route_file
 from deferral.routing.commands import route
@@ -435,16 +437,17 @@ def test_of_two_experts_the_better_may_be_the_cheaper() -> None:
 
 
 @pytest.mark.ci_slow
-def test_an_expert_with_next_to_no_outcomes_is_named_and_taken_for_no_better_than_the_mean(tmp_path: Path) -> None:
+def test_an_expert_with_next_to_no_outcomes_is_named_and_taken_for_no_better_than_the_mean() -> None:
     log = outcomes(200, 6)
+    with contextlib.redirect_stderr(io.StringIO()) as clean:
+        commands._warn_of_rare(log)
     log.append(Outcome(log.queries[3], "smal", 1.0, 0.001))
-    write_log(log, tmp_path / "log.jsonl")
-    said = call("fit", tmp_path / "log.jsonl", "-o", tmp_path / "router", "--price-of-error", 0.1).output
-    write_log(outcomes(200, 6), tmp_path / "clean.jsonl")
-    assert "smal has 1 of 601 outcomes" in said
-    assert "is it small, mistyped?" in said
-    fitted = Router.load(tmp_path / "router").fitted
+    with contextlib.redirect_stderr(io.StringIO()) as warned:
+        commands._warn_of_rare(log)
+    assert clean.getvalue() == ""
+    assert "smal has 1 of 601 outcomes" in warned.getvalue()
+    assert "is it small, mistyped?" in warned.getvalue()
+    fitted = Router(0.1, policies=QUICK).fit(log).fitted
     means = dict(zip(fitted.experts, fitted.means.tolist(), strict=True))
     others = np.mean([means[name] for name in EXPERTS])
     assert others < means["smal"] < others + 0.15, "six outcomes' worth, of which five are the mean of all"
-    assert "mistyped" not in call("fit", tmp_path / "clean.jsonl", "-o", tmp_path / "other", "--price-of-error", 0.1).output

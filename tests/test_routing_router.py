@@ -97,7 +97,7 @@ def small_log(rows: int, seed: int = 0) -> Log:
     return Log(outcomes)
 
 
-@pytest.mark.parametrize("rows", [20, 60, 200])
+@pytest.mark.parametrize("rows", [20, 60, pytest.param(200, marks=pytest.mark.slow)])
 def test_a_small_log_is_trusted_as_far_as_it_goes(rows: int) -> None:
     learned = Router(0.05).fit(small_log(rows))
     fresh = learned.route_batch(small_log(40, seed=1).queries)
