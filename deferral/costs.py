@@ -62,7 +62,8 @@ def error_costs(
     check_costs(alpha_row, ceiling=None, name="alpha")
     check_costs(price_row, ceiling=None, name="price")
     check_costs(alpha_row + price_row, ceiling=ceiling)
-    known = None if missing is None else answers != missing
+    # As int64: 255 is a class of uint8 answers.
+    known = None if missing is None else answers.long() != missing
     num_classes = targets.shape[-1] if targets.is_floating_point() else None
     _check_answers(answers, num_classes, known)
     if targets.is_floating_point():

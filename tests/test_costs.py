@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from deferral import error_costs, pick, single_stage_costs, squared_costs
+from deferral.validation import check_targets
 
 ANSWERS = torch.tensor([[0, 1, 2], [1, 1, -1]])
 TARGETS = torch.tensor([0, 1])
@@ -92,3 +93,19 @@ def test_actions_are_indices_of_any_integer_dtype() -> None:
     for actions in (torch.tensor([1.0, 0.0]), torch.tensor([True, False])):
         with pytest.raises(TypeError, match="indices of an integer dtype"):
             pick(table, actions)
+
+
+def test_the_last_class_of_small_integers_is_an_answer() -> None:
+    targets = torch.tensor([255, 3])
+    for dtype in (torch.int64, torch.uint8):
+        costs, known = error_costs(targets.unsqueeze(-1).to(dtype), targets, missing=-1)
+        assert known.all()
+        assert not costs.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_probabilities_that_a_teacher_rounded_are_probabilities(dtype: torch.dtype) -> None:
+    teacher = torch.randn(500, 10, generator=torch.Generator().manual_seed(0)).to(dtype).softmax(-1)
+    check_targets(teacher, 10)
+    with pytest.raises(ValueError, match="sum to 1"):
+        check_targets(teacher * 0.9, 10)

@@ -24,7 +24,7 @@ def expert_correctness(
     """The expert's probability of being right that the minimiser of `loss` carries.  (..., K+E) -> (..., E)
 
     `single_stage_deferral` and `mozannar_sontag` (alpha = 1): p_{K+j}^(2-mu) / sum_k p_k^(2-mu), mu < 2; an odds against the
-    classes, so that it may exceed 1 (mu = 1: Verma et al. 2023, eq. 12).  `one_vs_all`: sigmoid(s_{K+j}) (eq. 13).
+    classes, so that it may exceed 1 (mu = 1: Verma et al. 2023, eq. 12).  `one_vs_all`, logistic phi: sigmoid(s_{K+j}) (eq. 13).
     `asymmetric_softmax`: sigmoid(z), one expert.  Other losses define none: ValueError.
 
     `mu` and `ceiling` are those that `single_stage_deferral` was trained with.  With prices the result is 1 - E[cost_j | x]: at a

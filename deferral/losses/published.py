@@ -93,7 +93,7 @@ def one_vs_all(
     """phi(s_y) + sum_{k != y} phi(-s_k) + sum_j [m_j phi(s_j) + (1 - m_j) phi(-s_j)].  (..., K+E), (...,), (..., E) -> (...,)
 
     K + E binary problems.  Bayes-consistent for a strictly proper phi (logistic, exponential), not for the hinge; defer iff an
-    expert's score is the highest, and sigmoid(s_j) is the expert's accuracy.
+    expert's score is the highest.  An expert's accuracy is sigmoid(s_j) for the logistic phi, sigmoid(2 s_j) for the exponential.
     Verma, Nalisnick, "Calibrated Learning to Defer with One-vs-All Classifiers" (ICML 2022), eq. 5; Verma, Barrejón, Nalisnick,
     "Learning to Defer to Multiple Experts" (AISTATS 2023), eq. 9.
     """
