@@ -366,3 +366,19 @@ def test_the_command_adds_a_cascade_only_where_it_pays(tmp_path: Path, capsys: p
     assert ended.value.code == 3
     assert "stays as it was" in capsys.readouterr().out
     assert (tmp_path / "router" / "router.json").read_bytes() == before
+
+
+def test_it_pays_between_neighbours_that_both_pay_and_nowhere_between_distant_ones(learned: Cascade) -> None:
+    def at(*places: int) -> Cascade:
+        gain = np.full(25, -0.01)
+        gain[list(places)] = 0.01
+        paid = replace(learned.paid, errors=np.geomspace(0.001, 1.0, 25), gain=gain, half_width=np.full(25, 0.005))
+        return replace(learned, paid=paid)
+
+    apart, ranges = at(3, 20), at(3, 4, 5, 10, 11)
+    assert apart.paid.pays == []
+    assert "It pays at no price of an error" in apart.report(0.05)
+    errors = ranges.paid.errors
+    assert ranges.paid.pays == [(errors[3], errors[5]), (errors[10], errors[11])]
+    for error in np.geomspace(0.001, 1.0, 200):
+        assert (ranges.why_not(error) == "") == any(low <= error <= high for low, high in ranges.paid.pays)

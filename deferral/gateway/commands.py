@@ -60,7 +60,6 @@ def forget(key: str | None, response: str | None, yes: bool, database: str) -> N
     """Delete decisions, judgements and texts from the record; what they cost stays in the key's budget."""
     from deferral.gateway.forgetting import forget as delete
     from deferral.gateway.forgetting import meant
-    from deferral.gateway.rows import plain
 
     if (key is None) == (response is None):
         raise click.UsageError("expected either --key or --response")
@@ -76,7 +75,7 @@ def forget(key: str | None, response: str | None, yes: bool, database: str) -> N
         try:
             if response:
                 with store.engine.connect() as connection:
-                    meant(connection, plain(response))
+                    meant(connection, response)
             if not (yes or click.confirm("It cannot be undone.  Delete it?")):
                 click.echo("nothing was deleted", err=True)
                 sys.exit(1)

@@ -82,7 +82,7 @@ def meant(connection: Connection, name: str) -> str:
 
     An upstream may give one id to all its replies, whoever they are for.
     """
-    d = decisions.c
+    d, name = decisions.c, plain(name)
     if connection.execute(select(d.id).where(d.id == name)).first() is not None:
         return name
     found = connection.execute(select(d.id).where(d.reply_id == name).limit(_NAMED + 1)).scalars().all()

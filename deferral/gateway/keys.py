@@ -189,8 +189,8 @@ class Keys:
                 wanted["experts"] = frozenset(wanted["experts"])
             if wanted["budget"] is not None:
                 wanted["budget"] = float(wanted["budget"])
-            elif told := next((name for name in ("window", "zone") if name in settings and "budget" not in settings), None):
-                raise ValueError(f"{told}: this key has no budget to begin anew; give it one as well")
+            elif "budget" not in settings and (of_budget := sorted({"window", "zone"} & settings.keys())):
+                raise ValueError(f"{of_budget[0]}: this key has no budget to begin anew; give it one as well")
             after = replace(before, **wanted)
             connection.execute(update(table).where(table.c.id == before.id).values(**_columns(after)))
         self.refresh()

@@ -98,16 +98,17 @@ def id_in(head: bytes) -> str:
 
     Of a stream, that of the first event that has one: where keys come sorted, an answer's tool calls with their ids come before.
     """
-    for event in _EVENT.finditer(head):
+    events = _EVENT.findall(head)
+    for event in events:
         try:
-            said = json.loads(event[1])
+            said = json.loads(event)
         except (ValueError, RecursionError):
             break
         for one in (said, said.get("response")):
             if isinstance(one, dict) and isinstance(own := one.get("id"), str) and 0 < len(own) <= _LONGEST_ID:
                 return own
     else:
-        if _EVENT.search(head):
+        if events:
             return ""
     # What is cut off, or too long to be read, has the id of the whole before its first list.
     found = _ID.search(head.partition(b"[")[0])

@@ -70,7 +70,7 @@ def route_file(
         "setting": {name: _plain(value) for name, value in setting.items()},
     }
     partial, note = out.with_name(f"{out.name}.partial"), out.with_name(f"{out.name}.work.json")
-    if _complete(router, setting, queries, out) and _begun(note) == work:
+    if _begun(note) == work and _complete(router, setting, queries, out):
         return _lines(queries)
     _check_free(out)
     # One thread as in the workers, so that the last digit does not hang on their number.
@@ -95,7 +95,6 @@ def route_file(
             _write(note, _until(rows, queries, work))
             raise DataError(f"{error}; mend it and repeat the command: {rows:,} decisions are kept") from error
         # The note stays: it says what decided them.
-        _write(note, work)
         os.replace(partial, out)
     return rows
 

@@ -11,7 +11,7 @@ from deferral.routing.encoders import Arrays, FunctionEncoder
 from deferral.routing.outcomes import Log, Table
 from deferral.routing.policies.networks import trained
 from deferral.routing.policies.rejector import priced_loss
-from deferral.routing.prices import error_range, fit_prices
+from deferral.routing.prices import error_range, fit_prices, repriced
 from deferral.routing.router import Router
 from deferral.routing.training import FOLDS, grid, mean_and_half, random_folds
 
@@ -84,7 +84,10 @@ def answers_in(
     paid = table.price[query]
     # This very answer, and not the mean of several.
     quality[:, place], paid[:, place], mask[:, place] = log.column("quality")[rows], log.column("price")[rows], True
-    price = np.where(mask, _today(paid, table, query, router), expected[query])
+    # The router's prices may be others than those of the log.
+    characters = np.array([len(table.queries[row]) for row in query], float)
+    paid = repriced(paid, fit_prices(table)(characters), router.fitted.prices(characters))
+    price = np.where(mask, paid, expected[query])
     propensity = np.where(np.isnan(table.propensity[query]) | table.full, 1.0, table.propensity[query]).astype(float)
     propensity[:, place] = 1.0
     sure = features([log.confidences[int(row)] for row in rows])
@@ -150,17 +153,6 @@ def _foreseen(table: Table, router: Router, seed: int, on_fold: Callable[[int, i
         found = like.fitted.estimate(like.encoder([table.queries[row] for row in held]))
         quality[held], dearness[held] = found.quality, found.dearness
     return np.clip(quality, 0, 1), router.fitted.priced(characters, dearness)
-
-
-def _today(paid: np.ndarray, table: Table, query: np.ndarray, router: Router) -> np.ndarray:
-    """What answers to these queries of a log would cost at the router's prices, which may have changed since.  -> (N, E)
-
-    By their length what the router says, and above that as much more than the log's prices say, in proportion.
-    """
-    characters = np.array([len(text) for text in table.queries], float)
-    logged, today = fit_prices(table)(characters), router.fitted.prices(characters)
-    scale = today.mean(0) / np.where(logged.mean(0) > 0, logged.mean(0), np.inf)
-    return np.maximum(today[query] + (paid - logged[query]) * scale, 0)
 
 
 def _learned(answers: Answered, seed: int) -> Arrays:

@@ -162,7 +162,7 @@ def _warn_of_rare(log: Log) -> None:
     for name, count in zip(log.experts, counts.tolist(), strict=True):
         if count < min(_RARE, counts.max() / 10):
             alike = difflib.get_close_matches(name, [other for other in log.experts if other != name], 1)
-            mistyped = f"; is it {alike[0]}, mistyped?" if alike else ""
+            mistyped = f"; is it {alike[0]}, mistyped?" if alike else "."
             click.echo(
                 f"warning: {name} has {count} of {len(log):,} outcomes, so that what is said of it below is a guess{mistyped}  "
                 "Leave it out, or add it by Router.add_expert once a hundred of its outcomes are there.",

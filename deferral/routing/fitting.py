@@ -14,7 +14,7 @@ from deferral.routing.outcomes import Table, check_text
 from deferral.routing.partial_logs import LEAST_PROPENSITY
 from deferral.routing.policies import Neighbours, Policy
 from deferral.routing.policies.centres import nearest_centre
-from deferral.routing.prices import PriceModel, fit_prices
+from deferral.routing.prices import PriceModel, fit_prices, repriced
 from deferral.routing.static import fingerprints
 from deferral.routing.training import Judged
 
@@ -272,7 +272,7 @@ class Fitted:
             verdict = self._judged(known, (float(error),))
         errors, better = verdict.errors, verdict.better
         place = int(np.searchsorted(errors, error))
-        around = np.array([max(min(place, len(errors)) - 1, 0), min(place, len(errors) - 1)])
+        around = np.array([max(place - 1, 0), min(place, len(errors) - 1)])
         if better[around].all():
             return ""
         worst = int(around[(verdict.gain - verdict.half_width)[around].argmin()])
@@ -298,26 +298,28 @@ class Fitted:
         """What was held out, what won, and what it is worth at this price of an error."""
         if self.judged is None:
             return "Too little to learn from: the static mix is used."
+        if len(self.experts) == 1:
+            return f"{self.experts[0]} is the only expert left."
         place = int(np.abs(np.log(self.judged.errors / error)).argmin())
         at = self.judged
         oracle = "" if np.isnan(at.oracle[place]) else f", oracle {at.oracle[place]:.4f}"
         apart = "" if abs(at.errors[place] / error - 1) < 0.01 else f" (of those tried the nearest to ${error:.3g})"
-        if len(self.experts) == 1:
-            return f"{self.experts[0]} is the only expert left."
-        costs = ", ".join(f"{name} {cost:.4f}" for name, cost in self.held_costs.items())
+        if self.held_costs:
+            costs = ", ".join(f"{name} {cost:.4f}" for name, cost in self.held_costs.items())
+            why_used = ", since none alone is cheaper with confidence" if self.winner == "blend" else ""
+            first = f"Held-out cost over all trade-offs: {costs}; used: {self.winner}{why_used}."
+        elif self.room:
+            first = "Judged anew: experts or prices are others than at the fit."
+        else:
+            first = "The verdict is that of the fit: too little is left of it to judge anew."
         lines = [
-            f"Held-out cost over all trade-offs: {costs}; "
-            f"used: {self.winner}{', since none alone is cheaper with confidence' if self.winner == 'blend' else ''}."
-            if self.held_costs
-            else "Judged anew: experts or prices are others than at the fit.",
+            first,
             f"At ${at.errors[place]:.3g} an error{apart}: routed {at.learned[place]:.4f}, "
             f"best single expert {at.static[place]:.4f}, random {at.random[place]:.4f}"
             f"{oracle} errors a query; saved {at.gain[place]:.4f} ± {at.half_width[place]:.4f} (95%).",
         ]
         if self.room:
             lines.append(f"Routability: {self.room}.")
-        elif not self.held_costs:
-            lines[0] = "The verdict is that of the fit: too little is left of it to judge anew."
         why = self.why_not(error)
         return "\n".join([*lines, *([f"The static mix is used: {why}."] if why else [])])
 
@@ -407,11 +409,7 @@ class Fitted:
         """The same experts at other prices, and the verdict at those."""
         mean_price = prices.base + prices.per_character * self.mean_length
         changed = replace(self, prices=prices, mean_price=mean_price)
-        if self.held.judgeable:
-            # What an answer cost above what its length says, it would cost above that at other prices.
-            paid = np.maximum(changed.by_length(self.held.length) + self.held.above * mean_price, 0)
-        else:
-            paid = changed.priced(self._held_lengths, self.held.dearness)
+        paid = repriced(self.held.price, self.by_length(self._held_lengths), changed.by_length(self._held_lengths))
         return replace(changed, held=replace(self.held, price=paid))._judged_again()
 
     @cached_property

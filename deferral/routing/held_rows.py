@@ -17,7 +17,7 @@ __all__ = ["HeldRows", "Search"]
 class HeldRows:
     """What was expected of M rows by estimators that had not seen them, and what happened.  None where too little was logged.
 
-    Folders of earlier versions have no `above` and no `means`, still earlier ones no lengths, folds and keys.
+    Folders of earlier versions have no `means`, still earlier ones no lengths, folds and keys.
     """
 
     quality: np.ndarray  # (M, E) outcomes; of an expert that came later, what is expected
@@ -28,7 +28,6 @@ class HeldRows:
     deviation: np.ndarray  # (M, E0) estimates less means of the experts that were learned, also of those that left
     fold: np.ndarray  # (M,)
     keys: np.ndarray  # (M,) uint64, fingerprints of the queries
-    above: np.ndarray  # (M, E) dearness, as it was paid
     means: np.ndarray  # (F, E) of the experts on the rows outside each fold
 
     @classmethod
@@ -37,7 +36,7 @@ class HeldRows:
         figures = np.empty((0, experts), np.float32)
         prices = np.empty((0, experts))
         no_keys = np.empty(0, np.uint64)
-        return cls(figures, figures, prices, np.empty(0), figures, figures, np.empty(0, int), no_keys, prices, figures)
+        return cls(figures, figures, prices, np.empty(0), figures, figures, np.empty(0, int), no_keys, figures)
 
     def __len__(self) -> int:
         return len(self.price)
@@ -50,7 +49,6 @@ class HeldRows:
             estimate=self.estimate[:, kept],
             price=self.price[:, kept],
             dearness=self.dearness[:, kept],
-            above=self.above[:, kept],
             means=self.means[:, kept],
         )
 
@@ -64,7 +62,6 @@ class HeldRows:
             estimate=_beside(self.estimate, expected),
             price=_beside(self.price, price),
             dearness=_beside(self.dearness, np.zeros((len(self), 1))),
-            above=_beside(self.above, np.zeros((len(self.above), 1))),
             means=_beside(self.means, np.full((len(self.means), 1), mean)),
         )
 

@@ -172,7 +172,6 @@ def _learned(
             deviation=(judged_as - state.means).astype(np.float32),
             fold=fold,
             keys=fingerprints([queries[row] for row in some.tolist()]),
-            above=(p - state.by_length(length[some])) / np.where(state.mean_price > 0, state.mean_price, 1),
             means=np.stack([held.means[fold == number][0] for number in range(fold.max() + 1)]),
         ),
         room=str(room),

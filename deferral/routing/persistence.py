@@ -48,7 +48,6 @@ _HELD = {
     "deviation": "held/deviation",
     "fold": "held/fold",
     "keys": "held/keys",
-    "above": "held/above",
     "means": "held/means",
 }
 _WITNESSES = {"quality": "estimate", "similarity": "similarity", "trust": "trust", "dearness": "dearness"}
@@ -270,7 +269,6 @@ def _held(arrays: dict[str, np.ndarray]) -> HeldRows:
         "held/length": np.empty(0),
         "held/fold": np.empty(0, int),
         "held/keys": np.empty(0, np.uint64),
-        "held/above": np.zeros_like(estimate, dtype=float),
         "held/means": np.empty((0, estimate.shape[1]), np.float32),
     } | arrays
     if "held/deviation" not in found:

@@ -10,7 +10,17 @@ import numpy as np
 from deferral.errors import DataError
 from deferral.routing.outcomes import Log, Table
 
-__all__ = ["PriceModel", "dearness", "error_range", "fit_prices", "list_prices", "read_prices", "shortest", "token_prices"]
+__all__ = [
+    "PriceModel",
+    "dearness",
+    "error_range",
+    "fit_prices",
+    "list_prices",
+    "read_prices",
+    "repriced",
+    "shortest",
+    "token_prices",
+]
 
 # A rule of thumb of English text in today's tokenizers.
 CHARACTERS_PER_TOKEN = 4.0
@@ -93,6 +103,15 @@ def dearness(table: Table) -> tuple[np.ndarray, np.ndarray] | None:
     if np.abs(beyond(characters)).max(initial=0) < _SAME:
         return None
     return beyond(np.maximum(characters, shortest(characters))).astype(np.float32), table.mask
+
+
+def repriced(paid: np.ndarray, before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """What answers would cost at other prices, where by their length they cost `before`, and would cost `after`.  (N, E) thrice
+
+    What was paid above that grows in proportion to the expert's mean.
+    """
+    means = before.mean(0)
+    return np.maximum(after + (paid - before) * (after.mean(0) / np.where(means > 0, means, np.inf)), 0)
 
 
 def shortest(characters: np.ndarray) -> float:
