@@ -21,6 +21,7 @@ from deferral.losses import (
     picce,
     predictor_rejector_abstention,
     realizable_deferral,
+    realizable_experts,
     realizable_router,
     realizable_surrogate,
     regression_abstention,
@@ -282,6 +283,17 @@ def test_criterion_checks_what_is_said_of_experts() -> None:
         Criterion(single_stage_deferral)(SCORES, law, every), single_stage_deferral(SCORES, law, every).mean()
     )
     torch.testing.assert_close(Criterion(one_vs_all)(SCORES, law, every.round()), one_vs_all(SCORES, law, every.round()).mean())
+
+
+def test_criterion_refuses_a_chance_of_being_right_where_the_loss_asks_who_is_right() -> None:
+    chance, known = torch.tensor([[0.25, 1.0]]), torch.tensor([False, True])
+    of_gate = [SCORES[:, :3], SCORES[:, :3]]
+    for loss, scores in ((picce, [SCORES]), (partial(realizable_experts, q=0.5), [SCORES]), (mixture_of_experts, of_gate)):
+        with pytest.raises(ValueError, match=r"expert_correct: .* takes 1 where the expert is right, .* got 0\.25"):
+            Criterion(loss)(*scores, TARGETS, chance.expand(4, 2))
+        assert Criterion(loss)(*scores, TARGETS, chance.round().expand(4, 2)).isfinite()
+    assert Criterion(picce)(SCORES, TARGETS, chance.expand(4, 2), mask=known.expand(4, 2)).isfinite()
+    assert Criterion(one_vs_all)(SCORES, TARGETS, chance.expand(4, 2)).isfinite()
 
 
 def test_checks_of_values() -> None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deferral import Criterion, losses
+from deferral.losses import margin
 from deferral.losses.margin import logistic
 from deferral.losses.predictor_rejector import constrained_rho_hinge, double_mae, mae, max_rho_margin
 
@@ -227,8 +228,10 @@ def test_the_minimiser_carries_the_experts_accuracy(mu: float) -> None:
     law, accuracy = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64), torch.tensor([0.8, 0.3], dtype=torch.float64)
     scores = fitted(lambda s: losses.single_stage_deferral(s, law, 1 - accuracy, mu=mu), 5)
     torch.testing.assert_close(losses.expert_correctness(scores, 3, mu=mu), accuracy, atol=1e-4, rtol=1e-4)
-    scores = fitted(lambda s: losses.one_vs_all(s, law, accuracy), 5)
-    torch.testing.assert_close(losses.expert_correctness(scores, 3, loss=losses.one_vs_all), accuracy, atol=1e-4, rtol=1e-4)
+    for phi in (margin.logistic, margin.exponential, margin.squared_hinge):
+        scores = fitted(functools.partial(losses.one_vs_all, targets=law, expert_correct=accuracy, phi=phi), 5)
+        read = losses.expert_correctness(scores, 3, loss=losses.one_vs_all, phi=phi)
+        torch.testing.assert_close(read, accuracy, atol=1e-4, rtol=1e-4)
     scores = fitted(lambda s: losses.asymmetric_softmax(s, law, accuracy[0]), 4)
     read = losses.expert_correctness(scores, 3, loss=losses.asymmetric_softmax)
     torch.testing.assert_close(read, accuracy[:1], atol=1e-4, rtol=1e-4)
@@ -248,6 +251,10 @@ def test_correctness_is_refused_where_it_is_not_defined() -> None:
         losses.expert_correctness(torch.randn(5), 3, mu=2.0)
     with pytest.raises(ValueError, match="none but with single_stage_deferral, got mu="):
         losses.expert_correctness(torch.randn(5), 3, loss=losses.one_vs_all, mu=1.7)
+    with pytest.raises(ValueError, match="hinge defines no probability"):
+        losses.expert_correctness(torch.randn(5), 3, loss=losses.one_vs_all, phi=margin.hinge)
+    with pytest.raises(ValueError, match="none but with one_vs_all, got exponential"):
+        losses.expert_correctness(torch.randn(5), 3, phi=margin.exponential)
     with pytest.raises(ValueError, match=r"expected 1\.\.4"):
         losses.expert_correctness(torch.randn(5), 5)
     assert math.isclose(float(losses.expert_correctness(torch.zeros(4), 3)[0]), 1 / 3, rel_tol=1e-6)

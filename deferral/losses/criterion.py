@@ -8,19 +8,23 @@ import torch
 from torch import Tensor, nn
 
 from deferral.losses.predictor_rejector import constrained_rho_hinge, double_mae, mae, max_rho_margin
-from deferral.losses.published import cost_sensitive_abstention
+from deferral.losses.published import cost_sensitive_abstention, mixture_of_experts, picce
+from deferral.losses.realizable import realizable_experts
 from deferral.validation import check_costs, check_mask, check_scores, check_targets
 
 __all__ = ["Criterion"]
 
 _SCORES_OF_CLASSES_ALONE = {constrained_rho_hinge, cost_sensitive_abstention, double_mae, mae, max_rho_margin}
+# Their formula asks which experts are right; a chance of being right has no place in it.
+_RIGHT_OR_WRONG = {mixture_of_experts, picce, realizable_experts}
 
 
 class Criterion(nn.Module):
     """Mean of a per-example loss over the rows that are not ignored, with its options fixed.
 
     `Criterion(score_based_abstention, cost=0.05)(scores, targets)`.  With `validate=True` the values are read at every call:
-    NaN scores, labels outside 0..K-1, costs outside [0, ceiling] and masked own actions raise ValueError.  On a GPU that
+    NaN scores, labels outside 0..K-1, costs outside [0, ceiling], fractions where an expert is right or wrong, and masked own
+    actions raise ValueError.  On a GPU that
     synchronises; switch it off once the data is known to be right.
     """
 
@@ -56,6 +60,11 @@ class Criterion(nn.Module):
     def _name(self) -> str:
         return getattr(self.loss, "__name__", repr(self.loss))
 
+    @property
+    def _loss(self) -> Any:
+        """The function itself, where options of it were fixed by `partial`."""
+        return getattr(self.loss, "func", self.loss)
+
     def _check_labels(self, given: dict[str, Any]) -> None:
         for name in ("scores", "rejector", "gate", "predictor_loss"):
             if name in given:
@@ -70,8 +79,7 @@ class Criterion(nn.Module):
             if classes > 0 and (costs is None or costs.dim() == scores.dim()):
                 check_targets(targets, classes)
 
-    @staticmethod
-    def _check_costs(given: dict[str, Any]) -> None:
+    def _check_costs(self, given: dict[str, Any]) -> None:
         mask = given.get("mask")
         # In regression costs are in the units of the loss, and open above.
         ceiling = None if "predictor_loss" in given else given.get("ceiling", 1.0)
@@ -85,6 +93,13 @@ class Criterion(nn.Module):
             if known is not None:
                 asked, known = torch.broadcast_tensors(asked, known)
             check_costs(asked, ceiling=ceiling, mask=known, name=name)
+            if name == "expert_correct" and self._loss in _RIGHT_OR_WRONG:
+                fraction = (asked != 0) & (asked != 1) & (True if known is None else known)
+                if fraction.any():
+                    raise ValueError(
+                        f"expert_correct: {self._name} takes 1 where the expert is right, 0 where it is wrong, got "
+                        f"{asked[fraction][0]:.4g}; draw an answer, or train single_stage_deferral on 1 - expert_correct"
+                    )
             if own:
                 check_costs(costs[..., :own], ceiling=ceiling, name=name)
         if mask is not None:
@@ -92,7 +107,7 @@ class Criterion(nn.Module):
 
     def _extra_columns(self, given: dict[str, Any]) -> int:
         """How many columns of the scores stand behind the class columns: one per expert, none, or one for abstaining."""
-        if "rejector" in given or "gate" in given or getattr(self.loss, "func", self.loss) in _SCORES_OF_CLASSES_ALONE:
+        if "rejector" in given or "gate" in given or self._loss in _SCORES_OF_CLASSES_ALONE:
             return 0
         if "expert_costs" in given:
             return given["expert_costs"].shape[-1]

@@ -1,8 +1,9 @@
 """Losses by other authors that ours are compared with: each agrees with its paper's formula, in nats and in log space.
 
 `expert_correct` is 1 or True where the expert's answer is right, 0 or False where it is wrong: (..., E) for losses of several
-experts, (...,) for those of one.  `mask`, of the same shape, True = known: an expert whose answer is missing leaves the row.
-Rows whose target is `ignore_index` give 0.
+experts, (...,) for those of one; a chance of being right gives the expectation, but for `mixture_of_experts` and `picce`, which
+ask who is right.  `mask`, of the same shape, True = known: an expert whose answer is missing leaves the row.  Rows whose target
+is `ignore_index` give 0.
 """
 
 import math

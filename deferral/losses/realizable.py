@@ -85,9 +85,9 @@ def realizable_experts(
 ) -> Tensor:
     """Psi_q(p_y + sum_{j right} p_{K+j}): several experts without price.  (..., K+E), (...,), (..., E) -> (...,)
 
-    `expert_correct` is 1 where the expert's answer is right.  Realizable H-consistent; at q = 1 it is linear in the
-    probabilities and so Bayes-consistent as well, at q = 0 it is not.  `mask` (..., E), True = known: an expert
-    whose answer is missing leaves the row.  Rows whose target is `ignore_index` give 0.
+    `expert_correct` is 1 where the expert's answer is right, 0 where it is wrong.  Realizable H-consistent; at q = 1 it is linear
+    in the probabilities and so Bayes-consistent as well, at q = 0 it is not.  `mask` (..., E), True = known: an expert whose
+    answer is missing leaves the row.  Rows whose target is `ignore_index` give 0.
     """
     require_floating("scores", scores)
     require_tensor("expert_correct", expert_correct)
