@@ -140,6 +140,9 @@ def test_hints_are_numbers_above_zero() -> None:
         with pytest.raises(Problem, match="x-deferral-regions: expected names such as eu, us") as caught:
             hints({b"x-deferral-regions": text})
         assert caught.value.status == 400
+    with pytest.raises(Problem, match="x-deferral-region: there is no such hint; .* x-deferral-regions") as caught:
+        hints({b"x-deferral-region": b"eu"})
+    assert caught.value.status == 400
 
 
 def test_usage_is_what_the_upstream_says_or_an_estimate() -> None:

@@ -78,6 +78,8 @@ _HINTS = {
     b"x-deferral-max-latency": "max_latency",
     b"x-deferral-min-quality": "min_quality",
 }
+_REGIONS, _CONVERSATION = b"x-deferral-regions", b"x-deferral-conversation"
+_KNOWN = frozenset((*_HINTS, _REGIONS, _CONVERSATION))
 
 
 def parse(kind: Kind, body: bytes) -> Asked:
@@ -133,8 +135,14 @@ def _quoted(model: str) -> bytes:
 
 
 def hints(headers: Mapping[bytes, bytes]) -> Hints:
-    """Problem 400 where a hint is no number."""
+    """Problem 400 where a hint is no number, or none of ours."""
     values: dict[str, Any] = {}
+    for header in headers:
+        # Passed over, a misspelt one would lift the constraint it stands for.
+        if header.startswith(b"x-deferral-") and header not in _KNOWN:
+            shown = header[:60].decode("ascii", "replace")
+            known = ", ".join(sorted(name.decode() for name in _KNOWN))
+            raise Problem(400, "unknown_hint", f"{shown}: there is no such hint; expected one of {known}", param=shown)
     for header, name in _HINTS.items():
         text = headers.get(header)
         if text is None:
@@ -146,13 +154,13 @@ def hints(headers: Mapping[bytes, bytes]) -> Hints:
         if not math.isfinite(values[name]) or values[name] < 0 or (values[name] == 0 and name != "min_quality"):
             shown = header.decode()
             raise Problem(400, "invalid_hint", f"{shown}: expected a number above 0, got {_shown(text)}", param=shown)
-    if (regions := headers.get(b"x-deferral-regions")) is not None:
+    if (regions := headers.get(_REGIONS)) is not None:
         values["regions"] = frozenset(region.strip() for region in regions.decode("latin-1").split(",")) - {""}
         # Taken for no header, it would lift the constraint.
         if not values["regions"]:
-            shown = "x-deferral-regions"
+            shown = _REGIONS.decode()
             raise Problem(400, "invalid_hint", f"{shown}: expected names such as eu, us, got {_shown(regions)}", param=shown)
-    if conversation_name := headers.get(b"x-deferral-conversation"):
+    if conversation_name := headers.get(_CONVERSATION):
         values["conversation"] = conversation_name
     return Hints(**values) if values else NO_HINTS
 
