@@ -280,7 +280,7 @@ def test_an_answer_outside_the_classes_is_wrong() -> None:
     # Empty text, and text that spells a missing number, are text.
     assert as_labels(np.array(["", "nan"]), np.array(["no", "yes"]))[1].all()
     X, y, _ = half_known(100, seed=0)
-    model = DeferralClassifier().fit(X, y, np.full(100, 7))
+    model = DeferralClassifier().fit(X, y, np.r_[y[:1], np.full(99, 7)])
     assert (model.expected_cost(X)[:, 1] > 0.9).all()
     assert (model.decision(X) == 0).all()
 
@@ -665,6 +665,7 @@ def test_groups_stay_together() -> None:
         (lambda X, y, a: DeferralClassifier().fit(X, y, a[:-1]), "inconsistent numbers of samples"),
         (lambda X, y, a: DeferralClassifier().fit(X, y, a[:, None]), r"one column per expert"),
         (lambda X, y, a: DeferralClassifier().fit(X, y, np.full_like(a, -1)), r"an answer in every column, got none in \[0, 1\]"),
+        (lambda X, y, a: DeferralClassifier().fit(X, y, a + 7), r"none of the \d+ answers in column 0 is a class, such as"),
         (lambda X, y, a: DeferralClassifier().fit(X, y, a + 0.5), r"expected labels such as \[0, 1\]"),
         (lambda X, y, a: DeferralClassifier().fit(X, y, a.astype(str)), r"expected labels such as \[0, 1\]"),
         (lambda X, y, a: DeferralClassifier().fit(X, y.astype(str), a), r"expected labels such as \['0', '1'\]"),

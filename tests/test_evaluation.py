@@ -208,6 +208,9 @@ BAD = {
     "column 'answer': expected labels like those of the target (false, true), got 0, 1": (
         "target,answer,score\ntrue,1,1\nfalse,0,1\n"
     ),
+    "column 'answer_A': expected labels like those of the target (cat, dog), got Cat, Dog": (
+        "target,answer,answer_A,score,score_A\n" + "cat,cat,Cat,0,1\ndog,cat,Dog,0,1\n" * 5
+    ),
     "separate the cells by commas": "target;answer;score\na;a;1\n",
     "two methods would be called 'oracle'": "",
     "an expert cannot be called ''": "target,answer,answer_,action\na,a,b,own\n",

@@ -140,7 +140,7 @@ def test_hints_are_numbers_above_zero() -> None:
         with pytest.raises(Problem, match="x-deferral-regions: expected names such as eu, us") as caught:
             hints({b"x-deferral-regions": text})
         assert caught.value.status == 400
-    with pytest.raises(Problem, match="x-deferral-region: there is no such hint; .* x-deferral-regions") as caught:
+    with pytest.raises(Problem, match=r"x-deferral-region: there is no such hint; .* x-deferral-regions") as caught:
         hints({b"x-deferral-region": b"eu"})
     assert caught.value.status == 400
 

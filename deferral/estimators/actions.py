@@ -92,6 +92,7 @@ class Deferring(TwoStage):
         silent = np.flatnonzero(~known.any(axis=0))
         if len(silent):
             raise ValueError(f"expert_answers: expected an answer in every column, got none in {silent.tolist()}; drop them")
+        self._check_answers(experts, known)
         self._costs(torch.zeros(1, 1 + self.n_experts_, dtype=torch.float64))
         return self._fit(X, targets, experts, known, sample_weight, groups)
 

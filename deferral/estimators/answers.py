@@ -4,7 +4,9 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["as_labels", "as_numbers", "free_label"]
+__all__ = ["FEW_ANSWERS", "as_labels", "as_numbers", "free_label"]
+
+FEW_ANSWERS = 10
 
 
 def as_labels(answers: Any, classes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from deferral.costs import error_costs
 from deferral.estimators.actions import Abstaining, Deferring
-from deferral.estimators.answers import as_labels, free_label
+from deferral.estimators.answers import FEW_ANSWERS, as_labels, free_label
 from deferral.estimators.predictor import classes_of, is_frozen, log_scores, module_outputs
 from deferral.estimators.two_stage import TwoStage
 from deferral.validation import require_cost_range
@@ -64,6 +64,16 @@ class _Classification(ClassifierMixin, TwoStage):
 
     def _read_answers(self, expert_answers: Any) -> tuple[np.ndarray, np.ndarray]:
         return as_labels(expert_answers, self.classes_)
+
+    def _check_answers(self, answers: np.ndarray, known: np.ndarray) -> None:
+        for column, (labels, given) in enumerate(zip(answers.T, known.T, strict=True)):
+            strange = labels[given]
+            # Of a few answers every one may be wrong, and a label that no row has; of many hardly.
+            if len(strange) >= FEW_ANSWERS and not np.isin(strange, self.classes_).any():
+                raise ValueError(
+                    f"expert_answers: none of the {len(strange)} answers in column {column} is a class, such as "
+                    f"{strange.tolist()[0]!r} beside {self.classes_[:3].tolist()}; spell them as in y, or drop the column"
+                )
 
     def _marked(self, own: np.ndarray, where: np.ndarray) -> np.ndarray:
         return np.where(where, np.asarray(getattr(self, f"{self._mark}_label_")), own)

@@ -50,6 +50,9 @@ class TwoStage(BaseEstimator):
         """The answers (N, E) in the type of the targets, and which are known."""
         raise NotImplementedError
 
+    def _check_answers(self, answers: np.ndarray, known: np.ndarray) -> None:
+        """ValueError where answers to learn from cannot be meant so."""
+
     def _marked(self, own: np.ndarray, where: np.ndarray) -> np.ndarray:
         raise NotImplementedError
 
