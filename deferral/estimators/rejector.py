@@ -5,6 +5,7 @@ is in units of cost, and an answer that is missing for one expert says nothing a
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,7 @@ from deferral.calibration import fit_offsets
 from deferral.costs import pick
 from deferral.decision import decide
 from deferral.losses import two_stage_deferral
+from deferral.threads import one_thread
 
 __all__ = ["CostModel", "HeldOut", "fit_cost_model", "fit_cost_offsets"]
 
@@ -25,6 +27,8 @@ _LEADING_PENALTY = 0.01
 _INTERCEPT_PENALTY = 0.01
 _PARTS = 5
 _PENALTIES = (100.0, 10.0, 1.0)
+# Numbers in a table over which a product is done sooner than several threads have met.
+_SMALL = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -153,7 +157,8 @@ def _minimise(start: Tensor, z: Tensor, errors: Tensor, counted: Tensor, penalty
         mean.backward()
         return mean
 
-    optimizer.step(objective)
+    with one_thread() if z.numel() <= _SMALL else nullcontext():
+        optimizer.step(objective)
     return parameters.detach()
 
 

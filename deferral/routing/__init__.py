@@ -7,7 +7,7 @@ router.route("prove that the limit is prime").expert
 from importlib.util import find_spec
 
 # Found, not imported: what only learning needs takes more memory than a gateway does.
-if missing := [name for name in ("scipy", "safetensors") if find_spec(name) is None]:
+if missing := [name for name in ("scipy", "safetensors", "threadpoolctl") if find_spec(name) is None]:
     raise ImportError(f"the router needs {', '.join(missing)}: pip install 'deferral[router]'")
 
 from deferral.routing.cascade import Cascade

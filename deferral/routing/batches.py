@@ -20,11 +20,7 @@ from threading import Thread
 from typing import Any, BinaryIO
 
 import numpy as np
-
-try:
-    from threadpoolctl import threadpool_limits
-except ModuleNotFoundError as error:
-    raise ImportError("routing needs threadpoolctl: pip install 'deferral[router]'") from error
+from threadpoolctl import threadpool_limits
 
 from deferral.errors import DataError
 from deferral.routing.constraints import Needs

@@ -14,6 +14,7 @@ from deferral.routing.policies.rejector import priced_loss
 from deferral.routing.prices import error_range, fit_prices, repriced
 from deferral.routing.router import Router
 from deferral.routing.training import FOLDS, grid, mean_and_half, random_folds
+from deferral.threads import one_thread
 
 __all__ = ["Answered", "answers_in", "fit_cascade", "gain_over"]
 
@@ -155,6 +156,7 @@ def _foreseen(table: Table, router: Router, seed: int, on_fold: Callable[[int, i
     return np.clip(quality, 0, 1), router.fitted.priced(characters, dearness)
 
 
+@one_thread()
 def _learned(answers: Answered, seed: int) -> Arrays:
     """The network, and the answers it was learned from as examples of answers to come.
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from deferral.routing.ngrams import BITS, hashed_ngrams, hashed_ngrams_of, shortened
+from deferral.threads import one_thread
 
 __all__ = ["CachedEncoder", "FunctionEncoder", "NgramEncoder", "Vectors", "Wide"]
 
@@ -296,6 +297,7 @@ def _of_length_one(indices: np.ndarray, values: np.ndarray, starts: np.ndarray, 
     return Wide(indices, values / np.repeat(np.maximum(lengths, 1e-12), np.diff(starts)).astype(np.float32), starts, columns)
 
 
+@one_thread()
 def projection(matrix: Any, dimensions: int, *, seed: int) -> np.ndarray:
     """The leading right singular vectors of a sparse matrix.  (N, columns) -> (columns, D)"""
     size = min(dimensions, matrix.shape[0] - 1, matrix.shape[1] - 1)

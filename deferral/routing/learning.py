@@ -30,6 +30,7 @@ from deferral.routing.training import (
     random_folds,
     taught,
 )
+from deferral.threads import one_thread
 
 __all__ = ["fitted"]
 
@@ -40,6 +41,7 @@ _TEXT = 200
 _KINDS = 8
 
 
+@one_thread()
 def fitted(
     table: Table,
     vectors: Vectors,
