@@ -4,7 +4,15 @@ import torch
 from torch import Tensor
 
 from deferral.numerics import lift
-from deferral.validation import action_mask, check_probabilities, require_floating, require_num_own, require_rejector
+from deferral.validation import (
+    action_mask,
+    check_probabilities,
+    require_batch,
+    require_cost_range,
+    require_floating,
+    require_num_own,
+    require_rejector,
+)
 
 __all__ = ["chow_scores", "decide", "decide_pair", "deferral_margin", "margin_levels", "oracle"]
 
@@ -107,5 +115,8 @@ def chow_scores(probabilities: Tensor, cost: Tensor | float) -> Tensor:
     With one expert of expected cost `cost`, the last action asks that expert.  Reads the values: raw scores are refused.
     """
     check_probabilities(probabilities)
+    require_cost_range(cost)
+    if isinstance(cost, Tensor):
+        require_batch("probabilities", probabilities.shape[:-1], "cost", cost.shape)
     threshold = torch.as_tensor(1 - cost, dtype=probabilities.dtype, device=probabilities.device)
     return torch.cat([probabilities, threshold.expand(probabilities.shape[:-1]).unsqueeze(-1)], dim=-1)
