@@ -298,6 +298,19 @@ def test_a_named_conversation_is_where_one_with_all_its_messages_is(router: Rout
             assert alone == again == whole
 
 
+def test_where_others_may_be_asked_than_when_it_was_drawn_no_chance_is_told(router: Router) -> None:
+    """It hangs on what an earlier draw chose, of which nothing is known but the place."""
+    router.explore = 0.3
+    both = decider(router)
+    first = choose(both, [user(hard(1))], name=b"mine")
+    [other] = {"small", "large"} - {first.ranking[0]}
+    assert choose(both, [user("yes")], name=b"mine").propensity == first.propensity
+    assert math.isnan(choose(both, [user("yes")], name=b"mine", down=(other,)).propensity)
+    assert choose(both, [user("yes")], name=b"mine").propensity == first.propensity, "and then it is known again"
+    away = choose(both, [user("yes")], name=b"mine", down=first.ranking[:1])
+    assert (away.ranking[0], math.isnan(away.propensity)) == (other, True)
+
+
 def test_a_named_conversation_is_held_for_its_key_and_for_a_while(router: Router, monkeypatch: pytest.MonkeyPatch) -> None:
     both = decider(router)
     choose(both, [user(hard(1))], name=b"mine", key="key")

@@ -11,11 +11,26 @@ from starlette.testclient import TestClient
 from deferral.cli import main
 from deferral.gateway.dashboard import routes
 from deferral.gateway.endpoints import error_handlers
+from deferral.gateway.history import said
 from deferral.gateway.keys import Keys
 from deferral.gateway.record import Record
 from tests.gateway_rows import row
 
 NOW = time.time()
+
+
+def test_what_a_client_wrote_is_shown_and_not_obeyed() -> None:
+    one = {
+        "time": 0.0,
+        "id": "id-0",
+        "requested": "\x1b[2J\r2026 alice asked\n\ud800é",
+        "expert": "",
+        "outcome": "refused",
+        "status": 404,
+    }
+    line = said({**one, "latency_s": None, "propensity": None, "price": 0.0, "reason": ""}, "mallory")
+    assert line.isprintable()
+    assert "mallory asked \\x1b[2J\\r2026 alice asked\\n\\ud800é, nobody answered: refused (404)" in line
 
 
 def test_an_operator_finds_decisions(database: str, capsys: pytest.CaptureFixture[str]) -> None:

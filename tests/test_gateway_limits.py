@@ -108,6 +108,10 @@ def test_in_any_minute_at_most_so_many_requests() -> None:
     assert set(refusals) == {(429, "rate_limit_exceeded", 60.0)}
     assert all(later - earlier >= 60 - 1e-6 for earlier, later in zip(admitted, admitted[3:], strict=False))
     assert len(admitted) == 3 * 5
+    for back in (0.001, 30.0):
+        clock.now -= back
+        with pytest.raises(Refused):
+            gate.admit(key)
     clock.now = NOON - 3600
     gate.admit(key)  # a clock that was set back locks nobody out
     gate.admit(ANYONE)

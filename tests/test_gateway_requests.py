@@ -7,6 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deferral.gateway.deciding import Choice, set_aside
+from deferral.gateway.experts_file import Expert
 from deferral.gateway.problems import Problem
 from deferral.gateway.requests import hints, parse, with_model
 from deferral.gateway.streams import StreamMeter
@@ -152,7 +154,7 @@ def test_usage_is_what_the_upstream_says_or_an_estimate() -> None:
     assert (found.input_tokens, found.output_tokens, found.estimated, found.reply_id) == (5, 6, False, "chatcmpl-7")
     guessed = usage_of(b'{"choices": [{"message": {"content": "12345678 a\\"b"}}], "usage": null}', 99)
     assert guessed is not None
-    assert (guessed.input_tokens, guessed.output_tokens, guessed.estimated) == (99, 4, True)
+    assert (guessed.input_tokens, guessed.output_tokens, guessed.estimated) == (99, 3, True)
     for strange in (b'{"prompt_tokens": -1}', b'{"prompt_tokens": 1e9}', b'{"prompt_tokens": true}', b"[]", b'"many"'):
         found = usage_of(b'{"usage": ' + strange + b"}", 99)
         assert found is not None
@@ -163,6 +165,55 @@ def test_usage_is_what_the_upstream_says_or_an_estimate() -> None:
     assert usage_of(b"[]", 1) is None
     assert usage_of(b'{"choices": [', 1) is None
     assert usage_of(b"[" * 100_000, 1) is None
+
+
+def test_an_estimate_counts_characters_however_they_are_spelled_and_thoughts_once() -> None:
+    for text in ("a" * 40, "\u4e2d" * 40, "\n" * 40):
+        for ascii_only in (True, False):
+            said = {"choices": [{"message": {"content": text}}]}
+            assert usage_of(json.dumps(said, ensure_ascii=ascii_only).encode(), 9) == (9, 10, True, "", 0)
+    for twice in ({"reasoning_content": "b" * 40}, {"reasoning_details": [{"type": "text", "text": "b" * 40}]}):
+        said = {"choices": [{"delta": {"reasoning": "b" * 40, **twice}}]}
+        meter = StreamMeter()
+        meter.feed(b"data: " + json.dumps(said).encode() + b"\n\n")
+        assert meter.usage(9).output_tokens == 10
+
+
+def test_output_that_is_not_reported_is_what_the_total_leaves_or_an_estimate() -> None:
+    answer = {"choices": [{"message": {"content": "a" * 400}}]}
+    for usage, expected in (
+        ({"prompt_tokens": 10, "total_tokens": 300}, (10, 290, False, "", 0)),
+        ({"prompt_tokens": 10}, (10, 100, True, "", 0)),
+        ({"prompt_tokens": 10, "completion_tokens": None}, (10, 100, True, "", 0)),
+        ({"prompt_tokens": 10, "total_tokens": 3}, (99, 100, True, "", 0)),
+    ):
+        assert usage_of(json.dumps({**answer, "usage": usage}).encode(), 99) == expected
+    assert usage_of(b'{"data": [], "usage": {"prompt_tokens": 10}}', 99) == (10, 0, False, "", 0), "vectors have none"
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000, 100_000])
+def test_what_a_stream_reports_is_kept_however_much_follows(size: int) -> None:
+    last = {"usage": {"prompt_tokens": 1000, "completion_tokens": 500}, "search_results": ["x" * 6000], "choices": []}
+    whole = b'data: {"choices": [{"delta": {"content": "ab"}}], "usage": null}\n\ndata: ' + json.dumps(last).encode()
+    meter = StreamMeter()
+    for start in range(0, len(whole), size):
+        meter.feed(whole[start : start + size])
+    assert meter.usage(20)[:3] == (1000, 500, False)
+
+
+def test_as_much_is_set_aside_as_answers_are_asked_for() -> None:
+    def answers(kind: Any, **fields: Any) -> int:
+        return parse(kind, json.dumps({"model": "auto", "messages": [], **fields}).encode()).answers
+
+    assert [answers("chat", n=n) for n in (None, 1, 128, 0, -3, True, "9", 2.5)] == [1, 1, 128, 1, 1, 1, 1, 1]
+    assert answers("completions", prompt=["a", "b"], n=2, best_of=3) == 6
+    assert [answers("completions", prompt=prompt) for prompt in ("a", [1, 2, 3], [[1], [2]], [])] == [1, 1, 2, 1]
+    assert answers("embeddings", input=["a", "b"]) == 1
+    expert = Expert("large", "http://127.0.0.1:1", input_price=1.0, output_price=2.0)
+    request = parse("chat", b'{"model": "auto", "messages": [], "n": 7}')
+    expected = Choice(("large",), "", 1.0, {}, {"large": 0.5}, {}, 1.0, "", False)
+    assert set_aside(expert, expected, request) == 3.5
+    assert set_aside(expert, expected, request._replace(model="large")) == 0.5, "a price by name is that of all"
 
 
 def test_usage_of_a_reply_that_is_too_long_to_be_read() -> None:

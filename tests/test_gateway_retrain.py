@@ -95,18 +95,26 @@ def test_the_log_of_the_record_is_read_back(tmp_path: Path, database: str) -> No
         row(6, query=None),
         row(7),
         row(8, expected_cost={"small": 0.5}),
+        # What broke off counts if somebody judged it; an assumption says nothing of it.
+        row(9, outcome="truncated", expert="large", chosen="large"),
+        row(10, outcome="truncated"),
     ]
-    asyncio.run(recorded(database, rows, {"id-0": 0.5, "id-1": 1.0, "id-2": 1.0, "id-4": 1.0, "id-8": 0.0}))
+    asyncio.run(recorded(database, rows, {"id-9": 0.0, "id-0": 0.5, "id-1": 1.0, "id-2": 1.0, "id-4": 1.0, "id-8": 0.0}))
     engine = connect(database)
     for name in ("log.jsonl", "log.parquet"):
         found = export(engine, tmp_path / name)
-        assert (found.rows, found.assumed) == (3, 0)
-        assert found.left_out == dict.fromkeys((NAMED, FAILED, FELL_BACK, NO_CHANCE, NO_TEXT, NO_QUALITY), 1)
+        assert (found.rows, found.assumed) == (4, 0)
+        assert found.left_out == {**dict.fromkeys((NAMED, FELL_BACK, NO_CHANCE, NO_TEXT, NO_QUALITY), 1), FAILED: 2}
         log = read_log(tmp_path / name)
         assert log[0] == Outcome("a ? b", "small", 0.5, 0.5, 10, 20, 0.25, 0.25, 1000.0)
-        assert [log[place].expert for place in range(3)] == ["small", "large", "small"]
+        assert [log[place].expert for place in range(4)] == ["small", "large", "small", "large"]
     assert "1 left out: the query was not stored" in str(found)
-    assert [one.allowed for one in logged(engine, Counter())] == [("small", "large"), ("small", "large"), ("small",)]
+    assert [one.allowed for one in logged(engine, Counter())] == [
+        ("small", "large"),
+        ("small", "large"),
+        ("small",),
+        ("small", "large"),
+    ]
     found = export(engine, tmp_path / "log.jsonl", assumed_quality=1.0, since=1001.0, until=1008.0)
     assert (found.rows, found.assumed) == (2, 1)
     assert read_log(tmp_path / "log.jsonl")[1].tags == ("assumed",)

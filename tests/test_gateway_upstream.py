@@ -301,6 +301,25 @@ def test_who_is_asked_is_told_once_there_is_a_connection_and_no_more_when_that_i
     assert asyncio.run(run()) == [None, "there", "asked", None]
 
 
+def test_an_expert_that_was_left_out_for_a_while_is_still_as_busy_as_it_was() -> None:
+    async def run() -> None:
+        expert = Expert("small", "http://127.0.0.1:1", max_concurrent=2)
+        answerers = Answerers(SimpleNamespace(), Metrics(), retry_share=0.0)  # type: ignore[arg-type]
+        answerers.update({"small": expert})
+        standing = answerers.standings["small"]
+        await standing.slots.take(1.0)
+        answerers.update({})
+        assert not answerers.standings
+        answerers.update({"small": expert})
+        assert answerers.standings["small"] is standing
+        standing.slots.give_back(0.1)
+        answerers.update({})
+        answerers.update({"small": expert})
+        assert answerers.standings["small"] is not standing, "of whom nothing is under way, nothing is kept"
+
+    asyncio.run(run())
+
+
 def test_a_stream_that_has_begun_lets_others_ask_whoever_was_left_alone() -> None:
     async def run() -> None:
         begun = Reply(200, [], b"data: {}", Usage(0, 0, True, ""), SimpleNamespace(close=lambda: None))  # type: ignore[arg-type]

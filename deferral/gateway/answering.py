@@ -103,16 +103,18 @@ class Answerers:
         self.upstream, self.metrics, self.traces = upstream, metrics, traces
         self.budget = RetryBudget(retry_share)
         self.standings: dict[str, Standing] = {}
+        self._leaving: dict[str, Standing] = {}
 
     def update(self, experts: Mapping[str, Expert]) -> None:
-        """Experts of another file.  One that is where it was goes on as it was."""
-        before, self.standings = self.standings, {}
+        """Experts of another file.  One that is where it was goes on as it was, also if it was left out for a while."""
+        before, self.standings = {**self._leaving, **self.standings}, {}
         for name, expert in experts.items():
             standing = before.get(name)
             if standing is None or standing.address != (expert.base_url, expert.model):
                 standing = Standing(expert)
             standing.slots.resize(expert.max_concurrent, expert.max_waiting)
             self.standings[name] = standing
+        self._leaving = {name: each for name, each in before.items() if name not in experts and each.slots.taken}
 
     def down(self) -> dict[str, float]:
         """The experts that may not be asked now, and for how many seconds."""
@@ -135,10 +137,8 @@ class Answerers:
         failures: list[tuple[Expert, Failure]] = []
         attempts = 0
         for expert in ranking:
-            standing = self.standings.get(expert.name)
-            if standing is None:
-                # Taken out of the experts file since the decision; what is under way goes on.
-                standing = Standing(expert)
+            # Taken out of the experts file since the decision: what is under way goes on.
+            standing = self.standings.get(expert.name) or self._leaving.get(expert.name) or Standing(expert)
             body = body_for(expert)
             for again in (True, False):
                 try:

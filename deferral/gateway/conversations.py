@@ -47,6 +47,7 @@ class _Held(NamedTuple):
     turn: bytes
     last: int
     propensity: float
+    mask: bytes
     draw: float
     until: float
 
@@ -99,9 +100,12 @@ class Conversations:
             after = tuple(moved(place, turn, self.rules) for place in held.after)
             return self._finished(asked, plan, standing, name, held.after, after, turn)
         if not plan.mask[held.last]:
-            return self._finished(asked._replace(follows=True), plan, standing, name, held.after, held.after, turn)
+            follows = asked._replace(follows=True)
+            return self._finished(follows, plan, standing, name, held.after, held.after, turn, by_chance=False)
+        # Among others than could be asked then, how likely it was to be here now is not known.
+        propensity = held.propensity if held.mask == plan.mask.tobytes() else np.nan
         self._remember(name, held._replace(until=monotonic() + _KEPT_S))
-        decisions = replace(self._row(plan, turn), actions=np.array([held.last]), propensity=np.array([held.propensity]))
+        decisions = replace(self._row(plan, turn), actions=np.array([held.last]), propensity=np.array([propensity]))
         return decisions, f"stays with {self.router.experts[held.last]}: the follow-up is short", held.draw
 
     def _finished(
@@ -113,8 +117,13 @@ class Conversations:
         before: tuple[Place, ...] | None,
         after: tuple[Place, ...],
         turn: Scored,
+        *,
+        by_chance: bool = True,
     ) -> tuple[Decisions, str, float]:
-        """The decision where the places of the conversation are known."""
+        """The decision where the places of the conversation are known.
+
+        Not `by_chance` where it is made because of whom an earlier draw has chosen: how likely it was is not known.
+        """
         router = self.router
         decisions = self._row(plan, turn)
         now = turn if plan is standing else turn._replace(cost=np.where(plan.mask, turn.cost, np.inf))
@@ -129,7 +138,7 @@ class Conversations:
                 own = begun(now, plan.mix, router.fitted.cheapest_first, router.salt)
                 places += [one._replace(chance=one.chance * place.chance) for one in own]
         usual = np.bincount([place.expert for place in places], [place.chance for place in places], len(router.experts))
-        chance = chances(usual, plan.mask, router.explore)
+        chance = chances(usual, plan.mask, router.explore) if by_chance else np.full(len(router.experts), np.nan)
         chosen = places[0].expert
         draw = draw_of(turn.query, router.salt + EXPLORE)
         said = self._why(asked, turn, plan, chosen, after[0], None if before is None else before[0])
@@ -138,7 +147,7 @@ class Conversations:
             chosen = int(decisions.actions[0])
         if name:
             digest, until = _digest(turn.query), monotonic() + _KEPT_S
-            self._remember(name, _Held(before, after, digest, chosen, float(chance[chosen]), draw, until))
+            self._remember(name, _Held(before, after, digest, chosen, float(chance[chosen]), plan.mask.tobytes(), draw, until))
         return replace(decisions, actions=np.array([chosen]), propensity=chance[[chosen]]), said, draw
 
     def _why(self, asked: Asked, turn: Scored, plan: Plan, chosen: int, after: Place, before: Place | None) -> str:

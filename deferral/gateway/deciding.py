@@ -353,11 +353,12 @@ class Decider:
 
 
 def set_aside(expert: Expert, choice: Choice, asked: Asked) -> float:
-    """Dollars to be kept for an answer of this expert: what the choice expects, and at least the price of what is sent.
+    """Dollars to be kept for what this expert is asked: what the choice expects, and at least the price of what is sent.
 
-    What is expected goes by the query; a long conversation or a long system prompt around it costs more.
+    What is expected of a router goes by the query, and is of one answer; a long conversation or system prompt costs more.
     """
-    return max(choice.price[expert.name], expert.price(asked.tokens, 0))
+    answers = 1 if asked.model == expert.name else asked.answers
+    return max(answers * choice.price[expert.name], expert.price(asked.tokens, 0))
 
 
 def refusal(expert: Expert, asked: Asked, hints: Hints, allow: Collection[str] | None) -> str:

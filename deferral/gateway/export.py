@@ -107,7 +107,7 @@ def logged(
             through = {one.decision: one for one in connection.execute(select(cascades).where(cascades.c.decision.in_(ids)))}
         for row in page:
             quality, cascade = said.get(row.id, assumed_quality), through.get(row.id)
-            reason = _why_not(row, cascade, asked.get(row.id), quality)
+            reason = _why_not(row, cascade, asked.get(row.id), quality, judged=row.id in said)
             if reason:
                 left_out[reason] += 1
                 if reason == NO_QUALITY and unjudged is not None:
@@ -136,10 +136,11 @@ def latest(connection: Connection, ids: list[str]) -> dict[str, float]:
     return dict(connection.execute(found).all())
 
 
-def _why_not(row: Row, cascade: Row | None, query: str | None, quality: float | None) -> str:
+def _why_not(row: Row, cascade: Row | None, query: str | None, quality: float | None, *, judged: bool) -> str:
     if row.requested != _AUTO:
         return NAMED
-    if row.outcome != "ok" or not row.expert:
+    # An answer that broke off is what its expert gave, and worth what somebody says; nobody's assumption.
+    if not row.expert or (row.outcome != "ok" and not (row.outcome == "truncated" and judged)):
         return FAILED
     if row.expert != row.chosen:
         return FELL_BACK

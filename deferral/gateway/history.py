@@ -144,4 +144,6 @@ def said(one: Mapping[str, Any], key: str) -> str:
     asked = f"{key or 'anyone'} asked {one['requested']}, {one['expert'] or 'nobody'} answered"
     chance = "" if one["propensity"] is None else f" (with probability {one['propensity']:.3g})"
     cost = f"${one['price']:.3g}"
-    return f"{when} {one['id']} {asked}: {one['outcome']} ({one['status']}){took}, {cost}; {one['reason']}{chance}"
+    line = f"{when} {one['id']} {asked}: {one['outcome']} ({one['status']}){took}, {cost}; {one['reason']}{chance}"
+    # Some of it a client wrote, who might clear the screen of whoever reads it, or forge the next line.
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in line)

@@ -111,15 +111,15 @@ class _LastMinute:
         return len(self._times) - self._gone
 
     def append(self, now: float) -> None:
-        self._times.append(now)
+        self._times.append(max(now, self._times[-1]) if self._times else now)
 
     def nth_last(self, count: int) -> float:
         return self._times[-count]
 
     def move_to(self, now: float) -> None:
-        """Forget what is a minute old; everything where the clock was set back: what it said before cannot be compared."""
+        """Forget what is a minute old; everything where the clock was set back by more: that would hold for as long."""
         times = self._times
-        if times and now < times[-1]:
+        if times and now < times[-1] - _MINUTE:
             self._gone = len(times)
         while self._gone < len(times) and now - times[self._gone] >= _MINUTE:
             self._gone += 1

@@ -48,6 +48,8 @@ KINDS = tuple(_PATHS)
 _WATCH_AFTER = 0.05
 # Without a word from the client, an answer is expected to be this long.
 _OUTPUT_TOKENS = 256
+# Of what a client calls a model; more has no place on record, and would fill the memory while rows wait to be written.
+_LONGEST_NAME = 200
 _CLOSED_BY_CLIENT = 499
 _ONCE = "idempotency-key"
 # Beyond the time that an expert has for a reply: what its client may take to read the end of it.
@@ -249,7 +251,8 @@ class Exchange:
             raise Problem(404, "model_not_found", message, param="model")
         if reason := refusal(now.decider.experts.get(expert.name, expert), asked, wanted, key.experts):
             raise Problem(400, "expert_not_able", f"{expert.name} may not answer this request: {reason}")
-        price = expert.price(asked.tokens, 0 if self.kind == "embeddings" else asked.output_tokens or _OUTPUT_TOKENS)
+        written = 0 if self.kind == "embeddings" else asked.answers * (asked.output_tokens or _OUTPUT_TOKENS)
+        price = expert.price(asked.tokens, written)
         reason = "gave the previous response" if asked.previous else "asked for by name"
         return Choice((expert.name,), reason, 1.0, {}, {expert.name: price}, {}, math.nan, "", False)
 
@@ -378,7 +381,7 @@ class Exchange:
             id=self.id,
             time=self.arrived,
             key=self.key.id,
-            requested="auto" if asked.model in AUTO else asked.model,
+            requested="auto" if asked.model in AUTO else asked.model[:_LONGEST_NAME],
             expert=expert,
             chosen=choice.ranking[0] if choice else "",
             reason=choice.reason if choice else "",

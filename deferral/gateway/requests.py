@@ -26,8 +26,8 @@ _DECODER = json.JSONDecoder()
 
 
 class Asked(NamedTuple):
-    """`tokens` is estimated, `output_tokens` what the client allows (0: not said).  `longest` has the tokens of the longest of
-    several inputs or prompts, each of which has an expert's window to itself (0: there is one).
+    """`tokens` is estimated, `output_tokens` what the client allows (0: not said) to each of `answers`.  `longest` has the tokens
+    of the longest of several inputs or prompts, each of which has an expert's window to itself (0: there is one).
 
     `query` is what is scored: the last of the `turns`, which are the user's requests, oldest first.  With `follows` it is not the
     newest, which only follows it up.  `responses` is a request of the Responses API, `previous` the id of the response that it
@@ -46,6 +46,7 @@ class Asked(NamedTuple):
     responses: bool = False
     previous: str = ""
     longest: int = 0
+    answers: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,13 +108,16 @@ def parse(kind: Kind, body: bytes) -> Asked:
         name = "prompt" if kind == "completions" else "input"
         turns, tools, images, data, data_bytes = (Turn(text_of(request.get(name)), 0),), False, False, 0, 0
         longest = _longest(request.get(name))
+    answers = max(_count(request.get("n")), _count(request.get("best_of")))
+    if kind == "completions":
+        answers *= _prompts(request.get("prompt"))
     tokens = (len(body) - data_bytes) // BYTES_PER_TOKEN + data * _DATA_TOKENS
     allowed = request.get("max_completion_tokens") or request.get("max_tokens") or request.get("max_output_tokens")
-    output = allowed if isinstance(allowed, int) and not isinstance(allowed, bool) and 0 < allowed < 1 << 31 else 0
+    output = _count(allowed, 0)
     responses = kind == "responses"
     return Asked(
         model, turns[-1].query, tokens, output, tools, images, stream is True, turns, responses=responses, previous=previous,
-        longest=longest,
+        longest=longest, answers=answers,
     )  # fmt: skip
 
 
@@ -177,6 +181,15 @@ def _messages(kind: Kind, request: Mapping[str, Any]) -> list[Any]:
     if not isinstance(items, str | list):
         raise Problem(400, "invalid_input", f"input: expected a text or a list, got {_kind(items)}", param="input")
     return messages_of(request.get("instructions"), items)
+
+
+def _count(value: Any, otherwise: int = 1) -> int:
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 31 else otherwise
+
+
+def _prompts(inputs: Any) -> int:
+    """How many there are; a list of ids of tokens is one."""
+    return len(inputs) if isinstance(inputs, list) and inputs and not isinstance(inputs[0], int) else 1
 
 
 def _longest(inputs: Any) -> int:

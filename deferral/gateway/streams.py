@@ -2,13 +2,15 @@
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from deferral.gateway.requests import Kind
-from deferral.gateway.usage import TEXT, Usage, id_in, last_usage, usage_reported
+from deferral.gateway.usage import TEXT, Usage, characters_of, id_in, last_usage, usage_reported
 
 __all__ = ["METERS", "ResponseMeter", "StreamMeter", "error_event"]
 
 _TAIL = 4096
+_KEY = len(b'"usage"')
 _LAST = 32
 # Texts of a model are quoted, and have no line ends of their own: it cannot write any of these.
 _FINISHED = re.compile(rb'"finish_reason"\s*:\s*"')
@@ -35,15 +37,20 @@ class StreamMeter:
     def __init__(self) -> None:
         self._characters = 0
         self._head, self._tail, self._id = b"", b"", ""
+        self._usage: dict[str, Any] | None = None
 
     def feed(self, chunk: bytes) -> None:
         """The next bytes.  A text that two chunks share counts for nothing: this is an estimate."""
         if not self._id and len(self._head) < _TAIL:
             self._head += chunk[:_TAIL]
             self._id = id_in(self._head)
-        self._tail = (self._tail + chunk)[-_TAIL:]
-        for text in self._text.findall(chunk):
-            self._characters += len(text)
+        read = self._tail + chunk
+        leaving = len(read) - _TAIL
+        # Some say what it cost, and then what they have read on the way.
+        if leaving > 0 and b'"usage"' in read[: leaving + _KEY]:
+            self._usage = last_usage(read) or self._usage
+        self._tail = read[-_TAIL:]
+        self._characters += characters_of(self._text, chunk)
 
     @property
     def finished(self) -> bool:
@@ -61,7 +68,7 @@ class StreamMeter:
 
     def usage(self, input_tokens: int) -> Usage:
         """Tokens so far, `input_tokens` being the estimate."""
-        return usage_reported(last_usage(self._tail), self._id, input_tokens, self._characters)
+        return usage_reported(last_usage(self._tail) or self._usage, self._id, input_tokens, self._characters)
 
 
 class ResponseMeter(StreamMeter):

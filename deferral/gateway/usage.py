@@ -2,14 +2,17 @@
 
 import json
 import re
+from collections.abc import Iterable
+from itertools import groupby
 from typing import Any, NamedTuple, TypeGuard
 
-__all__ = ["TEXT", "Usage", "error_of", "id_in", "last_usage", "usage_of", "usage_reported"]
+__all__ = ["TEXT", "Usage", "characters_of", "error_of", "id_in", "last_usage", "usage_of", "usage_reported"]
 
 _CHARACTERS_PER_TOKEN = 4
 _READ_WHOLE = 1 << 17
 _TAIL = 4096
 TEXT = re.compile(rb'"(?:content|reasoning_content|reasoning|thinking|refusal|text|arguments)"\s*:\s*"([^"\\]*(?:\\.[^"\\]*)*)"')
+_ESCAPE = re.compile(rb"\\(?:u[0-9a-fA-F]{4}|.)")
 _LONGEST_ID = 200
 _ID = re.compile(rb'"id"\s*:\s*"([^"\\]{1,%d})"' % _LONGEST_ID)
 _USAGE = re.compile(rb'"usage"\s*:\s*(?=\{)')
@@ -52,8 +55,23 @@ def usage_of(body: bytes, input_tokens: int) -> Usage | None:
             return None
         usage, own = reply.get("usage"), reply.get("id")
         reply_id = own if isinstance(own, str) and len(own) <= _LONGEST_ID else ""
-    characters = 0 if _tokens(usage) else sum(map(len, TEXT.findall(body)))
+    tokens = _tokens(usage)
+    characters = characters_of(TEXT, body) if tokens is None or tokens[1] is None else 0
     return usage_reported(usage, reply_id, input_tokens, characters)
+
+
+def characters_of(texts: re.Pattern[bytes], part: bytes) -> int:
+    """How many characters a model wrote in a part of a reply, an escape being one.
+
+    What it thinks is sent under two names by some, one beside the other.
+    """
+    found: Iterable[bytes] = texts.findall(part)
+    if b'"reasoning' in part:
+        found = (text for text, _ in groupby(found))
+    return sum(
+        len(text) if text.isascii() and b"\\" not in text else len(_ESCAPE.sub(b".", text).decode("utf-8", "ignore"))
+        for text in found
+    )
 
 
 def error_of(beginning: bytes) -> int | None:
@@ -117,22 +135,25 @@ def id_in(head: bytes) -> str:
 
 def usage_reported(reported: Any, reply_id: str, input_tokens: int, characters: int) -> Usage:
     """What is `reported`, else the estimate of the input and `characters` of the output."""
-    tokens = _tokens(reported)
+    tokens, written = _tokens(reported), -(-characters // _CHARACTERS_PER_TOKEN)
     if tokens is None:
-        return Usage(input_tokens, -(-characters // _CHARACTERS_PER_TOKEN), True, reply_id)
+        return Usage(input_tokens, written, True, reply_id)
     into, out = tokens
     details = reported.get("prompt_tokens_details", reported.get("input_tokens_details"))
     cached = details.get("cached_tokens") if isinstance(details, dict) else 0
-    return Usage(into, out, False, reply_id, min(cached, into) if _is_count(cached) else 0)
+    cached = min(cached, into) if _is_count(cached) else 0
+    return Usage(into, written, written > 0, reply_id, cached) if out is None else Usage(into, out, False, reply_id, cached)
 
 
-def _tokens(usage: Any) -> tuple[int, int] | None:
-    """Of input and output, by the names of either API; None where they are not reported."""
+def _tokens(usage: Any) -> tuple[int, int | None] | None:
+    """Of input and output, by the names of either API; None where they are not reported, as those of the output of vectors."""
     if not isinstance(usage, dict):
         return None
     into = usage.get("prompt_tokens", usage.get("input_tokens"))
-    out = usage.get("completion_tokens", usage.get("output_tokens", 0))
-    return (into, out) if _is_count(into) and _is_count(out) else None
+    out, total = usage.get("completion_tokens", usage.get("output_tokens")), usage.get("total_tokens")
+    if out is None and _is_count(into) and _is_count(total):
+        out = total - into
+    return (into, out) if _is_count(into) and (out is None or _is_count(out)) else None
 
 
 def _is_count(value: Any) -> TypeGuard[int]:
