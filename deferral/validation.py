@@ -254,6 +254,8 @@ def check_costs(costs: Tensor, *, ceiling: float | Tensor | None = 1.0, mask: Te
             f"{name}: expected numbers, got NaN in {int(known.isnan().sum())} places; mark missing answers in a mask "
             "(error_costs(..., missing=-1) makes one)"
         )
+    if bool(known.isinf().any()):
+        raise ValueError(f"{name}: expected finite costs, got infinity; close an action by a mask")
     if isinstance(ceiling, Tensor):
         excess = (costs - ceiling) if mask is None else (costs - ceiling)[mask.expand_as(costs)]
         if bool((excess > 1e-5 * (1 + known.abs().max())).any()):

@@ -297,6 +297,9 @@ def test_criterion_refuses_a_chance_of_being_right_where_the_loss_asks_who_is_ri
 
 
 def test_checks_of_values() -> None:
+    with pytest.raises(ValueError, match="costs: expected finite costs, got infinity; close an action by a mask"):
+        check_costs(torch.tensor([0.5, torch.inf]), ceiling=None)
+    check_costs(torch.tensor([0.5, torch.inf]), ceiling=None, mask=torch.tensor([True, False]))
     check_targets(TARGETS, 3)
     check_scores(torch.tensor([0.0, -torch.inf]))
     with pytest.raises(ValueError, match="counted from 1"):

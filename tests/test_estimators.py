@@ -654,6 +654,14 @@ def test_groups_stay_together() -> None:
         AbstainingClassifier(cv=GroupKFold(4)).fit(X, y)
 
 
+def frozen(X: np.ndarray, y: np.ndarray) -> FrozenEstimator:
+    return FrozenEstimator(LogisticRegression().fit(X, y))
+
+
+def named(answers: np.ndarray, names: str = "ab") -> pd.DataFrame:
+    return pd.DataFrame(answers, columns=list(names))
+
+
 @pytest.mark.parametrize(
     ("call", "said"),
     [
@@ -665,6 +673,27 @@ def test_groups_stay_together() -> None:
         (lambda X, y, a: DeferralClassifier().fit(X, y, a[:-1]), "inconsistent numbers of samples"),
         (lambda X, y, a: DeferralClassifier().fit(X, y, a[:, None]), r"one column per expert"),
         (lambda X, y, a: DeferralClassifier().fit(X, y, np.full_like(a, -1)), r"an answer in every column, got none in \[0, 1\]"),
+        (
+            lambda X, y, a: AbstainingClassifier(cv=[(range(60), range(30)), (range(60), range(30, 60))]).fit(X, y),
+            "no row in the train",
+        ),
+        (lambda X, y, a: AbstainingClassifier().fit(X, y).score(X, y, [1.0, 2.0]), "sample_weight"),
+        (
+            lambda X, y, a: DeferralClassifier().fit(X, y, a).score(X, y, a, -np.ones(60)),
+            "Negative values in data passed to `sample_weight`",
+        ),
+        (
+            lambda X, y, a: DeferralClassifier().fit(X, y, a).score(X, y.astype(str), a),
+            "none of its labels, such as '[01]', is a class",
+        ),
+        (
+            lambda X, y, a: AbstainingClassifier(frozen(X, y)).fit(X, y.astype(str)),
+            r"is a class of the predictor, such as \[0, 1\]",
+        ),
+        (
+            lambda X, y, a: DeferralClassifier().fit(X, y, named(a)).predict(X, named(a, "ba")),
+            r"the columns \['a', 'b'\] as in fit",
+        ),
         (lambda X, y, a: DeferralClassifier().fit(X, y, a + 7), r"none of the \d+ answers in column 0 is a class, such as"),
         (lambda X, y, a: DeferralClassifier().fit(X, y, a + 0.5), r"expected labels such as \[0, 1\]"),
         (lambda X, y, a: DeferralClassifier().fit(X, y, a.astype(str)), r"expected labels such as \[0, 1\]"),

@@ -50,9 +50,10 @@ class Abstaining(TwoStage):
         own, expected = self._judge(X)
         targets = self._read_targets(y)
         check_consistent_length(own, targets)
+        self._check_targets(targets)
         costs = self._costs(self._errors(own[:, None], np.ones((len(own), 1), dtype=bool), targets))
         taken = costs.gather(-1, self._decide(expected).unsqueeze(-1))[:, 0]
-        return 1 - float(np.average(taken.numpy(), weights=sample_weight))
+        return self._one_less(taken, targets, sample_weight)
 
     def _require_cost(self) -> None:
         if not 0 <= self.cost < float("inf"):
@@ -78,7 +79,8 @@ class Deferring(TwoStage):
 
         `expert_answers` (N, E) or (N,): masked, NaN, None and pandas' NA mean no answer, and so does -1 among integer labels
         that do not hold it.  The texts "" and "nan" are answers, and wrong ones unless they are classes: read a file so that
-        its gaps become NaN.  Without experts this is the predictor alone.
+        its gaps become NaN.  The columns of a frame must come in the same order later.  Without experts this is the predictor
+        alone.
 
         A row of weight 2 counts as two rows, everywhere (a frozen predictor stays as it is).  `groups` (N,) are for a splitter
         such as GroupKFold in `cv`.
@@ -86,6 +88,7 @@ class Deferring(TwoStage):
         targets, sample_weight = self._record(X, y, sample_weight)
         if expert_answers is None:
             expert_answers = np.empty((len(targets), 0)).astype(targets.dtype)
+        self.expert_names_ = _names(expert_answers)
         experts, known = self._read_answers(expert_answers)
         check_consistent_length(targets, experts)
         self.n_experts_ = experts.shape[-1]
@@ -137,6 +140,7 @@ class Deferring(TwoStage):
         own, expected = self._judge(X)
         targets = self._read_targets(y)
         check_consistent_length(own, targets)
+        self._check_targets(targets)
         if expert_answers is None:
             experts, known = np.empty((len(own), 0)).astype(own.dtype), np.empty((len(own), 0), dtype=bool)
         else:
@@ -146,12 +150,15 @@ class Deferring(TwoStage):
             actions, costs = self._decide(expected), torch.cat([errors, expected[:, 1:]], dim=-1)
         else:
             actions, costs = self._decide(expected, _with_own(known)), self._costs(errors)
-        return 1 - float(np.average(costs.gather(-1, actions.unsqueeze(-1))[:, 0].numpy(), weights=sample_weight))
+        return self._one_less(costs.gather(-1, actions.unsqueeze(-1))[:, 0], targets, sample_weight)
 
     def _read_given(self, expert_answers: Any, rows: int) -> tuple[np.ndarray, np.ndarray]:
         experts, known = self._read_answers(expert_answers)
         if experts.shape != (rows, self.n_experts_):
             raise ValueError(f"expert_answers: expected shape {(rows, self.n_experts_)} as in fit, got {experts.shape}")
+        names = _names(expert_answers)
+        if names is not None and self.expert_names_ is not None and names != self.expert_names_:
+            raise ValueError(f"expert_answers: expected the columns {self.expert_names_} as in fit, in that order, got {names}")
         return experts, known
 
     def _costs(self, errors: Tensor) -> Tensor:
@@ -165,6 +172,11 @@ class Deferring(TwoStage):
                 f"{name}: expected one non-negative number, or one per expert ({num_experts}), got {getattr(self, name)!r}"
             )
         return torch.cat([value.new_tensor([own]), value.expand(num_experts)])
+
+
+def _names(table: Any) -> list[Any] | None:
+    """The columns of a frame; None of what has no names."""
+    return list(table.columns) if hasattr(table, "columns") else None
 
 
 def _with_own(known: np.ndarray) -> Tensor:

@@ -59,11 +59,20 @@ class _Classification(ClassifierMixin, TwoStage):
             self.classes_ = _classes_of_columns(module_outputs(self.estimator, X[:1]), y)
         else:
             self.classes_ = classes_of(self.estimator) if is_frozen(self.estimator) else np.unique(y)
+        self._check_targets(y)
         label = free_label(np.union1d(self.classes_, y), getattr(self, f"{self._mark}_label"), self._mark)
         setattr(self, f"{self._mark}_label_", label)
 
     def _read_answers(self, expert_answers: Any) -> tuple[np.ndarray, np.ndarray]:
         return as_labels(expert_answers, self.classes_)
+
+    def _check_targets(self, targets: np.ndarray) -> None:
+        labels = targets.tolist()
+        if not set(labels) & set(self.classes_.tolist()):
+            raise ValueError(
+                f"y: none of its labels, such as {labels[0]!r}, is a class of the predictor, such as "
+                f"{self.classes_[:3].tolist()}; spell them as it was fitted"
+            )
 
     def _check_answers(self, answers: np.ndarray, known: np.ndarray) -> None:
         for column, (labels, given) in enumerate(zip(answers.T, known.T, strict=True)):

@@ -50,6 +50,9 @@ class TwoStage(BaseEstimator):
         """The answers (N, E) in the type of the targets, and which are known."""
         raise NotImplementedError
 
+    def _check_targets(self, targets: np.ndarray) -> None:
+        """ValueError where targets cannot be those of the predictor."""
+
     def _check_answers(self, answers: np.ndarray, known: np.ndarray) -> None:
         """ValueError where answers to learn from cannot be meant so."""
 
@@ -124,6 +127,11 @@ class TwoStage(BaseEstimator):
                 raise ValueError("cv: expected every row in at most one test part; use a splitter such as KFold")
             fold[test] = number
             if not frozen:
+                rows = np.arange(len(y))
+                if np.isin(rows[test], rows[train]).any():
+                    raise ValueError(
+                        "cv: expected no row in the train and the test part of one split; use a splitter such as KFold"
+                    )
                 weights = None if sample_weight is None else sample_weight[train]
                 model = fit_clone(base, _safe_indexing(X, train), y[train], weights)
                 parts.append((test, *self._outputs(model, _safe_indexing(X, test))))
@@ -192,12 +200,13 @@ class TwoStage(BaseEstimator):
         validate_data(self, X=X, y=y, skip_check_array=True)
         targets = self._read_targets(y)
         check_consistent_length(X, targets)
-        if sample_weight is not None:
-            sample_weight = _check_sample_weight(sample_weight, targets, dtype=np.float64, ensure_non_negative=True)
-            if not sample_weight.any():
-                raise ValueError("sample_weight: expected a positive weight in some row, got none")
+        sample_weight = _checked(sample_weight, targets)
         self._learn_targets(X, targets, sample_weight)
         return targets, sample_weight
+
+    def _one_less(self, costs: Tensor, targets: np.ndarray, sample_weight: Any) -> float:
+        """1 - the mean of costs (N,) that these targets have."""
+        return 1 - float(np.average(costs.numpy(), weights=_checked(sample_weight, targets)))
 
     def _splitter(self, y: np.ndarray) -> Any:
         if isinstance(self.cv, Integral):
@@ -212,3 +221,12 @@ class TwoStage(BaseEstimator):
             tags.input_tags.sparse = base.input_tags.sparse
             tags.input_tags.allow_nan = base.input_tags.allow_nan
         return tags
+
+
+def _checked(sample_weight: Any, targets: np.ndarray) -> np.ndarray | None:
+    if sample_weight is None:
+        return None
+    sample_weight = _check_sample_weight(sample_weight, targets, dtype=np.float64, ensure_non_negative=True)
+    if not sample_weight.any():
+        raise ValueError("sample_weight: expected a positive weight in some row, got none")
+    return sample_weight
