@@ -132,6 +132,17 @@ def test_the_price_of_an_error_is_turned_at_serving_time() -> None:
     assert spent[-1] > 0.008
 
 
+def test_the_report_is_of_the_price_of_an_error_that_was_asked_for() -> None:
+    learned = router().fitted
+    for error in (1e-5, 0.03, 0.0301, 1e4):
+        first, at, *more = learned.report(error).splitlines()
+        assert first.startswith("Held-out cost over all trade-offs")
+        assert at.startswith(f"At ${error:.3g} an error: routed ")
+        alone = "saved 0.0000 ± 0.0000" in at
+        assert alone == (more[0] == "At this price of an error, which is in dollars, every query goes to one expert.")
+        assert alone or error > 1e-5, "no answer is worth more than asking the cheapest"
+
+
 def test_a_budget_is_kept_and_a_floor_reached() -> None:
     texts, _, quality, price = world(2000, seed=4)
     rows = np.arange(2000)

@@ -300,8 +300,9 @@ class Fitted:
             return "Too little to learn from: the static mix is used."
         if len(self.experts) == 1:
             return f"{self.experts[0]} is the only expert left."
-        place = int(np.abs(np.log(self.judged.errors / error)).argmin())
-        at = self.judged
+        known = self._known(None)
+        at = self.judged if known is None else self._judged(known, (float(error),))
+        place = int(np.abs(np.log(at.errors / error)).argmin())
         oracle = "" if np.isnan(at.oracle[place]) else f", oracle {at.oracle[place]:.4f}"
         apart = "" if abs(at.errors[place] / error - 1) < 0.01 else f" (of those tried the nearest to ${error:.3g})"
         if self.held_costs:
@@ -318,6 +319,8 @@ class Fitted:
             f"best single expert {at.static[place]:.4f}, random {at.random[place]:.4f}"
             f"{oracle} errors a query; saved {at.gain[place]:.4f} ± {at.half_width[place]:.4f} (95%).",
         ]
+        if at.half_width[place] == 0:
+            lines.append("At this price of an error, which is in dollars, every query goes to one expert.")
         if self.room:
             lines.append(f"Routability: {self.room}.")
         why = self.why_not(error)

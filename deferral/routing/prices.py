@@ -145,13 +145,21 @@ def token_prices(log: Log, per_million: Mapping[str, tuple[float, float]]) -> Pr
 
 def read_prices(path: str | Path) -> dict[str, tuple[float, float]]:
     """Dollars per million tokens from JSON: {"EXPERT": {"input": 0.5, "output": 1.5}}.  DataError names what is wrong."""
+    shape = 'expected an object like {"EXPERT": {"input": 0.5, "output": 1.5}}'
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
-        return {str(name): (float(one["input"]), float(one["output"])) for name, one in found.items()}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DataError(
-            f'{path}: expected an object like {{"EXPERT": {{"input": 0.5, "output": 1.5}}}}, {type(error).__name__}: {error}'
-        ) from error
+    except ValueError as error:
+        raise DataError(f"{path}: {shape}, got no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{path}: {shape}, got a {type(found).__name__}")
+    for name, one in found.items():
+        if not isinstance(one, dict) or {"input", "output"} - set(one):
+            got = ", ".join(map(str, one)) if isinstance(one, dict) else one
+            raise DataError(f"{path}: {name}: {shape}, got {got}")
+    try:
+        return {name: (float(one["input"]), float(one["output"])) for name, one in found.items()}
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{path}: {shape}, got what is no number: {error}") from error
 
 
 def _token_lines(log: Log, name: str, characters: np.ndarray, own: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

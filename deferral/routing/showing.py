@@ -93,7 +93,7 @@ def show_explanation(decision: Decision, nearest: list[tuple[str, float]]) -> No
     _print(table)
     lines = [f"\n{decision.why}", f"propensity {decision.propensity:.3g}, similarity to the log {decision.similarity:.2f}"]
     lines += ["\nnearest logged queries:"] if nearest else []
-    lines += [f"  {similarity:.2f}  {' '.join(text.split())[:100]}" for text, similarity in nearest]
+    lines += [f"  {similarity:.2f}  {' '.join(text.split())[:100] or '(its text is not kept)'}" for text, similarity in nearest]
     Console().print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
 
 
