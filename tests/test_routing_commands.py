@@ -61,9 +61,16 @@ def test_fit_writes_a_router_and_reports_what_it_is_worth(tmp_path: Path, monkey
     assert router.fitted.prices.base[2] == pytest.approx(router.fitted.prices.base[0])
     with pytest.raises(DataError, match="is no router"):
         call("fit", tmp_path / "log.jsonl", "-o", tmp_path, "--price-of-error", 0.1)
-    (tmp_path / "prices.json").write_text('{"small": 1}')
-    with pytest.raises(DataError, match=r"prices.json: expected an object"):
-        call("fit", *arguments)
+    for text, message in (
+        ("{", r"prices\.json: expected an object .*, got no JSON"),
+        ("[]", r"prices\.json: expected an object .*, got a list"),
+        ('{"small": 1}', r"prices\.json: small: expected an object .*, got 1"),
+        ('{"small": {"input": 0.5, "ouput": 1}}', r"prices\.json: small: .*, got input, ouput"),
+        ('{"small": {"input": 0.5, "output": "much"}}', r"got what is no number: .*'much'"),
+    ):
+        (tmp_path / "prices.json").write_text(text)
+        with pytest.raises(DataError, match=message):
+            call("fit", *arguments)
 
 
 @pytest.mark.ci_slow
