@@ -1,9 +1,11 @@
 """Arithmetic over small arrays, which several threads only hold up."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController
 
 __all__ = ["one_thread"]
 
@@ -19,7 +21,13 @@ def one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with threadpool_limits(1):
+        with _pools(len(sys.modules)).limit(limits=1):
             yield
     finally:
         torch.set_num_threads(before)
+
+
+@lru_cache(1)
+def _pools(modules: int) -> ThreadpoolController:
+    """The libraries that are loaded with so many modules; finding them takes 5 ms."""
+    return ThreadpoolController()
