@@ -16,6 +16,7 @@ def one_thread() -> Iterator[None]:
 
     Several wait for each other after every small product: beside another busy process that takes ten times as long.
     """
+    # Whoever only routes need not hold torch in memory: it is imported where something is learned.
     import torch
 
     before = torch.get_num_threads()

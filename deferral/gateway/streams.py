@@ -5,12 +5,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from deferral.gateway.requests import Kind
-from deferral.gateway.usage import TEXT, Usage, characters_of, id_in, last_usage, usage_reported
+from deferral.gateway.usage import TEXT, USAGE, Usage, characters_of, id_in, last_usage, usage_reported
 
 __all__ = ["METERS", "ResponseMeter", "StreamMeter", "error_event"]
 
 _TAIL = 4096
-_KEY = len(b'"usage"')
+_KEY = len(b'"usage" : {') + 8
 _LAST = 32
 # Texts of a model are quoted, and have no line ends of their own: it cannot write any of these.
 _FINISHED = re.compile(rb'"finish_reason"\s*:\s*"')
@@ -47,7 +47,7 @@ class StreamMeter:
         read = self._tail + chunk
         leaving = len(read) - _TAIL
         # Some say what it cost, and then what they have read on the way.
-        if leaving > 0 and b'"usage"' in read[: leaving + _KEY]:
+        if leaving > 0 and b'"usage"' in read[: leaving + _KEY] and USAGE.search(read, 0, leaving + _KEY):
             self._usage = last_usage(read) or self._usage
         self._tail = read[-_TAIL:]
         self._characters += characters_of(self._text, chunk)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from itertools import groupby
 from typing import Any, NamedTuple, TypeGuard
 
-__all__ = ["TEXT", "Usage", "characters_of", "error_of", "id_in", "last_usage", "usage_of", "usage_reported"]
+__all__ = ["TEXT", "USAGE", "Usage", "characters_of", "error_of", "id_in", "last_usage", "usage_of", "usage_reported"]
 
 _CHARACTERS_PER_TOKEN = 4
 _READ_WHOLE = 1 << 17
@@ -15,7 +15,7 @@ TEXT = re.compile(rb'"(?:content|reasoning_content|reasoning|thinking|refusal|te
 _ESCAPE = re.compile(rb"\\(?:u[0-9a-fA-F]{4}|.)")
 _LONGEST_ID = 200
 _ID = re.compile(rb'"id"\s*:\s*"([^"\\]{1,%d})"' % _LONGEST_ID)
-_USAGE = re.compile(rb'"usage"\s*:\s*(?=\{)')
+USAGE = re.compile(rb'"usage"\s*:\s*(?=\{)')
 _LONGEST_USAGE = 2048
 _ERROR = re.compile(rb'"error"(?!\s*:\s*null)')
 _EVENT = re.compile(rb"(?:^|[\r\n])data: ?(\{[^\r\n]*)")
@@ -101,7 +101,7 @@ def error_of(beginning: bytes) -> int | None:
 
 def last_usage(text: bytes) -> dict[str, Any] | None:
     """The last usage that a part of a reply reports: a request may bring others, in its tools say, that a reply repeats."""
-    for found in reversed(list(_USAGE.finditer(text))):
+    for found in reversed(list(USAGE.finditer(text))):
         try:
             usage, _ = _DECODER.raw_decode(text[found.end() : found.end() + _LONGEST_USAGE].decode("utf-8", "replace"))
         except (ValueError, RecursionError):
