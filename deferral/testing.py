@@ -235,11 +235,16 @@ def wrong_decisions(actions: Tensor, expected_costs: Tensor, *, margin: float = 
     return int((actions != cheapest.indices[:, 0])[clear].sum()), int(clear.sum())
 
 
-def bayes_errors(loss: Loss, setting: Setting, *, deterministic_experts: bool = False) -> tuple[int, int]:
-    """(wrong, judged) decisions of the minimiser of the conditional risk, over free scores."""
+def bayes_errors(
+    loss: Loss, setting: Setting, *, deterministic_experts: bool = False, starts: int | None = None
+) -> tuple[int, int]:
+    """(wrong, judged) decisions of the minimiser of the conditional risk, over free scores.
+
+    A loss with many flat places may need more `starts` than the 12 (6 with many outcomes) that find the minimum of most.
+    """
     law, rows = random_problems(setting, deterministic_experts=deterministic_experts)
     outcomes = law.shape[1]
-    starts = 12 if outcomes == K else 6
+    starts = starts or (12 if outcomes == K else 6)
     every_start = {name: value.expand(starts, *value.shape) for name, value in rows.items()}
 
     def risk(scores: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ class Case:
 
     bayes: the minimiser decides the cheapest action; with deterministic experts: where their answer is a function of x.
     realizable: reaches zero where a linear hypothesis does.  bound: loss / bound is at least the deferral loss, up to a
-    constant of the row.
+    constant of the row.  starts: of the search for the minimiser, where the usual ones do not find it.
     """
 
     name: str
@@ -52,6 +52,7 @@ class Case:
     function: str = ""  # of deferral.losses
     realizable: bool | None = None
     bound: float | None = None
+    starts: int | None = None
 
     def __repr__(self) -> str:
         return self.name
@@ -90,11 +91,11 @@ def two_stage_by_row_maximum(scores: Tensor, costs: Tensor) -> Tensor:
     return losses.two_stage_deferral(scores, costs, ceiling=costs.amax(-1, keepdim=True))
 
 
-def two_stage_over(surrogate: Callable[..., Tensor], phi: Callable, *, bayes: bool = True) -> Case:
+def two_stage_over(surrogate: Callable[..., Tensor], phi: Callable, *, bayes: bool = True, starts: int | None = None) -> Case:
     def loss(scores: Tensor, rows: Rows) -> Tensor:
         return surrogate(scores, CEILING - rows["costs"], phi=phi)
 
-    return Case(f"{surrogate.__name__}[{phi.__name__}]", TWO_STAGE, loss, bayes, function=surrogate.__name__)
+    return Case(f"{surrogate.__name__}[{phi.__name__}]", TWO_STAGE, loss, bayes, function=surrogate.__name__, starts=starts)
 
 
 def accept(scores: Tensor, wrong: Tensor, cost: Tensor, **options) -> Tensor:
@@ -162,6 +163,10 @@ def mixture_of_experts(scores: Tensor, targets: Tensor, expert_correct: Tensor) 
     return losses.mixture_of_experts(scores[..., :K], scores[..., K:], targets, expert_correct)
 
 
+def binary_hinges_below_half(scores: Tensor, targets: Tensor, cost: Tensor) -> Tensor:
+    return losses.cost_sensitive_abstention(scores, targets, cost / 2, phi=hinge)
+
+
 def _rejector_defers(scores: Tensor) -> Tensor:
     return scores[..., :K].argmax(-1).where(scores[..., K] <= 0, K)
 
@@ -183,6 +188,10 @@ REWARD = 1.6
 MADRAS = replace(ONE_EXPERT, decide=_rejector_defers)
 MIXTURE = replace(SINGLE_STAGE_BINARY, width=K + 1 + E, experts=range(K + 1, K + 1 + E), decide=_gate_decides)
 BINARY_PROBLEMS = replace(ABSTENTION, width=K, decide=_all_negative_abstains)
+CHEAP = replace(
+    BINARY_PROBLEMS,
+    expected_costs=lambda law, rows: ABSTENTION.expected_costs(law, rows | {"cost": rows["cost"] / 2}),
+)
 GAMBLE = replace(
     ABSTENTION,
     decide=_kept_in_hand_abstains,
@@ -230,10 +239,14 @@ CASES = [
     case(two_stage_by_row_maximum, TWO_STAGE, "costs"),
     *(two_stage_over(losses.sum_margin, phi) for phi in (exponential, logistic, squared_hinge, rho_margin)),
     *(two_stage_over(losses.constrained_margin, phi) for phi in (exponential, squared_hinge, hinge)),
+    two_stage_over(losses.constrained_margin, rho_margin, starts=48),
     two_stage_over(losses.max_margin, rho_margin),
     # The thesis: regression.
     *(case(regression, REGRESSION, "value", "expert_costs", mu=mu) for mu in (0.0, 1.0, 2.0)),
-    *(case(regression_abstention, REGRESSION_ABSTENTION, "value", "cost", phi=phi) for phi in (logistic, exponential, hinge)),
+    *(
+        case(regression_abstention, REGRESSION_ABSTENTION, "value", "cost", phi=phi)
+        for phi in (logistic, exponential, hinge, squared_hinge)
+    ),
     # The realizable families.
     one_expert(realizable_family, realizable=True, q=1.0),
     one_expert(
@@ -255,6 +268,7 @@ CASES = [
     one_expert(losses.realizable_surrogate, realizable=True, deterministic=True, bayes=False),
     one_expert(losses.realizable_surrogate, alpha=0.5, bayes=False),
     case(losses.cost_sensitive_abstention, BINARY_PROBLEMS, "targets", "cost"),
+    case(binary_hinges_below_half, CHEAP, "targets", "cost"),
     split_rejector(madras, MADRAS, "targets", "expert_correct", bayes=False),
     case(mixture_of_experts, MIXTURE, "targets", "expert_correct", bayes=False),
     case(losses.deep_gamblers, GAMBLE, "targets", reward=REWARD),

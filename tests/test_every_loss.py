@@ -47,7 +47,7 @@ def test_property(case: Case, check) -> None:
 
 @every_loss
 def test_the_minimiser_is_the_bayes_decision_where_that_is_claimed(case: Case) -> None:
-    wrong, judged = bayes_errors(case.loss, case.setting)
+    wrong, judged = bayes_errors(case.loss, case.setting, starts=case.starts)
     assert judged >= 50
     if case.bayes:
         assert wrong == 0
