@@ -96,7 +96,11 @@ CLAIMS = {
     "picce": ("deferral to E experts", "not known to us; no counterexample among random problems", "arXiv 2602.17144, 2026"),
     "madras": ("deferral to one expert", "not Bayes", "Madras, Pitassi, Zemel, NeurIPS 2018"),
     "mixture_of_experts": ("deferral to E experts", "not Bayes", "Hemmer et al., IJCAI 2022"),
-    "cost_sensitive_abstention": ("abstention", "Bayes for the logistic Phi, for the hinge at c < 1/2", "Charoenphakdee et al., ICML 2021"),
+    "cost_sensitive_abstention": (
+        "abstention",
+        "Bayes for the logistic Phi, for the hinge at c < 1/2",
+        "Charoenphakdee et al., ICML 2021",
+    ),
     "deep_gamblers": (
         "abstention, by the share kept in hand",
         "Bayes by p_K = 1; the argmax rule is not",

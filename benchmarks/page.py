@@ -31,7 +31,7 @@ import sqlalchemy
 import uvicorn
 from sqlalchemy import func, select
 
-from deferral.gateway.app import Gateway, gateway
+from deferral.gateway.app import gateway
 from deferral.gateway.dashboard import FILES
 from deferral.gateway.database import connect, decisions, feedback, insert_rows, prepare
 from deferral.gateway.experts_file import Expert
@@ -39,6 +39,7 @@ from deferral.gateway.minutes import add_to_minutes
 from deferral.gateway.rows import CascadeRow, DecisionRow, cascade_values, values
 from deferral.gateway.schema import cascades, shadows
 from deferral.gateway.settings import Settings
+from deferral.gateway.state import Gateway
 from deferral.routing import Router, log_of_table
 from deferral.routing.policies import Linear
 

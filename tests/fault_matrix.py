@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from deferral.gateway.app import generation
 from deferral.gateway.experts_file import Expert
+from deferral.gateway.generation import generation
 from deferral.gateway.settings import Settings
 from tests.faulty_upstream import Upstream, closed_port
 from tests.running_gateway import EASY, RunningGateway, small_router

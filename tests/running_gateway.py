@@ -10,10 +10,11 @@ from typing import Any
 
 import uvicorn
 
-from deferral.gateway.app import Gateway, gateway
+from deferral.gateway.app import gateway
 from deferral.gateway.experts_file import Expert
 from deferral.gateway.protocol import Protocol
 from deferral.gateway.settings import Settings
+from deferral.gateway.state import Gateway
 from deferral.routing import Log, Outcome, Router
 from deferral.routing.policies import Linear
 

@@ -24,10 +24,10 @@ from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
 from deferral.gateway.app import gateway as build
-from deferral.gateway.app import stamps
 from deferral.gateway.experts_file import Expert, read_experts
 from deferral.gateway.logs import JsonLines
 from deferral.gateway.settings import Settings
+from deferral.gateway.state import stamps
 from tests.faulty_upstream import CHUNKS, Upstream
 from tests.running_gateway import EASY, HARD, RunningGateway, small_router
 

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,16 @@ def test_every_module_has_a_layer_and_imports_only_downwards() -> None:
         assert own in level, f"{path} has no layer"
         too_high = {name for name in imported(path) if level[name] > level[own]}
         assert not too_high, f"{path} imports {too_high}"
+
+
+def test_no_two_files_need_each_other_not_even_for_their_types() -> None:
+    files = {".".join(("deferral", *path.relative_to(PACKAGE).with_suffix("").parts)): path for path in PACKAGE.rglob("*.py")}
+    needs = {}
+    for name, path in files.items():
+        nodes = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.ImportFrom)]
+        named = {f"{node.module}.{alias.name}" for node in nodes for alias in node.names} | {str(node.module) for node in nodes}
+        needs[name] = named & set(files)
+    TopologicalSorter(needs).prepare()
 
 
 def test_no_module_of_the_package_is_named_after_nothing() -> None:

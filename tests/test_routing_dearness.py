@@ -1,14 +1,10 @@
 """What an answer will cost beyond what the length of its query says: some queries ask for long answers, others do not."""
 
-import json
-from dataclasses import replace
 from functools import cache
-from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load, save
 
 from deferral.routing import Log, Outcome, PriceModel, Router, log_of_table
 from deferral.routing.encoders import FunctionEncoder
@@ -158,7 +154,7 @@ def test_held_out_prices_were_foreseen_by_rows_of_other_folds() -> None:
     assert np.corrcoef(mine.held.dearness[held, 1], again[:, 1])[0, 1] > 0.98
 
 
-def test_a_router_that_was_saved_foresees_the_same_and_one_of_format_2_goes_by_length(tmp_path: Path) -> None:
+def test_a_router_that_was_saved_foresees_the_same(tmp_path: Path) -> None:
     texts, _, quality, price = asked(60, seed=1)
     mine = Router(0.02, encoder=counts, policies=QUICK)
     mine.encoder, mine._fitted, mine.salt = router().encoder, router().fitted, "salt"
@@ -168,39 +164,6 @@ def test_a_router_that_was_saved_foresees_the_same_and_one_of_format_2_goes_by_l
     np.testing.assert_array_equal(again.route_batch(texts).price, mine.route_batch(texts).price)
     assert [again.route(text) for text in texts] == [mine.route(text) for text in texts]
     assert again.plan(certified_quality=0.4).price_of_error == mine.plan(certified_quality=0.4).price_of_error
-
-    plain = Router(0.02, encoder=counts, policies=QUICK)
-    plain.encoder, plain.salt = mine.encoder, "salt"
-    state, memory = mine.fitted, mine.fitted.memory.without_beside()
-    policies = tuple(memory if policy is state.memory else policy for policy in state.policies)
-    plain._fitted = replace(state, policies=policies, memory=memory, held=replace(state.held, dearness=0 * state.held.dearness))
-    plain.certify(log_of_table(texts, EXPERTS, quality, price))
-    plain.save(tmp_path / "old")
-    as_format_2(tmp_path / "old")
-    old = Router.load(tmp_path / "old", encoder=counts)
-    np.testing.assert_allclose(old.fitted.held.deviation, state.held.deviation, atol=1e-5)
-    by_length = mine.fitted.prices(np.array([len(text) for text in texts], float))
-    np.testing.assert_allclose(old.route_batch(texts).price, by_length)
-    assert [old.route(text) for text in texts] == [plain.route(text) for text in texts]
-    old.remove_expert("terse")
-    np.testing.assert_allclose(old.route_batch(texts).price[:, 0], by_length[:, 1])
-
-
-def as_format_2(folder: Path) -> None:
-    """The folder as versions before it wrote it."""
-    names = json.loads((folder / "router.json").read_text(encoding="utf-8"))
-    (stored,) = folder.glob("state.*.safetensors")
-    arrays = load(stored.read_bytes())
-    state = ("state/held_dearness", "state/floor", "state/places", "held/deviation", "held/fold", "held/keys")
-    for later in (*state, "witnesses/similarity", "witnesses/dearness"):
-        del arrays[later]
-    numbers = save(arrays)
-    stored.unlink()
-    del names["neighbours"]["beside"], names["names_sha256"]
-    names |= {"format": 2, "sha256": sha256(numbers).hexdigest()}
-    names["names_sha256"] = sha256(json.dumps(names).encode()).hexdigest()
-    (folder / f"state.{names['sha256'][:12]}.safetensors").write_bytes(numbers)
-    (folder / "router.json").write_text(json.dumps(names), encoding="utf-8")
 
 
 def test_prices_that_are_named_are_paid_as_they_are_foreseen() -> None:
@@ -265,21 +228,6 @@ def test_only_experts_whose_prices_are_told_cost_no_less_below_the_shortest_quer
     assert fitted.route("war").price["terse"] == pytest.approx(3e-5, rel=1e-3)
     alone = fitted.fitted.without("talker")
     assert alone.prices_of_one("war", np.zeros(1)) == pytest.approx([3e-5], rel=1e-3)
-
-
-def test_a_folder_that_knows_no_shortest_queries_prices_by_the_line(tmp_path: Path) -> None:
-    folder = tmp_path / "router"
-    router().save(folder)
-    (numbers,) = folder.glob("state.*.safetensors")
-    arrays = load(numbers.read_bytes())
-    assert arrays.pop("state/floor").any()
-    written = save(arrays)
-    names = json.loads((folder / "router.json").read_text(encoding="utf-8"))
-    del names["names_sha256"]
-    names["sha256"] = sha256(written).hexdigest()
-    (folder / f"state.{names['sha256'][:12]}.safetensors").write_bytes(written)
-    (folder / "router.json").write_text(json.dumps(names), encoding="utf-8")
-    assert not Router.load(folder, encoder=counts).fitted.floor.any()
 
 
 def counts_encoder(texts: list[str]) -> FunctionEncoder:

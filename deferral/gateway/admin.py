@@ -5,7 +5,7 @@ import json
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -14,11 +14,9 @@ from starlette.routing import Route
 from deferral.gateway.forgetting import forget
 from deferral.gateway.keys import PREFIX, SETTINGS, Issued, Key, Keys, UnknownKey
 from deferral.gateway.problems import Problem
+from deferral.gateway.state import Gateway
 from deferral.gateway.status import status
 from deferral.gateway.wire import header_map, read_body
-
-if TYPE_CHECKING:
-    from deferral.gateway.app import Gateway
 
 __all__ = ["change_key", "create_key", "hours_of", "rotate_key", "routes", "shown"]
 
@@ -26,7 +24,7 @@ _MOST_BYTES = 1 << 16
 _WRITTEN = 0.2
 
 
-def routes(gateway: "Gateway") -> list[Route]:
+def routes(gateway: Gateway) -> list[Route]:
     """POST, GET /keys; PATCH, DELETE /keys/ID; POST /keys/ID/token; DELETE /keys/ID/record, /responses/ID; GET /status."""
 
     async def keys(request: Request) -> Response:

@@ -1,199 +1,25 @@
-"""The gateway: a router, its experts, and everything that keeps them in service, as a Starlette app."""
+"""The gateway's routes around its state, as a Starlette app."""
 
 import asyncio
-import logging
 import signal
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from contextlib import asynccontextmanager
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.routing import Mount, Route
 from starlette.types import Receive, Scope, Send
 
-from deferral.errors import DataError
 from deferral.gateway import admin, dashboard
-from deferral.gateway.access import Access
-from deferral.gateway.alarms import Alarms
-from deferral.gateway.answering import Answerers
-from deferral.gateway.cascading import Silence
-from deferral.gateway.deciding import Decider
 from deferral.gateway.endpoints import Admin, error_handlers, routes
-from deferral.gateway.experts_file import Expert, read_experts
-from deferral.gateway.keys import Keys
-from deferral.gateway.metrics import Metrics
-from deferral.gateway.notices import Notices
+from deferral.gateway.experts_file import Expert
 from deferral.gateway.proxying import KINDS, Proxy
-from deferral.gateway.record import Record
-from deferral.gateway.reloads import Reloads
 from deferral.gateway.settings import Settings
-from deferral.gateway.shadow import Shadow, load_shadow
-from deferral.gateway.shared_limits import limits_of
-from deferral.gateway.upstream import Upstream
-from deferral.gateway.worker_metrics import WorkerMetrics
-from deferral.routing.encoders import FunctionEncoder
+from deferral.gateway.state import Gateway, Stamps
 from deferral.routing.router import Router
 
-if TYPE_CHECKING:
-    from deferral.gateway.tracing import Tracing
-
-__all__ = ["Gateway", "Generation", "gateway", "load_router", "out_of_service", "stamps"]
-
-_log = logging.getLogger("deferral.gateway")
-
-
-@dataclass(frozen=True)
-class Generation:
-    """A router and its experts, from one reload to the next; a request keeps the one it began with."""
-
-    router: Router
-    experts: Mapping[str, Expert]
-    decider: Decider
-
-
-Stamps = tuple[tuple[int, int], ...]
-
-
-class Gateway:
-    """What the requests share.  `read` are the `stamps` of the files, taken before they were read."""
-
-    answerers: Answerers
-
-    def __init__(self, router: Router, experts: Mapping[str, Expert], settings: Settings, *, read: Stamps | None = None) -> None:
-        self.settings = settings
-        self._files = stamps(settings) if read is None else read
-        self.current = generation(router, experts, settings)
-        self.record = Record(
-            settings.database,
-            store_text=settings.store_text,
-            retention_days=settings.retention_days,
-            record_days=settings.record_days,
-        )
-        self.keys = Keys(settings.database)
-        self.limits = limits_of(self.record, settings)
-        self.reloads = Reloads(self.record.engine)
-        self.access = Access(self.keys, settings)
-        self.metrics, self.silence = Metrics(), Silence()
-        self._reloading = asyncio.Lock()
-        url, token = settings.alarm_url, settings.alarm_token
-        self.alarms = Alarms(self.record.engine, None if url is None else Notices(self.record.engine, url, token))
-        self.shadow: Shadow | None = None
-        self.traces = _traces() if settings.traces else None
-        shared = self.settings.metrics_folder
-        self.worker_metrics = None if shared is None else WorkerMetrics(self.metrics, shared)
-        self._following: list[asyncio.Task] = []
-
-    @property
-    def trouble(self) -> str:
-        """Why no request should be sent here; "" if there is no reason."""
-        if self.record.full:
-            return "the record cannot be written; the log has the reason"
-        down = self.answerers.down()
-        return "all experts are down" if all(name in down for name in self.current.experts) else ""
-
-    async def start(self) -> None:
-        """Open the database and the connections."""
-        await asyncio.to_thread(self._open_database)
-        upstream = Upstream(max_reply_bytes=self.settings.max_reply_bytes)
-        self.answerers = Answerers(upstream, self.metrics, retry_share=self.settings.retry_share, traces=self.traces)
-        self.answerers.update(self.current.experts)
-        self.metrics.watch(
-            lambda: {name: each.breaker.state for name, each in self.answerers.standings.items()},
-            lambda: {name: each.slots.queued for name, each in self.answerers.standings.items()},
-        )
-        await self._new_shadow()
-        self.metrics.watch_shadow(lambda: self.shadow)
-        self.metrics.watch_alarms(lambda: self.alarms.now)
-        self.metrics.watch_record(self.record)
-        self.metrics.watch_budgets(lambda: self.limits.known(self.keys))
-        self._following = [
-            asyncio.create_task(self.reloads.follow(self.reload)),
-            asyncio.create_task(self.alarms.follow(lambda: self.current.decider.expected)),
-        ]
-        if self.worker_metrics is not None:
-            self._following.append(asyncio.create_task(self.worker_metrics.follow()))
-
-    async def stop(self) -> None:
-        """Everything is written before this returns."""
-        for task in self._following:
-            task.cancel()
-        if self.worker_metrics is not None:
-            self.worker_metrics.leave()
-        await self.answerers.upstream.close()
-        self.current.decider.close()
-        if self.shadow is not None:
-            await asyncio.to_thread(self.shadow.close)
-        await asyncio.to_thread(self.alarms.close)
-        await asyncio.to_thread(self.limits.close)
-        await self.record.close()
-        await asyncio.to_thread(self.keys.close)
-        if self.traces is not None:
-            await asyncio.to_thread(self.traces.close)
-
-    async def reload(self) -> str:
-        """Read the router folder and the experts file again.  -> what is in force now
-
-        DataError or ValueError where one of them is bad; then both stay as they were.
-        """
-        settings = self.settings
-        if settings.router_folder is None and settings.experts_file is None:
-            raise ValueError("reload: this gateway was not made from files")
-        async with self._reloading:
-            fresh = await asyncio.to_thread(self._read)
-            # From here on in one step: no request sees half of it.
-            self.current = fresh
-            self.answerers.update(fresh.experts)
-            await self._new_shadow()
-        message = f"experts {', '.join(fresh.experts)}; router of {', '.join(fresh.router.experts)}"
-        _log.info("reloaded: %s", message)
-        return message
-
-    async def reload_or_say(self) -> None:
-        """Reload; where that fails all stays as it was, and the log says why."""
-        try:
-            await self.reload()
-        except (DataError, ValueError) as error:
-            _log.error("not reloaded, all stays as it was: %s", error)
-        except Exception:
-            _log.exception("not reloaded, all stays as it was")
-
-    async def catch_up(self) -> None:
-        """Reload if the files have changed since they were read: that was announced before this gateway listened."""
-        if stamps(self.settings) != self._files:
-            await self.reload_or_say()
-
-    async def reload_everywhere(self) -> str:
-        """Reload here, and if that is good, have all others on the same database do so within a second or two."""
-        message = await self.reload()
-        await asyncio.to_thread(self.reloads.announce)
-        return message
-
-    async def _new_shadow(self) -> None:
-        """The candidate as it is now; what is wrong with it is told in the log, and changes nothing else."""
-        folder, before = self.settings.shadow_folder, self.shadow
-        if folder is None:
-            return
-        self.shadow = await asyncio.to_thread(load_shadow, folder, self.settings.encoder, self.record.engine)
-        if before is not None:
-            await asyncio.to_thread(before.close)
-
-    def _read(self) -> Generation:
-        settings, now = self.settings, self.current
-        encoder = now.router.encoder
-        encode = encoder.encode if isinstance(encoder, FunctionEncoder) else None
-        router = now.router if settings.router_folder is None else load_router(settings, encode)
-        experts = now.experts if settings.experts_file is None else read_experts(settings.experts_file)
-        return generation(router, experts, settings)
-
-    def _open_database(self) -> None:
-        self.record.start()
-        self.keys.start()
-        self.access.started()
-        self.limits.load(list(self.keys))
-        self.keys.tell(self.limits.follow)
-        self.reloads.start()
+__all__ = ["gateway"]
 
 
 class _App(Starlette):
@@ -243,54 +69,6 @@ def gateway(
     )
     app.state.gateway = state
     return app
-
-
-def stamps(settings: Settings) -> Stamps:
-    """What tells whether the router's folder or the experts file was replaced; what is not there has none."""
-    found = []
-    for path in (settings.router_folder, settings.experts_file):
-        with suppress(OSError):
-            if path is not None:
-                status = path.stat()
-                found.append((status.st_ino, status.st_mtime_ns))
-    return tuple(found)
-
-
-def generation(router: Router, experts: Mapping[str, Expert], settings: Settings) -> Generation:
-    """ValueError where an expert is not known to the router, or none of the router's is left."""
-    if missing := out_of_service(router, experts):
-        _log.warning("out of service, since the experts file does not have them: %s", ", ".join(missing))
-    if settings.explore is not None:
-        router.explore = settings.explore
-    decider = Decider(router, experts, deadline_s=settings.deadline_s, rules=settings.conversations)
-    return Generation(router, dict(experts), decider)
-
-
-def out_of_service(router: Router, experts: Mapping[str, Expert]) -> list[str]:
-    """The experts of the router that are not there; ValueError where one is not known to it, or none of its own is left."""
-    known = set(router.experts)
-    if unknown := [name for name, expert in experts.items() if expert.route and name not in known]:
-        raise ValueError(
-            f"experts: the router does not know {unknown[0]!r}, it knows {', '.join(router.experts)}; correct the name, or say "
-            "route = false for an expert that is reached by its name only"
-        )
-    served = [name for name in router.experts if name in experts and experts[name].route]
-    if not served:
-        raise ValueError(f"experts: none of the router's is there; expected at least one of {', '.join(router.experts)}")
-    return sorted(known - set(served))
-
-
-def load_router(settings: Settings, encode: Callable[[list[str]], Any] | None = None) -> Router:
-    """The router of the settings' folder; `encode` is the encoder that is loaded already, if one is."""
-    assert settings.router_folder is not None
-    return Router.load(settings.router_folder, encoder=settings.encoder if encode is None else encode)
-
-
-def _traces() -> "Tracing":
-    # Whoever does without traces has nothing of them in memory.
-    from deferral.gateway.tracing import Tracing, provider
-
-    return Tracing(provider())
 
 
 def _on_hangup(state: Gateway) -> Callable[[], None]:

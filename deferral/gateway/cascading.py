@@ -11,13 +11,14 @@ import math
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from time import monotonic, perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from deferral.gateway.answering import Call, Unanswered
 from deferral.gateway.deciding import Choice, set_aside
 from deferral.gateway.experts_file import Expert
+from deferral.gateway.generation import Generation
 from deferral.gateway.limits import Hold
 from deferral.gateway.requests import Asked, Hints, with_model
 from deferral.gateway.rows import CascadeRow
@@ -25,9 +26,6 @@ from deferral.routing.cascade import Cascade, features
 from deferral.routing.confidence import Confidence, confidence_of_reply
 from deferral.routing.router import Router
 from deferral.routing.static import chances, explored
-
-if TYPE_CHECKING:
-    from deferral.gateway.app import Generation
 
 __all__ = ["AskingFirst", "Silence", "asking_first"]
 
@@ -64,7 +62,7 @@ class Silence:
 
 
 def asking_first(
-    now: "Generation", silence: Silence, asked: Asked, wanted: Hints, choice: Choice, body: bytes, left: float | None
+    now: Generation, silence: Silence, asked: Asked, wanted: Hints, choice: Choice, body: bytes, left: float | None
 ) -> "AskingFirst | None":
     """How to ask an expert first; None where that is not to be done, by the router's choice alone then.
 
@@ -114,7 +112,7 @@ class AskingFirst:
     """
 
     cascade: Cascade
-    now: "Generation"
+    now: Generation
     choice: Choice
     body: bytes
     first_body: bytes

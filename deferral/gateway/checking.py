@@ -12,16 +12,17 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from deferral.errors import DataError
 from deferral.gateway.access import no_key
-from deferral.gateway.app import load_router, out_of_service
 from deferral.gateway.database import VERSION, look
 from deferral.gateway.database import keys as table
 from deferral.gateway.experts_file import Expert, read_experts
+from deferral.gateway.generation import out_of_service
 from deferral.gateway.keys import Key, key_of
 from deferral.gateway.listening import listening
 from deferral.gateway.reaching import Reached, reach
 from deferral.gateway.record import Record
 from deferral.gateway.settings import Settings, is_loopback
 from deferral.gateway.shadow import load_candidate
+from deferral.gateway.state import load_router
 from deferral.routing.router import Router
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from functools import cache, partial
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -16,10 +16,8 @@ from deferral.gateway.agreement import agreement
 from deferral.gateway.first_answers import first_answers
 from deferral.gateway.history import history, recent
 from deferral.gateway.keys import PREFIX
+from deferral.gateway.state import Gateway
 from deferral.gateway.what_if import what_if
-
-if TYPE_CHECKING:
-    from deferral.gateway.app import Gateway
 
 __all__ = ["FILES", "pages", "routes"]
 
@@ -57,7 +55,7 @@ def pages() -> list[Route]:
     return [route(name) for name in FILES]
 
 
-def routes(gateway: "Gateway") -> list[Route]:
+def routes(gateway: Gateway) -> list[Route]:
     """GET /history, /what-if, /first-answers and /shadow, each with ?hours=24, /experts and /alarms.
 
     And /decisions: the newest 50, of key=ID, expert=NAME, outcome=ok, response=ID, hours=24 alone where these are said.

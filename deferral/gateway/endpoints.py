@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -16,10 +16,8 @@ from deferral.gateway.keys import Key
 from deferral.gateway.limits import Refused
 from deferral.gateway.metrics import CONTENT_TYPE
 from deferral.gateway.problems import Problem
+from deferral.gateway.state import Gateway
 from deferral.gateway.wire import Left, header_map, read_body, send_problem
-
-if TYPE_CHECKING:
-    from deferral.gateway.app import Gateway
 
 __all__ = ["Admin", "error_handlers", "routes"]
 
@@ -29,7 +27,7 @@ _THUMBS = {"up": 1.0, "down": 0.0}
 _UNKEPT = ((b"cache-control", b"no-store"), (b"x-content-type-options", b"nosniff"))
 
 
-def routes(gateway: "Gateway") -> list[Route]:
+def routes(gateway: Gateway) -> list[Route]:
     """All but the paths that are passed through."""
 
     async def models(request: Request) -> Response:
@@ -96,7 +94,7 @@ def routes(gateway: "Gateway") -> list[Route]:
 class Admin:
     """What is behind the admin key: the given routes, and POST /reload."""
 
-    def __init__(self, gateway: "Gateway", own: Sequence[BaseRoute]) -> None:
+    def __init__(self, gateway: Gateway, own: Sequence[BaseRoute]) -> None:
         async def reload(request: Request) -> Response:
             try:
                 return JSONResponse({"reloaded": await gateway.reload_everywhere()})
@@ -148,7 +146,7 @@ def error_handlers() -> dict[Any, Callable[[Request, Any], Awaitable[Response]]]
     return {Problem: problem, Refused: refused, HTTPException: http, Left: left, Exception: unexpected}
 
 
-def _visible(gateway: "Gateway", key: Key) -> list[str]:
+def _visible(gateway: Gateway, key: Key) -> list[str]:
     experts = gateway.current.experts
     mine = [name for name in experts if key.experts is None or name in key.experts]
     return ["auto", *mine] if any(experts[name].route for name in mine) else mine

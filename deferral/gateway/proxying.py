@@ -19,18 +19,19 @@ from deferral.gateway.answering import Call, Unanswered
 from deferral.gateway.cascading import AskingFirst, asking_first
 from deferral.gateway.deciding import Choice, Limited, refusal, set_aside
 from deferral.gateway.experts_file import AUTO, Expert
+from deferral.gateway.generation import Generation
 from deferral.gateway.keys import ANYONE, Key
 from deferral.gateway.limits import Hold, Refused
 from deferral.gateway.problems import Problem, error_body
-from deferral.gateway.record import DecisionRow
 from deferral.gateway.requests import Asked, Hints, Kind, hints, parse, with_model
+from deferral.gateway.rows import DecisionRow
+from deferral.gateway.state import Gateway
 from deferral.gateway.streams import METERS, StreamMeter, error_event
 from deferral.gateway.upstream import FORWARDED, Failure
 from deferral.gateway.usage import Usage
 from deferral.gateway.wire import Left, header_map, read_body, send_problem, send_whole
 
 if TYPE_CHECKING:
-    from deferral.gateway.app import Gateway, Generation
     from deferral.gateway.tracing import Exchanged
 
 __all__ = ["KINDS", "Proxy"]
@@ -67,7 +68,7 @@ _PRINTABLE = bytes(byte if 32 <= byte < 127 else 32 for byte in range(256))
 class Proxy:
     """One of the paths, as an ASGI app."""
 
-    def __init__(self, gateway: "Gateway", kind: Kind) -> None:
+    def __init__(self, gateway: Gateway, kind: Kind) -> None:
         self.gateway, self.kind, self.path = gateway, kind, _PATHS[kind]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -226,7 +227,7 @@ class Exchange:
                 self.first = None
         return await limits.held(self.key, dollars)
 
-    async def _decided(self, now: "Generation", asked: Asked, wanted: Hints) -> Choice:
+    async def _decided(self, now: Generation, asked: Asked, wanted: Hints) -> Choice:
         if self.traced is None:
             return await self._choose(now, asked, wanted)
         with self.traced.deciding() as decided:
@@ -234,7 +235,7 @@ class Exchange:
             decided(choice)
             return choice
 
-    async def _choose(self, now: "Generation", asked: Asked, wanted: Hints) -> Choice:
+    async def _choose(self, now: Generation, asked: Asked, wanted: Hints) -> Choice:
         key = self.key
         if asked.model in AUTO:
             if self.kind == "embeddings":

@@ -1,20 +1,16 @@
 """How all gateways on one database learn that there is another router or another experts file: a number that rises."""
 
 import asyncio
-import logging
 import threading
 from collections.abc import Awaitable, Callable
 
 from sqlalchemy import Engine, func, insert, select, update
 from sqlalchemy.exc import SQLAlchemyError
 
-from deferral.errors import DataError
 from deferral.gateway.database import alone
 from deferral.gateway.schema import reloads
 
 __all__ = ["Reloads"]
-
-_log = logging.getLogger("deferral.gateway")
 
 _LOOK = 1.0
 _ROW = 1
@@ -56,7 +52,10 @@ class Reloads:
             return self._heard != before
 
     async def follow(self, reload: Callable[[], Awaitable[object]]) -> None:
-        """Reload whenever that is announced, until cancelled.  A database that is away for a moment is asked again."""
+        """Reload whenever that is announced, until cancelled; `reload` does not raise.
+
+        A database that is away for a moment is asked again.
+        """
         while True:
             await asyncio.sleep(_LOOK)
             try:
@@ -64,9 +63,4 @@ class Reloads:
                     continue
             except SQLAlchemyError:
                 continue
-            try:
-                await reload()
-            except (DataError, ValueError) as error:
-                _log.error("not reloaded, all stays as it was: %s", error)
-            except Exception:
-                _log.exception("not reloaded, all stays as it was")
+            await reload()

@@ -137,13 +137,9 @@ def learned(router: Router, outcomes: Sequence[Outcome], old_log: Log | None = N
             "well, or remove the expert from the router"
         )
     table = log.table(router.experts)
-    router.fit(table)
     # A router shows the queries nearest to a new one.  Those of the record must not outlive their time in its folder: only their
     # lengths stay, by which short follow-ups are known.
-    kept = set() if old_log is None else set(old_log.queries)
-    shown = [text if query in kept else " " * len(text) for text, query in zip(router.fitted.texts, table.queries, strict=True)]
-    router._fitted = replace(router.fitted, texts=tuple(shown))
-    return router
+    return router.fit(table).without_texts(() if old_log is None else old_log.queries)
 
 
 def choices(router: Router, rows: Sequence[Logged]) -> np.ndarray:

@@ -22,7 +22,7 @@ from threadpoolctl import threadpool_limits
 
 from deferral.errors import DataError
 from deferral.gateway.access import must_have_key, no_key
-from deferral.gateway.app import Gateway, gateway, load_router, stamps
+from deferral.gateway.app import gateway
 from deferral.gateway.database import connect, look
 from deferral.gateway.experts_file import Expert, read_experts
 from deferral.gateway.hysteresis import RULES
@@ -31,6 +31,7 @@ from deferral.gateway.logs import logging_to
 from deferral.gateway.protocol import Protocol
 from deferral.gateway.proxying import LONGER
 from deferral.gateway.settings import Settings, is_loopback
+from deferral.gateway.state import Gateway, load_router, stamps
 from deferral.gateway.worker_metrics import fold
 from deferral.gateway.workers import ignore_hangups, supervise
 

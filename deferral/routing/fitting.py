@@ -104,9 +104,7 @@ class Fitted:
     @cached_property
     def search(self) -> Search:
         """Which price of an error meets what is asked for, on the rows held out."""
-        # A folder of an earlier version knows what was paid alone.
-        expected = self.priced(self.held.length, self.held.dearness) if len(self.held.length) else self.held.price
-        return Search(self.held, expected, self.means, self.mean_price)
+        return Search(self.held, self.priced(self.held.length, self.held.dearness), self.means, self.mean_price)
 
     def estimate(self, vectors: Vectors) -> Estimates:
         """What is expected of N queries.  Vectors -> Estimates"""
@@ -229,7 +227,7 @@ class Fitted:
         """Of whom there are outcomes among those who may be asked, if they can be judged."""
         known = self.places >= 0
         known = known if mask is None else known & mask
-        return known if self.judged is not None and self.held.judgeable and known.sum() > 1 else None
+        return known if self.judged is not None and known.sum() > 1 else None
 
     def _judged(self, known: np.ndarray, errors: tuple[float, ...] = ()) -> Judged:
         assert self.judged is not None
@@ -403,7 +401,7 @@ class Fitted:
             mean_price=widened(self.mean_price, mean_price),
             latency=widened(self.latency, np.array([latency])),
             extension=widened(self.extension, combination[:, None]),
-            held=self.held.widened(mean, combination, prices(self._held_lengths)),
+            held=self.held.widened(mean, combination, prices(self.held.length)),
             floor=widened(self.floor, np.zeros(1)),
             places=widened(self.places, np.array([-1])),
         )
@@ -412,12 +410,8 @@ class Fitted:
         """The same experts at other prices, and the verdict at those."""
         mean_price = prices.base + prices.per_character * self.mean_length
         changed = replace(self, prices=prices, mean_price=mean_price)
-        paid = repriced(self.held.price, self.by_length(self._held_lengths), changed.by_length(self._held_lengths))
+        paid = repriced(self.held.price, self.by_length(self.held.length), changed.by_length(self.held.length))
         return replace(changed, held=replace(self.held, price=paid))._judged_again()
-
-    @cached_property
-    def _held_lengths(self) -> np.ndarray:
-        return self.held.length if len(self.held.length) else np.full(len(self.held), self.mean_length)
 
     def _check_new(self, name: str) -> None:
         check_text("of the new expert", "expert", name)

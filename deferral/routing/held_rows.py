@@ -15,10 +15,7 @@ __all__ = ["HeldRows", "Search"]
 
 @dataclass(frozen=True)
 class HeldRows:
-    """What was expected of M rows by estimators that had not seen them, and what happened.  None where too little was logged.
-
-    Folders of earlier versions have no `means`, still earlier ones no lengths, folds and keys.
-    """
+    """What was expected of M rows by estimators that had not seen them, and what happened.  None where too little was logged."""
 
     quality: np.ndarray  # (M, E) outcomes; of an expert that came later, what is expected
     estimate: np.ndarray  # (M, E)
@@ -64,11 +61,6 @@ class HeldRows:
             dearness=_beside(self.dearness, np.zeros((len(self), 1))),
             means=_beside(self.means, np.full((len(self.means), 1), mean)),
         )
-
-    @property
-    def judgeable(self) -> bool:
-        """Whether they say all that a verdict goes by."""
-        return len(self.means) > 0
 
     def deviations_of(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Which of these queries are among the rows, and their deviations.  (N,) -> (K,) places, (K, E0)

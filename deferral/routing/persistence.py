@@ -6,35 +6,30 @@ Replacing router.json is one step of the file system, so that a reader sees the 
 import json
 import os
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from deferral.errors import DataError
 from deferral.routing.cascade import Cascade
 from deferral.routing.constraints import Abilities
-from deferral.routing.encoders import NgramEncoder
+from deferral.routing.encoders import Arrays
 from deferral.routing.fitting import Estimates, Fitted
 from deferral.routing.held_rows import HeldRows
 from deferral.routing.policies import Clusters, Factors, Features, Heads, Linear, Neighbours, Rejector
+from deferral.routing.policies.policy import Policy
 from deferral.routing.prices import PriceModel
 from deferral.routing.promises import Witnesses
 from deferral.routing.training import Judged
 
-if TYPE_CHECKING:
-    from deferral.routing.router import Router
-
-__all__ = ["FORMAT", "check_place", "load", "save", "written"]
+__all__ = ["FORMAT", "Saved", "check_place", "load", "save", "written"]
 
 FORMAT = 3
-# Folders of format 2 know a query's price by its length alone.
-_READABLE = (2, FORMAT)
 _NUMBERS, _NAMES, _PARTIAL = "state.{}.safetensors", "router.json", ".{}.{}.{}.partial"
 _POLICIES = {policy.kind: policy for policy in (Linear, Neighbours, Clusters, Heads, Factors, Features, Rejector)}
 _JUDGED = ("errors", "learned", "static", "random", "oracle", "gain", "half_width", "overall", "rows")
@@ -53,7 +48,26 @@ _HELD = {
 _WITNESSES = {"quality": "estimate", "similarity": "similarity", "trust": "trust", "dearness": "dearness"}
 
 
-def save(router: "Router", folder: Path) -> None:
+@dataclass(frozen=True)
+class Saved:
+    """All that a router is, but for a sentence encoder, of which only the fingerprint is kept."""
+
+    price_of_error: float
+    explore: float
+    seed: int
+    salt: str
+    abilities: Mapping[str, Abilities]
+    encoder: str  # its kind
+    encoder_arrays: Arrays
+    fingerprint: str | None
+    policies: tuple[Callable[[], Policy], ...]  # what `fit` makes its estimators by; those of the user's own are left out
+    fitted: Fitted
+    seen: np.ndarray  # (Q,) fingerprints of the queries that it has learned from
+    witnesses: Witnesses | None
+    cascade: Cascade | None
+
+
+def save(router: Saved, folder: Path) -> None:
     """Write the numbers beside those that are there, then put router.json in its place: until then the old router is whole."""
     from safetensors.numpy import save as as_bytes
 
@@ -61,7 +75,7 @@ def save(router: "Router", folder: Path) -> None:
     if unknown := [policy.kind for policy in state.policies if policy.kind not in _POLICIES]:
         raise ValueError(f"a policy of your own ({unknown[0]}) cannot be saved; expected one of {', '.join(_POLICIES)}")
     check_place(folder)
-    arrays = {f"encoder/{name}": array for name, array in router.encoder.arrays.items()}
+    arrays = {f"encoder/{name}": array for name, array in router.encoder_arrays.items()}
     arrays |= {f"memory/{name}": array for name, array in state.memory.arrays.items()}
     for policy in state.policies:
         if policy is not state.memory:
@@ -71,9 +85,8 @@ def save(router: "Router", folder: Path) -> None:
     arrays |= {"familiar/similarity": state.familiar[0], "familiar/chance": state.familiar[1]}
     arrays |= {"kinds/centres": state.kinds[0], "kinds/shares": state.kinds[1]}
     arrays |= {"prices/base": state.prices.base, "prices/per_character": state.prices.per_character}
-    arrays["seen/queries"] = router._seen
-    if router._witnesses is not None:
-        rows = router._witnesses
+    arrays["seen/queries"] = router.seen
+    if (rows := router.witnesses) is not None:
         arrays |= {"witnesses/quality": rows.quality, "witnesses/characters": rows.characters}
         arrays |= {f"witnesses/{_WITNESSES[name]}": value for name, value in rows.estimated._asdict().items()}
     if router.cascade is not None:
@@ -82,8 +95,8 @@ def save(router: "Router", folder: Path) -> None:
         arrays |= {f"judged/{name}": getattr(state.judged, name) for name in _JUDGED}
     names = {
         "format": FORMAT,
-        "encoder": router.encoder.kind,
-        "fingerprint": router.encoder.fingerprint,
+        "encoder": router.encoder,
+        "fingerprint": router.fingerprint,
         "price_of_error": router.price_of_error,
         "explore": router.explore,
         "seed": router.seed,
@@ -159,56 +172,45 @@ def _unfinished(folder: Path) -> Iterator[Path]:
         yield from folder.glob(_PARTIAL.format(name, "*", "*"))
 
 
-def load(folder: Path, encode: Callable[[list[str]], Any] | str | Path | None) -> "Router":
-    """The router of a folder; DataError where it is missing, corrupted or newer than this version."""
+def load(folder: Path) -> Saved:
+    """The router of a folder; DataError where it is missing, corrupted or of another version."""
     from safetensors import SafetensorError
     from safetensors.numpy import load as from_bytes
-
-    from deferral.routing.router import Router
 
     names, numbers = _read(folder)
     try:
         arrays = from_bytes(numbers)
-        if (names["encoder"] == NgramEncoder.kind) != (encode is None):
-            own = "the sentence encoder's folder, or the function from texts to vectors, that it was fitted with"
-            wanted = own if encode is None else "no encoder of yours"
-            raise ValueError(f"encoder: this router needs {wanted}; pass it to Router.load as encoder=")
-        abilities = {name: Abilities(**values) for name, values in names["abilities"].items()}
-        router = Router(
-            names["price_of_error"], encoder=encode, abilities=abilities, explore=names["explore"], seed=names["seed"]
+        fitted, witnesses, cascade = _state(names, arrays), _part(arrays, "witnesses"), names["cascade"]
+        usual = partial(Neighbours, count=fitted.memory.count, prior=fitted.memory.prior)
+        saved = Saved(
+            price_of_error=names["price_of_error"],
+            explore=names["explore"],
+            seed=names["seed"],
+            salt=names["salt"],
+            abilities={name: Abilities(**values) for name, values in names["abilities"].items()},
+            encoder=names["encoder"],
+            encoder_arrays=_part(arrays, "encoder"),
+            fingerprint=names["fingerprint"],
+            policies=tuple(usual if kind == Neighbours.kind else _POLICIES[kind] for kind in names["learners"]),
+            fitted=fitted,
+            seen=arrays["seen/queries"],
+            witnesses=_witnesses(witnesses) if witnesses else None,
+            cascade=None if cascade is None else Cascade.restored(cascade, _part(arrays, "cascade")),
         )
-        if names["fingerprint"] is not None and router.encoder.fingerprint not in (None, names["fingerprint"]):
-            raise ValueError(
-                f"encoder: this router was fitted with encoder {names['fingerprint']}, got {router.encoder.fingerprint}; its "
-                "vectors would mean nothing here"
-            )
-        router.salt = names["salt"]
-        router.encoder.restore(_part(arrays, "encoder"))
-        router._fitted = _state(names, arrays)
-        if learners := names.get("learners"):
-            usual = partial(Neighbours, count=router._fitted.memory.count, prior=router._fitted.memory.prior)
-            router.policies = tuple(usual if kind == Neighbours.kind else _POLICIES[kind] for kind in learners)
-        router._seen = arrays["seen/queries"]
-        if witnesses := _part(arrays, "witnesses"):
-            router._witnesses = _witnesses(witnesses)
-        if (cascade := names.get("cascade")) is not None:
-            router.cascade = Cascade.restored(cascade, _part(arrays, "cascade"))
-            if list(router.cascade.experts) != router.experts:
-                raise KeyError("the cascade is of other experts")
+        if saved.cascade is not None and list(saved.cascade.experts) != list(fitted.experts):
+            raise KeyError("the cascade is of other experts")
     except (KeyError, TypeError, AttributeError, SafetensorError, OSError) as error:
         raise DataError(f"{folder}: the router cannot be read, {type(error).__name__}: {error}; fit and save it again") from error
-    return router
+    return saved
 
 
 def _witnesses(arrays: dict[str, np.ndarray]) -> Witnesses:
-    quality, trust = arrays["estimate"], arrays["trust"]
-    # Format 2 has neither: nothing is decided by the one, and the other it takes to be 0.
-    similarity, dearness = arrays.get("similarity", np.zeros_like(trust)), arrays.get("dearness", np.zeros_like(quality))
-    return Witnesses(arrays["quality"], Estimates(quality, similarity, trust, dearness), arrays["characters"])
+    estimated = Estimates(**{name: arrays[place] for name, place in _WITNESSES.items()})
+    return Witnesses(arrays["quality"], estimated, arrays["characters"])
 
 
 def _state(names: dict, arrays: dict[str, np.ndarray]) -> Fitted:
-    memory = Neighbours(**names.get("neighbours", {}))
+    memory = Neighbours(**names["neighbours"])
     memory.arrays = _part(arrays, "memory")
     policies = []
     for kind in names["policies"]:
@@ -226,16 +228,15 @@ def _state(names: dict, arrays: dict[str, np.ndarray]) -> Fitted:
         memory=memory,
         texts=tuple(names["texts"]),
         familiar=(arrays["familiar/similarity"], arrays["familiar/chance"]),
-        # Folders of earlier versions have none of these, nor what neighbours were asked for.
-        kinds=(arrays.get("kinds/centres", np.empty((0, 0), np.float32)), arrays.get("kinds/shares", np.empty(0))),
+        kinds=(arrays["kinds/centres"], arrays["kinds/shares"]),
         reliance=names["reliance"],
         judged=Judged(**judged) if judged else None,
         winner=names["winner"],
         held_costs=names["held_costs"],
         room=names["room"],
-        mean_length=names.get("mean_length", _mean_length(names, arrays)),
-        held=_held(arrays),
-        **_arrays_of(arrays),
+        mean_length=names["mean_length"],
+        held=HeldRows(**{name: arrays[place] for name, place in _HELD.items()}),
+        **{name: arrays[f"state/{name}"] for name in _STATE},
     )
 
 
@@ -244,37 +245,6 @@ def _prices(arrays: dict[str, np.ndarray]) -> PriceModel:
         return PriceModel(arrays["prices/base"], arrays["prices/per_character"])
     except ValueError as error:
         raise KeyError(str(error)) from None
-
-
-def _mean_length(names: dict, arrays: dict[str, np.ndarray]) -> float:
-    """Of a folder of an earlier version: of the rows held out, or of the texts as far as they are kept."""
-    lengths = arrays.get("held/length", np.empty(0))
-    if not len(lengths):
-        lengths = np.array([len(text) for text in names["texts"]], float)
-    return float(lengths.mean()) if len(lengths) else 0.0
-
-
-def _arrays_of(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    experts = len(arrays["state/means"])
-    # Not in every folder of an earlier version.
-    found = {"state/floor": np.zeros(experts), "state/places": np.full(experts, -1)} | arrays
-    return {name: found[f"state/{name}"] for name in _STATE}
-
-
-def _held(arrays: dict[str, np.ndarray]) -> HeldRows:
-    estimate = arrays["state/held_estimate"]
-    # Nor these.
-    found = {
-        "state/held_dearness": np.zeros_like(estimate),
-        "held/length": np.empty(0),
-        "held/fold": np.empty(0, int),
-        "held/keys": np.empty(0, np.uint64),
-        "held/means": np.empty((0, estimate.shape[1]), np.float32),
-    } | arrays
-    if "held/deviation" not in found:
-        # Of an expert that was removed its part is lost.
-        found["held/deviation"] = (estimate - arrays["state/means"]) @ np.linalg.pinv(arrays["state/extension"])
-    return HeldRows(**{name: found[place] for name, place in _HELD.items()})
 
 
 def _part(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
@@ -308,12 +278,11 @@ def _names(folder: Path) -> dict:
     if not isinstance(names, dict):
         raise DataError(f"{folder}: {_NAMES} is no description of a router")
     found = names.get("format")
-    if found not in _READABLE:
+    if found != FORMAT:
         newer = isinstance(found, int) and found > FORMAT
         what = "a newer deferral wrote it: update deferral" if newer else "fit and save the router again"
         raise DataError(f"{folder}: expected format {FORMAT}, got {found!r}; {what}")
-    # Folders of earlier versions have none.
-    if names.pop("names_sha256", None) not in (None, _digest(names)):
+    if names.pop("names_sha256", None) != _digest(names):
         raise DataError(f"{folder}: {_NAMES} is not as it was written; it is corrupted: fit and save the router again")
     return names
 

@@ -2,7 +2,7 @@
 
 import copy
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import inf
@@ -11,6 +11,7 @@ from typing import Any, TypedDict, Unpack
 
 import numpy as np
 
+from deferral.routing import persistence
 from deferral.routing.cascade import Cascade
 from deferral.routing.constraints import Abilities, Needs, able
 from deferral.routing.decisions import Decision, Decisions, why_learned
@@ -492,21 +493,61 @@ class Router:
         self._plans = {}
         return self
 
+    def without_texts(self, kept: Collection[str]) -> "Router":
+        """Forget the words of all logged queries but those in `kept`: of the others only the lengths stay."""
+        shown = set(kept)
+        texts = tuple(text if text in shown else " " * len(text) for text in self.fitted.texts)
+        self._fitted = replace(self.fitted, texts=texts)
+        return self
+
     def save(self, folder: str | Path) -> None:
         """Write the router to a folder (safetensors and JSON); one that is there is replaced when all is written."""
-        from deferral.routing.persistence import save
-
-        save(self, Path(folder))
+        saved = persistence.Saved(
+            price_of_error=self.price_of_error,
+            explore=self.explore,
+            seed=self.seed,
+            salt=self.salt,
+            abilities=self.abilities,
+            encoder=self.encoder.kind,
+            encoder_arrays=self.encoder.arrays,
+            fingerprint=self.encoder.fingerprint,
+            policies=self.policies,
+            fitted=self.fitted,
+            seen=self._seen,
+            witnesses=self._witnesses,
+            cascade=self.cascade,
+        )
+        persistence.save(saved, Path(folder))
 
     @classmethod
     def load(cls, folder: str | Path, *, encoder: Callable[[list[str]], Any] | str | Path | None = None) -> "Router":
         """The router of a folder; nothing in it is executed.
 
-        A router with an encoder of your own needs it again, or the folder of the same sentence encoder.
+        A router with an encoder of your own needs it again, or the folder of the same sentence encoder.  DataError where the
+        folder is missing, corrupted or of another version, ValueError for another encoder.
         """
-        from deferral.routing.persistence import load
-
-        return load(Path(folder), encoder)
+        saved = persistence.load(Path(folder))
+        if (saved.encoder == NgramEncoder.kind) != (encoder is None):
+            own = "the sentence encoder's folder, or the function from texts to vectors, that it was fitted with"
+            wanted = own if encoder is None else "no encoder of yours"
+            raise ValueError(f"encoder: this router needs {wanted}; pass it to Router.load as encoder=")
+        router = cls(
+            saved.price_of_error,
+            encoder=encoder,
+            policies=saved.policies or POLICIES,
+            abilities=saved.abilities,
+            explore=saved.explore,
+            seed=saved.seed,
+        )
+        if saved.fingerprint is not None and router.encoder.fingerprint not in (None, saved.fingerprint):
+            raise ValueError(
+                f"encoder: this router was fitted with encoder {saved.fingerprint}, got {router.encoder.fingerprint}; its "
+                "vectors would mean nothing here"
+            )
+        router.encoder.restore(saved.encoder_arrays)
+        router.salt, router.cascade = saved.salt, saved.cascade
+        router._fitted, router._seen, router._witnesses = saved.fitted, saved.seen, saved.witnesses
+        return router
 
     def _described(self, name: str, abilities: Abilities | None) -> "Router":
         if abilities is not None:

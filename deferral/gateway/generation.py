@@ -1,0 +1,47 @@
+"""What a reload replaces as one: a router, its experts, and what decides between them."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from deferral.gateway.deciding import Decider
+from deferral.gateway.experts_file import Expert
+from deferral.gateway.settings import Settings
+from deferral.routing.router import Router
+
+__all__ = ["Generation", "generation", "out_of_service"]
+
+_log = logging.getLogger("deferral.gateway")
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A router and its experts, from one reload to the next; a request keeps the one it began with."""
+
+    router: Router
+    experts: Mapping[str, Expert]
+    decider: Decider
+
+
+def generation(router: Router, experts: Mapping[str, Expert], settings: Settings) -> Generation:
+    """ValueError where an expert is not known to the router, or none of the router's is left."""
+    if missing := out_of_service(router, experts):
+        _log.warning("out of service, since the experts file does not have them: %s", ", ".join(missing))
+    if settings.explore is not None:
+        router.explore = settings.explore
+    decider = Decider(router, experts, deadline_s=settings.deadline_s, rules=settings.conversations)
+    return Generation(router, dict(experts), decider)
+
+
+def out_of_service(router: Router, experts: Mapping[str, Expert]) -> list[str]:
+    """The experts of the router that are not there; ValueError where one is not known to it, or none of its own is left."""
+    known = set(router.experts)
+    if unknown := [name for name, expert in experts.items() if expert.route and name not in known]:
+        raise ValueError(
+            f"experts: the router does not know {unknown[0]!r}, it knows {', '.join(router.experts)}; correct the name, or say "
+            "route = false for an expert that is reached by its name only"
+        )
+    served = [name for name in router.experts if name in experts and experts[name].route]
+    if not served:
+        raise ValueError(f"experts: none of the router's is there; expected at least one of {', '.join(router.experts)}")
+    return sorted(known - set(served))
