@@ -10,16 +10,12 @@ from typing import Any
 import numpy as np
 from sqlalchemy import Engine, Row, func, select
 
-from deferral.gateway.off_policy import Draws, alike, doubly_robust, interval_of_mean
-from deferral.gateway.schema import cascades, decisions, feedback, shadows
+from deferral.gateway.off_policy import FEWEST_SEEN, Draws, Z, alike, doubly_robust, interval_of_mean, stakes
+from deferral.gateway.schema import cascades, decisions, feedback, own_price, shadows
 
 __all__ = ["Agreement", "Gain", "agreement"]
 
 _ROWS = 20_000
-_FEWEST_SEEN = 20
-# A request's price of an error counts up to so many times the median.
-_MOST_STAKE = 10.0
-_Z = 1.96
 
 
 @dataclass(frozen=True)
@@ -103,8 +99,7 @@ def agreement(engine: Engine, *, since: float, until: float) -> Agreement:
                 d.outcome,
                 d.propensity,
                 d.expected,
-                # What a first answer cost that was not given is no price of the one that was.
-                (d.price - func.coalesce(through.extra, 0.0)).label("price"),
+                own_price,
                 d.price_of_error,
                 d.draw,
                 through.ending,
@@ -160,9 +155,9 @@ def _gain(rows: Sequence[Row], expected: list[dict], live: list[str]) -> tuple[G
     judged = Counter(rows[place].chosen for place in usable)
     experts = sorted({name for place in usable for name in expected[place]})
     index = {name: number for number, name in enumerate(experts)}
-    asked_at = np.array([rows[place].price_of_error for place in usable])
+    asked_at = [rows[place].price_of_error for place in usable]
     unit = float(np.median(asked_at))
-    error = np.minimum(asked_at / unit, _MOST_STAKE)
+    error = stakes(asked_at, unit)
     estimate = np.full((len(usable), len(experts)), np.nan)
     for line, place in enumerate(usable):
         for name, (good, dollars, _) in expected[place].items():
@@ -183,10 +178,10 @@ def _gain(rows: Sequence[Row], expected: list[dict], live: list[str]) -> tuple[G
         return None, f"the two decide the same on all {len(usable)} judged answers"
     if not seen[1]:
         return None, "nothing was explored: where the two differ, nobody was asked whom the candidate would ask (--explore 0.02)"
-    if min(seen) < _FEWEST_SEEN:
+    if min(seen) < FEWEST_SEEN:
         return None, (
             f"too little was explored: where the two differ, {seen[0]} different queries drew the live choice and {seen[1]} the "
-            f"candidate's, expected at least {_FEWEST_SEEN} of each"
+            f"candidate's, expected at least {FEWEST_SEEN} of each"
         )
     gains, stands_for = doubly_robust(draws, old) - doubly_robust(draws, new), 1 / heard
     gain, half = interval_of_mean(gains, stands_for, group)
@@ -199,6 +194,6 @@ def _gain(rows: Sequence[Row], expected: list[dict], live: list[str]) -> tuple[G
 
 def _wilson(hits: int, count: int) -> tuple[float, float]:
     """The 95% interval of a share."""
-    share, doubt = hits / count, _Z**2 / count
-    middle, half = share + doubt / 2, _Z * math.sqrt(share * (1 - share) / count + doubt / (4 * count))
+    share, doubt = hits / count, Z**2 / count
+    middle, half = share + doubt / 2, Z * math.sqrt(share * (1 - share) / count + doubt / (4 * count))
     return max((middle - half) / (1 + doubt), 0.0), min((middle + half) / (1 + doubt), 1.0)

@@ -19,9 +19,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from sqlalchemy import Column, Connection, Row, Select, exists, func, select
+from sqlalchemy import Column, Connection, Row, Select, exists, select
 
-from deferral.gateway.schema import cascades, decisions, feedback
+from deferral.gateway.schema import cascades, decisions, feedback, own_price
 
 __all__ = ["ALLOWED", "EVERY", "Expected", "Seen", "confidence", "interval", "looked_at", "price", "quality", "rings", "unlike"]
 
@@ -118,8 +118,6 @@ def looked_at(connection: Connection, expected: Expected, now: float) -> list[Se
     """
     d, experts = decisions.c, expected.experts
     level = confidence(len(experts))
-    # What a first answer cost that was not given is no price of the one that was.
-    own_price = (d.price - func.coalesce(cascades.c.extra, 0.0)).label("price")
     routed = select(d.expert, own_price, d.expected, d.outcome, d.kind).outerjoin(cascades, cascades.c.decision == d.id)
     rows = _spread(connection, routed.where(d.requested == "auto"), d.time, now, slot=300.0, span=86400.0)
     said = select(d.expert, feedback.c.quality, d.expected).join(decisions, d.id == feedback.c.decision)

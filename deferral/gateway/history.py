@@ -9,6 +9,7 @@ from typing import Any
 
 from sqlalchemy import Engine, func, or_, select
 
+from deferral.gateway.off_policy import Z
 from deferral.gateway.rows import plain
 from deferral.gateway.schema import decisions, minutes
 
@@ -16,7 +17,6 @@ __all__ = ["History", "Total", "history", "recent", "said"]
 
 _STEPS = 60
 _MINUTE = 60
-_Z = 1.96
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def history(engine: Engine, *, since: float, until: float) -> History:
     so_far = (accumulate(found[name]) for name in ("saved_squared", "saved", "compared"))
     half = [
         # The variance of a sum is the number of its terms times theirs.
-        _Z * math.sqrt(max(squares - saved * saved / count, 0.0) * count / (count - 1)) if count > 1 else None
+        Z * math.sqrt(max(squares - saved * saved / count, 0.0) * count / (count - 1)) if count > 1 else None
         for squares, saved, count in zip(*so_far, strict=True)
     ]
     experts = dict(sorted(counts.items(), key=lambda entry: -sum(entry[1])))

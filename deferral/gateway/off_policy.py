@@ -18,10 +18,24 @@ if TYPE_CHECKING:
 
     from deferral.intervals import Interval
 
-__all__ = ["Comparison", "Draws", "alike", "compare", "doubly_robust", "interval_of_mean", "self_normalised"]
+__all__ = [
+    "FEWEST_SEEN",
+    "Comparison",
+    "Draws",
+    "Z",
+    "alike",
+    "compare",
+    "doubly_robust",
+    "interval_of_mean",
+    "self_normalised",
+    "stakes",
+]
 
+# Different queries that must have drawn a choice before anything is said of it.
+FEWEST_SEEN = 20
+Z = 1.96  # of a 95% interval
 _RESAMPLES = 2000
-_Z = 1.96
+_MOST_STAKE = 10.0
 
 
 @dataclass(frozen=True)
@@ -103,6 +117,14 @@ def self_normalised(draws: Draws, old: np.ndarray, new: np.ndarray, *, seed: int
     return _interval(draws, parts, gain, seed)
 
 
+def stakes(prices_of_error: Sequence[float], unit: float) -> np.ndarray:
+    """What an error of each request costs, in units of `unit` dollars: at most ten, so that no setting outweighs all others.
+
+    N -> (N,)
+    """
+    return np.minimum(np.array(prices_of_error) / unit, _MOST_STAKE)
+
+
 def alike(drawn: Sequence[float | None]) -> np.ndarray:
     """The group of each decision by the number that it was drawn by: one that is the same, or None, which none shares.
 
@@ -118,7 +140,7 @@ def interval_of_mean(values: np.ndarray, stands_for: np.ndarray, group: np.ndarr
     if groups < 2:
         return mean, None
     off = np.bincount(group, stands_for * (values - mean), groups)
-    return mean, float(_Z * math.sqrt(groups / (groups - 1)) * np.linalg.norm(off) / stands_for.sum())
+    return mean, float(Z * math.sqrt(groups / (groups - 1)) * np.linalg.norm(off) / stands_for.sum())
 
 
 def _mean(draws: Draws, values: np.ndarray, seed: int) -> "Interval":

@@ -13,7 +13,7 @@ from sqlalchemy import Engine
 
 from deferral.errors import DataError
 from deferral.gateway.export import Logged, logged, nothing_left
-from deferral.gateway.off_policy import Comparison, Draws, compare
+from deferral.gateway.off_policy import FEWEST_SEEN, Comparison, Draws, compare, stakes
 from deferral.routing import Log, Needs, Outcome, Router
 from deferral.routing.persistence import written
 
@@ -21,8 +21,6 @@ __all__ = ["Verdict", "check_unchanged", "choices", "draws_of", "learned", "prom
 
 _HELD_OUT = 0.3
 _FEWEST_ROWS = 100
-_FEWEST_SEEN = 20
-_MOST_STAKE = 10.0
 
 
 @dataclass(frozen=True)
@@ -172,7 +170,7 @@ def draws_of(model: Router, rows: Sequence[Logged], heard: Mapping[str, float]) 
     """
     experts, queries = model.experts, [row.outcome.query for row in rows]
     unit = model.price_of_error
-    error = np.minimum(np.array([row.price_of_error for row in rows]) / unit, _MOST_STAKE)
+    error = stakes([row.price_of_error for row in rows], unit)
     quality = np.array([row.outcome.quality for row in rows])
     price = np.array([row.outcome.price for row in rows])
     expected = model.fitted.estimate(model.encoder(queries))
@@ -192,10 +190,10 @@ def _why_not(judged: Comparison) -> str:
     """Why the new router may not be better; "" if it is."""
     if judged.differ == 0:
         return "it decides every held-out query as the old one does"
-    if min(judged.seen) < _FEWEST_SEEN:
+    if min(judged.seen) < FEWEST_SEEN:
         return (
             f"where the two differ, too few different queries had drawn the choice of one of them ({judged.seen[0]} and "
-            f"{judged.seen[1]}; expected at least {_FEWEST_SEEN} of each): wait for more traffic, or explore more"
+            f"{judged.seen[1]}; expected at least {FEWEST_SEEN} of each): wait for more traffic, or explore more"
         )
     if judged.gain.low <= 0:
         return f"the gain of {_shown(judged.gain)} errors a query may be nothing"

@@ -1,6 +1,6 @@
 """The tables of the gateway.  Whoever changes them adds a step to `migrations`, and 1 to VERSION."""
 
-from sqlalchemy import BigInteger, Boolean, Column, Float, Index, Integer, MetaData, String, Table, Text
+from sqlalchemy import BigInteger, Boolean, Column, Float, Index, Integer, MetaData, String, Table, Text, func
 
 __all__ = [
     "VERSION",
@@ -15,6 +15,7 @@ __all__ = [
     "looks",
     "minutes",
     "notices",
+    "own_price",
     "reloads",
     "shadows",
     "tables",
@@ -197,3 +198,6 @@ shadows = Table(
     Index("shadows_by_time", "time"),
 )
 version = Table("schema_version", tables, Column("version", Integer, primary_key=True, autoincrement=False))
+
+# Of a decision joined with its cascade: what a first answer cost that was not given is no price of the one that was.
+own_price = (decisions.c.price - func.coalesce(cascades.c.extra, 0.0)).label("price")

@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 from sqlalchemy import Engine, func, or_, select
 
-from deferral.gateway.off_policy import Draws, alike, doubly_robust, interval_of_mean
-from deferral.gateway.schema import cascades, decisions, feedback
+from deferral.gateway.off_policy import FEWEST_SEEN, Draws, alike, doubly_robust, interval_of_mean
+from deferral.gateway.schema import cascades, decisions, feedback, own_price
 
 __all__ = ["Point", "WhatIf", "what_if"]
 
 _ROWS = 5000
 _POINTS = 25
-# Of answers to the queries of one expert, where those are a share worth mentioning.
-_FEWEST_SEEN, _WORTH_MENTIONING = 20, 0.02
+# A share of the queries, below which few answers are no reason to warn.
+_WORTH_MENTIONING = 0.02
 _NOBODY = -1
 
 
@@ -75,7 +75,7 @@ def what_if(engine: Engine, *, since: float, until: float, present: float) -> Wh
             d.chosen,
             d.propensity,
             d.expected,
-            (d.price - func.coalesce(through.extra, 0.0)).label("price"),
+            own_price,
             d.price_of_error,
             d.draw,
             opinion,
@@ -152,7 +152,7 @@ def _unseen(actions: np.ndarray, best: np.ndarray, draws: Draws, experts: list[s
     # A query that was asked again was seen once.
     once = np.unique(np.stack([theirs[seen], draws.group[seen]]), axis=1)[0]
     known = np.bincount(once, minlength=2 * len(experts))
-    few = np.logical_and(asked >= _WORTH_MENTIONING * len(actions), known < _FEWEST_SEEN)
+    few = np.logical_and(asked >= _WORTH_MENTIONING * len(actions), known < FEWEST_SEEN)
     return [name for name, either in zip(experts, few.reshape(-1, 2), strict=True) if either.any()]
 
 
