@@ -15,7 +15,7 @@ from uvicorn import Config
 from uvicorn.server import ServerState
 
 from deferral.gateway.protocol import Gathering, Protocol
-from deferral.gateway.wire import header_map, read_body, send_json
+from deferral.gateway.wire import header_map, read_body, send_whole
 
 
 class _Wire:
@@ -97,7 +97,7 @@ async def tell(scope: Any, receive: Any, send: Any) -> None:
     """An app that repeats what it was sent."""
     headers = header_map(scope)
     body = await read_body(receive, headers, 1 << 20)
-    await send_json(send, {"body": body.decode(), "headers": sorted(name.decode() for name in headers)})
+    await send_whole(send, 200, [], json.dumps({"body": body.decode(), "headers": sorted(map(bytes.decode, headers))}).encode())
 
 
 def said_to(app: Any, *packets: bytes, patience: float = 75) -> bytes:
@@ -295,7 +295,7 @@ WHOLE = END.replace(b"connection: close\r\n", b"")
 
 async def refuse(scope: Any, receive: Any, send: Any) -> None:
     """An app that does not wait for the body."""
-    await send_json(send, {"body": "refused"}, 401)
+    await send_whole(send, 401, [], json.dumps({"body": "refused"}).encode())
 
 
 @pytest.mark.parametrize(

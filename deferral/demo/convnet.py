@@ -1,6 +1,5 @@
 """A small convolutional network for 32 x 32 images, trained with a checkpoint after every epoch."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deferral.datasets import DataError, Images
+from deferral.whole_files import written_whole
 
 __all__ = ["EPOCHS", "ConvNet", "predict", "trained"]
 
@@ -117,6 +117,5 @@ def _read(path: Path, device: torch.device) -> dict:
 
 
 def _write(path: Path, state: dict) -> None:
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    os.replace(partial, path)
+    with written_whole(path) as partial:
+        torch.save(state, partial)

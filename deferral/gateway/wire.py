@@ -1,14 +1,12 @@
 """ASGI by hand: the request path of a proxy has no use for an object per request."""
 
-import json
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 from starlette.types import Receive, Scope, Send
 
 from deferral.gateway.problems import Problem
 
-__all__ = ["Left", "header_map", "read_body", "send_json", "send_problem", "send_whole"]
+__all__ = ["Left", "header_map", "read_body", "send_problem", "send_whole"]
 
 _JSON = (b"content-type", b"application/json")
 
@@ -54,11 +52,6 @@ async def send_whole(send: Send, status: int, headers: list[tuple[bytes, bytes]]
     headers.append((b"content-length", str(len(body)).encode()))
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
-
-
-async def send_json(send: Send, value: Any, status: int = 200) -> None:
-    """A reply of our own."""
-    await send_whole(send, status, [_JSON], json.dumps(value).encode())
 
 
 async def send_problem(send: Send, problem: Problem, headers: Iterable[tuple[bytes, bytes]] = ()) -> None:

@@ -26,6 +26,7 @@ from deferral.errors import DataError
 from deferral.routing.constraints import Needs
 from deferral.routing.persistence import written
 from deferral.routing.router import Router
+from deferral.whole_files import written_whole
 
 __all__ = ["route_file"]
 
@@ -191,12 +192,8 @@ def _begun(note: Path) -> Any:
 
 def _write(note: Path, work: dict) -> None:
     """The note whole or not at all: decisions without one cannot be continued."""
-    partial = note.with_name(f"{note.name}.new")
-    try:
+    with written_whole(note) as partial:
         partial.write_text(json.dumps(work), encoding="utf-8")
-        os.replace(partial, note)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _chunks(path: Path, skip: int) -> Iterator[tuple[list[str], int]]:

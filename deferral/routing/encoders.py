@@ -5,7 +5,6 @@
 """
 
 import hashlib
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -18,6 +17,7 @@ import numpy as np
 
 from deferral.routing.ngrams import BITS, hashed_ngrams, hashed_ngrams_of, shortened
 from deferral.threads import one_thread
+from deferral.whole_files import written_whole
 
 __all__ = ["CachedEncoder", "FunctionEncoder", "NgramEncoder", "Vectors", "Wide"]
 
@@ -278,9 +278,9 @@ class CachedEncoder:
             if len(vectors) != len(block):
                 raise ValueError(f"encoder: expected {len(block)} vectors, one per text, got {len(vectors)}")
             for path, vector in zip(block, vectors, strict=True):
-                partial = path.with_name(f"{path.stem}.{os.getpid()}.partial.npy")
-                np.save(partial, vector)
-                os.replace(partial, path)
+                # To a path `save` would add a suffix.
+                with written_whole(path) as partial, partial.open("wb") as file:
+                    np.save(file, vector)
                 known[path] = vector
         return np.array([known[path] for path in paths])
 

@@ -6,7 +6,6 @@ misspelt one is not lost.
 """
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import numpy as np
 from deferral.errors import DataError
 from deferral.routing.confidence import Confidence, check_confidence
 from deferral.routing.outcomes import NUMBERS, Log, Outcome, check_number, check_tags, check_text
+from deferral.whole_files import written_whole
 
 __all__ = ["read_log", "write_log"]
 
@@ -54,12 +54,8 @@ def write_log(log: Log, path: str | Path) -> None:
         raise DataError(f"{path}: expected a name that ends in .jsonl or .parquet")
     if not path.parent.is_dir():
         raise DataError(f"{path.parent}: expected the folder for {path.name}, there is none; make it first")
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with written_whole(path) as partial:
         write(log, partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _add(log: Log, number: int, row: dict) -> None:

@@ -5,7 +5,6 @@ Replacing router.json is one step of the file system, so that a reader sees the 
 
 import json
 import os
-import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -26,11 +25,12 @@ from deferral.routing.policies.policy import Policy
 from deferral.routing.prices import PriceModel
 from deferral.routing.promises import Witnesses
 from deferral.routing.training import Judged
+from deferral.whole_files import PARTIAL, written_whole
 
 __all__ = ["FORMAT", "Saved", "check_place", "load", "save", "written"]
 
 FORMAT = 3
-_NUMBERS, _NAMES, _PARTIAL = "state.{}.safetensors", "router.json", ".{}.{}.{}.partial"
+_NUMBERS, _NAMES = "state.{}.safetensors", "router.json"
 _POLICIES = {policy.kind: policy for policy in (Linear, Neighbours, Clusters, Heads, Factors, Features, Rejector)}
 _JUDGED = ("errors", "learned", "static", "random", "oracle", "gain", "half_width", "overall", "rows")
 _STATE = ("means", "mean_price", "latency", "extension", "floor", "places")
@@ -169,7 +169,7 @@ def _foreign(folder: Path) -> Iterator[Path]:
 def _unfinished(folder: Path) -> Iterator[Path]:
     """Files that a save was killed in the middle of."""
     for name in (_NUMBERS.format("*"), _NAMES):
-        yield from folder.glob(_PARTIAL.format(name, "*", "*"))
+        yield from folder.glob(PARTIAL.format(name, "*", "*"))
 
 
 def load(folder: Path) -> Saved:
@@ -292,13 +292,7 @@ def _digest(names: dict) -> str:
 
 
 def _put(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(_PARTIAL.format(path.name, os.getpid(), secrets.token_hex(4)))
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with written_whole(path) as partial, partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
