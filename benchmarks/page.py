@@ -33,11 +33,11 @@ from sqlalchemy import func, select
 
 from deferral.gateway.app import gateway
 from deferral.gateway.dashboard import FILES
-from deferral.gateway.database import connect, decisions, feedback, insert_rows, prepare
+from deferral.gateway.database import connect, insert_rows, prepare
 from deferral.gateway.experts_file import Expert
 from deferral.gateway.minutes import add_to_minutes
 from deferral.gateway.rows import CascadeRow, DecisionRow, cascade_values, values
-from deferral.gateway.schema import cascades, shadows
+from deferral.gateway.schema import cascades, decisions, feedback, shadows
 from deferral.gateway.settings import Settings
 from deferral.gateway.state import Gateway
 from deferral.routing import Router, log_of_table

@@ -26,9 +26,10 @@ from pathlib import Path
 import click
 import sqlalchemy
 
-from deferral.gateway.database import connect, decisions, durable, insert_rows, prepare
+from deferral.gateway.database import connect, durable, insert_rows, prepare
 from deferral.gateway.record import Record
 from deferral.gateway.rows import DecisionRow, values
+from deferral.gateway.schema import decisions
 from tests.postgres_server import binaries, fresh_database, running
 
 RESULTS = Path(__file__).parent / "results"

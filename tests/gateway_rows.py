@@ -1,6 +1,6 @@
 """Rows of a gateway's record, for the tests; light, since a process that is killed imports it too."""
 
-from deferral.gateway.record import DecisionRow
+from deferral.gateway.rows import DecisionRow
 
 
 def row(number: int = 0, **values) -> DecisionRow:

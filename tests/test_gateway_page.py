@@ -16,14 +16,14 @@ import pytest
 from sqlalchemy import select
 
 from deferral.gateway.dashboard import FILES
-from deferral.gateway.database import connect, decisions, feedback, insert_rows, prepare
+from deferral.gateway.database import connect, insert_rows, prepare
 from deferral.gateway.experts_file import Expert
 from deferral.gateway.first_answers import First, first_answers
 from deferral.gateway.history import history, recent
 from deferral.gateway.minutes import add_to_minutes
 from deferral.gateway.record import Record
 from deferral.gateway.rows import CascadeRow, cascade_values, values
-from deferral.gateway.schema import cascades, minutes, tables
+from deferral.gateway.schema import cascades, decisions, feedback, minutes, tables
 from deferral.gateway.settings import Settings
 from deferral.gateway.what_if import what_if
 from tests.gateway_rows import row

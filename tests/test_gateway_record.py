@@ -20,12 +20,12 @@ from starlette.testclient import TestClient
 
 from deferral.gateway import record as record_module
 from deferral.gateway import retention as retention_module
-from deferral.gateway.database import alone, connect, decisions, feedback, prepare, texts
+from deferral.gateway.database import alone, connect, prepare
 from deferral.gateway.endpoints import error_handlers, routes
 from deferral.gateway.forgetting import forget_some
 from deferral.gateway.keys import ANYONE, Key
 from deferral.gateway.record import Record, _Feedback, _kept
-from deferral.gateway.schema import alarms
+from deferral.gateway.schema import alarms, decisions, feedback, texts
 from deferral.gateway.status import status
 from tests.gateway_rows import row
 from tests.postgres_server import fresh_database

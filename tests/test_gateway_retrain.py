@@ -17,9 +17,10 @@ from deferral.errors import DataError
 from deferral.gateway.database import connect, prepare
 from deferral.gateway.export import FAILED, FELL_BACK, NAMED, NO_CHANCE, NO_QUALITY, NO_TEXT, export, logged
 from deferral.gateway.off_policy import Draws, alike, compare, doubly_robust, interval_of_mean
-from deferral.gateway.record import DecisionRow, Record
+from deferral.gateway.record import Record
 from deferral.gateway.reloads import Reloads
 from deferral.gateway.retrain import Verdict, learned, promote, retrain
+from deferral.gateway.rows import DecisionRow
 from deferral.routing import Log, Outcome, Router, log_of_table, read_log
 from deferral.routing.persistence import written
 from deferral.routing.policies import Linear

@@ -13,11 +13,11 @@ from sqlalchemy import delete, literal, null, select, update
 
 from deferral.cli import main
 from deferral.gateway.agreement import Gain, agreement
-from deferral.gateway.database import connect, decisions, feedback, insert_rows, prepare
+from deferral.gateway.database import connect, insert_rows, prepare
 from deferral.gateway.deciding import Choice
 from deferral.gateway.experts_file import Expert
 from deferral.gateway.rows import CascadeRow, cascade_values, values
-from deferral.gateway.schema import cascades, shadows
+from deferral.gateway.schema import cascades, decisions, feedback, shadows
 from deferral.gateway.settings import Settings
 from deferral.gateway.shadow import Shadow, load_shadow
 from deferral.routing import Router

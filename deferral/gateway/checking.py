@@ -12,14 +12,15 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from deferral.errors import DataError
 from deferral.gateway.access import no_key
-from deferral.gateway.database import VERSION, look
-from deferral.gateway.database import keys as table
+from deferral.gateway.database import look
 from deferral.gateway.experts_file import Expert, read_experts
 from deferral.gateway.generation import out_of_service
 from deferral.gateway.keys import Key, key_of
 from deferral.gateway.listening import listening
 from deferral.gateway.reaching import Reached, reach
 from deferral.gateway.record import Record
+from deferral.gateway.schema import VERSION
+from deferral.gateway.schema import keys as table
 from deferral.gateway.settings import Settings, is_loopback
 from deferral.gateway.shadow import load_candidate
 from deferral.gateway.state import load_router

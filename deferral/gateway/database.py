@@ -17,28 +17,23 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, Operati
 
 from deferral.errors import DataError
 from deferral.gateway.migrations import migrate
-from deferral.gateway.schema import VERSION, decisions, feedback, keys, tables, texts, version
+from deferral.gateway.schema import VERSION, tables, version
 
 __all__ = [
-    "VERSION",
     "adding",
     "alone",
     "clock",
     "connect",
     "copy",
-    "decisions",
     "delete_among",
     "durable",
-    "feedback",
     "if_alone",
     "insert_rows",
-    "keys",
     "look",
     "prepare",
     "replacing",
     "scrub",
     "shared",
-    "texts",
     "writing",
 ]
 

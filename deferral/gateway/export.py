@@ -10,8 +10,7 @@ from pathlib import Path
 from sqlalchemy import Connection, Engine, Row, and_, or_, select
 
 from deferral.errors import DataError
-from deferral.gateway.database import decisions, feedback, texts
-from deferral.gateway.schema import cascades
+from deferral.gateway.schema import cascades, decisions, feedback, texts
 from deferral.routing import Confidence, Log, Outcome, write_log
 
 __all__ = ["Exported", "Logged", "confidence_in", "export", "latest", "logged", "nothing_left"]

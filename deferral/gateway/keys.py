@@ -18,8 +18,8 @@ from sqlalchemy import Connection, Row, insert, select, update
 from sqlalchemy.exc import SQLAlchemyError
 
 from deferral.gateway.database import clock, connect, prepare, writing
-from deferral.gateway.database import keys as table
 from deferral.gateway.rows import plain
+from deferral.gateway.schema import keys as table
 from deferral.gateway.windows import WINDOWS, WindowName, time_zone
 
 __all__ = ["ANYONE", "PREFIX", "SETTINGS", "Issued", "Key", "Keys", "UnknownKey", "key_of"]

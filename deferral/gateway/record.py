@@ -17,24 +17,14 @@ from sqlalchemy import Connection, Select, select
 from sqlalchemy.exc import DataError as ValueRefused
 from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 
-from deferral.gateway.database import (
-    connect,
-    decisions,
-    durable,
-    feedback,
-    insert_rows,
-    prepare,
-    replacing,
-    texts,
-    writing,
-)
+from deferral.gateway.database import connect, durable, insert_rows, prepare, replacing, writing
 from deferral.gateway.ledger import recorded
 from deferral.gateway.minutes import add_to_minutes
 from deferral.gateway.retention import Retention
 from deferral.gateway.rows import DecisionRow, cascade_values, plain, values
-from deferral.gateway.schema import cascades
+from deferral.gateway.schema import cascades, decisions, feedback, texts
 
-__all__ = ["DecisionRow", "Record"]
+__all__ = ["Record"]
 
 _log = logging.getLogger("deferral.gateway.record")
 

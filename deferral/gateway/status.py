@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import Connection, Engine, case, distinct, func, select
 
 from deferral.gateway.alarms import MEANINGS
-from deferral.gateway.database import decisions, feedback
 from deferral.gateway.keys import Key
 from deferral.gateway.ledger import recorded
-from deferral.gateway.schema import alarms
+from deferral.gateway.schema import alarms, decisions, feedback
 from deferral.gateway.windows import span, time_zone
 
 if TYPE_CHECKING:
