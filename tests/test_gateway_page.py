@@ -6,7 +6,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.resources import files
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -218,7 +218,7 @@ def test_settings_reach_from_the_cheapest_to_the_best_whatever_the_prices_are(tm
     assert len({point.price_of_error for point in found.points}) == len(found.points) >= 25
     assert found.points[0].shares["small"] == (1.0 if dollars else 0.0)
     assert found.points[-1].shares["large"] == 1.0
-    json.dumps(found.as_json(), allow_nan=False)
+    json.dumps(asdict(found), allow_nan=False)
 
 
 def test_first_answers_by_what_became_of_them(tmp_path: Path) -> None:
@@ -232,7 +232,7 @@ def test_first_answers_by_what_became_of_them(tmp_path: Path) -> None:
     assert found.experts == [
         First("small", 5, {"deferred": 2, "failed": 1, "kept": 2}, 0.5), First("tiny", 1, {"silent": 1}, 0.0),
     ]  # fmt: skip
-    assert first_answers(engine, since=0, until=1).as_json() == {"looked": 0, "experts": []}
+    assert asdict(first_answers(engine, since=0, until=1)) == {"looked": 0, "experts": []}
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -329,7 +330,7 @@ def test_status_adds_up(record: Record) -> None:
     assert [shares[name].failed for name in ("small", "large", "")] == [1, 1, 1]
     assert (shares["small"].judged, shares["small"].mean_quality, shares["small"].mean_latency_s) == (2, 0.5, 0.5)
     assert (found.judged, found.mean_quality) == (3, pytest.approx(2 / 3))
-    json.dumps(found.as_json())
+    json.dumps(asdict(found))
     assert "$1.00 spent" in found.summary(24)
     assert "$0.00720 saved" in found.summary(24)
     assert "alarm" not in found.summary(24)

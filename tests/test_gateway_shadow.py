@@ -3,7 +3,7 @@
 import json
 import shutil
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,7 @@ def test_the_gain_is_what_the_candidate_would_have_saved(tmp_path: Path, capsys:
     assert abs(found.gain.weighted - truth) < 4 * found.gain.half / 1.96
     assert 0 < found.gain.half < 0.1
     assert found.gain.differ == 1000
-    json.dumps(found.as_json(), allow_nan=False)
+    json.dumps(asdict(found), allow_nan=False)
     main(["gateway", "shadow", "--hours", "1000000", "--database", path])
     assert "agrees on 1000 of 2000 requests" in capsys.readouterr().out
 

@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 from starlette.requests import Request
@@ -14,6 +15,7 @@ from starlette.routing import Route
 from deferral.gateway.forgetting import forget
 from deferral.gateway.keys import PREFIX, SETTINGS, Issued, Key, Keys, UnknownKey
 from deferral.gateway.problems import Problem
+from deferral.gateway.record import WRITTEN_WITHIN
 from deferral.gateway.state import Gateway
 from deferral.gateway.status import status
 from deferral.gateway.wire import header_map, read_body
@@ -21,7 +23,6 @@ from deferral.gateway.wire import header_map, read_body
 __all__ = ["change_key", "create_key", "hours_of", "rotate_key", "routes", "shown"]
 
 _MOST_BYTES = 1 << 16
-_WRITTEN = 0.2
 
 
 def routes(gateway: Gateway) -> list[Route]:
@@ -61,20 +62,20 @@ def routes(gateway: Gateway) -> list[Route]:
             gone = await asyncio.to_thread(forget, engine, key=key, response=response)
             if not gone.decisions:
                 # A row is written a moment after its reply.
-                await asyncio.sleep(_WRITTEN)
+                await asyncio.sleep(WRITTEN_WITHIN)
                 gone = await asyncio.to_thread(forget, engine, key=key, response=response)
         except ValueError as error:
             raise Problem(409, "ambiguous_id", str(error)) from None
         if not gone.decisions:
             what = f"the key {key[:100]!r}" if key is not None else f"the response {(response or '')[:100]!r}"
             raise Problem(404, "nothing_on_record", f"nothing is on record of {what}")
-        return JSONResponse({"deleted": gone.as_json()})
+        return JSONResponse({"deleted": asdict(gone)})
 
     async def happened(request: Request) -> Response:
         now = time.time()
         since = now - 3600 * hours_of(request.query_params.get("hours", "24"))
         found = await asyncio.to_thread(status, gateway.record.engine, list(gateway.keys), since=since, now=now)
-        return JSONResponse(found.as_json())
+        return JSONResponse(asdict(found))
 
     return [
         Route("/keys", keys, methods=["GET", "POST"]),

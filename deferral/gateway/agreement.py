@@ -4,8 +4,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from sqlalchemy import Engine, Row, func, select
@@ -50,10 +49,6 @@ class Agreement:
     pairs: list[tuple[str, str, int]]
     gain: Gain | None
     why_no_gain: str
-
-    def as_json(self) -> dict[str, Any]:
-        """The same as plain values."""
-        return asdict(self)
 
     def __str__(self) -> str:
         if not self.rows:

@@ -3,9 +3,9 @@
 import json
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
@@ -18,7 +18,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from deferral.errors import DataError
 from deferral.gateway.key_commands import keys
 from deferral.gateway.keys import PREFIX
-from deferral.gateway.opened import database_option, opened
+from deferral.gateway.opened import database_option, encoder_option, opened
 
 __all__ = ["gateway"]
 
@@ -134,11 +134,7 @@ def export(file: Path, since: datetime | None, until: datetime | None, assume_qu
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="The log that the router was fitted on, to learn from as well.",
 )
-@click.option(
-    "--encoder",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Folder of the sentence encoder that the router was fitted with, if it was.",
-)
+@encoder_option
 @click.option("--drop-cascade", is_flag=True, help="Promote it also where the old router's cascade, which pays, is lost.")
 @click.option("--dry-run", is_flag=True, help="Judge, and change nothing.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the intervals.")
@@ -192,11 +188,7 @@ def retrain(
 
 @gateway.command()
 @click.argument("router", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option(
-    "--encoder",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Folder of the sentence encoder that the router was fitted with, if it was.",
-)
+@encoder_option
 @click.option("--dry-run", is_flag=True, help="Judge, and change nothing.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @database_option
@@ -205,37 +197,23 @@ def cascade(router: Path, encoder: Path | None, dry_run: bool, seed: int, databa
 
     Exit status 0 if it is, 3 if not.  Gateways that run on the database take it within a second or two.
     """
-    from deferral.gateway.cascade_answers import answers_on_record
-    from deferral.gateway.retrain import check_unchanged
+    from deferral.gateway.cascade_retrain import retrain_cascade
     from deferral.routing import Router
-    from deferral.routing.cascade_fitting import fit_cascade, gain_over
-    from deferral.routing.persistence import written
 
-    before, loaded = written(router), Router.load(router, encoder=encoder)
-    old, error = loaded.cascade, loaded.price_of_error
-    if old is None:
-        raise click.UsageError(f"{router} has no cascade; make the first with `deferral route cascade LOG -r {router}`")
-    left_out: Counter[str] = Counter()
     with opened(database) as store:
         with _stages() as on_stage:
-            on_stage("reading the record")
-            answers = answers_on_record(store.engine, loaded.experts, old.first, left_out)
-            on_stage(f"learning from {len(answers):,} answers of {old.first}")
-            new = fit_cascade(answers, seed=seed)
-            gain, half = gain_over(old, answers, error, seed=seed)
-        better = new.why_not(error) == "" and gain > half
-        if better and not dry_run:
-            loaded.cascade = new
-            check_unchanged(router, before)
-            loaded.save(router)
-        click.echo(new.report(error))
-        click.echo("\n".join(f"{count} rows left out: {reason}" for reason, count in left_out.most_common()))
-        click.echo(
-            f"against the cascade that is there it saves {gain:.4f} ± {half:.4f} errors a query at ${error:.3g} an error (95%)"
-        )
-        if better and not dry_run:
+            verdict = retrain_cascade(
+                store.engine,
+                router,
+                dry_run=dry_run,
+                load=lambda folder: Router.load(folder, encoder=encoder),
+                seed=seed,
+                on_stage=on_stage,
+            )
+        click.echo(verdict)
+        if verdict.promoted:
             _announce(store.engine, router)
-    if not better:
+    if not verdict.better:
         click.echo(f"{router} stays as it was")
         sys.exit(3)
     click.echo("it would replace it" if dry_run else f"{router} has the new one; gateways on this database take it in a second")
@@ -257,7 +235,7 @@ def status(hours: float, as_json: bool, url: str | None, admin_key: str | None, 
         found = read(store.engine, list(store), since=now - 3600 * hours, now=now)
     running = None if url is None else probe(url, admin_key)
     if as_json:
-        click.echo(json.dumps({**found.as_json(), **({} if running is None else {"running": running})}))
+        click.echo(json.dumps({**asdict(found), **({} if running is None else {"running": running})}))
         return
     console = Console()
     for table in found.tables():
@@ -322,7 +300,7 @@ def shadow(hours: float, as_json: bool, database: str) -> None:
     now = time.time()
     with opened(database) as store:
         found = agreement(store.engine, since=now - 3600 * hours, until=now)
-    click.echo(json.dumps(found.as_json()) if as_json else found)
+    click.echo(json.dumps(asdict(found)) if as_json else found)
 
 
 def _announce(engine: Engine, router: Path) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import cache, partial
 from importlib.resources import files
 from typing import Any
@@ -65,7 +66,7 @@ def routes(gateway: Gateway) -> list[Route]:
         now = time.time()
         since = now - 3600 * hours_of(request.query_params.get("hours", "24"))
         found = await asyncio.to_thread(reader, gateway.record.engine, since=since, until=now)
-        return JSONResponse(found.as_json())
+        return JSONResponse(asdict(found))
 
     async def over_time(request: Request) -> Response:
         return await read(request, history)

@@ -1,7 +1,6 @@
 """What became of the answers that one expert gave first."""
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from sqlalchemy import Engine, func, select
 
@@ -28,10 +27,6 @@ class FirstAnswers:
 
     looked: int
     experts: list[First]
-
-    def as_json(self) -> dict[str, Any]:
-        """The same as plain values."""
-        return asdict(self)
 
 
 def first_answers(engine: Engine, *, since: float, until: float) -> FirstAnswers:

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from sqlalchemy import ColumnElement, Connection, Engine, select
 
@@ -28,10 +28,6 @@ class Forgotten:
     decisions: int = 0
     feedback: int = 0
     texts: int = 0
-
-    def as_json(self) -> dict[str, int]:
-        """For the admin endpoints."""
-        return asdict(self)
 
     def __str__(self) -> str:
         return f"{self.decisions} decisions, {self.feedback} judgements and {self.texts} texts are deleted"

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import accumulate
 from typing import Any
@@ -49,10 +49,6 @@ class History:
     routed: int
     compared: int  # routed answers that `saving` is about
     estimated: int  # answers whose price is an estimate
-
-    def as_json(self) -> dict[str, Any]:
-        """The same as plain values."""
-        return asdict(self)
 
 
 def history(engine: Engine, *, since: float, until: float) -> History:

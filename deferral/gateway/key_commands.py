@@ -3,7 +3,6 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from rich.table import Table
 from deferral.gateway.experts_file import expert_names
 from deferral.gateway.keys import Issued, Key, UnknownKey
 from deferral.gateway.opened import database_option, opened
-from deferral.gateway.windows import WINDOWS
+from deferral.gateway.windows import WINDOWS, minute_of
 
 __all__ = ["keys"]
 
@@ -147,7 +146,7 @@ def rotate(key: str, grace_hours: float, database: str) -> None:
     """
     with opened(database) as store, _usage():
         token, issued = store.rotate(key, grace_hours=grace_hours)
-    ends = "ends now" if issued.former_until is None else f"is valid until {_minute(issued.former_until)}"
+    ends = "ends now" if issued.former_until is None else f"is valid until {minute_of(issued.former_until)}"
     click.echo(f"key {issued.key.id} for {issued.key.name}: the token of before {ends}; {_SOON}; shown this once:", err=True)
     click.echo(token)
 
@@ -223,15 +222,11 @@ def _cells(issued: Issued) -> list[str]:
         escape(_shown(key, "experts")),
         "" if key.requests_per_minute is None else str(key.requests_per_minute),
         "" if key.budget is None else f"${key.budget:g} a {key.window}, {key.zone}",
-        _minute(issued.created)[:10],
-        "" if issued.revoked is None else _minute(issued.revoked)[:10],
+        minute_of(issued.created)[:10],
+        "" if issued.revoked is None else minute_of(issued.revoked)[:10],
     ]
 
 
 def _former(issued: Issued, now: float) -> str:
     until = issued.former_until if issued.revoked is None else None
-    return "" if until is None or until <= now else _minute(until)
-
-
-def _minute(time: float) -> str:
-    return datetime.fromtimestamp(time, UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return "" if until is None or until <= now else minute_of(until)

@@ -13,7 +13,7 @@ from types import TracebackType
 from sqlalchemy.exc import SQLAlchemyError
 
 from deferral.gateway.keys import Key
-from deferral.gateway.record import Record
+from deferral.gateway.record import WRITTEN_WITHIN, Record
 from deferral.gateway.windows import Span, span, time_zone
 
 __all__ = ["Account", "Hold", "Limits", "Refused", "too_often", "unreadable"]
@@ -22,7 +22,6 @@ _log = logging.getLogger("deferral.gateway.limits")
 
 _MINUTE = 60.0
 # A row is in the database so many seconds after its reply.
-_WRITTEN = 0.2
 _PLENTY = 0.5
 _LEAST_THRIFT = 1e-6
 
@@ -162,7 +161,7 @@ class Limits:
         counted = {name: account.spent for name, account in moving.items()}
         if moving:
             # What was spent until now is on record when that is read.
-            time.sleep(_WRITTEN)
+            time.sleep(WRITTEN_WITHIN)
         for before, key in changed:
             account, self._keys[key.id] = self._accounts.get(key.id), key
             try:

@@ -1,7 +1,8 @@
-"""The database of a command: the option that names it, and what is in it."""
+"""What several commands are given: the database and the encoder."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import click
 from sqlalchemy.exc import SQLAlchemyError
@@ -9,15 +10,22 @@ from sqlalchemy.exc import SQLAlchemyError
 from deferral.errors import DataError
 from deferral.gateway.database import prepare
 from deferral.gateway.keys import Keys
+from deferral.gateway.settings import Settings
 
-__all__ = ["database_option", "opened"]
+__all__ = ["database_option", "encoder_option", "opened"]
 
 database_option = click.option(
     "--database",
-    default="sqlite:///deferral-gateway.db",
+    default=Settings.database,
     show_default=True,
     envvar="DEFERRAL_DATABASE",
-    help="The gateway's database: the path of an SQLite file, or an SQLAlchemy URL.",
+    help="For keys and the record: the path of an SQLite file, or an SQLAlchemy URL.",
+)
+
+encoder_option = click.option(
+    "--encoder",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder of the sentence encoder that the router was fitted with, if it was.",
 )
 
 

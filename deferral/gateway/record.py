@@ -24,7 +24,7 @@ from deferral.gateway.retention import Retention
 from deferral.gateway.rows import DecisionRow, cascade_values, plain, values
 from deferral.gateway.schema import cascades, decisions, feedback, texts
 
-__all__ = ["Record"]
+__all__ = ["WRITTEN_WITHIN", "Record"]
 
 _log = logging.getLogger("deferral.gateway.record")
 
@@ -33,7 +33,8 @@ _LONGEST_WAIT = 0.05
 _MOST_WAITING = 10_000
 _MOST_CHARACTERS = 32_000_000
 _FIRST_RETRY, _LAST_RETRY = 0.05, 1.0
-_LOOK_AGAIN = 0.2
+# Seconds after a reply, its row is there.
+WRITTEN_WITHIN = 0.2
 _FEEDBACK_TIMEOUT = 10.0
 _SAME_ID = 100
 
@@ -165,7 +166,7 @@ class Record:
         if await self._ask(response_id, float(quality), source_key):
             return True
         # A reply can be faster than its row, which another process may be writing.
-        await asyncio.sleep(_LOOK_AGAIN)
+        await asyncio.sleep(WRITTEN_WITHIN)
         return await self._ask(response_id, float(quality), source_key)
 
     async def answered_by(self, reply_id: str, *, key: str) -> str | None:
@@ -176,7 +177,7 @@ class Record:
         found = await asyncio.to_thread(self._answered_by, reply_id, key)
         if found is None:
             # A reply can be faster than its row.
-            await asyncio.sleep(_LOOK_AGAIN)
+            await asyncio.sleep(WRITTEN_WITHIN)
             found = await asyncio.to_thread(self._answered_by, reply_id, key)
         return found
 

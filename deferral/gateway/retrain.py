@@ -1,5 +1,6 @@
 """A new router from the gateway's own traffic, put in the place of the old one only if it is better with confidence."""
 
+import math
 import shutil
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -95,7 +96,8 @@ def retrain(
     if not train and not judge:
         raise DataError(nothing_left(Counter(reasons)))
     if len(judge) < _FEWEST_ROWS or not train:
-        why = f"{len(judge)} rows to judge by are too few, expected at least {_FEWEST_ROWS}"
+        more = math.ceil(max(_FEWEST_ROWS - len(judge), 1) / _HELD_OUT)
+        why = f"{len(judge)} rows to judge by are too few, expected at least {_FEWEST_ROWS}: about {more} more judged answers"
         return Verdict(False, False, why, len(train), None, reasons)
     both = "" if old_log is None else f" and {len(old_log):,} of the log"
     on_stage(f"fitting a router to {len(train):,} outcomes of the record{both}, which may take minutes")

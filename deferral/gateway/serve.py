@@ -28,6 +28,7 @@ from deferral.gateway.experts_file import Expert, read_experts
 from deferral.gateway.hysteresis import RULES
 from deferral.gateway.listening import BACKLOG, listening
 from deferral.gateway.logs import logging_to
+from deferral.gateway.opened import database_option, encoder_option
 from deferral.gateway.protocol import Protocol
 from deferral.gateway.proxying import LONGER
 from deferral.gateway.settings import Settings, is_loopback
@@ -167,11 +168,7 @@ def _allow_many_connections() -> None:
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="TOML file: where each expert is reached, what it can do, what it costs.",
 )
-@click.option(
-    "--encoder",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Folder of the sentence encoder that the router was fitted with, if it was.",
-)
+@encoder_option
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to bind to; others than loopback need a key.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True)
 @click.option(
@@ -181,13 +178,7 @@ def _allow_many_connections() -> None:
     show_default=True,
     help="Processes that serve; a core each.",
 )
-@click.option(
-    "--database",
-    default="sqlite:///deferral-gateway.db",
-    show_default=True,
-    envvar="DEFERRAL_DATABASE",
-    help="For keys and the record: the path of an SQLite file, or an SQLAlchemy URL.",
-)
+@database_option
 @click.option(
     "--explore",
     type=click.FloatRange(0, 1, max_open=True),

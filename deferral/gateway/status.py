@@ -3,8 +3,7 @@
 import math
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection, Engine, case, distinct, func, select
@@ -13,7 +12,7 @@ from deferral.gateway.alarms import MEANINGS
 from deferral.gateway.keys import Key
 from deferral.gateway.ledger import recorded
 from deferral.gateway.schema import alarms, decisions, feedback
-from deferral.gateway.windows import span, time_zone
+from deferral.gateway.windows import minute_of, span, time_zone
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -56,7 +55,7 @@ class Ringing:
 
     def __str__(self) -> str:
         whose = f" of {self.expert}" if self.expert else ""
-        return f"alarm: {self.title}{whose}, since {_minute(self.since)}"
+        return f"alarm: {self.title}{whose}, since {minute_of(self.since)}"
 
 
 @dataclass(frozen=True)
@@ -82,10 +81,6 @@ class Status:
     mean_quality: float | None
     budgets: tuple[Budget, ...]
     alarms: tuple[Ringing, ...]  # as they were seen last, whatever `since` is
-
-    def as_json(self) -> dict[str, Any]:
-        """The same as plain values."""
-        return asdict(self)
 
     def summary(self, hours: float) -> str:
         """In words."""
@@ -125,7 +120,7 @@ class Status:
         budgets = Table("key", "name", "spent", "budget", "window ends")
         for budget in self.budgets:
             wanted = f"${budget.budget:g} a {budget.window}"
-            budgets.add_row(budget.key, escape(budget.name), _dollars(budget.spent), wanted, _minute(budget.ends))
+            budgets.add_row(budget.key, escape(budget.name), _dollars(budget.spent), wanted, minute_of(budget.ends))
         return [table for table in (experts, budgets) if table.row_count]
 
 
@@ -201,10 +196,6 @@ def _dollars(value: float) -> str:
         return f"{sign}${size:.2f}"
     places = min(2 - math.floor(math.log10(size)), 9)
     return f"{sign}${size:.{places}f}"
-
-
-def _minute(time: float) -> str:
-    return datetime.fromtimestamp(time, UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def _budget(connection: Connection, key: Key, now: float) -> Budget:

@@ -2,8 +2,7 @@
 
 import json
 import math
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from sqlalchemy import Engine, func, or_, select
@@ -53,10 +52,6 @@ class WhatIf:
     present: float  # the router's price of an error
     points: list[Point]
     qualities: dict[str, tuple[int, float]]  # expert: its answers with feedback, and their mean quality
-
-    def as_json(self) -> dict[str, Any]:
-        """The same as plain values."""
-        return asdict(self)
 
 
 def what_if(engine: Engine, *, since: float, until: float, present: float) -> WhatIf:

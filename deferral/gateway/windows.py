@@ -5,7 +5,7 @@ from datetime import UTC, datetime, timedelta, tzinfo
 from typing import Literal, get_args
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-__all__ = ["WINDOWS", "Span", "WindowName", "span", "time_zone"]
+__all__ = ["WINDOWS", "Span", "WindowName", "minute_of", "span", "time_zone"]
 
 WindowName = Literal["hour", "day", "week", "month"]
 WINDOWS: tuple[WindowName, ...] = get_args(WindowName)
@@ -57,3 +57,8 @@ def time_zone(name: str) -> tzinfo:
             f"time zone: expected a name such as UTC or Europe/Berlin, got {name!r}; a system without time zones needs "
             "`pip install tzdata`"
         ) from error
+
+
+def minute_of(time: float) -> str:
+    """An instant, in seconds since 1970, as it is shown."""
+    return datetime.fromtimestamp(time, UTC).strftime("%Y-%m-%d %H:%M UTC")
