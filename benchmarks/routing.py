@@ -70,16 +70,18 @@ from benchmarks.routers.data import (
     routerbench,
     subject_folds,
 )
+from benchmarks.routers.partial_logs import partial_logs
+from benchmarks.routers.pricing import MIX, RESAMPLES, priced_figures, settings
 from deferral.intervals import bootstrap, interval
 from deferral.routing.encoders import CachedEncoder, Vectors
-from deferral.routing.evaluation import Curve, aiq, apgr, best_expert, cpt, curve, hull, saving, static_curve, trade_offs
+from deferral.routing.evaluation import Curve, apgr, best_expert, cpt, curve, static_curve
+from deferral.routing.judging import SHARES
 from deferral.routing.policies import Factors, Policy, Rejector, expert_means
 from deferral.routing.router import Router
 from deferral.routing.sentences import sentence_encoder
 from deferral.routing.training import POLICIES, taught
 
 RESULTS = Path(__file__).parent / "results"
-RESAMPLES = 500
 SENTENCES = "-sentences"  # in the names of results with a sentence encoder
 Encode = Callable[[list[str]], Any]
 # The estimators of the router, and others that it does without.
@@ -122,13 +124,6 @@ class Predicted:
 def every_policy() -> list[tuple[str, Callable[[], Policy]]]:
     """Those of the router, then the others."""
     return [*((make().kind, make) for make in POLICIES), *OTHERS.items()]
-
-
-def settings(price: np.ndarray) -> np.ndarray:
-    """Prices of an error from which the curves are drawn, the first of them finite.  (N, E) -> (S,)"""
-    errors = trade_offs(price)
-    errors[0] = 1e6 * errors[1]
-    return errors
 
 
 def predicted(data: Data, fold: np.ndarray, *, train_rows: int | None = None, encode: Encode | None = None) -> Predicted:
@@ -275,26 +270,6 @@ def priced(data: Data, fold: np.ndarray, unit: np.ndarray, found: Predicted) -> 
         }
 
 
-def priced_figures(one: Curve, data: Data, best: int) -> Callable[[Tensor], Tensor]:
-    """AIQ and the savings of a curve, as a function of the rows' weights.  (B, N) -> (B, 1 + shares)"""
-
-    def of_weights(weights: Tensor) -> Tensor:
-        total = weights.sum(-1, keepdim=True)
-        prices, qualities = (weights @ data.price / total).numpy(), (weights @ data.quality / total).numpy()
-        found = []
-        for points, price, quality in zip(one.points(weights.numpy()), prices, qualities, strict=True):
-            corners = hull(points)
-            savings = [saving(corners, quality[best], price[best], share) for share in SHARES]
-            found.append([aiq(corners, price.min(), price.max()), *savings])
-        return torch.tensor(found, dtype=torch.float64)
-
-    return of_weights
-
-
-MIX = "static mix of the training folds"
-SHARES = (1.0, 0.98, 0.95)
-
-
 def curve_of(estimate: np.ndarray, price: np.ndarray, data: Data, errors: np.ndarray) -> Curve:
     """Decisions by the predicted price, judged by the price that was paid."""
     rows, order = np.arange(len(price)), np.argsort(price.mean(0), kind="stable")
@@ -374,8 +349,6 @@ def run(name: str, folder: Path, encode: Encode | None) -> tuple[list[dict], dic
     if name == "routerdc":
         return list(routerdc(folder, encode)), {}
     if name == "partial-logs":
-        from benchmarks.routers.partial_logs import partial_logs
-
         return list(partial_logs(folder)), {}
     read, fold_of, judge, train_rows = TABLES[name]
     data = read(folder)

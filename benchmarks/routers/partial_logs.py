@@ -19,7 +19,7 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from benchmarks.routers.data import SEED, Data, llmrouter, random_folds
-from benchmarks.routing import MIX, RESAMPLES, priced_figures, settings
+from benchmarks.routers.pricing import MIX, RESAMPLES, priced_figures, settings
 from deferral.intervals import bootstrap, interval
 from deferral.routing.evaluation import Curve, best_expert
 from deferral.routing.outcomes import Table

@@ -1,0 +1,39 @@
+"""The curve of a method over all prices of an error, and the figures of it where experts have prices."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.routers.data import Data
+from deferral.routing.evaluation import Curve, aiq, hull, saving, trade_offs
+from deferral.routing.judging import SHARES
+
+__all__ = ["MIX", "RESAMPLES", "priced_figures", "settings"]
+
+MIX = "static mix of the training folds"
+RESAMPLES = 500
+
+
+def settings(price: np.ndarray) -> np.ndarray:
+    """Prices of an error from which the curves are drawn, the first of them finite.  (N, E) -> (S,)"""
+    errors = trade_offs(price)
+    errors[0] = 1e6 * errors[1]
+    return errors
+
+
+def priced_figures(one: Curve, data: Data, best: int) -> Callable[[Tensor], Tensor]:
+    """AIQ and the savings of a curve, as a function of the rows' weights.  (B, N) -> (B, 1 + shares)"""
+
+    def of_weights(weights: Tensor) -> Tensor:
+        total = weights.sum(-1, keepdim=True)
+        prices, qualities = (weights @ data.price / total).numpy(), (weights @ data.quality / total).numpy()
+        found = []
+        for points, price, quality in zip(one.points(weights.numpy()), prices, qualities, strict=True):
+            corners = hull(points)
+            savings = [saving(corners, quality[best], price[best], share) for share in SHARES]
+            found.append([aiq(corners, price.min(), price.max()), *savings])
+        return torch.tensor(found, dtype=torch.float64)
+
+    return of_weights
