@@ -5,6 +5,7 @@ import json
 import threading
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -210,6 +211,11 @@ def test_the_routers_experts_against_those_of_the_file(router: Path, tmp_path: P
     assert "experts.toml:6" in fault
     [fault] = found(settings_for(tmp_path / "nowhere", tmp_path, file_of(upstream.url, "small")), "fault")
     assert fault.startswith("router: ")
+    by_token = file_of(upstream.url, "small").replace("price = 1", "price = 1e-6").replace("price = 2", "price = 2e-6")
+    notes = " ".join(found(settings_for(router, tmp_path, by_token), "note"))
+    assert "are those dollars per million tokens" in notes
+    [by_itself] = reached(Expert("small", upstream.url, "good", input_price=1e-6, output_price=2.0))
+    assert by_itself.notes == ["input_price below $0.001 per million tokens: is it a price per token?"]
     no_candidate = settings_for(router, tmp_path, file_of(upstream.url, "small"), shadow_folder=tmp_path / "nowhere")
     assert found(no_candidate, "fault") == [], "the gateway starts without it"
     assert any(note.startswith("candidate: ") for note in found(no_candidate, "note"))
@@ -237,6 +243,12 @@ def test_a_database_is_looked_at_and_left_as_it_is(router: Path, tmp_path: Path,
         assert connection.exec_driver_sql("SELECT version FROM schema_version").scalar_one() == 1
     prepare(engine)
     assert f"has tables of version {VERSION}, and can be written" in "".join(found(settings, "good"))
+    if engine.dialect.name == "postgresql":
+        # As a standby is.
+        standby = f"{database}{'&' if '?' in database else '?'}options=-c%20default_transaction_read_only%3Don"
+        [fault] = found(replace(settings, database=standby), "fault")
+        assert "the database cannot be used" in fault
+        assert "read-only" in fault
     with engine.begin() as connection:
         connection.exec_driver_sql("UPDATE schema_version SET version = 99")
     [fault] = found(settings, "fault")

@@ -8,9 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy.exc import SQLAlchemyError
 
+from deferral.gateway.checking import _who_may_ask as who_may_ask
 from deferral.gateway.keys import ANYONE, Key
 from deferral.gateway.limits import Limits, Refused
 from deferral.gateway.record import Record
+from deferral.gateway.settings import Settings
+from deferral.gateway.status import status
 from deferral.gateway.windows import WINDOWS, Span, span, time_zone
 from tests.gateway_rows import row
 
@@ -220,6 +223,36 @@ def test_holds_of_many_threads_never_exceed_the_budget() -> None:
     assert (account.held, account.flying) == (0.0, 0)
 
 
+def test_a_zone_that_this_machine_does_not_know_stops_nobody_elses_requests(
+    database: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def only_utc(name: str):
+        if name != "UTC":
+            raise ValueError(f"time zone: got {name!r}")
+        return time_zone(name)
+
+    abroad, here = (Key(name, name, budget=1.0, zone=zone) for name, zone in (("a", "Europe/Berlin"), ("h", "UTC")))
+    for module in ("limits", "status", "checking"):
+        monkeypatch.setattr(f"deferral.gateway.{module}.time_zone", only_utc)
+    record = Record(database)
+    record.start()
+    gate = Limits(record)
+    gate.load([abroad, here])
+    assert "Europe/Berlin" in caplog.text
+    gate.hold(here, 0.1).settle(0.1)
+    with pytest.raises(Refused, match="the budget of this key cannot be kept") as refused:
+        gate.hold(abroad, 0.1)
+    assert refused.value.status == 503
+    shown = {budget.key: budget for budget in status(record.engine, [abroad, here]).budgets}
+    assert (shown["a"].spent, shown["a"].ends) == (None, None)
+    assert shown["h"].ends is not None
+    assert [table.row_count for table in status(record.engine, [abroad, here]).tables()] == [2]
+    faults = [one.text for one in who_may_ask(Settings(), [(abroad, True), (here, True)], None) if one.kind == "fault"]
+    assert len(faults) == 1
+    assert "Europe/Berlin" in faults[0]
+    record.stop()
+
+
 def test_a_budget_holds_across_restarts(database: str) -> None:
     key = Key("k", "k", budget=1.0, window="day", zone="Europe/Berlin")
     midnight = at("2026-06-17T00:00", "Europe/Berlin")
@@ -260,7 +293,7 @@ class Spent:
 
 @pytest.fixture
 def no_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deferral.gateway.limits._WRITTEN", 0.0)
+    monkeypatch.setattr("deferral.gateway.limits.WRITTEN_WITHIN", 0.0)
 
 
 def test_another_budget_holds_for_what_was_spent_already() -> None:

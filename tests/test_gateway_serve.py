@@ -127,6 +127,14 @@ def test_settings_are_checked_and_keep_the_admin_key_to_themselves() -> None:
             Settings(**wrong)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("name", ["admin_key", "alarm_token"])
+def test_a_secret_that_no_header_can_carry_is_refused_and_not_repeated(name: str) -> None:
+    for secret in ("0123456789abcdef\n", "0123456789 abcdef", "0123456789abcdef\u00e4"):
+        with pytest.raises(ValueError, match=f"{name}: expected printable ASCII") as refused:
+            Settings(**{name: secret, "alarm_url": "http://127.0.0.1/"})  # type: ignore[arg-type]
+        assert secret not in str(refused.value)
+
+
 def test_logs_are_json_lines_without_keys() -> None:
     stream = io.StringIO()
     with logging_to(stream, "info"):

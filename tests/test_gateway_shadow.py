@@ -5,6 +5,7 @@ import shutil
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from sqlalchemy import delete, literal, null, select, update
 
 from deferral.cli import main
-from deferral.gateway.agreement import Gain, agreement
+from deferral.gateway.agreement import Gain, _live, agreement
 from deferral.gateway.database import connect, insert_rows, prepare
 from deferral.gateway.deciding import Choice
 from deferral.gateway.experts_file import Expert
@@ -89,6 +90,16 @@ def test_the_gain_is_what_the_candidate_would_have_saved(tmp_path: Path, capsys:
     json.dumps(asdict(found), allow_nan=False)
     main(["gateway", "shadow", "--hours", "1000000", "--database", path])
     assert "agrees on 1000 of 2000 requests" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("explore", [0.02, 0.5, 0.8, 0.99])
+@pytest.mark.parametrize("experts", [2, 3, 10])
+def test_the_live_choice_is_known_however_much_is_explored(experts: int, explore: float) -> None:
+    expected = {f"e{number}": [0.9, 0.1, 0.1 * number] for number in range(experts)}
+    for chosen in expected:
+        drawn = explore / experts
+        row = SimpleNamespace(chosen=chosen, ending=None, propensity=1 - explore + drawn if chosen == "e0" else drawn)
+        assert _live(row, expected) == "e0"  # type: ignore[arg-type]
 
 
 def test_a_query_that_is_asked_again_is_one_draw(tmp_path: Path) -> None:

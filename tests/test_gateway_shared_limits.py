@@ -115,6 +115,25 @@ def test_threads_of_three_workers_overspend_by_what_is_in_flight(worker: Workers
     assert gates[0].left(KEY) == pytest.approx(max(1.0 - sum(bought), 0.0), abs=1e-9)
 
 
+def test_a_request_whose_part_others_used_up_meanwhile_asks_for_another(worker: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = at_noon(worker)
+    flying, real, calls = [gate.hold(KEY, 0.01) for _ in range(6)], gate.ledger.exchange, []
+
+    def exchange(*arguments, **options):
+        calls.append(arguments)
+        part = real(*arguments, **options)
+        if len(calls) == 1:
+            # All of them cost more than was expected while the ledger is asked.
+            for hold in flying:
+                hold.settle(0.05)
+        return part
+
+    monkeypatch.setattr(gate.ledger, "exchange", exchange)
+    gate.hold(KEY, 0.01).settle(0.01)
+    assert len(calls) == 2
+    assert gate.known([KEY]) == [(KEY, pytest.approx(0.31))]
+
+
 def test_parts_are_small_and_come_back(worker: Workers) -> None:
     one, two = worker(), worker()
     one.hold(KEY, 0.01).settle(0.01)
@@ -398,7 +417,7 @@ def test_a_lower_budget_takes_back_what_was_granted(worker: Workers) -> None:
 
 def test_another_window_counts_what_all_workers_spent(worker: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three workers hear of it one after the other, and spend in between; then it changes back."""
-    monkeypatch.setattr("deferral.gateway.limits._WRITTEN", 0.0)
+    monkeypatch.setattr("deferral.gateway.limits.WRITTEN_WITHIN", 0.0)
     gates = [at_noon(worker) for _ in range(3)]
     for gate in gates:
         gate.load([KEY])
@@ -427,7 +446,7 @@ def test_another_window_counts_what_all_workers_spent(worker: Workers, monkeypat
 
 def test_what_no_worker_was_told_is_on_record(worker: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
     """A budget ends and comes back: neither who counted before nor who comes new has what was spent in between."""
-    monkeypatch.setattr("deferral.gateway.limits._WRITTEN", 0.0)
+    monkeypatch.setattr("deferral.gateway.limits.WRITTEN_WITHIN", 0.0)
     one, two, free = at_noon(worker), at_noon(worker), replace(KEY, budget=None)
     for gate in (one, two):
         gate.load([KEY])

@@ -46,6 +46,15 @@ def test_one_worker_alone_says_what_it_counted(tmp_path: Path) -> None:
     assert samples(WorkerMetrics(metrics, tmp_path).text()) == samples(metrics.text())
 
 
+def test_a_first_answer_counts_against_the_saving_where_the_best_price_is_known() -> None:
+    metrics = Metrics()
+    metrics.asked_first("small", "deferred", 0.25, compared=True)
+    metrics.asked_first("small", "deferred", 0.5, compared=False)
+    found = samples(metrics.text())
+    assert found["deferral_saving_dollars",] == -0.25
+    assert found["deferral_price_dollars_total", "small"] == 0.75
+
+
 def test_others_are_added_and_the_ended_stay_in_the_counters_alone(tmp_path: Path) -> None:
     # A process that lives: the one that runs this test.
     (tmp_path / f"{os.getppid()}-0.prom").write_bytes(counted(2, "half-open", flying=1).text())

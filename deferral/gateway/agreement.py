@@ -72,9 +72,9 @@ def agreement(engine: Engine, *, since: float, until: float) -> Agreement:
     """Of the candidate that decided last: since <= time < until, in seconds since 1970.
 
     The candidate decides every request by itself, also in a conversation that stays where it is.  The live choice is the one
-    without exploration: whom it asked with a propensity above 1/2, else the lowest expected cost of the others.  An answer that
-    was kept or not by its log-probabilities was no choice of the router: that is the lowest expected cost, and such an answer
-    counts for the gain only where it was drawn.
+    without exploration: whom it asked with a higher propensity than a draw among all has, else the lowest expected cost of the
+    others.  An answer that was kept or not by its log-probabilities was no choice of the router: that is the lowest expected
+    cost, and such an answer counts for the gain only where it was drawn.
 
     The cost of an answer is (e (1 - quality) + price) / u, with e the request's price of an error and u the median of all; e
     counts up to 10 u, so that nobody's setting outweighs all others.  Where nobody was drawn it is the live router's expectation.
@@ -122,7 +122,7 @@ def agreement(engine: Engine, *, since: float, until: float) -> Agreement:
 def _live(row: Row, expected: dict[str, list]) -> str:
     costs = {name: cost for name, (_, _, cost) in expected.items() if cost is not None}
     if not _by_answer(row):
-        if (row.propensity or 0.0) > 0.5:
+        if (row.propensity or 0.0) * len(costs) > 1:
             return str(row.chosen)
         # Drawn by chance from another that the router, or the conversation, is for.
         costs = {name: cost for name, cost in costs.items() if name != row.chosen}

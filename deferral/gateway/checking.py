@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
@@ -24,6 +25,7 @@ from deferral.gateway.schema import keys as table
 from deferral.gateway.settings import Settings, is_loopback
 from deferral.gateway.shadow import load_candidate
 from deferral.gateway.state import load_router
+from deferral.gateway.windows import time_zone
 from deferral.routing.router import Router
 
 if TYPE_CHECKING:
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 __all__ = ["Checked", "Finding", "check"]
 
 T = TypeVar("T")
+# A query and an answer of so many tokens cost within so large a factor of what a router expects, if both are in dollars.
+_USUAL_TOKENS, _FAR_OFF = 500, 1000
 
 
 @dataclass(frozen=True)
@@ -138,6 +142,14 @@ def _together(router: Router, experts: Mapping[str, Expert]) -> list[Finding]:
     if missing:
         text = f"{', '.join(missing)} of the router is not in the file, or route = false, and so out of service"
         found.append(Finding("note", "router", text))
+    for name, mean in zip(router.experts, router.fitted.mean_price.tolist(), strict=True):
+        listed = experts[name].price(_USUAL_TOKENS, _USUAL_TOKENS) if name in served else 0.0
+        if min(mean, listed) > 0 and max(mean, listed) > _FAR_OFF * min(mean, listed):
+            text = (
+                f"expects ${mean:.3g} a query of {name}, whose prices in the file make ${listed:.3g} of {_USUAL_TOKENS} tokens "
+                "in and out: are those dollars per million tokens, and the log's dollars a query?"
+            )
+            found.append(Finding("note", "router", text))
     cascade = router.cascade
     if cascade is not None and (cascade.first in missing or not experts[cascade.first].logprobs):
         text = f"its cascade is not used: it needs {cascade.first} with logprobs = true, and a server that reports them"
@@ -200,6 +212,8 @@ def _who_may_ask(settings: Settings, issued: list[tuple[Key, bool]], experts: Ma
         text = "there is none, so that whoever is on this machine may ask; `deferral gateway keys create NAME` makes one"
         found.append(Finding("note", "keys", text))
     for key in clients:
+        if key.budget is not None:
+            _tried(found, "keys", partial(_window, key))
         if key.experts is None or experts is None:
             continue
         if unknown := sorted(key.experts - set(experts)):
@@ -208,6 +222,14 @@ def _who_may_ask(settings: Settings, issued: list[tuple[Key, bool]], experts: Ma
             text = f"{key.id} ({key.name}) may{only} ask {', '.join(unknown)}, which the experts file does not have"
             found.append(Finding(kind, "keys", f"{text}; `deferral gateway keys set {key.id} --expert NAME` says whom else"))
     return found
+
+
+def _window(key: Key) -> None:
+    """ValueError where this machine cannot say when the window of its budget ends."""
+    try:
+        time_zone(key.zone)
+    except ValueError as error:
+        raise ValueError(f"the budget of {key.id} ({key.name}) cannot be kept here: {error}") from None
 
 
 def _address(settings: Settings) -> list[Finding]:

@@ -10,14 +10,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Column, Connection, Dialect, Engine, Insert, Table, create_engine, event, insert, inspect, select
+from sqlalchemy import Column, Connection, Dialect, Engine, Insert, Table, create_engine, event, false, insert, inspect, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, OperationalError
 
 from deferral.errors import DataError
 from deferral.gateway.migrations import migrate
-from deferral.gateway.schema import VERSION, tables, version
+from deferral.gateway.schema import VERSION, decisions, tables, version
 
 __all__ = [
     "adding",
@@ -130,6 +130,10 @@ def look(engine: Engine) -> int:
         with engine.connect() as connection, _for_nothing(connection):
             if found == 0:
                 tables.create_all(connection)
+            else:
+                # Nothing, but whoever may only read is refused.
+                nothing = select(decisions.c.id).where(false())
+                connection.execute(insert(decisions).from_select(["id"], nothing, include_defaults=False))
     except DBAPIError as error:
         raise DataError(f"{name}: the database cannot be used, {error.orig}") from error
     if found > VERSION:

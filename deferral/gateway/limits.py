@@ -24,6 +24,7 @@ _MINUTE = 60.0
 # A row is in the database so many seconds after its reply.
 _PLENTY = 0.5
 _LEAST_THRIFT = 1e-6
+_NO_ZONE = "unknown_time_zone"
 
 
 class Refused(Exception):
@@ -147,8 +148,14 @@ class Limits:
         """Read what these keys have spent; else that waits for their first request."""
         for key in keys:
             self._keys[key.id] = key
-            if key.budget is not None:
-                self._account(key)
+            try:
+                if key.budget is not None:
+                    self._account(key)
+            except Refused as refused:
+                if refused.code != _NO_ZONE:
+                    raise
+                # Its requests are refused; those of the other keys are not.
+                _log.error("the key %s (%s): %s", key.id, key.name, refused)
 
     def follow(self, keys: Iterable[Key]) -> None:
         """Take over what has changed in these keys, which are all that there are; to be called in one thread at a time.
@@ -170,13 +177,12 @@ class Limits:
                 elif self._record.trouble:
                     raise unreadable()
                 elif account is moving[key.id]:
-                    self._move(key, account, span(key.window, self._clock(), time_zone(key.zone)), counted[key.id])
+                    self._move(key, account, _window(key, self._clock()), counted[key.id])
                 else:
                     # Its window has ended in the meantime, and another has begun: that one is moved the next time.
                     self._keys[key.id] = before
                 self._said.pop(key.id, None)
-            except (Refused, ValueError) as error:
-                # ValueError: a time zone that this machine does not know.
+            except Refused as error:
                 self._keys[key.id] = before
                 if self._said.get(key.id) != str(error):
                     _log.error("the key %s keeps its earlier limits for the moment: %s", key.id, error)
@@ -212,7 +218,7 @@ class Limits:
             minute.append(now)
 
     def left(self, key: Key) -> float | None:
-        """Dollars that are neither spent nor set aside in the key's window; None without a budget."""
+        """Dollars that are neither spent, nor set aside, nor held by another worker; None without a budget."""
         if key.budget is None:
             return None
         account = self._account(key)
@@ -261,7 +267,7 @@ class Limits:
             return None
         if before.budget is None:
             # From here on it counts, and what came before is read once it is written.
-            with suppress(Refused, ValueError):
+            with suppress(Refused):
                 self._account(key)
         elif (before.window, before.zone) == (key.window, key.zone):
             return None
@@ -322,7 +328,7 @@ class Limits:
             account = self._accounts.get(key.id)
             if account is None or now not in account.span:
                 key = self._latest(key)
-                window = span(key.window, now, time_zone(key.zone))
+                window = _window(key, now)
                 # A window that has begun while this process was counting holds nothing yet.
                 account = self._open(key, window, fresh=account is not None and account.span.end == window.start)
                 with self._lock:
@@ -337,6 +343,13 @@ class Limits:
     def _open(self, key: Key, window: Span, *, fresh: bool) -> Account:
         assert key.budget is not None
         return Account(window, 0.0 if fresh else self._spent_since(key, window.start), key.budget)
+
+
+def _window(key: Key, now: float) -> Span:
+    try:
+        return span(key.window, now, time_zone(key.zone))
+    except ValueError as error:
+        raise Refused(503, _NO_ZONE, f"the budget of this key cannot be kept: {error}") from None
 
 
 def too_often(key: Key, wait: float) -> Refused:

@@ -143,11 +143,12 @@ class Metrics(Collector):
     def retried(self, expert: str) -> None:
         self._retries.values[expert,] += 1
 
-    def asked_first(self, expert: str, ending: str, extra: float) -> None:
-        """`extra` dollars were paid for an answer that was not given."""
+    def asked_first(self, expert: str, ending: str, extra: float, *, compared: bool) -> None:
+        """`extra` dollars were paid for an answer that was not given.  `compared`: the best expert's price is known."""
         self._cascades.values[expert, ending] += 1
         self._price.values[expert,] += extra
-        self._routed.values[()] += extra
+        if compared:
+            self._routed.values[()] += extra
 
     def answered(
         self,

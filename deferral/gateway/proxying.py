@@ -376,7 +376,7 @@ class Exchange:
         self.kept = True
         latency = perf_counter() - self.began
         # The same tokens at the best expert's price: what it would have written instead, nobody knows.
-        best = self.best if expert and self.status < 300 else None
+        best = self.best if expert and outcome == "ok" and self.status < 300 else None
         best_price = math.nan if best is None else best.price(usage.input_tokens, usage.output_tokens, usage.cached_tokens)
         row = DecisionRow(
             id=self.id,
@@ -414,7 +414,8 @@ class Exchange:
         else:
             self.traced.record(row, gateway.record.add)
         if cascade:
-            gateway.metrics.asked_first(cascade.first, cascade.ending, cascade.extra)
+            compared = bool(expert) and not math.isnan(best_price)
+            gateway.metrics.asked_first(cascade.first, cascade.ending, cascade.extra, compared=compared)
         if expert:
             gateway.metrics.answered(
                 expert,

@@ -17,6 +17,7 @@ __all__ = ["Reached", "reach"]
 _LOOK_S = 10.0
 _MOST_BYTES = 1 << 23
 _SHOWN = 5
+_CHEAP = 0.001  # dollars per million tokens, which nobody asks for so few of
 _REFUSED = frozenset({401, 403})
 Answer = Literal["yes", "no", "?", ""]
 
@@ -62,6 +63,8 @@ async def _reach(upstream: Upstream, expert: Expert, ask: bool) -> Reached:
         found.notes.append(
             f"{' and '.join(missing)} 0: right for a server of your own, else budgets and savings count too little"
         )
+    if cheap := [name for name in prices if 0 < getattr(expert, name) < _CHEAP]:
+        found.notes.append(f"{' and '.join(cheap)} below ${_CHEAP:g} per million tokens: is it a price per token?")
     return found
 
 

@@ -272,7 +272,7 @@ def settings_of(
         store_text=store_text,
         retention_days=retention_days,
         record_days=record_days,
-        admin_key=os.environ.get(_ADMIN_KEY) or None,
+        admin_key=os.environ.get(_ADMIN_KEY, "").strip() or None,
         max_request_bytes=int(max_request_mb * (1 << 20)),
         deadline_s=deadline_ms / 1000,
         router_folder=router,
@@ -280,7 +280,7 @@ def settings_of(
         encoder=encoder,
         shadow_folder=shadow,
         alarm_url=alarm_url or None,
-        alarm_token=os.environ.get(_ALARM_TOKEN) or None,
+        alarm_token=os.environ.get(_ALARM_TOKEN, "").strip() or None,
         traces=traces,
         conversations=None if no_conversations else replace(RULES, patience=patience, follow_up=follow_up),
     )

@@ -56,6 +56,11 @@ class Settings:
             raise ValueError(
                 "admin_key (DEFERRAL_ADMIN_KEY): expected at least 16 characters; make one with `openssl rand -hex 32`"
             )
+        for name in ("admin_key", "alarm_token"):
+            value = getattr(self, name)
+            if value is not None and not (value.isascii() and value.isprintable() and " " not in value):
+                # It is not repeated: it is a secret.
+                raise ValueError(f"{name}: expected printable ASCII characters without spaces; it is sent in a header")
         if self.alarm_url is not None and not _is_address(self.alarm_url):
             # It is not repeated: such addresses are often secrets.
             raise ValueError("alarm_url: expected an address that begins with http:// or https:// and names a host; got another")

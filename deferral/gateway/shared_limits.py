@@ -255,7 +255,13 @@ class SharedLimits(Limits):
                     account.good_until = began + SILENT / 2
                     if account.told is not None or granted or spent or part.added:
                         account.told = granted + part.added, spent
-                    return self._set_aside(account, dollars) if dollars is not None and account.covers(dollars) else None
+                    if dollars is None:
+                        return None
+                    if account.covers(dollars):
+                        return self._set_aside(account, dollars)
+                    if not part.added or time.monotonic() >= account.good_until:
+                        return None
+                    # Others have used up in the meantime what was added for this one.
 
     def _pass(self, key: Key, rate: _Rate) -> bool:
         now = time.monotonic()

@@ -41,8 +41,8 @@ class Budget:
     name: str
     budget: float
     window: str
-    spent: float
-    ends: float
+    spent: float | None  # None where this machine does not know the key's time zone
+    ends: float | None
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,9 @@ class Status:
         budgets = Table("key", "name", "spent", "budget", "window ends")
         for budget in self.budgets:
             wanted = f"${budget.budget:g} a {budget.window}"
-            budgets.add_row(budget.key, escape(budget.name), _dollars(budget.spent), wanted, minute_of(budget.ends))
+            spent = "time zone not known here" if budget.spent is None else _dollars(budget.spent)
+            ends = "" if budget.ends is None else minute_of(budget.ends)
+            budgets.add_row(budget.key, escape(budget.name), spent, wanted, ends)
         return [table for table in (experts, budgets) if table.row_count]
 
 
@@ -199,6 +201,9 @@ def _dollars(value: float) -> str:
 
 
 def _budget(connection: Connection, key: Key, now: float) -> Budget:
-    window = span(key.window, now, time_zone(key.zone))
+    try:
+        window = span(key.window, now, time_zone(key.zone))
+    except ValueError:
+        return Budget(key.id, key.name, key.budget or math.inf, key.window, None, None)
     spent = recorded(connection, key.id, window.start)
     return Budget(key.id, key.name, key.budget or math.inf, key.window, spent, window.end)

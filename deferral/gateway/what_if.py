@@ -17,6 +17,7 @@ _POINTS = 25
 # A share of the queries, below which few answers are no reason to warn.
 _WORTH_MENTIONING = 0.02
 _NOBODY = -1
+_ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,9 @@ class Point:
 class WhatIf:
     """The settings from the cheapest on, the present one among them, over the newest `rows` routed answers, `judged` of them.
 
-    `explored` of them were drawn, with a propensity of at most 1/2, from another expert than the one of the lowest expected cost
-    (what a conversation or a first answer keeps has a higher one): only through these is it known what experts answer that the
-    router does not ask; without them that is its own estimate.
+    `explored` of them were drawn from another expert than the one of the lowest expected cost, with no higher propensity than a
+    draw among all has (what a conversation or a first answer keeps has a higher one): only through these is it known what experts
+    answer that the router does not ask; without them that is its own estimate.
     """
 
     rows: int
@@ -123,7 +124,7 @@ def what_if(engine: Engine, *, since: float, until: float, present: float) -> Wh
     return WhatIf(
         rows=len(drawn),
         judged=int(judged.sum()),
-        explored=int(((drawn != best) & (propensity <= 0.5)).sum()),
+        explored=int(((drawn != best) & (propensity * (~np.isnan(price)).sum(1) <= 1 + _ROUNDING)).sum()),
         present=present,
         points=points,
         qualities={name: (len(each), float(each.mean())) for name, each in own.items() if len(each)},
