@@ -194,6 +194,26 @@ def test_it_pays_where_log_probabilities_tell_and_nowhere_else(learned: Cascade)
     assert "It pays at no price of an error" in blind.report(0.005)
 
 
+def test_where_no_propensity_is_logged_it_is_the_share_of_the_answers_that_have_one_beside_them() -> None:
+    """Else what nobody corrects is judged by the very guesses that the cascade was learned from."""
+    rows = []
+    for number in range(400):
+        rows.append(Outcome(f"query {number}", "small", float(number % 2), 0.0001, confidence=SURE))
+        if number % 4 == 0:
+            rows.append(Outcome(f"query {number}", "large", 1.0, 0.01))
+    others = Log(Outcome(f"other {number}", name, 1.0, 0.01) for number in range(60) for name in ("small", "large"))
+    router = Router(0.01, policies=(Linear,)).fit(others)
+    answers = answers_in(Log(rows), router, "small")
+    place = list(answers.experts).index("large")
+    assert answers.mask[:, place].mean() == 0.25
+    np.testing.assert_allclose(answers.propensity[answers.mask[:, place], place], 0.25)
+    assert (answers.propensity[:, 1 - place] == 1).all()
+    logged = answers_in(Log(replace(row, propensity=0.3) if row.expert == "large" else row for row in rows), router, "small")
+    np.testing.assert_allclose(logged.propensity[logged.mask[:, place], place], 0.3, rtol=1e-6)
+    everyone = [row for row in rows if int(row.query.split()[1]) % 4 == 0]
+    assert (answers_in(Log(everyone), router, "small").propensity == 1).all()
+
+
 @pytest.mark.ci_slow
 def test_partial_answers_with_known_propensities_are_judged_as_full_ones(learned: Cascade) -> None:
     full = two_points(4000, seed=3)

@@ -123,7 +123,7 @@ def test_evaluate_judges_by_folds_and_a_router_on_other_queries(folder: Path, tm
 def _quick_router() -> type[Router]:
     class Quick(Router):
         def __init__(self, price_of_error: float, **options: object) -> None:
-            super().__init__(price_of_error, policies=QUICK, **options)  # type: ignore[arg-type]
+            super().__init__(price_of_error, **{"policies": QUICK, **options})  # type: ignore[arg-type]
 
     return Quick
 

@@ -145,11 +145,38 @@ def test_off_policy_estimates_are_right_on_average_and_the_naive_one_is_not() ->
         right = replay(assumed, always, 1.0, quality=chance, price=np.zeros((150, 2)), resamples=2)
         found["wrong propensities"].append(right.quality["doubly robust"].estimate)
     some = events_of(Log([Outcome("old", "a", 1.0, 0.0), Outcome("new", "b", 1.0, 0.0, propensity=0.5)]), ["a", "b"])
-    assert [some.assumed, some.of_queries(np.array([False, True])).assumed] == [0.5, 0]
+    assert some.assumed == 0.5
     for name in (*METHODS, "wrong propensities"):
         assert np.mean(found[name]) == pytest.approx(0.6, abs=0.05), name
     assert np.mean(found["logged"]) == pytest.approx(0.78, abs=0.03)
     assert np.mean(found["covered"]) > 0.85
+
+
+def test_propensities_are_those_of_the_decisions_that_are_replayed() -> None:
+    """Full queries beside single answers, nine in ten of the cheap expert, of which nothing is logged."""
+    generator = np.random.default_rng(0)
+    full = [Outcome(f"full {n}", name, float(name == "b"), 0.0) for n in range(200) for name in ("a", "b")]
+    single = []
+    for number in range(800):
+        name = "b" if generator.random() < 0.1 else "a"
+        single.append(Outcome(f"one {number}", name, float(name == "b"), 0.0))
+    log = Log([*full, *single])
+    share = np.mean([row.expert == "b" for row in single])
+    both = events_of(log, ["a", "b"])
+    expected = np.where(both.query < 200, 0.5, np.where(both.expert == 1, share, 1 - share))
+    np.testing.assert_allclose(both.propensity, expected)
+    assert both.assumed == 800 / 1200
+    rest = events_of(log, ["a", "b"], kept=np.array([text.startswith("one") for text in log.queries]))
+    alone = events_of(Log(single), ["a", "b"])
+    assert rest.queries == alone.queries
+    for name in ("query", "expert", "quality", "price", "propensity", "unlogged"):
+        np.testing.assert_array_equal(getattr(rest, name), getattr(alone, name))
+    for events in (both, rest):
+        size = len(events.queries)
+        always = np.tile([0.0, 1.0], (size, 1))
+        found = replay(events, always, 1.0, quality=np.full((size, 2), 0.3), price=np.zeros((size, 2)), resamples=200)
+        for method in METHODS:
+            assert found.quality[method].low <= 1.0 <= found.quality[method].high + 1e-9, method
 
 
 def test_a_full_table_is_replayed_exactly() -> None:
@@ -167,9 +194,6 @@ def test_a_full_table_is_replayed_exactly() -> None:
     again = events_of(certain, ["a", "b", "c", "new"])
     np.testing.assert_array_equal(again.propensity, events.propensity)
     assert (again.assumed, events.assumed) == (0, 0)
-    half = events.of_queries(np.arange(40) < 20)
-    assert len(half.query) == 60
-    assert half.query.max() == 19
     with pytest.raises(ValueError, match="none of a, b"):
         events_of(log_of_table(["q"], ["z"], np.ones((1, 1)), np.ones((1, 1))), ["a", "b"])
     with pytest.raises(ValueError, match="chances: expected shape"):

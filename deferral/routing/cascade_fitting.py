@@ -9,6 +9,7 @@ from deferral.errors import DataError
 from deferral.routing.cascade import Cascade, Paid, features, logit, network_input
 from deferral.routing.encoders import Arrays, FunctionEncoder
 from deferral.routing.outcomes import Log, Table
+from deferral.routing.partial_logs import LEAST_PROPENSITY
 from deferral.routing.policies.networks import trained
 from deferral.routing.policies.rejector import priced_loss
 from deferral.routing.prices import error_range, fit_prices, repriced
@@ -89,10 +90,21 @@ def answers_in(
     characters = np.array([len(table.queries[row]) for row in query], float)
     paid = repriced(paid, fit_prices(table)(characters), router.fitted.prices(characters))
     price = np.where(mask, paid, expected[query])
-    propensity = np.where(np.isnan(table.propensity[query]) | table.full, 1.0, table.propensity[query]).astype(float)
+    propensity = _propensities(table.propensity[query].astype(float), mask)
     propensity[:, place] = 1.0
     sure = features([log.confidences[int(row)] for row in rows])
     return Answered(tuple(router.experts), first, sure, estimate[query], expected[query], quality, price, mask, propensity, query)
+
+
+def _propensities(logged: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Of the known cells; where none is logged, the share of the answers that are beside one of the expert.  -> (N, E)
+
+    That assumes, as elsewhere, that who was asked did not depend on the query; where all were asked it is 1.
+    """
+    plain = ~(mask & ~np.isnan(logged)).any(1)
+    share = mask[plain if plain.any() else slice(None)].mean(0)
+    chance = np.where(np.isnan(logged), np.maximum(share, LEAST_PROPENSITY), logged)
+    return np.where(mask & ~mask.all(), chance, 1.0)
 
 
 def fit_cascade(answers: Answered, *, seed: int = 0) -> Cascade:

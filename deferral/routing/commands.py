@@ -278,16 +278,17 @@ def simulate(
     """
     router = Router.load(folder, encoder=_encoder(encoder, cache))
     outcomes = _read(log)
-    events = events_of(outcomes, router.experts)
     for name in router.experts:
         if name not in outcomes.experts:
             click.echo(f"no outcome of {name} in the log: to ips and self-normalised, decisions for it are none", err=True)
-    seen = router.knows(events.queries)
-    if seen.any() and not include_seen:
+    seen = router.knows(outcomes.queries)
+    if include_seen:
+        seen[:] = False
+    if seen.any():
         click.echo(f"left out: {int(seen.sum()):,} queries that the router was fitted on", err=True)
         if seen.all():
             raise click.ClickException("no query is left; simulate on others, or add --include-seen")
-        events = events.of_queries(~seen)
+    events = events_of(outcomes, router.experts, kept=~seen)
     setting = _setting(options)
     error = router.plan(**setting).price_of_error
     with _working(f"replaying {len(events.query):,} decisions"):

@@ -67,19 +67,20 @@ class OutcomeModel:
         self.covariance = np.where(np.eye(len(variance)) > 0, np.maximum(variance, 1e-3) * 1.05, covariance)
         return self
 
-    def outcomes(self, vectors: Vectors, quality: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    def outcomes(self, vectors: Vectors, quality: np.ndarray, weights: np.ndarray, *, judging: bool = False) -> np.ndarray:
         """Doubly robust outcomes: guess + (quality - guess) / propensity, the guess where nothing is known.  -> (N, E)
 
         Right on average if either the propensities or the guesses are: a guess never looks at its own cell.  Propensities are
-        scaled so that every expert's weights add up to the number of queries.  Dudík, Langford, Li, "Doubly Robust Policy
-        Evaluation and Learning" (2011), eq. 2.
+        scaled so that every expert's weights add up to the number of queries.  To be learned from, they are bounded where few
+        outcomes are known; for `judging` they are not, since what a guess takes from the rows that the policies have learned
+        from would agree with them.  Dudík, Langford, Li, "Doubly Robust Policy Evaluation and Learning" (2011), eq. 2.
         """
         known = weights > 0
         base = self._from_query(vectors)
         guess = base + self._from_others(np.where(known, quality - base, 0), known)
-        count = known.sum(0)
-        scale = len(weights) / np.maximum(weights.sum(0), 1e-12)
-        factor = np.minimum(weights * scale, np.minimum(_MOST_WEIGHT, count / _FEW))
+        factor = weights * (len(weights) / np.maximum(weights.sum(0), 1e-12))
+        if not judging:
+            factor = np.minimum(factor, np.minimum(_MOST_WEIGHT, known.sum(0) / _FEW))
         return (guess + np.where(known, factor * (quality - guess), 0)).astype(np.float32)
 
     def _from_query(self, vectors: Vectors) -> np.ndarray:

@@ -2,8 +2,9 @@
 
 Every logged outcome is one decision: a query, the expert that was asked, the propensity with which it was, and what came of it.
 Where no propensity is logged, the assumption is that who was asked did not depend on the query, and the propensity is the
-expert's share of the outcomes without one.  In a full table each expert answered each query, whatever the log says of
-propensities: there a query is as many decisions as there are experts, each taken with the same probability, which is exact.
+expert's share of the outcomes without one.  A query that each expert answered, and as often, is as many decisions as it has
+answers, each expert's taken with the same probability, which is exact: in a full table whatever the log says of propensities,
+beside other decisions where it says nothing.
 """
 
 from collections.abc import Sequence
@@ -38,26 +39,6 @@ class Events:
         """The share of propensities that were not logged."""
         return float(self.unlogged.mean()) if len(self.unlogged) else 0.0
 
-    def of_queries(self, kept: np.ndarray) -> "Events":
-        """The decisions on some of the queries.  (M,) bool -> Events"""
-        rows, place = kept[self.query], kept.cumsum() - 1
-        return Events(
-            [query for query, keep in zip(self.queries, kept, strict=True) if keep],
-            place[self.query[rows]],
-            self.expert[rows],
-            self.quality[rows],
-            self.price[rows],
-            self.propensity[rows],
-            self.unlogged[rows],
-        )
-
-
-def _full(log: Log) -> bool:
-    """Whether every expert answered every query, and each as often."""
-    cells = log.column("query").astype(np.int64) * len(log.experts) + log.column("expert")
-    counts = np.bincount(cells, minlength=len(log.queries) * len(log.experts))
-    return len(log) > 0 and bool(counts.min() == counts.max())
-
 
 @dataclass(frozen=True)
 class Replay:
@@ -70,23 +51,34 @@ class Replay:
     largest_weight: float
 
 
-def events_of(log: Log, experts: Sequence[str]) -> Events:
-    """The decisions of a log.  ValueError if it has outcomes of an expert that is not among these."""
+def events_of(log: Log, experts: Sequence[str], *, kept: np.ndarray | None = None) -> Events:
+    """The decisions of a log, on the queries that are `kept` (Q,) bool.
+
+    ValueError if it has outcomes of an expert that is not among these.
+    """
     if unknown := [name for name in log.experts if name not in experts]:
         raise ValueError(f"the log has outcomes of {unknown[0]!r}, which is none of {', '.join(experts)}")
-    expert = np.array([list(experts).index(name) for name in log.experts])[log.column("expert")]
-    propensity = log.column("propensity").astype(float)
-    missing = np.isnan(propensity)
+    kept = np.ones(len(log.queries), bool) if kept is None else kept
+    rows = kept[log.column("query")]
+    query = (kept.cumsum() - 1)[log.column("query")[rows]]
+    expert = np.array([list(experts).index(name) for name in log.experts], int)[log.column("expert")[rows]]
+    propensity = log.column("propensity")[rows].astype(float)
+    names, number = np.unique(expert, return_inverse=True)
+    counts = np.bincount(query * len(names) + number, minlength=int(kept.sum()) * len(names)).reshape(-1, len(names))
+    everyone = (counts == counts[:, :1]).all(1) & (len(names) > 1)
+    if not everyone.all():
+        # Beside decisions, a propensity says that there was a draw.
+        everyone &= np.bincount(query, ~np.isnan(propensity), len(counts)) == 0
+    certain = everyone[query]
+    missing = np.isnan(propensity) & ~certain
     share = np.bincount(expert[missing], minlength=len(experts)) / max(missing.sum(), 1)
-    if _full(log):
-        missing, propensity = np.zeros(len(log), bool), np.full(len(log), 1 / len(log.experts))
     return Events(
-        log.queries,
-        log.column("query"),
+        [text for text, keep in zip(log.queries, kept, strict=True) if keep],
+        query,
         expert,
-        log.column("quality").astype(float),
-        log.column("price"),
-        np.where(missing, share[expert], propensity),
+        log.column("quality")[rows].astype(float),
+        log.column("price")[rows],
+        np.where(certain, 1 / max(len(names), 1), np.where(missing, share[expert], propensity)),
         missing,
     )
 

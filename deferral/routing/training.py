@@ -114,7 +114,7 @@ def held_out(
         truth[rows] = quality[rows]
         if (weights != 1).any():
             model = OutcomeModel().fit(seen, quality[rest], weights[rest])
-            truth[rows] = model.outcomes(unseen, quality[rows], weights[rows])
+            truth[rows] = model.outcomes(unseen, quality[rows], weights[rows], judging=True)
         ones = np.ones_like(outcomes)
         means[rows] = expert_means(outcomes, ones)
         rest_beside = None if beside is None else (beside[0][rest], beside[1][rest])
