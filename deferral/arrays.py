@@ -1,8 +1,9 @@
-"""NumPy arrays wherever a function takes tensors: they come in as tensors, and what goes out is NumPy again."""
+"""NumPy arrays, lists and columns of a table wherever a function takes tensors; what goes out is NumPy then."""
 
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
 from functools import wraps
+from inspect import signature
 from typing import Any, TypeVar
 
 import numpy as np
@@ -15,24 +16,38 @@ R = TypeVar("R")
 
 
 def numpy_or_torch(function: Callable[..., R]) -> Callable[..., R]:
-    """The function for NumPy arrays as well: with no tensor among its arguments, its tensors come back as NumPy arrays.
+    """The function for whatever NumPy makes an array of: with no tensor among its arguments, its tensors come back as NumPy.
 
     The result may be a tensor, or a tuple, dict or dataclass of tensors.  A single number comes back as a NumPy scalar.
+    TypeError where a parameter that is a tensor gets something that holds no numbers.
     """
+    parameters = signature(function).parameters
+    names = list(parameters)
+    tables = {name for name, parameter in parameters.items() if parameter.annotation in (Tensor, Tensor | None)}
+
+    def taken(name: str, value: Any) -> Any:
+        return _tensor(name, value) if name in tables or isinstance(value, np.ndarray) else value
 
     @wraps(function)
     def either(*args: Any, **kwargs: Any) -> Any:
         given = [*args, *kwargs.values()]
-        arrays = any(isinstance(value, np.ndarray) for value in given)
-        result = function(*map(_tensor, args), **{name: _tensor(value) for name, value in kwargs.items()})
-        return _numpy(result) if arrays and not any(isinstance(value, Tensor) for value in given) else result
+        # Of one argument too many the function itself complains.
+        placed = [taken(name, value) for name, value in zip(names, args, strict=False)] + list(args[len(names) :])
+        result = function(*placed, **{name: taken(name, value) for name, value in kwargs.items()})
+        return result if any(isinstance(value, Tensor) for value in given) else _numpy(result)
 
     return either
 
 
-def _tensor(value: Any) -> Any:
+def _tensor(name: str, value: Any) -> Any:
+    if value is None or isinstance(value, Tensor):
+        return value
     # Copied: a tensor over a read-only or reversed array is not to be had.
-    return torch.from_numpy(np.array(value, order="C")) if isinstance(value, np.ndarray) else value
+    array = np.array(value, order="C")
+    if array.dtype.kind not in "biuf":
+        came = f"an array of {array.dtype}" if isinstance(value, np.ndarray) else type(value).__name__
+        raise TypeError(f"{name}: expected a torch tensor, or numbers that NumPy makes an array of, got {came}")
+    return torch.from_numpy(array)
 
 
 def _numpy(result: Any) -> Any:

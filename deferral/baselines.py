@@ -42,7 +42,7 @@ def compare_confidence(probabilities: Tensor, correctness: Tensor, *, price: Ten
     Raghu et al., "The Algorithmic Automation Problem" (2019); Mozannar et al. (AISTATS 2023).
     """
     check_probabilities(probabilities)
-    require_floating("correctness", correctness)
+    check_probabilities(correctness, name="correctness")
     require_batch("probabilities", probabilities.shape[:-1], "correctness", correctness.shape[:-1])
     if isinstance(price, Tensor) and price.shape not in ((), correctness.shape[-1:]):
         raise ValueError(f"price: expected a number or one per expert ({correctness.shape[-1]}), got {tuple(price.shape)}")

@@ -100,6 +100,10 @@ def _rule(known: Tensor, gain: np.ndarray, limits: np.ndarray, prices: np.ndarra
 
 
 def _row_counts(capacities: Sequence[int] | Sequence[float] | Tensor, rows: int, num_experts: int) -> np.ndarray:
+    if isinstance(capacities, list | tuple) and len({isinstance(limit, float) for limit in capacities}) > 1:
+        raise TypeError(
+            f"capacities: expected integers (rows) or floating numbers (shares of the rows), got both in {capacities}"
+        )
     given = capacities.detach().cpu() if isinstance(capacities, Tensor) else torch.from_numpy(np.asarray(capacities))
     if given.shape != (num_experts,):
         raise ValueError(f"capacities: expected one number for each of {num_experts} experts, got shape {tuple(given.shape)}")

@@ -10,6 +10,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from deferral.numerics import readable
 from deferral.validation import check_costs, check_targets, require_floating, require_tensor
 
 __all__ = ["error_costs", "pick", "single_stage_costs", "squared_costs"]
@@ -137,6 +138,11 @@ def pick(table: Tensor, actions: Tensor) -> Tensor:
         )
     if actions.is_floating_point() or actions.dtype == torch.bool:
         raise TypeError(f"actions: expected indices of an integer dtype, got {actions.dtype}; actions come from decide(scores)")
+    if readable(actions) and actions.numel() and not (int(actions.min()) >= 0 and int(actions.max()) < table.shape[-1]):
+        raise ValueError(
+            f"actions: expected columns 0..{table.shape[-1] - 1} of the table, got {int(actions.min())}..{int(actions.max())}; "
+            "abstaining needs a column of its own (its cost, and the answer -1), and -1 is nobody's action"
+        )
     return table.gather(-1, actions.long().unsqueeze(-1)).squeeze(-1)
 
 

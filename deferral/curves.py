@@ -257,14 +257,14 @@ def own_and_asked(scores: Tensor, costs: Tensor, *, num_own: int, mask: Tensor |
     """What a curve over the threshold needs: (margin, own_cost, deferred_cost), (N,) each, from (N, A) scores and costs.
 
     The own action and the expert are those that `decide` prefers on each side.  A row whose experts are all masked has margin
-    -inf and deferred_cost NaN.
+    -inf and deferred_cost NaN, and so has one whose experts all score -inf.
     """
     require_actions(scores, costs)
     margin = deferral_margin(scores.double(), num_own=num_own, mask=mask)
     experts = None if mask is None else action_mask(scores, mask, num_own).expand(scores.shape)[..., num_own:]
     asked = decide(scores[..., num_own:], mask=experts)
     own_cost = pick(costs, decide(scores[..., :num_own]))
-    deferred_cost = pick(costs, asked.clamp(min=0) + num_own).where(asked >= 0, torch.nan)
+    deferred_cost = pick(costs, asked.clamp(min=0) + num_own).where(~margin.isneginf(), torch.nan)
     return margin, own_cost, deferred_cost
 
 

@@ -28,6 +28,7 @@ def decide(scores: Tensor, offsets: Tensor | float = 0.0, *, mask: Tensor | None
     (AISTATS 2024), section 2: abstain iff the abstain score is at least every class score.
     """
     require_floating("scores", scores)
+    _require_columns("scores", scores)
     if isinstance(offsets, Tensor) and offsets.dim() > 0 and offsets.shape[-1] != scores.shape[-1]:
         raise ValueError(f"one offset per action: scores {tuple(scores.shape)}, offsets {tuple(offsets.shape)}")
     values = lift(scores) + offsets
@@ -97,6 +98,8 @@ def oracle(costs: Tensor, *, mask: Tensor | None = None) -> Tensor:
 
     A cost of NaN is never the cheapest.  Where every action is masked the result is -1, as that of `decide`.
     """
+    require_floating("costs", costs)
+    _require_columns("costs", costs)
     known = costs.where(~costs.isnan(), torch.inf)
     if mask is not None:
         mask = action_mask(costs, mask)
@@ -107,6 +110,11 @@ def oracle(costs: Tensor, *, mask: Tensor | None = None) -> Tensor:
         return positions.where(cheapest, costs.shape[-1]).amin(dim=-1)
     first = positions.where(cheapest & mask, costs.shape[-1]).amin(dim=-1)
     return first.where(mask.any(dim=-1), -1)
+
+
+def _require_columns(name: str, table: Tensor) -> None:
+    if table.dim() == 0 or table.shape[-1] == 0:
+        raise ValueError(f"{name}: expected a column for every action, at least one, got shape {tuple(table.shape)}")
 
 
 def chow_scores(probabilities: Tensor, cost: Tensor | float) -> Tensor:

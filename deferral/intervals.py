@@ -194,6 +194,10 @@ def over_seeds(values: Tensor, *, level: float = 0.95) -> SeedFigures:
     """
     if values.dim() != 1 or len(values) == 0:
         raise ValueError(f"values: expected one figure per seed, got shape {tuple(values.shape)}")
+    if not bool(values.isfinite().all()):
+        raise ValueError(
+            f"values: expected a finite figure of every seed, got {values.tolist()}; leave out the seeds that failed"
+        )
     if not 0 < level < 1:
         raise ValueError(f"level: expected a number between 0 and 1, got {level}")
     figures, count = values.double(), len(values)

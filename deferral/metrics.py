@@ -11,7 +11,7 @@ from torch import Tensor
 
 from deferral.arrays import numpy_or_torch
 from deferral.costs import pick
-from deferral.validation import action_mask
+from deferral.validation import action_mask, require_num_own
 
 __all__ = ["average", "check_weights", "correct", "deferral_cost", "kept", "load", "selective_risk", "system_figures"]
 
@@ -101,6 +101,11 @@ def system_figures(
     (share that gets an answer); accuracy where kept, accuracy where deferred (NaN where there is no such row), selective risk
     (1 - accuracy where kept); load, each expert's share of the rows (..., E).
     """
+    if costs.shape != answers.shape:
+        raise ValueError(
+            f"costs, answers: expected a column of each for every action, got {tuple(costs.shape)}, {tuple(answers.shape)}"
+        )
+    require_num_own(costs, num_own)
     right = correct(answers, targets, actions, mask=mask)
     own = kept(actions, num_own=num_own).bool()
     accuracy_kept = average(right.where(own, torch.nan), weights)

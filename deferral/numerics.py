@@ -1,11 +1,11 @@
-"""Floating-point care in one place: half precision is lifted, exponentials continue linearly."""
+"""Numbers in one place: half precision is lifted, exponentials continue linearly, and values are read where that is free."""
 
 import math
 
 import torch
 from torch import Tensor
 
-__all__ = ["KNEE", "LEAST_BEFORE_KNEE", "PRECISE", "cast_like", "exp_linear", "expm1_linear", "lift", "log_add_exp"]
+__all__ = ["KNEE", "LEAST_BEFORE_KNEE", "PRECISE", "cast_like", "exp_linear", "expm1_linear", "lift", "log_add_exp", "readable"]
 
 # e^10 = 2.2e4 fits float16, and rows past it still pull with a constant, finite slope.
 KNEE = 10.0
@@ -47,3 +47,14 @@ def expm1_linear(t: Tensor) -> Tensor:
 def log_add_exp(a: Tensor, b: Tensor) -> Tensor:
     """log(e^a + e^b), with a second derivative however far apart they lie: that of `torch.logaddexp` is then NaN."""
     return torch.stack(torch.broadcast_tensors(a, b)).logsumexp(dim=0)
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether a look at the values waits for nobody and breaks no graph: a plain tensor on a CPU that nothing traces."""
+    return (
+        type(tensor) is Tensor
+        and tensor.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._len_torch_dispatch_stack()
+    )

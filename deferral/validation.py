@@ -192,14 +192,14 @@ def check_scores(scores: Tensor, *, name: str = "scores") -> None:
         )
 
 
-def check_probabilities(probabilities: Tensor) -> None:
+def check_probabilities(probabilities: Tensor, *, name: str = "probabilities") -> None:
     """Floating, and in [0, 1] up to the rounding of a softmax in half precision.  Reads the values."""
-    require_floating("probabilities", probabilities)
+    require_floating(name, probabilities)
     outside = ~((probabilities >= 0) & (probabilities <= 1.001))
     if bool(outside.any()):
         raise ValueError(
-            f"probabilities: expected numbers in [0, 1], got {float(probabilities[outside][0]):g} and {int(outside.sum()) - 1} "
-            "more; are they raw scores?  Pass scores.softmax(-1)"
+            f"{name}: expected numbers in [0, 1], got {float(probabilities[outside][0]):g} and {int(outside.sum()) - 1} more; "
+            "are they raw scores?  Pass scores.softmax(-1)"
         )
 
 

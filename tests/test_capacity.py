@@ -163,7 +163,7 @@ def test_bad_input() -> None:
     scores = torch.randn(6, 3)
     with pytest.raises(ValueError, match="one number for each of 2 experts"):
         fit_capacities(scores, [3], num_own=1)
-    with pytest.raises(ValueError, match="shares of the rows"):
+    with pytest.raises(TypeError, match="got both in"):
         fit_capacities(scores, [3, 0.5], num_own=1)
     with pytest.raises(ValueError, match="shares of the rows"):
         fit_capacities(scores, [float("nan"), 0.5], num_own=1)

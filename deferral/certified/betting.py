@@ -25,6 +25,8 @@ def p_value_of_mean(losses: np.ndarray, at_most: float, *, delta: float = 0.05) 
         raise ValueError("losses: expected numbers in [0, 1]")
     if not 0 < at_most < 1:
         raise ValueError(f"at_most: expected a level in (0, 1), got {at_most}")
+    if not 0 < delta < 1:
+        raise ValueError(f"delta: expected a probability in (0, 1), got {delta}")
     count = np.arange(1, losses.shape[-1] + 1)
     mean = (0.5 + losses.cumsum(-1)) / (count + 1)
     variance = (0.25 + ((losses - mean) ** 2).cumsum(-1)) / (count + 1)

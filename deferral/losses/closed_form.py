@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["closed_form", "has_closed_form", "in_blocks", "readable", "refuse_second_derivatives"]
+__all__ = ["closed_form", "has_closed_form", "in_blocks", "refuse_second_derivatives"]
 
 # Numbers in the temporary tables of a block: on a CPU they stay in the cache; elsewhere many small blocks would wait for Python,
 # and together they are as many as the scores, or these few.
@@ -23,17 +23,6 @@ LEAST_BLOCK = 1 << 24
 # (scores, *tables, descent, losses): fills the last two, `descent` with minus the gradient.  Returns what every row of `descent`
 # is still to be multiplied by, (rows, 1), in all blocks; or None.
 Block = Callable[..., Tensor | None]
-
-
-def readable(tensor: Tensor) -> bool:
-    """Whether a look at the values waits for nobody and breaks no graph: a plain tensor on a CPU that nothing traces."""
-    return (
-        type(tensor) is Tensor
-        and tensor.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and not torch._C._len_torch_dispatch_stack()
-    )
 
 
 def has_closed_form(*constants: Tensor | float | None, compiled: bool = False) -> bool:

@@ -11,12 +11,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from deferral.losses.closed_form import closed_form, has_closed_form, readable
+from deferral.losses.closed_form import closed_form, has_closed_form
 from deferral.losses.comp_sum_blocks import comp_sum_block, comp_sum_losses
 from deferral.losses.comp_sum_compiled import compiled_block, recomputed_comp_sum
 from deferral.losses.entries import entry
 from deferral.losses.probabilities import ABSENT
-from deferral.numerics import cast_like, lift
+from deferral.numerics import cast_like, lift, readable
 from deferral.validation import action_mask, require_actions, require_floating
 
 __all__ = [

@@ -8,8 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from deferral.losses.closed_form import readable
-from deferral.numerics import KNEE, LEAST_BEFORE_KNEE, PRECISE, expm1_linear
+from deferral.numerics import KNEE, LEAST_BEFORE_KNEE, PRECISE, expm1_linear, readable
 
 __all__ = ["comp_sum_block", "comp_sum_losses", "slope"]
 

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from deferral.losses.closed_form import closed_form, has_closed_form, readable
+from deferral.losses.closed_form import closed_form, has_closed_form
 from deferral.losses.comp_sum import counted, without_ignored
 from deferral.losses.entries import hits_of
 from deferral.losses.probabilities import (
@@ -22,7 +22,7 @@ from deferral.losses.probabilities import (
     log_probabilities,
     log_probabilities_at,
 )
-from deferral.numerics import PRECISE, lift, log_add_exp
+from deferral.numerics import PRECISE, lift, log_add_exp, readable
 from deferral.validation import (
     action_mask,
     require_actions,
