@@ -40,8 +40,8 @@ from deferral.demo.questions import questions
 from deferral.gateway.database import prepare
 from deferral.gateway.keys import Keys
 from deferral.routing import Log, Outcome, Router
+from deferral.routing.held_out import POLICIES
 from deferral.routing.policies import Linear, Policy
-from deferral.routing.training import POLICIES
 
 RESULTS = Path(__file__).parent / "results" / "gateway-cpu.json"
 CLIENTS = 64

@@ -1,6 +1,7 @@
 """The generated pages are current, and every loss says what a reader needs."""
 
 import inspect
+import re
 
 import pytest
 
@@ -22,4 +23,4 @@ def test_every_loss_has_a_formula_shapes_and_a_source(name: str) -> None:
     text = inspect.getdoc(function) or ""
     module = inspect.getdoc(inspect.getmodule(function)) or ""
     assert "->" in text.splitlines()[0], "the first line ends with shapes"
-    assert "20" in text or "20" in module, "a paper and its year, in the docstring or the module's"
+    assert re.search(r"\b(19|20)\d\d\b", text + module), "a paper and its year, in the docstring or the module's"

@@ -99,5 +99,22 @@ def test_no_two_files_need_each_other_not_even_for_their_types() -> None:
     TopologicalSorter(needs).prepare()
 
 
+def test_what_other_files_import_is_public() -> None:
+    public, wanted = {}, []
+    for path in PACKAGE.rglob("*.py"):
+        name = ".".join(("deferral", *path.relative_to(PACKAGE).with_suffix("").parts))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if (
+                isinstance(node, ast.Assign)
+                and getattr(node.targets[0], "id", "") == "__all__"
+                and isinstance(node.value, ast.List)
+            ):
+                public[name] = set(ast.literal_eval(node.value))
+            elif isinstance(node, ast.ImportFrom):
+                wanted += [(str(node.module), alias.name) for alias in node.names]
+    assert len(public) > 150
+    assert not [(module, name) for module, name in wanted if name not in public.get(module, {name})]
+
+
 def test_no_module_of_the_package_is_named_after_nothing() -> None:
     assert not [path for path in PACKAGE.rglob("*.py") if path.stem in {"utils", "common", "base", "helpers"}]

@@ -8,9 +8,9 @@ import pytest
 
 from deferral.routing import Log, Outcome, PriceModel, Router, log_of_table
 from deferral.routing.encoders import FunctionEncoder
+from deferral.routing.held_out import random_folds
 from deferral.routing.policies import Clusters, Neighbours
 from deferral.routing.prices import dearness
-from deferral.routing.training import random_folds
 
 QUICK = (Neighbours, Clusters)
 EXPERTS = ["terse", "talker"]

@@ -8,10 +8,10 @@ import pytest
 from deferral.routing import Log, Outcome
 from deferral.routing.encoders import NgramEncoder, Vectors
 from deferral.routing.evaluation import routability
+from deferral.routing.held_out import HeldOut, blend, judged, skill
 from deferral.routing.outcomes import Table
 from deferral.routing.partial_logs import OutcomeModel, doubly_robust, observed
 from deferral.routing.shift import familiarity, refitted, shifted_folds, shrinkage
-from deferral.routing.training import HeldOut, blend, judged, skill
 
 pytestmark = pytest.mark.ci_slow
 

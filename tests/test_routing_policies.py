@@ -3,9 +3,9 @@ import pytest
 import torch
 
 from deferral.routing.encoders import NgramEncoder, Vectors, Wide
+from deferral.routing.held_out import held_out
 from deferral.routing.policies import Clusters, Factors, Features, Heads, Linear, Neighbours, Rejector, expert_means
 from deferral.routing.policies.centres import nearest_centre, spherical_centres
-from deferral.routing.training import held_out
 
 pytestmark = pytest.mark.ci_slow
 

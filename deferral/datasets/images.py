@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deferral.datasets.files import DataError
+from deferral.errors import DataError
 from deferral.torchvision_compat import import_torchvision
 
 __all__ = ["Images", "cifar10", "cifar100", "digits", "svhn"]

@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from deferral.datasets.files import DataError, existing, numbers, read_array, read_columns
+from deferral.datasets.files import existing, numbers, read_array, read_columns
+from deferral.errors import DataError
 
 __all__ = ["Pathologists", "Tweets", "chaoyang", "cifar10h_counts", "cifar10n_annotators", "cifar100n", "hate_speech"]
 

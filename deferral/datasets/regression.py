@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from deferral.datasets.files import DataError, existing, numbers, read_columns
+from deferral.datasets.files import existing, numbers, read_columns
+from deferral.errors import DataError
 
 __all__ = ["UCI", "RegressionTable", "uci"]
 

@@ -25,7 +25,7 @@ try:
 except ModuleNotFoundError as error:
     raise ImportError(f"the language models need {error.name}: pip install 'deferral[gateway-demo]'") from error
 
-__all__ = ["LanguageModel", "Sampling", "Step", "TooLong", "make_tokenizer", "new_model"]
+__all__ = ["END", "ROLES", "LanguageModel", "Sampling", "Step", "TooLong", "make_tokenizer", "new_model"]
 
 END = "<|end|>"
 ROLES = ("system", "user", "assistant")

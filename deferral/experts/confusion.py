@@ -7,7 +7,7 @@ from torch import Tensor
 
 from deferral.validation import require_tensor
 
-__all__ = ["draw_answers", "even_skill", "perfect_on_first", "perfect_up_to", "specialist"]
+__all__ = ["check_indices", "draw_answers", "even_skill", "perfect_on_first", "perfect_up_to", "specialist"]
 
 
 def even_skill(accuracy: float, num_classes: int) -> Tensor:

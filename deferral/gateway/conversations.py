@@ -27,7 +27,7 @@ from deferral.gateway.experts_file import Expert
 from deferral.gateway.hysteresis import Place, Rules, Scored, begun, gain, moved
 from deferral.gateway.requests import Asked
 from deferral.routing.decisions import Decisions
-from deferral.routing.fitting import Estimates
+from deferral.routing.fitted import Estimates
 from deferral.routing.router import Plan, Router
 from deferral.routing.static import EXPLORE, chances, draw_of
 

@@ -14,7 +14,7 @@ from yarl import URL
 
 from deferral.errors import DataError
 
-__all__ = ["AUTO", "Expert", "read_experts"]
+__all__ = ["AUTO", "Expert", "expert_names", "read_experts"]
 
 # Names of a model that ask the router.
 AUTO = frozenset({"auto", "deferral/auto"})

@@ -34,7 +34,7 @@ from deferral.gateway.wire import Left, header_map, read_body, send_problem, sen
 if TYPE_CHECKING:
     from deferral.gateway.tracing import Exchanged
 
-__all__ = ["KINDS", "Proxy"]
+__all__ = ["KINDS", "LONGER", "Proxy"]
 
 _log = logging.getLogger("deferral.gateway")
 

@@ -12,7 +12,7 @@ from deferral.gateway.experts_file import AUTO
 from deferral.gateway.problems import Problem
 from deferral.gateway.turns import BYTES_PER_TOKEN, Turn, bytes_in, conversation, messages_of, text_of
 
-__all__ = ["Asked", "Hints", "Kind", "hints", "parse", "with_model"]
+__all__ = ["NO_HINTS", "Asked", "Hints", "Kind", "hints", "parse", "with_model"]
 
 Kind = Literal["chat", "completions", "embeddings", "responses"]
 

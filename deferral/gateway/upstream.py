@@ -18,7 +18,7 @@ from deferral.gateway.masking import MaskedStream, masked
 from deferral.gateway.requests import Asked
 from deferral.gateway.usage import Usage, error_of, usage_of
 
-__all__ = ["Failure", "Reply", "Upstream"]
+__all__ = ["FORWARDED", "Failure", "Reply", "Upstream"]
 
 # Of a request: everything else, cookies and the client's own key above all, stays here.
 FORWARDED = frozenset({b"openai-beta", b"idempotency-key", b"user-agent", b"x-request-id", b"traceparent", b"tracestate"})

@@ -8,13 +8,13 @@ import numpy as np
 from deferral.errors import DataError
 from deferral.routing.cascade import Cascade, Paid, features, logit, network_input
 from deferral.routing.encoders import Arrays, FunctionEncoder
+from deferral.routing.held_out import FOLDS, grid, mean_and_half, random_folds
 from deferral.routing.outcomes import Log, Table
 from deferral.routing.partial_logs import LEAST_PROPENSITY
 from deferral.routing.policies.networks import trained
 from deferral.routing.policies.rejector import priced_loss
 from deferral.routing.prices import error_range, fit_prices, repriced
 from deferral.routing.router import Router
-from deferral.routing.training import FOLDS, grid, mean_and_half, random_folds
 from deferral.threads import one_thread
 
 __all__ = ["Answered", "answers_in", "fit_cascade", "gain_over"]

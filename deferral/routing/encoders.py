@@ -19,7 +19,7 @@ from deferral.routing.ngrams import BITS, hashed_ngrams, hashed_ngrams_of, short
 from deferral.threads import one_thread
 from deferral.whole_files import written_whole
 
-__all__ = ["CachedEncoder", "FunctionEncoder", "NgramEncoder", "Vectors", "Wide"]
+__all__ = ["Arrays", "CachedEncoder", "FunctionEncoder", "NgramEncoder", "Vectors", "Wide", "projection", "reduced"]
 
 Arrays = dict[str, np.ndarray]
 MOST_ROWS_OF_SVD = 20_000

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Curve",
+    "Routability",
     "aiq",
     "apgr",
     "best_expert",

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from deferral.routing.evaluation import Routability, routability
+from deferral.routing.held_out import Judged, grid, judged
 from deferral.routing.prices import error_range
-from deferral.routing.training import Judged, grid, judged
 
 __all__ = ["HeldRows", "Search"]
 

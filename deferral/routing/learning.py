@@ -7,16 +7,8 @@ import numpy as np
 
 from deferral.routing.encoders import Vectors
 from deferral.routing.evaluation import routability
-from deferral.routing.fitting import Fitted
-from deferral.routing.held_rows import HeldRows
-from deferral.routing.outcomes import Table
-from deferral.routing.partial_logs import doubly_robust, observed
-from deferral.routing.policies import Beside, Heads, Neighbours, Policy, Rejector, expert_means
-from deferral.routing.policies.centres import nearest_centre, spherical_centres
-from deferral.routing.prices import PriceModel, dearness, fit_prices, shortest
-from deferral.routing.shift import familiarity, refitted, shifted_folds, shrinkage
-from deferral.routing.static import fingerprints
-from deferral.routing.training import (
+from deferral.routing.fitted import Fitted
+from deferral.routing.held_out import (
     FOLDS,
     HeldOut,
     blend,
@@ -30,6 +22,14 @@ from deferral.routing.training import (
     random_folds,
     taught,
 )
+from deferral.routing.held_rows import HeldRows
+from deferral.routing.outcomes import Table
+from deferral.routing.partial_logs import doubly_robust, observed
+from deferral.routing.policies import Beside, Heads, Neighbours, Policy, Rejector, expert_means
+from deferral.routing.policies.centres import nearest_centre, spherical_centres
+from deferral.routing.prices import PriceModel, dearness, fit_prices, shortest
+from deferral.routing.shift import familiarity, refitted, shifted_folds, shrinkage
+from deferral.routing.static import fingerprints
 from deferral.threads import one_thread
 
 __all__ = ["fitted"]

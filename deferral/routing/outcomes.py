@@ -13,7 +13,19 @@ from deferral.routing.confidence import Confidence, check_confidence
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["NUMBERS", "Log", "Outcome", "Table", "cost_table", "log_of_table", "spelt_alike"]
+__all__ = [
+    "NUMBERS",
+    "Log",
+    "Outcome",
+    "Table",
+    "check_number",
+    "check_price_of_error",
+    "check_tags",
+    "check_text",
+    "cost_table",
+    "log_of_table",
+    "spelt_alike",
+]
 
 # The columns of numbers of a log, and the range of each.
 NUMBERS = {

@@ -18,13 +18,13 @@ from deferral.errors import DataError
 from deferral.routing.cascade import Cascade
 from deferral.routing.constraints import Abilities
 from deferral.routing.encoders import Arrays
-from deferral.routing.fitting import Estimates, Fitted
+from deferral.routing.fitted import Estimates, Fitted
+from deferral.routing.held_out import Judged
 from deferral.routing.held_rows import HeldRows
 from deferral.routing.policies import Clusters, Factors, Features, Heads, Linear, Neighbours, Rejector
 from deferral.routing.policies.policy import Policy
 from deferral.routing.prices import PriceModel
 from deferral.routing.promises import Witnesses
-from deferral.routing.training import Judged
 from deferral.whole_files import PARTIAL, written_whole
 
 __all__ = ["FORMAT", "Saved", "check_place", "load", "save", "written"]

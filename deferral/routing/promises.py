@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from deferral.routing.fitting import Estimates
+from deferral.routing.fitted import Estimates
 
 __all__ = ["Witnesses", "promised_error"]
 

@@ -16,7 +16,8 @@ from deferral.routing.cascade import Cascade
 from deferral.routing.constraints import Abilities, Needs, able
 from deferral.routing.decisions import Decision, Decisions, why_learned
 from deferral.routing.encoders import FunctionEncoder, NgramEncoder, Vectors
-from deferral.routing.fitting import Estimates, Fitted
+from deferral.routing.fitted import Estimates, Fitted
+from deferral.routing.held_out import POLICIES
 from deferral.routing.learning import fitted
 from deferral.routing.outcomes import Log, Table, check_price_of_error
 from deferral.routing.policies import Policy
@@ -32,7 +33,6 @@ from deferral.routing.static import (
     mix_at_price,
     mix_at_quality,
 )
-from deferral.routing.training import POLICIES
 
 __all__ = ["Plan", "Router", "Setting"]
 
@@ -323,7 +323,6 @@ class Router:
         certified_quality: float | None,
         confidence: float,
     ) -> Plan:
-        state = self.fitted
         numbers = {
             "price_of_error": price_of_error, "budget": budget, "min_quality": min_quality,
             "certified_quality": certified_quality, "confidence": confidence,
@@ -335,51 +334,60 @@ class Router:
             raise ValueError(
                 "expected one of price_of_error, budget, min_quality and certified_quality; each of them sets the same trade-off"
             )
-        means, prices, worse = state.means, state.mean_price, ""
         if budget is not None:
-            if not 0 < budget < np.inf:
-                raise ValueError(f"budget: expected dollars per 1,000 queries, above 0, got {budget}")
-            least = (1 - self.explore) * prices[mask].min() + self.explore * prices[mask].mean()
-            if self.explore > 0 and budget / 1000 < least:
-                raise ValueError(
-                    f"budget: with {100 * self.explore:g}% of the queries asked at random, to learn, at least "
-                    f"${1000 * least:.4g} per 1,000 queries are spent; got ${budget:.4g}"
-                )
-            mix = mix_at_price(means, prices, mask, self._but_explored(budget / 1000, prices, mask))
-            error, quality = state.search.error_at_price(mask, budget / 1000, self.explore)
-            _, quality_of_mix = state.search.of_mix(mix, mask, self.explore)
-            if learned is None and quality < quality_of_mix - _ROUNDING:
-                worse = f"for this budget a quality of {quality:.3f} on held-out queries, the static mix {quality_of_mix:.3f}"
-        elif min_quality is not None:
-            if not 0 <= min_quality <= 1:
-                raise ValueError(f"min_quality: expected a quality in [0, 1], got {min_quality}")
-            error, price, best = state.search.error_at_quality(mask, min_quality, self.explore)
-            mix = mix_at_quality(means, prices, mask, self._but_explored(min_quality, means, mask))
-            if best < min_quality and learned is None:
-                why = f"on held-out queries routing reached a quality of {best:.3f}, the best single expert more"
-                return Plan(error, mask, mix, why)
-            price_of_mix, _ = state.search.of_mix(mix, mask, self.explore)
-            reached = (1 - self.explore) * float(mix @ means) + self.explore * float(means[mask].mean())
-            meets = reached >= min_quality - _ROUNDING
-            if learned is None and meets and price > price_of_mix * (1 + _ROUNDING):
-                worse = f"this quality for ${price:.3g} a query on held-out queries, the static mix for ${price_of_mix:.3g}"
-            if why := self._why_fallback(error, learned, mask):
-                if not meets:
-                    raise ValueError(
-                        f"min_quality: the static mix, which decides ({why}), reaches at most {reached:.3f}, got {min_quality}"
-                    )
-            elif best < min_quality:
-                raise ValueError(
-                    f"min_quality: on held-out queries routing reached at most {best:.3f}, got {min_quality}; without "
-                    "learned=True the best single expert is asked"
-                )
-        elif certified_quality is not None:
+            return self._within_budget(mask, learned, budget)
+        if min_quality is not None:
+            return self._at_quality(mask, learned, min_quality)
+        if certified_quality is not None:
             return self._promised(mask, learned, certified_quality, confidence)
-        else:
-            error = self.price_of_error if price_of_error is None else price_of_error
-            check_price_of_error(error)
-            mix = mix_at_error(means, prices, mask, error)
-        why = self._why_fallback(error, learned, mask) or (f"routing reached {worse}" if worse else "")
+        return self._at_error(mask, learned, self.price_of_error if price_of_error is None else price_of_error)
+
+    def _at_error(self, mask: np.ndarray, learned: bool | None, error: float) -> Plan:
+        check_price_of_error(error)
+        mix = mix_at_error(self.fitted.means, self.fitted.mean_price, mask, error)
+        return Plan(float(error), mask, mix, self._why_fallback(error, learned, mask))
+
+    def _within_budget(self, mask: np.ndarray, learned: bool | None, budget: float) -> Plan:
+        """The plan of the highest price of an error at which held-out queries cost no more."""
+        if not 0 < budget < inf:
+            raise ValueError(f"budget: expected dollars per 1,000 queries, above 0, got {budget}")
+        state, prices, wanted = self.fitted, self.fitted.mean_price, budget / 1000
+        least = (1 - self.explore) * prices[mask].min() + self.explore * prices[mask].mean()
+        if self.explore > 0 and wanted < least:
+            raise ValueError(
+                f"budget: with {100 * self.explore:g}% of the queries asked at random, to learn, at least "
+                f"${1000 * least:.4g} per 1,000 queries are spent; got ${budget:.4g}"
+            )
+        mix = mix_at_price(state.means, prices, mask, self._but_explored(wanted, prices, mask))
+        error, quality = state.search.error_at_price(mask, wanted, self.explore)
+        _, of_mix = state.search.of_mix(mix, mask, self.explore)
+        why = self._why_fallback(error, learned, mask)
+        if not why and learned is None and quality < of_mix - _ROUNDING:
+            why = f"routing reached for this budget a quality of {quality:.3f} on held-out queries, the static mix {of_mix:.3f}"
+        return Plan(float(error), mask, mix, why)
+
+    def _at_quality(self, mask: np.ndarray, learned: bool | None, least: float) -> Plan:
+        """The plan of the lowest price of an error at which held-out queries have this quality."""
+        if not 0 <= least <= 1:
+            raise ValueError(f"min_quality: expected a quality in [0, 1], got {least}")
+        state, means = self.fitted, self.fitted.means
+        error, price, best = state.search.error_at_quality(mask, least, self.explore)
+        mix = mix_at_quality(means, state.mean_price, mask, self._but_explored(least, means, mask))
+        if best < least and learned is None:
+            why = f"on held-out queries routing reached a quality of {best:.3f}, the best single expert more"
+            return Plan(error, mask, mix, why)
+        of_mix, _ = state.search.of_mix(mix, mask, self.explore)
+        reached = (1 - self.explore) * float(mix @ means) + self.explore * float(means[mask].mean())
+        meets, why = reached >= least - _ROUNDING, self._why_fallback(error, learned, mask)
+        if why and not meets:
+            raise ValueError(f"min_quality: the static mix, which decides ({why}), reaches at most {reached:.3f}, got {least}")
+        if not why and best < least:
+            raise ValueError(
+                f"min_quality: on held-out queries routing reached at most {best:.3f}, got {least}; without learned=True the "
+                "best single expert is asked"
+            )
+        if not why and learned is None and meets and price > of_mix * (1 + _ROUNDING):
+            why = f"routing reached this quality for ${price:.3g} a query on held-out queries, the static mix for ${of_mix:.3g}"
         return Plan(float(error), mask, mix, why)
 
     def _but_explored(self, wanted: float, values: np.ndarray, mask: np.ndarray) -> float:

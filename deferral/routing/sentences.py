@@ -15,7 +15,17 @@ import numpy as np
 
 from deferral.errors import DataError
 
-__all__ = ["OnnxEncoder", "TransformersEncoder", "mean_pooled", "sentence_encoder"]
+__all__ = [
+    "INT8",
+    "MAX_TOKENS",
+    "NOTE",
+    "PLAIN",
+    "TOKENS",
+    "OnnxEncoder",
+    "TransformersEncoder",
+    "mean_pooled",
+    "sentence_encoder",
+]
 
 _BATCH = 64
 MAX_TOKENS = 128

@@ -22,13 +22,15 @@ __all__ = [
     "HeldOut",
     "Judged",
     "blend",
-    "cost_rows",
+    "full_price",
     "grid",
     "held_out",
     "judged",
+    "mean_and_half",
     "mixed",
     "neighbours",
     "random_folds",
+    "taught",
 ]
 
 POLICIES: tuple[Callable[[], Policy], ...] = (Linear, Neighbours, Clusters, Heads, Features, Rejector)

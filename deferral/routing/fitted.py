@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from deferral.routing.encoders import Vectors
+from deferral.routing.held_out import Judged
 from deferral.routing.held_rows import HeldRows, Search
 from deferral.routing.outcomes import Table, check_text
 from deferral.routing.partial_logs import LEAST_PROPENSITY
@@ -16,7 +17,6 @@ from deferral.routing.policies import Neighbours, Policy
 from deferral.routing.policies.centres import nearest_centre
 from deferral.routing.prices import PriceModel, fit_prices, repriced
 from deferral.routing.static import fingerprints
-from deferral.routing.training import Judged
 
 __all__ = ["Estimates", "Fitted"]
 
