@@ -20,8 +20,15 @@ from torch import Tensor
 from deferral.costs import pick
 from deferral.curves import own_and_asked
 from deferral.decision import decide, margin_levels
-from deferral.metrics import check_weights
-from deferral.validation import check_costs, check_scores, checked_scores, require_actions, require_share, require_tensor
+from deferral.validation import (
+    check_costs,
+    check_scores,
+    check_weights,
+    checked_scores,
+    require_actions,
+    require_share,
+    require_tensor,
+)
 
 __all__ = ["budget_offsets", "coverage_offsets", "deferral_rate_offsets", "fit_offsets", "fit_temperature"]
 

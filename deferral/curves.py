@@ -16,8 +16,7 @@ from torch import Tensor
 from deferral.arrays import numpy_or_torch
 from deferral.costs import pick
 from deferral.decision import decide, deferral_margin, margin_levels
-from deferral.metrics import check_weights
-from deferral.validation import action_mask, require_actions
+from deferral.validation import action_mask, check_weights, require_actions
 
 __all__ = [
     "BudgetCurve",

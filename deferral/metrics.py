@@ -11,9 +11,9 @@ from torch import Tensor
 
 from deferral.arrays import numpy_or_torch
 from deferral.costs import pick
-from deferral.validation import action_mask, require_num_own
+from deferral.validation import action_mask, check_weights, require_num_own
 
-__all__ = ["average", "check_weights", "correct", "deferral_cost", "kept", "load", "selective_risk", "system_figures"]
+__all__ = ["average", "correct", "deferral_cost", "kept", "load", "selective_risk", "system_figures"]
 
 
 @numpy_or_torch
@@ -119,18 +119,6 @@ def system_figures(
         "selective risk": 1 - accuracy_kept,
         "load": average(load(actions, num_own=num_own, num_experts=answers.shape[-1] - num_own), weights),
     }
-
-
-def check_weights(weights: Tensor | None, rows: Tensor) -> Tensor:
-    """Weights (..., N) as float64 on the device of the rows, ones by default; ValueError if one is negative or all are 0."""
-    if weights is None:
-        return torch.ones(len(rows), dtype=torch.float64, device=rows.device)
-    if weights.dim() == 0 or weights.shape[-1] != len(rows):
-        raise ValueError(f"weights: expected one per row, shape (..., {len(rows)}), got {tuple(weights.shape)}")
-    weights = weights.to(rows.device, torch.float64)
-    if not bool(weights.isfinite().all()) or bool((weights < 0).any()) or not bool((weights.sum(-1) > 0).all()):
-        raise ValueError("weights: expected finite numbers >= 0 that are not all 0")
-    return weights
 
 
 def _known(values: Tensor, table: Tensor, actions: Tensor, mask: Tensor | None) -> Tensor:

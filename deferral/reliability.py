@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deferral.arrays import numpy_or_torch
-from deferral.metrics import check_weights
+from deferral.validation import check_weights
 
 __all__ = ["Reliability", "brier", "calibration_error", "debiased_calibration_error", "reliability"]
 

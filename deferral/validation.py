@@ -8,18 +8,22 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "FEW_ANSWERS",
     "action_mask",
     "check_costs",
     "check_mask",
     "check_probabilities",
     "check_scores",
     "check_targets",
+    "check_weights",
     "checked_scores",
+    "one_expert_mask",
     "require_actions",
     "require_batch",
     "require_ceiling",
     "require_cost_range",
     "require_expert_columns",
+    "require_experts",
     "require_floating",
     "require_mask",
     "require_num_own",
@@ -28,6 +32,10 @@ __all__ = [
     "require_targets",
     "require_tensor",
 ]
+
+
+# Of so many answers one at least is a class that some row has, unless they are spelt otherwise.
+FEW_ANSWERS = 10
 
 
 def _shape(tensor: Tensor) -> str:
@@ -131,6 +139,23 @@ def require_expert_columns(scores: Tensor, name: str, table: Tensor) -> None:
             f"{name}: expected one column per expert, (..., E), got {_shape(table)}, one number per row; for one expert use "
             ".unsqueeze(-1), for numbers that are the same in every row .expand(*scores.shape[:-1], -1)"
         )
+
+
+def require_experts(scores: Tensor, targets: Tensor, name: str, table: Tensor) -> int:
+    """Shapes of a loss over K classes and E experts: scores (..., K+E), targets, one column of the table per expert.  -> K"""
+    require_floating("scores", scores)
+    require_tensor(name, table)
+    require_expert_columns(scores, name, table)
+    num_classes = scores.shape[-1] - table.shape[-1]
+    require_targets(scores, targets, num_classes)
+    require_batch("scores", scores.shape[:-1], name, table.shape[:-1])
+    return num_classes
+
+
+def one_expert_mask(scores: Tensor, mask: Tensor) -> Tensor:
+    """A mask over one expert, widened to every column of the scores.  (..., K+1), (...,) -> (..., K+1)"""
+    require_mask(mask)
+    return action_mask(scores, mask.unsqueeze(-1), scores.shape[-1] - 1)
 
 
 def require_ceiling(scores: Tensor, ceiling: Tensor | float) -> None:
@@ -281,3 +306,15 @@ def check_mask(mask: Tensor, num_own: int, num_actions: int) -> None:
         raise ValueError(
             f"mask: the own action{'s' if num_own > 1 else ''} (first {num_own}) can always be taken, but are masked in some row"
         )
+
+
+def check_weights(weights: Tensor | None, rows: Tensor) -> Tensor:
+    """Weights (..., N) as float64 on the device of the rows, ones by default; ValueError if one is negative or all are 0."""
+    if weights is None:
+        return torch.ones(len(rows), dtype=torch.float64, device=rows.device)
+    if weights.dim() == 0 or weights.shape[-1] != len(rows):
+        raise ValueError(f"weights: expected one per row, shape (..., {len(rows)}), got {tuple(weights.shape)}")
+    weights = weights.to(rows.device, torch.float64)
+    if not bool(weights.isfinite().all()) or bool((weights < 0).any()) or not bool((weights.sum(-1) > 0).all()):
+        raise ValueError("weights: expected finite numbers >= 0 that are not all 0")
+    return weights

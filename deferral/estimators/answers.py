@@ -4,9 +4,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["FEW_ANSWERS", "as_labels", "as_numbers", "free_label"]
-
-FEW_ANSWERS = 10
+__all__ = ["as_labels", "as_numbers", "free_label"]
 
 
 def as_labels(answers: Any, classes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from deferral.costs import error_costs
 from deferral.estimators.actions import Abstaining, Deferring
-from deferral.estimators.answers import FEW_ANSWERS, as_labels, free_label
+from deferral.estimators.answers import as_labels, free_label
 from deferral.estimators.predictor import classes_of, is_frozen, log_scores, module_outputs
 from deferral.estimators.two_stage import TwoStage
-from deferral.validation import require_cost_range
+from deferral.validation import FEW_ANSWERS, require_cost_range
 
 __all__ = ["AbstainingClassifier", "DeferralClassifier"]
 

@@ -23,13 +23,12 @@ from deferral.decision import decide
 from deferral.errors import DataError
 from deferral.evaluation.comparison import MODEL
 from deferral.evaluation.table import Table
+from deferral.validation import FEW_ANSWERS
 
 __all__ = ["Outputs", "read_outputs"]
 
 OWN, ABSTAIN = "own", "abstain"
 _RESERVED = (OWN, ABSTAIN, MODEL, "abstaining", "")
-# Of as many, one at least is a label of some row.
-_FEW_ANSWERS = 10
 _NUMBER = re.compile(r"-?\d+(\.\d+)?")
 
 
@@ -105,7 +104,7 @@ def _labels(table: Table, columns: list[str]) -> tuple[list[str], Tensor]:
     for name, column in zip(columns[1:], cells[1:], strict=True):
         given = set(column) - {""}
         # 0 and 1 beside false and true, Cat beside cat: written by another hand, and all wrong if taken as they are.
-        many = len(column) - column.count("") >= _FEW_ANSWERS
+        many = len(column) - column.count("") >= FEW_ANSWERS
         if given and not given & truth and (many or _numeric(given) != _numeric(truth)):
             raise DataError(
                 f"{table.path}: column {name!r}: expected labels like those of the target ({_some(truth)}), got {_some(given)}"

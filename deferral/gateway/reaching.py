@@ -106,7 +106,7 @@ async def _ask(upstream: Upstream, found: Reached) -> None:
     try:
         reply = await _completion(upstream, found.expert)
     except Failure as failure:
-        if "status 401" in failure.message or "status 403" in failure.message:
+        if failure.came in _REFUSED:
             found.key = "no"
         found.faults.append(f"{failure.message} (a completion of one token)")
         return

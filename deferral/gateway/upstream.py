@@ -49,7 +49,8 @@ class Failure(Exception):
 
     `again`: the same expert may be asked once more; `blame`: the breaker counts it; `rest`: seconds for which the expert wants
     to be left alone; `stale`: the connection had been closed while it was idle, it seems, and a new one is due.  `status` and
-    `code` are for the client, if nobody else answers.  The message never quotes the upstream, which may repeat a key.
+    `code` are for the client, if nobody else answers, `came` is the status that refused the gateway.  The message never quotes
+    the upstream, which may repeat a key.
     """
 
     def __init__(
@@ -62,9 +63,10 @@ class Failure(Exception):
         blame: bool = True,
         rest: float | None = None,
         stale: bool = False,
+        came: int | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.code, self.message = status, code, message
+        self.status, self.code, self.message, self.came = status, code, message, came
         self.again, self.blame, self.rest, self.stale = again, blame, rest, stale
 
 
@@ -302,7 +304,7 @@ def _refused(status: int, path: str, retry_after: float | None) -> Failure:
         message = f"refused the gateway with status {status}; its key, model or address is wrong"
         # Many servers chat, and know no other path: whoever asks them for one must not take them from those who chat.
         unknown_path = status in (404, 405) and path != "/chat/completions"
-        return Failure(502, "upstream_misconfigured", message, blame=not unknown_path)
+        return Failure(502, "upstream_misconfigured", message, blame=not unknown_path, came=status)
     if status == 429:
         rest = 1.0 if retry_after is None else retry_after
         return Failure(429, "upstream_rate_limited", "asks for fewer requests", blame=False, rest=rest)

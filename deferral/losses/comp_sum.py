@@ -16,15 +16,13 @@ from deferral.losses.comp_sum_blocks import comp_sum_block, comp_sum_losses
 from deferral.losses.comp_sum_compiled import compiled_block, recomputed_comp_sum
 from deferral.losses.entries import entry
 from deferral.losses.probabilities import ABSENT
-from deferral.numerics import cast_like, lift, readable
+from deferral.numerics import cast_like, lift
 from deferral.validation import action_mask, require_actions, require_floating
 
 __all__ = [
     "comp_sum",
     "comp_sum_of_costs",
-    "counted",
     "targeted_comp_sum",
-    "without_ignored",
 ]
 
 
@@ -60,21 +58,6 @@ def targeted_comp_sum(scores: Tensor, targets: Tensor, weights: Tensor, *, mu: f
         every = torch.cat([targets, weights.expand(*batch, weights.shape[-1])], dim=-1)
         return _kernel(scores, every, None, mu, mask)
     return _kernel(scores, weights, targets, mu, mask)
-
-
-def without_ignored(targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor | None]:
-    """Targets that may be looked up, and which rows count; probabilities all count (None)."""
-    if targets.is_floating_point():
-        return targets, None
-    counts = targets != ignore_index
-    if readable(targets) and counts.all():
-        return targets, None
-    return targets.where(counts, 0), counts
-
-
-def counted(losses: Tensor, counts: Tensor | None) -> Tensor:
-    """The losses of the rows that count, 0 elsewhere.  (...,), (...,) -> (...,)"""
-    return losses if counts is None else losses.where(counts, 0.0)
 
 
 def _kernel(

@@ -8,16 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deferral.losses.comp_sum import comp_sum, comp_sum_of_costs, counted, targeted_comp_sum, without_ignored
+from deferral.losses.comp_sum import comp_sum, comp_sum_of_costs, targeted_comp_sum
+from deferral.losses.ignored_rows import counted, without_ignored
 from deferral.numerics import lift
 from deferral.validation import (
     action_mask,
     require_actions,
-    require_batch,
     require_ceiling,
-    require_expert_columns,
+    require_experts,
     require_floating,
-    require_targets,
 )
 
 __all__ = ["single_stage_deferral", "two_stage_deferral"]
@@ -42,12 +41,8 @@ def single_stage_deferral(
 
     n_e = 1, mu = 1 and cost 1[expert wrong] is Mozannar and Sontag 2020.
     """
-    require_floating("scores", scores)
     require_floating("expert_costs", expert_costs)
-    require_expert_columns(scores, "expert_costs", expert_costs)
-    num_classes = scores.shape[-1] - expert_costs.shape[-1]
-    require_targets(scores, targets, num_classes)
-    require_batch("scores", scores.shape[:-1], "expert_costs", expert_costs.shape[:-1])
+    num_classes = require_experts(scores, targets, "expert_costs", expert_costs)
     if isinstance(ceiling, Tensor) or not ceiling >= 1:
         raise ValueError(
             f"ceiling: expected a number of at least 1, the cost of a wrong class, got {ceiling}; the weight ceiling - 1 of the "

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from deferral.losses.closed_form import in_blocks
-from deferral.losses.comp_sum import counted, targeted_comp_sum, without_ignored
+from deferral.losses.comp_sum import targeted_comp_sum
 from deferral.losses.entries import entry
+from deferral.losses.ignored_rows import counted, without_ignored
 from deferral.losses.margin import (
     Margin,
     constrained_losses,

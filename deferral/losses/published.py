@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deferral.losses.closed_form import closed_form, has_closed_form, in_blocks, refuse_second_derivatives
-from deferral.losses.comp_sum import counted, targeted_comp_sum, without_ignored
+from deferral.losses.comp_sum import targeted_comp_sum
 from deferral.losses.entries import entry, hits_of, with_target
+from deferral.losses.ignored_rows import counted, without_ignored
 from deferral.losses.margin import Margin, is_fixed, logistic
 from deferral.losses.probabilities import (
     ABSENT,
@@ -30,9 +31,10 @@ from deferral.losses.realizable import realizable_deferral
 from deferral.numerics import cast_like, lift, log_add_exp
 from deferral.validation import (
     action_mask,
+    one_expert_mask,
     require_batch,
     require_cost_range,
-    require_expert_columns,
+    require_experts,
     require_floating,
     require_mask,
     require_rejector,
@@ -74,7 +76,7 @@ def mozannar_sontag(
     expert_correct = _of_one(scores, targets, expert_correct)
     targets, counts = without_ignored(targets, ignore_index)
     if mask is not None:
-        mask = _of_one_expert(scores, mask)
+        mask = one_expert_mask(scores, mask)
         expert_correct = expert_correct.where(mask[..., -1], 0.0)
     classes, expert = log_probabilities_at(scores, targets, scores.shape[-1] - 1, mask)
     weight = alpha * expert_correct + 1 - expert_correct
@@ -98,12 +100,7 @@ def one_vs_all(
     Verma, Nalisnick, "Calibrated Learning to Defer with One-vs-All Classifiers" (ICML 2022), eq. 5; Verma, Barrejón, Nalisnick,
     "Learning to Defer to Multiple Experts" (AISTATS 2023), eq. 9.
     """
-    require_floating("scores", scores)
-    require_tensor("expert_correct", expert_correct)
-    require_expert_columns(scores, "expert_correct", expert_correct)
-    num_classes = scores.shape[-1] - expert_correct.shape[-1]
-    require_targets(scores, targets, num_classes)
-    require_batch("scores", scores.shape[:-1], "expert_correct", expert_correct.shape[:-1])
+    num_classes = require_experts(scores, targets, "expert_correct", expert_correct)
     targets, counts = without_ignored(targets, ignore_index)
     scores = lift(scores)
     closed = has_closed_form(expert_correct, compiled=True)
@@ -186,7 +183,7 @@ def asymmetric_softmax(
             "against all classes but the best"
         )
     targets, counts = without_ignored(targets, ignore_index)
-    known = torch.ones_like(expert_correct, dtype=torch.bool) if mask is None else _of_one_expert(scores, mask)[..., -1]
+    known = torch.ones_like(expert_correct, dtype=torch.bool) if mask is None else one_expert_mask(scores, mask)[..., -1]
     tables = targets if targets.is_floating_point() else targets.unsqueeze(-1), expert_correct.unsqueeze(-1), known.unsqueeze(-1)
     return counted(in_blocks(_asymmetric, lift(scores), *tables, columns=10 * scores.shape[-1]), counts)
 
@@ -342,17 +339,12 @@ def picce(
     Only the most likely of the right experts is pulled up, so that many experts do not drown the classes.
     "PiCCE" (arXiv 2602.17144, 2026).
     """
-    require_floating("scores", scores)
-    require_tensor("expert_correct", expert_correct)
-    require_expert_columns(scores, "expert_correct", expert_correct)
-    num_classes = scores.shape[-1] - expert_correct.shape[-1]
-    require_targets(scores, targets, num_classes)
-    require_batch("scores", scores.shape[:-1], "expert_correct", expert_correct.shape[:-1])
+    num_classes = require_experts(scores, targets, "expert_correct", expert_correct)
     targets, counts = without_ignored(targets, ignore_index)
     if mask is not None:
         mask = action_mask(scores, mask, num_classes)
         expert_correct = expert_correct.where(mask[..., num_classes:], 0)
-    weights = _likeliest(lift(scores[..., num_classes:].detach()), expert_correct > 0)
+    weights = _likeliest(lift(scores[..., num_classes:].detach()), expert_correct != 0)
     return counted(targeted_comp_sum(scores, targets, weights, mask=mask), counts)
 
 
@@ -418,8 +410,3 @@ def _of_one(scores: Tensor, targets: Tensor, expert_correct: Tensor) -> Tensor:
     require_tensor("expert_correct", expert_correct)
     require_batch("scores", scores.shape[:-1], "expert_correct", expert_correct.shape)
     return cast_like(expert_correct, scores)
-
-
-def _of_one_expert(scores: Tensor, mask: Tensor) -> Tensor:
-    """A mask (...,) over one expert, widened to every column of the scores."""
-    return action_mask(scores, mask.unsqueeze(-1), scores.shape[-1] - 1)

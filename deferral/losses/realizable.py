@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from deferral.losses.closed_form import closed_form, has_closed_form
-from deferral.losses.comp_sum import counted, without_ignored
 from deferral.losses.entries import hits_of
+from deferral.losses.ignored_rows import counted, without_ignored
 from deferral.losses.probabilities import (
     ABSENT,
     expected_loss,
@@ -25,13 +25,12 @@ from deferral.losses.probabilities import (
 from deferral.numerics import PRECISE, lift, log_add_exp, readable
 from deferral.validation import (
     action_mask,
+    one_expert_mask,
     require_actions,
     require_batch,
-    require_expert_columns,
+    require_experts,
     require_floating,
-    require_mask,
     require_targets,
-    require_tensor,
 )
 
 __all__ = ["realizable_deferral", "realizable_experts", "realizable_router"]
@@ -64,8 +63,7 @@ def realizable_deferral(
     require_batch("scores", scores.shape[:-1], "expert_cost", expert_cost.shape)
     targets, counts = without_ignored(targets, ignore_index)
     if mask is not None:
-        require_mask(mask)
-        mask = action_mask(scores, mask.unsqueeze(-1), scores.shape[-1] - 1)
+        mask = one_expert_mask(scores, mask)
         expert_cost = expert_cost.where(mask[..., -1], 1.0)
     classes, expert = log_probabilities_at(scores, targets, scores.shape[-1] - 1, mask)
     alone = _psi(classes, q)
@@ -89,12 +87,7 @@ def realizable_experts(
     in the probabilities and so Bayes-consistent as well, at q = 0 it is not.  `mask` (..., E), True = known: an expert whose
     answer is missing leaves the row.  Rows whose target is `ignore_index` give 0.
     """
-    require_floating("scores", scores)
-    require_tensor("expert_correct", expert_correct)
-    require_expert_columns(scores, "expert_correct", expert_correct)
-    num_classes = scores.shape[-1] - expert_correct.shape[-1]
-    require_targets(scores, targets, num_classes)
-    require_batch("scores", scores.shape[:-1], "expert_correct", expert_correct.shape[:-1])
+    num_classes = require_experts(scores, targets, "expert_correct", expert_correct)
     targets, counts = without_ignored(targets, ignore_index)
     if mask is not None:
         mask = action_mask(scores, mask, num_classes)

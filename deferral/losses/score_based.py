@@ -6,7 +6,8 @@ Mao, Mohri, Zhong, "Theoretically Grounded Loss Functions and Algorithms for Sco
 
 from torch import Tensor
 
-from deferral.losses.comp_sum import counted, targeted_comp_sum, without_ignored
+from deferral.losses.comp_sum import targeted_comp_sum
+from deferral.losses.ignored_rows import counted, without_ignored
 from deferral.numerics import cast_like, lift
 from deferral.validation import require_batch, require_cost_range, require_floating, require_targets
 

@@ -11,7 +11,7 @@ from deferral.routing.encoders import Arrays, FunctionEncoder
 from deferral.routing.held_out import FOLDS, grid, mean_and_half, random_folds
 from deferral.routing.outcomes import Log, Table
 from deferral.routing.partial_logs import LEAST_PROPENSITY
-from deferral.routing.policies.networks import trained
+from deferral.routing.policies.networks import trained, two_layers
 from deferral.routing.policies.rejector import priced_loss
 from deferral.routing.prices import error_range, fit_prices, repriced
 from deferral.routing.router import Router
@@ -193,10 +193,7 @@ def _learned(answers: Answered, seed: int) -> Arrays:
         return at_any_price(outputs + start[rows], wrong[rows], dollars[rows])
 
     def network() -> nn.Sequential:
-        return nn.Sequential(
-            nn.Dropout(0.1), nn.Linear(x.shape[1], _HIDDEN), nn.ReLU(),
-            nn.Dropout(0.1), nn.Linear(_HIDDEN, len(answers.experts)),
-        )  # fmt: skip
+        return two_layers(x.shape[1], _HIDDEN, len(answers.experts), dropout=(0.1, 0.1))
 
     weights = trained(network, x, loss, start=torch.zeros(len(answers.experts)), seed=seed, fewest_steps=_FEWEST_STEPS)
     arrays = {**weights, "centre": centre.astype(np.float32), "scale": scale.astype(np.float32)}

@@ -3,7 +3,7 @@
 import numpy as np
 
 from deferral.routing.encoders import Arrays, Vectors
-from deferral.routing.policies.networks import above_mean, layers, trained
+from deferral.routing.policies.networks import above_mean, layers, trained, two_layers
 from deferral.routing.policies.policy import Folded
 
 __all__ = ["Factors", "Heads"]
@@ -13,7 +13,7 @@ class Heads:
     """P(right) of every expert from a shared hidden layer, by the logistic loss of the known outcomes."""
 
     kind = "heads"
-    _activation = "ReLU"
+    _rectified = True
 
     def __init__(self, *, hidden: int = 64, dropout: float = 0.5) -> None:
         self.hidden, self.dropout = hidden, dropout
@@ -36,17 +36,15 @@ class Heads:
             return (each * known[rows]).sum(-1)
 
         def network() -> nn.Sequential:
-            return nn.Sequential(
-                nn.Dropout(self.dropout / 2), nn.Linear(x.shape[1], self.hidden), getattr(nn, self._activation)(),
-                nn.Dropout(self.dropout), nn.Linear(self.hidden, len(means)),
-            )  # fmt: skip
+            dropout = self.dropout / 2, self.dropout
+            return two_layers(x.shape[1], self.hidden, len(means), dropout=dropout, rectified=self._rectified)
 
         self.arrays = {**trained(network, x, loss, start=start, seed=seed), "means": means}
         return self
 
     def deviations(self, vectors: Vectors) -> np.ndarray:
         """Expected quality above the expert's mean.  -> (N, E)"""
-        return above_mean(self._layers(self.arrays, vectors), vectors, rectified=self._activation == "ReLU")
+        return above_mean(self._layers(self.arrays, vectors), vectors, rectified=self._rectified)
 
 
 class Factors(Heads):
@@ -56,7 +54,7 @@ class Factors(Heads):
     """
 
     kind = "factors"
-    _activation = "Identity"
+    _rectified = False
 
     def __init__(self, *, hidden: int = 16, dropout: float = 0.5) -> None:
         super().__init__(hidden=hidden, dropout=dropout)

@@ -10,12 +10,23 @@ from deferral.routing.encoders import Arrays, Vectors
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["Layers", "above_mean", "layers", "trained"]
+__all__ = ["Layers", "above_mean", "layers", "trained", "two_layers"]
 
 _ROWS_SEEN = 600_000
 _BATCH, _LARGEST_BATCH = 512, 1024
 _FEWEST_STEPS = 150
 _RATE = 6e-3
+
+
+def two_layers(
+    inputs: int, hidden: int, outputs: int, *, dropout: tuple[float, float], rectified: bool = True
+) -> "nn.Sequential":
+    """Dropout, linear, ReLU (or nothing), dropout, linear."""
+    from torch import nn
+
+    between = nn.ReLU() if rectified else nn.Identity()
+    first, second = dropout
+    return nn.Sequential(nn.Dropout(first), nn.Linear(inputs, hidden), between, nn.Dropout(second), nn.Linear(hidden, outputs))
 
 
 def trained(

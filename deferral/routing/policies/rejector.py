@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from deferral.routing.encoders import Arrays, Vectors
-from deferral.routing.policies.networks import above_mean, layers, trained
+from deferral.routing.policies.networks import above_mean, layers, trained, two_layers
 from deferral.routing.policies.policy import Folded
 from deferral.routing.prices import error_range
 
@@ -68,10 +68,7 @@ class Rejector:
         def network() -> nn.Sequential:
             if self.hidden == 0:
                 return nn.Sequential(nn.Dropout(self.dropout / 2), nn.Linear(x.shape[1], len(means)))
-            return nn.Sequential(
-                nn.Dropout(self.dropout / 2), nn.Linear(x.shape[1], self.hidden), nn.ReLU(),
-                nn.Dropout(self.dropout), nn.Linear(self.hidden, len(means)),
-            )  # fmt: skip
+            return two_layers(x.shape[1], self.hidden, len(means), dropout=(self.dropout / 2, self.dropout))
 
         self.arrays = {**trained(network, x, loss, start=start, seed=seed), "means": means}
         return self
