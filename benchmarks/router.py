@@ -35,6 +35,7 @@ RESULTS = Path(__file__).parent / "results" / "router-cpu.json"
 PICTURE = Path(__file__).parent.parent / "docs" / "router-scaling.png"
 SEED = 0
 WORDS, TOPICS = 20_000, 50
+ROUNDS = 10
 SIZES = (10_000, 30_000, 100_000, 300_000, 1_000_000)
 
 
@@ -62,15 +63,18 @@ def made(rows: int, experts: int, *, seed: int = SEED) -> Table:
     return Table(queries, names, quality, price, np.ones((rows, experts), bool), unknown, unknown)
 
 
-def milliseconds(work: Callable[[str], object], queries: Sequence[str]) -> list[float]:
-    """Of each call, after a few that warm up."""
-    for query in queries[:50]:
-        work(query)
-    found = []
-    for query in queries:
-        begun = time.perf_counter()
-        work(query)
-        found.append(1000 * (time.perf_counter() - begun))
+def milliseconds(*works: Callable[[str], object], queries: Sequence[str], rounds: int = ROUNDS) -> list[list[float]]:
+    """Of each call, for each kind of work, after a few that warm up.  In turns, so that a busy neighbour slows all of them."""
+    for work in works:
+        for query in queries[:50]:
+            work(query)
+    found: list[list[float]] = [[] for _ in works]
+    for _ in range(rounds):
+        for work, times in zip(works, found, strict=True):
+            for query in queries:
+                begun = time.perf_counter()
+                work(query)
+                times.append(1000 * (time.perf_counter() - begun))
     return found
 
 
@@ -79,10 +83,14 @@ def deciding(experts: int, encoder: Path | None, rows: int) -> dict:
     table = made(rows, experts)
     router = Router(0.01, encoder=encoder, seed=SEED).fit(table)
     queries = made(1000, experts, seed=SEED + 1).queries
-    alone = milliseconds(lambda query: router.encoder([query]), queries)
-    whole = milliseconds(router.route, queries)
     plan, vectors = router.plan(), {query: router.encoder([query]) for query in queries}
-    beyond = milliseconds(lambda query: router.decide_one(plan, vectors[query], query), queries)
+    alone, whole, beyond = milliseconds(
+        lambda query: router.encoder([query]),
+        router.route,
+        lambda query: router.decide_one(plan, vectors[query], query),
+        queries=queries,
+        rounds=1 if encoder else ROUNDS,
+    )
     return {
         "experts": experts,
         "logged_queries": rows,
@@ -150,7 +158,7 @@ def learning(rows: int, experts: int) -> dict:
         "fit_cpu_s": cpu_seconds,
         "peak_gib": _peak(),
         "peak_before_gib": before,
-        "route_p50_ms": statistics.median(milliseconds(router.route, queries)),
+        "route_p50_ms": statistics.median(milliseconds(router.route, queries=queries)[0]),
     }
 
 
