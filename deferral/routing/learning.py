@@ -1,7 +1,7 @@
 """How a router learns from a table: hold out, blend, judge, then fit the winner on all rows."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -90,68 +90,54 @@ def fitted(
     if rows < _FEWEST_ROWS or experts < 2:
         return state
     state = replace(state, memory=memory)
-    return _learned(
-        state, table.queries, vectors, quality, weights, outcomes, price, prices is None, above, length, policies, seed
-    )
+    data = _Rows(table.queries, vectors, quality, weights, outcomes, price, length, above)
+    return _learned(state, data, policies, logged=prices is None, seed=seed)
 
 
-def _learned(
-    state: Fitted,
-    queries: Sequence[str],
-    vectors: Vectors,
-    quality: np.ndarray,
-    weights: np.ndarray,
-    outcomes: np.ndarray,
-    price: np.ndarray,
-    logged: bool,
-    above: Beside | None,
-    length: np.ndarray,
-    policies: Sequence[Callable[[], Policy]],
-    seed: int,
-) -> Fitted:
-    some = np.arange(len(quality))
+@dataclass(frozen=True)
+class _Rows:
+    """What is learned from.  N queries, E experts."""
+
+    queries: Sequence[str]
+    vectors: Vectors
+    quality: np.ndarray  # (N, E), 0 where nothing is known
+    weights: np.ndarray  # (N, E)
+    outcomes: np.ndarray  # (N, E), doubly robust where the log is partial
+    price: np.ndarray  # (N, E) dollars
+    length: np.ndarray  # (N,) characters
+    above: Beside | None  # what answers cost above what lengths say, and which of that is known
+
+    def part(self, rows: np.ndarray) -> "_Rows":
+        above = None if self.above is None else (self.above[0][rows], self.above[1][rows])
+        queries = [self.queries[row] for row in rows.tolist()]
+        quality, weights, outcomes = self.quality[rows], self.weights[rows], self.outcomes[rows]
+        return _Rows(queries, self.vectors.rows(rows), quality, weights, outcomes, self.price[rows], self.length[rows], above)
+
+
+def _learned(state: Fitted, data: _Rows, policies: Sequence[Callable[[], Policy]], *, logged: bool, seed: int) -> Fitted:
+    """The state with what held-out rows say of it, and the estimators that they leave, fitted on all rows."""
+    some = np.arange(len(data.quality))
     if len(some) > _MOST_HELD_OUT:
         some = np.sort(np.random.default_rng(seed).choice(len(some), _MOST_HELD_OUT, replace=False))
-    part, p = vectors.rows(some), price[some]
-    beside = None if above is None else (above[0][some], above[1][some])
-    fold = random_folds(len(some), seed=seed)
-    held = held_out(policies, part, quality[some], weights[some], p, fold, seed=seed, beside=beside)
-    foreseen = np.zeros(p.shape, np.float32)
-    if beside is not None:
-        told = _told(held.beside, *beside)
-        every = np.full(len(told), shortest(length))
-        foreseen, dear = held.beside * told, replace(state, floor=every)
-        state = replace(state, memory=state.memory.keeping_beside(told), floor=every * told)
-    expected = state.priced(length[some], foreseen)
-    if beside is not None and told.any():
-        # What was not logged costs what it is expected to, and what was, as much more than its length says at other prices.
-        paid = p if logged else dear.priced(length[some], beside[0])
-        p = np.where(beside[1], paid, expected)
-    errors = grid(p)
-    names = list(held.deviations)
-    estimates = {name: held.means + _without_own_fold(held, [name]) for name in names}
-    if len(names) > 1:
-        estimates["blend"] = held.means + _without_own_fold(held, names)
-    verdicts = {name: judged(estimate, expected, held.means, p, held.truth, errors) for name, estimate in estimates.items()}
-    costs = {name: float(verdict.learned.mean()) for name, verdict in verdicts.items()}
-    winner = min(costs, key=lambda name: costs[name])
-    if "blend" in verdicts and winner != "blend":
-        # Among estimators this much alike, the cheapest on a few thousand rows is often not the best: it must win clearly.
-        gain, half = mean_and_half(verdicts["blend"].rows - verdicts[winner].rows)
-        winner = winner if gain > half else "blend"
-    here = blend(_only(held, names if winner == "blend" else [winner]))
-    likeness = _likeness(part, held, seed)
-    abroad, reliance, familiar = _elsewhere(policies, part, quality[some], weights[some], p, likeness, seed)
+    part, fold = data.part(some), random_folds(len(some), seed=seed)
+    held = held_out(policies, part.vectors, part.quality, part.weights, part.price, fold, seed=seed, beside=part.above)
+    state, foreseen, expected, paid = _priced(state, held, part, data.length, logged=logged)
+    estimates, costs, winner = _compared(held, expected, paid)
+    here = blend(_only(held, list(held.deviations) if winner == "blend" else [winner]))
+    likeness = _likeness(part.vectors, held, seed)
+    abroad, reliance, familiar = _elsewhere(policies, part.vectors, part.quality, part.weights, paid, likeness, seed)
     used = [make for make in policies if here.get(make().kind, 0) > 0 or abroad.get(make().kind, 0) > 0]
     learned = tuple(
-        state.memory if isinstance(make(), Neighbours) else taught(make(), vectors, outcomes, state.means, price, seed=seed)
+        state.memory
+        if isinstance(make(), Neighbours)
+        else taught(make(), data.vectors, data.outcomes, state.means, data.price, seed=seed)
         for make in used
     )
     near = np.interp(likeness, *familiar)[:, None].astype(np.float32)
     judged_as = held.means + near * (estimates[winner] - held.means) + (1 - near) * mixed(held.deviations, abroad)
-    verdict = judged(judged_as, expected, held.means, p, held.truth, errors)
-    room = routability(judged_as.astype(np.float64), p, held.truth, expected)
-    if (weights != 1).any():
+    verdict = judged(judged_as, expected, held.means, paid, held.truth, grid(paid))
+    room = routability(judged_as.astype(np.float64), paid, held.truth, expected)
+    if (data.weights != 1).any():
         # Of doubly robust outcomes, the best one of a query is mostly the one that chance raised most.
         verdict, room = replace(verdict, oracle=np.full_like(verdict.oracle, np.nan)), replace(room, oracle=np.nan)
     return replace(
@@ -160,7 +146,7 @@ def _learned(
         weights=tuple(here.get(policy.kind, 0.0) for policy in learned),
         abroad=tuple(abroad.get(policy.kind, 0.0) for policy in learned),
         familiar=familiar,
-        kinds=_kinds(vectors, seed),
+        kinds=_kinds(data.vectors, seed),
         reliance=reliance,
         judged=verdict,
         winner=winner,
@@ -168,16 +154,56 @@ def _learned(
         held=HeldRows(
             quality=held.truth.astype(np.float32),
             estimate=judged_as.astype(np.float32),
-            price=p,
-            length=length[some],
+            price=paid,
+            length=part.length,
             dearness=foreseen,
             deviation=(judged_as - state.means).astype(np.float32),
             fold=fold,
-            keys=fingerprints([queries[row] for row in some.tolist()]),
+            keys=fingerprints(part.queries),
             means=np.stack([held.means[fold == number][0] for number in range(fold.max() + 1)]),
         ),
         room=str(room),
     )
+
+
+def _priced(
+    state: Fitted, held: HeldOut, part: _Rows, lengths: np.ndarray, *, logged: bool
+) -> tuple[Fitted, np.ndarray, np.ndarray, np.ndarray]:
+    """Of whose prices neighbours are asked; what they say of the held-out rows, what is expected of these, and what was paid.
+
+    -> state, (N, E), (N, E), (N, E)
+    """
+    if part.above is None:
+        foreseen = np.zeros(part.price.shape, np.float32)
+        return state, foreseen, state.priced(part.length, foreseen), part.price
+    above, known = part.above
+    told = _told(held.beside, above, known)
+    every = np.full(len(told), shortest(lengths))
+    foreseen, dear = held.beside * told, replace(state, floor=every)
+    state = replace(state, memory=state.memory.keeping_beside(told), floor=every * told)
+    expected = state.priced(part.length, foreseen)
+    if not told.any():
+        return state, foreseen, expected, part.price
+    # What was not logged costs what it is expected to, and what was, as much more than its length says at other prices.
+    paid = part.price if logged else dear.priced(part.length, above)
+    return state, foreseen, expected, np.where(known, paid, expected)
+
+
+def _compared(held: HeldOut, expected: np.ndarray, paid: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, float], str]:
+    """Cross-fitted estimates of each estimator and of their blend, their mean cost over all trade-offs, and who wins."""
+    names = list(held.deviations)
+    estimates = {name: held.means + _without_own_fold(held, [name]) for name in names}
+    if len(names) > 1:
+        estimates["blend"] = held.means + _without_own_fold(held, names)
+    errors = grid(paid)
+    verdicts = {name: judged(estimate, expected, held.means, paid, held.truth, errors) for name, estimate in estimates.items()}
+    costs = {name: float(verdict.learned.mean()) for name, verdict in verdicts.items()}
+    winner = min(costs, key=lambda name: costs[name])
+    if "blend" in verdicts and winner != "blend":
+        # Among estimators this much alike, the cheapest on a few thousand rows is often not the best: it must win clearly.
+        gain, half = mean_and_half(verdicts["blend"].rows - verdicts[winner].rows)
+        winner = winner if gain > half else "blend"
+    return estimates, costs, winner
 
 
 def _told(foreseen: np.ndarray, above: np.ndarray, known: np.ndarray) -> np.ndarray:
