@@ -68,57 +68,19 @@ def evaluate(
     first = outputs[0]
     prices = dict(prices or {})
     _check(outputs, paths, prices, abstain_cost, calibration_share)
+    for output, path in zip(outputs, paths, strict=True):
+        _check_sizes(output, path)
     rows = torch.randperm(len(first.targets), generator=torch.Generator().manual_seed(seed))
     fitting, judging = rows.split([int(calibration_share * len(rows)), len(rows) - int(calibration_share * len(rows))])
     judging = judging.sort().values
     price_row = [prices.get(name, 0.0) for name in first.experts]
-    for output, path in zip(outputs, paths, strict=True):
-        _check_sizes(output, path)
-    table = [_costs(output, price_row, abstain_cost) for output in outputs]
-
-    def system(number: int) -> System:
-        output = outputs[number]
-        return System(
-            table[number][judging], output.answers[judging], output.targets[judging], len(first.experts), output.mask[judging]
-        )
-
-    def take(name: str, number: int, scores: Tensor | None, actions: Tensor) -> Method:
-        some = scores is not None and scores.shape[-1] > 1
-        return system(number).take(name, actions[judging], scores[judging] if some and scores is not None else None)
-
-    def fitted(name: str, number: int, scores: Tensor, rows: Tensor) -> Method:
-        """With a threshold from those rows, where there are any."""
-        mask = outputs[number].mask
-        if len(rows):
-            scores = scores + fit_offsets(scores[rows], table[number][rows], mask=mask[rows], num_own=1)
-        return take(name, number, scores, decide(scores, mask=mask))
-
-    methods, of_file = [], {}
-    for number, output in enumerate(outputs):
-        again = bool(len(fitting)) and output.scores is not None and output.scores.shape[-1] > 1
-        # One curve per file: it is the same for every threshold.
-        methods.append(take(output.name, number, None if again else output.scores, output.actions))
-        if again and output.scores is not None:
-            methods.append(fitted(f"{output.name}, threshold fitted", number, output.scores, fitting))
-        of_file[output.name] = methods[-1].name
-    judged = system(0)
-    for name, (scores, of_threshold) in baselines(first, table[0], price_row, abstain_cost, fitting).items():
-        methods.append(fitted(name, 0, scores, of_threshold))
-    methods.append(judged.always("never deferring", 0))
-    # Who answered none of these rows has no figure.
-    answered = [j for j in range(len(first.experts)) if bool(judged.mask is None or judged.mask[:, 1 + j].any())]
-    methods += [judged.always(f"always {first.experts[j]}", 1 + j) for j in answered]
-    if first.abstains:
-        methods.append(judged.always("always abstaining", judged.costs.shape[-1] - 1))
-    methods.append(judged.take("oracle", oracle(judged.costs, mask=judged.mask)))
-    names = [method.name for method in methods]
-    if repeated := {name for name in names if names.count(name) > 1}:
-        raise DataError(f"two methods would be called {min(repeated)!r}; a method is called like its file: rename the file")
+    files = _Files(outputs, [_costs(output, price_row, abstain_cost) for output in outputs], fitting, judging)
+    methods, of_file = _methods(files, price_row, abstain_cost)
     areas, risk, cost = {}, {}, {}
     for number, output in enumerate(outputs):
         if output.scores is not None:
             tell(f"{output.name}: areas and curves (file {number + 1} of {len(outputs)})")
-            areas[output.name], risk[output.name], band = _judged_curves(output.scores[judging], system(number))
+            areas[output.name], risk[output.name], band = _judged_curves(output.scores[judging], files.system(number))
             if band is not None:
                 cost[of_file[output.name]] = band
     tell("calibration of the probabilities")
@@ -142,6 +104,59 @@ def evaluate(
         notes=_notes(first, len(judging)),
     )
     return Evaluation(comparison, areas, risk, cost, calibration, probabilities)
+
+
+@dataclass(frozen=True)
+class _Files:
+    """The outputs of each file, their costs, and the rows by which thresholds are fitted and methods judged."""
+
+    outputs: list[Outputs]
+    costs: list[Tensor]  # (N, A) each
+    fitting: Tensor
+    judging: Tensor
+
+    def system(self, number: int) -> System:
+        output, rows = self.outputs[number], self.judging
+        return System(
+            self.costs[number][rows], output.answers[rows], output.targets[rows], len(output.experts), output.mask[rows]
+        )
+
+    def take(self, name: str, number: int, scores: Tensor | None, actions: Tensor) -> Method:
+        curve = None if scores is None or scores.shape[-1] == 1 else scores[self.judging]
+        return self.system(number).take(name, actions[self.judging], curve)
+
+    def fitted(self, name: str, number: int, scores: Tensor, rows: Tensor) -> Method:
+        """With a threshold from those rows, where there are any."""
+        mask = self.outputs[number].mask
+        if len(rows):
+            scores = scores + fit_offsets(scores[rows], self.costs[number][rows], mask=mask[rows], num_own=1)
+        return self.take(name, number, scores, decide(scores, mask=mask))
+
+
+def _methods(files: _Files, prices: list[float], abstain_cost: float | None) -> tuple[list[Method], dict[str, str]]:
+    """Every file as it is and with a threshold of the fitting rows, the baselines, and the method that stands for each file."""
+    methods, of_file = [], {}
+    for number, output in enumerate(files.outputs):
+        again = bool(len(files.fitting)) and output.scores is not None and output.scores.shape[-1] > 1
+        # One curve per file: it is the same for every threshold.
+        methods.append(files.take(output.name, number, None if again else output.scores, output.actions))
+        if again and output.scores is not None:
+            methods.append(files.fitted(f"{output.name}, threshold fitted", number, output.scores, files.fitting))
+        of_file[output.name] = methods[-1].name
+    first, judged = files.outputs[0], files.system(0)
+    for name, (scores, of_threshold) in baselines(first, files.costs[0], prices, abstain_cost, files.fitting).items():
+        methods.append(files.fitted(name, 0, scores, of_threshold))
+    methods.append(judged.always("never deferring", 0))
+    # Who answered none of these rows has no figure.
+    answered = [j for j in range(len(first.experts)) if bool(judged.mask is None or judged.mask[:, 1 + j].any())]
+    methods += [judged.always(f"always {first.experts[j]}", 1 + j) for j in answered]
+    if first.abstains:
+        methods.append(judged.always("always abstaining", judged.costs.shape[-1] - 1))
+    methods.append(judged.take("oracle", oracle(judged.costs, mask=judged.mask)))
+    names = [method.name for method in methods]
+    if repeated := {name for name in names if names.count(name) > 1}:
+        raise DataError(f"two methods would be called {min(repeated)!r}; a method is called like its file: rename the file")
+    return methods, of_file
 
 
 def _notes(output: Outputs, rows: int) -> list[str]:
