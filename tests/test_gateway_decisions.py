@@ -61,6 +61,9 @@ def test_an_operator_finds_decisions(database: str, capsys: pytest.CaptureFixtur
     assert found("--response", "id-2") == ["id-2"], "however old"
     assert found("--count", "1") == ["id-3"]
     assert found("--response", "\0") == []
+    capsys.readouterr()
+    main(["gateway", "decisions", "--database", database, "--expert", "lrage"])
+    assert "'lrage' answered nothing then; others did: (nobody), large, small" in capsys.readouterr().err
     main(["gateway", "decisions", "--database", database, "--key", "alice"])
     first, second = capsys.readouterr().out.splitlines()
     assert "id-1 alice asked auto, nobody answered: error (502) in 0.25 s, $0.0001; " in first

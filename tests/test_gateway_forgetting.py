@@ -161,11 +161,15 @@ def test_a_name_is_no_id_and_nothing_is_deleted_unasked(
             main(["gateway", "forget", *options, "--database", database])
         assert ended.value.code == 2
         assert words in " ".join(capsys.readouterr().err.replace("│", " ").split())
-    assert asked == []
+    with pytest.raises(SystemExit) as ended:
+        main(["gateway", "forget", "--response", "id-4711", "--database", database])
+    assert ended.value.code == 1
+    assert "nothing is on record of 'id-4711'" in capsys.readouterr().err
+    assert asked == [], "what is not there need not be confirmed"
     with pytest.raises(SystemExit) as ended:
         main(["gateway", "forget", "--key", key.id, "--database", database])
     assert (ended.value.code, capsys.readouterr().err) == (1, "nothing was deleted\n")
-    assert asked == ["It cannot be undone.  Delete it?"]
+    assert asked == ["Delete 1 decisions, and all that hangs on them?  That cannot be undone."]
     assert counts(record)[0] == 21
     monkeypatch.setattr("click.confirm", lambda text: True)
     main(["gateway", "forget", "--key", key.id, "--database", database])

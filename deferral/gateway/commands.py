@@ -59,7 +59,7 @@ gateway.add_command(keys)
 def forget(key: str | None, response: str | None, yes: bool, database: str) -> None:
     """Delete decisions, judgements and texts from the record; what they cost stays in the key's budget."""
     from deferral.gateway.forgetting import forget as delete
-    from deferral.gateway.forgetting import meant
+    from deferral.gateway.forgetting import on_record
 
     if (key is None) == (response is None):
         raise click.UsageError("expected either --key or --response")
@@ -73,18 +73,16 @@ def forget(key: str | None, response: str | None, yes: bool, database: str) -> N
             why = f"is no id of a key but a name; what is on record is deleted by the key's id, {' or '.join(named)}"
             raise click.BadParameter(f"{key!r} {why}; see `deferral gateway keys list`", param_hint="--key")
         try:
-            if response:
-                with store.engine.connect() as connection:
-                    meant(connection, response)
-            if not (yes or click.confirm("It cannot be undone.  Delete it?")):
+            count = on_record(store.engine, key=identity, response=response)
+            if not count:
+                raise DataError(f"nothing is on record of {key or response!r}; what was just answered is written a moment later")
+            if not (yes or click.confirm(f"Delete {count} decisions, and all that hangs on them?  That cannot be undone.")):
                 click.echo("nothing was deleted", err=True)
                 sys.exit(1)
             with Console(stderr=True).status("deleting") as shown:
                 gone = delete(store.engine, key=identity, response=response, progress=lambda so_far: shown.update(str(so_far)))
         except ValueError as error:
             raise click.BadParameter(str(error), param_hint="--response") from None
-    if not gone.decisions:
-        raise DataError(f"nothing is on record of {key or response!r}; what was just answered is written a moment later")
     click.echo(gone)
 
 
@@ -270,7 +268,7 @@ def decisions(
     database: str,
 ) -> None:
     """Look for decisions on record, the newest first: who was asked and why, and what came of it."""
-    from deferral.gateway.history import recent, said
+    from deferral.gateway.history import answerers, recent, said
 
     since = None if response is not None else time.time() - 3600 * hours
     with opened(database) as store:
@@ -282,11 +280,14 @@ def decisions(
                 raise click.BadParameter(f"{key!r} {why}; see `deferral gateway keys list`", param_hint="--key")
             [key] = meant
         found = recent(store.engine, count=count, since=since, key=key, expert=expert, outcome=outcome, response=response)
+        others = [] if found or expert is None else answerers(store.engine, since=since)
     names = {one.key.id: one.key.name for one in issued}
     for one in found:
         click.echo(json.dumps(one) if as_json else said(one, names.get(one["key"], one["key"])))
     if not found:
         click.echo("no such decision is on record" + ("" if since is None else f" of the last {hours:g} hours"), err=True)
+    if others and expert not in others:
+        click.echo(f"{expert!r} answered nothing then; others did: {', '.join(name or '(nobody)' for name in others)}", err=True)
 
 
 @gateway.command()

@@ -5,13 +5,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from sqlalchemy import ColumnElement, Connection, Engine, select
+from sqlalchemy import ColumnElement, Connection, Engine, func, select
 
 from deferral.gateway.database import adding, alone, delete_among, scrub
 from deferral.gateway.rows import plain
 from deferral.gateway.schema import cascades, decisions, feedback, forgotten, shadows, texts
 
-__all__ = ["Forgotten", "forget", "forget_some", "meant", "old_costs"]
+__all__ = ["Forgotten", "forget", "forget_some", "meant", "old_costs", "on_record"]
 
 _AT_ONCE = 500
 _NAMED = 10
@@ -46,16 +46,9 @@ def forget(
     begins again where it was.  SQLite overwrites what is deleted, in the journal too; PostgreSQL when it vacuums.  The key "" is
     that of requests without one; ValueError for a response with an empty id, or one that several replies had.
     """
-    if (key is None) == (response is None):
-        raise ValueError("forget: expected either a key or a response")
-    # A database may refuse to look for a NUL.
-    name = plain(response or key or "")
-    # All replies without an id have the empty one.
-    if response == "":
-        raise ValueError("forget: expected the id of a response, got an empty one")
     total = Forgotten()
     with engine.connect() as connection:
-        wanted = decisions.c.key == name if response is None else decisions.c.id == meant(connection, name)
+        wanted = _wanted(connection, key, response)
         connection.rollback()
         while True:
             began = time.monotonic()
@@ -71,6 +64,24 @@ def forget(
         while total.texts and not scrub(connection) and time.monotonic() < end:
             time.sleep(0.05)
     return total
+
+
+def on_record(engine: Engine, *, key: str | None = None, response: str | None = None) -> int:
+    """How many decisions `forget` would delete; ValueError as there."""
+    with engine.connect() as connection:
+        wanted = _wanted(connection, key, response)
+        return int(connection.execute(select(func.count()).select_from(decisions).where(wanted)).scalar_one())
+
+
+def _wanted(connection: Connection, key: str | None, response: str | None) -> ColumnElement[bool]:
+    if (key is None) == (response is None):
+        raise ValueError("forget: expected either a key or a response")
+    # All replies without an id have the empty one.
+    if response == "":
+        raise ValueError("forget: expected the id of a response, got an empty one")
+    # A database may refuse to look for a NUL.
+    name = plain(response or key or "")
+    return decisions.c.key == name if response is None else decisions.c.id == meant(connection, name)
 
 
 def meant(connection: Connection, name: str) -> str:

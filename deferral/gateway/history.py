@@ -13,7 +13,7 @@ from deferral.gateway.off_policy import Z
 from deferral.gateway.rows import plain
 from deferral.gateway.schema import decisions, minutes
 
-__all__ = ["History", "Total", "history", "recent", "said"]
+__all__ = ["History", "Total", "answerers", "history", "recent", "said"]
 
 _STEPS = 60
 _MINUTE = 60
@@ -98,6 +98,14 @@ def history(engine: Engine, *, since: float, until: float) -> History:
         compared=int(sum(found["compared"])),
         estimated=estimated,
     )
+
+
+def answerers(engine: Engine, *, since: float | None = None) -> list[str]:
+    """Who answered requests from `since` on, by name; "" is nobody."""
+    expert, time = decisions.c.expert, decisions.c.time
+    with engine.connect() as connection:
+        found = connection.execute(select(expert).where(*([] if since is None else [time >= since])).distinct())
+        return sorted(found.scalars())
 
 
 def recent(
