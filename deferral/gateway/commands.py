@@ -81,6 +81,8 @@ def forget(key: str | None, response: str | None, yes: bool, database: str) -> N
                 sys.exit(1)
             with Console(stderr=True).status("deleting") as shown:
                 gone = delete(store.engine, key=identity, response=response, progress=lambda so_far: shown.update(str(so_far)))
+        except DataError:
+            raise
         except ValueError as error:
             raise click.BadParameter(str(error), param_hint="--response") from None
     click.echo(gone)
