@@ -355,6 +355,13 @@ def test_headers_that_no_client_could_be_sent_are_left_out() -> None:
     assert b"x-odd" not in dict(call.reply.headers)
 
 
+def test_what_a_reply_names_as_of_its_connection_stays_there() -> None:
+    head = b"connection: keep-alive, X-Hop\r\nconnection: x-other\r\nx-hop: 1\r\nx-other: 2\r\nx-far: 3\r\n"
+    [call], _ = asked([[whole(head=head)]])
+    assert isinstance(call, Call)
+    assert [name for name, _ in call.reply.headers if name.startswith(b"x-")] == [b"x-far"]
+
+
 def test_a_reply_that_repeats_the_key_keeps_it_secret() -> None:
     key = "sk-0123456789"
     echo = {"error": {"message": f"your headers: Bearer {key}"}}

@@ -190,6 +190,10 @@ class Upstream:
         if status < 300 and not (kind.startswith("application/json") or (events and asked.stream)):
             raise Failure(502, "upstream_bad_reply", f"answered neither JSON nor a stream that was asked for: {_shown(kind)}")
         headers = [(name.lower(), value) for name, value in response.raw_headers if _handed_on(name.lower(), value)]
+        if named := response.headers.getall("Connection", None):
+            # What it names is for this connection, too (RFC 9110, section 7.6.1).
+            of_connection = {name.strip().lower().encode() for name in ",".join(named).split(",")}
+            headers = [(name, value) for name, value in headers if name not in of_connection]
         if secret and secret in b"\n".join([value for _, value in headers]):
             headers = [(name, masked(secret, value)) for name, value in headers]
         unknown = Usage(asked.tokens, 0, True, "")
