@@ -34,6 +34,7 @@ from torch import nn
 
 from deferral import decide, fit_offsets, pick
 from deferral.datasets import uci
+from deferral.errors import DataError
 from deferral.estimators import (
     AbstainingClassifier,
     AbstainingRegressor,
@@ -482,6 +483,23 @@ def test_saved_and_loaded_it_decides_the_same_and_holds_no_pickle(estimator, tmp
     other = AbstainingRegressor if type(estimator) is DeferralRegressor else DeferralRegressor
     with pytest.raises(ValueError, match=f"expected a {other.__name__}, got a {type(estimator).__name__}"):
         other.load(tmp_path / "model.skops")
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x05\x06" + b"\0" * 18])
+def test_a_file_that_holds_no_estimator_is_said_so(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "team").write_bytes(content)
+    with pytest.raises(DataError, match=r"team: expected a file that save\(\) wrote"):
+        DeferralClassifier.load(tmp_path / "team")
+
+
+def test_a_module_that_returns_more_than_scores_is_named() -> None:
+    class Pair(nn.Linear):
+        def forward(self, rows: torch.Tensor):
+            return super().forward(rows), None
+
+    X = np.random.default_rng(0).normal(size=(60, 2))
+    with pytest.raises(TypeError, match="returns a tensor of scores, got tuple"):
+        AbstainingClassifier(Pair(2, 2), cost=0.1).fit(X, (X[:, 0] > 0).astype(int))
 
 
 class Unknown(LogisticRegression):

@@ -4,9 +4,11 @@ import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 from torch import nn
 
+from deferral.errors import DataError
 from deferral.estimators.predictor import module_digest
 
 __all__ = ["load", "save"]
@@ -42,7 +44,12 @@ def save(estimator: Any, path: Path) -> None:
 def load(cls: type[Any], path: Path, module: nn.Module | None, trusted: Sequence[str]) -> Any:
     """Read the estimator, refusing types that neither skops, nor this package, nor `trusted` names."""
     io = _skops()
-    foreign = set(io.get_untrusted_types(file=path))
+    try:
+        foreign = set(io.get_untrusted_types(file=path))
+    except (BadZipFile, KeyError, ValueError) as error:
+        raise DataError(
+            f"{path}: expected a file that save() wrote, this one cannot be read ({error}); fit and save again"
+        ) from error
     unknown = sorted(foreign - set(_OURS) - set(trusted))
     if unknown:
         raise ValueError(

@@ -52,11 +52,20 @@ def module_outputs(module: nn.Module, X: Any) -> np.ndarray:
     module.eval()
     try:
         with torch.no_grad():
-            outputs = [module(batch.to(parameter.device, dtype)).cpu().double() for batch in rows.split(_BATCH)]
+            outputs = [_tensor(module(batch.to(parameter.device, dtype))).cpu().double() for batch in rows.split(_BATCH)]
     finally:
         for part in training:
             part.training = True
     return torch.cat(outputs).numpy()
+
+
+def _tensor(outputs: Any) -> torch.Tensor:
+    if not isinstance(outputs, torch.Tensor):
+        raise TypeError(
+            f"estimator: expected a torch module that returns a tensor of scores, got {type(outputs).__name__}; wrap it in one "
+            "that returns the scores alone"
+        )
+    return outputs
 
 
 def module_digest(module: nn.Module) -> str:
