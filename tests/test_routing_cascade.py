@@ -358,8 +358,8 @@ def test_a_router_that_was_saved_in_the_meantime_is_not_replaced(
         Router(9.0).fit(log).save(tmp_path / "router")
         return handmade()
 
-    monkeypatch.setattr("deferral.routing.commands.answers_in", lambda *_, **__: ())
-    monkeypatch.setattr("deferral.routing.commands.fit_cascade", meanwhile)
+    monkeypatch.setattr("deferral.routing.cascade_fitting.answers_in", lambda *_, **__: ())
+    monkeypatch.setattr("deferral.routing.cascade_fitting.fit_cascade", meanwhile)
     with pytest.raises(SystemExit):
         main(["route", "cascade", str(tmp_path / "log.jsonl"), "-r", str(tmp_path / "router"), "--first", "small"])
     assert "another router was saved there in the meantime" in capsys.readouterr().err

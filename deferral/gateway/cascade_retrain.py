@@ -9,10 +9,9 @@ from sqlalchemy import Engine
 
 from deferral.errors import DataError
 from deferral.gateway.cascade_answers import answers_on_record
-from deferral.gateway.retrain import check_unchanged
 from deferral.routing.cascade import Cascade
 from deferral.routing.cascade_fitting import fit_cascade, gain_over
-from deferral.routing.persistence import written
+from deferral.routing.persistence import check_unchanged, written
 from deferral.routing.router import Router
 
 __all__ = ["CascadeVerdict", "retrain_cascade"]

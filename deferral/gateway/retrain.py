@@ -16,9 +16,9 @@ from deferral.errors import DataError
 from deferral.gateway.export import Logged, logged, nothing_left
 from deferral.gateway.off_policy import FEWEST_SEEN, Comparison, Draws, compare, stakes
 from deferral.routing import Log, Needs, Outcome, Router
-from deferral.routing.persistence import written
+from deferral.routing.persistence import check_unchanged, written
 
-__all__ = ["Verdict", "check_unchanged", "choices", "draws_of", "learned", "promote", "retrain"]
+__all__ = ["Verdict", "choices", "draws_of", "learned", "promote", "retrain"]
 
 _HELD_OUT = 0.3
 _FEWEST_ROWS = 100
@@ -202,12 +202,6 @@ def _why_not(judged: Comparison) -> str:
     if not judged.gain_weighted.estimate > 0:
         return f"the two estimates disagree: {_shown(judged.gain)} and {_shown(judged.gain_weighted)}"
     return ""
-
-
-def check_unchanged(folder: Path, before: str) -> None:
-    """DataError where the router in a folder is another than was `written` there before: that one was compared with nothing."""
-    if written(folder) != before:
-        raise DataError(f"{folder}: another router was saved there in the meantime, and is left alone; start again")
 
 
 def promote(router: Router, folder: Path, before: str) -> None:

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -11,13 +13,14 @@ from deferral.routing.encoders import Arrays, FunctionEncoder
 from deferral.routing.held_out import FOLDS, grid, mean_and_half, random_folds
 from deferral.routing.outcomes import Log, Table
 from deferral.routing.partial_logs import LEAST_PROPENSITY
+from deferral.routing.persistence import check_unchanged, written
 from deferral.routing.policies.networks import trained, two_layers
 from deferral.routing.policies.rejector import priced_loss
 from deferral.routing.prices import error_range, fit_prices, repriced
 from deferral.routing.router import Router
 from deferral.threads import one_thread
 
-__all__ = ["Answered", "answers_in", "fit_cascade", "gain_over"]
+__all__ = ["Answered", "add_cascade", "answers_in", "fit_cascade", "gain_over"]
 
 _FEWEST = 200
 _KEPT = 4000
@@ -112,6 +115,31 @@ def fit_cascade(answers: Answered, *, seed: int = 0) -> Cascade:
     errors = grid(answers.expected)
     query, costs = _cross_fitted(answers, errors, seed)
     return Cascade(answers.experts, answers.first, _learned(answers, seed), _judged(errors, query, *costs))
+
+
+def add_cascade(
+    folder: Path,
+    log: Log,
+    first: str,
+    *,
+    encoder: Any = None,
+    seed: int = 0,
+    on_fold: Callable[[int, int], None] = lambda done, of: None,
+    on_answers: Callable[[int], None] = lambda count: None,
+) -> tuple[Cascade, float]:
+    """Learn a cascade from a log, and save the router of a folder with it if it pays at some price of an error.
+
+    -> the cascade, and the router's price of an error.  DataError where another router was saved there in the meantime.
+    """
+    before, router = written(folder), Router.load(folder, encoder=encoder)
+    answers = answers_in(log, router, first, seed=seed, on_fold=on_fold)
+    on_answers(len(answers))
+    found = fit_cascade(answers, seed=seed)
+    if found.paid.pays:
+        check_unchanged(folder, before)
+        router.cascade = found
+        router.save(folder)
+    return found, router.price_of_error
 
 
 def gain_over(old: Cascade, answers: Answered, error: float, *, seed: int = 0) -> tuple[float, float]:

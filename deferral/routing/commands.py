@@ -15,14 +15,14 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 from deferral.errors import DataError
 from deferral.routing.batches import route_file
-from deferral.routing.cascade_fitting import answers_in, fit_cascade
+from deferral.routing.cascade_fitting import add_cascade
 from deferral.routing.constraints import Needs
 from deferral.routing.encoders import CachedEncoder
 from deferral.routing.judging import cross_fitted, evaluation, held, joined, query_folds, subjects, tag_folds
 from deferral.routing.log_files import read_log
 from deferral.routing.onnx_export import export
 from deferral.routing.outcomes import Log, spelt_alike
-from deferral.routing.persistence import check_place, written
+from deferral.routing.persistence import check_place
 from deferral.routing.prices import read_prices, token_prices
 from deferral.routing.replay import as_logged, events_of, replay
 from deferral.routing.router import Router
@@ -345,25 +345,20 @@ def cascade(log: Path, folder: Path, first: str, encoder: Path | None, cache: Pa
     cascade only if it pays on held-out queries at some price of an error; else all stays as it was, and the exit status is 3.
     """
     outcomes, encode = _read(log), _encoder(encoder, cache)
-    before = written(folder)
-    router = Router.load(folder, encoder=encode)
     with _progress("learning when to defer") as progress:
         task = progress.add_task("learning when to defer", total=None)
 
         def on_fold(done: int, of: int) -> None:
             progress.update(task, description=f"what a router expects that did not see the query, {done + 1} of {of}")
 
-        answers = answers_in(outcomes, router, first, seed=seed, on_fold=on_fold)
-        progress.update(task, description=f"learning from {len(answers):,} answers of {first} when to defer")
-        found = fit_cascade(answers, seed=seed)
-    click.echo(found.report(router.price_of_error))
+        def on_answers(count: int) -> None:
+            progress.update(task, description=f"learning from {count:,} answers of {first} when to defer")
+
+        found, error = add_cascade(folder, outcomes, first, encoder=encode, seed=seed, on_fold=on_fold, on_answers=on_answers)
+    click.echo(found.report(error))
     if not found.paid.pays:
         click.echo(f"{folder} stays as it was")
         sys.exit(3)
-    if written(folder) != before:
-        raise click.ClickException(f"{folder}: another router was saved there in the meantime, and is left alone; start again")
-    router.cascade = found
-    router.save(folder)
     click.echo(f"wrote {folder}; a gateway takes it when it is reloaded")
 
 

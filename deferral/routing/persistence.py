@@ -27,7 +27,7 @@ from deferral.routing.prices import PriceModel
 from deferral.routing.promises import Witnesses
 from deferral.whole_files import PARTIAL, written_whole
 
-__all__ = ["FORMAT", "Saved", "check_place", "load", "save", "written"]
+__all__ = ["FORMAT", "Saved", "check_place", "check_unchanged", "load", "save", "written"]
 
 FORMAT = 3
 _NUMBERS, _NAMES = "state.{}.safetensors", "router.json"
@@ -158,6 +158,12 @@ def check_place(folder: Path) -> None:
 def written(folder: Path) -> str:
     """A name for the router that a folder holds: another after each save of another."""
     return sha256((folder / _NAMES).read_bytes()).hexdigest() if (folder / _NAMES).is_file() else ""
+
+
+def check_unchanged(folder: Path, before: str) -> None:
+    """DataError where the router in a folder is another than was `written` there before: that one was compared with nothing."""
+    if written(folder) != before:
+        raise DataError(f"{folder}: another router was saved there in the meantime, and is left alone; start again")
 
 
 def _foreign(folder: Path) -> Iterator[Path]:
