@@ -12,6 +12,7 @@ from deferral.validation import (
     require_floating,
     require_num_own,
     require_rejector,
+    require_tensor,
 )
 
 __all__ = ["chow_scores", "decide", "decide_pair", "deferral_margin", "margin_levels", "oracle"]
@@ -98,7 +99,7 @@ def oracle(costs: Tensor, *, mask: Tensor | None = None) -> Tensor:
 
     A cost of NaN is never the cheapest.  Where every action is masked the result is -1, as that of `decide`.
     """
-    require_floating("costs", costs)
+    require_tensor("costs", costs)
     _require_columns("costs", costs)
     known = costs.where(~costs.isnan(), torch.inf)
     if mask is not None:

@@ -134,6 +134,7 @@ def brier(probability: Tensor, outcome: Tensor) -> Tensor:
     if probability.shape != outcome.shape:
         raise ValueError(f"one outcome per probability: {tuple(probability.shape)} and {tuple(outcome.shape)}")
     for name, values in (("probability", probability), ("outcome", outcome)):
-        if bool(((values < 0) | (values > 1)).any()):
+        # A sum of probabilities may be a rounding above 1.
+        if bool(((values < 0) | (values > 1.001)).any()):
             raise ValueError(f"{name}: expected numbers in [0, 1], or NaN where a row has none")
     return (probability.double() - outcome.double()).square()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sqlalchemy.exc import SQLAlchemyError
 
 from deferral.gateway.checking import _who_may_ask as who_may_ask
-from deferral.gateway.keys import ANYONE, Key
+from deferral.gateway.keys import ANYONE, Key, Keys
 from deferral.gateway.limits import Limits, Refused
 from deferral.gateway.record import Record
 from deferral.gateway.settings import Settings
@@ -251,6 +251,20 @@ def test_a_zone_that_this_machine_does_not_know_stops_nobody_elses_requests(
     assert len(faults) == 1
     assert "Europe/Berlin" in faults[0]
     record.stop()
+
+
+def test_a_budget_in_a_zone_that_this_machine_does_not_know_can_be_lifted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = Keys(str(tmp_path / "gateway.db"))
+    keys.start()
+    _, key = keys.create("alice", budget=1.0, zone="Europe/Berlin")
+    monkeypatch.setattr("deferral.gateway.keys.time_zone", lambda name: {"UTC": UTC}[name])
+    with pytest.raises(KeyError):
+        keys.change(key.id, budget=2.0)
+    assert keys.change(key.id, requests_per_minute=5)[1].requests_per_minute == 5
+    assert keys.change(key.id, budget=None)[1].budget is None
+    keys.close()
 
 
 def test_a_budget_holds_across_restarts(database: str) -> None:

@@ -586,6 +586,9 @@ def test_what_two_keys_name_alike_is_not_one_request_to_the_expert(running: Any)
         sent.append(running.upstream.seen[-1].headers["idempotency-key"])
     assert sent[0] == sent[1] != sent[2]
     assert "1" not in sent
+    body = {"model": "large", "messages": [{"role": "user", "content": EASY}]}
+    assert gateway.ask("POST", "/v1/chat/completions", body, key=running.key, idempotency_key="1")[0] == 200
+    assert running.upstream.seen[-1].headers["idempotency-key"] not in sent, "at the same provider it is another request"
 
 
 def test_a_reload_is_whole_or_not_at_all_and_drops_nothing(running: Any) -> None:

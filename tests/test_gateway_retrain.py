@@ -306,8 +306,13 @@ def test_what_was_not_explored_promotes_nobody(tmp_path: Path, old_router: Route
     assert not verdict.promoted
     assert str(verdict).startswith(f"learned from {verdict.trained_on} rows of the record and {verdict.of_log} of the log\n")
     assert verdict.of_log == len(old_log)
-    texts = set(learned(linear(folder), [Outcome("mine", "small", 1.0, 1e-4)], old_log).fitted.texts)
-    assert texts == {*old_log.queries, "    "}
+    long = "the emperor " * 30
+    mine = [Outcome("mine", "small", 1.0, 1e-4), Outcome(f"{long} and I", "small", 1.0, 1e-4)]
+    of_log = Log(
+        [*(old_log[number] for number in range(len(old_log))), *(Outcome(long, e, 1.0, 1e-4) for e in ("small", "large"))]
+    )
+    texts = set(learned(linear(folder), mine, of_log).fitted.texts)
+    assert texts == {*old_log.queries, long[:200], "    ", " " * 200}, "its own beginning is the log's, its words are not"
 
 
 def test_of_what_cannot_be_used_only_what_there_is_is_said(tmp_path: Path, old_router: Router) -> None:
@@ -366,5 +371,9 @@ def test_retraining_from_the_command_line(tmp_path: Path, old_router: Router, ca
     own.fit(log_of_table(queries, ["small", "large"], np.ones((20, 2)), PRICES)).save(tmp_path / "own")
     with pytest.raises(SystemExit) as ended:
         main(["gateway", "retrain", str(tmp_path / "own"), "--database", database])
+    assert ended.value.code == 2
+    assert "this router needs" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        main(["gateway", "cascade", str(tmp_path / "own"), "--database", database])
     assert ended.value.code == 2
     assert "this router needs" in capsys.readouterr().err

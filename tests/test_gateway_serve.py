@@ -135,6 +135,14 @@ def test_a_secret_that_no_header_can_carry_is_refused_and_not_repeated(name: str
         assert secret not in str(refused.value)
 
 
+def test_an_alarm_url_with_a_password_beside_a_token_is_refused() -> None:
+    Settings(alarm_url="http://user:word@127.0.0.1/")
+    Settings(alarm_url="http://127.0.0.1/", alarm_token="0123456789")
+    with pytest.raises(ValueError, match="alarm_url: expected no user and password") as refused:
+        Settings(alarm_url="http://user:word@127.0.0.1/", alarm_token="0123456789")
+    assert "word" not in str(refused.value).replace("password", "")
+
+
 def test_logs_are_json_lines_without_keys() -> None:
     stream = io.StringIO()
     with logging_to(stream, "info"):

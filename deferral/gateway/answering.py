@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from hashlib import blake2b
 from time import monotonic
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,9 @@ from deferral.gateway.upstream import Failure, Reply, Upstream
 if TYPE_CHECKING:
     from deferral.gateway.tracing import Attempt, Tracing
 
-__all__ = ["Answerers", "Call", "Unanswered"]
+__all__ = ["ONCE", "Answerers", "Call", "Unanswered"]
+
+ONCE = "idempotency-key"
 
 _log = logging.getLogger("deferral.gateway")
 
@@ -139,7 +142,7 @@ class Answerers:
         for expert in ranking:
             # Taken out of the experts file since the decision: what is under way goes on.
             standing = self.standings.get(expert.name) or self._leaving.get(expert.name) or Standing(expert)
-            body = body_for(expert)
+            body, addressed = body_for(expert), _addressed(headers, expert)
             for again in (True, False):
                 try:
                     ticket = await _entered(standing, expert)
@@ -150,7 +153,7 @@ class Answerers:
                         ticket,
                         path,
                         body,
-                        headers,
+                        addressed,
                         asked,
                         attempts,
                         fresh=not again,
@@ -207,6 +210,13 @@ class Answerers:
         if reply.streamed:
             ticket = standing.breaker.begun(ticket)
         return Call(expert, reply, standing, ticket, began, attempts, traced)
+
+
+def _addressed(headers: Mapping[str, str], expert: Expert) -> Mapping[str, str]:
+    """The headers for an expert: another one, at the same provider perhaps, must not be told that this is the same request."""
+    if (once := headers.get(ONCE)) is None:
+        return headers
+    return {**headers, ONCE: blake2b(once.encode(), digest_size=16, key=expert.name.encode()[:64]).hexdigest()}
 
 
 async def _entered(standing: Standing, expert: Expert) -> int:

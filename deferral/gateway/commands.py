@@ -159,24 +159,18 @@ def retrain(
 
     old_log = None if log is None else read_log(log)
     with opened(database) as store:
-        try:
-            with _stages() as on_stage:
-                verdict = learn(
-                    store.engine,
-                    router,
-                    old_log=old_log,
-                    assumed_quality=assume_quality,
-                    drop_cascade=drop_cascade,
-                    dry_run=dry_run,
-                    load=lambda folder: Router.load(folder, encoder=encoder),
-                    seed=seed,
-                    on_stage=on_stage,
-                )
-        except DataError:
-            raise
-        except ValueError as error:
-            # An encoder that is a function cannot be named here.
-            raise click.UsageError(f"{error}; in Python, deferral.gateway.retrain.retrain takes it") from None
+        with _stages() as on_stage, _encoder_of_ones_own("deferral.gateway.retrain.retrain"):
+            verdict = learn(
+                store.engine,
+                router,
+                old_log=old_log,
+                assumed_quality=assume_quality,
+                drop_cascade=drop_cascade,
+                dry_run=dry_run,
+                load=lambda folder: Router.load(folder, encoder=encoder),
+                seed=seed,
+                on_stage=on_stage,
+            )
         click.echo(verdict)
         if verdict.promoted:
             _announce(store.engine, router)
@@ -201,7 +195,7 @@ def cascade(router: Path, encoder: Path | None, dry_run: bool, seed: int, databa
     from deferral.routing import Router
 
     with opened(database) as store:
-        with _stages() as on_stage:
+        with _stages() as on_stage, _encoder_of_ones_own("deferral.gateway.cascade_retrain.retrain_cascade"):
             verdict = retrain_cascade(
                 store.engine,
                 router,
@@ -304,6 +298,17 @@ def shadow(hours: float, as_json: bool, database: str) -> None:
     with opened(database) as store:
         found = agreement(store.engine, since=now - 3600 * hours, until=now)
     click.echo(json.dumps(asdict(found)) if as_json else found)
+
+
+@contextmanager
+def _encoder_of_ones_own(function: str) -> Iterator[None]:
+    """A usage error where the router wants another encoder; one that is a function cannot be named here."""
+    try:
+        yield
+    except DataError:
+        raise
+    except ValueError as error:
+        raise click.UsageError(f"{error}; in Python, {function} takes it") from None
 
 
 def _announce(engine: Engine, router: Path) -> None:

@@ -151,7 +151,8 @@ class Keys:
         admin: bool = False,
     ) -> tuple[str, Key]:
         """A new key and its token, which is shown this once and stored nowhere."""
-        _check(name, experts, requests_per_minute, budget, window, zone)
+        _check(name, experts, requests_per_minute, budget, window)
+        time_zone(zone)
         # Base32 has no sign that splits a token or a double click.
         identity = base64.b32encode(secrets.token_bytes(5)).decode().lower()
         token = _token(identity)
@@ -184,7 +185,10 @@ class Keys:
         with self.engine.connect() as connection, writing(connection):
             before = key_of(_named(connection, key))
             wanted = {name: getattr(before, name) for name in SETTINGS} | settings
-            _check(*(wanted[name] for name in SETTINGS))
+            _check(*(wanted[name] for name in SETTINGS if name != "zone"))
+            if "zone" in settings or settings.get("budget") is not None:
+                # One that this machine does not know may be lifted here with its budget.
+                time_zone(wanted["zone"])
             if wanted["experts"] is not None:
                 wanted["experts"] = frozenset(wanted["experts"])
             if wanted["budget"] is not None:
@@ -290,7 +294,7 @@ def key_of(row: Row) -> Key:
     return Key(row.id, row.name, experts, row.requests_per_minute, row.budget, row.window, row.zone, row.admin)
 
 
-def _check(name: str, experts: Collection[str] | None, rate: int | None, budget: float | None, window: str, zone: str) -> None:
+def _check(name: str, experts: Collection[str] | None, rate: int | None, budget: float | None, window: str) -> None:
     if not isinstance(name, str) or not 0 < len(name.strip()) <= 200 or not name.isprintable():
         raise ValueError(f"name: expected up to 200 printable characters, got {name!r}")
     if isinstance(experts, str) or not all(isinstance(expert, str) and expert for expert in experts or ()):
@@ -305,4 +309,3 @@ def _check(name: str, experts: Collection[str] | None, rate: int | None, budget:
         raise ValueError(f"budget: expected dollars above 0, got {budget!r}")
     if window not in WINDOWS:
         raise ValueError(f"window: expected one of {', '.join(WINDOWS)}, got {window!r}")
-    time_zone(zone)

@@ -15,7 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from starlette.types import Receive, Scope, Send
 
 from deferral.gateway.access import problem_of
-from deferral.gateway.answering import Call, Unanswered
+from deferral.gateway.answering import ONCE, Call, Unanswered
 from deferral.gateway.cascading import AskingFirst, asking_first
 from deferral.gateway.deciding import Choice, Limited, refusal, set_aside
 from deferral.gateway.experts_file import AUTO, Expert
@@ -52,7 +52,6 @@ _OUTPUT_TOKENS = 256
 # Of what a client calls a model; more has no place on record, and would fill the memory while rows wait to be written.
 _LONGEST_NAME = 200
 _CLOSED_BY_CLIENT = 499
-_ONCE = "idempotency-key"
 # Beyond the time that an expert has for a reply: what its client may take to read the end of it.
 LONGER = 60.0
 # Ids need no two alike, and are no secret: a key may judge its own responses only.
@@ -163,7 +162,7 @@ class Exchange:
         ranking = [now.experts[name] for name in choice.ranking]
         forwarded = self._forwarded(headers)
         # An idempotency key promises one request, and not two that differ.
-        alone = _ONCE in forwarded
+        alone = ONCE in forwarded
         if now.router.cascade is not None and self.kind == "chat" and asked.model in AUTO and not alone:
             left = gateway.limits.left(self.key)
             self.first = asking_first(now, gateway.silence, asked, wanted, choice, body, left)
@@ -189,9 +188,9 @@ class Exchange:
     def _forwarded(self, headers: Mapping[bytes, bytes]) -> dict[str, str]:
         """The client's headers that go on to the expert."""
         found = {name.decode(): value.decode() for name in FORWARDED & headers.keys() if _PLAIN.fullmatch(value := headers[name])}
-        if self.key.id and (once := found.get(_ONCE)):
+        if self.key.id and (once := found.get(ONCE)):
             # To the expert all clients are one: what two of them name alike must not be one request.
-            found[_ONCE] = blake2b(once.encode(), digest_size=16, key=self.key.id.encode()[:64]).hexdigest()
+            found[ONCE] = blake2b(once.encode(), digest_size=16, key=self.key.id.encode()[:64]).hexdigest()
         return found
 
     def _asks(self, expert: Expert | None) -> None:

@@ -139,7 +139,7 @@ def learned(router: Router, outcomes: Sequence[Outcome], old_log: Log | None = N
     table = log.table(router.experts)
     # A router shows the queries nearest to a new one.  Those of the record must not outlive their time in its folder: only their
     # lengths stay, by which short follow-ups are known.
-    return router.fit(table).without_texts(() if old_log is None else old_log.queries)
+    return router.fit(table).without_texts(table.queries, () if old_log is None else old_log.queries)
 
 
 def choices(router: Router, rows: Sequence[Logged]) -> np.ndarray:

@@ -66,6 +66,8 @@ class Settings:
             raise ValueError("alarm_url: expected an address that begins with http:// or https:// and names a host; got another")
         if self.alarm_token is not None and self.alarm_url is None:
             raise ValueError("alarm_token (DEFERRAL_ALARM_TOKEN): expected alarm_url (--alarm-url) as well; it is sent there")
+        if self.alarm_token is not None and self.alarm_url is not None and urlsplit(self.alarm_url).username is not None:
+            raise ValueError("alarm_url: expected no user and password in it where there is a token; one of them can be sent")
         if not 0 <= self.retry_share <= 1:
             raise ValueError(f"retry_share: expected a share of the requests in [0, 1], got {self.retry_share}")
         if not 1 <= self.workers <= 256:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from yarl import URL
 
 from deferral.gateway.experts_file import Expert
-from deferral.gateway.rows import DecisionRow
+from deferral.gateway.rows import DecisionRow, plain
 
 try:
     from opentelemetry import context
@@ -141,7 +141,7 @@ class Exchanged:
         with self._tracing.step("record"):
             add(row)
         self._span.set_attributes(_known({
-            "gen_ai.request.model": row.requested[:_MOST], "gen_ai.response.id": row.reply_id,
+            "gen_ai.request.model": plain(row.requested)[:_MOST], "gen_ai.response.id": plain(row.reply_id)[:_MOST],
             "gen_ai.usage.input_tokens": row.input_tokens, "gen_ai.usage.output_tokens": row.output_tokens,
             "deferral.id": row.id, "deferral.expert": row.expert, "deferral.chosen": row.chosen,
             "deferral.propensity": row.propensity, "deferral.price": row.price, "deferral.estimated": row.estimated,

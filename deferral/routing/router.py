@@ -501,11 +501,11 @@ class Router:
         self._plans = {}
         return self
 
-    def without_texts(self, kept: Collection[str]) -> "Router":
-        """Forget the words of all logged queries but those in `kept`: of the others only the lengths stay."""
-        shown = set(kept)
-        texts = tuple(text if text in shown else " " * len(text) for text in self.fitted.texts)
-        self._fitted = replace(self.fitted, texts=texts)
+    def without_texts(self, queries: Sequence[str], kept: Collection[str]) -> "Router":
+        """Forget the words of the logged queries, in the order of the table, but of those in `kept`: of others lengths stay."""
+        shown, texts = set(kept), self.fitted.texts
+        hidden = (text if query in shown else " " * len(text) for text, query in zip(texts, queries, strict=True))
+        self._fitted = replace(self.fitted, texts=tuple(hidden))
         return self
 
     def save(self, folder: str | Path) -> None:
