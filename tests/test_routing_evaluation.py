@@ -130,7 +130,7 @@ def test_a_router_without_information_is_the_static_mix_and_one_that_knows_is_th
     assert known.room > 0.1
     same = routability(means[:, :1].repeat(4, 1), price, quality[:, :1].repeat(4, 1))
     assert same.room == pytest.approx(0, abs=1e-9)
-    assert "not complementary" in str(same)
+    assert "next to nothing" in str(same)
 
 
 def test_the_best_expert_is_the_cheaper_of_two_equals() -> None:

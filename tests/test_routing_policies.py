@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from deferral.routing.encoders import NgramEncoder, Vectors, Wide
-from deferral.routing.held_out import held_out
+from deferral.routing.held_out import held_out, judged
 from deferral.routing.policies import Clusters, Factors, Features, Heads, Linear, Neighbours, Rejector, expert_means
 from deferral.routing.policies.centres import nearest_centre, spherical_centres
 
@@ -217,3 +217,22 @@ def test_policies_take_the_vectors_of_the_embedded_encoder() -> None:
         means = expert_means(quality, weights)
         estimate = means + make().fit(vectors, quality, weights, means).deviations(vectors)
         np.testing.assert_array_equal(estimate.argmax(1), quality.argmax(1))
+
+
+def test_an_expert_who_never_pays_proves_nothing_of_the_others() -> None:
+    """Two on whom nothing is known beyond their means, and a dear one whose failures are foreseen."""
+    generator = np.random.default_rng(0)
+    rows, price = 2000, np.array([0.001, 0.004, 0.02])
+    hard = np.arange(rows) % 2 == 1
+    chance = np.stack([np.full(rows, 0.70), np.full(rows, 0.75), np.where(hard, 0.02, 0.65)], 1)
+    quality = (generator.random((rows, 3)) < chance).astype(np.float32)
+    means, paid, errors = np.tile(chance.mean(0), (rows, 1)), np.tile(price, (rows, 1)), np.array([0.03, 0.1, 0.3, 1.0])
+    noise = np.stack([generator.normal(0, 0.05, rows), generator.normal(0, 0.05, rows), np.zeros(rows)], 1)
+    everyone = judged(chance + noise, paid, means, paid, quality, errors)
+    others = judged((chance + noise)[:, :2], paid[:, :2], means[:, :2], paid[:, :2], quality[:, :2], errors)
+    assert not everyone.better[:3].any()
+    np.testing.assert_array_equal(everyone.better, others.better)
+    # Who is asked counts: the dear one where it alone is good.
+    useful = chance + np.where(hard, -0.3, 0.3)[:, None] * np.array([0, 0, 1])
+    answers = (generator.random((rows, 3)) < useful).astype(np.float32)
+    assert judged(useful, paid, means, paid, answers, errors).better[2:].all()

@@ -40,6 +40,8 @@ _DEVIATION_OF_WEIGHTS = 0.1
 # Standard errors.
 _PATIENCE = 0.5
 _MANY_ROWS = 3_000
+# Whoever gets a smaller share of the queries has no part in the verdict at that price of an error.
+_ASKED = 0.05
 _Z = 1.96
 
 
@@ -72,7 +74,7 @@ class Judged:
     oracle: np.ndarray  # (G,) NaN where not every expert answered every query
     gain: np.ndarray  # (G,) static - learned, paired
     half_width: np.ndarray  # (G,) of its 95% interval
-    overall: np.ndarray  # (3,) mean agreement of estimated and true deviations, half of its 95% interval, mean skill
+    overall: np.ndarray  # (3, G) mean agreement of estimated and true deviations, half of its 95% interval, mean skill
     rows: np.ndarray  # (N,) learned cost of every row over all of them
 
     @property
@@ -81,7 +83,8 @@ class Judged:
 
         Either the 95% interval of the gain there lies above 0.  Or the estimates agree with the outcomes with confidence, so that
         deciding by some multiple of them is cheaper over all trade-offs, they have skill at their own scale, and the gain there
-        is not below 0 with confidence: at the ends, where all queries go to one expert anyway, no gain can be seen.
+        is not below 0 with confidence: at the ends, where all queries go to one expert anyway, no gain can be seen.  Agreement
+        is that on the experts who are asked there, or would be on the mean: one who never pays proves nothing of the others.
         """
         agreement, half_width, skilled = self.overall
         return (self.gain > self.half_width) | ((agreement > half_width) & (skilled > 0) & (self.gain >= -self.half_width))
@@ -242,6 +245,14 @@ def skill(estimate: np.ndarray, means: np.ndarray, quality: np.ndarray) -> tuple
     return agreement, 2 * agreement - (d * d).sum(1)
 
 
+def _agreement(estimate: np.ndarray, means: np.ndarray, quality: np.ndarray, among: np.ndarray) -> tuple[float, float, float]:
+    """Mean agreement, half its interval and mean skill among some experts; among all where fewer than two are left."""
+    if among.sum() > 1:
+        estimate, means, quality = estimate[:, among], means[:, among], quality[:, among]
+    agreement, skilled = skill(estimate, means, quality)
+    return *mean_and_half(agreement), float(skilled.mean())
+
+
 def judged(
     estimate: np.ndarray, expected: np.ndarray, means: np.ndarray, price: np.ndarray, quality: np.ndarray, errors: np.ndarray
 ) -> Judged:
@@ -253,16 +264,18 @@ def judged(
     """
     order = np.argsort(price.mean(0), kind="stable")
     sorted_estimate, sorted_price = estimate[:, order], expected[:, order]
-    columns = []
+    columns, overall = [], []
     total = np.zeros(len(quality))
     for error in errors:
         costs = 1 - quality + price / error
-        learned = cost_rows(order[(sorted_estimate - sorted_price / error).argmax(1)], quality, price, error)
-        static = cost_rows((means - price.mean(0) / error).argmax(1), quality, price, error)
+        asked, alone = order[(sorted_estimate - sorted_price / error).argmax(1)], (means - price.mean(0) / error).argmax(1)
+        learned, static = (cost_rows(actions, quality, price, error) for actions in (asked, alone))
         gain = static - learned
         total += learned / len(errors)
         columns.append((learned.mean(), static.mean(), costs.mean(), costs.min(1).mean(), *mean_and_half(gain)))
-    agreement, skilled = skill(estimate, means, quality)
+        shares = np.bincount(np.concatenate([asked, alone]), minlength=means.shape[1]) / len(asked)
+        overall.append((shares > _ASKED).tobytes())
+    agreed = {among: _agreement(estimate, means, quality, np.frombuffer(among, bool)) for among in set(overall)}
     learned_mean, static_mean, random, perfect, gain_mean, half = np.array(columns).T
     return Judged(
         errors=np.asarray(errors, float),
@@ -272,7 +285,7 @@ def judged(
         oracle=perfect,
         gain=gain_mean,
         half_width=half,
-        overall=np.array([*mean_and_half(agreement), skilled.mean()]),
+        overall=np.array([agreed[among] for among in overall]).T,
         rows=total,
     )
 
