@@ -26,7 +26,7 @@ def test_no_outcome_of_a_test_query_reaches_what_is_said_of_it(folder: Path, mon
     monkeypatch.setattr(routing, "POLICIES", QUICK)
     monkeypatch.setattr(routing, "OTHERS", {})
     # A few settings of the trade-off will do.
-    monkeypatch.setattr(routing, "trade_offs", lambda price: trade_offs(price)[::40])
+    monkeypatch.setattr("benchmarks.routers.pricing.trade_offs", lambda price: trade_offs(price)[::40])
     data = routing.routerbench(folder)
     some = np.random.default_rng(0).permutation(len(data.queries))[:150]
     queries = [data.queries[row] for row in some]
