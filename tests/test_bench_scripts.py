@@ -243,7 +243,7 @@ def tasks_of_two_halves(experts: int) -> Task:
     return Task(asked(500), asked(300), asked(500), 0.05, 4, seed=0, steps=200)
 
 
-@pytest.mark.parametrize("experts", [1, 3])
+@pytest.mark.parametrize("experts", [1, pytest.param(3, marks=pytest.mark.ci_slow)])
 def test_every_method_learns_whom_to_ask_where_the_inputs_tell(experts: int) -> None:
     task = tasks_of_two_halves(experts)
     baselines = task.baselines()

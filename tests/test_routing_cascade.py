@@ -390,6 +390,7 @@ def test_the_command_adds_a_cascade_only_where_it_pays(tmp_path: Path, capsys: p
     assert (tmp_path / "router" / "router.json").read_bytes() == before
 
 
+@pytest.mark.ci_slow
 def test_it_pays_between_neighbours_that_both_pay_and_nowhere_between_distant_ones(learned: Cascade) -> None:
     def at(*places: int) -> Cascade:
         gain = np.full(25, -0.01)
