@@ -16,7 +16,7 @@ R = TypeVar("R")
 
 
 def numpy_or_torch(function: Callable[..., R]) -> Callable[..., R]:
-    """The function for whatever NumPy makes an array of: with no tensor among its arguments, its tensors come back as NumPy.
+    """The function for whatever NumPy makes an array of: given such, and no tensor, its tensors come back as NumPy.
 
     The result may be a tensor, or a tuple, dict or dataclass of tensors.  A single number comes back as a NumPy scalar.
     TypeError where a parameter that is a tensor gets something that holds no numbers.
@@ -30,11 +30,13 @@ def numpy_or_torch(function: Callable[..., R]) -> Callable[..., R]:
 
     @wraps(function)
     def either(*args: Any, **kwargs: Any) -> Any:
-        given = [*args, *kwargs.values()]
         # Of one argument too many the function itself complains.
         placed = [taken(name, value) for name, value in zip(names, args, strict=False)] + list(args[len(names) :])
-        result = function(*placed, **{name: taken(name, value) for name, value in kwargs.items()})
-        return result if any(isinstance(value, Tensor) for value in given) else _numpy(result)
+        named = {name: taken(name, value) for name, value in kwargs.items()}
+        result = function(*placed, **named)
+        given = [*zip(args, placed, strict=True), *((kwargs[name], value) for name, value in named.items())]
+        arrays = any(value is not came for came, value in given)
+        return _numpy(result) if arrays and not any(isinstance(came, Tensor) for came, _ in given) else result
 
     return either
 
