@@ -17,7 +17,8 @@ __all__ = ["Reached", "reach"]
 _LOOK_S = 10.0
 _MOST_BYTES = 1 << 23
 _SHOWN = 5
-_CHEAP = 0.001  # dollars per million tokens, which nobody asks for so few of
+# Dollars per million tokens: below that a price was most likely meant per token.
+_CHEAP = 0.001
 _REFUSED = frozenset({401, 403})
 Answer = Literal["yes", "no", "?", ""]
 
