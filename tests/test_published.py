@@ -66,6 +66,24 @@ def test_a_large_score_leaves_the_other_binary_problems_their_digits(compiled: b
     torch.testing.assert_close(loss(scores, torch.tensor([0]), right), F.softplus(torch.tensor([0.5])))
 
 
+@pytest.mark.parametrize("classes", [3, 100, 300])
+@pytest.mark.parametrize("scale", [0.0, 1.0, 6.0, 12.0, 1e4])
+def test_one_vs_all_has_its_digits_whether_unsure_or_all_but_certain(classes: int, scale: float) -> None:
+    """In float32 as in float64: zeros are where a product of hundreds would vanish, large scores where it would be 1."""
+    generator = torch.Generator().manual_seed(0)
+    y, m = torch.randint(classes, (64,), generator=generator), torch.randint(2, (64, 2), generator=generator).float()
+    right = 2 * torch.cat([F.one_hot(y, classes), m], -1) - 1
+    for scores in (scale * right, scale * torch.randn(64, classes + 2, generator=generator)):
+        coarse, fine = scores.clone().requires_grad_(), scores.double().requires_grad_()
+        found, expected = losses.one_vs_all(coarse, y, m), losses.one_vs_all(fine, y, m.double())
+        sums = F.binary_cross_entropy_with_logits(scores.double(), (right > 0).double(), reduction="none").sum(-1)
+        torch.testing.assert_close(expected, sums, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(found.double(), sums, rtol=1e-3 if sums.min() < 1 else 1e-5, atol=1e-35)
+        found.sum().backward()
+        expected.sum().backward()
+        torch.testing.assert_close(coarse.grad.double(), fine.grad, rtol=1e-5, atol=1e-7)
+
+
 def test_asymmetric_softmax_is_its_own_probability(batch) -> None:
     """Cao et al.: the expert's probability is exp(s_K) / (sum of all exponentials but that of the best class)."""
     scores, y, m = batch

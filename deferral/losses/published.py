@@ -8,15 +8,15 @@ is `ignore_index` give 0.
 
 import math
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deferral.losses.closed_form import closed_form, has_closed_form, in_blocks, refuse_second_derivatives
+from deferral.losses.binary_problems import binary_problems
+from deferral.losses.closed_form import has_closed_form, in_blocks
 from deferral.losses.comp_sum import targeted_comp_sum
-from deferral.losses.entries import entry, hits_of, with_target
+from deferral.losses.entries import entry, hits_of
 from deferral.losses.ignored_rows import counted, without_ignored
 from deferral.losses.margin import Margin, is_fixed, logistic
 from deferral.losses.probabilities import (
@@ -106,11 +106,7 @@ def one_vs_all(
     closed = has_closed_form(expert_correct, compiled=True)
     if closed and phi is logistic and mask is None and not targets.is_floating_point():
         correct = expert_correct.to(scores.dtype).expand(*targets.shape, expert_correct.shape[-1])
-        if torch.compiler.is_compiling() and scores.device.type != "cpu":
-            losses = _BinaryProblems.apply(scores, correct, targets.unsqueeze(-1)).squeeze(-1)
-        else:
-            losses = closed_form(_binary_problems, scores, correct, targets.unsqueeze(-1), columns=scores.shape[-1])
-        return counted(losses, counts)
+        return counted(binary_problems(scores, correct, targets), counts)
     # At -inf a binary problem whose answer is no costs nothing, and 0 * inf would be NaN.
     scores = scores.clamp(min=ABSENT)
     hit = targets if targets.is_floating_point() else F.one_hot(targets, num_classes)
@@ -123,48 +119,6 @@ def one_vs_all(
     else:
         losses = hits * phi(scores) + (1 - hits) * phi(-scores)
     return counted((losses if mask is None else losses.where(mask, 0.0)).sum(dim=-1), counts)
-
-
-def _binary_problems(scores: Tensor, correct: Tensor, targets: Tensor, descent: Tensor, losses: Tensor) -> None:
-    """sum_k log(1 + e^s_k) - s_y - sum_j m_j s_j, and minus its gradient, hit - sigmoid(s)."""
-    own = scores.shape[-1] - correct.shape[-1]
-    losses.copy_(_binary_losses(scores, correct, targets))
-    if torch.compiler.is_compiling():
-        # One loop over the row, of which a scatter would make three.
-        hits = hits_of(targets, own).to(scores.dtype)
-        torch.cat([hits - scores[:, :own].sigmoid(), correct - scores[:, own:].sigmoid()], dim=-1, out=descent)
-        return
-    torch.sigmoid(scores, out=descent).neg_()
-    descent[:, :own].scatter_add_(-1, targets, torch.ones_like(losses))
-    descent[:, own:].add_(correct)
-
-
-class _BinaryProblems(torch.autograd.Function):
-    """`_binary_problems` for a compiler for a GPU, which keeps nothing but the scores."""
-
-    @staticmethod
-    def forward(ctx: Any, scores: Tensor, correct: Tensor, targets: Tensor) -> Tensor:
-        ctx.save_for_backward(scores, correct, targets)
-        return _binary_losses(scores, correct, targets)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        refuse_second_derivatives()
-        scores, correct, targets = ctx.saved_tensors
-        return (scores.sigmoid() - with_target(targets, 1.0, correct, scores.shape[-1])) * gradient, None, None
-
-
-def _binary_losses(scores: Tensor, correct: Tensor, targets: Tensor) -> Tensor:
-    """(..., K+E), (..., E), (..., 1) -> (..., 1)"""
-    own = scores.shape[-1] - correct.shape[-1]
-    losses, at_target = F.softplus(scores, threshold=40), entry(scores[..., :own], targets)
-    experts = scores[..., own:].clamp(min=ABSENT)
-    # Taken off each problem by itself: off their sum, a large score would leave the others few digits.
-    if torch.compiler.is_compiling():
-        return (losses - with_target(targets, at_target, correct * experts, scores.shape[-1])).sum(dim=-1, keepdim=True)
-    losses[..., :own].scatter_add_(-1, targets, at_target.neg_())
-    losses[..., own:].addcmul_(correct, experts, value=-1)
-    return losses.sum(dim=-1, keepdim=True)
 
 
 def asymmetric_softmax(
