@@ -12,6 +12,10 @@ from deferral.numerics import KNEE, LEAST_BEFORE_KNEE, PRECISE, expm1_linear, re
 
 __all__ = ["comp_sum_block", "comp_sum_losses", "slope"]
 
+_LOG_PRECISE = math.log(PRECISE)
+# A score of such a size may be multiplied before another is taken off it: no more digits are lost than by such a log p.
+_NEAR = -_LOG_PRECISE
+
 
 def comp_sum_losses(log_p: Tensor, mu: float) -> Tensor:
     """l_mu as a function of log p_k, elementwise:  -log p  for mu = 1, else  (1 - p^(mu-1)) / (mu-1).
@@ -63,17 +67,18 @@ def _fill_by_softmax(scores: Tensor, weights: Tensor, ceiling: Tensor | None, de
     spare = None
     if ceiling is not None:
         weights = spare = ceiling - weights
+    near = mu == 1 and first.abs().amax().item() <= _NEAR
     if mu == 1:
         # In the table that the softmax is about to fill, so that one more is enough.
-        relative = torch.sub(scores, first, out=descent).mul_(weights).sum(dim=-1, keepdim=True)
+        products = torch.mul(scores, weights, out=descent) if near else torch.sub(scores, first, out=descent).mul_(weights)
+        pulled = products.sum(dim=-1, keepdim=True)
     torch.softmax(scores, dim=-1, out=descent)
-    p_first = descent[:, :1]
-    if not p_first.amin().item() >= PRECISE:
+    log_p_first = descent[:, :1].log()
+    if not log_p_first.amin().item() >= _LOG_PRECISE:
         return False
-    log_p_first = p_first.log()
     if mu == 1:
         pull, total = weights, weights.sum(dim=-1, keepdim=True)
-        torch.addcmul(relative, log_p_first, total, out=losses).neg_()
+        torch.addcmul(pulled, log_p_first.sub_(first) if near else log_p_first, total, out=losses).neg_()
     else:
         found, pull = _losses_and_pull_of(descent, scores, first, log_p_first, weights, mu, spare)
         losses.copy_(found)
@@ -95,10 +100,9 @@ def _fill_targets_by_softmax(
     columns = weights.shape[-1]
     own = scores.shape[-1] - columns
     torch.softmax(scores, dim=-1, out=descent)
-    p_target = descent.narrow(1, 0, own).gather(-1, targets)
-    if not p_target.amin().item() >= PRECISE:
+    log_p_target = descent.narrow(1, 0, own).gather(-1, targets).log_()
+    if not log_p_target.amin().item() >= _LOG_PRECISE:
         return None
-    log_p_target = p_target.log()
     p, weighed, target_score = descent.narrow(1, own, columns), scores.narrow(1, own, columns), scores.gather(-1, targets)
     if mu == 1:
         pull, total = weights, weights.sum(dim=-1, keepdim=True).add_(1)
