@@ -114,9 +114,11 @@ def _row_counts(capacities: Sequence[int] | Sequence[float] | Tensor, rows: int,
             raise ValueError(
                 f"capacities: expected shares of the rows in [0, 1], got {given.tolist()}; to count rows pass integers alone"
             )
-        # 0.1 in float32 is a little less than a tenth.
-        rounding = rows * torch.finfo(given.dtype).eps
-        return np.floor(given.double().numpy() * rows + rounding).astype(np.int64)
+        # 0.1 in float32 is a little less than a tenth; what is meant by it in fewer digits is a guess.
+        if torch.finfo(given.dtype).bits < 32:
+            raise TypeError(f"capacities: expected shares in float32 or float64, got {given.dtype}, which rounds them too far")
+        rounding = 1 + torch.finfo(given.dtype).eps
+        return np.floor(given.double().numpy() * rounding * rows).astype(np.int64)
     if bool((given < 0).any()):
         raise ValueError(f"capacities: expected numbers of rows >= 0, got {given.tolist()}")
     return given.long().numpy()

@@ -58,6 +58,10 @@ def error_costs(
     _check_columns("answers", answers, targets.shape[:-1] if targets.is_floating_point() else targets.shape)
     if targets.is_floating_point():
         check_targets(targets, targets.shape[-1])
+    elif targets.numel() and int(targets.min()) < 0:
+        raise ValueError(
+            f"targets: expected class indices, got {int(targets.min())}; a row without a label has no costs: leave it out"
+        )
     dtype = targets.dtype if targets.is_floating_point() else torch.get_default_dtype()
     alpha_row, price_row = _per_expert(alpha, "alpha", answers, dtype), _per_expert(price, "price", answers, dtype)
     check_costs(alpha_row, ceiling=None, name="alpha")

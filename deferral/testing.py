@@ -52,8 +52,9 @@ class Setting:
     width: int
     expected_costs: Callable[[Tensor, Rows], Tensor]  # law (N, M), rows (N, M, ..) -> (N, actions)
     decide: Callable[[Tensor], Tensor]  # (..., width) -> (...,)
-    experts: range = range(0)  # the columns of the scores that belong to the experts
-    expert_rows: str = ""  # the entry of the rows, (..., E), that is permuted with them
+    classes: range = range(0)  # the columns of the scores that belong to the classes
+    experts: range = range(0)  # those that belong to the experts
+    expert_rows: str = ""  # the entry of the rows whose last columns, one per expert, are permuted with them
     random_experts: int = 0  # how many experts are right at random given the label
 
 
@@ -78,7 +79,12 @@ def check_loss(loss: Loss, setting: Setting, *, properties: "Sequence[Property] 
     `loss(scores, rows)` takes packed scores (..., width) and rows (`draw_rows`), and returns one value per row (...,).  In
     SINGLE_STAGE, for one, `lambda s, rows: my_loss(s, rows["targets"], rows["expert_costs"])`.  `properties` defaults to
     PROPERTIES, all of them; a loss that makes no claim of consistency leaves `bayes` out.
+
+    The suite hands over no mask, no ignored rows and no targets that are probabilities: what a loss makes of them is for its own
+    tests.  `bayes` looks for minimisers of scores of about unit size: divide those of a temperature far from 1 by it.
     """
+    if properties is not None and not properties:
+        raise ValueError("properties: expected at least one, got none; leave them out for all")
     violations = {}
     for check in PROPERTIES if properties is None else properties:
         try:
@@ -132,8 +138,14 @@ def _regression_abstention(law: Tensor, rows: Rows) -> Tensor:
     return torch.cat([_variance(law, rows), rows["cost"][:, :1]], dim=-1)
 
 
-ABSTENTION = Setting("score-based abstention", K + 1, _expectation(_abstention), decide)
-PAIR = Setting("predictor-rejector abstention", K + 1, _expectation(_abstention), lambda s: decide_pair(s[..., :K], s[..., K]))
+ABSTENTION = Setting("score-based abstention", K + 1, _expectation(_abstention), decide, classes=range(K))
+PAIR = Setting(
+    "predictor-rejector abstention",
+    K + 1,
+    _expectation(_abstention),
+    lambda s: decide_pair(s[..., :K], s[..., K]),
+    classes=range(K),
+)
 ACCEPT = Setting(
     "two-stage abstention",
     1,
@@ -145,6 +157,7 @@ SINGLE_STAGE = Setting(
     K + E,
     _expectation(lambda rows: single_stage_costs(rows["targets"], rows["expert_costs"], K)),
     decide,
+    classes=range(K),
     experts=range(K, K + E),
     expert_rows="expert_costs",
 )
@@ -153,6 +166,7 @@ SINGLE_STAGE_BINARY = Setting(
     K + E,
     _expectation(lambda rows: single_stage_costs(rows["targets"], 1 - rows["expert_correct"], K)),
     decide,
+    classes=range(K),
     experts=range(K, K + E),
     expert_rows="expert_correct",
     random_experts=E,
@@ -162,6 +176,7 @@ ONE_EXPERT = Setting(
     K + 1,
     _expectation(lambda rows: single_stage_costs(rows["targets"], 1 - rows["expert_correct"][..., :1], K)),
     decide,
+    classes=range(K),
     random_experts=1,
 )
 TWO_STAGE = Setting(
@@ -169,7 +184,7 @@ TWO_STAGE = Setting(
     A,
     _expectation(lambda rows: rows["costs"]),
     decide,
-    experts=range(A),
+    experts=range(1, A),
     expert_rows="costs",
 )
 REGRESSION = Setting(
@@ -245,10 +260,11 @@ def bayes_errors(
     law, rows = random_problems(setting, deterministic_experts=deterministic_experts)
     outcomes = law.shape[1]
     starts = starts or (12 if outcomes == K else 6)
-    every_start = {name: value.expand(starts, *value.shape) for name, value in rows.items()}
+    # Each a table of its own, as a training loop has them: a loss may use `view`.
+    every_start = {name: value.expand(starts, *value.shape).contiguous() for name, value in rows.items()}
 
     def risk(scores: Tensor) -> Tensor:
-        return (law * loss(scores.unsqueeze(-2).expand(-1, -1, outcomes, -1), every_start)).sum(dim=-1)
+        return (law * loss(scores.unsqueeze(-2).repeat(1, 1, outcomes, 1), every_start)).sum(dim=-1)
 
     actions = setting.decide(minimiser(risk, PROBLEMS, setting.width, starts=starts))
     return wrong_decisions(actions, setting.expected_costs(law, rows))
@@ -277,12 +293,28 @@ def _differs(actual: Tensor, expected: Tensor) -> str | None:
 
 def one_value_per_example(loss: Loss, setting: Setting) -> str | None:
     """(..., width) scores give (...,) losses, and a row's loss depends on that row alone."""
-    scores, rows = example(setting, (2, 3))
+    # Enough rows for a share of them to be at least one.
+    shape = (6, 8)
+    scores, rows = example(setting, shape)
     values = loss(scores, rows)
-    if values.shape != (2, 3):
-        return f"expected losses of shape (2, 3), got {tuple(values.shape)}"
-    one_by_one = [loss(scores[i, j], {name: value[i, j] for name, value in rows.items()}) for i in range(2) for j in range(3)]
-    return _differs(values, torch.stack(one_by_one).reshape(2, 3))
+    if values.shape != shape:
+        return f"expected losses of shape {shape}, got {tuple(values.shape)}"
+    places = [(i, j) for i in range(shape[0]) for j in range(shape[1])]
+    one_by_one = [loss(scores[place], {name: value[place] for name, value in rows.items()}) for place in places]
+    return _differs(values, torch.stack(one_by_one).reshape(shape))
+
+
+def leaves_its_input(loss: Loss, setting: Setting) -> str | None:
+    """Scores and rows are the caller's, and stay as they are in every precision."""
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        scores, rows = example(setting, (40,), dtype)
+        given = {"scores": scores, **rows}
+        before = {name: value.clone() for name, value in given.items()}
+        loss(scores, rows)
+        changed = [name for name, value in given.items() if not torch.equal(value, before[name])]
+        if changed:
+            return f"the caller's {', '.join(changed)} were changed in place"
+    return None
 
 
 def gradient(loss: Loss, setting: Setting) -> str | None:
@@ -309,14 +341,10 @@ def finite(loss: Loss, setting: Setting) -> str | None:
 
 
 def half_precision(loss: Loss, setting: Setting) -> str | None:
-    """Half-precision scores give what the same numbers give in float32, and are left as they are."""
+    """Half-precision scores give what the same numbers give in float32."""
     for dtype in (torch.bfloat16, torch.float16):
         scores, rows = example(setting, dtype=dtype)
-        before = scores.clone()
-        value = loss(scores, rows)
-        if not torch.equal(scores, before):
-            return "the caller's scores were changed in place"
-        seen = _differs(value.float(), loss(scores.float(), rows))
+        seen = _differs(loss(scores, rows).float(), loss(scores.float(), rows).float())
         if seen:
             return f"{dtype}: {seen}"
     return None
@@ -352,10 +380,26 @@ def every_expert_counts(loss: Loss, setting: Setting) -> str | None:
     dead = [column for column in columns if not slope[:, column].any()]
     if dead:
         return f"scores in columns {dead} have no gradient in any of 50 rows"
-    order = torch.arange(setting.width)
-    order[columns] = order[columns].flip(0)
-    permuted = rows | {setting.expert_rows: rows[setting.expert_rows].flip(-1)}
-    return _differs(loss(scores[:, order], permuted), value)
+    table = rows[setting.expert_rows]
+    first = table.shape[-1] - len(columns)
+    permuted = rows | {setting.expert_rows: torch.cat([table[:, :first], table[:, first:].flip(-1)], dim=-1)}
+    return _differs(loss(_turned(scores, setting.experts), permuted), value)
+
+
+def classes_are_alike(loss: Loss, setting: Setting) -> str | None:
+    """Counting the classes from the other end changes nothing."""
+    if not setting.classes:
+        return None
+    scores, rows = example(setting, (50,))
+    turned = rows | {"targets": K - 1 - rows["targets"]}
+    return _differs(loss(_turned(scores, setting.classes), turned), loss(scores, rows))
+
+
+def _turned(scores: Tensor, columns: range) -> Tensor:
+    """These columns in reverse order."""
+    order = torch.arange(scores.shape[-1])
+    order[list(columns)] = order[list(columns)].flip(0)
+    return scores[:, order]
 
 
 def vmap(loss: Loss, setting: Setting) -> str | None:
@@ -381,12 +425,14 @@ def bayes(loss: Loss, setting: Setting) -> str | None:
 Property = Callable[[Loss, Setting], str | None]
 PROPERTIES: tuple[Property, ...] = (
     one_value_per_example,
+    leaves_its_input,
     gradient,
     finite,
     half_precision,
     pulls_when_wrong,
     bounded_below,
     every_expert_counts,
+    classes_are_alike,
     vmap,
     autocast,
     bayes,

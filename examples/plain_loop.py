@@ -33,7 +33,7 @@ for _ in range(50):
 
 scores = model(x).detach()
 costs = single_stage_costs(y, torch.full((len(y), 1), COST), K)
-offsets = fit_offsets(scores[fitting], costs[fitting], num_own=1)
+offsets = fit_offsets(scores[fitting], costs[fitting], num_own=K)
 actions = decide(scores[test], offsets)  # 0..9 a class, 10: abstain
 kept = actions < K
 cost = pick(costs[test], actions).mean()

@@ -165,6 +165,8 @@ def test_bad_input() -> None:
         fit_capacities(scores, [3], num_own=1)
     with pytest.raises(TypeError, match="got both in"):
         fit_capacities(scores, [3, 0.5], num_own=1)
+    with pytest.raises(TypeError, match=r"got torch\.bfloat16, which rounds them too far"):
+        fit_capacities(scores, torch.tensor([0.1, 0.1], dtype=torch.bfloat16), num_own=1)
     with pytest.raises(ValueError, match="shares of the rows"):
         fit_capacities(scores, [float("nan"), 0.5], num_own=1)
     with pytest.raises(ValueError, match=">= 0"):

@@ -63,6 +63,7 @@ def test_pick() -> None:
         (lambda: error_costs(ANSWERS[:, :2], TARGETS, ceiling=float("nan")), ValueError, "ceiling"),
         (lambda: single_stage_costs(TARGETS, torch.ones(2, 1, dtype=torch.long), 3), TypeError, "floating"),
         (lambda: single_stage_costs(TARGETS, torch.ones(2), 3), ValueError, "expert_costs: expected shape"),
+        (lambda: error_costs(ANSWERS, TARGETS - 100), ValueError, "targets: expected class indices, got -100"),
         (lambda: single_stage_costs(TARGETS - 100, torch.ones(2, 1), 3), ValueError, r"class indices in 0\.\.2"),
         (lambda: squared_costs(torch.tensor([[torch.nan]]), torch.ones(1)), ValueError, "NaN"),
     ],

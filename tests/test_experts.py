@@ -65,6 +65,7 @@ def test_a_matrix_per_group_of_rows() -> None:
 def test_both_conventions_of_k_and_of_a_guess() -> None:
     torch.testing.assert_close(even_skill(0.8, 3), torch.tensor([[0.8, 0.1, 0.1], [0.1, 0.8, 0.1], [0.1, 0.1, 0.8]]))
     expert = specialist([0, 2], 4)
+    assert torch.equal(specialist(torch.tensor([0, 2, 2]), 4), expert)
     assert expert[0].tolist() == [1, 0, 0, 0]
     assert expert[1].tolist() == [0.25] * 4
     never = specialist([0, 2], 4, may_guess_right=False)
@@ -180,6 +181,10 @@ def test_hidden_answers_are_missing_at_the_given_rates() -> None:
     _, mask = error_costs(hidden, TARGETS, missing=-1)
     assert torch.equal(mask, hidden >= 0)
     assert torch.equal(hide_answers(hidden, 0.0, seed=1), hidden)
+    # With one seed for everything, who is absent is still no matter of who is right.
+    together = draw_with_skill(torch.tensor([0.6, 0.8]), torch.zeros(ROWS, dtype=torch.int64), 10, seed=0, correlation=0.9)[:, 0]
+    shown = hide_answers(together, 0.3, seed=0) >= 0
+    assert abs((together[shown] == 0).double().mean() - 0.6) < 4 * 0.5 / ROWS**0.5
     real = hide_answers(torch.ones(ROWS), 0.25, seed=0)
     assert near(real.isnan().double().mean(), 0.25)
 
@@ -279,6 +284,8 @@ SKILL, FEATURES = torch.tensor([0.5, 0.5]), torch.zeros(3, 2)
         (lambda: even_skill(0.5, 1), ValueError, "at least 2"),
         (lambda: specialist([3], 3), ValueError, r"in 0\.\.2"),
         (lambda: specialist([-1], 3), ValueError, r"in 0\.\.2"),
+        (lambda: specialist([True, False, True], 3), TypeError, "got True or False"),
+        (lambda: specialist(torch.tensor([True, False]), 3), TypeError, "got True or False"),
         (lambda: perfect_on_first(4, 3), ValueError, r"0\.\.3, got 4"),
         (lambda: perfect_up_to(3, 3), ValueError, r"0\.\.2, got 3"),
         (lambda: draw_answers(torch.ones(2, 2), LONG, seed=0), ValueError, "sum to 1"),

@@ -1,10 +1,24 @@
 """check_loss on losses with planted defects: it must name what each violates."""
 
+import pytest
 import torch
 from torch import Tensor
 
-from deferral.losses import single_stage_deferral
-from deferral.testing import ONE_EXPERT, SINGLE_STAGE, SINGLE_STAGE_BINARY, TWO_STAGE, E, K, Rows, bayes, check_loss
+from deferral.losses import single_stage_deferral, two_stage_deferral
+from deferral.numerics import lift
+from deferral.testing import (
+    ONE_EXPERT,
+    SINGLE_STAGE,
+    SINGLE_STAGE_BINARY,
+    TWO_STAGE,
+    E,
+    K,
+    Rows,
+    bayes,
+    check_loss,
+    half_precision,
+    one_value_per_example,
+)
 
 
 def unshifted_exponential(scores: Tensor, rows: Rows) -> Tensor:
@@ -41,6 +55,35 @@ def overwrites_the_callers_zeros(scores: Tensor, rows: Rows) -> Tensor:
     return single_stage_deferral(scores, rows["targets"], rows["expert_costs"])
 
 
+def overwrites_the_callers_costs(scores: Tensor, rows: Rows) -> Tensor:
+    return single_stage_deferral(scores, rows["targets"], rows["expert_costs"].clamp_(0.1, 0.9))
+
+
+def leaves_out_the_hardest_tenth(scores: Tensor, rows: Rows) -> Tensor:
+    losses = single_stage_deferral(scores, rows["targets"], rows["expert_costs"])
+    return losses.where(losses <= losses.quantile(0.9), 0.0) if losses.numel() >= 10 else losses
+
+
+def favours_a_class(scores: Tensor, rows: Rows) -> Tensor:
+    return (1 + 0.05 * (rows["targets"] == 0)) * single_stage_deferral(scores, rows["targets"], rows["expert_costs"])
+
+
+def favours_an_expert(scores: Tensor, rows: Rows) -> Tensor:
+    return two_stage_deferral(scores, rows["costs"] * torch.tensor([1, 0.98, 1]), ceiling=1.3)
+
+
+def post_hoc(scores: Tensor, rows: Rows) -> Tensor:
+    """Sound, though the own predictor is not one of the experts: the gains over it are regressed (Narasimhan et al. 2022)."""
+    gains = rows["costs"][..., :1] - rows["costs"][..., 1:]
+    return (lift(scores)[..., 1:] - lift(scores)[..., :1] - gains).square().sum(-1)
+
+
+def viewed_in_double(scores: Tensor, rows: Rows) -> Tensor:
+    flat = scores.double().view(-1, scores.shape[-1])
+    losses = single_stage_deferral(flat, rows["targets"].view(-1), rows["expert_costs"].double().view(-1, E))
+    return losses.view(scores.shape[:-1])
+
+
 def detached_where_it_matters(scores: Tensor, rows: Rows) -> Tensor:
     return single_stage_deferral(scores.detach() * 0.5 + scores * 0.5, rows["targets"], rows["expert_costs"])
 
@@ -52,7 +95,11 @@ def test_planted_defects_are_named() -> None:
         (weight_that_can_go_negative, TWO_STAGE, "bounded_below"),
         (blind_to_whether_the_expert_was_right, ONE_EXPERT, "bayes"),
         (loop_that_drops_the_last_expert, SINGLE_STAGE_BINARY, "every_expert_counts"),
-        (overwrites_the_callers_zeros, SINGLE_STAGE, "half_precision"),
+        (overwrites_the_callers_zeros, SINGLE_STAGE, "leaves_its_input"),
+        (overwrites_the_callers_costs, SINGLE_STAGE, "leaves_its_input"),
+        (leaves_out_the_hardest_tenth, SINGLE_STAGE, "one_value_per_example"),
+        (favours_a_class, SINGLE_STAGE, "classes_are_alike"),
+        (favours_an_expert, TWO_STAGE, "every_expert_counts"),
         (detached_where_it_matters, SINGLE_STAGE, "gradient"),
     ):
         report = check_loss(defect, setting)
@@ -65,5 +112,9 @@ def test_a_sound_loss_passes_and_a_loss_that_raises_is_reported() -> None:
     sound = check_loss(lambda s, rows: single_stage_deferral(s, rows["targets"], rows["expert_costs"]), SINGLE_STAGE)
     assert sound.ok
     assert str(sound) == "no property is violated"
+    assert check_loss(post_hoc, TWO_STAGE).ok
+    assert check_loss(viewed_in_double, SINGLE_STAGE, properties=[bayes, one_value_per_example, half_precision]).ok
+    with pytest.raises(ValueError, match="expected at least one"):
+        check_loss(post_hoc, TWO_STAGE, properties=[])
     broken = check_loss(lambda s, rows: s[..., 99], SINGLE_STAGE, properties=[bayes])
     assert "IndexError" in broken.violations["bayes"]

@@ -38,7 +38,8 @@ def uci(folder: Path | str, name: str) -> RegressionTable:
     """A regression table by its name, one of `UCI`; abalone's sex becomes three columns M, F, I of 0 and 1.
 
     `folder` holds `<name>.csv.gz` with a header, the target in the last column.  Standardise features and targets with the
-    training rows' mean and deviation.
+    training rows' mean and deviation, without the features that are constant (naval_propulsion_plant has two).  Some rows occur
+    again exactly (wine_quality_red 240, power_plant 41, concrete_strength 25), so that random splits share them.
     """
     if name not in UCI:
         raise ValueError(f"name: expected one of {', '.join(UCI)}, got {name!r}")

@@ -1,5 +1,6 @@
 """Experts given by a confusion matrix P[target, answer]: how they answer depends on the class, or on class and group."""
 
+import operator
 from collections.abc import Iterable
 
 import torch
@@ -27,7 +28,10 @@ def specialist(classes: Iterable[int], num_classes: int, *, may_guess_right: boo
     K - 1 wrong classes, so that the expert is always wrong where it does not know.
     """
     _check_num_classes(num_classes)
-    known = sorted(set(classes))
+    given = list(classes)
+    if any(isinstance(each, bool) or getattr(each, "dtype", None) in (torch.bool, bool) for each in given):
+        raise TypeError("classes: expected indices of classes, got True or False; use the indices of those that are True")
+    known = sorted({operator.index(each) for each in given})
     if known and not 0 <= known[0] <= known[-1] < num_classes:
         raise ValueError(f"classes: expected indices in 0..{num_classes - 1}, got {known}")
     confusion = torch.full((num_classes, num_classes), 1 / num_classes) if may_guess_right else even_skill(0.0, num_classes)

@@ -1,5 +1,6 @@
 """Experts given by their skill P(right): one number per expert, or per row and expert; correlated, tiring, drifting, absent."""
 
+import hashlib
 import math
 
 import torch
@@ -117,7 +118,9 @@ def hide_answers(answers: Tensor, probability: float | Tensor, *, seed: int) -> 
             f"probability: expected a number or a shape that broadcasts to answers {tuple(answers.shape)}, got "
             f"{tuple(chance.shape)}; one per row is (N, 1)"
         ) from error
-    generator = torch.Generator().manual_seed(seed)
+    # Numbers of its own: those that `draw_with_skill` begins with at the same seed would make it the less able who is absent.
+    digest = hashlib.blake2b(f"hide_answers {seed}".encode(), digest_size=7).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest))
     hidden = torch.rand(answers.shape, generator=generator, dtype=torch.float64) < chance
     return answers.masked_fill(hidden.to(answers.device), torch.nan if answers.is_floating_point() else -1)
 
