@@ -70,6 +70,20 @@ def test_healthy_traffic_is_silent_for_months_also_at_the_edge_of_what_is_allowe
             assert first_alarm(stream, seen, window=2000, step=60) is None, (name, edge)
 
 
+@pytest.mark.parametrize("spread", ["a few long documents", "lognormal"])
+def test_queries_of_very_different_prices_ring_only_where_prices_move(spread: str) -> None:
+    generator = np.random.default_rng(0)
+    for _ in range(20):
+        if spread == "lognormal":
+            expected = generator.lognormal(-9, 2.5, 5000)
+        else:
+            expected = np.where(generator.random(5000) < 0.01, 1e-2, 1e-4)
+        paid = expected * generator.lognormal(-0.02, 0.2, 5000)
+        steady, doubled, halved = (drift.price("a", factor * paid, expected, LEVEL) for factor in (1, 2, 0.5))
+        assert steady.found == pytest.approx(1, abs=0.02)
+        assert [rings(seen, False) for seen in (steady, doubled, halved)] == [False, True, True]
+
+
 @pytest.mark.parametrize(
     ("name", "before", "after"), [("unlike", 0.2, 0.7), ("quality", 0.8, 0.6), ("price", 1.0, 2.0), ("price", 1.0, 0.4)]
 )

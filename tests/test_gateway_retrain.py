@@ -16,7 +16,7 @@ from deferral.cli import main
 from deferral.errors import DataError
 from deferral.gateway.database import connect, prepare
 from deferral.gateway.export import FAILED, FELL_BACK, NAMED, NO_CHANCE, NO_QUALITY, NO_TEXT, export, logged
-from deferral.gateway.off_policy import Draws, alike, compare, doubly_robust, interval_of_mean
+from deferral.gateway.off_policy import Draws, alike, cautious_gain, compare, doubly_robust, interval_of_mean
 from deferral.gateway.record import Record
 from deferral.gateway.reloads import Reloads
 from deferral.gateway.retrain import Verdict, learned, promote, retrain
@@ -204,6 +204,28 @@ def test_policies_that_agree_gain_nothing_and_repeated_queries_count_as_one_draw
     assert again.gain_weighted.half_width == pytest.approx(other.gain_weighted.half_width)
     assert again.seen == other.seen, "25 calls of one agent are one draw"
     assert alike([0.5, None, 0.25, 0.5, None]).tolist() == [3, 1, 2, 3, 0]
+
+
+@pytest.mark.parametrize(
+    ("old_error", "new_error", "least", "most"), [(0.02, 0.02, 0, 0.05), (0.02, 0.05, 0, 0.05), (0.3, 0.05, 0.6, 1)]
+)
+def test_a_rare_error_that_was_not_seen_is_allowed_for(old_error: float, new_error: float, least: float, most: float) -> None:
+    """A thousand requests, half of which the new router decides otherwise; its choice is drawn one time in twenty."""
+    rng = np.random.default_rng(0)
+    old, new = np.zeros(1000, int), np.repeat([1, 0], 500)
+    passed, naive = [], []
+    for _ in range(200):
+        explored = rng.random(1000) < 0.05
+        failed = (rng.random(1000) < np.where(explored, new_error, old_error)).astype(float)
+        expected = np.tile([old_error, new_error], (1000, 1))
+        draws = Draws(explored.astype(int), np.where(explored, 0.05, 0.95), failed, expected, np.arange(1000))
+        passed.append(cautious_gain(draws, old, new) > 0)
+        mean, half = interval_of_mean(doubly_robust(draws, old) - doubly_robust(draws, new), np.ones(1000), np.arange(1000))
+        assert half is not None
+        naive.append(mean > half)
+    assert least <= np.mean(passed) <= most
+    assert np.mean(naive) > (0.2 if old_error == new_error else 0.0), "which is why"
+    assert cautious_gain(draws, old, old) == -np.inf
 
 
 def test_the_interval_of_a_mean_is_that_of_its_groups() -> None:

@@ -11,6 +11,7 @@ from deferral.routing.evaluation import routability
 from deferral.routing.held_out import HeldOut, blend, judged, skill
 from deferral.routing.outcomes import Table
 from deferral.routing.partial_logs import OutcomeModel, doubly_robust, observed
+from deferral.routing.replay import events_of
 from deferral.routing.shift import familiarity, refitted, shifted_folds, shrinkage
 
 pytestmark = pytest.mark.ci_slow
@@ -268,6 +269,26 @@ def test_one_repeated_outcome_leaves_the_queries_that_all_were_asked_as_they_wer
     np.testing.assert_allclose(after[:200] / after[0, 0], 1)
     np.testing.assert_allclose(after[200:-1] / after[0, 0], before[200:-1] / before[0, 0], rtol=1e-5)
     np.testing.assert_allclose(after[-1].max() / after[0, 0], 10, rtol=1e-5)
+
+
+def test_a_line_that_stands_twice_in_a_log_of_experts_asked_at_once_is_one_line_more() -> None:
+    generator = np.random.default_rng(0)
+    log = Log()
+    for number in range(600):
+        hard = number % 2
+        for name, chance, right in (("a", 1.0, 0.6), ("b", (0.1, 0.9)[hard], (0.9, 0.5)[hard])):
+            if generator.random() < chance:
+                log.append(Outcome(f"query {number}", name, float(generator.random() < right), 0.0, propensity=chance))
+    means = []
+    for _ in range(2):
+        table = log.table()
+        weights = observed(table)
+        means.append((weights * table.quality).sum(0) / weights.sum(0))
+        with pytest.raises(ValueError, match="expected those of single decisions, which add up to 1"):
+            events_of(log, ["a", "b"])
+        log.append(log[0])
+    np.testing.assert_allclose(means[1], means[0], atol=0.005)
+    np.testing.assert_allclose(means[0], [0.6, 0.7], atol=0.06)
 
 
 def test_an_expert_that_only_logged_rows_have_is_weighed_by_its_share_of_them() -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from sqlalchemy import Engine, Row, func, select
 
-from deferral.gateway.off_policy import FEWEST_SEEN, Draws, Z, alike, doubly_robust, interval_of_mean, stakes
+from deferral.gateway.off_policy import FEWEST_SEEN, Draws, Z, alike, cautious_gain, doubly_robust, interval_of_mean, stakes
 from deferral.gateway.schema import cascades, decisions, feedback, own_price, shadows
 
 __all__ = ["Agreement", "Gain", "agreement"]
@@ -21,8 +21,9 @@ _ROWS = 20_000
 class Gain:
     """What changing to the candidate saves, in errors a query, on the `rows` that were judged.
 
-    `estimate` is doubly robust, `half` half its 95% interval; `weighted` is the self-normalised inverse propensity estimate.
-    `seen`: where the routers differ, the queries that drew the live choice, and the candidate's.
+    `estimate` is doubly robust, `half` half its 95% interval, which allows for a failure of the candidate that was not seen;
+    `weighted` is the self-normalised inverse propensity estimate.  `seen`: where the routers differ, the queries that drew the
+    live choice, and the candidate's.
     """
 
     rows: int
@@ -166,7 +167,7 @@ def _gain(rows: Sequence[Row], expected: list[dict], live: list[str]) -> tuple[G
     said = np.array([rows[p].quality for p in usable])
     heard = np.array([judged[rows[p].chosen] / answered[rows[p].chosen] for p in usable])
     group = alike([rows[place].draw for place in usable])
-    draws = Draws(drawn, propensity, error * (1 - said) + paid, estimate, group, heard)
+    draws = Draws(drawn, propensity, error * (1 - said) + paid, estimate, group, heard, worst=error + paid)
     differ = old != new
     seen = draws.seen(differ & (drawn == old)), draws.seen(differ & (drawn == new))
     if not differ.any():
@@ -181,6 +182,7 @@ def _gain(rows: Sequence[Row], expected: list[dict], live: list[str]) -> tuple[G
     gains, stands_for = doubly_robust(draws, old) - doubly_robust(draws, new), 1 / heard
     gain, half = interval_of_mean(gains, stands_for, group)
     assert half is not None
+    half = max(half, gain - cautious_gain(draws, old, new))
     weight_old, weight_new = (draws.weight(policy) * differ * stands_for for policy in (old, new))
     weighted = np.average(draws.cost, weights=weight_old) - np.average(draws.cost, weights=weight_new)
     weighted *= np.average(differ, weights=stands_for)

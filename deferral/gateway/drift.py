@@ -3,7 +3,8 @@
 unlike: the share of the queries that would have to be of other kinds for the traffic to be made of the kinds of the log, in
 their shares there (the distance in total variation).
 quality: of each expert, the mean of the judged quality less the one that was expected of the answer.
-price: of each expert, what its answers cost over what they were expected to cost.
+price: of each expert, what its answers cost over what they were expected to cost; no answer counts for more than the one of
+median expected price, so that the few of long documents do not stand for all.
 
 Answers that were kept, or asked for, by the log-probabilities of a first one were chosen for more than was expected of them
 before it: they do not count for the quality.
@@ -29,7 +30,7 @@ ALLOWED = {"unlike": (0.0, 0.25), "quality": (-0.05, math.inf), "price": (1 / 1.
 EVERY = 600.0  # seconds between two looks
 _MONTH = 30 * 86400.0
 _FALSE_ALARMS = 0.1  # a month
-# An answer counts at most so many times what one is expected to cost on the mean: the bound that the interval needs.
+# An answer counts as at most so many times what it was expected to cost: the bound that the interval needs.
 _MOST_PRICE = 5.0
 _ROWS = 5000
 _IN_A_SLOT = 100
@@ -93,10 +94,15 @@ def quality(expert: str, judged: np.ndarray, expected: np.ndarray, level: float)
 
 def price(expert: str, paid: np.ndarray, expected: np.ndarray, level: float) -> Seen:
     """Dollars.  (N,), (N,)"""
-    mean = expected.mean() if len(expected) else 0.0
-    if not mean > 0:
-        return Seen("price", expert, len(paid))
-    return _seen("price", expert, np.minimum(paid / mean, _MOST_PRICE), 0.0, _MOST_PRICE, level)
+    rows, priced = len(paid), expected > 0
+    if not priced.any():
+        return Seen("price", expert, rows)
+    paid, expected = paid[priced], expected[priced]
+    weights = np.minimum(expected, np.median(expected))
+    # At most 2, as half of them are at their largest.
+    weights /= weights.mean()
+    values = weights * np.minimum(paid / expected, _MOST_PRICE)
+    return _seen("price", expert, values, 0.0, _MOST_PRICE * float(weights.max()), level)
 
 
 def interval(values: np.ndarray, least: float, most: float, level: float) -> tuple[float, float]:

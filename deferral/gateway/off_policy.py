@@ -24,9 +24,11 @@ __all__ = [
     "Draws",
     "Z",
     "alike",
+    "cautious_gain",
     "compare",
     "doubly_robust",
     "interval_of_mean",
+    "one_more",
     "self_normalised",
     "stakes",
 ]
@@ -48,6 +50,7 @@ class Draws:
     estimate: np.ndarray  # (N, A) cost of every action, by a model that did not see these rows
     group: np.ndarray  # (N,) integers from 0
     heard: np.ndarray | float = 1.0  # (N,) the probability that such a row is among these: that its answer was judged, say
+    worst: np.ndarray | float = 1.0  # (N,) what the draw had cost, had it been of no use
 
     def seen(self, rows: np.ndarray) -> int:
         """How many draws these rows are: a query that is asked again is drawn as before.  (N,) bool"""
@@ -69,6 +72,7 @@ class Comparison:
     new: "Interval"
     gain: "Interval"  # old - new, doubly robust
     gain_weighted: "Interval"  # old - new, self-normalised inverse propensity
+    cautious: float  # the lower end of the gain's interval, had one more draw of the new choice failed
 
 
 def compare(draws: Draws, old: np.ndarray, new: np.ndarray, *, seed: int = 0) -> Comparison:
@@ -83,7 +87,35 @@ def compare(draws: Draws, old: np.ndarray, new: np.ndarray, *, seed: int = 0) ->
         new=_mean(draws, after, seed),
         gain=_mean(draws, before - after, seed),
         gain_weighted=self_normalised(draws, old, new, seed=seed),
+        cautious=cautious_gain(draws, old, new),
     )
+
+
+def cautious_gain(draws: Draws, old: np.ndarray, new: np.ndarray) -> float:
+    """The lower end of the gain's 95% interval, had one more draw of the new choice been of no use; -inf where none was drawn.
+
+    Where errors are rare, the few draws of a new choice, of heavy weight each, may hold none of them by luck, and then no
+    resample of them does: the interval knows nothing of errors that were not seen.  One is allowed for, as by the rule of
+    succession.
+    """
+    seen = (old != new) & (new == draws.action)
+    if not seen.any():
+        return -math.inf
+    stands_for = np.broadcast_to(1 / np.asarray(draws.heard), len(old))
+    failed = float(np.broadcast_to(draws.worst, len(old))[seen].mean())
+    gain = float(draws.estimate[seen, old[seen]].mean()) - one_more(draws, new, seen, failed)
+    values = np.append(doubly_robust(draws, old) - doubly_robust(draws, new), gain)
+    mean, half = interval_of_mean(
+        values, np.append(stands_for, stands_for[seen].mean()), np.append(draws.group, draws.group.max() + 1)
+    )
+    assert half is not None
+    return mean - half
+
+
+def one_more(draws: Draws, actions: np.ndarray, seen: np.ndarray, cost: float) -> float:
+    """The doubly robust cost of one more draw of a policy's actions that cost so much, like those seen.  (N,), (N,) bool"""
+    expected = float(draws.estimate[seen, actions[seen]].mean())
+    return expected + float((1 / draws.propensity[seen]).mean()) * (cost - expected)
 
 
 def doubly_robust(draws: Draws, actions: np.ndarray) -> np.ndarray:

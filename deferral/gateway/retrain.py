@@ -185,6 +185,7 @@ def draws_of(model: Router, rows: Sequence[Logged], heard: Mapping[str, float]) 
         estimate=error[:, None] * (1 - np.clip(expected.quality, 0, 1)) + prices / unit,
         group=group,
         heard=np.array([heard[row.outcome.expert] for row in rows]),
+        worst=error + price / unit,
     )
 
 
@@ -199,6 +200,11 @@ def _why_not(judged: Comparison) -> str:
         )
     if judged.gain.low <= 0:
         return f"the gain of {_shown(judged.gain)} errors a query may be nothing"
+    if judged.cautious <= 0:
+        return (
+            f"the gain of {_shown(judged.gain)} errors a query rests on {judged.seen[1]} draws of the new choice, and might be "
+            "nothing had one more of them failed: wait for more traffic, or explore more"
+        )
     if not judged.gain_weighted.estimate > 0:
         return f"the two estimates disagree: {_shown(judged.gain)} and {_shown(judged.gain_weighted)}"
     return ""

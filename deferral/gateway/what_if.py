@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from sqlalchemy import Engine, func, or_, select
 
-from deferral.gateway.off_policy import FEWEST_SEEN, Draws, alike, doubly_robust, interval_of_mean
+from deferral.gateway.off_policy import FEWEST_SEEN, Draws, alike, doubly_robust, interval_of_mean, one_more
 from deferral.gateway.schema import cascades, decisions, feedback, own_price
 
 __all__ = ["Point", "WhatIf", "what_if"]
@@ -114,12 +114,15 @@ def what_if(engine: Engine, *, since: float, until: float, present: float) -> Wh
     for error in _settings(quality, price, present):
         actions = np.nanargmin(1 - quality + price / error, axis=1)
         few = [_unseen(actions, best, draws, experts) for draws in (priced, judgements)]
-        cost, good = (
-            _mean(doubly_robust(draws, actions), group, not less) for draws, less in zip((priced, judgements), few, strict=True)
-        )
+        costs, good = doubly_robust(priced, actions), doubly_robust(judgements, actions)
+        cost, cost_half = _mean(costs, group)
+        quality_then, quality_half = _mean(good, group)
+        if quality_half is not None:
+            quality_half = max(quality_half, _half_with_one_more(judgements, actions, best, good))
         shares = np.bincount(actions, minlength=len(experts)) / len(actions)
         by_name = dict(zip(experts, shares.tolist(), strict=True))
-        points.append(Point(float(error), *cost, few[0], *good, few[1], by_name))
+        halves = [None if less else half for half, less in zip((cost_half, quality_half), few, strict=True)]
+        points.append(Point(float(error), cost, halves[0], few[0], quality_then, halves[1], few[1], by_name))
     own = {name: said[judged & (drawn == place)] for place, name in enumerate(experts)}
     return WhatIf(
         rows=len(drawn),
@@ -152,9 +155,25 @@ def _unseen(actions: np.ndarray, best: np.ndarray, draws: Draws, experts: list[s
     return [name for name, either in zip(experts, few.reshape(-1, 2), strict=True) if either.any()]
 
 
-def _mean(values: np.ndarray, group: np.ndarray, enough: bool) -> tuple[float, float | None]:
-    mean, half = interval_of_mean(values, np.ones(len(values)), group)
-    return mean, half if enough else None
+def _half_with_one_more(draws: Draws, actions: np.ndarray, best: np.ndarray, values: np.ndarray) -> float:
+    """Half the interval with one more answer like those that were drawn by chance, of no use or perfect, whichever says more.
+
+    A few answers of heavy weight may hold none of a rare kind by luck, and their own spread then knows nothing of it.
+    """
+    seen = actions == draws.action
+    seen = seen & (actions != best) if (seen & (actions != best)).any() else seen
+    if not seen.any():
+        return 0.0
+    group, halves = np.append(draws.group, draws.group.max() + 1), []
+    for quality in (0.0, 1.0):
+        mean, half = _mean(np.append(values, one_more(draws, actions, seen, quality)), group)
+        assert half is not None
+        halves.append(abs(mean - float(values.mean())) + half)
+    return max(halves)
+
+
+def _mean(values: np.ndarray, group: np.ndarray) -> tuple[float, float | None]:
+    return interval_of_mean(values, np.ones(len(values)), group)
 
 
 def _number(value: float | None) -> float:

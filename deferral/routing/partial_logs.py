@@ -6,7 +6,7 @@ from deferral.routing.encoders import Vectors
 from deferral.routing.outcomes import Table
 from deferral.routing.policies import Linear, expert_means
 
-__all__ = ["LEAST_PROPENSITY", "OutcomeModel", "doubly_robust", "observed"]
+__all__ = ["LEAST_PROPENSITY", "OutcomeModel", "asked_together", "doubly_robust", "observed"]
 
 LEAST_PROPENSITY = 0.01
 _MOST_WEIGHT = 20.0
@@ -14,6 +14,7 @@ _MOST_WEIGHT = 20.0
 _FEW = 5.0
 _COMMON = 20.0  # queries answered by both of two experts that are worth their prior covariance, 0
 _BLOCK = 4096
+_ROUNDING = 1e-6
 
 
 def observed(table: Table) -> np.ndarray:
@@ -21,7 +22,8 @@ def observed(table: Table) -> np.ndarray:
 
     Queries that every expert answered, as often as the others, were asked of all with certainty, unless propensities say
     otherwise.  Elsewhere, once some expert was asked the same query twice, every outcome is one decision: of the k about a query,
-    an expert that was asked n times has the weight n / (k * propensity), which is 1 on average however often a query comes.
+    an expert that was asked n times has the weight n / (k * propensity), which is 1 on average however often a query comes.  A
+    log whose experts are `asked_together` is no such log, and a line that stands in it twice counts once.
 
     Where no propensity is logged, the assumption is that who was asked did not depend on the query, and the propensity is the
     expert's share of such queries.  Weights are divided by their mean over the known cells.
@@ -29,23 +31,37 @@ def observed(table: Table) -> np.ndarray:
     mask, unlogged = table.mask, np.isnan(table.propensity)
     if table.full:
         return np.ones(mask.shape, np.float32)
-    counts = mask.astype(np.int32) if table.asked is None else table.asked
+    asked = None if table.asked is None or asked_together(table.asked, table.propensity) else table.asked
+    counts = mask.astype(np.int32) if asked is None else asked
     every = mask.all(1) & (counts == counts[:, :1]).all(1) & (unlogged | (table.propensity >= 1)).all(1)
     logged = np.where(mask & ~unlogged, table.propensity, 0).sum(1)
     alike = counts[~every & (logged == 0)]
-    share = np.where(alike.any(0), _share(alike, table), _share(counts[~every], table))
+    single = asked is not None
+    share = np.where(alike.any(0), _share(alike, single), _share(counts[~every], single))
     chance = np.where(every[:, None], 1.0, np.where(unlogged, share, table.propensity))
     weights = np.where(mask, 1 / np.maximum(chance, LEAST_PROPENSITY), 0)
-    if table.asked is not None:
+    if single:
         rounds = np.where(every, counts.max(1), counts.sum(1))
         weights = weights * counts / rounds.clip(min=1)[:, None]
     return (weights / weights[mask].mean()).astype(np.float32)
 
 
-def _share(counts: np.ndarray, table: Table) -> np.ndarray:
-    """Each expert's share of the queries, or of the decisions where queries come more than once.  (n, E) -> (E,)"""
-    size = len(counts) if table.asked is None else counts.sum()
-    return counts.sum(0) / max(size, 1)
+def asked_together(asked: np.ndarray, propensity: np.ndarray) -> bool:
+    """Whether the experts of a query were asked at once, each with its own chance, and not one after the other.  (N, E), (N, E)
+
+    One decision has propensities that add up to 1.  Experts of whom none was asked twice, and whose propensities add up to more,
+    were asked at once, or by decisions between which the router changed; queries that come again to one expert were decided
+    again.  What more queries say holds for the log; propensities that are not logged say nothing against the former.
+    """
+    chance = np.where(asked > 0, np.where(np.isnan(propensity), np.inf, propensity), 0.0).sum(1)
+    twice = (asked > 1).any(1)
+    some = (asked == 0).any(1)
+    return bool(((chance > 1 + _ROUNDING) & ((asked > 0).sum(1) > 1) & ~twice & some).sum() > (twice & some).sum())
+
+
+def _share(counts: np.ndarray, single: bool) -> np.ndarray:
+    """Each expert's share of the queries, or of the decisions where each outcome is a single one.  (n, E) -> (E,)"""
+    return counts.sum(0) / max(counts.sum() if single else len(counts), 1)
 
 
 class OutcomeModel:

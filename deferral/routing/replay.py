@@ -16,6 +16,7 @@ from torch import Tensor
 
 from deferral.intervals import Interval, bootstrap, interval
 from deferral.routing.outcomes import Log, check_price_of_error
+from deferral.routing.partial_logs import asked_together
 
 __all__ = ["METHODS", "Events", "Replay", "as_logged", "events_of", "replay"]
 
@@ -54,7 +55,7 @@ class Replay:
 def events_of(log: Log, experts: Sequence[str], *, kept: np.ndarray | None = None) -> Events:
     """The decisions of a log, on the queries that are `kept` (Q,) bool.
 
-    ValueError if it has outcomes of an expert that is not among these.
+    ValueError if it has outcomes of an expert that is not among these, or if experts were asked at once by their propensities.
     """
     if unknown := [name for name in log.experts if name not in experts]:
         raise ValueError(f"the log has outcomes of {unknown[0]!r}, which is none of {', '.join(experts)}")
@@ -65,6 +66,14 @@ def events_of(log: Log, experts: Sequence[str], *, kept: np.ndarray | None = Non
     propensity = log.column("propensity")[rows].astype(float)
     names, number = np.unique(expert, return_inverse=True)
     counts = np.bincount(query * len(names) + number, minlength=int(kept.sum()) * len(names)).reshape(-1, len(names))
+    logged = np.zeros(counts.size)
+    logged[query * len(names) + number] = np.nan_to_num(propensity)
+    if asked_together(counts, logged.reshape(counts.shape)):
+        raise ValueError(
+            "propensity: expected those of single decisions, which add up to 1 over the experts of a query; most queries with "
+            "several outcomes here have more, as if their experts were asked at once: keep of each query one outcome, drawn by "
+            "chance, with the propensity that it was asked and drawn"
+        )
     everyone = (counts == counts[:, :1]).all(1) & (len(names) > 1)
     if not everyone.all():
         # Beside decisions, a propensity says that there was a draw.
