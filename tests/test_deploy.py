@@ -67,7 +67,9 @@ def test_the_container_is_made_of_what_is_here() -> None:
     # What the metadata reads has to be there when it is installed.
     copied = " ".join(made["COPY"]).split()
     assert {metadata["metadata"]["long_description"].removeprefix("file: "), metadata["metadata"]["license_files"]} <= set(copied)
-    assert json.loads(made["ENTRYPOINT"][0]) == [metadata["options.entry_points"]["console_scripts"].split("=")[0].strip()]
+    script = metadata["options.entry_points"]["console_scripts"].split("=")[0].strip()
+    assert json.loads(made["ENTRYPOINT"][0]) == ["/usr/bin/tini", "--", script]
+    assert any("apt-get install" in line and "tini" in line for line in made["RUN"])
     assert made["EXPOSE"] == ["8080"]
     understood(json.loads(made["CMD"][0]), 8080)
     assert made["USER"] == ["deferral"]

@@ -114,9 +114,9 @@ def test_rest_is_no_failure_and_ends(clock: Clock) -> None:
     ticket = breaker.enter()
     assert ticket is not None
     breaker.rest(7, ticket)
-    assert (breaker.state, breaker.down, breaker.wait) == ("closed", True, 7)
+    assert (breaker.state, breaker.down, breaker.wait) == ("resting", True, 7)
     clock.now += 7
-    assert not breaker.down
+    assert (breaker.state, breaker.down) == ("closed", False)
     ticket = breaker.enter()
     assert ticket is not None
     breaker.rest(1e9, ticket)

@@ -11,7 +11,7 @@ from sqlalchemy.exc import DBAPIError
 from deferral.cli import main
 from deferral.errors import DataError
 from deferral.gateway import database as module
-from deferral.gateway.database import alone, clock, connect, copy, prepare, writing
+from deferral.gateway.database import alone, clock, connect, copy, prepare, shown, writing
 from deferral.gateway.keys import Keys
 from deferral.gateway.migrations import migrate
 from deferral.gateway.record import Record
@@ -266,3 +266,21 @@ def test_what_cannot_be_a_database_is_refused_by_what_it_is() -> None:
     with pytest.raises(DataError, match="cannot be opened") as closed:
         prepare(connect("postgresql://u:secret@127.0.0.1:1/d"))
     assert "secret" not in str(closed.value)
+
+
+def test_no_password_stands_in_a_message() -> None:
+    for url in (
+        "postgresql+psycopg://me:hush-hush@127.0.0.1:1/gateway",
+        "postgresql+psycopg://me@127.0.0.1:1/gateway?password=hush-hush&sslpassword=hush-hush&application_name=gateway",
+    ):
+        engine = connect(url)
+        assert "hush-hush" not in shown(engine)
+        assert shown(engine).startswith("postgresql+psycopg://me")
+        with pytest.raises(DataError) as refused:
+            prepare(engine)
+        assert "hush-hush" not in str(refused.value)
+        engine.dispose()
+    # The @ of the password was taken for the one before the host.
+    with pytest.raises(ValueError, match="written %40") as refused:
+        connect("postgresql+psycopg://me:hush@hush-hush@127.0.0.1/gateway")
+    assert "hush-hush" not in str(refused.value)

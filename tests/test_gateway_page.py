@@ -185,7 +185,8 @@ def test_the_means_of_another_setting_row_by_row(tmp_path: Path) -> None:
                 qualities.append(quality)
         assert (point.price, point.quality) == pytest.approx((np.mean(prices), np.mean(qualities)))
         if point.quality_half is not None:
-            assert point.quality_half == pytest.approx(1.96 * np.std(qualities, ddof=1) / np.sqrt(len(rows)))
+            # And of one more answer that failed, or was perfect.
+            assert 1 <= point.quality_half / (1.96 * np.std(qualities, ddof=1) / np.sqrt(len(rows))) < 1.5
 
 
 def test_without_feedback_or_rows_it_says_so(tmp_path: Path) -> None:

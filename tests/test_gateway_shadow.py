@@ -255,7 +255,7 @@ def test_beside_a_real_gateway_it_changes_nothing(tmp_path: Path, router: Router
             found = json.loads(gateway.ask("GET", "/admin/shadow", key=ADMIN)[2])
             assert found["agree"] == 6
             assert {tuple(pair) for pair in found["pairs"]} == {("small", "small", 6), ("large", "small", 6)}
-            assert b'deferral_shadow{what="scored"} 12.0' in gateway.ask("GET", "/metrics", key=ADMIN)[2]
+            assert b'deferral_shadow_total{what="scored"} 12.0' in gateway.ask("GET", "/metrics", key=ADMIN)[2]
             # A candidate that is broken is told, and stops nobody.
             (tmp_path / "candidate" / "router.json").write_text("{")
             assert gateway.ask("POST", "/admin/reload", key=ADMIN)[0] == 200

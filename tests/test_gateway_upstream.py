@@ -84,7 +84,7 @@ def test_an_expert_that_asks_for_rest_is_left_alone_whether_blamed_or_not() -> N
         ticket = standing.breaker.enter()
         assert ticket is not None
         standing.blame(Failure(502, "upstream_error", "failed", blame=blame, rest=20.0), ticket, "small")
-        assert standing.breaker.state == "closed"
+        assert standing.breaker.state == "resting"
         assert 19 < standing.breaker.wait <= 20
     standing = Standing(Expert("small", "http://127.0.0.1:1"))
     ticket = standing.breaker.enter()

@@ -31,9 +31,9 @@ class Breaker:
 
     @property
     def state(self) -> str:
-        """ "closed", "open" or "half-open"."""
+        """ "closed", "resting" as it was asked to, "open" or "half-open"."""
         if not self._open:
-            return "closed"
+            return "resting" if self.down else "closed"
         return "half-open" if self._clock() >= self._until else "open"
 
     @property

@@ -13,7 +13,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from deferral.errors import DataError
 from deferral.gateway.access import no_key
-from deferral.gateway.database import look
+from deferral.gateway.database import look, shown
 from deferral.gateway.experts_file import Expert, read_experts
 from deferral.gateway.generation import out_of_service
 from deferral.gateway.keys import Key, key_of
@@ -180,7 +180,7 @@ def _database(settings: Settings, experts: Mapping[str, Expert] | None) -> list[
         return [Finding("fault", "database", f"its keys cannot be read, {getattr(error, 'orig', None) or error}")]
     finally:
         record.engine.dispose()
-    name = record.engine.url.render_as_string(hide_password=True)
+    name = shown(record.engine)
     if version == 0:
         found.append(Finding("good", "database", f"{name} can be written; its tables will be made"))
     elif version < VERSION:

@@ -34,6 +34,7 @@ __all__ = [
     "replacing",
     "scrub",
     "shared",
+    "shown",
     "writing",
 ]
 
@@ -62,6 +63,9 @@ def connect(url: str) -> Engine:
     try:
         parsed = make_url(url if "://" in url else f"sqlite:///{url}")
         backend = parsed.get_backend_name()
+        if "@" in (parsed.host or ""):
+            # Whoever cannot find that host names it, and with it the end of the password.
+            raise ValueError(f"database: expected {expected}; a @ or / in a password is written %40 or %2F")
         if backend == "postgresql":
             if parsed.drivername == "postgresql":
                 parsed = parsed.set(drivername="postgresql+psycopg")
@@ -84,6 +88,13 @@ def connect(url: str) -> Engine:
     return engine
 
 
+def shown(engine: Engine) -> str:
+    """Its address for messages, without passwords."""
+    url = engine.url
+    hidden = {name: "***" for name in url.query if "pass" in name.lower()}
+    return url.update_query_dict(hidden).render_as_string(hide_password=True)
+
+
 def shared(engine: Engine) -> bool:
     """Whether gateways on other machines may have the same database."""
     return engine.dialect.name != "sqlite"
@@ -95,7 +106,7 @@ def prepare(engine: Engine, *, create: bool = True) -> None:
     Whoever comes first does it, the others wait.  Without `create` there must be a database, so that a misspelt path is an
     error and not an empty answer.
     """
-    name = engine.url.render_as_string(hide_password=True)
+    name = shown(engine)
     if engine.dialect.name == "sqlite":
         _check_file(Path(str(engine.url.database)), create)
     for tries_left in reversed(range(_TRIES)):
@@ -118,7 +129,7 @@ def look(engine: Engine) -> int:
 
     DataError where this is no database, cannot be reached or cannot be written, or is of a newer version.
     """
-    name = engine.url.render_as_string(hide_password=True)
+    name = shown(engine)
     if engine.dialect.name == "sqlite":
         path = Path(str(engine.url.database))
         if not path.exists():
@@ -173,7 +184,7 @@ def _brought_up(engine: Engine) -> int:
         found = _version(connection)
         if found == 0:
             if others := sorted(set(inspect(connection).get_table_names()) & set(tables.tables)):
-                name = connection.engine.url.render_as_string(hide_password=True)
+                name = shown(connection.engine)
                 raise DataError(f"{name}: expected an empty database or one of a gateway; it has another's table {others[0]}")
             tables.create_all(connection)
             connection.execute(insert(version).values(version=VERSION))

@@ -21,7 +21,7 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300
 _DECIDING = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1)
 # Of thousands of keys those matter that come near their budget; a scrape must not hold up requests.
 _BUDGETS = 100
-_STATES = {"closed": 0.0, "half-open": 0.5, "open": 1.0}
+_STATES = {"closed": 0.0, "half-open": 0.5, "open": 1.0, "resting": 1.0}
 
 _Labels = tuple[str, ...]
 
@@ -102,6 +102,17 @@ class Metrics(Collector):
     def watch(self, states: Callable[[], Mapping[str, str]], queued: Callable[[], Mapping[str, int]]) -> None:
         """Also show how the experts are doing whenever somebody looks."""
         self._states, self._queued = states, queued
+
+    def expect(self, experts: Iterable[str]) -> None:
+        """Begin at 0 what will be counted of these: a scraper sees no increase in a series that was not there."""
+        for name in experts:
+            self._price.values[name,] += 0
+            for direction in ("input", "output"):
+                self._tokens.values[name, direction] += 0
+            for outcome in ("ok", "truncated"):
+                self._answers.values[name, outcome] += 0
+        for status in ("200", "502", "503", "504"):
+            self._requests.values["chat", status] += 0
 
     def watch_alarms(self, alarms: Callable[[], Sequence[Alarm]]) -> None:
         """Also show what was seen of drift, which all gateways on a database know."""
@@ -199,7 +210,7 @@ class Metrics(Collector):
                 drift.add_metric([seen.name, seen.expert], seen.found)
         yield from (breakers, queues, ringing, drift)
         if (shadow := self._shadow()) is not None:
-            scored = GaugeMetricFamily(
+            scored = CounterMetricFamily(
                 "deferral_shadow", "Requests that the candidate router decided, or had no time for.", labels=["what"]
             )
             scored.add_metric(["scored"], shadow.scored)

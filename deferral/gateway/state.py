@@ -79,6 +79,7 @@ class Gateway:
         upstream = Upstream(max_reply_bytes=self.settings.max_reply_bytes)
         self.answerers = Answerers(upstream, self.metrics, retry_share=self.settings.retry_share, traces=self.traces)
         self.answerers.update(self.current.experts)
+        self.metrics.expect(self.current.experts)
         self.metrics.watch(
             lambda: {name: each.breaker.state for name, each in self.answerers.standings.items()},
             lambda: {name: each.slots.queued for name, each in self.answerers.standings.items()},
@@ -125,6 +126,7 @@ class Gateway:
             # From here on in one step: no request sees half of it.
             self.current = fresh
             self.answerers.update(fresh.experts)
+            self.metrics.expect(fresh.experts)
             await self._new_shadow()
         message = f"experts {', '.join(fresh.experts)}; router of {', '.join(fresh.router.experts)}"
         _log.info("reloaded: %s", message)
