@@ -121,10 +121,26 @@ def test_reliance_is_what_clusters_agree_on() -> None:
     assert shrinkage(estimate, estimate, cluster) == pytest.approx(1)
     assert shrinkage(estimate, -estimate, cluster) == 0
     assert shrinkage(estimate, generator.normal(size=(2000, 3)), cluster) < 0.2
-    mixed = estimate * np.where(cluster < 5, 1.5, 0.5)[:, None]
-    slopes = np.where(np.arange(10) < 5, 1.5, 0.5)
-    lower = 1 - 1.645 * slopes.std(ddof=1) * np.sqrt(1.1)
-    assert shrinkage(estimate, mixed, cluster) == pytest.approx(lower, abs=1e-6)
+    mixed = estimate * np.where(cluster < 5, 1.25, 0.75)[:, None]
+    slopes = np.where(np.arange(10) < 5, 1.25, 0.75)
+    lower = 1 - 1.8595 * slopes.std(ddof=1) * np.sqrt(1.1)
+    assert shrinkage(estimate, mixed, cluster) == pytest.approx(lower, abs=1e-4)
+    two = cluster < 2
+    assert shrinkage(estimate[two], estimate[two], cluster[two]) == 0, "of two subjects nothing follows for a third"
+
+
+@pytest.mark.parametrize("clusters", [3, 5, 10])
+def test_the_slope_of_a_subject_to_come_is_as_often_below_the_stated_end_as_is_said(clusters: int) -> None:
+    generator = np.random.default_rng(0)
+    missed = []
+    for _ in range(600):
+        slopes = generator.normal(1, 0.15, clusters + 1)
+        cluster = np.arange(30 * clusters) % clusters
+        estimate = generator.normal(size=(len(cluster), 2))
+        truth = slopes[cluster][:, None] * estimate + 0.1 * generator.normal(size=estimate.shape)
+        mean = slopes[:-1].mean()
+        missed.append(slopes[-1] < mean * shrinkage(estimate, truth, cluster))
+    assert np.mean(missed) < 0.05 + 2 * (0.05 * 0.95 / 600) ** 0.5
 
 
 def test_skill_of_two_experts_is_the_gain_over_all_trade_offs() -> None:

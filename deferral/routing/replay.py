@@ -66,8 +66,8 @@ def events_of(log: Log, experts: Sequence[str], *, kept: np.ndarray | None = Non
     propensity = log.column("propensity")[rows].astype(float)
     names, number = np.unique(expert, return_inverse=True)
     counts = np.bincount(query * len(names) + number, minlength=int(kept.sum()) * len(names)).reshape(-1, len(names))
-    logged = np.zeros(counts.size)
-    logged[query * len(names) + number] = np.nan_to_num(propensity)
+    logged = np.full(counts.size, np.nan)
+    logged[query * len(names) + number] = propensity
     if asked_together(counts, logged.reshape(counts.shape)):
         raise ValueError(
             "propensity: expected those of single decisions, which add up to 1 over the experts of a query; most queries with "

@@ -9,7 +9,6 @@ __all__ = ["familiarity", "folds_of_groups", "refitted", "shifted_folds", "shrin
 
 _CLUSTERS = 10
 _BINS = 16
-_Z = 1.645  # one-sided 95%
 
 
 def shifted_folds(vectors: Vectors, folds: int, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -67,18 +66,21 @@ def shrinkage(estimate: np.ndarray, truth: np.ndarray, cluster: np.ndarray) -> f
     """What share of an estimated deviation can be relied on in a subject to come.  (M, E), (M, E), (M,) -> number in [0, 1]
 
     The slopes of the true on the estimated deviation in every cluster are draws among subjects, and the next subject is one more:
-    the lower end of its one-sided 95% prediction interval, over the mean slope.  Deviations are taken around the row's mean; what
-    chance adds to the spread of the slopes is taken off.  Higgins, Thompson, Spiegelhalter, "A re-evaluation of random-effects
-    meta-analysis" (2009).
+    the lower end of its one-sided 95% prediction interval, by Student's law with two degrees of freedom less than there are
+    clusters (0 with fewer than three), over the mean slope.  Deviations are taken around the row's mean; what chance adds to the
+    spread of the slopes is taken off.  Higgins, Thompson, Spiegelhalter, "A re-evaluation of random-effects meta-analysis"
+    (2009), section 4.
     """
+    from scipy.special import stdtrit
+
     estimate, truth = estimate - estimate.mean(1, keepdims=True), truth - truth.mean(1, keepdims=True)
     above, below = (estimate * truth).sum(1), (estimate**2).sum(1)
     size = np.bincount(cluster, below)
     slope = np.bincount(cluster, above) / np.maximum(size, 1e-12)
     chance = np.bincount(cluster, (above - slope[cluster] * below) ** 2)[size > 0] / size[size > 0] ** 2
     slopes = slope[size > 0]
-    if len(slopes) < 2 or slopes.mean() <= 0:
+    if len(slopes) < 3 or slopes.mean() <= 0:
         return 0.0
     between = max(slopes.var(ddof=1) - chance.mean(), 0)
     spread = np.sqrt(between + (between + chance.mean()) / len(slopes))
-    return float(np.clip(1 - _Z * spread / slopes.mean(), 0, 1))
+    return float(np.clip(1 - stdtrit(len(slopes) - 2, 0.95) * spread / slopes.mean(), 0, 1))
