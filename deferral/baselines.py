@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deferral.numerics import lift
-from deferral.validation import check_probabilities, require_batch, require_floating
+from deferral.validation import check_costs, check_probabilities, require_batch, require_floating
 
 __all__ = ["compare_confidence", "deferral_gains", "post_hoc_scores", "selective_prediction"]
 
@@ -24,6 +24,7 @@ def selective_prediction(probabilities: Tensor, expected_costs: Tensor) -> Tenso
     et al., "Who Should Predict? Exact Algorithms For Learning to Defer to Humans" (AISTATS 2023).
     """
     check_probabilities(probabilities)
+    _require_rows("probabilities", probabilities)
     require_floating("expected_costs", expected_costs)
     if expected_costs.dim() != 1:
         raise ValueError(
@@ -43,10 +44,15 @@ def compare_confidence(probabilities: Tensor, correctness: Tensor, *, price: Ten
     """
     check_probabilities(probabilities)
     check_probabilities(correctness, name="correctness")
+    _require_rows("probabilities", probabilities)
+    _require_rows("correctness", correctness)
     require_batch("probabilities", probabilities.shape[:-1], "correctness", correctness.shape[:-1])
     if isinstance(price, Tensor) and price.shape not in ((), correctness.shape[-1:]):
         raise ValueError(f"price: expected a number or one per expert ({correctness.shape[-1]}), got {tuple(price.shape)}")
-    experts = lift(correctness) - price
+    experts = lift(correctness)
+    price = torch.as_tensor(price, dtype=experts.dtype, device=experts.device)
+    check_costs(price, ceiling=None, name="price")
+    experts = experts - price
     return torch.cat([lift(probabilities), experts.expand(*probabilities.shape[:-1], -1)], dim=-1)
 
 
@@ -71,4 +77,13 @@ def post_hoc_scores(gains: Tensor) -> Tensor:
     Narasimhan et al., "Post-hoc Estimators for Learning to Defer to an Expert" (NeurIPS 2022).
     """
     require_floating("gains", gains)
+    _require_rows("gains", gains)
     return torch.cat([torch.zeros_like(gains[..., :1]), gains], dim=-1)
+
+
+def _require_rows(name: str, table: Tensor) -> None:
+    if table.dim() < 2:
+        raise ValueError(
+            f"{name}: expected a column per class or expert, (N, ...), got shape {tuple(table.shape)}; a single column is "
+            f"{name}.unsqueeze(-1)"
+        )

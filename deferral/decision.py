@@ -127,5 +127,10 @@ def chow_scores(probabilities: Tensor, cost: Tensor | float) -> Tensor:
     require_cost_range(cost)
     if isinstance(cost, Tensor):
         require_batch("probabilities", probabilities.shape[:-1], "cost", cost.shape)
+        inside = (cost >= 0) & (cost <= 1)
+        if not bool(inside.all()):
+            raise ValueError(
+                f"cost: expected numbers in [0, 1], in units of one error, got {cost[~inside].flatten()[0].item():g}"
+            )
     threshold = torch.as_tensor(1 - cost, dtype=probabilities.dtype, device=probabilities.device)
     return torch.cat([probabilities, threshold.expand(probabilities.shape[:-1]).unsqueeze(-1)], dim=-1)

@@ -6,6 +6,7 @@ Weights count rows, as in `deferral.metrics`.  NumPy or torch in and out.
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -71,7 +72,10 @@ def _in_bins(
     if not bool(((happened == 0) | (happened == 1)).all()):
         raise ValueError("outcome: expected 0 or 1 (or bool), one per row")
     inner = torch.arange(1, bins, dtype=torch.float64, device=predicted.device) / bins
-    edges = torch.quantile(predicted, inner).unique() if equal_mass else inner
+    # torch's own takes at most 16 million numbers.
+    edges = (
+        torch.from_numpy(np.quantile(predicted.cpu().numpy(), inner.cpu().numpy())).to(inner).unique() if equal_mass else inner
+    )
     number = torch.bucketize(predicted, edges, right=True)
     used, number = number.unique(return_inverse=True)
     member = torch.nn.functional.one_hot(number, len(used)).double()

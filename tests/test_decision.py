@@ -64,6 +64,8 @@ def test_chow_abstains_iff_the_top_probability_is_at_most_one_minus_cost() -> No
         (lambda: decide(torch.tensor([[1, 2]])), "floating"),
         (lambda: chow_scores(torch.tensor([[1, 0]]), 0.1), "probabilities: expected a floating"),
         (lambda: chow_scores(torch.ones(3, 1), torch.rand(4)), "probabilities and cost differ in rows"),
+        (lambda: chow_scores(torch.ones(3, 1), torch.tensor([0.1, torch.nan, 0.2])), r"numbers in \[0, 1\].*got nan"),
+        (lambda: chow_scores(torch.ones(3, 1), torch.tensor([0.1, 0.1, 5.0])), r"numbers in \[0, 1\].*got 5"),
         (lambda: chow_scores(torch.ones(3, 1), -1.0), r"cost: expected a number in \[0, 1\], in units of one error, got -1"),
         (lambda: decide_pair(torch.randn(3, 2), torch.randn(2)), "one rejector value per row"),
         (lambda: deferral_margin(torch.randn(3, 2), num_own=2), r"expected 1\.\.1"),

@@ -12,6 +12,7 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from deferral.gateway.experts_file import Expert
+from deferral.gateway.metrics import Metrics
 from deferral.gateway.settings import Settings
 from tests.faulty_upstream import Upstream
 from tests.handmade_cascade import GUESS, unsure_router
@@ -77,6 +78,24 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
         for sample in family.samples:
             found.setdefault(sample.name, set()).update(sample.labels)
     return found
+
+
+def test_what_is_counted_begins_at_nothing_so_that_a_scraper_sees_the_first_of_it() -> None:
+    metrics = Metrics()
+    metrics.answered(
+        "small", "ok", price=0.5, best_price=1.0, input_tokens=3, output_tokens=4, first_byte_s=0.1, latency_s=0.2
+    )  # fmt: skip
+    # As after a reload: what was counted stays.
+    metrics.expect(["small", "large"])
+    text = metrics.text().decode()
+    for line in (
+        'deferral_price_dollars_total{expert="small"} 0.5',
+        'deferral_price_dollars_total{expert="large"} 0.0',
+        'deferral_answers_total{expert="large",outcome="truncated"} 0.0',
+        'deferral_tokens_total{direction="input",expert="large"} 0.0',
+        'deferral_requests_total{path="chat",status="503"} 0.0',
+    ):
+        assert line in text
 
 
 @pytest.mark.ci_slow
