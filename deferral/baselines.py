@@ -77,7 +77,6 @@ def post_hoc_scores(gains: Tensor) -> Tensor:
     Narasimhan et al., "Post-hoc Estimators for Learning to Defer to an Expert" (NeurIPS 2022).
     """
     require_floating("gains", gains)
-    _require_rows("gains", gains)
     return torch.cat([torch.zeros_like(gains[..., :1]), gains], dim=-1)
 
 

@@ -72,10 +72,10 @@ def _in_bins(
     if not bool(((happened == 0) | (happened == 1)).all()):
         raise ValueError("outcome: expected 0 or 1 (or bool), one per row")
     inner = torch.arange(1, bins, dtype=torch.float64, device=predicted.device) / bins
-    # torch's own takes at most 16 million numbers.
-    edges = (
-        torch.from_numpy(np.quantile(predicted.cpu().numpy(), inner.cpu().numpy())).to(inner).unique() if equal_mass else inner
-    )
+    edges = inner
+    if equal_mass:
+        # torch's own takes at most 16 million numbers.
+        edges = torch.from_numpy(np.quantile(predicted.detach().cpu().numpy(), inner.cpu().numpy())).to(inner).unique()
     number = torch.bucketize(predicted, edges, right=True)
     used, number = number.unique(return_inverse=True)
     member = torch.nn.functional.one_hot(number, len(used)).double()

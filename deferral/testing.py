@@ -305,12 +305,14 @@ def one_value_per_example(loss: Loss, setting: Setting) -> str | None:
 
 
 def leaves_its_input(loss: Loss, setting: Setting) -> str | None:
-    """Scores and rows are the caller's, and stay as they are in every precision."""
-    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        scores, rows = example(setting, (40,), dtype)
-        given = {"scores": scores, **rows}
-        before = {name: value.clone() for name, value in given.items()}
-        loss(scores, rows)
+    """Scores and rows are the caller's, and stay as they are, with a gradient to take and without."""
+    for trained in (False, True):
+        scores, rows = example(setting, (40,), torch.float32)
+        given = {"scores": scores.requires_grad_(trained), **rows}
+        before = {name: value.detach().clone() for name, value in given.items()}
+        values = loss(scores * 1 if trained else scores, rows)
+        if trained:
+            values.sum().backward()
         changed = [name for name, value in given.items() if not torch.equal(value, before[name])]
         if changed:
             return f"the caller's {', '.join(changed)} were changed in place"
@@ -371,13 +373,13 @@ def bounded_below(loss: Loss, setting: Setting) -> str | None:
 
 
 def every_expert_counts(loss: Loss, setting: Setting) -> str | None:
-    """Every expert's score has a gradient in some row, and permuting the experts permutes nothing else."""
+    """Every score has a gradient in some row, and permuting the experts permutes nothing else."""
     columns = list(setting.experts)
     if not columns:
         return None
     scores, rows = example(setting, (50,))
     value, slope = _loss_and_gradient(loss, scores, rows)
-    dead = [column for column in columns if not slope[:, column].any()]
+    dead = [column for column in range(setting.width) if not slope[:, column].any()]
     if dead:
         return f"scores in columns {dead} have no gradient in any of 50 rows"
     table = rows[setting.expert_rows]

@@ -119,6 +119,11 @@ def test_rest_is_no_failure_and_ends(clock: Clock) -> None:
     assert (breaker.state, breaker.down) == ("closed", False)
     ticket = breaker.enter()
     assert ticket is not None
+    breaker.rest(1, ticket)
+    assert (breaker.state, breaker.down) == ("closed", True), "no news"
+    clock.now += 1
+    ticket = breaker.enter()
+    assert ticket is not None
     breaker.rest(1e9, ticket)
     assert breaker.wait == 300, "nobody rests for ever"
 

@@ -307,6 +307,27 @@ def test_a_line_that_stands_twice_in_a_log_of_experts_asked_at_once_is_one_line_
     np.testing.assert_allclose(means[0], [0.6, 0.7], atol=0.06)
 
 
+def test_a_query_that_came_to_another_router_or_without_propensities_is_no_sign_of_experts_asked_at_once() -> None:
+    generator = np.random.default_rng(0)
+    decisions = [Outcome(f"query {number}", "a", 1.0, 0.0, propensity=0.99) for number in range(1000)]
+    changed = Log([*decisions, *(Outcome(f"query {number}", "b", 1.0, 0.0, propensity=0.99) for number in range(10))])
+    assert len(events_of(changed, ["a", "b"]).query) == 1010
+    some = Log(
+        Outcome(f"old {number}", name, 1.0, 0.0)
+        for number in range(100)
+        for name in generator.choice(["a", "b", "c"], 2, replace=False)
+    )
+    assert len(events_of(some, ["a", "b", "c"]).query) == 200
+    again = [Outcome(f"again {n}", "a", 1.0, 0.0, propensity=0.9) for n in range(20) for _ in range(9)]
+    drawn = [Outcome(f"again {n}", "b", 1.0, 0.0, propensity=0.05) for n in range(20)]
+    ratios = []
+    for rows in ([], [some[place] for place in range(len(some))]):
+        table = Log([*rows, *again, *drawn, *decisions]).table()
+        weights = observed(table)[[table.queries.index(f"again {n}") for n in range(20)]]
+        ratios.append(weights[:, table.experts.index("b")] / weights[:, table.experts.index("a")])
+    np.testing.assert_allclose(ratios[1], ratios[0], rtol=1e-5)
+
+
 def test_an_expert_that_only_logged_rows_have_is_weighed_by_its_share_of_them() -> None:
     mask = np.zeros((1000, 3), bool)
     mask[np.arange(1000), np.arange(1000) % 2] = True

@@ -72,6 +72,11 @@ def favours_an_expert(scores: Tensor, rows: Rows) -> Tensor:
     return two_stage_deferral(scores, rows["costs"] * torch.tensor([1, 0.98, 1]), ceiling=1.3)
 
 
+def blind_to_the_first_action(scores: Tensor, rows: Rows) -> Tensor:
+    seen = torch.cat([scores[..., :1].detach(), scores[..., 1:]], -1)
+    return two_stage_deferral(seen, rows["costs"], ceiling=1.3)
+
+
 def post_hoc(scores: Tensor, rows: Rows) -> Tensor:
     """Sound, though the own predictor is not one of the experts: the gains over it are regressed (Narasimhan et al. 2022)."""
     gains = rows["costs"][..., :1] - rows["costs"][..., 1:]
@@ -100,6 +105,7 @@ def test_planted_defects_are_named() -> None:
         (leaves_out_the_hardest_tenth, SINGLE_STAGE, "one_value_per_example"),
         (favours_a_class, SINGLE_STAGE, "classes_are_alike"),
         (favours_an_expert, TWO_STAGE, "every_expert_counts"),
+        (blind_to_the_first_action, TWO_STAGE, "every_expert_counts"),
         (detached_where_it_matters, SINGLE_STAGE, "gradient"),
     ):
         report = check_loss(defect, setting)

@@ -28,8 +28,6 @@ _log = logging.getLogger("deferral.gateway")
 
 # An expert that asks for more patience than this is not waited for.
 _PATIENCE = 2.0
-# A second's rest, which many ask for again and again, is no news.
-_WORTH_A_LINE = 5.0
 
 
 class Standing:
@@ -53,7 +51,7 @@ class Standing:
             breaker.leave(ticket)
         if error.rest is not None:
             breaker.rest(error.rest, ticket)
-        if breaker.state != was and breaker.wait > _WORTH_A_LINE:
+        if breaker.state != was:
             _log.warning("%s is left alone for %.0f s", name, breaker.wait)
 
 

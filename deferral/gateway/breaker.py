@@ -11,6 +11,8 @@ _FAILURES = 5
 _FIRST_PAUSE, _LONGEST_PAUSE = 10.0, 300.0
 # An upstream may ask for more rest than anybody wants to give it.
 _LONGEST_REST = 300.0
+# A second's rest, which many ask for again and again, is no news.
+_WORTH_SAYING = 5.0
 
 
 class Breaker:
@@ -27,13 +29,14 @@ class Breaker:
         self._pause = _FIRST_PAUSE
         self._open = False
         self._probing = False
+        self._resting = False
         self._epoch = 0
 
     @property
     def state(self) -> str:
-        """ "closed", "resting" as it was asked to, "open" or "half-open"."""
+        """ "closed", "resting" for more than some seconds, as it was asked to, "open" or "half-open"."""
         if not self._open:
-            return "resting" if self.down else "closed"
+            return "resting" if self._resting and self.down else "closed"
         return "half-open" if self._clock() >= self._until else "open"
 
     @property
@@ -90,6 +93,7 @@ class Breaker:
     def rest(self, seconds: float, ticket: int) -> None:
         """The expert asked to be left alone for a while (429 with Retry-After)."""
         self.leave(ticket)
+        self._resting = (self._resting and self.down) or seconds >= _WORTH_SAYING
         self._until = max(self._until, self._clock() + min(seconds, _LONGEST_REST))
 
     def _change(self, *, opened: bool) -> None:

@@ -60,12 +60,16 @@ _SESSION = {
 def connect(url: str) -> Engine:
     """The database of an SQLAlchemy URL, or of the path of an SQLite file; nothing is opened yet."""
     expected = "the path of a file or an SQLAlchemy URL such as sqlite:///gateway.db or postgresql+psycopg://user@host/name"
+    if "://" in url and url.count("@") > 1:
+        # What follows the first would be taken for a host, and named by whoever cannot find it.
+        raise ValueError(f"database: expected {expected}; a @ in a name or password is written %40")
     try:
         parsed = make_url(url if "://" in url else f"sqlite:///{url}")
+    except (ArgumentError, ValueError):
+        # The URL itself may hold a password.
+        raise ValueError(f"database: expected {expected}; got another") from None
+    try:
         backend = parsed.get_backend_name()
-        if "@" in (parsed.host or ""):
-            # Whoever cannot find that host names it, and with it the end of the password.
-            raise ValueError(f"database: expected {expected}; a @ or / in a password is written %40 or %2F")
         if backend == "postgresql":
             if parsed.drivername == "postgresql":
                 parsed = parsed.set(drivername="postgresql+psycopg")
@@ -82,7 +86,6 @@ def connect(url: str) -> Engine:
     except ModuleNotFoundError as error:
         raise ValueError(f"database: {error}; PostgreSQL needs `pip install 'deferral[postgres]'`") from None
     except (ArgumentError, NoSuchModuleError):
-        # The URL itself may hold a password.
         raise ValueError(f"database: expected {expected}; got another") from None
     event.listen(engine, "connect", _set_pragmas)
     return engine

@@ -103,7 +103,7 @@ def cautious_gain(draws: Draws, old: np.ndarray, new: np.ndarray) -> float:
         return -math.inf
     stands_for = np.broadcast_to(1 / np.asarray(draws.heard), len(old))
     failed = float(np.broadcast_to(draws.worst, len(old))[seen].mean())
-    gain = float(draws.estimate[seen, old[seen]].mean()) - one_more(draws, new, seen, failed)
+    gain = float(draws.estimate[seen, old[seen]].mean()) - one_more(draws, new, seen, failed, of=int((old != new).sum()))
     values = np.append(doubly_robust(draws, old) - doubly_robust(draws, new), gain)
     mean, half = interval_of_mean(
         values, np.append(stands_for, stands_for[seen].mean()), np.append(draws.group, draws.group.max() + 1)
@@ -112,10 +112,13 @@ def cautious_gain(draws: Draws, old: np.ndarray, new: np.ndarray) -> float:
     return mean - half
 
 
-def one_more(draws: Draws, actions: np.ndarray, seen: np.ndarray, cost: float) -> float:
-    """The doubly robust cost of one more draw of a policy's actions that cost so much, like those seen.  (N,), (N,) bool"""
+def one_more(draws: Draws, actions: np.ndarray, seen: np.ndarray, cost: float, *, of: int) -> float:
+    """The doubly robust cost of one more draw of a policy's actions that cost so much, like those seen.  (N,), (N,) bool
+
+    It stands for no more than all the rows `of` which those seen are some.
+    """
     expected = float(draws.estimate[seen, actions[seen]].mean())
-    return expected + float((1 / draws.propensity[seen]).mean()) * (cost - expected)
+    return expected + min(float((1 / draws.propensity[seen]).mean()), of) * (cost - expected)
 
 
 def doubly_robust(draws: Draws, actions: np.ndarray) -> np.ndarray:

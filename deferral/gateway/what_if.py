@@ -160,13 +160,15 @@ def _half_with_one_more(draws: Draws, actions: np.ndarray, best: np.ndarray, val
 
     A few answers of heavy weight may hold none of a rare kind by luck, and their own spread then knows nothing of it.
     """
-    seen = actions == draws.action
-    seen = seen & (actions != best) if (seen & (actions != best)).any() else seen
+    seen, moved = actions == draws.action, actions != best
+    of = np.ones(len(seen), bool)
+    if (seen & moved).any():
+        seen, of = seen & moved, moved
     if not seen.any():
         return 0.0
     group, halves = np.append(draws.group, draws.group.max() + 1), []
     for quality in (0.0, 1.0):
-        mean, half = _mean(np.append(values, one_more(draws, actions, seen, quality)), group)
+        mean, half = _mean(np.append(values, one_more(draws, actions, seen, quality, of=int(of.sum()))), group)
         assert half is not None
         halves.append(abs(mean - float(values.mean())) + half)
     return max(halves)

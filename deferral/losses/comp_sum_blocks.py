@@ -13,8 +13,9 @@ from deferral.numerics import KNEE, LEAST_BEFORE_KNEE, PRECISE, expm1_linear, re
 __all__ = ["comp_sum_block", "comp_sum_losses", "slope"]
 
 _LOG_PRECISE = math.log(PRECISE)
-# A score of such a size may be multiplied before another is taken off it: no more digits are lost than by such a log p.
-_NEAR = -_LOG_PRECISE
+# A score of this size at most may be multiplied before another is taken off it: no more digits are lost than where action 0 has
+# such a log p, which costs a confident row those of a loss below 1e-6.
+_NEAR = 8.0
 
 
 def comp_sum_losses(log_p: Tensor, mu: float) -> Tensor:

@@ -51,13 +51,16 @@ def asked_together(asked: np.ndarray, propensity: np.ndarray) -> bool:
 
     One decision has propensities that add up to 1.  Experts of whom none was asked twice, and whose propensities add up to more,
     were asked at once, or by decisions between which the router changed; queries that come again to one expert were decided
-    again.  What more queries say holds for the log, but for those that everyone was asked with certainty.  The share of the
-    queries that an expert answered stands for propensities that are not logged.
+    again.  What more queries say holds for the log, if it is one in twenty at least; those without all their propensities say
+    nothing, nor those that everyone was asked with certainty.
     """
-    unlogged, twice = np.isnan(propensity), (asked > 1).any(1)
-    everyone = (asked > 0).all(1) & (asked == asked[:, :1]).all(1) & (unlogged | (propensity >= 1)).all(1)
-    chance = np.where(asked > 0, np.where(unlogged, (asked > 0).mean(0), propensity), 0.0).sum(1)
-    return bool(((chance > 1 + _ROUNDING) & ~twice & ~everyone).sum() > (twice & ~everyone).sum())
+    logged = ((asked == 0) | ~np.isnan(propensity)).all(1)
+    everyone = (asked > 0).all(1) & (asked == asked[:, :1]).all(1) & (propensity >= 1).all(1)
+    telling = logged & ~everyone
+    twice = (asked > 1).any(1)
+    chance = np.where(asked > 0, propensity, 0.0).sum(1)
+    together = int((telling & ~twice & (chance > 1 + _ROUNDING)).sum())
+    return together > max(int((telling & twice).sum()), telling.sum() / 20)
 
 
 def _share(counts: np.ndarray, single: bool) -> np.ndarray:
