@@ -8,6 +8,7 @@ from deferral.losses import single_stage_deferral, two_stage_deferral
 from deferral.numerics import lift
 from deferral.testing import (
     ONE_EXPERT,
+    PROPERTIES,
     SINGLE_STAGE,
     SINGLE_STAGE_BINARY,
     TWO_STAGE,
@@ -108,7 +109,8 @@ def test_planted_defects_are_named() -> None:
         (blind_to_the_first_action, TWO_STAGE, "every_expert_counts"),
         (detached_where_it_matters, SINGLE_STAGE, "gradient"),
     ):
-        report = check_loss(defect, setting)
+        # The search for minimisers takes a second each; where it is not what finds the defect, it is left out.
+        report = check_loss(defect, setting, properties=[one for one in PROPERTIES if expected == "bayes" or one is not bayes])
         assert not report.ok
         assert expected in report.violations, f"{defect.__name__}: {report}"
         assert expected in str(report)
