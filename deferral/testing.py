@@ -294,7 +294,7 @@ def _differs(actual: Tensor, expected: Tensor) -> str | None:
 def one_value_per_example(loss: Loss, setting: Setting) -> str | None:
     """(..., width) scores give (...,) losses, and a row's loss depends on that row alone."""
     # Enough rows for a share of them to be at least one.
-    shape = (6, 8)
+    shape = (3, 4)
     scores, rows = example(setting, shape)
     values = loss(scores, rows)
     if values.shape != shape:

@@ -78,6 +78,7 @@ def test_corrupted_peoples_labels_are_named(tmp_path: Path) -> None:
         cifar10h_counts(tmp_path)
 
 
+@pytest.mark.ci_slow
 def test_every_flipped_byte_is_noticed_or_harmless(tmp_path: Path) -> None:
     """A deflated archive damaged at any place: an error that names the file, never another exception."""
     labels = np.random.default_rng(0).integers(0, 10, (50_000, 3))
@@ -93,6 +94,7 @@ def test_every_flipped_byte_is_noticed_or_harmless(tmp_path: Path) -> None:
             assert torch.equal(cifar10n_annotators(tmp_path), torch.from_numpy(labels))
 
 
+@pytest.mark.ci_slow
 @pytest.mark.filterwarnings("ignore:.*(escape sequence|decimal literal|numeric literal)")
 def test_every_damaged_header_of_a_plain_array_is_noticed_or_harmless(tmp_path: Path) -> None:
     counts = np.random.default_rng(0).integers(0, 50, (10_000, 10))
