@@ -13,9 +13,6 @@ from deferral.numerics import KNEE, LEAST_BEFORE_KNEE, PRECISE, expm1_linear, re
 __all__ = ["comp_sum_block", "comp_sum_losses", "slope"]
 
 _LOG_PRECISE = math.log(PRECISE)
-# A score of this size at most may be multiplied before another is taken off it: no more digits are lost than where action 0 has
-# such a log p, which costs a confident row those of a loss below 1e-6.
-_NEAR = 8.0
 
 
 def comp_sum_losses(log_p: Tensor, mu: float) -> Tensor:
@@ -68,18 +65,16 @@ def _fill_by_softmax(scores: Tensor, weights: Tensor, ceiling: Tensor | None, de
     spare = None
     if ceiling is not None:
         weights = spare = ceiling - weights
-    near = mu == 1 and first.abs().amax().item() <= _NEAR
     if mu == 1:
         # In the table that the softmax is about to fill, so that one more is enough.
-        products = torch.mul(scores, weights, out=descent) if near else torch.sub(scores, first, out=descent).mul_(weights)
-        pulled = products.sum(dim=-1, keepdim=True)
+        relative = torch.sub(scores, first, out=descent).mul_(weights).sum(dim=-1, keepdim=True)
     torch.softmax(scores, dim=-1, out=descent)
     log_p_first = descent[:, :1].log()
     if not log_p_first.amin().item() >= _LOG_PRECISE:
         return False
     if mu == 1:
         pull, total = weights, weights.sum(dim=-1, keepdim=True)
-        torch.addcmul(pulled, log_p_first.sub_(first) if near else log_p_first, total, out=losses).neg_()
+        torch.addcmul(relative, log_p_first, total, out=losses).neg_()
     else:
         found, pull = _losses_and_pull_of(descent, scores, first, log_p_first, weights, mu, spare)
         losses.copy_(found)
