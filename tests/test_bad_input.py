@@ -65,6 +65,7 @@ COSTS = torch.linspace(0.1, 0.9, 8).view(4, 2)
         (lambda: comp_sum(SCORES, torch.rand(4, 5), mu=2.5), ValueError, "mu: expected a number in [0, 2]"),
         (lambda: two_stage_abstention(torch.randn(4, 1), torch.ones(4), 0.1), ValueError, "squeeze(-1)"),
         (lambda: two_stage_abstention(torch.randn(4), torch.ones(4), -0.1), ValueError, "number in [0, 1]"),
+        (lambda: two_stage_abstention(torch.randn(4), [1.0, 0.0, 1.0, 0.0], 0.1), TypeError, "wrong: expected a torch tensor"),
         (lambda: two_stage_abstention(torch.randn(4), torch.ones(4), torch.rand(4, 1)), ValueError, "differ in rows"),
         (lambda: predictor_rejector_abstention(SCORES, SCORES[:1, 0], TARGETS, 0.1), ValueError, "one rejector value per row"),
         (lambda: predictor_rejector_abstention(SCORES, SCORES[:, 0], TARGETS, torch.rand(4, 1)), ValueError, "differ in rows"),
@@ -209,6 +210,17 @@ def test_criterion_is_the_mean_and_validation_can_be_switched_off() -> None:
     Criterion(single_stage_deferral, ceiling=1.5)(SCORES, TARGETS, dear)
     Criterion(single_stage_deferral, validate=False)(SCORES, TARGETS, dear)
     assert "mu=1.7, validate=True" in repr(Criterion(single_stage_deferral, mu=1.7))
+
+
+def test_criterion_takes_a_loss_from_elsewhere_whose_every_column_is_a_class() -> None:
+    labels = torch.tensor([0, 4, 2, 3])
+
+    def own(scores: torch.Tensor, targets: torch.Tensor, *, ignore_index: int = -100) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(scores, targets, reduction="none", ignore_index=ignore_index)
+
+    torch.testing.assert_close(Criterion(own)(SCORES, labels), own(SCORES, labels).mean())
+    with pytest.raises(ValueError, match=r"class indices in 0\.\.4, got 5"):
+        Criterion(own)(SCORES, labels + 1)
 
 
 def test_criterion_checks_two_stage_costs_and_masks() -> None:

@@ -7,14 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deferral.losses.predictor_rejector import constrained_rho_hinge, double_mae, mae, max_rho_margin
-from deferral.losses.published import cost_sensitive_abstention, mixture_of_experts, picce
+from deferral.losses.published import deep_gamblers, mixture_of_experts, picce
 from deferral.losses.realizable import realizable_experts
+from deferral.losses.score_based import score_based_abstention
 from deferral.validation import check_costs, check_mask, check_scores, check_targets
 
 __all__ = ["Criterion"]
 
-_SCORES_OF_CLASSES_ALONE = {constrained_rho_hinge, cost_sensitive_abstention, double_mae, mae, max_rho_margin}
+# Their last score abstains, and no argument tells; of a loss from elsewhere every column may be a class.
+_LAST_SCORE_ABSTAINS = {deep_gamblers, score_based_abstention}
 # Their formula asks which experts are right; a chance of being right has no place in it.
 _RIGHT_OR_WRONG = {mixture_of_experts, picce, realizable_experts}
 
@@ -24,8 +25,7 @@ class Criterion(nn.Module):
 
     `Criterion(score_based_abstention, cost=0.05)(scores, targets)`.  With `validate=True` the values are read at every call:
     NaN scores, labels outside 0..K-1, costs outside [0, ceiling], fractions where an expert is right or wrong, and masked own
-    actions raise ValueError.  On a GPU that
-    synchronises; switch it off once the data is known to be right.
+    actions raise ValueError.  On a GPU that synchronises; switch it off once the data is known to be right.
     """
 
     def __init__(self, loss: Callable[..., Tensor], *, validate: bool = True, **options: Any) -> None:
@@ -107,13 +107,15 @@ class Criterion(nn.Module):
 
     def _extra_columns(self, given: dict[str, Any]) -> int:
         """How many columns of the scores stand behind the class columns: one per expert, none, or one for abstaining."""
-        if "rejector" in given or "gate" in given or self._loss in _SCORES_OF_CLASSES_ALONE:
+        if "rejector" in given or "gate" in given:
             return 0
         if "expert_costs" in given:
             return given["expert_costs"].shape[-1]
-        correct = given.get("expert_correct")
-        # One number per row belongs to a single expert.
-        return 1 if correct is None or correct.shape == given["scores"].shape[:-1] else correct.shape[-1]
+        if "expert_correct" in given:
+            correct = given["expert_correct"]
+            # One number per row belongs to a single expert.
+            return 1 if correct.shape == given["scores"].shape[:-1] else correct.shape[-1]
+        return 1 if "expert_cost" in given or self._loss in _LAST_SCORE_ABSTAINS else 0
 
 
 def _last(table: Tensor, columns: int) -> Tensor:

@@ -25,7 +25,14 @@ from deferral.losses.margin import (
     sigmoid,
 )
 from deferral.numerics import lift
-from deferral.validation import require_batch, require_cost_range, require_floating, require_rejector, require_targets
+from deferral.validation import (
+    require_batch,
+    require_cost_range,
+    require_floating,
+    require_rejector,
+    require_targets,
+    require_tensor,
+)
 
 __all__ = [
     "constrained_rho_hinge",
@@ -124,6 +131,7 @@ def two_stage_abstention(rejector: Tensor, wrong: Tensor, cost: Tensor | float, 
 
     ALT 2024, eq. 5; with `rejector_of_scores` the second stage of AISTATS 2024.
     """
+    require_tensor("wrong", wrong)
     _require_rejector_and_cost(rejector, wrong.shape, cost)
     return wrong * phi(-rejector) + cost * phi(rejector)
 
