@@ -351,6 +351,15 @@ def test_a_file_of_queries_that_is_none_is_refused(folder: Path, tmp_path: Path)
         (tmp_path / "packed.gz").write_bytes(content)
         with pytest.raises(DataError, match="row 1: expected text in UTF-8, one query a line"):
             route_file(folder, tmp_path / "packed.gz", out)
+    for name in ("lines.ndjson", "lines.JSONL"):
+        (tmp_path / name).write_text('{"query": "prime theorem"}\n{"query": "emperor"}\n')
+        route_file(folder, tmp_path / name, tmp_path / f"{name}.out")
+        assert (tmp_path / f"{name}.out").read_bytes() == (tmp_path / "in.out").read_bytes(), "objects are no texts"
+    (tmp_path / "lines.json").write_text('{"query": "prime theorem"}\n')
+    with pytest.raises(DataError, match=r"lines\.json: expected lines; name the file \.jsonl"):
+        route_file(folder, tmp_path / "lines.json", out)
+    with pytest.raises(DataError, match=r"it is there already; expected a new file"):
+        route_file(folder, queries, Path("."))
     (tmp_path / "deep.jsonl").write_text('{"query": ' + 100_000 * "[" + "\n")
     with pytest.raises(DataError, match="row 1: expected a JSON object"):
         route_file(folder, tmp_path / "deep.jsonl", tmp_path / "deep.out")

@@ -113,6 +113,7 @@ def test_costs_are_errors_plus_prices_in_units_of_one_error() -> None:
         ({"price": float("inf")}, "row 2, price"),
         ({"price": 10**400}, "row 2, price: expected a number that is finite and not negative, got inf"),
         ({"propensity": 0.0}, "row 2, propensity"),
+        ({"input_tokens": 10**39}, r"row 2, input_tokens: expected a number up to 3\.4e\+38, got 1e\+39"),
         ({"propensity": 1e-60}, "row 2, propensity: expected a probability above 0, got 1e-60"),
         ({"expert": " "}, "row 2, expert"),
         ({"query": None}, "row 2, query"),
@@ -139,6 +140,7 @@ def test_a_bad_outcome_is_named_by_row_and_field(change: dict, message: str) -> 
         ('{"query": "q", "expert": "a", "quality": NaN, "price": 1}\n', "row 2, quality"),
         ('{"query": "q", "expert": "a", "quality": 1, "price": 1, "cost": 2}\n', "row 2, cost: expected only the fields"),
         ('{"query": "q", "expert": "a", "quality": 1, "price": 1, "tags": "x"}\n', "row 2, tags"),
+        ('{"query": "q", "expert": "a", "quality": 1, "price": 1, "tags": 0}\n', "row 2, tags: expected a list of texts, got 0"),
     ],
 )
 def test_a_bad_line_is_named_by_file_row_and_field(tmp_path: Path, line: str, message: str) -> None:

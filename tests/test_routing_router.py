@@ -683,3 +683,12 @@ def test_wrong_arguments() -> None:
         router().route_batch("text")
     with pytest.raises(TypeError, match="row 2"):
         router().route_batch(["a", None])
+
+
+def test_integers_of_numpy_are_integers(tmp_path: Path) -> None:
+    texts, _, quality, price = world(39)
+    windows = {EXPERTS[0]: Abilities(context_tokens=np.int64(8000))}
+    router = Router(0.1, policies=QUICK, abilities=windows, seed=np.int64(3))
+    router.fit(log_of_table(texts, EXPERTS, quality, price)).save(tmp_path / "router")
+    loaded = Router.load(tmp_path / "router")
+    assert (loaded.seed, loaded.abilities) == (3, windows)

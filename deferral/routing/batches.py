@@ -24,6 +24,7 @@ from threadpoolctl import threadpool_limits
 
 from deferral.errors import DataError
 from deferral.routing.constraints import Needs
+from deferral.routing.log_files import JSON_LINES
 from deferral.routing.persistence import written
 from deferral.routing.router import Router
 from deferral.whole_files import written_whole
@@ -45,14 +46,18 @@ def route_file(
 ) -> int:
     """Route every query of a file by the router in a folder; the number of queries.  DataError names the row.
 
-    `queries` is .jsonl, one object with "query" a line, or any other text file, one query a line (an empty line is an empty
-    query).  `setting` are those of `Router.plan`.  Calls `on_rows(rows done, bytes of the file read)` as it goes on.  An `out`
-    that the same work has left is kept, and nothing is done.
+    `queries` is .jsonl or .ndjson, one object with "query" a line, or any other text file, one query a line (an empty line is an
+    empty query).  `setting` are those of `Router.plan`.  Calls `on_rows(rows done, bytes of the file read)` as it goes on.  An
+    `out` that the same work has left is kept, and nothing is done.
     """
+    if out.is_dir():
+        _check_free(out)
     if out.exists() and out.samefile(queries):
         raise DataError(f"{out}: it holds the queries; name another file for the decisions")
     if not out.parent.is_dir():
         raise DataError(f"{out}: there is no folder {out.parent}; make it, or name another file")
+    if queries.suffix.lower() == ".json":
+        raise DataError(f'{queries}: expected lines; name the file .jsonl where each of its lines is an object with a "query"')
     if not queries.is_file():
         raise DataError(f"{queries}: expected a file, which can be read again from the middle; write what comes by a pipe to one")
     if workers < 1:
@@ -212,7 +217,7 @@ def _chunks(path: Path, skip: int) -> Iterator[tuple[list[str], int]]:
 def _query(path: Path, row: int, line: bytes) -> str:
     if row == 1:
         line = line.removeprefix(BOM_UTF8)
-    if path.suffix != ".jsonl":
+    if path.suffix.lower() not in JSON_LINES:
         if b"\0" in line:
             raise DataError(
                 f"{path}: row {row}: expected text in UTF-8, one query a line, got {line[:20]!r}; a compressed file, Parquet or "

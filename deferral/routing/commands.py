@@ -34,6 +34,7 @@ __all__ = ["route"]
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 _NEW = click.Path(path_type=Path)
+_NEW_FOLDER = click.Path(file_okay=False, path_type=Path)
 _SHARE = click.FloatRange(0, 1, min_open=True, max_open=True)
 _POSITIVE = click.FloatRange(0, min_open=True)
 _RARE = 20  # outcomes of an expert
@@ -144,7 +145,7 @@ def fit(
     prices: Path | None,
     seed: int,
 ) -> None:
-    """Learn a router from LOG (.jsonl or .parquet), and report what it is worth on held-out queries."""
+    """Learn a router from LOG (.jsonl, .ndjson or .parquet), and report what it is worth on held-out queries."""
     # Before the work, not after it.
     check_place(out)
     outcomes = _read(log)
@@ -180,7 +181,7 @@ def _warn_of_rare(log: Log) -> None:
 )
 @click.option("--by-tag", is_flag=True, help="Without --router: folds of whole subjects, the first tag of a query.")
 @_encoder_options
-@click.option("--out", "-o", type=_NEW, help="Folder for evaluation.json and curve.png.")
+@click.option("--out", "-o", type=_NEW_FOLDER, help="Folder for evaluation.json and curve.png.")
 @click.option("--resamples", type=click.IntRange(min=100), default=1000, show_default=True, help="Of the bootstrap.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 def evaluate(
@@ -312,7 +313,7 @@ def simulate(
 @click.option("--encoder", type=_FOLDER, help="Folder of the sentence encoder that the router was fitted with.")
 @click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes.")
 def batch(queries: Path, out: Path, folder: Path, encoder: Path | None, workers: int, **options: Any) -> None:
-    """Route a file of queries: IN is .jsonl (objects with "query") or text, one query a line; OUT holds a decision a line.
+    """Route a file of queries: IN is .jsonl, .ndjson (objects with "query") or text, one query a line; OUT a decision a line.
 
     Stopped or killed, the same command continues where it was; once OUT is complete, it does nothing.
     """

@@ -17,22 +17,23 @@ from deferral.routing.confidence import Confidence, check_confidence
 from deferral.routing.outcomes import NUMBERS, Log, Outcome, check_number, check_tags, check_text
 from deferral.whole_files import written_whole
 
-__all__ = ["read_log", "write_log"]
+__all__ = ["JSON_LINES", "read_log", "write_log"]
+
+# Endings of files that hold one object a line.
+JSON_LINES = (".jsonl", ".ndjson")
 
 _FIELDS = ("query", "expert", *NUMBERS, "tags", "confidence")
 _CHUNK = 20_000
 
 
 def read_log(path: str | Path, *, on_rows: Callable[[int], None] = lambda rows: None) -> Log:
-    """Read a log from a file that ends in .jsonl or .parquet.  DataError names the file, the row (the first is 1) and the field.
+    """Read a log from a file that ends in .jsonl, .ndjson or .parquet.  DataError names the file, the row (from 1) and the field.
 
     A last line of JSON that was cut off is an error too: it says how many whole rows stand before it.  Calls `on_rows(rows read)`
     as it goes on.
     """
     path = Path(path)
-    rows = {".jsonl": _read_jsonl, ".parquet": _read_parquet}.get(path.suffix)
-    if rows is None:
-        raise DataError(f"{path}: expected a name that ends in .jsonl or .parquet")
+    rows = _read_parquet if _is_parquet(path) else _read_jsonl
     log = Log()
     for number, row in enumerate(rows(path), start=1):
         try:
@@ -47,15 +48,19 @@ def read_log(path: str | Path, *, on_rows: Callable[[int], None] = lambda rows: 
 
 
 def write_log(log: Log, path: str | Path) -> None:
-    """Write a log to a file that ends in .jsonl or .parquet; a file that is there is replaced when all is written."""
+    """Write a log to a file that ends in .jsonl, .ndjson or .parquet; a file that is there is replaced when all is written."""
     path = Path(path)
-    write = {".jsonl": _write_jsonl, ".parquet": _write_parquet}.get(path.suffix)
-    if write is None:
-        raise DataError(f"{path}: expected a name that ends in .jsonl or .parquet")
+    write = _write_parquet if _is_parquet(path) else _write_jsonl
     if not path.parent.is_dir():
         raise DataError(f"{path.parent}: expected the folder for {path.name}, there is none; make it first")
     with written_whole(path) as partial:
         write(log, partial)
+
+
+def _is_parquet(path: Path) -> bool:
+    if path.suffix.lower() not in (*JSON_LINES, ".parquet"):
+        raise DataError(f"{path}: expected a name that ends in {', '.join(JSON_LINES)} or .parquet")
+    return path.suffix.lower() == ".parquet"
 
 
 def _add(log: Log, number: int, row: dict) -> None:
@@ -64,7 +69,7 @@ def _add(log: Log, number: int, row: dict) -> None:
             raise DataError(f"row {number}, {name}: it is missing; the row holds {', '.join(map(str, row)) or 'nothing'}")
     if strange := [name for name in row if name not in _FIELDS]:
         raise DataError(f"row {number}, {strange[0]}: expected only the fields {', '.join(_FIELDS)}")
-    tags = check_tags(number, row.get("tags") or ())
+    tags = check_tags(number, () if row.get("tags") is None else row["tags"])
     numbers = {name: check_number(number, name, row.get(name)) for name in NUMBERS}
     sure = check_confidence(number, row.get("confidence"))
     log._add(check_text(number, "query", row["query"]), check_text(number, "expert", row["expert"]), numbers, tags, sure)

@@ -37,6 +37,9 @@ NUMBERS = {
     "propensity": (0.0, 1.0),
     "time": (-np.inf, np.inf),
 }
+# The others are kept in single precision, up to the largest number of which it ends.
+_DOUBLE = ("price", "time")
+_MOST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +109,7 @@ class Log:
         self.confidences: dict[int, Confidence] = {}  # by row, where there is one
         self._codes: tuple[dict, dict, dict] = ({}, {}, {(): 0})
         self._query, self._expert, self._tags = _Column(np.int32), _Column(np.int32), _Column(np.int32)
-        self._numbers = {name: _Column(np.float64 if name in ("price", "time") else np.float32) for name in NUMBERS}
+        self._numbers = {name: _Column(np.float64 if name in _DOUBLE else np.float32) for name in NUMBERS}
         self.extend(outcomes)
 
     def __len__(self) -> int:
@@ -268,6 +271,8 @@ def check_number(row: int | str, name: str, value: object) -> float:
         return number
     if not low <= number <= high or np.isinf(number):
         raise DataError(f"row {row}, {name}: expected a number{unit}{bounds}, got {number:g}")
+    if number > _MOST and name not in _DOUBLE:
+        raise DataError(f"row {row}, {name}: expected a number up to {_MOST:.1e}, got {number:g}")
     if name == "propensity" and np.float32(number) == 0:
         raise DataError(
             f"row {row}, propensity: expected a probability above 0, got {number:g}; what cannot happen did not happen"

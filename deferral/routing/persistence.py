@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from hashlib import sha256
+from operator import index
 from pathlib import Path
 
 import numpy as np
@@ -123,7 +124,8 @@ def save(router: Saved, folder: Path) -> None:
     path = folder / _NUMBERS.format(digest[:12])
     with _alone(folder):
         _put(path, numbers)
-        _put(folder / _NAMES, json.dumps(names).encode())
+        # Integers of numpy, in an expert's abilities perhaps, are integers.
+        _put(folder / _NAMES, json.dumps(names, default=index).encode())
         for other in (*folder.glob(_NUMBERS.format("*")), *_unfinished(folder)):
             if other != path:
                 other.unlink(missing_ok=True)

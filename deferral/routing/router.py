@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import inf
+from operator import index
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -98,7 +99,7 @@ class Router:
         check_price_of_error(price_of_error)
         if not 0 <= explore < 1:
             raise ValueError(f"explore: expected a share of the queries in [0, 1), got {explore}")
-        self.price_of_error, self.explore, self.seed = float(price_of_error), float(explore), seed
+        self.price_of_error, self.explore, self.seed = float(price_of_error), float(explore), index(seed)
         self.encoder: NgramEncoder | FunctionEncoder
         if encoder is None:
             self.encoder = NgramEncoder(seed=seed)
