@@ -757,10 +757,14 @@ def test_on_real_tables_abstaining_is_cheaper_than_always_and_never(name: str, d
 class BySign:
     """Two folds by the sign of the first feature."""
 
+    def __init__(self) -> None:
+        self.seen: list[np.ndarray] = []
+
     def get_n_splits(self, X=None, y=None, groups=None) -> int:
         return 2
 
     def split(self, X, y=None, groups=None):
+        self.seen.append(X)
         first, second = (np.flatnonzero((X[:, 0] > 0) == sign) for sign in (False, True))
         yield first, second
         yield second, first
@@ -768,7 +772,11 @@ class BySign:
 
 def test_a_splitter_sees_the_rows() -> None:
     X, y, _ = half_known(120, seed=0)
-    AbstainingClassifier(cost=0.3, cv=BySign()).fit(X, y)
+    folds = BySign()
+    AbstainingClassifier(cost=0.3, cv=folds).fit(X, y)
+    assert folds.seen
+    for seen in folds.seen:
+        np.testing.assert_array_equal(seen, X)
 
 
 def test_an_expert_of_whom_the_second_stage_sees_no_answer_is_named() -> None:

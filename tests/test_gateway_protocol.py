@@ -374,7 +374,11 @@ def taken(loop: Any, app: Any, packet: bytes, take: Callable[[socket.socket], An
         return runner.run(run())
 
 
-LOOPS = [asyncio.new_event_loop, pytest.importorskip("uvloop").new_event_loop]
+def of_uvloop() -> asyncio.AbstractEventLoop:
+    return pytest.importorskip("uvloop", reason="uvloop is not for this platform").new_event_loop()
+
+
+LOOPS = [asyncio.new_event_loop, of_uvloop]
 
 
 @pytest.mark.parametrize("loop", LOOPS)
