@@ -127,16 +127,19 @@ def fit_temperature(loss: Callable[[Tensor], Tensor], scores: Tensor) -> float:
         raise ValueError(f"scores: expected at least one row, got shape {tuple(scores.shape)}")
     closed = scores.isneginf()
     finite = scores.detach().double().masked_fill(closed, 0.0)
-    # In units of the scores' own size, the search begins near its end.
-    size = float(finite.square().mean().sqrt()) or 1.0
 
-    def mean_loss(log_ratio: Tensor) -> Tensor:
+    def mean_loss(temperature: Tensor | float) -> Tensor:
         # -inf over T has no gradient in T: it is put back afterwards.
-        value = loss((finite / (size * log_ratio.exp())).masked_fill(closed, -torch.inf)).mean()
+        value = loss((finite / temperature).masked_fill(closed, -torch.inf)).mean()
         if not bool(value.isfinite()):
             raise ValueError(f"loss: expected finite numbers at every temperature, got a mean of {value.item()}")
         return value
 
+    # In units of the scores' own size the search begins near its end: that of all, or of one action beside larger ones that mask.
+    sizes = finite.abs()[finite != 0].sort().values if bool(finite.any()) else torch.ones(1)
+    halves = range(scores.shape[-1].bit_length() + 1)
+    with torch.no_grad():
+        size = min((float(sizes[(len(sizes) - 1) >> half]) for half in halves), key=lambda each: float(mean_loss(each)))
     log_ratio = torch.zeros((), dtype=torch.float64, device=scores.device, requires_grad=True)
     search = torch.optim.LBFGS(
         [log_ratio], max_iter=200, tolerance_grad=1e-12, tolerance_change=1e-15, line_search_fn="strong_wolfe"
@@ -144,13 +147,13 @@ def fit_temperature(loss: Callable[[Tensor], Tensor], scores: Tensor) -> float:
 
     def closure() -> Tensor:
         search.zero_grad()
-        value = mean_loss(log_ratio)
+        value = mean_loss(size * log_ratio.exp())
         value.backward()
         return value
 
     search.step(closure)
     with torch.no_grad():
-        sharper, best, flatter = (float(mean_loss(log_ratio + step)) for step in (-math.log(2), 0.0, math.log(2)))
+        sharper, best, flatter = (float(mean_loss(size * log_ratio.exp() * times)) for times in (0.5, 1.0, 2.0))
     if not best < min(sharper, flatter):
         why = (
             "the sharper the better, as if no row were ever wrong; use rows that the model was not trained on"

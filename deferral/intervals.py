@@ -88,13 +88,15 @@ def bootstrap(metric: Callable[[Tensor], Tensor], rows: int, *, resamples: int =
 def on_rows(metric: Callable[..., Any], *columns: Any) -> Callable[[Tensor], Tensor]:
     """A metric of plain rows, scikit-learn's `roc_auc_score` say, as the metric of weights that `bootstrap` takes.
 
-    It is called once per sample, on the columns (arrays or tensors) with the rows of that sample.
+    It is called once per sample, on the columns (arrays or tensors; whatever else becomes an array) with the rows of that sample.
     """
+    tables = [column if isinstance(column, Tensor) else np.asarray(column) for column in columns]
 
     def weighted(weights: Tensor) -> Tensor:
         every = torch.arange(weights.shape[-1])
         samples = [every.repeat_interleave(counts.long()) for counts in weights]
-        return torch.tensor([float(metric(*(column[rows] for column in columns))) for rows in samples], dtype=torch.float64)
+        figures = [metric(*(table[rows if isinstance(table, Tensor) else rows.numpy()] for table in tables)) for rows in samples]
+        return torch.tensor([float(figure) for figure in figures], dtype=torch.float64)
 
     return weighted
 

@@ -328,6 +328,13 @@ def test_a_known_temperature_is_found() -> None:
         assert fit_temperature(loss, factor * logits) == pytest.approx(factor, rel=0.03)
     closed = F.pad(3 * logits, (0, 1), value=-torch.inf)
     assert fit_temperature(loss, closed) == pytest.approx(fit_temperature(loss, 3 * logits), rel=1e-6)
+    wrong = (targets + 1) % 5
+    for mask in (-1e4, torch.finfo(torch.float32).min):
+        some = (3 * logits).scatter(
+            -1, wrong[:, None], torch.full((20_000, 1), mask).where(torch.arange(20_000)[:, None] < 9000, 1.0)
+        )
+        expected = some.where(some > -9e3, -torch.inf)
+        assert fit_temperature(loss, some) == pytest.approx(fit_temperature(loss, expected), rel=1e-6)
     temperature = torch.tensor(fit_temperature(loss, 3 * logits), dtype=torch.float64, requires_grad=True)
     loss(3 * logits.double() / temperature).mean().backward()
     assert abs(temperature.grad.item()) < 1e-8

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import polars
 import pytest
 import sklearn
 import torch
@@ -345,7 +346,28 @@ def test_frames_pipelines_sparse_tables_and_text() -> None:
         assert reader.fit(texts, y).score(texts, y) == 1
     mixed = frame.assign(word=words)
     pick_numbers = make_pipeline(FunctionTransformer(lambda table: table[["a", "b"]]), LogisticRegression())
-    assert AbstainingClassifier(pick_numbers).fit(mixed, y).cost_model_.mean.shape == (4,)
+    assert AbstainingClassifier(pick_numbers).fit(mixed, y).cost_model_.mean.shape == (7,), "the numbers beside the text are seen"
+    by_length = make_pipeline(
+        FunctionTransformer(lambda table: np.array([[len(word)] for word in table["word"]])), LogisticRegression()
+    )
+    assert AbstainingClassifier(by_length).fit(mixed[["word"]], y).cost_model_.mean.shape == (4,)
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_a_table_of_polars_is_the_table_of_pandas(missing: bool) -> None:
+    X, y, answers = half_known(150, seed=0)
+    base = HistGradientBoostingClassifier(max_iter=5)
+    columns: dict[str, list] = {name: X[:, place].tolist() for place, name in enumerate("ab")}
+    columns["sign"], columns["count"] = (X[:, 2] > 0).tolist(), list(range(150))
+    if missing:
+        for column in columns.values():
+            column[7] = None
+    by_pandas = DeferralClassifier(base, l2=10.0).fit(pd.DataFrame(columns).astype(float), y, answers)
+    by_polars = DeferralClassifier(base, l2=10.0).fit(polars.DataFrame(columns), y, answers)
+    assert by_polars.cost_model_.mean.shape == by_pandas.cost_model_.mean.shape
+    np.testing.assert_allclose(
+        by_polars.expected_cost(polars.DataFrame(columns)), by_pandas.expected_cost(pd.DataFrame(columns).astype(float))
+    )
 
 
 def test_bases_with_distances_or_bare_answers_or_unseen_classes() -> None:

@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
@@ -15,7 +16,7 @@ from deferral.datasets import DataError
 from deferral.evaluation.evaluate import evaluate
 from deferral.evaluation.outputs import read_outputs
 from deferral.evaluation.pictures import draw_evaluation
-from deferral.evaluation.report import save_evaluation
+from deferral.evaluation.report import save_evaluation, show_evaluation
 
 ROWS = 120
 PRICES = {"Ann": 0.1, "Bob": 0.2}
@@ -60,7 +61,8 @@ def test_figures_are_those_of_the_library(tmp_path: Path, suffix: str, missing: 
     figures = evaluation.comparison.figures
     assert figures["ours"].cost.estimate == pytest.approx(float(pick(costs, outputs.actions).double().mean()))
     assert figures["oracle"].cost.estimate == pytest.approx(float(pick(costs, oracle(costs, mask=mask)).double().mean()))
-    assert figures["always Bob"].cost.estimate == pytest.approx(float(costs[mask[:, 2], 2].double().mean()))
+    bob = f"always Bob, only its {int(mask[:, 2].sum())} rows" if missing else "always Bob"
+    assert figures[bob].cost.estimate == pytest.approx(float(costs[mask[:, 2], 2].double().mean()))
     assert figures["never deferring"].coverage.estimate == 1
     best = outputs.scores[:, 1:].amax(-1)
     expected = aurc(outputs.scores[:, 0] - best, costs[:, 0])
@@ -127,13 +129,39 @@ def test_a_spreadsheets_file_is_read_like_any_other(tmp_path: Path) -> None:
     assert outputs.targets.tolist() == outputs.answers[:, 0].tolist()
 
 
+def test_the_index_that_pandas_writes_is_no_column_of_ours(tmp_path: Path) -> None:
+    table = pd.DataFrame(columns())
+    table.to_csv(tmp_path / "ours.csv")
+    table[table["score"] > 0].to_parquet(tmp_path / "part.parquet")
+    assert read_outputs(tmp_path / "ours.csv").experts == ["Ann", "Bob"]
+    assert len(read_outputs(tmp_path / "part.parquet").targets) == (table["score"] > 0).sum()
+
+
+def test_scores_moved_or_scaled_together_have_the_same_areas(tmp_path: Path) -> None:
+    """1.8 - 1.7, 0.8 - 0.7 and 80 - 70 differ by rounding alone: ties, in every area and curve."""
+    table = columns() | {
+        name: [place % 7 / 10 for place in range(step, ROWS + step)] for name, step in (("score", 0), ("score_Ann", 3))
+    }
+    moves = {"plain": lambda score: score, "moved": lambda score: score + 1, "scaled": lambda score: 100 * score}
+    areas = []
+    for name, move in moves.items():
+        moved = {
+            key: list(map(move, cells)) if key in ("score", "score_Ann", "score_Bob") else cells for key, cells in table.items()
+        }
+        evaluation = evaluate([write(tmp_path / f"{name}.csv", moved | {"score_Bob": [-100.0] * ROWS})])
+        areas.append({figure: interval.estimate for figure, interval in evaluation.areas[name].items()})
+    assert areas[1] == pytest.approx(areas[0])
+    assert areas[2] == pytest.approx(areas[0])
+
+
 def test_differences_are_over_the_rows_that_both_have(tmp_path: Path) -> None:
     """The own answer is wrong on the first half; B answers only those, and is right on half of them."""
     experts = (["a", "b"] * 25) + [None] * 50
     table = {"target": ["a"] * 100, "answer": ["b"] * 50 + ["a"] * 50, "answer_B": experts, "action": ["own"] * 100}
     figures = evaluate([write(tmp_path / "ours.csv", table)]).comparison.figures
-    assert figures["always B"].difference.estimate == pytest.approx(0.5)
-    assert figures["always B"].difference.low > 0.3
+    assert "always B" not in figures
+    assert figures["always B, only its 50 rows"].difference.estimate == pytest.approx(0.5)
+    assert figures["always B, only its 50 rows"].difference.low > 0.3
 
 
 def test_an_expert_who_never_answers_has_no_row(tmp_path: Path) -> None:
@@ -143,12 +171,22 @@ def test_an_expert_who_never_answers_has_no_row(tmp_path: Path) -> None:
 
 
 def test_names_are_printed_and_drawn_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    name = "m$a^{$ [b]"
+    name = "_m$a^{$ [b]"
     table = {key.replace("Ann", "x/y [z]"): cells for key, cells in columns().items()} | {"probability_x/y [z]": [0.5] * ROWS}
     cli.main(["evaluate", str(write(tmp_path / f"{name}.csv", table)), "--out", str(tmp_path / "out")])
     printed = capsys.readouterr().out
     assert name in printed
     assert "x/y [z]" in printed
+
+
+def test_no_name_is_left_out_of_a_legend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = []
+    monkeypatch.setattr("deferral.evaluation.pictures.save_figure", lambda figure, path: figures.append(figure) or path)
+    files = [write(tmp_path / f"{name}.csv", columns()) for name in ("_mine", "other")]
+    draw_evaluation(evaluate(files), tmp_path)
+    legends = [axes.get_legend() for figure in figures for axes in figure.axes if axes.get_legend()]
+    named = [{text.get_text().strip() for text in legend.get_texts()} for legend in legends]
+    assert any({"_mine", "other"} <= names for names in named)
 
 
 def test_a_file_of_selective_prediction_needs_a_score_only(tmp_path: Path) -> None:
@@ -166,11 +204,16 @@ def test_abstaining_costs_what_it_is_said_to_cost(tmp_path: Path) -> None:
     assert figures.accuracy.estimate == 1
 
 
-def test_regression_is_judged_by_squared_errors(tmp_path: Path) -> None:
+def test_regression_is_judged_by_squared_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table = {"target": [1.0, 2.0], "answer": [1.5, 2.0], "answer_A": [1.0, None], "score": [0, 1], "score_A": [1, None]}
-    figures = evaluate([write(tmp_path / "ours.csv", table)], prices={"A": 0.1}, regression=True).comparison.figures
+    evaluation = evaluate([write(tmp_path / "ours.csv", table)], prices={"A": 0.1}, regression=True)
+    figures = evaluation.comparison.figures
     assert figures["ours"].cost.estimate == pytest.approx(0.05)
     assert figures["ours"].accuracy is None
+    show_evaluation(evaluation)
+    printed = capsys.readouterr().out
+    assert "in squared errors" in printed
+    assert "of one error" not in printed
 
 
 def test_the_command_writes_figures_and_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy import stats
@@ -78,6 +79,8 @@ def test_any_metric_of_another_library() -> None:
     figure = metric_interval(on_rows(roc_auc_score, labels, scores), rows=80, resamples=200)
     assert figure.estimate == pytest.approx(roc_auc_score(labels, scores))
     assert figure.low < figure.estimate < figure.high
+    columns = (pd.Series(labels)[::-1][::-1], scores.tolist())
+    assert metric_interval(on_rows(roc_auc_score, *columns), rows=80, resamples=200) == figure
 
 
 def test_the_same_seed_draws_the_same_rows_for_every_metric() -> None:

@@ -20,7 +20,7 @@ from deferral.curves import (
     risk_coverage_curve,
     system_aurc,
 )
-from deferral.decision import decide, oracle
+from deferral.decision import decide, margin_levels, oracle
 from deferral.errors import DataError
 from deferral.evaluation.baselines import baselines
 from deferral.evaluation.comparison import GRID, MODEL, RESAMPLES, Comparison, Method, System
@@ -147,9 +147,11 @@ def _methods(files: _Files, prices: list[float], abstain_cost: float | None) -> 
     for name, (scores, of_threshold) in baselines(first, files.costs[0], prices, abstain_cost, files.fitting).items():
         methods.append(files.fitted(name, 0, scores, of_threshold))
     methods.append(judged.always("never deferring", 0))
-    # Who answered none of these rows has no figure.
-    answered = [j for j in range(len(first.experts)) if bool(judged.mask is None or judged.mask[:, 1 + j].any())]
-    methods += [judged.always(f"always {first.experts[j]}", 1 + j) for j in answered]
+    for place, name in enumerate(first.experts, start=1):
+        answered = len(judged.costs) if judged.mask is None else int(judged.mask[:, place].sum())
+        # Who answered none of these rows has no figure, and who answered some is not to be compared with those who had all.
+        only = "" if answered == len(judged.costs) else f", only its {answered} rows"
+        methods += [judged.always(f"always {name}{only}", place)] if answered else []
     if first.abstains:
         methods.append(judged.always("always abstaining", judged.costs.shape[-1] - 1))
     methods.append(judged.take("oracle", oracle(judged.costs, mask=judged.mask)))
@@ -251,6 +253,9 @@ def _judged_curves(
     else:
         margin, own, asked = -scores[:, 0], system.costs[:, 0], system.costs[:, 0]
 
+    # Ranks, so that margins that rounding alone tells apart are ties here too.
+    confidence = margin_levels(margin).double()
+
     def figure(metric: Callable[[Tensor], Tensor]) -> Interval:
         return metric_interval(metric, len(own), resamples=RESAMPLES)
 
@@ -260,15 +265,15 @@ def _judged_curves(
         return low, high
 
     areas = {
-        "AURC": figure(lambda weights: aurc(-margin, own, weights)),
-        "excess AURC": figure(lambda weights: excess_aurc(-margin, own, weights)),
-        "AUGRC": figure(lambda weights: augrc(-margin, own, weights)),
+        "AURC": figure(lambda weights: aurc(confidence, own, weights)),
+        "excess AURC": figure(lambda weights: excess_aurc(confidence, own, weights)),
+        "AUGRC": figure(lambda weights: augrc(confidence, own, weights)),
     }
     if deferring:
         areas["system AURC"] = figure(lambda weights: system_aurc(margin, own, asked, weights))
     if deferring and not bool(asked.isnan().any()):
         areas["excess system AURC"] = figure(lambda weights: excess_system_aurc(margin, own, asked, weights))
-    risk = risk_coverage_curve(-margin, own), *band(lambda weights: risk_coverage_curve(-margin, own, weights).at(GRID))
+    risk = risk_coverage_curve(confidence, own), *band(lambda weights: risk_coverage_curve(confidence, own, weights).at(GRID))
     cost = band(lambda weights: cost_coverage_curve(margin, own, asked, weights).at(GRID)) if deferring else None
     return areas, risk, cost
 

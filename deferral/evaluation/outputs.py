@@ -99,7 +99,7 @@ def _labels(table: Table, columns: list[str]) -> tuple[list[str], Tensor]:
     cells = [table.labels(name) for name in columns]
     for name in ("target", "answer"):
         if "" in (column := cells[columns.index(name)]):
-            raise table.bad(column.index(""), name, "a label")
+            raise table.bad(column.index(""), name, "a label (NA, nan, null and None are read as missing)")
     truth = set(cells[0])
     for name, column in zip(columns[1:], cells[1:], strict=True):
         given = set(column) - {""}

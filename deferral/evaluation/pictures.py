@@ -34,6 +34,8 @@ def draw(comparison: Comparison, folder: Path, cost: Mapping[str, tuple[Tensor, 
     points = {_plain(m.name): (float(m.kept.mean()), comparison.figures[m.name].cost) for m in shown}
     figure, axes = new_figure(9.0, 4.8)
     cost_coverage(axes, curves, points, bands={_plain(name): ends for name, ends in (cost or {}).items()}, grid=GRID)
+    if not comparison.classes:
+        axes.set_ylabel("cost per row, in squared errors")
     axes.set_title(_plain(comparison.title), fontsize="small", loc="left")
     paths = [_save(figure, folder, comparison, "cost-coverage")]
 
@@ -87,8 +89,8 @@ def draw_evaluation(evaluation: "Evaluation", folder: Path) -> list[Path]:
 
 
 def _plain(name: str) -> str:
-    # Matplotlib reads what stands between two dollar signs as a formula.
-    return name.replace("$", r"\$")
+    # Matplotlib reads what stands between two dollar signs as a formula, and leaves names with a leading _ out of legends.
+    return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
 
 
 def _save(figure: "Figure", folder: Path, comparison: Comparison, kind: str) -> Path:

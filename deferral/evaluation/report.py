@@ -37,8 +37,9 @@ def show(comparison: Comparison) -> None:
         versus = "" if name == comparison.reference else f"{gap.estimate:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]{mark:5}"
         table.add_row(escape(name), *cells, versus, style="bold" if name == comparison.reference else None)
     _print(table)
+    units = "units of one error.  accuracy: of the rows that get an answer" if comparison.classes else "squared errors"
     legend = (
-        "cost: per row, prices included, in units of one error.  accuracy: of the rows that get an answer.  ±: half the 95%",
+        f"cost: per row, prices included, in {units}.  ±: half the 95%",
         f"bootstrap interval.  last column: paired over the test rows; below 0, {comparison.reference} is cheaper than the row.",
     )
     for note in (*legend, *comparison.notes):

@@ -20,6 +20,7 @@ except ModuleNotFoundError as error:
 __all__ = ["Table"]
 
 _WHOLE = re.compile(r"(-?\d+)\.0+")
+_INDEX = re.compile(r"__index_level_\d+__")
 _EMPTY = {"", "nan", "NaN", "NA", "null", "None"}
 
 
@@ -34,6 +35,8 @@ class Table:
                 f"{path}: expected a name that ends in .csv or .parquet; pandas.DataFrame(columns).to_parquet(...) writes one"
             )
         table = readers[path.suffix.lower()](path)
+        if indices := [name for place, name in enumerate(table.column_names) if _is_index(place, name)]:
+            table = table.drop_columns(indices)
         self.names = [name.strip() for name in table.column_names]
         if repeated := {name for name in self.names if self.names.count(name) > 1}:
             raise DataError(f"{path}: column {min(repeated)!r} is there twice")
@@ -82,6 +85,11 @@ class Table:
         return DataError(
             f"{self.path}: row {row + 1}, column {name!r}: expected {expected}, got {'' if cell is None else cell!r}"
         )
+
+
+def _is_index(place: int, name: str) -> bool:
+    """Whether it is the index of a pandas frame, which its writers add: without a name in CSV, under a made one in Parquet."""
+    return (place == 0 and not name.strip()) or bool(_INDEX.fullmatch(name))
 
 
 def _read_csv(path: Path) -> Any:
