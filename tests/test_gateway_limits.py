@@ -472,3 +472,16 @@ def test_no_window_ever_spends_more_than_its_budget(window, requests) -> None:
         assert left is not None
         assert 0 <= left <= 1
     assert all(spent <= 1 + 1e-9 for spent in bought.values())
+
+
+def test_a_clock_that_is_set_back_and_right_again_gives_no_budget_twice(no_wait: None) -> None:
+    clock, record = Clock(NOON + 1800), Spent()
+    gate, key = Limits(record, clock), Key("k", "k", budget=10.0, window="hour")  # type: ignore[arg-type]
+    for now, dollars in ((NOON + 1800, 9.0), (NOON - 100, 1.0)):
+        clock.now = now
+        gate.hold(key, dollars).settle(dollars)
+        record.rows.append((now, dollars))
+    clock.now = NOON + 1800
+    assert gate.left(key) == 1.0
+    clock.now = NOON + 3600
+    assert gate.left(key) == 10.0

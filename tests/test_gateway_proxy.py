@@ -21,6 +21,7 @@ import openai
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sqlalchemy.exc import OperationalError
 from starlette.testclient import TestClient
 
 from deferral.gateway.app import gateway as build
@@ -623,6 +624,37 @@ def test_a_reload_is_whole_or_not_at_all_and_drops_nothing(running: Any) -> None
         gateway.state.answerers.update(before.experts)
     assert len(statuses) > 5
     assert set(statuses) == {200}
+
+
+def test_a_reload_that_others_could_not_be_told_of_is_said_to_be_one(running: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    gateway, before = running.gateway, running.gateway.state.current
+
+    def away(*_: Any, **__: Any) -> Any:
+        raise OperationalError("", {}, Exception("database is locked"))
+
+    monkeypatch.setattr(gateway.state.reloads, "announce", away)
+    (running.folder / "experts.toml").write_text(experts_file(running.upstream.port, "context_tokens = 7000"), encoding="utf-8")
+    try:
+        status, _, said = gateway.ask("POST", "/admin/reload", key=ADMIN_KEY)
+        assert (status, json.loads(said)["error"]["code"]) == (503, "others_not_told")
+        assert gateway.state.current.experts["large"].context_tokens == 7000
+    finally:
+        gateway.state.current = replace(before)
+        gateway.state.answerers.update(before.experts)
+    monkeypatch.setattr(gateway.state.keys, "create", away)
+    status, headers, said = gateway.ask("POST", "/admin/keys", {"name": "ann"}, key=ADMIN_KEY)
+    assert (status, json.loads(said)["error"]["code"]) == (503, "record_unavailable")
+    assert headers["retry-after"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("POST", "/v1/chat/completions/"), ("GET", "/dashboard/"), ("GET", "/admin/status/"), ("GET", "/health/")],
+)
+def test_a_slash_too_many_leads_nowhere_else(running: Any, method: str, path: str) -> None:
+    status, headers, said = running.gateway.ask(method, path, key=ADMIN_KEY, host="localhost", x_forwarded_proto="https")
+    assert (status, json.loads(said)["error"]["code"]) == (404, "not_found")
+    assert "location" not in headers
 
 
 JSON: Any = st.recursive(

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from sqlalchemy.exc import OperationalError
@@ -81,3 +82,23 @@ def test_a_database_that_is_away_is_asked_again(three: list[Reloads], monkeypatc
 
     monkeypatch.setattr(three[1], "count", failing)
     assert heard(three[:2], three[0].announce) == [0, 1]
+
+
+def test_whom_a_failing_database_kept_from_hearing_hears_of_it_later(
+    three: list[Reloads], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone, faults = module.alone, iter([OperationalError("", {}, Exception())] * 3)
+
+    def failing(*arguments: Any) -> Any:
+        for fault in faults:
+            raise fault
+        return alone(*arguments)
+
+    monkeypatch.setattr(module, "alone", failing)
+
+    def announce() -> None:
+        with pytest.raises(OperationalError):
+            three[0].announce()
+
+    assert heard(three, announce) == [0, 1, 1]
+    assert heard(three, lambda: None) == [0, 0, 0]

@@ -11,7 +11,7 @@ from deferral.gateway.deciding import Choice, set_aside
 from deferral.gateway.experts_file import Expert
 from deferral.gateway.problems import Problem
 from deferral.gateway.requests import hints, parse, with_model
-from deferral.gateway.streams import StreamMeter
+from deferral.gateway.streams import ResponseMeter, StreamMeter
 from deferral.gateway.usage import usage_of
 
 TEXT = st.text(max_size=12) | st.sampled_from(["model", '"model": "x"', "\\", '"', "ł", "\n", "auto"])
@@ -241,6 +241,23 @@ def test_a_stream_is_metered_however_it_is_cut(cuts: list[int]) -> None:
     found = meter.usage(99)
     assert meter.finished
     assert (found.input_tokens, found.output_tokens, found.estimated) == (5, 6, False)
+
+
+@pytest.mark.parametrize("size", [1, 7, 1400, 40_000, 1 << 20])
+@pytest.mark.parametrize("end", [b"\n\n", b"\r\n\r\n", b""])
+def test_a_text_counts_however_packets_cut_it(size: int, end: bytes) -> None:
+    for name, meter in (("chat", StreamMeter()), ("responses", ResponseMeter())):
+        text = 'a"\\\n\u4e2d' * 20_000  # of five characters, and more bytes than are kept of one line
+        if size == 1:
+            text = text[:500]
+        said = {"delta": text} if name == "responses" else {"choices": [{"index": 0, "delta": {"content": text}}]}
+        whole = b"data: " + json.dumps(said).encode() + end
+        if not end:
+            whole = whole[: whole.rindex(b'"')]  # cut off in the middle
+        for start in range(0, len(whole), size):
+            meter.feed(whole[start : start + size])
+        # Of an escape that 65,536 bytes cut in two each half may count.
+        assert meter.usage(9)[:3] == (9, pytest.approx(len(text) / 4, abs=2), True)
 
 
 def test_a_stream_without_usage_is_estimated_from_its_text() -> None:

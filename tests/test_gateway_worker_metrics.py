@@ -1,5 +1,6 @@
 """What several workers count is one sum, whichever of them is asked."""
 
+import asyncio
 import multiprocessing
 import os
 from pathlib import Path
@@ -37,13 +38,17 @@ def samples(text: bytes) -> dict[tuple, float]:
     }
 
 
+def told(worker: WorkerMetrics) -> dict[tuple, float]:
+    return samples(asyncio.run(worker.text()))
+
+
 def leave(folder: Path) -> None:
     WorkerMetrics(counted(4, "open", flying=5), folder).leave()
 
 
 def test_one_worker_alone_says_what_it_counted(tmp_path: Path) -> None:
     metrics = counted(3, "half-open", flying=1)
-    assert samples(WorkerMetrics(metrics, tmp_path).text()) == samples(metrics.text())
+    assert told(WorkerMetrics(metrics, tmp_path)) == samples(metrics.text())
 
 
 def test_a_first_answer_counts_against_the_saving_where_the_best_price_is_known() -> None:
@@ -57,11 +62,13 @@ def test_a_first_answer_counts_against_the_saving_where_the_best_price_is_known(
 
 def test_others_are_added_and_the_ended_stay_in_the_counters_alone(tmp_path: Path) -> None:
     # A process that lives: the one that runs this test.
-    (tmp_path / f"{os.getppid()}-0.prom").write_bytes(counted(2, "half-open", flying=1).text())
+    WorkerMetrics(counted(2, "half-open", flying=1), tmp_path).leave()
+    [left] = tmp_path.iterdir()
+    left.rename(tmp_path / f"{os.getppid()}-0.json")
     ended = multiprocessing.get_context("spawn").Process(target=leave, args=(tmp_path,))
     ended.start()
     ended.join()
-    found = samples(WorkerMetrics(counted(3, "closed", flying=1), tmp_path).text())
+    found = told(WorkerMetrics(counted(3, "closed", flying=1), tmp_path))
     assert found["deferral_answers_total", "ok", "small"] == 3 + 2 + 4
     assert found["deferral_latency_seconds_count", "small"] == 9
     assert found["deferral_latency_seconds_bucket", "0.1", "small"] == 2 + 2 + 2
@@ -90,11 +97,11 @@ def test_a_folder_that_cannot_be_written_costs_the_others_this_worker_alone(
     worker = WorkerMetrics(counted(3, "closed"), tmp_path / "gone")
     worker.leave()
     worker.leave()
-    assert samples(worker.text())["deferral_answers_total", "ok", "small"] == 3
+    assert told(worker)["deferral_answers_total", "ok", "small"] == 3
     assert len(caplog.records) == 1
     (tmp_path / "gone").mkdir()
     worker.leave()
-    [left] = (tmp_path / "gone").glob(f"{os.getpid()}-*.prom")
+    [left] = (tmp_path / "gone").glob(f"{os.getpid()}-*.json")
     assert left.read_bytes()
 
 
@@ -103,11 +110,11 @@ def test_what_a_scraper_was_told_stays_when_the_worker_is_killed(tmp_path: Path)
     worker, other = WorkerMetrics(metrics, tmp_path), WorkerMetrics(counted(2, "closed"), tmp_path)
     worker.leave()
     metrics.ended("chat", 200)
-    told = samples(worker.text())
+    shown = told(worker)
     # It is killed before it leaves anything again.
-    after = samples(other.text())
+    after = told(other)
     name = "deferral_requests_total", "200", "chat"
-    assert told[name] == 4
+    assert shown[name] == 4
     assert after[name] == 4 + 2
 
 
@@ -120,24 +127,24 @@ def test_those_that_have_ended_are_one_file_and_count_once(tmp_path: Path) -> No
         ended.join()
         assert ended.pid is not None
         (tmp_path / f"{ended.pid}-0.partial").write_text("half")
-        before = samples(living.text())
-        copies = {path.name: path.read_bytes() for path in tmp_path.glob(f"{ended.pid}-*.prom")}
+        before = told(living)
+        copies = {path.name: path.read_bytes() for path in tmp_path.glob(f"{ended.pid}-*.json")}
         fold(tmp_path, ended.pid)
-        assert samples(living.text()) == before
+        assert told(living) == before
         # Killed after it has added it and before it has deleted it, the parent counts nothing twice.
         [(name, text)] = copies.items()
         (tmp_path / name).write_bytes(text)
-        assert samples(living.text()) == before
+        assert told(living) == before
         fold(tmp_path, 0)
-        assert samples(living.text()) == before
+        assert told(living) == before
         (tmp_path / name).unlink()
-    assert samples(living.text())["deferral_answers_total", "ok", "small"] == 3 + 3 * 4
+    assert told(living)["deferral_answers_total", "ok", "small"] == 3 + 3 * 4
     assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_one_that_has_left_nothing_or_cannot_be_added_is_said_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     fold(tmp_path, 1)
     assert list(tmp_path.iterdir()) == []
-    (tmp_path / "1-a.prom").mkdir()
+    (tmp_path / "1-a.json").mkdir()
     fold(tmp_path, 1)
     assert "stay in a file of their own" in caplog.text

@@ -67,6 +67,8 @@ def gateway(
         exception_handlers=error_handlers(),
         lifespan=lifespan,
     )
+    # To where a slash would lead, in the clear perhaps: what ends TLS before this is not known here.
+    app.router.redirect_slashes = False
     app.state.gateway = state
     return app
 

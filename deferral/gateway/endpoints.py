@@ -1,9 +1,11 @@
 """The small endpoints: models, feedback, health, metrics, and the door to the admin ones."""
 
 import json
+import logging
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -20,6 +22,8 @@ from deferral.gateway.state import Gateway
 from deferral.gateway.wire import Left, header_map, read_body, send_problem
 
 __all__ = ["Admin", "error_handlers", "routes"]
+
+_log = logging.getLogger("deferral.gateway")
 
 _FEEDBACK_BYTES = 1 << 16
 _THUMBS = {"up": 1.0, "down": 0.0}
@@ -78,7 +82,8 @@ def routes(gateway: Gateway) -> list[Route]:
             gateway.access.client(request.scope, headers)
         else:
             gateway.access.admin(headers)
-        return Response((gateway.worker_metrics or gateway.metrics).text(), headers={"content-type": CONTENT_TYPE})
+        shown = gateway.metrics.text() if gateway.worker_metrics is None else await gateway.worker_metrics.text()
+        return Response(shown, headers={"content-type": CONTENT_TYPE})
 
     return [
         Route("/v1/models", models),
@@ -100,9 +105,12 @@ class Admin:
                 return JSONResponse({"reloaded": await gateway.reload_everywhere()})
             except (DataError, ValueError) as error:
                 raise Problem(409, "not_reloaded", f"all stays as it was: {error}") from None
+            except SQLAlchemyError:
+                message = "reloaded here; the database fails, and all others on it reload once it can be written"
+                raise Problem(503, "others_not_told", message) from None
 
         self._gateway = gateway
-        self._router = Router([*own, Route("/reload", reload, methods=["POST"])])
+        self._router = Router([*own, Route("/reload", reload, methods=["POST"])], redirect_slashes=False)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """401 or 403 before anything is looked at."""
@@ -136,6 +144,10 @@ def error_handlers() -> dict[Any, Callable[[Request, Any], Awaitable[Response]]]
         )
         return await problem(request, Problem(shown.status, shown.code, shown.message, headers=error.headers))
 
+    async def unavailable(request: Request, error: SQLAlchemyError) -> Response:
+        _log.error("%s %s: the database fails: %s", request.method, request.url.path[:100], getattr(error, "orig", None) or error)
+        return await problem(request, Problem(503, "record_unavailable", "the database fails at present", retry_after=1))
+
     async def unexpected(request: Request, error: Exception) -> Response:
         # The server logs it.
         return await problem(request, Problem(500, "internal_error", "the gateway failed; its log has the reason"))
@@ -143,7 +155,9 @@ def error_handlers() -> dict[Any, Callable[[Request, Any], Awaitable[Response]]]
     async def left(request: Request, error: Left) -> Response:
         return Response(status_code=400)
 
-    return {Problem: problem, Refused: refused, HTTPException: http, Left: left, Exception: unexpected}
+    return {
+        Problem: problem, Refused: refused, HTTPException: http, Left: left, SQLAlchemyError: unavailable, Exception: unexpected
+    }  # fmt: skip
 
 
 def _visible(gateway: Gateway, key: Key) -> list[str]:

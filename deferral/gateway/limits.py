@@ -140,6 +140,8 @@ class Limits:
         self._lock, self._opening = threading.Lock(), threading.Lock()
         self._minutes: dict[str, _LastMinute] = {}
         self._accounts: dict[str, Account] = {}
+        # The latest window of each key: a clock that is set back, and then right again, comes to it a second time.
+        self._furthest: dict[str, float] = {}
         # As they were read last: a request may still hold an earlier one.
         self._keys: dict[str, Key] = {}
         self._said: dict[str, str] = {}
@@ -330,9 +332,11 @@ class Limits:
                 key = self._latest(key)
                 window = _window(key, now)
                 # A window that has begun while this process was counting holds nothing yet.
-                account = self._open(key, window, fresh=account is not None and account.span.end == window.start)
+                new = window.start > self._furthest.get(key.id, -math.inf)
+                account = self._open(key, window, fresh=new and account is not None and account.span.end == window.start)
                 with self._lock:
                     self._accounts[key.id] = account
+                    self._furthest[key.id] = max(window.start, self._furthest.get(key.id, -math.inf))
             return account
 
     def _latest(self, key: Key) -> Key:

@@ -22,6 +22,7 @@ class Reloads:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._heard = 0
+        self._untold = False
         # Between the commit of an announcement of its own and its being known as such, it would be heard as another's.
         self._lock = threading.Lock()
 
@@ -35,7 +36,8 @@ class Reloads:
             return int(connection.execute(select(func.coalesce(func.max(reloads.c.count), 0))).scalar_one())
 
     def announce(self) -> None:
-        """To all but this one, which has read its files."""
+        """To all but this one, which has read its files.  Where the database fails, `follow` tells them once it can."""
+        self._untold = True
         with self._lock:
             with self._engine.connect() as connection, alone(connection, "reloads"):
                 if not connection.execute(update(reloads).values(count=reloads.c.count + 1)).rowcount:
@@ -44,6 +46,7 @@ class Reloads:
             # Another's announcement in between is still to be heard.
             if now == self._heard + 1:
                 self._heard = now
+        self._untold = False
 
     def _news(self) -> bool:
         """Whether something was announced that this gateway has not heard of until now."""
@@ -59,6 +62,8 @@ class Reloads:
         while True:
             await asyncio.sleep(_LOOK)
             try:
+                if self._untold:
+                    await asyncio.to_thread(self.announce)
                 if not await asyncio.to_thread(self._news):
                     continue
             except SQLAlchemyError:

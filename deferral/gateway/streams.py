@@ -27,6 +27,10 @@ _ENDING = re.compile(
 _BLAMELESS = re.compile(rb'"code"\s*:\s*(?:4\d\d\b|"[a-z_]*(?:invalid|image|policy|rate_limit)[a-z_]*")')
 _LONGEST_ENDING = 64
 _LONGEST_EVENT = 1 << 17
+_LINE_ENDS = (b"\n", b"\r")
+# Of a line that is not over, as much waits to be counted.
+_LONGEST_LINE = 1 << 16
+_UNENDED = re.compile(rb'("[a-z_]+"\s*:\s*")[^"\\]*(?:\\.[^"\\]*)*(\\?)\Z')
 
 
 class StreamMeter:
@@ -36,11 +40,12 @@ class StreamMeter:
 
     def __init__(self) -> None:
         self._characters = 0
+        self._line = b""
         self._head, self._tail, self._id = b"", b"", ""
         self._usage: dict[str, Any] | None = None
 
     def feed(self, chunk: bytes) -> None:
-        """The next bytes.  A text that two chunks share counts for nothing: this is an estimate."""
+        """The next bytes."""
         if not self._id and len(self._head) < _TAIL:
             self._head += chunk[:_TAIL]
             self._id = id_in(self._head)
@@ -50,7 +55,23 @@ class StreamMeter:
         if leaving > 0 and b'"usage"' in read[: leaving + _KEY] and USAGE.search(read, 0, leaving + _KEY):
             self._usage = last_usage(read) or self._usage
         self._tail = read[-_TAIL:]
-        self._characters += characters_of(self._text, chunk)
+        if self._line or not chunk.endswith(_LINE_ENDS):
+            self._join(chunk)
+        else:
+            self._characters += characters_of(self._text, chunk)
+
+    def _join(self, chunk: bytes) -> None:
+        """Count what chunks share: a text that is cut wherever a packet ends is a text all the same."""
+        lines = self._line + chunk
+        end = 1 + max(lines.rfind(line_end) for line_end in _LINE_ENDS)
+        if len(lines) - end <= _LONGEST_LINE:
+            self._characters += characters_of(self._text, lines[:end])
+            self._line = lines[end:]
+            return
+        # The rest of a long text is counted as another one that begins here, with the half of an escape that it may begin with.
+        opening, half = unended.groups() if (unended := _UNENDED.search(lines)) else (b"", b"")
+        self._characters += characters_of(self._text, lines[: len(lines) - len(half)] + b'"')
+        self._line = opening + half
 
     @property
     def finished(self) -> bool:
@@ -68,7 +89,12 @@ class StreamMeter:
 
     def usage(self, input_tokens: int) -> Usage:
         """Tokens so far, `input_tokens` being the estimate."""
-        return usage_reported(last_usage(self._tail) or self._usage, self._id, input_tokens, self._characters)
+        return usage_reported(last_usage(self._tail) or self._usage, self._id, input_tokens, self._written)
+
+    @property
+    def _written(self) -> int:
+        """Characters so far, with those of a text that is not over."""
+        return self._characters + characters_of(self._text, self._line + b'"')
 
 
 class ResponseMeter(StreamMeter):
@@ -104,7 +130,7 @@ class ResponseMeter(StreamMeter):
     def usage(self, input_tokens: int) -> Usage:
         """Tokens so far, `input_tokens` being the estimate: before the last event nothing is reported but what clients sent."""
         reported = (last_usage(self._tail) or last_usage(self._last)) if self._ending else None
-        return usage_reported(reported, self._id, input_tokens, self._characters)
+        return usage_reported(reported, self._id, input_tokens, self._written)
 
 
 METERS: Mapping[Kind, type[StreamMeter]] = {

@@ -5,6 +5,7 @@ the file to a single one of all that have ended.
 """
 
 import asyncio
+import json
 import logging
 import math
 import os
@@ -12,9 +13,9 @@ import secrets
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Metric, generate_latest
-from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 from deferral.gateway.metrics import Metrics
@@ -24,8 +25,7 @@ __all__ = ["WorkerMetrics", "fold"]
 _log = logging.getLogger("deferral.gateway")
 
 _EVERY = 1.0
-_ENDED = "ended.prom"
-_MARK, _REST = "# holds ", "# the rest\n"
+_ENDED = "ended.json"
 # What each worker sees of the same thing; the others are shares of a sum.
 _SEEN_BY_ALL = frozenset(
     {
@@ -33,6 +33,10 @@ _SEEN_BY_ALL = frozenset(
         "deferral_budget_spent_dollars",
     }
 )  # fmt: skip
+
+# [[name, documentation, type, [[name of a sample, its labels, its value], ...]], ...]: of all that a process counts, as JSON,
+# since the text of Prometheus is read by Python, one character after the other.
+Counted = list[list[Any]]
 
 
 class WorkerMetrics:
@@ -44,7 +48,7 @@ class WorkerMetrics:
     def __init__(self, metrics: Metrics, folder: Path) -> None:
         self._metrics, self._folder = metrics, folder
         # The number of a process may come again.
-        self._file = folder / f"{os.getpid()}-{secrets.token_hex(4)}.prom"
+        self._file = folder / f"{os.getpid()}-{secrets.token_hex(4)}.json"
         self._trouble = ""
 
     async def follow(self) -> None:
@@ -53,31 +57,33 @@ class WorkerMetrics:
             self.leave()
             await asyncio.sleep(_EVERY)
 
-    def leave(self) -> bytes:
+    def leave(self) -> Counted:
         """Leave them for the others.  -> those of this worker"""
-        text = self._metrics.text()
+        counted = _counted(self._metrics.registry)
         try:
-            _write(self._file, text)
+            _write(self._file, counted)
             self._trouble = ""
         except OSError as error:
             # A disk that is full for a while must not end it for good.
             if not self._trouble:
                 _log.error("the metrics of this worker are not those of now, they cannot be written: %s", error)
             self._trouble = str(error)
-        return text
+        return counted
 
-    def text(self) -> bytes:
+    async def text(self) -> bytes:
         """Of all workers, in the format of Prometheus."""
-        own = self.leave().decode()
-        texts = {}
-        for path in sorted(self._folder.glob("*-*.prom")):
+        return await asyncio.to_thread(self._with_others, self.leave())
+
+    def _with_others(self, own: Counted) -> bytes:
+        others = {}
+        for path in sorted(self._folder.glob("*-*.json")):
             # Whoever has ended may be added to the others in this moment.
             with suppress(FileNotFoundError):
-                texts[path.name] = path.read_text()
+                others[path.name] = json.loads(path.read_bytes())
         # Read last: it has all that was gone by then, and says what it has of what was not.
         ended, held = _ended(self._folder)
-        alive = [(text, _lives(name)) for name, text in texts.items() if name not in held and name != self._file.name]
-        return _summed([(own, True), *alive, *((text, False) for text in ended)])
+        alive = [(counted, _lives(name)) for name, counted in others.items() if name not in held and name != self._file.name]
+        return generate_latest(_summed([(own, True), *alive, *((counted, False) for counted in ended)]))
 
 
 def fold(folder: Path, process: int) -> None:
@@ -85,59 +91,71 @@ def fold(folder: Path, process: int) -> None:
 
     Whoever reads meanwhile, and whatever becomes of this process, counts it once.
     """
-    left = sorted(folder.glob(f"{process}-*.prom"))
+    left = sorted(folder.glob(f"{process}-*.json"))
     try:
         if left:
             ended, held = _ended(folder)
-            texts = [(text, False) for text in (*ended, *(path.read_text() for path in left))]
+            parts = [(counted, False) for counted in (*ended, *(json.loads(path.read_bytes()) for path in left))]
             kept = {name for name in held if (folder / name).exists()} | {path.name for path in left}
-            head = f"{_MARK}{' '.join(sorted(kept))}\n".encode()
             # A counter that falls by a rounding error looks like one that began again.
-            _write(folder / _ENDED, head + _summed(texts) + _REST.encode() + _summed(texts, rest=True))
+            sums = [_counted(_summed(parts, rest=rest)) for rest in (False, True)]
+            _write(folder / _ENDED, {"holds": sorted(kept), "sums": sums})
         for path in folder.glob(f"{process}-*"):
             path.unlink()
     except OSError as error:
         _log.error("the metrics of worker %d, which has ended, stay in a file of their own: %s", process, error)
 
 
-def _ended(folder: Path) -> tuple[list[str], set[str]]:
-    """Texts that add up to those that have ended, and the files that are in them though they may still be there."""
+def _ended(folder: Path) -> tuple[list[Counted], set[str]]:
+    """What adds up to those that have ended, and the files that are in it though they may still be there."""
     try:
-        text = (folder / _ENDED).read_text()
+        said = json.loads((folder / _ENDED).read_bytes())
     except FileNotFoundError:
         return [], set()
-    return text.split(_REST), set(text.partition("\n")[0].removeprefix(_MARK).split())
+    return said["sums"], set(said["holds"])
 
 
-def _write(path: Path, text: bytes) -> None:
+def _write(path: Path, content: Counted | dict[str, Any]) -> None:
     partial = path.with_suffix(".partial")
-    partial.write_bytes(text)
+    partial.write_text(json.dumps(content), encoding="utf-8")
     os.replace(partial, path)
 
 
-def _summed(texts: Sequence[tuple[str, bool]], *, rest: bool = False) -> bytes:
+def _counted(registry: CollectorRegistry) -> Counted:
+    return [
+        [
+            family.name,
+            family.documentation,
+            family.type,
+            [[sample.name, sample.labels, sample.value] for sample in family.samples],
+        ]
+        for family in registry.collect()
+    ]
+
+
+def _summed(parts: Sequence[tuple[Counted, bool]], *, rest: bool = False) -> CollectorRegistry:
     registry = CollectorRegistry()
-    registry.register(_Sums(texts, rest))
-    return generate_latest(registry)
+    registry.register(_Sums(parts, rest))
+    return registry
 
 
 class _Sums(Collector):
-    """Of texts, each of a process that lives or does not, in any order; or the `rest` that their sums lose by rounding."""
+    """Of processes, each of which lives or does not, in any order; or the `rest` that their sums lose by rounding."""
 
-    def __init__(self, texts: Sequence[tuple[str, bool]], rest: bool) -> None:
-        self._texts, self._rest = texts, rest
+    def __init__(self, parts: Sequence[tuple[Counted, bool]], rest: bool) -> None:
+        self._parts, self._rest = parts, rest
 
     def collect(self) -> Iterable[Metric]:
         families: dict[str, Metric] = {}
         values: dict[str, dict[tuple[str, tuple[tuple[str, str], ...]], list[float]]] = {}
-        for text, lives in self._texts:
-            for family in text_string_to_metric_families(text):
-                if family.type == "gauge" and not lives and family.name != "deferral_saving_dollars":
+        for counted, lives in self._parts:
+            for family, documentation, kind, samples in counted:
+                if kind == "gauge" and not lives and family != "deferral_saving_dollars":
                     continue
-                families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
-                found = values.setdefault(family.name, {})
-                for sample in family.samples:
-                    found.setdefault((sample.name, tuple(sorted(sample.labels.items()))), []).append(sample.value)
+                families.setdefault(family, Metric(family, documentation, kind))
+                found = values.setdefault(family, {})
+                for sample, labels, value in samples:
+                    found.setdefault((sample, tuple(sorted(labels.items()))), []).append(value)
         for name, metric in families.items():
             for (sample_name, labels), seen in values[name].items():
                 total = max(seen, key=abs) if name in _SEEN_BY_ALL else math.fsum(seen)
