@@ -59,12 +59,14 @@ def test_what_an_exception_means() -> None:
         (aiohttp.ServerDisconnectedError(), 502, True),
         (aiohttp.ClientOSError(), 502, True),
         (aiohttp.ClientPayloadError(), 502, False),
+        (aiohttp.ClientPayloadError("400, message='Can not decode content-encoding: br'"), 502, False),
     ):
         for reused in (False, True):
             failure = _unanswered(error, reused=reused)
             assert (failure.status, failure.again, failure.blame) == (status, again, True), error
             disconnected = isinstance(error, aiohttp.ServerDisconnectedError) or type(error) is aiohttp.ClientOSError
             assert failure.stale is (disconnected and reused)
+            assert ("compressed" in failure.message) is ("content-encoding" in str(error))
 
 
 def test_retry_after_is_a_number_or_a_date() -> None:
@@ -436,3 +438,71 @@ def test_what_a_model_thinks_is_paid_for_as_what_it_says(name: str) -> None:
     for _ in range(100):
         meter.feed(b'data: {"id":"x","choices":[{"delta":{"%b":"four, or more"}}]}\n\n' % name.encode())
     assert meter.usage(1).output_tokens == 100 * 13 // 4
+
+
+def begun(parts: Sequence[bytes]) -> bytes:
+    """How the reply begins of an expert that streams these parts, one after the other, and then says nothing; or the Failure."""
+
+    async def run() -> bytes:
+        over, served = asyncio.Event(), asyncio.Event()
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n")
+            for part in parts:
+                writer.write(part)
+                await asyncio.sleep(0.03)
+            await over.wait()
+            writer.close()
+            served.set()
+
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        expert = Expert("small", f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1")
+        upstream = Upstream(max_reply_bytes=1 << 20)
+        body = b'{"model": "small", "messages": [], "stream": true}'
+        try:
+            reply = await upstream.ask(expert, CHAT, body, {}, parse("chat", body))
+            reply.close()
+            return reply.body
+        finally:
+            over.set()
+            await served.wait()
+            await upstream.close()
+            server.close()
+
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        (b": PROCESSING\n\n", b'data: {"error": {"code": 503}}\n\n'),
+        (b'data: {"error": {"co', b'de": 503}}\n\n'),
+        (b"event: error\n", b'data: {"error": {"code": 503}}\n\n'),
+        (b"\xef\xbb\xbf", b": a\r\n\r\n", b": b\r\n\r\n", b'data: {"error": "no"}\r\n\r\n'),
+    ],
+)
+def test_an_error_is_one_though_comments_come_first_and_packets_cut_it(parts: Sequence[bytes]) -> None:
+    with pytest.raises(Failure, match=r"failed with status 50[23]"):
+        begun(parts)
+
+
+def test_comments_are_held_back_for_a_moment_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert begun((b": a\n\n", b"data: " + CHUNK + b"\n\n")) == b": a\n\ndata: " + CHUNK + b"\n\n"
+    monkeypatch.setattr("deferral.gateway.upstream._HELD_BACK_S", 0.1)
+    assert begun((b": a\n\n",)) == b": a\n\n"
+
+
+def test_a_head_as_long_as_clients_may_send_is_read() -> None:
+    [call], _ = asked([[whole(head=b"x-long: " + b"a" * 30_000 + b"\r\n")]])
+    assert isinstance(call, Call)
+    assert dict(call.reply.headers)[b"x-long"] == b"a" * 30_000
+
+
+def test_of_several_answers_the_last_must_be_over() -> None:
+    ended = b'data: {"choices": [{"index": %d, "finish_reason": "stop"}]}\n\n'
+    meter = StreamMeter(2)
+    meter.feed(ended % 0)
+    assert not meter.finished
+    meter.feed(ended % 1 + b"data: [DONE]\n\n")
+    assert meter.finished

@@ -265,7 +265,7 @@ class Exchange:
         headers = [*reply.headers, *self._headers(call, choice)]
         self.status = reply.status
         usage, outcome, good = reply.usage, "cancelled", None
-        meter = METERS[self.kind]() if reply.streamed else None
+        meter = METERS[self.kind](asked.answers) if reply.streamed else None
         try:
             if meter is not None:
                 outcome = await self._stream(call, headers, meter)

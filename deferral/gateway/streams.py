@@ -38,7 +38,8 @@ class StreamMeter:
 
     _text = TEXT
 
-    def __init__(self) -> None:
+    def __init__(self, answers: int = 1) -> None:
+        self._answers = answers
         self._characters = 0
         self._line = b""
         self._head, self._tail, self._id = b"", b"", ""
@@ -78,7 +79,8 @@ class StreamMeter:
         """Whether the end of the answer has been seen, and not only of the bytes."""
         tail = self._tail
         # Expressions that begin with a choice are tried at every byte; in all of the tail that takes as long as all the rest.
-        finished = _DONE.search(tail, max(len(tail) - _LAST, 0)) or _FINISHED.search(tail)
+        # Of several answers one may be over long before the others.
+        finished = _DONE.search(tail, max(len(tail) - _LAST, 0)) or (self._answers == 1 and _FINISHED.search(tail))
         failed = b'"error"' in tail and _FAILED.search(tail)
         return bool(finished) and not failed
 
@@ -102,8 +104,8 @@ class ResponseMeter(StreamMeter):
 
     _text = _DELTA
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, answers: int = 1) -> None:
+        super().__init__(answers)
         self._ending, self._last = b"", b""
 
     def feed(self, chunk: bytes) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import math
 import re
 from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
@@ -38,6 +39,10 @@ _MISCONFIGURED = frozenset({401, 402, 403, 404, 405})
 _OVERLOADED = frozenset({408, 425, 429})
 # A connection that was closed while it was idle is found to be so by the first answer of the other end's machine.
 _STALE_S = 1.0
+_SAYS = re.compile(rb"(?:^|[\r\n])data:[^\r\n]*[\r\n]")
+_HELD_BACK_S = 1.0
+_LONGEST_EVENT = 1 << 16
+_LONGEST_HEADER = 1 << 16
 _opened: ContextVar[bool] = ContextVar("opened")
 _connected: ContextVar[Callable[[], None]] = ContextVar("connected", default=lambda: None)
 # Of a header that came; the parser of replies is not as strict.
@@ -199,7 +204,7 @@ class Upstream:
         unknown = Usage(asked.tokens, 0, True, "")
         try:
             if events and status < 300:
-                first = await response.content.readany()
+                first = await _beginning(response.content)
                 if not first:
                     raise Failure(502, "upstream_bad_reply", "ended its stream before the first byte", again=True)
                 _check_error(first, path)
@@ -260,6 +265,22 @@ def _is_failure(status: int) -> bool:
     return status in _MISCONFIGURED or status >= 500 or status in _OVERLOADED or 300 <= status < 400 or status < 200
 
 
+async def _beginning(content: aiohttp.StreamReader) -> bytes:
+    """The first bytes of a stream, as far as its first event: what comes before it is no answer, and an error may follow.
+
+    Comments alone, which a server sends while it works, are held back for a moment and no longer: they keep connections open.
+    """
+    first = await content.readany()
+    if first and not _SAYS.search(first):
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_HELD_BACK_S):
+                while len(first) < _LONGEST_EVENT and (part := await content.readany()):
+                    first += part
+                    if _SAYS.search(first):
+                        break
+    return first
+
+
 def _check_error(beginning: bytes, path: str) -> None:
     """Failure where a reply that calls itself an answer is an error, and one that is not the client's own fault."""
     status = error_of(beginning)
@@ -283,7 +304,9 @@ class _Connector(aiohttp.TCPConnector):
 def _session(**connections: Any) -> aiohttp.ClientSession:
     # How many requests an expert gets at a time is decided before this.
     connector = _Connector(limit=0, ttl_dns_cache=30, **connections)
-    return aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
+    return aiohttp.ClientSession(
+        connector=connector, cookie_jar=aiohttp.DummyCookieJar(), max_line_size=_LONGEST_HEADER, max_field_size=_LONGEST_HEADER
+    )
 
 
 def _unanswered(error: Exception, *, reused: bool) -> Failure:
@@ -298,6 +321,8 @@ def _unanswered(error: Exception, *, reused: bool) -> Failure:
         return Failure(502, "upstream_unreachable", "cannot be reached", again=True)
     if isinstance(error, aiohttp.ServerDisconnectedError | aiohttp.ClientOSError | ConnectionError):
         return Failure(502, "upstream_bad_reply", "closed the connection before it answered", again=True, stale=reused)
+    if "content-encoding" in str(error).lower():
+        return Failure(502, "upstream_bad_reply", "compressed its reply, though it was asked not to, in a way that is not known")
     return Failure(502, "upstream_bad_reply", "answered something that is no HTTP")
 
 
