@@ -196,7 +196,8 @@ def test_a_gateway_that_can_go_live_and_nothing_is_made(router: Path, tmp_path: 
     checked = check(settings, ask=True)
     assert checked.ok
     assert [one.expert.name for one in checked.experts] == ["small", "large"]
-    assert [one.kind for one in checked.findings] == ["good", "good", "note", "good"]
+    assert [one.kind for one in checked.findings] == ["good", "good", "note", "good", "note"]
+    assert "streams of small, large cost is estimated" in checked.findings[-1].text
     assert "there is none, so that whoever is on this machine may ask" in found(settings, "note")[0]
     assert [path.name for path in tmp_path.iterdir()] == ["experts.toml"]
 

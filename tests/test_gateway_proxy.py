@@ -160,6 +160,33 @@ def test_streams_tools_and_the_other_paths(running: Any, client: openai.OpenAI) 
         client.embeddings.create(model="auto", input="a")
 
 
+@pytest.mark.parametrize("path", ["chat/completions", "completions"])
+def test_a_stream_reports_its_usage_to_the_gateway_alone(running: Any, path: str) -> None:
+    gateway, before = running.gateway, running.gateway.state.current
+    body = {"model": "large", "stream": True, "messages": [{"role": "user", "content": EASY}], "prompt": EASY}
+
+    def ask(**more: Any) -> tuple[bytes, dict[str, Any]]:
+        status, headers, said = gateway.ask("POST", f"/v1/{path}", body | more, key=running.key)
+        assert status == 200
+        [row] = rows(running, f"id = '{headers['x-deferral-id']}'")
+        return said, row
+
+    plain, estimated = ask()
+    wanted, _ = ask(stream_options={"include_usage": True})
+    gateway.state.current = replace(before, experts={n: replace(one, stream_usage=True) for n, one in before.experts.items()})
+    try:
+        said, counted = ask()
+        sent = running.upstream.seen[-1]
+        assert ask(stream_options={"include_usage": True})[0] == wanted != plain
+        assert ask(stream_options={"include_usage": False})[1]["estimated"] == 1, "what the client says holds"
+    finally:
+        gateway.state.current = before
+    assert said == plain
+    assert json.loads(sent.body) == body | {"model": "big/one", "stream_options": {"include_usage": True}}
+    assert (estimated["estimated"], counted["estimated"], counted["outcome"]) == (1, 0, "ok")
+    assert (counted["input_tokens"], counted["output_tokens"]) == (7, CHUNKS)
+
+
 PICTURE = "data:image/png;base64,AAAA"
 
 

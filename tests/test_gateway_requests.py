@@ -11,7 +11,7 @@ from deferral.gateway.deciding import Choice, set_aside
 from deferral.gateway.experts_file import Expert
 from deferral.gateway.problems import Problem
 from deferral.gateway.requests import hints, parse, with_model
-from deferral.gateway.streams import ResponseMeter, StreamMeter
+from deferral.gateway.streams import ResponseMeter, StreamMeter, WithoutUsage
 from deferral.gateway.usage import usage_of
 
 TEXT = st.text(max_size=12) | st.sampled_from(["model", '"model": "x"', "\\", '"', "ł", "\n", "auto"])
@@ -199,6 +199,21 @@ def test_what_a_stream_reports_is_kept_however_much_follows(size: int) -> None:
     for start in range(0, len(whole), size):
         meter.feed(whole[start : start + size])
     assert meter.usage(20)[:3] == (1000, 500, False)
+
+
+@settings(max_examples=60)
+@given(cuts=st.lists(st.integers(1, 60), max_size=30), end=st.sampled_from([b"\n\n", b"\r\n\r\n"]))
+def test_of_a_stream_the_event_of_its_usage_alone_is_left_out(cuts: list[int], end: bytes) -> None:
+    first = b'data: {"choices": [], "prompt_filter_results": [], "usage": null}' + end
+    said = b": a comment" + end + b'data: {"choices": [{"delta": {"content": "\\"choices\\": [] usage"}}], "usage": null}' + end
+    usage = b'data: {"id": "c", "choices": [ ], "usage": {"prompt_tokens": 1, "completion_tokens": 2}}' + end
+    last, cut = b"data: [DONE]" + end, b'data: {"choices": [], "usage": {"prompt_tok'
+    rest, without, given = first + said + usage + last + cut, WithoutUsage(), b""
+    for size in cuts:
+        given += without.part(rest[:size])
+        rest = rest[size:]
+    given += without.part(rest) + without.held
+    assert given == first + said + last + cut
 
 
 def test_as_much_is_set_aside_as_answers_are_asked_for() -> None:

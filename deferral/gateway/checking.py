@@ -98,6 +98,7 @@ def check(settings: Settings, *, ask: bool, on_stage: Callable[[str], None] = la
     findings += _database(settings, experts)
     findings += _address(settings)
     reached: list[Reached] = []
+    findings += _streams(experts or {})
     if experts:
         on_stage(f"reaching {', '.join(experts)}")
         reached = asyncio.run(reach(experts.values(), ask=ask))
@@ -129,6 +130,15 @@ def _files(settings: Settings, router: Router | None, experts: Mapping[str, Expe
     if settings.traces:
         _tried(found, "traces", lambda: import_module("deferral.gateway.tracing"))
     return found
+
+
+def _streams(experts: Mapping[str, Expert]) -> list[Finding]:
+    guessed = [name for name, expert in experts.items() if expert.output_price and not expert.stream_usage]
+    text = (
+        f"what streams of {', '.join(guessed)} cost is estimated from their text where the client asks for no usage; "
+        "stream_usage = true has them report it, thoughts that are not shown included"
+    )
+    return [Finding("note", "streams", text)] if guessed else []
 
 
 def _together(router: Router, experts: Mapping[str, Expert]) -> list[Finding]:

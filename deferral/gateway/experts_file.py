@@ -35,6 +35,7 @@ class Expert:
     `first_byte_s` is the longest wait for the first byte, and between two.  Beyond `max_concurrent` requests wait, at most
     `max_waiting` of them.  With `route=False` it is reached by its name only.  `responses`: it has the Responses API.
     `logprobs`: it reports the log-probabilities of its answers where a chat asks for them, so that a cascade may ask it first.
+    `stream_usage`: streams are asked to report their tokens also where a client does not ask for that.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Expert:
     route: bool = True
     responses: bool = True
     logprobs: bool = False
+    stream_usage: bool = False
 
     def __post_init__(self) -> None:
         for check in (_check_name, _check_url, _check_key, _check_numbers, _check_flags):
@@ -201,7 +203,7 @@ def _check_numbers(expert: Expert) -> None:
 
 
 def _check_flags(expert: Expert) -> None:
-    for name in ("tools", "images", "route", "responses", "logprobs"):
+    for name in ("tools", "images", "route", "responses", "logprobs", "stream_usage"):
         if not isinstance(getattr(expert, name), bool):
             raise _FieldError(name, f"expected true or false, got {getattr(expert, name)!r}")
 

@@ -23,10 +23,10 @@ from deferral.gateway.generation import Generation
 from deferral.gateway.keys import ANYONE, Key
 from deferral.gateway.limits import Hold, Refused
 from deferral.gateway.problems import Problem, error_body
-from deferral.gateway.requests import Asked, Hints, Kind, hints, parse, with_model
+from deferral.gateway.requests import Asked, Hints, Kind, hints, parse, with_model, with_stream_usage
 from deferral.gateway.rows import DecisionRow
 from deferral.gateway.state import Gateway
-from deferral.gateway.streams import METERS, StreamMeter, error_event
+from deferral.gateway.streams import METERS, StreamMeter, WithoutUsage, error_event
 from deferral.gateway.upstream import FORWARDED, Failure
 from deferral.gateway.usage import Usage
 from deferral.gateway.wire import Left, header_map, read_body, send_problem, send_whole
@@ -174,7 +174,7 @@ class Exchange:
 
             try:
                 if first is None:
-                    call = await ask(ranking, lambda expert: with_model(body, expert.model))
+                    call = await ask(ranking, lambda expert: self._sent_to(expert, asked, body))
                 else:
                     try:
                         call = await first.answer(ask, asked.query, hold, self.began)
@@ -184,6 +184,14 @@ class Exchange:
                 hold.spent += self._sent
                 raise
             await self._hand_on(call, asked, choice, hold)
+
+    def _asks_for_usage(self, expert: Expert, asked: Asked) -> bool:
+        """Whether a stream is to report what its client does not want to know."""
+        return expert.stream_usage and asked.stream and not asked.stream_options and self.kind in ("chat", "completions")
+
+    def _sent_to(self, expert: Expert, asked: Asked, body: bytes) -> bytes:
+        sent = with_model(body, expert.model)
+        return with_stream_usage(sent) if self._asks_for_usage(expert, asked) else sent
 
     def _forwarded(self, headers: Mapping[bytes, bytes]) -> dict[str, str]:
         """The client's headers that go on to the expert."""
@@ -268,7 +276,8 @@ class Exchange:
         meter = METERS[self.kind](asked.answers) if reply.streamed else None
         try:
             if meter is not None:
-                outcome = await self._stream(call, headers, meter)
+                part = WithoutUsage() if self._asks_for_usage(expert, asked) else None
+                outcome = await self._stream(call, headers, meter, part)
                 good = True if outcome == "ok" else None if meter.blameless else False
             else:
                 outcome, good = "ok" if reply.status < 300 else "error", True
@@ -287,8 +296,10 @@ class Exchange:
             self.started = True
             await send_whole(self.send, reply.status, headers, reply.body)
 
-    async def _stream(self, call: Call, headers: list[tuple[bytes, bytes]], meter: StreamMeter) -> str:
-        """Bytes as they come.  -> the outcome"""
+    async def _stream(
+        self, call: Call, headers: list[tuple[bytes, bytes]], meter: StreamMeter, without: WithoutUsage | None
+    ) -> str:
+        """Bytes as they come, or without a usage that the client did not ask for.  -> the outcome"""
         send, chunk = self.send, call.reply.body
         self.started = True
         # A client that does not read would hold its expert for ever.
@@ -298,17 +309,21 @@ class Exchange:
         try:
             await send({"type": "http.response.start", "status": call.reply.status, "headers": headers})
             meter.feed(chunk)
-            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            await send({"type": "http.response.body", "body": without.part(chunk) if without else chunk, "more_body": True})
             async for chunk in call.reply.rest():
                 meter.feed(chunk)
+                if without is not None and not (chunk := without.part(chunk)):
+                    continue
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            if without is not None and without.held:
+                await send({"type": "http.response.body", "body": without.held, "more_body": True})
         except Failure as failure:
             name = call.expert.name
             self.gateway.metrics.failed(name, failure.code)
             _log.warning("%s %s (%s, %s)", name, failure.message, failure.code, self.id)
             error = error_body(failure.status, failure.code, f"{name} {failure.message}")
             # The blank line ends an event that was cut in half.
-            event = b"\n\n" + error_event(self.kind, error)
+            event = (without.held if without else b"") + b"\n\n" + error_event(self.kind, error)
             await send({"type": "http.response.body", "body": event, "more_body": True})
             return "truncated"
         finally:

@@ -12,7 +12,7 @@ from deferral.gateway.experts_file import AUTO
 from deferral.gateway.problems import Problem
 from deferral.gateway.turns import BYTES_PER_TOKEN, Turn, bytes_in, conversation, messages_of, text_of
 
-__all__ = ["NO_HINTS", "Asked", "Hints", "Kind", "hints", "parse", "with_model"]
+__all__ = ["NO_HINTS", "Asked", "Hints", "Kind", "hints", "parse", "with_model", "with_stream_usage"]
 
 Kind = Literal["chat", "completions", "embeddings", "responses"]
 
@@ -31,7 +31,7 @@ class Asked(NamedTuple):
 
     `query` is what is scored: the last of the `turns`, which are the user's requests, oldest first.  With `follows` it is not the
     newest, which only follows it up.  `responses` is a request of the Responses API, `previous` the id of the response that it
-    goes on from.
+    goes on from.  `stream_options`: the client says itself what a stream is to report.
     """
 
     model: str
@@ -47,6 +47,7 @@ class Asked(NamedTuple):
     previous: str = ""
     longest: int = 0
     answers: int = 1
+    stream_options: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +118,7 @@ def parse(kind: Kind, body: bytes) -> Asked:
     responses = kind == "responses"
     return Asked(
         model, turns[-1].query, tokens, output, tools, images, stream is True, turns, responses=responses, previous=previous,
-        longest=longest, answers=answers,
+        longest=longest, answers=answers, stream_options=request.get("stream_options") is not None,
     )  # fmt: skip
 
 
@@ -131,6 +132,12 @@ def with_model(body: bytes, model: str) -> bytes:
         start, end = first.span(1)
         return b"".join((body[:start], value, body[end:]))
     return _with_top_level_model(body.decode(), value.decode()).encode()
+
+
+def with_stream_usage(body: bytes) -> bytes:
+    """The body of a parsed request that says nothing of `stream_options`, asking for usage; every other byte as it was."""
+    start = body.index(b"{") + 1
+    return b"".join((body[:start], b'"stream_options":{"include_usage":true},', body[start:]))
 
 
 @lru_cache(1024)

@@ -1,5 +1,6 @@
 """Streams of events as they pass by: whether they end as they should, what they cost, and how one that breaks off ends."""
 
+import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from deferral.gateway.requests import Kind
 from deferral.gateway.usage import TEXT, USAGE, Usage, characters_of, id_in, last_usage, usage_reported
 
-__all__ = ["METERS", "ResponseMeter", "StreamMeter", "error_event"]
+__all__ = ["METERS", "ResponseMeter", "StreamMeter", "WithoutUsage", "error_event"]
 
 _TAIL = 4096
 _KEY = len(b'"usage" : {') + 8
@@ -26,6 +27,9 @@ _ENDING = re.compile(
 # Codes of errors that a client can bring about with any expert, and of limits, which are no failures.
 _BLAMELESS = re.compile(rb'"code"\s*:\s*(?:4\d\d\b|"[a-z_]*(?:invalid|image|policy|rate_limit)[a-z_]*")')
 _LONGEST_ENDING = 64
+_NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
+_EVENTS = re.compile(rb"(?<=\n\n)|(?<=\r\n\r\n)")
+_DATA = re.compile(rb"(?:^|[\r\n])data: ?(\{[^\r\n]*)")
 _LONGEST_EVENT = 1 << 17
 _LINE_ENDS = (b"\n", b"\r")
 # Of a line that is not over, as much waits to be counted.
@@ -133,6 +137,33 @@ class ResponseMeter(StreamMeter):
         """Tokens so far, `input_tokens` being the estimate: before the last event nothing is reported but what clients sent."""
         reported = (last_usage(self._tail) or last_usage(self._last)) if self._ending else None
         return usage_reported(reported, self._id, input_tokens, self._written)
+
+
+class WithoutUsage:
+    """A stream as it would be had nobody asked for its usage: without the event that holds nothing else, in whole events."""
+
+    def __init__(self) -> None:
+        self.held = b""
+
+    def part(self, chunk: bytes) -> bytes:
+        """What goes on to the client of the bytes so far; the beginning of an event is `held`."""
+        events = self.held + chunk
+        end = max(events.rfind(b"\n\n") + 2, events.rfind(b"\r\n\r\n") + 4)
+        if end < 4:
+            end = len(events) if len(events) > _LONGEST_EVENT else 0
+        whole, self.held = events[:end], events[end:]
+        if b'"usage"' in whole and _NO_CHOICES.search(whole):
+            whole = b"".join(event for event in _EVENTS.split(whole) if not _is_usage(event))
+        return whole
+
+
+def _is_usage(event: bytes) -> bool:
+    found = _DATA.search(event)
+    try:
+        said = json.loads(found[1]) if found else None
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(said, dict) and said.get("choices") == [] and isinstance(said.get("usage"), dict)
 
 
 METERS: Mapping[Kind, type[StreamMeter]] = {
