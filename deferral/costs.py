@@ -62,7 +62,8 @@ def error_costs(
         raise ValueError(
             f"targets: expected class indices, got {int(targets.min())}; a row without a label has no costs: leave it out"
         )
-    dtype = targets.dtype if targets.is_floating_point() else torch.get_default_dtype()
+    # Half precision would swallow small prices.
+    dtype = torch.promote_types(targets.dtype, torch.float32) if targets.is_floating_point() else torch.get_default_dtype()
     alpha_row, price_row = _per_expert(alpha, "alpha", answers, dtype), _per_expert(price, "price", answers, dtype)
     check_costs(alpha_row, ceiling=None, name="alpha")
     check_costs(price_row, ceiling=None, name="price")
@@ -72,7 +73,7 @@ def error_costs(
     num_classes = targets.shape[-1] if targets.is_floating_point() else None
     _check_answers(answers, num_classes, known)
     if targets.is_floating_point():
-        error = 1 - targets.gather(-1, (answers if known is None else answers.where(known, 0)).long())
+        error = 1 - targets.to(dtype).gather(-1, (answers if known is None else answers.where(known, 0)).long())
     else:
         error = (answers != targets.unsqueeze(-1)).to(dtype)
     costs = alpha_row * error + price_row
@@ -102,7 +103,8 @@ def squared_costs(
     """
     require_tensor("answers", answers)
     require_tensor("targets", targets)
-    answers = answers if answers.is_floating_point() else answers.to(torch.get_default_dtype())
+    of_targets = targets.dtype if targets.is_floating_point() else torch.get_default_dtype()
+    answers = answers if answers.is_floating_point() else answers.to(of_targets)
     _check_columns("answers", answers, targets.shape)
     alpha_row = _per_expert(alpha, "alpha", answers, answers.dtype)
     price_row = _per_expert(price, "price", answers, answers.dtype)

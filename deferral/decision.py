@@ -47,11 +47,11 @@ def decide(scores: Tensor, offsets: Tensor | float = 0.0, *, mask: Tensor | None
 def decide_pair(scores: Tensor, rejector: Tensor, offset: float = 0.0) -> Tensor:
     """Predictor-rejector rule: answer argmax of the K class scores iff r > offset, else abstain (action K).
 
-    (..., K), (...,) -> (...,).  r = offset abstains.  Mao, Mohri, Zhong, "Predictor-Rejector Multi-Class Abstention"
-    (ALT 2024), eq. 1.
+    (..., K), (...,) -> (...,).  r = offset abstains, and so does a row of NaN.  Mao, Mohri, Zhong, "Predictor-Rejector
+    Multi-Class Abstention" (ALT 2024), eq. 1.
     """
     require_rejector(rejector, scores.shape[:-1])
-    return decide(scores).where(rejector > offset, scores.shape[-1])
+    return decide(scores).where((rejector > offset) & ~scores.isnan().all(dim=-1), scores.shape[-1])
 
 
 def deferral_margin(scores: Tensor, *, num_own: int, mask: Tensor | None = None) -> Tensor:

@@ -38,6 +38,7 @@ __all__ = [
 
 K, E, A = 3, 2, 3
 CEILING = 1.3  # of the two-stage costs: a price stands on top of an error
+_PRICES = torch.tensor([0.0] + (A - 1) * [CEILING - 1], dtype=torch.float64)
 PROBLEMS = 60
 
 Rows = dict[str, Tensor]
@@ -56,6 +57,7 @@ class Setting:
     experts: range = range(0)  # those that belong to the experts
     expert_rows: str = ""  # the entry of the rows whose last columns, one per expert, are permuted with them
     random_experts: int = 0  # how many experts are right at random given the label
+    predicts: bool = False  # whether column 0 is a prediction of the value, whose expectation it is to be
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,8 @@ def draw_rows(shape: tuple[int, ...], generator: torch.Generator, dtype: torch.d
     """Random rows of the given leading shape.
 
     targets (...,); cost (...,) of abstaining; expert_costs (..., E) in [0, 1]; expert_correct (..., E) in {0, 1}; costs (..., A)
-    in [0, 1.3] of a two-stage router; wrong (...,) in {0, 1} of a fixed predictor; value (...,), the target of regression.
+    of a two-stage router, any in [0, 1.3] or, in half of the rows, errors and a price of 0.3 of asking an expert; wrong (...,) in
+    {0, 1} of a fixed predictor; value (...,), the target of regression.
     """
 
     def uniform(*size: int) -> Tensor:
@@ -111,7 +114,7 @@ def draw_rows(shape: tuple[int, ...], generator: torch.Generator, dtype: torch.d
         "cost": 0.05 + 0.55 * uniform(),
         "expert_costs": uniform(E),
         "expert_correct": (uniform(E) < 0.6).to(dtype),
-        "costs": CEILING * uniform(A),
+        "costs": torch.where(uniform(1) < 0.5, CEILING * uniform(A), (uniform(A) < 0.5) + _PRICES.to(dtype)),
         "wrong": (uniform() < 0.5).to(dtype),
         "value": 3 * uniform() - 1.5,
     }
@@ -194,12 +197,14 @@ REGRESSION = Setting(
     lambda s: decide(s[..., 1:]),
     experts=range(2, 2 + E),
     expert_rows="expert_costs",
+    predicts=True,
 )
 REGRESSION_ABSTENTION = Setting(
     "regression abstention: the prediction, then the rejector",
     2,
     _regression_abstention,
     lambda s: (s[..., 1] <= 0).long(),
+    predicts=True,
 )
 
 
@@ -255,6 +260,7 @@ def bayes_errors(
 ) -> tuple[int, int]:
     """(wrong, judged) decisions of the minimiser of the conditional risk, over free scores.
 
+    To keep a prediction that is not the expected value is a wrong decision too.
     A loss with many flat places may need more `starts` than the 12 (6 with many outcomes) that find the minimum of most.
     """
     law, rows = random_problems(setting, deterministic_experts=deterministic_experts)
@@ -266,7 +272,11 @@ def bayes_errors(
     def risk(scores: Tensor) -> Tensor:
         return (law * loss(scores.unsqueeze(-2).repeat(1, 1, outcomes, 1), every_start)).sum(dim=-1)
 
-    actions = setting.decide(minimiser(risk, PROBLEMS, setting.width, starts=starts))
+    scores = minimiser(risk, PROBLEMS, setting.width, starts=starts)
+    actions = setting.decide(scores)
+    if setting.predicts:
+        missed = (scores[:, 0] - (law * rows["value"]).sum(dim=-1)).abs() > 0.05
+        actions = actions.where((actions != 0) | ~missed, -1)
     return wrong_decisions(actions, setting.expected_costs(law, rows))
 
 
@@ -324,8 +334,10 @@ def gradient(loss: Loss, setting: Setting) -> str | None:
     scores, rows = example(setting)
     # Kinks are hit with probability 0, but finite differences may step over one: keep off the integers.
     leaf = (scores * 0.37 + 0.011).requires_grad_()
+    # Of what is computed in single precision no finer differences can be taken.
+    eps, atol = (1e-6, 1e-5) if loss(leaf, rows).dtype == torch.float64 else (1e-3, 1e-2)
     try:
-        torch.autograd.gradcheck(lambda s: loss(s, rows), leaf)
+        torch.autograd.gradcheck(lambda s: loss(s, rows), leaf, eps=eps, atol=atol)
     except RuntimeError as error:
         return textwrap.shorten(str(error), 300)  # of two whole Jacobians
     return None
@@ -368,8 +380,15 @@ def pulls_when_wrong(loss: Loss, setting: Setting) -> str | None:
 def bounded_below(loss: Loss, setting: Setting) -> str | None:
     """No row's loss can be driven towards minus infinity, so no weight is negative."""
     scores, rows = example(setting, (400,))
-    lowest = float(loss(1e3 * scores, rows).min())
-    return f"a loss of {lowest:.3g} at scores x 1000: some weight is negative" if lowest < -10 else None
+    usual, large, larger = (loss(scale * scores, rows) for scale in (1.0, 1e3, 1e4))
+    # In units of the loss itself; a bounded one has come to its end.
+    size = usual.abs().max()
+    falls = (larger < -size) & (large - larger > size)
+    if not falls.any():
+        return None
+    return (
+        f"a loss falls from {large[falls][0]:.3g} at scores x 1000 to {larger[falls][0]:.3g} at x 10000: some weight is negative"
+    )
 
 
 def every_expert_counts(loss: Loss, setting: Setting) -> str | None:

@@ -133,11 +133,12 @@ def require_mask(mask: Tensor) -> None:
 
 
 def require_expert_columns(scores: Tensor, name: str, table: Tensor) -> None:
-    """ValueError for one number per row where there should be a column per expert: it would be read as that many experts."""
-    if scores.dim() > 1 and table.shape == scores.shape[:-1]:
+    """ValueError for a table without the rows: one number per row would be read as that many experts."""
+    if table.dim() < scores.dim():
         raise ValueError(
-            f"{name}: expected one column per expert, (..., E), got {_shape(table)}, one number per row; for one expert use "
-            ".unsqueeze(-1), for numbers that are the same in every row .expand(*scores.shape[:-1], -1)"
+            f"{name}: expected one column per expert, (..., E), got {_shape(table)} for scores {_shape(scores)}; for one expert "
+            "use .unsqueeze(-1) of its one number per row, for numbers that are the same in every row "
+            ".expand(*scores.shape[:-1], -1)"
         )
 
 

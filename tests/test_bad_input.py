@@ -13,6 +13,7 @@ from deferral.losses import (
     asymmetric_softmax,
     comp_sum,
     cost_sensitive_abstention,
+    learned_loss,
     madras,
     max_margin,
     mixture_of_experts,
@@ -125,7 +126,12 @@ COSTS = torch.linspace(0.1, 0.9, 8).view(4, 2)
             "cost: expected a torch tensor, got list",
         ),
         (lambda: regression_abstention(0.3, SCORES[:, 0], 0.1), TypeError, "predictor_loss: expected a torch tensor, got float"),
-        (lambda: regression_deferral(torch.rand(4, 1), SCORES[:, :3], COSTS), ValueError, "take .squeeze(-1) of a prediction"),
+        (
+            lambda: regression_deferral(torch.rand(4, 1), SCORES[:, :3], COSTS),
+            ValueError,
+            "of a prediction (..., 1) take .squeeze(-1) before",
+        ),
+        (lambda: regression_deferral(torch.rand(()), SCORES[:, :3], COSTS), ValueError, "needs reduction='none'"),
         (lambda: error_costs(COSTS.numpy(), TARGETS), TypeError, "answers: expected a torch tensor, got ndarray"),
         (lambda: squared_costs(COSTS, [0.1] * 4), TypeError, "targets: expected a torch tensor, got list"),
         (lambda: rejector_of_scores(SCORES[:, :1]), ValueError, "class scores and the score of abstaining"),
@@ -290,7 +296,7 @@ def test_criterion_checks_what_is_said_of_experts() -> None:
         with pytest.raises(ValueError, match="got NaN in 1 places"):
             Criterion(loss)(SCORES[:, :4], TARGETS, unknown)
         assert Criterion(loss)(SCORES[:, :4], TARGETS, unknown, mask=~unknown.isnan()).isfinite()
-    law, every = F.one_hot(TARGETS, 3).float(), torch.tensor([0.2, 0.9])
+    law, every = F.one_hot(TARGETS, 3).float(), torch.tensor([[0.2, 0.9]])
     torch.testing.assert_close(
         Criterion(single_stage_deferral)(SCORES, law, every), single_stage_deferral(SCORES, law, every).mean()
     )
@@ -301,11 +307,32 @@ def test_criterion_refuses_a_chance_of_being_right_where_the_loss_asks_who_is_ri
     chance, known = torch.tensor([[0.25, 1.0]]), torch.tensor([False, True])
     of_gate = [SCORES[:, :3], SCORES[:, :3]]
     for loss, scores in ((picce, [SCORES]), (partial(realizable_experts, q=0.5), [SCORES]), (mixture_of_experts, of_gate)):
-        with pytest.raises(ValueError, match=r"expert_correct: .* takes 1 where the expert is right, .* got 0\.25"):
+        with pytest.raises(ValueError, match=r"expert_correct: .* takes 0 and 1 alone, got 0\.25; draw an answer"):
             Criterion(loss)(*scores, TARGETS, chance.expand(4, 2))
         assert Criterion(loss)(*scores, TARGETS, chance.round().expand(4, 2)).isfinite()
     assert Criterion(picce)(SCORES, TARGETS, chance.expand(4, 2), mask=known.expand(4, 2)).isfinite()
     assert Criterion(one_vs_all)(SCORES, TARGETS, chance.expand(4, 2)).isfinite()
+    with pytest.raises(ValueError, match=r"costs: realizable_router takes 0 and 1 alone, got 0\.02; with prices"):
+        Criterion(realizable_router)(SCORES[:, :2], torch.tensor([[1.0, 0.02]]).expand(4, 2))
+    assert Criterion(realizable_router)(SCORES[:, :2], torch.tensor([[1.0, 0.0]]).expand(4, 2)).isfinite()
+
+
+def test_a_table_without_rows_is_refused_however_many_rows_there_are() -> None:
+    for rows in (1, 2, 3, 4):
+        for loss in (single_stage_deferral, one_vs_all, picce, realizable_experts):
+            with pytest.raises(ValueError, match=r"got \(2,\) for scores .* same in every row \.expand"):
+                loss(SCORES[:rows], TARGETS[:rows], torch.tensor([0.0, 1.0]))
+
+
+def test_criterion_reads_numbers_that_belong_to_one_expert() -> None:
+    scores, targets = torch.randn(3, 4, 6), torch.randint(5, (3, 4))
+    for right in (torch.ones(4), torch.tensor(1.0)):
+        torch.testing.assert_close(
+            Criterion(mozannar_sontag)(scores, targets, right), mozannar_sontag(scores, targets, right).mean()
+        )
+    for values in ({"estimate": torch.full((4,), torch.nan), "predictor_loss": torch.rand(4)},):
+        with pytest.raises(ValueError, match="estimate: expected"):
+            Criterion(learned_loss)(**values)
 
 
 def test_checks_of_values() -> None:

@@ -330,7 +330,7 @@ def test_second_derivatives_are_finite(loss, scale: float, batch) -> None:
         (lambda s, y, m: losses.asymmetric_softmax(s[:, :2], 0 * y, m[:, 0]), "at least two classes and one expert"),
         (lambda s, y, m: losses.madras(s[:, :K], s[:, -1], y, m[:, 0], mask=m[:, :1] > 0), "scores and mask differ in rows"),
         (lambda s, y, m: losses.one_vs_all(s, y, m[:, 0]), "one column per expert, (..., E), got"),
-        (lambda s, y, m: losses.picce(s, y, m[:, 0]), "for one expert use .unsqueeze(-1)"),
+        (lambda s, y, m: losses.picce(s, y, m[:, 0]), "for one expert use .unsqueeze(-1) of"),
         (lambda s, y, m: losses.realizable_experts(s, y, m[:, 0]), "one number per row"),
         (lambda s, y, m: losses.single_stage_deferral(s, y, m[:, 0]), "expert_costs: expected one column per expert"),
     ],
@@ -380,3 +380,13 @@ def test_an_impossible_class_counts_nothing_under_probabilities() -> None:
     law = torch.nn.functional.one_hot(label, 3).float()
     soft, hard = (losses.cost_sensitive_abstention(scores, targets, 0.1) for targets in (law, label))
     torch.testing.assert_close(soft, hard)
+
+
+@pytest.mark.parametrize("mu", [0.0, 0.5, 1.0, 2.0])
+def test_without_experts_a_loss_of_experts_is_that_of_the_classes(mu: float, batch) -> None:
+    scores, y, m = batch
+    classes, nobody = scores[:, :K], m[:, :0]
+    plain = losses.comp_sum(classes, torch.nn.functional.one_hot(y, K).to(classes.dtype), mu=mu)
+    torch.testing.assert_close(losses.single_stage_deferral(classes, y, nobody, mu=mu), plain)
+    if mu == 1:
+        torch.testing.assert_close(losses.picce(classes, y, nobody), plain)

@@ -4,11 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from deferral.losses import single_stage_deferral, two_stage_deferral
+from deferral.losses import regression_deferral, single_stage_deferral, two_stage_deferral
 from deferral.numerics import lift
 from deferral.testing import (
+    CEILING,
     ONE_EXPERT,
     PROPERTIES,
+    REGRESSION,
     SINGLE_STAGE,
     SINGLE_STAGE_BINARY,
     TWO_STAGE,
@@ -16,7 +18,9 @@ from deferral.testing import (
     K,
     Rows,
     bayes,
+    bounded_below,
     check_loss,
+    gradient,
     half_precision,
     one_value_per_example,
 )
@@ -114,6 +118,36 @@ def test_planted_defects_are_named() -> None:
         assert not report.ok
         assert expected in report.violations, f"{defect.__name__}: {report}"
         assert expected in str(report)
+
+
+def learns_the_other_sign(scores: Tensor, rows: Rows) -> Tensor:
+    return regression_deferral(lift((scores[..., 0] + rows["value"]).square()), scores[..., 1:], rows["expert_costs"])
+
+
+def clamps_what_is_dearer_than_an_error(scores: Tensor, rows: Rows) -> Tensor:
+    return ((1 - rows["costs"]).clamp(min=0) * -lift(scores).log_softmax(dim=-1)).sum(dim=-1)
+
+
+def test_a_wrong_prediction_and_a_forgotten_price_are_found() -> None:
+    for defect, setting in ((learns_the_other_sign, REGRESSION), (clamps_what_is_dearer_than_an_error, TWO_STAGE)):
+        assert "decides" in check_loss(defect, setting, properties=[bayes]).violations["bayes"]
+
+
+@pytest.mark.parametrize("unit", [1e-3, 1.0, 1e3])
+def test_what_has_no_lower_end_is_found_in_any_unit_and_what_has_one_is_left_alone(unit: float) -> None:
+    def utility(scores: Tensor, rows: Rows) -> Tensor:
+        return -unit * ((CEILING - rows["costs"]) * lift(scores).softmax(dim=-1)).sum(dim=-1)
+
+    assert bounded_below(utility, TWO_STAGE) is None
+    assert bounded_below(lambda s, rows: unit * weight_that_can_go_negative(s, rows), TWO_STAGE) is not None
+
+
+def test_a_loss_that_computes_in_single_precision_has_a_gradient_of_that_precision() -> None:
+    def single(scores: Tensor, rows: Rows) -> Tensor:
+        return single_stage_deferral(scores.float(), rows["targets"], rows["expert_costs"].float())
+
+    assert gradient(single, SINGLE_STAGE) is None
+    assert gradient(lambda s, rows: 2 * single(s.detach(), rows) + single(s, rows), SINGLE_STAGE) is not None
 
 
 def test_a_sound_loss_passes_and_a_loss_that_raises_is_reported() -> None:

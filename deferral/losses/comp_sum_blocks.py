@@ -125,7 +125,7 @@ def _losses_and_pull_of(
 
     `spare`, a table that nobody reads again, the weights perhaps, is written to.  (..., W) -> (..., 1), (..., W)
     """
-    if mu == 2 or (mu == 0 and p.amin().item() > LEAST_BEFORE_KNEE):
+    if mu == 2 or (mu == 0 and p.numel() and p.amin().item() > LEAST_BEFORE_KNEE):
         total = weights.sum(dim=-1, keepdim=True)
         pull = torch.mul(weights, p, out=spare) if mu == 2 else torch.div(weights, p, out=spare)
         return total.sub_(pull.sum(dim=-1, keepdim=True)).div_(mu - 1), pull

@@ -60,6 +60,8 @@ def expert_correctness(
             )
         return _PROBABILITY[phi](lift(scores)[..., num_classes:])
     if loss is asymmetric_softmax:
+        if scores.shape[-1] != num_classes + 1:
+            raise ValueError(f"scores: asymmetric_softmax has one expert, {num_classes} + 1 columns, got {tuple(scores.shape)}")
         return torch.sigmoid(asymmetric_logit(scores)).unsqueeze(-1)
     raise ValueError(
         f"loss: {getattr(loss, '__name__', loss)} defines no probability that the expert is right; expected "

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from deferral.losses.published import deep_gamblers, mixture_of_experts, picce
-from deferral.losses.realizable import realizable_experts
+from deferral.losses.realizable import realizable_experts, realizable_router
 from deferral.losses.score_based import score_based_abstention
 from deferral.validation import check_costs, check_mask, check_scores, check_targets
 
@@ -16,8 +16,17 @@ __all__ = ["Criterion"]
 
 # Their last score abstains, and no argument tells; of a loss from elsewhere every column may be a class.
 _LAST_SCORE_ABSTAINS = {deep_gamblers, score_based_abstention}
-# Their formula asks which experts are right; a chance of being right has no place in it.
-_RIGHT_OR_WRONG = {mixture_of_experts, picce, realizable_experts}
+# Their formula asks who is right; a chance of being right, or a price, has no place in it.
+_RIGHT_OR_WRONG = {
+    mixture_of_experts: "expert_correct",
+    picce: "expert_correct",
+    realizable_experts: "expert_correct",
+    realizable_router: "costs",
+}
+_OTHERWISE = {
+    "expert_correct": "draw an answer, or train single_stage_deferral on 1 - expert_correct",
+    "costs": "with prices, or chances of an error, train two_stage_deferral",
+}
 
 
 class Criterion(nn.Module):
@@ -66,7 +75,7 @@ class Criterion(nn.Module):
         return getattr(self.loss, "func", self.loss)
 
     def _check_labels(self, given: dict[str, Any]) -> None:
-        for name in ("scores", "rejector", "gate", "predictor_loss"):
+        for name in ("scores", "rejector", "gate", "predictor_loss", "estimate", "selection"):
             if name in given:
                 check_scores(given[name], name=name)
         targets = given.get("targets")
@@ -93,12 +102,11 @@ class Criterion(nn.Module):
             if known is not None:
                 asked, known = torch.broadcast_tensors(asked, known)
             check_costs(asked, ceiling=ceiling, mask=known, name=name)
-            if name == "expert_correct" and self._loss in _RIGHT_OR_WRONG:
+            if self._loss in _RIGHT_OR_WRONG and name in _RIGHT_OR_WRONG[self._loss]:
                 fraction = (asked != 0) & (asked != 1) & (True if known is None else known)
                 if fraction.any():
                     raise ValueError(
-                        f"expert_correct: {self._name} takes 1 where the expert is right, 0 where it is wrong, got "
-                        f"{asked[fraction][0]:.4g}; draw an answer, or train single_stage_deferral on 1 - expert_correct"
+                        f"{name}: {self._name} takes 0 and 1 alone, got {asked[fraction][0]:.4g}; {_OTHERWISE[name]}"
                     )
             if own:
                 check_costs(costs[..., :own], ceiling=ceiling, name=name)
@@ -113,8 +121,8 @@ class Criterion(nn.Module):
             return given["expert_costs"].shape[-1]
         if "expert_correct" in given:
             correct = given["expert_correct"]
-            # One number per row belongs to a single expert.
-            return 1 if correct.shape == given["scores"].shape[:-1] else correct.shape[-1]
+            # Numbers without an axis for experts belong to a single one.
+            return 1 if correct.dim() < given["scores"].dim() else correct.shape[-1]
         return 1 if "expert_cost" in given or self._loss in _LAST_SCORE_ABSTAINS else 0
 
 

@@ -304,6 +304,8 @@ def picce(
 
 def _likeliest(experts: Tensor, right: Tensor) -> Tensor:
     """1 at the highest score among the right experts, shared where several have it; 0 where none is right.  (..., E) twice"""
+    if not experts.shape[-1]:
+        return experts
     experts = experts.masked_fill(~right, -torch.inf)
     found = (experts == experts.amax(dim=-1, keepdim=True)) & right
     return found.to(experts.dtype) / found.sum(dim=-1, keepdim=True).clamp(min=1)
@@ -335,10 +337,10 @@ def selective_net(
     Geifman, El-Yaniv, "SelectiveNet" (ICML 2019), eq. 2 and 3, with the division by mean(g) that the released code omits.
     """
     require_floating("selection", selection)
-    if losses.shape != selection.shape or selection.dim() != 1 or len(selection) == 0:
+    if not losses.shape == selection.shape == auxiliary_losses.shape or selection.dim() != 1 or len(selection) == 0:
         raise ValueError(
-            f"losses, selection: expected one value per row of a non-empty batch, got {tuple(losses.shape)} and "
-            f"{tuple(selection.shape)}"
+            "losses, selection, auxiliary_losses: expected one value per row of a non-empty batch each, got "
+            f"{tuple(losses.shape)}, {tuple(selection.shape)} and {tuple(auxiliary_losses.shape)}"
         )
     if not 0 < coverage <= 1:
         raise ValueError(f"coverage: expected a number above 0 and at most 1, got {coverage}")

@@ -31,12 +31,12 @@ def regression_deferral(
     require_floating("scores", scores)
     require_floating("predictor_loss", predictor_loss)
     require_floating("expert_costs", expert_costs)
-    if predictor_loss.dim() >= scores.dim():
+    if predictor_loss.shape != scores.shape[:-1]:
         raise ValueError(
             f"predictor_loss: expected one number per row of scores {tuple(scores.shape)}, got shape "
-            f"{tuple(predictor_loss.shape)}; take .squeeze(-1) of a prediction (..., 1) before the target is taken from it"
+            f"{tuple(predictor_loss.shape)}; a loss of torch needs reduction='none', and of a prediction (..., 1) take "
+            ".squeeze(-1) before the target is taken from it"
         )
-    require_batch("scores", scores.shape[:-1], "predictor_loss", predictor_loss.shape)
     if expert_costs.shape[-1] != scores.shape[-1] - 1:
         raise ValueError(
             f"scores: expected one more column than experts (action 0 keeps the prediction), got scores {tuple(scores.shape)} "
