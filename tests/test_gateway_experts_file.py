@@ -1,11 +1,16 @@
 """The experts file: what it holds, and errors that name the line."""
 
+import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from deferral.errors import DataError
 from deferral.gateway.experts_file import Expert, read_experts
+from deferral.gateway.requests import parse
+from deferral.gateway.upstream import Upstream
+from tests.faulty_upstream import Upstream as Server
 
 GOOD = """\
 # two servers
@@ -45,6 +50,30 @@ def test_the_file_is_read(tmp_path: Path) -> None:
     assert "sk-very-secret" not in repr(experts)
 
 
+def test_a_key_may_be_in_a_file_and_have_a_header_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("sk-of-this-hour\n", encoding="utf-8")
+    text = GOOD.replace(
+        'key_env = "LARGE_KEY"', 'key_file = "token"\nkey_header = "api-key"\nquery = "api-version=2024-10-21&a=b"'
+    )
+    experts = read_experts(write(tmp_path, text), {})
+    assert experts["the large-one"].key == "sk-of-this-hour"
+
+    async def ask(name: str, port: int) -> None:
+        upstream = Upstream(max_reply_bytes=1 << 20)
+        body = b'{"model": "good", "messages": [{"role": "user", "content": "hi"}]}'
+        expert = replace(experts[name], base_url=f"http://127.0.0.1:{port}/v1")
+        await upstream.ask(expert, "/chat/completions", body, {}, parse("chat", body))
+        await upstream.close()
+
+    with Server() as server:
+        for name in experts:
+            asyncio.run(ask(name, server.port))
+        small, large = server.seen
+    assert (small.path, "api-key" in small.headers, "authorization" in small.headers) == ("/v1/chat/completions", False, False)
+    assert large.path == "/v1/chat/completions?api-version=2024-10-21&a=b"
+    assert (large.headers["api-key"], "authorization" in large.headers) == ("sk-of-this-hour", False)
+
+
 @pytest.mark.parametrize(
     ("line", "replacement", "number", "words"),
     [
@@ -69,6 +98,14 @@ def test_the_file_is_read(tmp_path: Path) -> None:
         ('key_env = "LARGE_KEY"', 'key_env = "OTHER_KEY"', 10, "OTHER_KEY is not set"),
         ('key_env = "LARGE_KEY"', 'key_env = "sk-proj-hunter2"', 10, "the name of an environment variable"),
         ('key_env = "LARGE_KEY"', 'api_key = "sk-proj-hunter2"', 10, "keys are not read from files"),
+        ('key_env = "LARGE_KEY"', 'key_file = "nowhere"', 10, "it cannot be read, No such file"),
+        ('key_env = "LARGE_KEY"', "key_file = 7", 10, "expected the path of a file"),
+        ("context_tokens = 8192", 'key_file = "experts.toml"', 11, "a key from one place, got key_env as well"),
+        ("tools = false", 'key_header = "Content-Type"', 12, "name of a header in small letters"),
+        ("tools = false", 'key_header = "host"', 12, "name of a header in small letters"),
+        ("tools = false", 'query = "?api-version=1"', 12, "expected name=value"),
+        ("tools = false", 'query = "a=1&"', 12, "expected name=value"),
+        ("tools = false", 'query = "a=1#b"', 12, "expected name=value"),
     ],
 )
 def test_errors_name_the_line_and_show_no_secret(tmp_path: Path, line: str, replacement: str, number: int, words: str) -> None:

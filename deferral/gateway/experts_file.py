@@ -23,6 +23,11 @@ _HEADER_VALUE = re.compile(r"[!-~]+")
 # What the gateway itself adds to a base_url.
 _ADDED = re.compile(r"(/chat/completions|/completions|/embeddings|/responses|/models)/*")
 _SECTION = re.compile(r"""\s*\[\s*experts\s*\.\s*(?:"([^"]*)"|'([^']*)'|([\w-]+))\s*\]""")
+_KEY_FROM = ("key_env", "key_file")
+_HEADER_NAME = re.compile(r"[a-z0-9-]+")
+# Set by the gateway, or by what carries the request.
+_TAKEN = frozenset({"accept-encoding", "connection", "content-length", "content-type", "host", "transfer-encoding"})
+_QUERY = re.compile(r"|[\w.~%+-]+=[\w.~%+:/,-]*(?:&[\w.~%+-]+=[\w.~%+:/,-]*)*", re.ASCII)
 _LOOKS_LIKE_A_KEY = frozenset({"key", "api_key", "apikey", "token", "secret", "password", "authorization"})
 
 
@@ -30,8 +35,9 @@ _LOOKS_LIKE_A_KEY = frozenset({"key", "api_key", "apikey", "token", "secret", "p
 class Expert:
     """An OpenAI-compatible server.  Prices in dollars per million tokens, times in seconds.
 
-    `model` is its name there; `key` comes from an environment variable and is never shown.  `cached_input_price` is that of input
-    which the prompt cache holds, None where there is no discount.  `context_tokens=None` is no limit, `region=None` anywhere.
+    `model` is its name there; `key` comes from an environment variable or a file, is sent as `key_header` says, and never shown;
+    `query` follows every path of the address.  `cached_input_price` is that of input which the prompt cache holds, None where
+    there is no discount.  `context_tokens=None` is no limit, `region=None` anywhere.
     `first_byte_s` is the longest wait for the first byte, and between two.  Beyond `max_concurrent` requests wait, at most
     `max_waiting` of them.  With `route=False` it is reached by its name only.  `responses`: it has the Responses API.
     `logprobs`: it reports the log-probabilities of its answers where a chat asks for them, so that a cascade may ask it first.
@@ -42,6 +48,8 @@ class Expert:
     base_url: str
     model: str = ""
     key: str | None = field(default=None, repr=False)
+    key_header: str = "authorization"
+    query: str = ""
     input_price: float = 0.0
     output_price: float = 0.0
     cached_input_price: float | None = None
@@ -82,7 +90,8 @@ class _FieldError(ValueError):
 def read_experts(path: str | Path, environ: Mapping[str, str] = os.environ) -> dict[str, Expert]:
     """The experts of a TOML file, one table [experts.NAME] each; DataError names the line.
 
-    Fields are those of `Expert`, but for the key: `key_env` names the environment variable that holds it.
+    Fields are those of `Expert`, but for the key: `key_env` names the environment variable that holds it, or `key_file` the file,
+    beside the experts file where it is no absolute path.
     """
     path = Path(path)
     text, experts = _tables(path)
@@ -91,7 +100,7 @@ def read_experts(path: str | Path, environ: Mapping[str, str] = os.environ) -> d
         if not isinstance(table, dict):
             raise DataError(f"{_at(path, text, name)}: expected a table [experts.{name}], got {type(table).__name__}")
         try:
-            result[name] = _expert(name, table, environ)
+            result[name] = _expert(name, table, environ, path.parent)
         except _FieldError as error:
             raise DataError(f"{_at(path, text, error.field, name)}: expert {name!r}, {error}") from None
     return result
@@ -121,19 +130,23 @@ def _tables(path: Path) -> tuple[str, dict[str, Any]]:
     return text, experts
 
 
-def _expert(name: str, table: dict[str, Any], environ: Mapping[str, str]) -> Expert:
+def _expert(name: str, table: dict[str, Any], environ: Mapping[str, str], folder: Path) -> Expert:
     known = [each.name for each in fields(Expert) if each.name not in ("name", "key")]
     for given in table:
-        if given == "key_env":
+        if given in _KEY_FROM:
             continue
         # The value is never repeated: it may be a key.
         if given.lower() in _LOOKS_LIKE_A_KEY:
             raise _FieldError(given, "keys are not read from files; put it in an environment variable and name that in key_env")
         if given not in known:
-            raise _FieldError(given, f"unknown; expected one of {', '.join([*known, 'key_env'])}")
+            raise _FieldError(given, f"unknown; expected one of {', '.join([*known, *_KEY_FROM])}")
     if "base_url" not in table:
         raise _FieldError("base_url", "missing; expected the server's address, http://127.0.0.1:8001/v1 say")
-    values = {given: value for given, value in table.items() if given != "key_env"}
+    values = {given: value for given, value in table.items() if given not in _KEY_FROM}
+    if len(values) < len(table) - 1:
+        raise _FieldError("key_file", "expected a key from one place, got key_env as well")
+    if (file := table.get("key_file")) is not None:
+        values["key"] = _key_in(file, folder)
     variable = table.get("key_env")
     if variable is not None:
         if not isinstance(variable, str) or not re.fullmatch(r"[A-Za-z_]\w*", variable):
@@ -142,6 +155,18 @@ def _expert(name: str, table: dict[str, Any], environ: Mapping[str, str]) -> Exp
             raise _FieldError("key_env", f"the environment variable {variable} is not set; export it, or leave key_env out")
         values["key"] = environ[variable].strip()
     return Expert(name, **values)
+
+
+def _key_in(file: Any, folder: Path) -> str:
+    if not isinstance(file, str) or not file:
+        raise _FieldError("key_file", f"expected the path of a file, got {type(file).__name__}")
+    try:
+        key = (folder / file).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise _FieldError("key_file", f"it cannot be read, {getattr(error, 'strerror', None) or 'it is no text'}") from None
+    if not key:
+        raise _FieldError("key_file", "it is empty; expected the key alone")
+    return key
 
 
 def _check_name(expert: Expert) -> None:
@@ -166,7 +191,9 @@ def _check_url(expert: Expert) -> None:
     except ValueError:
         secret, wrong = False, True
     if secret:
-        raise _FieldError("base_url", "expected no user, password, query or fragment; a key goes into key_env")
+        raise _FieldError(
+            "base_url", "expected no user, password, query or fragment; a key goes into key_env, a query into query"
+        )
     if wrong or not _HEADER_VALUE.fullmatch(expert.base_url):
         raise _FieldError("base_url", f"expected http:// or https:// with a host, got {expert.base_url!r}")
     if (added := _ADDED.search(expert.base_url)) and added.end() == len(expert.base_url):
@@ -177,6 +204,10 @@ def _check_url(expert: Expert) -> None:
 def _check_key(expert: Expert) -> None:
     if expert.key is not None and not _HEADER_VALUE.fullmatch(expert.key):
         raise _FieldError("key_env", "its variable holds characters that no key has (spaces, line ends or non-ASCII)")
+    if not isinstance(expert.key_header, str) or not _HEADER_NAME.fullmatch(expert.key_header) or expert.key_header in _TAKEN:
+        raise _FieldError("key_header", f"expected the name of a header in small letters, api-key say, got {expert.key_header!r}")
+    if not isinstance(expert.query, str) or not _QUERY.fullmatch(expert.query):
+        raise _FieldError("query", f"expected name=value, joined by & where there are several, got {expert.query!r}")
 
 
 def _check_numbers(expert: Expert) -> None:

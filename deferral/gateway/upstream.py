@@ -250,9 +250,15 @@ def _prepared(expert: Expert, path: str) -> _Prepared:
     # To be compressed for this hop is not worth the time; who does so anyway is understood.
     headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
     if expert.key is not None:
-        headers["Authorization"] = f"Bearer {expert.key}"
+        headers[expert.key_header] = f"Bearer {expert.key}" if expert.key_header == "authorization" else expert.key
     timeout = aiohttp.ClientTimeout(connect=expert.connect_s, sock_read=expert.first_byte_s)
-    return _Prepared(expert, URL(expert.base_url + path), headers, timeout, (expert.key or "").encode())
+    return _Prepared(
+        expert,
+        URL(f"{expert.base_url}{path}{'?' if expert.query else ''}{expert.query}"),
+        headers,
+        timeout,
+        (expert.key or "").encode(),
+    )
 
 
 def _handed_on(name: bytes, value: bytes) -> bool:
