@@ -68,6 +68,8 @@ MATRIX: dict[str, tuple[Cell, Cell, Cell, Cell]] = {
     "wrong-content-type": _before_the_first_byte(502, retried=False),
     # The client's own fault.
     "status-400": (_REFUSED_REQUEST, _REFUSED_REQUEST, _REFUSED_REQUEST, _REFUSED_REQUEST),
+    # The expert's own limit, which others need not have.
+    "not-able": (_LARGE_AT_ONCE, _LARGE_AT_ONCE, _REFUSED_REQUEST, _REFUSED_REQUEST),
     # In the middle: a whole reply was not begun yet, a stream was.
     "stall": (_LARGE_AT_ONCE, _BROKEN_STREAM, _nobody(504), _BROKEN_STREAM),
     "reset": (_LARGE_AT_ONCE, _BROKEN_STREAM, _nobody(502), _BROKEN_STREAM),

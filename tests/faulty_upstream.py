@@ -132,6 +132,12 @@ def _status(status: int, **headers: str) -> Behaviour:
     return fail
 
 
+async def not_able(reply: Reply) -> None:
+    """A refusal of what another model might take."""
+    error = {"message": "too long, as asked", "type": "invalid_request_error", "param": None, "code": "context_length_exceeded"}
+    await reply.whole(400, _bytes({"error": error}))
+
+
 async def slow_first_byte(reply: Reply) -> None:
     """A good answer, after a wait that is longer than anybody's patience."""
     await asyncio.sleep(reply.forever_s)
@@ -216,6 +222,7 @@ FAULTS: dict[str, Behaviour] = {
     "status-429": _status(429, retry_after="1"),
     "status-500": _status(500),
     "status-503": _status(503),
+    "not-able": not_able,
     "slow-first-byte": slow_first_byte,
     "stall": stall,
     "reset": reset,

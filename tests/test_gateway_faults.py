@@ -23,6 +23,17 @@ def test_no_fault_of_the_upstream_is_left_out() -> None:
     assert set(FAULTS) | {"refused", "tls"} == set(MATRIX)
 
 
+def test_what_nobody_is_able_to_take_is_refused_in_the_words_of_the_chosen_one(running: Bench) -> None:
+    running.prepare("not-able")
+    running.upstream.behave("large", "not-able")
+    try:
+        status, headers, body, _ = running.ask(CHAT_PATH, "auto", False)
+    finally:
+        running.upstream.behave("large", "good")
+    assert (status, json.loads(body)["error"]["code"]) == (400, "context_length_exceeded")
+    assert (headers["x-deferral-expert"], headers["x-deferral-attempts"]) == ("small", "2")
+
+
 @pytest.mark.parametrize(
     ("path", "fault", "model", "stream", "expected"),
     [case for case in CASES if case[0] == CHAT_PATH or (case[1] in OF_RESPONSES and case[2] == "auto")],

@@ -61,6 +61,10 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=lambda: _ids.seed(os.urandom(32)))
 # A header that the upstream connection would not take must not look like a fault of the upstream.
 _PLAIN = re.compile(rb"[ -~]*")
+# Of a refusal with status 400: another expert may have a longer window, or know the field.
+_UNABLE = re.compile(
+    rb"context_length_exceeded|exceed_context_size|maximum context length|unsupported_parameter|unsupported_value", re.IGNORECASE
+)
 _PRINTABLE = bytes(byte if 32 <= byte < 127 else 32 for byte in range(256))
 
 
@@ -175,6 +179,9 @@ class Exchange:
             try:
                 if first is None:
                     call = await ask(ranking, lambda expert: self._sent_to(expert, asked, body))
+                    if call.reply.status == 400 and asked.model in AUTO and _UNABLE.search(call.reply.body):
+                        others = ranking[ranking.index(call.expert) + 1 :]
+                        call = await self._instead(call, others, ask, lambda expert: self._sent_to(expert, asked, body))
                 else:
                     try:
                         call = await first.answer(ask, asked.query, hold, self.began)
@@ -184,6 +191,29 @@ class Exchange:
                 hold.spent += self._sent
                 raise
             await self._hand_on(call, asked, choice, hold)
+
+    async def _instead(
+        self,
+        call: Call,
+        others: Sequence[Expert],
+        ask: Callable[[Sequence[Expert], Callable[[Expert], bytes]], Awaitable[Call]],
+        body_for: Callable[[Expert], bytes],
+    ) -> Call:
+        """The answer of others to what this expert is not able to take; its refusal where they do not answer either."""
+        call.end(True)
+        if not others:
+            return call
+        try:
+            found = await ask(others, body_for)
+        except Unanswered as nobody:
+            call.attempts += nobody.attempts
+            return call
+        if found.reply.status < 300:
+            found.attempts += call.attempts
+            return found
+        found.end(True)
+        call.attempts += found.attempts
+        return call
 
     def _asks_for_usage(self, expert: Expert, asked: Asked) -> bool:
         """Whether a stream is to report what its client does not want to know."""
