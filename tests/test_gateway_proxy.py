@@ -619,6 +619,19 @@ def test_what_two_keys_name_alike_is_not_one_request_to_the_expert(running: Any)
     assert running.upstream.seen[-1].headers["idempotency-key"] not in sent, "at the same provider it is another request"
 
 
+def test_the_record_says_why_a_request_was_refused(running: Any) -> None:
+    for sent, why in (
+        ({"x_deferral_regoins": "eu"}, "x-deferral-regoins: there is no such hint"),
+        ({"model": "nobody"}, "model: 'nobody' is no expert that this key may ask"),
+        ({"x_deferral_regions": "mars"}, "no expert may answer this request"),
+    ):
+        status, headers, said = running.gateway.chat(EASY, key=running.key, **sent)
+        [row] = rows(running, f"id = '{headers['x-deferral-id']}'")
+        assert (row["outcome"], row["status"]) == ("refused", status)
+        assert why in row["reason"]
+        assert row["reason"] == said["error"]["message"]
+
+
 def test_a_reload_is_whole_or_not_at_all_and_drops_nothing(running: Any) -> None:
     gateway, file = running.gateway, running.folder / "experts.toml"
     before = gateway.state.current

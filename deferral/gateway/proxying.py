@@ -51,6 +51,7 @@ _WATCH_AFTER = 0.05
 _OUTPUT_TOKENS = 256
 # Of what a client calls a model; more has no place on record, and would fill the memory while rows wait to be written.
 _LONGEST_NAME = 200
+_LONGEST_REASON = 1000
 _CLOSED_BY_CLIENT = 499
 # Beyond the time that an expert has for a reply: what its client may take to read the end of it.
 LONGER = 60.0
@@ -397,7 +398,7 @@ class Exchange:
         outcome = "error" if attempts or problem.status == 500 else "refused"
         if outcome == "refused":
             self.gateway.metrics.refused(problem.code)
-        self._keep("", Usage(0, 0, True, ""), outcome, attempts=attempts)
+        self._keep("", Usage(0, 0, True, ""), outcome, attempts=attempts, refused=problem.message)
         if not self.started:
             self.started = True
             own = [(b"x-deferral-id", self.id.encode()), (b"x-deferral-attempts", b"%d" % attempts)]
@@ -412,6 +413,7 @@ class Exchange:
         price: float = 0.0,
         first_byte_s: float = math.nan,
         attempts: int = 0,
+        refused: str = "",
     ) -> None:
         """Put it on record, once; a request that was refused before it was understood has nothing to keep."""
         asked, choice, gateway, cascade = self.asked, self.choice, self.gateway, self.first.row if self.first else None
@@ -429,7 +431,7 @@ class Exchange:
             requested="auto" if asked.model in AUTO else asked.model[:_LONGEST_NAME],
             expert=expert,
             chosen=choice.ranking[0] if choice else "",
-            reason=choice.reason if choice else "",
+            reason="; ".join(filter(None, (choice.reason if choice else "", refused)))[:_LONGEST_REASON],
             propensity=choice.propensity if choice else math.nan,
             expected_quality=choice.quality if choice else {},
             expected_price=choice.price if choice else {},

@@ -97,7 +97,10 @@ def retrain(
         raise DataError(nothing_left(Counter(reasons)))
     if len(judge) < _FEWEST_ROWS or not train:
         more = math.ceil(max(_FEWEST_ROWS - len(judge), 1) / _HELD_OUT)
-        why = f"{len(judge)} rows to judge by are too few, expected at least {_FEWEST_ROWS}: about {more} more judged answers"
+        why = (
+            f"{len(judge)} rows to judge by are too few, expected at least {_FEWEST_ROWS} to judge at all: about {more} more "
+            "judged answers; to show that a router is better takes thousands"
+        )
         return Verdict(False, False, why, len(train), None, reasons)
     both = "" if old_log is None else f" and {len(old_log):,} of the log"
     on_stage(f"fitting a router to {len(train):,} outcomes of the record{both}, which may take minutes")
@@ -199,7 +202,7 @@ def _why_not(judged: Comparison) -> str:
             f"{judged.seen[1]}; expected at least {FEWEST_SEEN} of each): wait for more traffic, or explore more"
         )
     if judged.gain.low <= 0:
-        return f"the gain of {_shown(judged.gain)} errors a query may be nothing"
+        return f"the gain of {_shown(judged.gain)} errors a query may be nothing{_until_shown(judged)}"
     if judged.cautious <= 0:
         return (
             f"the gain of {_shown(judged.gain)} errors a query rests on {judged.seen[1]} draws of the new choice, and might be "
@@ -208,6 +211,17 @@ def _why_not(judged: Comparison) -> str:
     if not judged.gain_weighted.estimate > 0:
         return f"the two estimates disagree: {_shown(judged.gain)} and {_shown(judged.gain_weighted)}"
     return ""
+
+
+def _until_shown(judged: Comparison) -> str:
+    """How much traffic would show a gain of this size: intervals shrink with the root of the rows."""
+    gain = judged.gain.estimate
+    if gain <= 0:
+        return ""
+    times = ((gain - judged.gain.low) / gain) ** 2
+    answers = math.ceil(times * judged.rows / _HELD_OUT)
+    shown = float(f"{answers:.2g}")
+    return f": were it as large as it seems, about {shown:,.0f} judged answers in all would show it, fewer with more exploration"
 
 
 def promote(router: Router, folder: Path, before: str) -> None:

@@ -127,9 +127,9 @@ def _table(title: str, *headings: str) -> Printed:
 
 
 def _print(table: Printed) -> None:
+    # A narrow terminal or a pipe must not cut figures: the table's own width is the least.
     console = Console()
-    # In a file or a pipe a table that wraps is harder to read than a long line.
-    (console if console.is_terminal else Console(width=240)).print(table)
+    Console(width=max(console.width, console.measure(table, options=console.options.update(width=400)).maximum)).print(table)
 
 
 def _ends(value: Interval | None) -> str:
