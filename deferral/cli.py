@@ -203,7 +203,7 @@ def evaluate(
     """
     from deferral.evaluation.evaluate import evaluate as judge
     from deferral.evaluation.pictures import draw_evaluation
-    from deferral.evaluation.report import save_evaluation, show_evaluation
+    from deferral.evaluation.report import save_evaluation, save_rows, show_evaluation
 
     costs = [_price(price) for price in prices]
     names = [name for name, _ in costs]
@@ -222,7 +222,7 @@ def evaluate(
             tell=status.update,
         )
     show_evaluation(evaluation)
-    written = [save_evaluation(evaluation, out)]
+    written = [save_evaluation(evaluation, out), save_rows(evaluation, out)]
     try:
         written += draw_evaluation(evaluation, out)
     except ImportError as error:

@@ -227,6 +227,15 @@ def test_the_command_writes_figures_and_pictures(tmp_path: Path, capsys: pytest.
     assert {path.stem.removeprefix("ours-") for path in written if path.suffix == ".png"} == kinds
     assert all(path.stat().st_size > 0 for path in written)
     record = json.loads((tmp_path / "out/ours.json").read_text(encoding="utf-8"))
+    rows = pd.read_csv(tmp_path / "out/ours-rows.csv")
+    assert set(rows["row"]) < set(range(1, ROWS + 1))
+    assert set(rows["who"]) == {"own", "Ann", "Bob"}
+    for name, of_method in rows.groupby("method"):
+        assert of_method["cost"].mean() == pytest.approx(record["methods"][name]["cost"]["estimate"])
+        assert of_method["correct"].mean() == pytest.approx(record["methods"][name]["accuracy"]["estimate"])
+    always = rows[rows["method"] == "always Ann"].set_index("row")
+    table = pd.DataFrame(columns(), index=range(1, ROWS + 1)).loc[always.index]
+    assert (always["correct"] == (table["answer_Ann"] == table["target"])).all()
     assert record["areas"]["ours"]["AURC"]["low"] <= record["areas"]["ours"]["AURC"]["high"]
 
 
@@ -395,4 +404,4 @@ def test_without_matplotlib_the_figures_are_kept(
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     cli.main(["evaluate", str(write(tmp_path / "ours.csv", table)), "--out", str(tmp_path / "out")])
     assert "the pictures are left out: pictures need Matplotlib" in capsys.readouterr().out
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["ours.json"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"ours.json", "ours-rows.csv"}

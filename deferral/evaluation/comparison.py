@@ -13,9 +13,10 @@ from deferral.curves import Curve, cost_coverage_curve, own_and_asked
 from deferral.intervals import Interval, bootstrap, interval
 from deferral.metrics import average, correct, deferral_cost, kept, load
 
-__all__ = ["GRID", "MODEL", "RESAMPLES", "Comparison", "Figures", "Method", "System"]
+__all__ = ["ABSTAIN", "GRID", "MODEL", "OWN", "RESAMPLES", "Comparison", "Figures", "Method", "System"]
 
 MODEL = "the model"  # in tables and pictures
+OWN, ABSTAIN = "own", "abstain"  # in files
 RESAMPLES = 2_000  # of areas and curves; the table of methods has those of `bootstrap`
 GRID = torch.linspace(0.02, 1, 50, dtype=torch.float64)  # coverages at which curves have their intervals
 

@@ -39,6 +39,7 @@ class Evaluation:
     """Everything that is known about some methods on the same rows."""
 
     comparison: Comparison
+    rows: Tensor  # (N,), those of the files that judge, from 0
     areas: dict[str, dict[str, Interval]]  # method: figure: interval
     risk: dict[str, tuple[Curve, Tensor, Tensor]]  # method: risk-coverage curve, low and high ends on GRID
     cost: dict[str, tuple[Tensor, Tensor]]  # method: low and high ends of its cost-coverage curve on GRID
@@ -103,7 +104,7 @@ def evaluate(
         },
         notes=_notes(first, len(judging)),
     )
-    return Evaluation(comparison, areas, risk, cost, calibration, probabilities)
+    return Evaluation(comparison, judging, areas, risk, cost, calibration, probabilities)
 
 
 @dataclass(frozen=True)

@@ -21,13 +21,12 @@ from torch import Tensor
 
 from deferral.decision import decide
 from deferral.errors import DataError
-from deferral.evaluation.comparison import MODEL
+from deferral.evaluation.comparison import ABSTAIN, MODEL, OWN
 from deferral.evaluation.table import Table
 from deferral.validation import FEW_ANSWERS
 
 __all__ = ["Outputs", "read_outputs"]
 
-OWN, ABSTAIN = "own", "abstain"
 _RESERVED = (OWN, ABSTAIN, MODEL, "abstaining", "")
 _NUMBER = re.compile(r"-?\d+(\.\d+)?")
 

@@ -1,5 +1,6 @@
 """What a comparison or an evaluation leaves behind beside its pictures: printed tables, and a JSON file of all figures."""
 
+import csv
 import math
 import platform
 from dataclasses import asdict
@@ -12,14 +13,15 @@ from rich.markup import escape
 from rich.table import Table
 
 import deferral
-from deferral.evaluation.comparison import RESAMPLES, Comparison
+from deferral.evaluation.comparison import ABSTAIN, OWN, RESAMPLES, Comparison
 from deferral.intervals import Interval
 from deferral.strict_json import as_json
+from deferral.whole_files import written_whole
 
 if TYPE_CHECKING:
     from deferral.evaluation.evaluate import Evaluation
 
-__all__ = ["save", "save_evaluation", "show", "show_evaluation"]
+__all__ = ["save", "save_evaluation", "save_rows", "show", "show_evaluation"]
 
 
 def show(comparison: Comparison) -> None:
@@ -74,6 +76,23 @@ def save_evaluation(evaluation: "Evaluation", folder: Path) -> Path:
         for kind, rows in (("areas", evaluation.areas), ("calibration", evaluation.calibration))
     }
     return _write(_record(evaluation.comparison) | named, folder / (evaluation.comparison.name + ".json"))
+
+
+def save_rows(evaluation: "Evaluation", folder: Path) -> Path:
+    """Row by row who answers by each method, whether that is right (empty where nobody answers), and what it costs, as CSV."""
+    comparison = evaluation.comparison
+    names = [OWN, *comparison.experts, ABSTAIN]
+    path = folder / f"{comparison.name}-rows.csv"
+    with written_whole(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
+        write = csv.writer(file)
+        write.writerow(("row", "method", "who", "correct", "cost"))
+        for method in comparison.methods:
+            columns = (evaluation.rows + 1, method.actions, method.correct, method.cost)
+            for row, action, correct, cost in zip(*(column.tolist() for column in columns), strict=True):
+                # Of an expert who did not answer the row nothing is known.
+                known = "" if math.isnan(cost) else f"{cost:.6g}"
+                write.writerow((row, method.name, names[action], "" if math.isnan(correct) else int(correct), known))
+    return path
 
 
 def _record(comparison: Comparison) -> dict[str, Any]:
