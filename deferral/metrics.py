@@ -101,9 +101,10 @@ def system_figures(
     (share that gets an answer); accuracy where kept, accuracy where deferred (NaN where there is no such row), selective risk
     (1 - accuracy where kept); load, each expert's share of the rows (..., E).
     """
-    if costs.shape != answers.shape:
+    if costs.shape != answers.shape or costs.dim() != 2:
         raise ValueError(
-            f"costs, answers: expected a column of each for every action, got {tuple(costs.shape)}, {tuple(answers.shape)}"
+            f"costs, answers: expected a column of each for every action, (N, A), got {tuple(costs.shape)}, "
+            f"{tuple(answers.shape)}; of more dimensions every place is a row: .flatten(0, -2), and targets and actions .flatten()"
         )
     require_num_own(costs, num_own)
     right = correct(answers, targets, actions, mask=mask)

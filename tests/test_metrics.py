@@ -26,6 +26,15 @@ def test_abstention_loss_is_its_identity() -> None:
     torch.testing.assert_close(average(deferral_cost(costs, actions)), (1 - rho) * error + rho * cost)
 
 
+def test_system_figures_of_an_image_are_asked_for_by_rows() -> None:
+    costs = torch.rand(2, 6, 3)
+    answers, targets, actions = (torch.randint(3, shape) for shape in ((2, 6, 3), (2, 6), (2, 6)))
+    with pytest.raises(ValueError, match=r"\(N, A\), got \(2, 6, 3\), .* every place is a row"):
+        system_figures(costs, answers, targets, actions, num_own=1)
+    flat = system_figures(costs.flatten(0, -2), answers.flatten(0, -2), targets.flatten(), actions.flatten(), num_own=1)
+    assert flat["coverage"] == (actions == 0).double().mean()
+
+
 def test_system_figures_equal_loops_over_the_rows() -> None:
     generator = torch.Generator().manual_seed(0)
     answers = torch.randint(0, 3, (60, 4), generator=generator)
