@@ -104,7 +104,7 @@ def system_figures(
     if costs.shape != answers.shape or costs.dim() != 2:
         raise ValueError(
             f"costs, answers: expected a column of each for every action, (N, A), got {tuple(costs.shape)}, "
-            f"{tuple(answers.shape)}; of more dimensions every place is a row: .flatten(0, -2), and targets and actions .flatten()"
+            f"{tuple(answers.shape)}; of more dimensions every place is a row: .flatten(0, -2), .flatten() of targets and actions"
         )
     require_num_own(costs, num_own)
     right = correct(answers, targets, actions, mask=mask)
