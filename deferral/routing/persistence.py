@@ -124,8 +124,7 @@ def save(router: Saved, folder: Path) -> None:
     path = folder / _NUMBERS.format(digest[:12])
     with _alone(folder):
         _put(path, numbers)
-        # Integers of numpy, in an expert's abilities perhaps, are integers.
-        _put(folder / _NAMES, json.dumps(names, default=index).encode())
+        _put(folder / _NAMES, _as_json(names))
         for other in (*folder.glob(_NUMBERS.format("*")), *_unfinished(folder)):
             if other != path:
                 other.unlink(missing_ok=True)
@@ -296,7 +295,12 @@ def _names(folder: Path) -> dict:
 
 
 def _digest(names: dict) -> str:
-    return sha256(json.dumps(names).encode()).hexdigest()
+    return sha256(_as_json(names)).hexdigest()
+
+
+def _as_json(names: dict) -> bytes:
+    # Integers of numpy, in an expert's abilities perhaps, are integers.
+    return json.dumps(names, default=index).encode()
 
 
 def _put(path: Path, content: bytes) -> None:
