@@ -228,3 +228,17 @@ def test_other_limits_let_those_in_who_wait() -> None:
         assert slots.taken == 0
 
     asyncio.run(run())
+
+
+def test_with_another_key_it_begins_anew_and_calls_of_before_decide_nothing() -> None:
+    breaker = Breaker()
+    tickets = [breaker.enter() for _ in range(6)]
+    for ticket in tickets[:5]:
+        assert ticket is not None
+        breaker.failure(ticket)
+    assert breaker.down
+    breaker.begin_anew()
+    assert (breaker.state, breaker.down, breaker.wait <= 0) == ("closed", False, True)
+    assert tickets[5] is not None
+    breaker.failure(tickets[5])
+    assert not breaker._calls

@@ -106,6 +106,8 @@ def test_a_key_may_be_in_a_file_and_have_a_header_of_its_own(tmp_path: Path) -> 
         ("tools = false", 'query = "?api-version=1"', 12, "expected name=value"),
         ("tools = false", 'query = "a=1&"', 12, "expected name=value"),
         ("tools = false", 'query = "a=1#b"', 12, "expected name=value"),
+        ("tools = false", 'query = "alt=sse&Api-Key=sk-1234567"', 12, "api_key: a key has no place in an address"),
+        ("tools = false", 'key_header = "expect"', 12, "name of a header in small letters"),
     ],
 )
 def test_errors_name_the_line_and_show_no_secret(tmp_path: Path, line: str, replacement: str, number: int, words: str) -> None:

@@ -26,6 +26,8 @@ from starlette.testclient import TestClient
 
 from deferral.gateway.app import gateway as build
 from deferral.gateway.experts_file import Expert, read_experts
+from deferral.gateway.keys import Key
+from deferral.gateway.limits import Hold, Refused
 from deferral.gateway.logs import JsonLines
 from deferral.gateway.settings import Settings
 from deferral.gateway.state import stamps
@@ -629,6 +631,32 @@ def test_the_record_says_why_a_request_was_refused(running: Any) -> None:
         assert (row["outcome"], row["status"]) == ("refused", status)
         assert why in row["reason"]
         assert row["reason"] == said["error"]["message"]
+
+
+def test_what_a_cheap_one_cannot_take_is_paid_for_before_a_dearer_one_is_asked(
+    running: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits, set_aside = running.gateway.state.limits, []
+    held = limits.held
+
+    async def watched(key: Key, dollars: float) -> Hold:
+        set_aside.append(dollars)
+        if spent and len(set_aside) > 1:
+            raise Refused(429, "insufficient_quota", "it is spent", 1.0)
+        return await held(key, dollars)
+
+    monkeypatch.setattr(limits, "held", watched)
+    running.upstream.behave("small", "not-able")
+    try:
+        for expert, status in (("large", 200), ("small", 400)):
+            spent = status == 400
+            set_aside.clear()
+            found, headers, _ = running.gateway.chat(EASY, key=running.key)
+            assert (found, headers["x-deferral-expert"]) == (status, expert)
+            assert len(set_aside) == 2
+            assert set_aside[1] > set_aside[0]
+    finally:
+        running.upstream.behave("small", "good")
 
 
 def test_a_reload_is_whole_or_not_at_all_and_drops_nothing(running: Any) -> None:

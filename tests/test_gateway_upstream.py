@@ -499,10 +499,9 @@ def test_a_head_as_long_as_clients_may_send_is_read() -> None:
     assert dict(call.reply.headers)[b"x-long"] == b"a" * 30_000
 
 
-def test_of_several_answers_the_last_must_be_over() -> None:
-    ended = b'data: {"choices": [{"index": %d, "finish_reason": "stop"}]}\n\n'
-    meter = StreamMeter(2)
-    meter.feed(ended % 0)
-    assert not meter.finished
-    meter.feed(ended % 1 + b"data: [DONE]\n\n")
-    assert meter.finished
+def test_comments_alone_are_no_answer() -> None:
+    data = b": a\n\n"
+    reply = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ncontent-length: %d\r\n\r\n" % len(data) + data
+    [nobody], _ = asked([[reply]])
+    assert isinstance(nobody, Unanswered)
+    assert "ended its stream before the first byte" in nobody.message

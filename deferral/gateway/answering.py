@@ -35,6 +35,7 @@ class Standing:
 
     def __init__(self, expert: Expert) -> None:
         self.address = (expert.base_url, expert.model)
+        self.access = _access(expert)
         self.breaker = Breaker()
         self.slots = Slots(expert.max_concurrent, expert.max_waiting)
 
@@ -115,6 +116,10 @@ class Answerers:
             standing = before.get(name)
             if standing is None or standing.address != (expert.base_url, expert.model):
                 standing = Standing(expert)
+            elif standing.access != _access(expert):
+                # What its server refused was the key of before.
+                standing.breaker.begin_anew()
+                standing.access = _access(expert)
             standing.slots.resize(expert.max_concurrent, expert.max_waiting)
             self.standings[name] = standing
         self._leaving = {name: each for name, each in before.items() if name not in experts and each.slots.taken}
@@ -210,6 +215,10 @@ class Answerers:
         if reply.streamed:
             ticket = standing.breaker.begun(ticket)
         return Call(expert, reply, standing, ticket, began, attempts, traced)
+
+
+def _access(expert: Expert) -> tuple[str | None, str, str]:
+    return expert.key, expert.key_header, expert.query
 
 
 def _addressed(headers: Mapping[str, str], expert: Expert) -> Mapping[str, str]:

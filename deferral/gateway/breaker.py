@@ -96,6 +96,11 @@ class Breaker:
         self._resting = (self._resting and self.down) or seconds >= _WORTH_SAYING
         self._until = max(self._until, self._clock() + min(seconds, _LONGEST_REST))
 
+    def begin_anew(self) -> None:
+        """What was seen so far is of another key, say, and calls under way decide nothing."""
+        self._change(opened=False)
+        self._until, self._pause, self._resting = 0.0, _FIRST_PAUSE, False
+
     def _change(self, *, opened: bool) -> None:
         self._open, self._probing = opened, False
         self._epoch += 1

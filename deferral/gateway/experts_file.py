@@ -26,9 +26,14 @@ _SECTION = re.compile(r"""\s*\[\s*experts\s*\.\s*(?:"([^"]*)"|'([^']*)'|([\w-]+)
 _KEY_FROM = ("key_env", "key_file")
 _HEADER_NAME = re.compile(r"[a-z0-9-]+")
 # Set by the gateway, or by what carries the request.
-_TAKEN = frozenset({"accept-encoding", "connection", "content-length", "content-type", "host", "transfer-encoding"})
+_TAKEN = frozenset(
+    {
+        "accept-encoding", "connection", "content-encoding", "content-length", "content-type", "expect", "host", "keep-alive",
+        "te", "trailer", "transfer-encoding", "upgrade",
+    }
+)  # fmt: skip
 _QUERY = re.compile(r"|[\w.~%+-]+=[\w.~%+:/,-]*(?:&[\w.~%+-]+=[\w.~%+:/,-]*)*", re.ASCII)
-_LOOKS_LIKE_A_KEY = frozenset({"key", "api_key", "apikey", "token", "secret", "password", "authorization"})
+_LOOKS_LIKE_A_KEY = frozenset({"key", "api_key", "apikey", "token", "secret", "password", "authorization", "access_token", "sig"})
 
 
 @dataclass(frozen=True)
@@ -162,7 +167,7 @@ def _key_in(file: Any, folder: Path) -> str:
         raise _FieldError("key_file", f"expected the path of a file, got {type(file).__name__}")
     try:
         key = (folder / file).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise _FieldError("key_file", f"it cannot be read, {getattr(error, 'strerror', None) or 'it is no text'}") from None
     if not key:
         raise _FieldError("key_file", "it is empty; expected the key alone")
@@ -203,11 +208,14 @@ def _check_url(expert: Expert) -> None:
 
 def _check_key(expert: Expert) -> None:
     if expert.key is not None and not _HEADER_VALUE.fullmatch(expert.key):
-        raise _FieldError("key_env", "its variable holds characters that no key has (spaces, line ends or non-ASCII)")
+        raise _FieldError("key_env", "it, or key_file, holds characters that no key has (spaces, line ends or non-ASCII)")
     if not isinstance(expert.key_header, str) or not _HEADER_NAME.fullmatch(expert.key_header) or expert.key_header in _TAKEN:
         raise _FieldError("key_header", f"expected the name of a header in small letters, api-key say, got {expert.key_header!r}")
     if not isinstance(expert.query, str) or not _QUERY.fullmatch(expert.query):
-        raise _FieldError("query", f"expected name=value, joined by & where there are several, got {expert.query!r}")
+        raise _FieldError("query", "expected name=value, joined by & where there are several")
+    names = [part.partition("=")[0].lower().replace("-", "_") for part in expert.query.split("&")]
+    if secret := next((name for name in names if name in _LOOKS_LIKE_A_KEY), ""):
+        raise _FieldError("query", f"{secret}: a key has no place in an address, which is logged; use key_file and key_header")
 
 
 def _check_numbers(expert: Expert) -> None:

@@ -7,6 +7,7 @@ import os
 import random
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from hashlib import blake2b
 from time import perf_counter, time
 from typing import TYPE_CHECKING
@@ -171,7 +172,8 @@ class Exchange:
         if now.router.cascade is not None and self.kind == "chat" and asked.model in AUTO and not alone:
             left = gateway.limits.left(self.key)
             self.first = asking_first(now, gateway.silence, asked, wanted, choice, body, left)
-        with await self._held(set_aside(ranking[0], choice, asked)) as hold:
+        with ExitStack() as holds:
+            hold = holds.enter_context(await self._held(set_aside(ranking[0], choice, asked)))
             first = self.first
 
             def ask(experts: Sequence[Expert], body_for: Callable[[Expert], bytes]) -> Awaitable[Call]:
@@ -182,7 +184,11 @@ class Exchange:
                     call = await ask(ranking, lambda expert: self._sent_to(expert, asked, body))
                     if call.reply.status == 400 and asked.model in AUTO and _UNABLE.search(call.reply.body):
                         others = ranking[ranking.index(call.expert) + 1 :]
-                        call = await self._instead(call, others, ask, lambda expert: self._sent_to(expert, asked, body))
+                        # For a dearer expert more is set aside, or nobody else is asked: clients can bring this about.
+                        with suppress(Refused):
+                            if others:
+                                holds.enter_context(await gateway.limits.held(self.key, set_aside(others[0], choice, asked)))
+                                call = await self._instead(call, others, ask, lambda expert: self._sent_to(expert, asked, body))
                 else:
                     try:
                         call = await first.answer(ask, asked.query, hold, self.began)
@@ -202,8 +208,6 @@ class Exchange:
     ) -> Call:
         """The answer of others to what this expert is not able to take; its refusal where they do not answer either."""
         call.end(True)
-        if not others:
-            return call
         try:
             found = await ask(others, body_for)
         except Unanswered as nobody:
@@ -304,7 +308,7 @@ class Exchange:
         headers = [*reply.headers, *self._headers(call, choice)]
         self.status = reply.status
         usage, outcome, good = reply.usage, "cancelled", None
-        meter = METERS[self.kind](asked.answers) if reply.streamed else None
+        meter = METERS[self.kind]() if reply.streamed else None
         try:
             if meter is not None:
                 part = WithoutUsage() if self._asks_for_usage(expert, asked) else None

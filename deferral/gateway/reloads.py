@@ -37,16 +37,19 @@ class Reloads:
 
     def announce(self) -> None:
         """To all but this one, which has read its files.  Where the database fails, `follow` tells them once it can."""
-        self._untold = True
         with self._lock:
-            with self._engine.connect() as connection, alone(connection, "reloads"):
-                if not connection.execute(update(reloads).values(count=reloads.c.count + 1)).rowcount:
-                    connection.execute(insert(reloads).values(id=_ROW, count=1))
-                now = int(connection.execute(select(reloads.c.count)).scalar_one())
+            try:
+                with self._engine.connect() as connection, alone(connection, "reloads"):
+                    if not connection.execute(update(reloads).values(count=reloads.c.count + 1)).rowcount:
+                        connection.execute(insert(reloads).values(id=_ROW, count=1))
+                    now = int(connection.execute(select(reloads.c.count)).scalar_one())
+            except SQLAlchemyError:
+                self._untold = True
+                raise
             # Another's announcement in between is still to be heard.
             if now == self._heard + 1:
                 self._heard = now
-        self._untold = False
+            self._untold = False
 
     def _news(self) -> bool:
         """Whether something was announced that this gateway has not heard of until now."""

@@ -118,7 +118,7 @@ def parse(kind: Kind, body: bytes) -> Asked:
     responses = kind == "responses"
     return Asked(
         model, turns[-1].query, tokens, output, tools, images, stream is True, turns, responses=responses, previous=previous,
-        longest=longest, answers=answers, stream_options=request.get("stream_options") is not None,
+        longest=longest, answers=answers, stream_options="stream_options" in request,
     )  # fmt: skip
 
 

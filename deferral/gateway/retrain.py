@@ -216,7 +216,8 @@ def _why_not(judged: Comparison) -> str:
 def _until_shown(judged: Comparison) -> str:
     """How much traffic would show a gain of this size: intervals shrink with the root of the rows."""
     gain = judged.gain.estimate
-    if gain <= 0:
+    # To show what is next to nothing is worth nobody's while.
+    if gain <= 0 or (gain - judged.gain.low) / gain > 100:
         return ""
     times = ((gain - judged.gain.low) / gain) ** 2
     answers = math.ceil(times * judged.rows / _HELD_OUT)

@@ -42,8 +42,7 @@ class StreamMeter:
 
     _text = TEXT
 
-    def __init__(self, answers: int = 1) -> None:
-        self._answers = answers
+    def __init__(self) -> None:
         self._characters = 0
         self._line = b""
         self._head, self._tail, self._id = b"", b"", ""
@@ -83,8 +82,7 @@ class StreamMeter:
         """Whether the end of the answer has been seen, and not only of the bytes."""
         tail = self._tail
         # Expressions that begin with a choice are tried at every byte; in all of the tail that takes as long as all the rest.
-        # Of several answers one may be over long before the others.
-        finished = _DONE.search(tail, max(len(tail) - _LAST, 0)) or (self._answers == 1 and _FINISHED.search(tail))
+        finished = _DONE.search(tail, max(len(tail) - _LAST, 0)) or _FINISHED.search(tail)
         failed = b'"error"' in tail and _FAILED.search(tail)
         return bool(finished) and not failed
 
@@ -100,7 +98,8 @@ class StreamMeter:
     @property
     def _written(self) -> int:
         """Characters so far, with those of a text that is not over."""
-        return self._characters + characters_of(self._text, self._line + b'"')
+        half = unended[2] if (unended := _UNENDED.search(self._line)) else b""
+        return self._characters + characters_of(self._text, self._line[: len(self._line) - len(half)] + b'"')
 
 
 class ResponseMeter(StreamMeter):
@@ -108,8 +107,8 @@ class ResponseMeter(StreamMeter):
 
     _text = _DELTA
 
-    def __init__(self, answers: int = 1) -> None:
-        super().__init__(answers)
+    def __init__(self) -> None:
+        super().__init__()
         self._ending, self._last = b"", b""
 
     def feed(self, chunk: bytes) -> None:

@@ -40,6 +40,7 @@ _OVERLOADED = frozenset({408, 425, 429})
 # A connection that was closed while it was idle is found to be so by the first answer of the other end's machine.
 _STALE_S = 1.0
 _SAYS = re.compile(rb"(?:^|[\r\n])data:[^\r\n]*[\r\n]")
+_ANY_DATA = re.compile(rb"(?:^|[\r\n])data:")
 _HELD_BACK_S = 1.0
 _LONGEST_EVENT = 1 << 16
 _LONGEST_HEADER = 1 << 16
@@ -280,10 +281,11 @@ async def _beginning(content: aiohttp.StreamReader) -> bytes:
     if first and not _SAYS.search(first):
         with suppress(TimeoutError):
             async with asyncio.timeout(_HELD_BACK_S):
-                while len(first) < _LONGEST_EVENT and (part := await content.readany()):
+                while len(first) < _LONGEST_EVENT and not _SAYS.search(first):
+                    if not (part := await content.readany()):
+                        # Comments are no answer.
+                        return first if _ANY_DATA.search(first) else b""
                     first += part
-                    if _SAYS.search(first):
-                        break
     return first
 
 
