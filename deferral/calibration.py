@@ -138,8 +138,13 @@ def fit_temperature(loss: Callable[[Tensor], Tensor], scores: Tensor) -> float:
     # In units of the scores' own size the search begins near its end: that of all, or of one action beside larger ones that mask.
     sizes = finite.abs()[finite != 0].sort().values if bool(finite.any()) else torch.ones(1)
     halves = range(scores.shape[-1].bit_length() + 1)
+    tried = {}
     with torch.no_grad():
-        size = min((float(sizes[(len(sizes) - 1) >> half]) for half in halves), key=lambda each: float(mean_loss(each)))
+        for each in {float(sizes[(len(sizes) - 1) >> half]) for half in halves}:
+            # A start at which scores overflow is none.
+            value = float(loss((finite / each).masked_fill(closed, -torch.inf)).mean())
+            tried[each] = value if math.isfinite(value) else math.inf
+    size = min(tried, key=lambda each: (tried[each], -each))
     log_ratio = torch.zeros((), dtype=torch.float64, device=scores.device, requires_grad=True)
     search = torch.optim.LBFGS(
         [log_ratio], max_iter=200, tolerance_grad=1e-12, tolerance_change=1e-15, line_search_fn="strong_wolfe"

@@ -103,7 +103,7 @@ def squared_costs(
     """
     require_tensor("answers", answers)
     require_tensor("targets", targets)
-    of_targets = targets.dtype if targets.is_floating_point() else torch.get_default_dtype()
+    of_targets = torch.promote_types(targets.dtype, torch.float32) if targets.is_floating_point() else torch.get_default_dtype()
     answers = answers if answers.is_floating_point() else answers.to(of_targets)
     _check_columns("answers", answers, targets.shape)
     alpha_row = _per_expert(alpha, "alpha", answers, answers.dtype)

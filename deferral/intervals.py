@@ -90,7 +90,7 @@ def on_rows(metric: Callable[..., Any], *columns: Any) -> Callable[[Tensor], Ten
 
     It is called once per sample, on the columns (arrays or tensors; whatever else becomes an array) with the rows of that sample.
     """
-    tables = [column if isinstance(column, Tensor) else np.asarray(column) for column in columns]
+    tables = [column if isinstance(column, Tensor) else np.asanyarray(column) for column in columns]
 
     def weighted(weights: Tensor) -> Tensor:
         every = torch.arange(weights.shape[-1])

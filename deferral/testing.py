@@ -383,7 +383,7 @@ def bounded_below(loss: Loss, setting: Setting) -> str | None:
     usual, large, larger = (loss(scale * scores, rows) for scale in (1.0, 1e3, 1e4))
     # In units of the loss itself; a bounded one has come to its end.
     size = usual.abs().max()
-    falls = (larger < -size) & (large - larger > size)
+    falls = ((larger < -size) & (large - larger > size)) | (larger == -torch.inf)
     if not falls.any():
         return None
     return (

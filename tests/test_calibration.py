@@ -435,3 +435,12 @@ def test_a_second_stage_fitted_on_the_predictors_own_rows_never_defers() -> None
 
     assert deferred(own_rows) < 0.01
     assert deferred(held_out) > 0.25
+
+
+def test_a_start_at_which_scores_overflow_is_passed_over() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2000, 5, generator=generator)
+    targets = torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
+    tiny = (60 * logits).softmax(-1)
+    temperature = fit_temperature(lambda s: F.cross_entropy(s.float(), targets, reduction="none"), tiny)
+    assert 0.1 < temperature < 10

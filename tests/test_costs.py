@@ -110,3 +110,10 @@ def test_probabilities_that_a_teacher_rounded_are_probabilities(dtype: torch.dty
     check_targets(teacher, 10)
     with pytest.raises(ValueError, match="sum to 1"):
         check_targets(teacher * 0.9, 10)
+
+
+def test_answers_that_are_integers_lose_nothing_beside_targets_of_half_precision() -> None:
+    for answer, target, squared in ((1001, 1000.0, 1.0), (3, 300.0, 88209.0)):
+        for dtype in (torch.bfloat16, torch.float16, torch.float64):
+            found = squared_costs(torch.tensor([[answer]]), torch.tensor([target], dtype=dtype))
+            assert found.item() == squared

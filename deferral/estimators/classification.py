@@ -120,7 +120,7 @@ class AbstainingClassifier(Abstaining, _Classification):
     `abstain_label_`: `abstain_label` if given, else -1 (or, where -1 is a class, one below the smallest), or "abstain" among
     text labels.
 
-    The second stage sees what the predictor says and the columns of numbers of X, unless X is sparse or no table.
+    The second stage sees what the predictor says, and X itself where that is a dense table of numbers alone.
 
     `cost` in [0, 1] is in units of one error; `cv` a number of folds or a splitter; `l2` the penalty of the second stage, by
     default chosen from 1, 10, 100 by cross-fitting.  Columns of `expected_cost`: [answer, abstain].

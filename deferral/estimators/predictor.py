@@ -109,28 +109,26 @@ def log_scores(model: Any, X: Any, classes: np.ndarray) -> np.ndarray:
 
 
 def table_of_numbers(X: Any) -> np.ndarray | None:
-    """The columns of numbers of X, (N, D) float64 with NaN for what is missing or infinite; None where there is none.
-
-    Of data frames the others are left out; sparse tables, and arrays that are no table of numbers, have none.
-    """
+    """X as (N, D) float64 with NaN for what is missing or infinite; None unless it is a dense table of numbers."""
     if issparse(X) or getattr(X, "ndim", 2) != 2:
         return None
     if isinstance(X, torch.Tensor):
         X = X.detach().cpu().double().numpy()
     if hasattr(X, "iter_columns"):
         # Of polars, whose types have names alone.
-        numbers = [column for column in X.iter_columns() if column.dtype.is_numeric() or str(column.dtype) == "Boolean"]
-        table = np.column_stack([column.cast(float).to_numpy() for column in numbers]) if numbers else np.empty((0, 0))
+        columns = X.get_columns()
+        if not all(column.dtype.is_numeric() or str(column.dtype) == "Boolean" for column in columns):
+            return None
+        table = np.column_stack([column.cast(float).to_numpy() for column in columns]) if columns else np.empty((0, 0))
     elif hasattr(X, "dtypes"):
         # One dtype per column; nullable ones know their kind too, categories and text do not.
-        numbers = [getattr(dtype, "kind", "O") in "biuf" for dtype in X.dtypes]
-        table = X.loc[:, numbers].to_numpy(dtype=np.float64, na_value=np.nan)
+        if not all(getattr(dtype, "kind", "O") in "biuf" for dtype in X.dtypes):
+            return None
+        table = X.to_numpy(dtype=np.float64, na_value=np.nan)
     else:
         table = np.asarray(X)
         if table.ndim != 2 or table.dtype.kind not in "biuf":
             return None
-    if not table.size:
-        return None
     table = np.array(table, dtype=np.float64)
     table[~np.isfinite(table)] = np.nan
     return table

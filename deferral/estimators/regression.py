@@ -73,7 +73,7 @@ class AbstainingRegressor(Abstaining, _Regression):
     training variance of y (`y_scale_` squared); squared errors count as at most 10 of them.  `cv` is a number of folds or a
     splitter; `l2` the penalty of the second stage, by default chosen from 1, 10, 100 by cross-fitting.
 
-    The second stage sees what the predictor says and the columns of numbers of X, unless X is sparse or no table.
+    The second stage sees what the predictor says, and X itself where that is a dense table of numbers alone.
 
     Columns of `expected_cost`: [answer, abstain].  The rule Var(y|x) >= cost: Mao, Mohri, Zhong, "Regression with Multi-Expert
     Deferral" (ICML 2024).

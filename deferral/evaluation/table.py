@@ -35,8 +35,7 @@ class Table:
                 f"{path}: expected a name that ends in .csv or .parquet; pandas.DataFrame(columns).to_parquet(...) writes one"
             )
         table = readers[path.suffix.lower()](path)
-        if indices := [name for place, name in enumerate(table.column_names) if _is_index(place, name)]:
-            table = table.drop_columns(indices)
+        table = table.select([place for place, name in enumerate(table.column_names) if not _is_index(place, name)])
         self.names = [name.strip() for name in table.column_names]
         if repeated := {name for name in self.names if self.names.count(name) > 1}:
             raise DataError(f"{path}: column {min(repeated)!r} is there twice")
