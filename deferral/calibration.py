@@ -128,9 +128,12 @@ def fit_temperature(loss: Callable[[Tensor], Tensor], scores: Tensor) -> float:
     closed = scores.isneginf()
     finite = scores.detach().double().masked_fill(closed, 0.0)
 
-    def mean_loss(temperature: Tensor | float) -> Tensor:
+    def loss_at(temperature: Tensor | float) -> Tensor:
         # -inf over T has no gradient in T: it is put back afterwards.
-        value = loss((finite / temperature).masked_fill(closed, -torch.inf)).mean()
+        return loss((finite / temperature).masked_fill(closed, -torch.inf)).mean()
+
+    def mean_loss(temperature: Tensor) -> Tensor:
+        value = loss_at(temperature)
         if not bool(value.isfinite()):
             raise ValueError(f"loss: expected finite numbers at every temperature, got a mean of {value.item()}")
         return value
@@ -138,13 +141,10 @@ def fit_temperature(loss: Callable[[Tensor], Tensor], scores: Tensor) -> float:
     # In units of the scores' own size the search begins near its end: that of all, or of one action beside larger ones that mask.
     sizes = finite.abs()[finite != 0].sort().values if bool(finite.any()) else torch.ones(1)
     halves = range(scores.shape[-1].bit_length() + 1)
-    tried = {}
     with torch.no_grad():
-        for each in {float(sizes[(len(sizes) - 1) >> half]) for half in halves}:
-            # A start at which scores overflow is none.
-            value = float(loss((finite / each).masked_fill(closed, -torch.inf)).mean())
-            tried[each] = value if math.isfinite(value) else math.inf
-    size = min(tried, key=lambda each: (tried[each], -each))
+        tried = [(float(loss_at(size)), size) for size in {float(sizes[(len(sizes) - 1) >> half]) for half in halves}]
+    # A start at which scores overflow is none; where all do, the search says so.
+    _, size = min((each for each in tried if math.isfinite(each[0])), default=tried[0])
     log_ratio = torch.zeros((), dtype=torch.float64, device=scores.device, requires_grad=True)
     search = torch.optim.LBFGS(
         [log_ratio], max_iter=200, tolerance_grad=1e-12, tolerance_change=1e-15, line_search_fn="strong_wolfe"

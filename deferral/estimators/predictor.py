@@ -119,7 +119,7 @@ def table_of_numbers(X: Any) -> np.ndarray | None:
         columns = X.get_columns()
         if not all(column.dtype.is_numeric() or str(column.dtype) == "Boolean" for column in columns):
             return None
-        table = np.column_stack([column.cast(float).to_numpy() for column in columns]) if columns else np.empty((0, 0))
+        table = np.column_stack([column.cast(float).to_numpy() for column in columns]) if columns else np.empty((len(X), 0))
     elif hasattr(X, "dtypes"):
         # One dtype per column; nullable ones know their kind too, categories and text do not.
         if not all(getattr(dtype, "kind", "O") in "biuf" for dtype in X.dtypes):

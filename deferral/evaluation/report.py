@@ -79,7 +79,10 @@ def save_evaluation(evaluation: "Evaluation", folder: Path) -> Path:
 
 
 def save_rows(evaluation: "Evaluation", folder: Path) -> Path:
-    """Row by row who answers by each method, whether that is right (empty where nobody answers), and what it costs, as CSV."""
+    """Row by row who answers by each method, whether that is right, and what it costs, as CSV.
+
+    `correct` is empty where nobody answers, and in regression; all three are where an expert is to answer who did not.
+    """
     comparison = evaluation.comparison
     names = [OWN, *comparison.experts, ABSTAIN]
     path = folder / f"{comparison.name}-rows.csv"
@@ -89,9 +92,9 @@ def save_rows(evaluation: "Evaluation", folder: Path) -> Path:
         for method in comparison.methods:
             columns = (evaluation.rows + 1, method.actions, method.correct, method.cost)
             for row, action, correct, cost in zip(*(column.tolist() for column in columns), strict=True):
-                # Of an expert who did not answer the row nothing is known.
-                known = "" if math.isnan(cost) else f"{cost:.6g}"
-                write.writerow((row, method.name, names[action], "" if math.isnan(correct) else int(correct), known))
+                right = "" if math.isnan(correct) else int(correct)
+                known = ("", "", "") if math.isnan(cost) else (names[action], right, f"{cost:.6g}")
+                write.writerow((row, method.name, *known))
     return path
 
 

@@ -73,7 +73,7 @@ class Expert:
     stream_usage: bool = False
 
     def __post_init__(self) -> None:
-        for check in (_check_name, _check_url, _check_key, _check_numbers, _check_flags):
+        for check in (_check_name, _check_url, _check_key, _check_query, _check_numbers, _check_flags):
             check(self)
         object.__setattr__(self, "base_url", self.base_url.rstrip("/"))
         object.__setattr__(self, "model", self.model or self.name)
@@ -211,6 +211,9 @@ def _check_key(expert: Expert) -> None:
         raise _FieldError("key_env", "it, or key_file, holds characters that no key has (spaces, line ends or non-ASCII)")
     if not isinstance(expert.key_header, str) or not _HEADER_NAME.fullmatch(expert.key_header) or expert.key_header in _TAKEN:
         raise _FieldError("key_header", f"expected the name of a header in small letters, api-key say, got {expert.key_header!r}")
+
+
+def _check_query(expert: Expert) -> None:
     if not isinstance(expert.query, str) or not _QUERY.fullmatch(expert.query):
         raise _FieldError("query", "expected name=value, joined by & where there are several")
     names = [part.partition("=")[0].lower().replace("-", "_") for part in expert.query.split("&")]

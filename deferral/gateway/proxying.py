@@ -7,7 +7,7 @@ import os
 import random
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from hashlib import blake2b
 from time import perf_counter, time
 from typing import TYPE_CHECKING
@@ -183,12 +183,12 @@ class Exchange:
                 if first is None:
                     call = await ask(ranking, lambda expert: self._sent_to(expert, asked, body))
                     if call.reply.status == 400 and asked.model in AUTO and _UNABLE.search(call.reply.body):
+                        # It is whole, and its expert is free, whatever becomes of this request.
+                        call.end(True)
                         others = ranking[ranking.index(call.expert) + 1 :]
                         # For a dearer expert more is set aside, or nobody else is asked: clients can bring this about.
-                        with suppress(Refused):
-                            if others:
-                                holds.enter_context(await gateway.limits.held(self.key, set_aside(others[0], choice, asked)))
-                                call = await self._instead(call, others, ask, lambda expert: self._sent_to(expert, asked, body))
+                        if others and await self._set_aside_too(set_aside(others[0], choice, asked), holds):
+                            call = await self._instead(call, others, ask, lambda expert: self._sent_to(expert, asked, body))
                 else:
                     try:
                         call = await first.answer(ask, asked.query, hold, self.began)
@@ -199,6 +199,14 @@ class Exchange:
                 raise
             await self._hand_on(call, asked, choice, hold)
 
+    async def _set_aside_too(self, dollars: float, holds: ExitStack) -> bool:
+        """Whether the key has so much more; it is held as long as the rest."""
+        try:
+            holds.enter_context(await self.gateway.limits.held(self.key, dollars))
+        except Refused:
+            return False
+        return True
+
     async def _instead(
         self,
         call: Call,
@@ -207,7 +215,6 @@ class Exchange:
         body_for: Callable[[Expert], bytes],
     ) -> Call:
         """The answer of others to what this expert is not able to take; its refusal where they do not answer either."""
-        call.end(True)
         try:
             found = await ask(others, body_for)
         except Unanswered as nobody:
