@@ -256,7 +256,7 @@ def wrong_decisions(actions: Tensor, expected_costs: Tensor, *, margin: float = 
 
 
 def bayes_errors(
-    loss: Loss, setting: Setting, *, deterministic_experts: bool = False, starts: int | None = None
+    loss: Loss, setting: Setting, *, deterministic_experts: bool = False, starts: int | None = None, steps: int = 400
 ) -> tuple[int, int]:
     """(wrong, judged) decisions of the minimiser of the conditional risk, over free scores.
 
@@ -272,7 +272,7 @@ def bayes_errors(
     def risk(scores: Tensor) -> Tensor:
         return (law * loss(scores.unsqueeze(-2).repeat(1, 1, outcomes, 1), every_start)).sum(dim=-1)
 
-    scores = minimiser(risk, PROBLEMS, setting.width, starts=starts)
+    scores = minimiser(risk, PROBLEMS, setting.width, starts=starts, steps=steps)
     actions = setting.decide(scores)
     if setting.predicts:
         missed = (scores[:, 0] - (law * rows["value"]).sum(dim=-1)).abs() > 0.05

@@ -89,10 +89,10 @@ def test_bench_runs_the_scripts_of_the_checkout_from_any_folder(tmp_path: Path) 
     assert listed.returncode == 1
     assert "predictor-rejector" in listed.stderr
     elsewhere = subprocess.run(
-        [sys.executable, "-m", "deferral.cli", "bench", "losses", "--help"], capture_output=True, text=True, cwd=tmp_path
+        [sys.executable, "-m", "deferral.cli", "bench", "record", "--help"], capture_output=True, text=True, cwd=tmp_path
     )
     assert elsewhere.returncode == 0, elsewhere.stderr
-    assert "python -m benchmarks losses" in elsewhere.stdout
+    assert "python -m benchmarks record" in elsewhere.stdout
 
 
 def test_bench_outside_of_a_checkout_says_where_the_scripts_are(tmp_path: Path) -> None:

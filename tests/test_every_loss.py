@@ -30,6 +30,8 @@ from tests.cases import CASES, Case
 
 every_loss = pytest.mark.parametrize("case", CASES, ids=repr)
 NOT_A_SURROGATE = {"Criterion", "expert_correctness", "rejector_of_scores", "comp_sum"}
+# Of the search for a minimiser: half of what others get, whose losses may be flatter than any in the list.
+STEPS = 200
 ELSEWHERE = {"learned_loss", "selective_net"}  # test_published.py: they decide nothing, or couple rows
 
 
@@ -47,7 +49,7 @@ def test_property(case: Case, check) -> None:
 
 @every_loss
 def test_the_minimiser_is_the_bayes_decision_where_that_is_claimed(case: Case) -> None:
-    wrong, judged = bayes_errors(case.loss, case.setting, starts=case.starts)
+    wrong, judged = bayes_errors(case.loss, case.setting, starts=case.starts, steps=STEPS)
     assert judged >= 50
     if case.bayes:
         assert wrong == 0
@@ -57,7 +59,7 @@ def test_the_minimiser_is_the_bayes_decision_where_that_is_claimed(case: Case) -
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.bayes_with_deterministic_experts], ids=repr)
 def test_with_experts_that_are_a_function_of_x_the_realizable_family_is_consistent(case: Case) -> None:
-    wrong, judged = bayes_errors(case.loss, case.setting, deterministic_experts=True)
+    wrong, judged = bayes_errors(case.loss, case.setting, deterministic_experts=True, steps=STEPS)
     assert judged > 30
     assert wrong == 0
 
@@ -106,7 +108,7 @@ def masked_bayes_errors(loss) -> tuple[int, int]:
         values = loss(scores[:, :, None, None].expand(shape), costs[None, :, :, None].expand(shape), masks.expand(shape))
         return (values * law[None, :, :, None] * weight[None, :, None, :]).sum(dim=(-1, -2))
 
-    actions = minimiser(risk, PROBLEMS, A, starts=6).argmax(-1)
+    actions = minimiser(risk, PROBLEMS, A, starts=6, steps=STEPS).argmax(-1)
     return wrong_decisions(actions, (law.unsqueeze(-1) * costs).sum(1))
 
 

@@ -1,5 +1,4 @@
 import math
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -177,19 +176,11 @@ def test_the_embedding_of_a_line_is_a_line() -> None:
     assert embed_2d(torch.ones(7, 5)).abs().max() < 1e-12
 
 
-def test_without_matplotlib_the_extra_is_named() -> None:
-    program = """
-import sys
-sys.modules["matplotlib"] = None
-from deferral.plots import new_figure
-try:
-    new_figure()
-except ImportError as error:
-    assert "deferral[plots]" in str(error)
-else:
-    raise SystemExit("expected an ImportError")
-"""
-    subprocess.run([sys.executable, "-c", program], check=True)
+def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError, match=r"deferral\[plots\]"):
+        new_figure()
 
 
 LONG, POINTS = torch.zeros(3, dtype=torch.long), torch.zeros(3, 2)
