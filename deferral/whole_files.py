@@ -1,12 +1,15 @@
-"""Files that are there whole or not at all, also after a crash."""
+"""Files that are there whole or not at all, also after a crash, and those that one process alone may write."""
 
 import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
-__all__ = ["PARTIAL", "written_whole"]
+from deferral.errors import DataError
+
+__all__ = ["PARTIAL", "claim", "written_whole"]
 
 # Name of the file, of the process, and a number.
 PARTIAL = ".{}.{}.{}.partial"
@@ -21,3 +24,16 @@ def written_whole(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def claim(file: BinaryIO, path: Path) -> None:
+    """Hold an open file until it is closed; DataError where another process does: each of its rows would be there twice."""
+    try:
+        import fcntl
+    except ModuleNotFoundError:
+        # Windows has no such locks.
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise DataError(f"{path}: another process is writing it; wait for it, or stop it first") from None

@@ -27,11 +27,11 @@ from deferral.routing.confidence import Confidence, confidence_of_reply
 from deferral.routing.router import Router
 from deferral.routing.static import chances, explored
 
-__all__ = ["AskingFirst", "Silence", "asking_first"]
+__all__ = ["ALTERNATIVES", "AskingFirst", "Silence", "asking_first"]
 
 _log = logging.getLogger("deferral.gateway")
 
-_ALTERNATIVES = 5
+ALTERNATIVES = 5
 _MISSES = 3
 _QUIET_S = 300.0
 
@@ -241,7 +241,7 @@ def _columns(cascade: Cascade, choice: Choice, means: np.ndarray) -> tuple[np.nd
 
 
 def _with_logprobs(request: dict[str, Any], model: str) -> bytes:
-    return json.dumps({**request, "model": model, "logprobs": True, "top_logprobs": _ALTERNATIVES}).encode()
+    return json.dumps({**request, "model": model, "logprobs": True, "top_logprobs": ALTERNATIVES}).encode()
 
 
 def _parsed(body: bytes) -> Any:

@@ -22,7 +22,11 @@ from deferral.gateway.opened import database_option, encoder_option, opened
 
 __all__ = ["gateway"]
 
-_CHECK = "check"
+_ELSEWHERE = {
+    "ask": "deferral.gateway.asking_commands",
+    "check": "deferral.gateway.check_command",
+    "grade": "deferral.gateway.asking_commands",
+}
 _OUTCOMES = ("ok", "error", "cancelled", "refused", "truncated")
 _assumed = click.option(
     "--assume-quality",
@@ -32,20 +36,20 @@ _assumed = click.option(
 
 
 class _Commands(click.Group):
-    """`check` reads all that `serve` does; the other commands need not wait for its imports."""
+    """Some import all that speaks HTTP; the other commands need not wait for that."""
 
     def list_commands(self, context: click.Context) -> list[str]:
-        return sorted([*super().list_commands(context), _CHECK])
+        return sorted([*super().list_commands(context), *_ELSEWHERE])
 
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
-        if name == _CHECK:
-            return import_module("deferral.gateway.check_command").check
+        if name in _ELSEWHERE:
+            return getattr(import_module(_ELSEWHERE[name]), name)
         return super().get_command(context, name)
 
 
 @click.group(cls=_Commands)
 def gateway() -> None:
-    """Check, keys, record, retraining and status of a gateway."""
+    """A first log, and the check, keys, record, retraining and status of a gateway."""
 
 
 gateway.add_command(keys)

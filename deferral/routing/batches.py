@@ -17,7 +17,7 @@ from itertools import islice
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from threading import Thread
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -27,7 +27,7 @@ from deferral.routing.constraints import Needs
 from deferral.routing.log_files import JSON_LINES
 from deferral.routing.persistence import written
 from deferral.routing.router import Router
-from deferral.whole_files import written_whole
+from deferral.whole_files import claim, written_whole
 
 __all__ = ["route_file"]
 
@@ -77,7 +77,7 @@ def route_file(
     _check_free(out)
     # One thread as in the workers, so that the last digit does not hang on their number.
     with partial.open("ab") as file, threadpool_limits(1, user_api="blas"):
-        _claim(file, partial)
+        claim(file, partial)
         # Who held it before may have finished.
         _check_free(out)
         rows = _whole_lines(partial, note, work, queries)
@@ -123,19 +123,6 @@ def _check_free(out: Path) -> None:
     if out.exists():
         what = "remove it or name another file" if out.is_file() else "expected a new file, which is complete when it is there"
         raise DataError(f"{out}: it is there already; {what}")
-
-
-def _claim(file: BinaryIO, partial: Path) -> None:
-    """DataError where another process writes the same decisions: each row would be there twice."""
-    try:
-        import fcntl
-    except ModuleNotFoundError:
-        # Windows has no such locks.
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise DataError(f"{partial}: another process is writing it; wait for it, or stop it first") from None
 
 
 def _plain(value: Any) -> Any:
