@@ -10,6 +10,7 @@ from typing import Any
 
 import uvicorn
 
+from deferral.gateway.aliases import Alias
 from deferral.gateway.app import gateway
 from deferral.gateway.experts_file import Expert
 from deferral.gateway.protocol import Protocol
@@ -36,8 +37,10 @@ def small_router(**options: Any) -> Router:
 class RunningGateway:
     """The app behind uvicorn.  `port`, `url` (as the openai client takes it) and `state`, its `Gateway`."""
 
-    def __init__(self, router: Router, experts: Mapping[str, Expert], settings: Settings) -> None:
-        self.app = gateway(router, experts, settings=settings)
+    def __init__(
+        self, router: Router, experts: Mapping[str, Expert], settings: Settings, *, aliases: Mapping[str, Alias] | None = None
+    ) -> None:
+        self.app = gateway(router, experts, aliases=aliases, settings=settings)
         self._socket = socket.socket()
         self._socket.bind(("127.0.0.1", 0))
         self.port = self._socket.getsockname()[1]

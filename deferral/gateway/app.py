@@ -12,6 +12,7 @@ from starlette.routing import Mount, Route
 from starlette.types import Receive, Scope, Send
 
 from deferral.gateway import admin, dashboard
+from deferral.gateway.aliases import Alias
 from deferral.gateway.endpoints import Admin, error_handlers, routes
 from deferral.gateway.experts_file import Expert
 from deferral.gateway.proxying import KINDS, Proxy
@@ -35,14 +36,19 @@ class _App(Starlette):
 
 
 def gateway(
-    router: Router, experts: Mapping[str, Expert], *, settings: Settings | None = None, read: Stamps | None = None
+    router: Router,
+    experts: Mapping[str, Expert],
+    *,
+    aliases: Mapping[str, Alias] | None = None,
+    settings: Settings | None = None,
+    read: Stamps | None = None,
 ) -> Starlette:
     """An OpenAI-compatible app around a router; `app.state.gateway` is its `Gateway`.
 
     `read` are the `stamps` of the settings' files from before they were read: what changes after that is read once more when the
-    app starts.  ValueError where the experts are not those of the router.
+    app starts.  ValueError where the experts are not those of the router, or an alias cannot be met.
     """
-    state = Gateway(router, experts, settings or Settings(), read=read)
+    state = Gateway(router, experts, settings or Settings(), aliases=aliases, read=read)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:

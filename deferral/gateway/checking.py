@@ -13,9 +13,10 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from deferral.errors import DataError
 from deferral.gateway.access import no_key
+from deferral.gateway.aliases import Alias, read_aliases
 from deferral.gateway.database import look, shown
 from deferral.gateway.experts_file import Expert, read_experts
-from deferral.gateway.generation import out_of_service
+from deferral.gateway.generation import check_aliases, out_of_service
 from deferral.gateway.keys import Key, key_of
 from deferral.gateway.listening import listening
 from deferral.gateway.reaching import Reached, reach
@@ -121,6 +122,7 @@ def _files(settings: Settings, router: Router | None, experts: Mapping[str, Expe
     found: list[Finding] = []
     if router is not None and experts is not None:
         found += _together(router, experts)
+        found += _aliases(settings, router, experts)
     if settings.shadow_folder is not None:
         candidate = settings.shadow_folder
         unread: list[Finding] = []
@@ -129,6 +131,21 @@ def _files(settings: Settings, router: Router | None, experts: Mapping[str, Expe
         found += [replace(one, kind="note") for one in unread]
     if settings.traces:
         _tried(found, "traces", lambda: import_module("deferral.gateway.tracing"))
+    return found
+
+
+def _aliases(settings: Settings, router: Router, experts: Mapping[str, Expert]) -> list[Finding]:
+    found: list[Finding] = []
+    assert settings.experts_file is not None
+    path = settings.experts_file
+
+    def looked_at() -> dict[str, Alias]:
+        aliases = read_aliases(path, experts)
+        check_aliases(router, experts, aliases)
+        return aliases
+
+    if aliases := _tried(found, "aliases", looked_at):
+        found.append(Finding("good", "aliases", f"clients may also ask for {', '.join(aliases)}"))
     return found
 
 

@@ -365,6 +365,8 @@ def refusal(expert: Expert, asked: Asked, hints: Hints, allow: Collection[str] |
     """Why an expert may not answer; "" if it may."""
     if allow is not None and expert.name not in allow:
         return "not allowed for this key"
+    if hints.experts is not None and expert.name not in hints.experts:
+        return "not among the experts of this alias"
     tokens = asked.longest or asked.tokens
     if expert.context_tokens is not None and tokens + asked.output_tokens > expert.context_tokens:
         return f"about {tokens} tokens and {asked.output_tokens} for the answer exceed its window of {expert.context_tokens}"

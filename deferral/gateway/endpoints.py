@@ -163,7 +163,9 @@ def error_handlers() -> dict[Any, Callable[[Request, Any], Awaitable[Response]]]
 def _visible(gateway: Gateway, key: Key) -> list[str]:
     experts = gateway.current.experts
     mine = [name for name in experts if key.experts is None or name in key.experts]
-    return ["auto", *mine] if any(experts[name].route for name in mine) else mine
+    routed = [name for name in mine if experts[name].route]
+    others = [name for name, alias in gateway.current.aliases.items() if alias.serves(mine, routed)]
+    return [*(["auto"] if routed else []), *mine, *others]
 
 
 def _model(name: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from yarl import URL
 
 from deferral.errors import DataError
 
-__all__ = ["AUTO", "Expert", "expert_names", "read_experts"]
+__all__ = ["AUTO", "Expert", "expert_names", "name_fault", "place_in", "read_experts", "tables"]
 
 # Names of a model that ask the router.
 AUTO = frozenset({"auto", "deferral/auto"})
@@ -22,7 +22,7 @@ _NAME = re.compile(r"[ -~]{1,100}")
 _HEADER_VALUE = re.compile(r"[!-~]+")
 # What the gateway itself adds to a base_url.
 _ADDED = re.compile(r"(/chat/completions|/completions|/embeddings|/responses|/models)/*")
-_SECTION = re.compile(r"""\s*\[\s*experts\s*\.\s*(?:"([^"]*)"|'([^']*)'|([\w-]+))\s*\]""")
+_SECTION = re.compile(r"""\s*\[\s*(experts|aliases)\s*\.\s*(?:"([^"]*)"|'([^']*)'|([\w-]+))\s*\]""")
 _KEY_FROM = ("key_env", "key_file")
 _HEADER_NAME = re.compile(r"[a-z0-9-]+")
 # Set by the gateway, or by what carries the request.
@@ -99,37 +99,43 @@ def read_experts(path: str | Path, environ: Mapping[str, str] = os.environ) -> d
     beside the experts file where it is no absolute path.
     """
     path = Path(path)
-    text, experts = _tables(path)
+    text, experts = _experts_in(path)
     result = {}
     for name, table in experts.items():
         if not isinstance(table, dict):
-            raise DataError(f"{_at(path, text, name)}: expected a table [experts.{name}], got {type(table).__name__}")
+            raise DataError(f"{place_in(path, text, name)}: expected a table [experts.{name}], got {type(table).__name__}")
         try:
             result[name] = _expert(name, table, environ, path.parent)
         except _FieldError as error:
-            raise DataError(f"{_at(path, text, error.field, name)}: expert {name!r}, {error}") from None
+            raise DataError(f"{place_in(path, text, error.field, name)}: expert {name!r}, {error}") from None
     return result
 
 
 def expert_names(path: str | Path) -> list[str]:
     """The names alone, for whoever does not have the keys; DataError where the file cannot be read."""
-    return list(_tables(Path(path))[1])
+    return list(_experts_in(Path(path))[1])
 
 
-def _tables(path: Path) -> tuple[str, dict[str, Any]]:
-    """The text of the file, and what its table `experts` holds."""
+def tables(path: Path) -> tuple[str, dict[str, Any]]:
+    """The text of the file, and what it holds; DataError where that is no experts file."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: the experts file cannot be read, {error}") from error
     try:
-        tables = tomllib.loads(text)
+        found = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         # The message of tomllib ends with the line.
         raise DataError(f"{path}: expected TOML; {error}") from error
-    if unknown := sorted(set(tables) - {"experts"}):
-        raise DataError(f"{_at(path, text, unknown[0])}: expected tables [experts.NAME], got {unknown[0]!r}")
-    experts = tables.get("experts")
+    if unknown := sorted(set(found) - {"experts", "aliases"}):
+        message = f"expected tables [experts.NAME] and [aliases.NAME], got {unknown[0]!r}"
+        raise DataError(f"{place_in(path, text, unknown[0])}: {message}")
+    return text, found
+
+
+def _experts_in(path: Path) -> tuple[str, dict[str, Any]]:
+    text, found = tables(path)
+    experts = found.get("experts")
     if not isinstance(experts, dict) or not experts:
         raise DataError(f"{path}: expected at least one table [experts.NAME] with a base_url")
     return text, experts
@@ -174,9 +180,15 @@ def _key_in(file: Any, folder: Path) -> str:
     return key
 
 
+def name_fault(name: str) -> str:
+    """What is wrong with a name that clients send as that of a model, "" where nothing is."""
+    fits = _NAME.fullmatch(name) and name == name.strip()
+    return "" if fits else "expected 1 to 100 printable ASCII characters"
+
+
 def _check_name(expert: Expert) -> None:
-    if not _NAME.fullmatch(expert.name) or expert.name != expert.name.strip():
-        raise _FieldError("name", "expected 1 to 100 printable ASCII characters")
+    if fault := name_fault(expert.name):
+        raise _FieldError("name", fault)
     if expert.name in AUTO:
         raise _FieldError("name", f"{expert.name!r} asks the router; call the expert otherwise")
     if not isinstance(expert.model, str) or not all(character.isprintable() for character in expert.model):
@@ -250,20 +262,20 @@ def _check_flags(expert: Expert) -> None:
             raise _FieldError(name, f"expected true or false, got {getattr(expert, name)!r}")
 
 
-def _at(path: Path, text: str, key: str, expert: str | None = None) -> str:
-    """FILE:LINE of a key, in the table of an expert; of the table where the key is not there."""
-    section, table_line = None, None
+def place_in(path: Path, text: str, key: str, name: str | None = None, *, section: str = "experts") -> str:
+    """FILE:LINE of a key, in the table of this name; of the table where the key is not there."""
+    inside, table_line = None, None
     for number, line in enumerate(text.splitlines(), 1):
         if found := _SECTION.match(line):
-            section = next(group for group in found.groups() if group is not None)
-            if section == expert:
+            inside = next(group for group in found.groups()[1:] if group is not None) if found[1] == section else None
+            if inside is not None and inside == name:
                 table_line = number
         elif line.lstrip().startswith("["):
-            section = None
-            if expert is None and re.match(rf"\s*\[+\s*[\"']?{re.escape(key)}\b", line):
+            inside = None
+            if name is None and re.match(rf"\s*\[+\s*[\"']?{re.escape(key)}\b", line):
                 return f"{path}:{number}"
-        if section == expert and re.match(rf"\s*[\"']?{re.escape(key)}[\"']?\s*=", line):
+        if inside == name and re.match(rf"\s*[\"']?{re.escape(key)}[\"']?\s*=", line):
             return f"{path}:{number}"
-        if table_line is None and re.match(rf"\s*[\"']?{re.escape(expert or key)}[\"']?\s*=", line):
+        if table_line is None and re.match(rf"\s*[\"']?{re.escape(name or key)}[\"']?\s*=", line):
             table_line = number
     return f"{path}:{table_line}" if table_line else str(path)

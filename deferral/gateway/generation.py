@@ -4,12 +4,14 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from deferral.gateway.aliases import Alias
 from deferral.gateway.deciding import Decider
-from deferral.gateway.experts_file import Expert
+from deferral.gateway.experts_file import AUTO, Expert
 from deferral.gateway.settings import Settings
+from deferral.routing.constraints import Needs
 from deferral.routing.router import Router
 
-__all__ = ["Generation", "generation", "out_of_service"]
+__all__ = ["Generation", "check_aliases", "generation", "out_of_service"]
 
 _log = logging.getLogger("deferral.gateway")
 
@@ -21,16 +23,36 @@ class Generation:
     router: Router
     experts: Mapping[str, Expert]
     decider: Decider
+    aliases: Mapping[str, Alias]
+    routed: frozenset[str]  # names of models that ask the router
 
 
-def generation(router: Router, experts: Mapping[str, Expert], settings: Settings) -> Generation:
-    """ValueError where an expert is not known to the router, or none of the router's is left."""
+def generation(
+    router: Router, experts: Mapping[str, Expert], settings: Settings, aliases: Mapping[str, Alias] | None = None
+) -> Generation:
+    """ValueError where an expert is not known to the router, none of the router's is left, or an alias cannot be met."""
     if missing := out_of_service(router, experts):
         _log.warning("out of service, since the experts file does not have them: %s", ", ".join(missing))
     if settings.explore is not None:
         router.explore = settings.explore
+    aliases = dict(aliases or {})
+    check_aliases(router, experts, aliases)
     decider = Decider(router, experts, deadline_s=settings.deadline_s, rules=settings.conversations)
-    return Generation(router, dict(experts), decider)
+    routed = AUTO | {name for name, alias in aliases.items() if alias.routed}
+    return Generation(router, dict(experts), decider, aliases, routed)
+
+
+def check_aliases(router: Router, experts: Mapping[str, Expert], aliases: Mapping[str, Alias]) -> None:
+    """ValueError where an alias sets what the router cannot meet among its experts."""
+    served = frozenset(name for name in router.experts if name in experts and experts[name].route)
+    for name, alias in aliases.items():
+        if not alias.routed:
+            continue
+        among = served if alias.hints.experts is None else served & alias.hints.experts
+        try:
+            router.plan(needs=Needs(allow=among), **alias.hints.setting_by_name)
+        except ValueError as error:
+            raise ValueError(f"alias {name!r}: {error}") from error
 
 
 def out_of_service(router: Router, experts: Mapping[str, Expert]) -> list[str]:

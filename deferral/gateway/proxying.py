@@ -16,6 +16,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from starlette.types import Receive, Scope, Send
 
 from deferral.gateway.access import problem_of
+from deferral.gateway.aliases import applied
 from deferral.gateway.answering import ONCE, Call, Unanswered
 from deferral.gateway.cascading import AskingFirst, asking_first
 from deferral.gateway.deciding import Choice, Limited, refusal, set_aside
@@ -154,13 +155,16 @@ class Exchange:
 
     async def _serve(self, body: bytes, headers: Mapping[bytes, bytes]) -> None:
         gateway, now = self.gateway, self.gateway.current
-        asked = self.asked = parse(self.kind, body)
+        asked = self.asked = parse(self.kind, body, now.routed)
+        wanted = hints(headers)
+        if (alias := now.aliases.get(asked.model)) is not None:
+            asked, wanted = applied(alias, asked, wanted)
+            self.asked = asked
         if asked.previous:
             asked = self.asked = asked._replace(model=await self._previous(asked.previous))
         if asked.model in AUTO:
             asked = self.asked = now.decider.read(asked)
         began = perf_counter()
-        wanted = hints(headers)
         choice = self.choice = await self._decided(now, asked, wanted)
         self.best = now.experts.get(choice.best)
         if asked.model in AUTO:

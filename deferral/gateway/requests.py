@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
@@ -60,6 +60,7 @@ class Hints:
     min_quality: float | None = None
     regions: frozenset[str] | None = None
     conversation: bytes = b""
+    experts: frozenset[str] | None = None  # by an alias, and no header
 
     @property
     def setting(self) -> tuple[float | None, float | None, float | None, float | None]:
@@ -84,8 +85,8 @@ _REGIONS, _CONVERSATION = b"x-deferral-regions", b"x-deferral-conversation"
 _KNOWN = frozenset((*_HINTS, _REGIONS, _CONVERSATION))
 
 
-def parse(kind: Kind, body: bytes) -> Asked:
-    """Problem 400 where the body is no request."""
+def parse(kind: Kind, body: bytes, routed: Collection[str] = AUTO) -> Asked:
+    """Problem 400 where the body is no request.  `routed` are the names of models that ask the router."""
     try:
         request = json.loads(body.decode("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -102,7 +103,7 @@ def parse(kind: Kind, body: bytes) -> Asked:
     previous, longest = "", 0
     if kind == "chat" or kind == "responses":
         if kind == "responses":
-            previous = _previous(request)
+            previous = _previous(request, routed)
         turns, tools, images, data, data_bytes = conversation(_messages(kind, request))
         tools = tools or bool(request.get("tools")) or bool(request.get("functions"))
     else:
@@ -213,12 +214,12 @@ def _longest(inputs: Any) -> int:
     return max(sizes, default=0)
 
 
-def _previous(request: Mapping[str, Any]) -> str:
+def _previous(request: Mapping[str, Any], routed: Collection[str]) -> str:
     """The response that a routed request goes on from, "" where there is none; Problem 400 where no router may decide."""
     if request.get("background"):
         message = "background: expected false; a response is given while the client waits, and nobody could ask for it later"
         raise Problem(400, "background_not_possible", message, param="background")
-    if request["model"] not in AUTO:
+    if request["model"] not in routed:
         return ""
     if name := next((name for name in _ELSEWHERE if request.get(name)), ""):
         message = f"{name}: it is kept by one expert, and the gateway does not know by whom; name that expert as the model"

@@ -22,9 +22,11 @@ from threadpoolctl import threadpool_limits
 
 from deferral.errors import DataError
 from deferral.gateway.access import must_have_key, no_key
+from deferral.gateway.aliases import read_experts_file
 from deferral.gateway.app import gateway
 from deferral.gateway.database import connect, look
-from deferral.gateway.experts_file import Expert, read_experts
+from deferral.gateway.experts_file import Expert
+from deferral.gateway.generation import check_aliases
 from deferral.gateway.hysteresis import RULES
 from deferral.gateway.listening import BACKLOG, listening
 from deferral.gateway.logs import logging_to
@@ -64,7 +66,7 @@ def run(settings: Settings, *, log_level: str = "info") -> None:
         if settings.traces:
             import_module("deferral.gateway.tracing")
         # Here a mistake in the files is an error of one command, and not of each worker.
-        load_router(settings), read_experts(settings.experts_file)
+        check_aliases(load_router(settings), *read_experts_file(settings.experts_file))
         with logging_to(level=log_level):
             _log.info("%d workers at %s:%d", settings.workers, *listener.getsockname()[:2])
             with tempfile.TemporaryDirectory(prefix="deferral-metrics-") as folder:
@@ -87,7 +89,8 @@ def _serve(settings: Settings, log_level: str, listener: socket.socket) -> None:
     """In this process, from a socket that listens already."""
     assert settings.experts_file is not None
     read = stamps(settings)
-    router, experts = load_router(settings), read_experts(settings.experts_file)
+    router = load_router(settings)
+    experts, aliases = read_experts_file(settings.experts_file)
     _allow_many_connections()
     # A product of one query takes less time than it takes to wake another thread.
     threadpool_limits(1, user_api="blas")
@@ -96,7 +99,7 @@ def _serve(settings: Settings, log_level: str, listener: socket.socket) -> None:
     for ending in (signal.SIGTERM, signal.SIGINT):
         signal.signal(ending, lambda *_: ended_early.set())
     with logging_to(level=log_level):
-        app = gateway(router, experts, settings=settings, read=read)
+        app = gateway(router, experts, aliases=aliases, settings=settings, read=read)
         config = uvicorn.Config(
             app,
             http=Protocol,

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 from deferral.errors import DataError
 from deferral.gateway.access import Access
 from deferral.gateway.alarms import Alarms
+from deferral.gateway.aliases import Alias, read_experts_file
 from deferral.gateway.answering import Answerers
 from deferral.gateway.cascading import Silence
-from deferral.gateway.experts_file import Expert, read_experts
+from deferral.gateway.experts_file import Expert
 from deferral.gateway.generation import Generation, generation
 from deferral.gateway.keys import Keys
 from deferral.gateway.metrics import Metrics
@@ -41,10 +42,18 @@ class Gateway:
 
     answerers: Answerers
 
-    def __init__(self, router: Router, experts: Mapping[str, Expert], settings: Settings, *, read: Stamps | None = None) -> None:
+    def __init__(
+        self,
+        router: Router,
+        experts: Mapping[str, Expert],
+        settings: Settings,
+        *,
+        aliases: Mapping[str, Alias] | None = None,
+        read: Stamps | None = None,
+    ) -> None:
         self.settings = settings
         self._files = stamps(settings) if read is None else read
-        self.current = generation(router, experts, settings)
+        self.current = generation(router, experts, settings, aliases)
         self.record = Record(
             settings.database,
             store_text=settings.store_text,
@@ -166,8 +175,10 @@ class Gateway:
         encoder = now.router.encoder
         encode = encoder.encode if isinstance(encoder, FunctionEncoder) else None
         router = now.router if settings.router_folder is None else load_router(settings, encode)
-        experts = now.experts if settings.experts_file is None else read_experts(settings.experts_file)
-        return generation(router, experts, settings)
+        if settings.experts_file is None:
+            return generation(router, now.experts, settings, now.aliases)
+        experts, aliases = read_experts_file(settings.experts_file)
+        return generation(router, experts, settings, aliases)
 
     def _open_database(self) -> None:
         self.record.start()
