@@ -186,7 +186,7 @@ def run_cells(run: Run) -> None:
 
 
 @click.command()
-@options(presets=tuple(SIZES), seeds=5)
+@options(presets=tuple(SIZES), seeds=5, device=False)
 def command(**given) -> None:
     """Realizable and other losses on realizable problems."""
     with running(**given) as run:

@@ -275,6 +275,12 @@ LEARNED = {
 }
 
 
+def settings(size: Size) -> dict[str, Any]:
+    """What a reader of a cell needs to know of how it was made."""
+    learning = {"predictor": PREDICTOR, "heads": HEADS, "errors_ahead": ERRORS_AHEAD}
+    return {**asdict(size), "shares": SHARES, "betas": BETAS, "folds": FOLDS, "mu": MU, **learning}
+
+
 def run_cells(run: Run, data_sets: tuple[str, ...]) -> None:
     """Every open cell of the table."""
     size = PRESETS[run.preset_name]
@@ -303,15 +309,13 @@ def run_cells(run: Run, data_sets: tuple[str, ...]) -> None:
             found = LEARNED[cell.method](problem(cell.data), cell.cost)
         else:
             found = baseline(problem(cell.data), cell.cost, cell.method)
-        settings = {**asdict(size), "shares": SHARES, "betas": BETAS, "folds": FOLDS, "mu": MU}
-        settings |= {"predictor": PREDICTOR, "heads": HEADS, "errors_ahead": ERRORS_AHEAD}
-        return Finding([Part(found, references)], settings)
+        return Finding([Part(found, references)], settings(size))
 
     run.each(cells, work)
 
 
 @click.command()
-@options(presets=tuple(PRESETS), seeds=1)
+@options(presets=tuple(PRESETS), seeds=None, device=False)
 @click.option("--data", type=click.Choice(list(DATA)), multiple=True, default=tuple(DATA))
 def command(data: tuple[str, ...], **given) -> None:
     """Deferral and abstention in regression on eight UCI sets, 20 splits."""

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from contextlib import suppress
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -59,6 +60,10 @@ _SEED = click.IntRange(0, 2**32 - 1)
 @click.version_option(deferral.__version__, prog_name="deferral")
 def commands() -> None:
     """Systems that know when not to answer: abstain at a known cost, or defer to experts."""
+    # What was logged, or a mere sign, may not be writable here: half a surrogate pair, or anything else than ASCII.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 @commands.group(invoke_without_command=True)
@@ -129,8 +134,8 @@ def demo(
             checkpoint = out / f"cifar10-seed{seed}.pt"
             comparisons = cifar10.run(root, people or root / "l2d", seed, target, progress, checkpoint)
     for comparison in comparisons:
-        show(comparison)
         files = [*draw(comparison, out), save(comparison, out)]
+        show(comparison)
         click.echo("\n".join(f"wrote {path}" for path in files) + "\n")
 
 
@@ -221,12 +226,13 @@ def evaluate(
             regression=regression,
             tell=status.update,
         )
-    show_evaluation(evaluation)
-    written = [save_evaluation(evaluation, out), save_rows(evaluation, out)]
+    written, left_out = [save_evaluation(evaluation, out), save_rows(evaluation, out)], ""
     try:
         written += draw_evaluation(evaluation, out)
     except ImportError as error:
-        click.echo(f"the pictures are left out: {error}")
+        left_out = f"the pictures are left out: {error}\n"
+    show_evaluation(evaluation)
+    click.echo(left_out, nl=False)
     click.echo("\n".join(f"wrote {path}" for path in written))
 
 

@@ -115,3 +115,13 @@ def test_a_refusal_as_a_process() -> None:
     assert refused.returncode not in (0, None)
     assert "expected one of cpu" in refused.stderr
     assert "Traceback" not in refused.stderr
+
+
+@pytest.mark.ci_slow
+def test_a_terminal_that_knows_ascii_alone_gets_its_table_and_its_files(tmp_path: Path) -> None:
+    table = tmp_path / "ours.csv"
+    table.write_text("target,answer,score,score_abstain\n" + "1,1,0.9,0.5\n0,1,0.4,0.5\n" * 20)
+    done = deferral("evaluate", str(table), "--abstain-cost", "0.2", "--out", str(tmp_path / "out"), PYTHONIOENCODING="ascii")
+    assert done.returncode == 0, done.stderr
+    assert "\\xb1" in done.stdout
+    assert any(path.suffix == ".json" for path in (tmp_path / "out").iterdir())

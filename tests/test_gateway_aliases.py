@@ -108,7 +108,7 @@ def test_a_response_goes_on_with_who_gave_it_under_an_alias_too(running: Any) ->
         first = asking.responses.create(model="gpt-4o", input="x", metadata={"seed": "alias"})
         raw = asking.responses.with_raw_response.create(model="thrifty", input="and then?", previous_response_id=first.id)
         assert raw.headers["x-deferral-expert"] == "large"
-        with pytest.raises(openai.BadRequestError, match="large may not answer .* not among the experts of this alias"):
+        with pytest.raises(openai.BadRequestError, match=r"large may not answer .* not among the experts of this alias"):
             asking.responses.create(model="little", input="and then?", previous_response_id=first.id)
 
 

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
+from deferral import cli
 from deferral.datasets import DataError
 from deferral.routing import Log, Needs, Outcome, Router, commands, write_log
 from deferral.routing import batches as batching
 from deferral.routing.batches import route_file
-from deferral.routing.commands import route
 from deferral.routing.judging import Held, evaluation, held, joined, query_folds, tag_folds
 from tests.test_readme import run as run_page
 from tests.test_routing_router import EXPERTS, QUICK, router, world
@@ -43,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def call(*arguments: object) -> Result:
-    return CliRunner().invoke(route, [str(argument) for argument in arguments], catch_exceptions=False)
+    return CliRunner().invoke(cli.commands, ["route", *map(str, arguments)], catch_exceptions=False)
 
 
 @pytest.mark.ci_slow
@@ -330,7 +330,7 @@ def test_without_its_extra_the_command_names_it() -> None:
 
 
 def test_help_shows_every_default_and_says_what_similarity_is() -> None:
-    for command in route.commands.values():
+    for command in commands.route.commands.values():
         for option in command.params:
             if isinstance(option, click.Option) and type(option.default) in (int, float):
                 assert option.show_default, f"{command.name} {option.opts[0]}"

@@ -1,6 +1,7 @@
 """One run of a script: which cells are still open, what has been learned about them, and when to stop."""
 
 import ctypes
+import math
 import platform
 import subprocess
 import time
@@ -115,7 +116,12 @@ class Run:
         Raises OutOfTime when the deadline has passed.
         """
         done, diverged = 0, 0
-        self.display.start(cells, len([cell for cell in cells if self.results.finished(cell)]))
+        there = len([cell for cell in cells if self.results.finished(cell)])
+        self.display.start(cells, there)
+        if there == len(cells):
+            self.display.say(
+                f"all {there} cells are in {self.results.folder} already; --out DIR makes them again, in another folder"
+            )
         postponed: list[tuple[Cell, str]] = []
         # What is postponed meanwhile is seen too.
         for cell, awaited in chain(((cell, "") for cell in cells), postponed):
@@ -198,16 +204,14 @@ class Run:
         }
 
 
-def options(*, presets: Sequence[str] = tuple(PRESETS), seeds: int = 3) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """The options that every script takes."""
+def options(
+    *, presets: Sequence[str] = tuple(PRESETS), seeds: int | None = 3, device: bool = True
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """The options that every script takes; a device, and a number of seeds, where it has use for them."""
 
     def add(function: Callable[..., None]) -> Callable[..., None]:
         shared = [
             click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=RESULTS, help="Folder of the cells."),
-            click.option("--seeds", type=click.IntRange(min=1), default=seeds, show_default=True, help="Seeds 0 .. N-1."),
-            click.option(
-                "--device", default="cpu", show_default=True, help="A torch device: cpu, cuda, cuda:1; with torchrun cpu or cuda."
-            ),
             click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="CPU threads of torch."),
             click.option(
                 "--root",
@@ -219,6 +223,12 @@ def options(*, presets: Sequence[str] = tuple(PRESETS), seeds: int = 3) -> Calla
             click.option("--cells", "most_cells", type=click.IntRange(min=1), help="Stop after this many new cells."),
             click.option("--quiet", is_flag=True, help="One line a cell, for logs."),
         ]
+        if seeds is not None:
+            number = click.IntRange(min=1)
+            shared.append(click.option("--seeds", type=number, default=seeds, show_default=True, help="Seeds 0 .. N-1."))
+        if device:
+            about = "A torch device: cpu, cuda, cuda:1; with torchrun cpu or cuda."
+            shared.append(click.option("--device", default="cpu", show_default=True, help=about))
         names = click.Choice(presets)
         shared.append(click.option("--preset", "preset_name", type=names, default=presets[0], show_default=True))
         for option in reversed(shared):
@@ -246,13 +256,13 @@ def image_options(function: Callable[..., None]) -> Callable[..., None]:
 def running(
     *,
     out: Path,
-    seeds: int,
-    device: str,
     threads: int,
     root: Path | None,
     budget_minutes: float | None,
     most_cells: int | None,
     quiet: bool,
+    seeds: int = 1,
+    device: str = "cpu",
     preset_name: str = "laptop",
     precision: str = "float32",
     compiled: bool = False,
@@ -262,7 +272,9 @@ def running(
     """A run from its options; being out of time is an end like any other, and errors are told without a traceback."""
     torch.set_num_threads(threads)
     _keep_freed_memory()
-    deadline = float("inf") if budget_minutes is None else time.monotonic() + 60 * budget_minutes
+    if budget_minutes is not None and math.isnan(budget_minutes):
+        raise click.UsageError("--budget-minutes: expected a number, got nan")
+    deadline = math.inf if budget_minutes is None else time.monotonic() + 60 * budget_minutes
     with ranks.group(_device(device)) as target, Display(quiet, silent=not ranks.first()) as display:
         run = Run(
             results=Results(out),
@@ -314,6 +326,10 @@ def _device(name: str) -> torch.device:
             raise click.UsageError(f"--device {name}: torch {torch.__version__} finds {found} GPUs on this machine")
         # Every batch but the last of an epoch has one shape, for which the fastest convolutions are then looked up once.
         torch.backends.cudnn.benchmark = True
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        raise click.UsageError(f"--device {name}: it cannot be used on this machine") from error
     return device
 
 

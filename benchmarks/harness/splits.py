@@ -16,12 +16,13 @@ from torch import Tensor
 from benchmarks.harness.cells import write_whole
 from benchmarks.harness.running import Run
 from benchmarks.harness.training import OutOfTime
-from deferral.datasets import RegressionTable
+from deferral.datasets import DataError, RegressionTable
 
 __all__ = ["FOLDS", "SHARES", "Columns", "Splits", "experts_answers", "joined", "others_of_each_fold", "parts_of"]
 
 SHARES = (0.5, 0.2, 0.1, 0.2)  # training, stage 2, calibration, test
 FOLDS = 5
+EXPERTS = 3
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def experts_answers(features: np.ndarray, target: np.ndarray, rows: np.ndarray, 
     direction = np.linalg.svd(scaled, full_matrices=False)[2][0]
     direction = direction * np.sign(direction[np.abs(direction).argmax()])  # the sign of a component is arbitrary
     columns = []
-    for third in np.array_split(rows[np.argsort(scaled @ direction, kind="stable")], 3):
+    for third in np.array_split(rows[np.argsort(scaled @ direction, kind="stable")], EXPERTS):
         column = answers(third, features)
         for fold in np.array_split(np.random.default_rng(seed).permutation(third), FOLDS):
             column[fold] = answers(np.setdiff1d(third, fold), features[fold])
@@ -118,7 +119,14 @@ def _kept_answers(
             path.parent.mkdir(parents=True, exist_ok=True)
             with write_whole(path) as partial:
                 np.save(partial, experts_answers(features, target, numbers[0], seed))
-        return np.load(path, allow_pickle=False)
+        try:
+            answers = np.load(path, allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise DataError(f"{path}: expected the answers of experts ({error}); delete the file to make them again") from error
+        if answers.shape != (len(target), EXPERTS) or not np.isfinite(answers).all():
+            found = f"numbers for {len(target)} rows and {EXPERTS} experts, got shape {answers.shape}"
+            raise DataError(f"{path}: expected finite {found}; delete the file to make them again")
+        return answers
 
 
 def _stacked(parts: list[Columns]) -> Columns:

@@ -9,7 +9,7 @@ import torch
 
 from deferral.intervals import over_seeds
 
-__all__ = ["Section", "by_method", "by_point", "matrix", "verdicts"]
+__all__ = ["Section", "by_method", "by_point", "claims", "matrix", "verdicts"]
 
 Record = Mapping[str, Any]
 NOT_RUN = "not run"
@@ -30,6 +30,9 @@ class Section:
     scale: float = 100.0
     unit: str = "%"
     published: Mapping[tuple[str, str, str], str] = field(default_factory=dict)
+    published_as: str = "published"  # the heading of those figures
+    compared: str = "natural_cost"  # which of our costs stands beside them
+    claims: Mapping[str, Sequence[str]] = field(default_factory=dict)  # method: those that it is claimed to be cheaper than
     stars: Sequence[Sequence[str]] = ()  # in a matrix: * where cheaper than all of the first references, ** than the second's
     without: Callable[[str, str], bool] = lambda data, method: False  # methods that a data set does not have
 
@@ -54,14 +57,16 @@ def by_method(section: Section, records: Sequence[Record], preset: str, data: st
         return [f"Not run.  Published, {section.unit}: {figures}." if published else "Not run."]
     references = _references(section, records)
     head = ["method", "seeds", f"cost, {section.unit}", "natural threshold", "kept, %", f"cost of what is kept, {section.unit}"]
-    head += [f"minus {name}" for name in references] + (["published", "ours minus published"] if published else [])
+    head += [f"minus {name}" for name in references]
+    head += [section.published_as, f"ours minus {section.published_as}"] if published else []
     lines = _header(head)
     for method in methods:
         cells = chosen(records, preset, data, cost, method)
         row = [method, _seeds(section, cells), *(_over(cells, key, scale) for key, scale in _columns(section))]
         row += [_difference(cells, name, section.scale) for name in references]
         if published:
-            row += [published.get(method, "not available to us"), _against(cells, published.get(method), section.scale, preset)]
+            against = _against(cells, published.get(method), section.scale, preset, section.compared)
+            row += [published.get(method, "not available to us"), against]
         lines.append(_line(row))
     return lines
 
@@ -117,6 +122,32 @@ def verdicts(section: Section, records: Sequence[Record], preset: str) -> list[s
     return lines if len(lines) > 2 else []
 
 
+def claims(section: Section, records: Sequence[Record], preset: str) -> list[str]:
+    """What is claimed, beside what was found: the difference over the seeds, which share their rows, at either threshold."""
+    lines = _header(["claimed to be cheaper", "than", "at", "natural threshold", "fitted threshold"])
+    for method, rivals in section.claims.items():
+        for rival in rivals:
+            for data, cost in section.entries[preset]:
+                mine, theirs = (
+                    {c["cell"]["seed"]: c for c in chosen(records, preset, data, cost, name)} for name in (method, rival)
+                )
+                pairs = [(mine[seed], theirs[seed]) for seed in sorted(mine.keys() & theirs.keys())]
+                if pairs:
+                    found = [_claimed(pairs, key, section.scale) for key in ("natural_cost", "cost")]
+                    lines.append(_line([method, rival, f"{data}, {cost}", *found]))
+    return lines if len(lines) > 2 else []
+
+
+def _claimed(pairs: Sequence[tuple[Record, Record]], key: str, scale: float) -> str:
+    """The mean difference of the last point, Student's interval over the seeds, and what that says of the claim."""
+    values = [scale * (mine["parts"][-1][key]["estimate"] - theirs["parts"][-1][key]["estimate"]) for mine, theirs in pairs]
+    figures, digits = over_seeds(torch.tensor(values, dtype=torch.float64)), _digits(scale)
+    if len(values) == 1:
+        return f"{figures.mean:+.{digits}f} (one seed)"
+    verdict = "cheaper" if figures.high < 0 else "dearer" if figures.low > 0 else "undecided"
+    return f"{figures.mean:+.{digits}f} [{figures.low:+.{digits}f}, {figures.high:+.{digits}f}], {verdict}"
+
+
 def _columns(section: Section) -> list[tuple[str, float]]:
     return [("cost", section.scale), ("natural_cost", section.scale), ("coverage", 100.0), ("accepted_cost", section.scale)]
 
@@ -155,7 +186,7 @@ def _difference(cells: Sequence[Record], name: str, scale: float) -> str:
     return f"{scale * mean:+.{digits}f} [{scale * low:+.{digits}f}, {scale * high:+.{digits}f}]"
 
 
-def _against(cells: Sequence[Record], published: str | None, scale: float, preset: str) -> str:
+def _against(cells: Sequence[Record], published: str | None, scale: float, preset: str, key: str = "natural_cost") -> str:
     """Ours minus the published mean, with an interval; the published protocol gets a verdict.
 
     The interval is the wider at each end of Student's over our seeds and the mean of the seeds' intervals over the test rows,
@@ -166,13 +197,13 @@ def _against(cells: Sequence[Record], published: str | None, scale: float, prese
     if not cells:
         return NOT_RUN
     target = float(published.split()[0])
-    values = [scale * cell["parts"][0]["cost"]["estimate"] - target for cell in cells]
+    values = [scale * cell["parts"][0][key]["estimate"] - target for cell in cells]
     figures = over_seeds(torch.tensor(values, dtype=torch.float64))
-    over_rows = [[scale * cell["parts"][0]["cost"][end] - target for cell in cells] for end in ("low", "high")]
+    over_rows = [[scale * cell["parts"][0][key][end] - target for cell in cells] for end in ("low", "high")]
     low, high = (sum(ends) / len(ends) for ends in over_rows)
     if len(cells) > 1:
         low, high = min(low, figures.low), max(high, figures.high)
-    verdict = "" if preset != "paper" else ", not held" if low > 0 else ", held" if figures.mean <= 0 else ", undecided"
+    verdict = "" if preset != "paper" else ", above" if low > 0 else ", below" if high < 0 else ", agrees"
     return f"{figures.mean:+.2f} [{low:+.2f}, {high:+.2f}]{verdict}{' (one seed)' if len(cells) == 1 else ''}"
 
 

@@ -4,7 +4,6 @@ import difflib
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +54,6 @@ class _Route(click.Group):
 @click.group(cls=_Route)
 def route() -> None:
     """Learn from a log which language model should answer, and prove what that saves."""
-    # What was logged may not be writable here: half a surrogate pair, or anything else than ASCII.
-    if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _encoder_options(command: Callable) -> Callable:
