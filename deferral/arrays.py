@@ -45,11 +45,23 @@ def _tensor(name: str, value: Any) -> Any:
     if value is None or isinstance(value, Tensor):
         return value
     # Copied: a tensor over a read-only or reversed array is not to be had.
-    array = np.array(value, order="C")
+    array = np.array(_unmasked(name, value), order="C")
     if array.dtype.kind not in "biuf":
         came = f"an array of {array.dtype}" if isinstance(value, np.ndarray) else type(value).__name__
         raise TypeError(f"{name}: expected a torch tensor, or numbers that NumPy makes an array of, got {came}")
-    return torch.from_numpy(array)
+    # PyTorch has hardly an operation for larger unsigned numbers, and none for the other order of bytes.
+    if array.dtype.kind == "u" and array.dtype.itemsize > 1:
+        array = array.astype(np.int64)
+    return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
+
+
+def _unmasked(name: str, value: Any) -> Any:
+    """NaN for what is masked: without the mask, what lies below it would count."""
+    if not isinstance(value, np.ma.MaskedArray) or not value.mask.any():
+        return value
+    if value.dtype.kind != "f":
+        raise TypeError(f"{name}: expected no masked entries in {value.dtype}, which has no NaN for them; fill or drop them")
+    return value.filled(np.nan)
 
 
 def _numpy(result: Any) -> Any:

@@ -68,12 +68,13 @@ def error_costs(
     check_costs(alpha_row, ceiling=None, name="alpha")
     check_costs(price_row, ceiling=None, name="price")
     check_costs(alpha_row + price_row, ceiling=ceiling)
-    # As int64: 255 is a class of uint8 answers.
-    known = None if missing is None else answers.long() != missing
+    # 255 is a class of uint8 answers.
+    answers = answers.long()
+    known = None if missing is None else answers != missing
     num_classes = targets.shape[-1] if targets.is_floating_point() else None
     _check_answers(answers, num_classes, known)
     if targets.is_floating_point():
-        error = 1 - targets.to(dtype).gather(-1, (answers if known is None else answers.where(known, 0)).long())
+        error = 1 - targets.to(dtype).gather(-1, answers if known is None else answers.where(known, 0))
     else:
         error = (answers != targets.unsqueeze(-1)).to(dtype)
     costs = alpha_row * error + price_row
@@ -103,8 +104,10 @@ def squared_costs(
     """
     require_tensor("answers", answers)
     require_tensor("targets", targets)
+    # Half precision would swallow small prices, and square large errors to infinity.
     of_targets = torch.promote_types(targets.dtype, torch.float32) if targets.is_floating_point() else torch.get_default_dtype()
-    answers = answers if answers.is_floating_point() else answers.to(of_targets)
+    answers = answers.to(torch.promote_types(answers.dtype, torch.float32) if answers.is_floating_point() else of_targets)
+    targets = targets.to(torch.promote_types(targets.dtype, answers.dtype))
     _check_columns("answers", answers, targets.shape)
     alpha_row = _per_expert(alpha, "alpha", answers, answers.dtype)
     price_row = _per_expert(price, "price", answers, answers.dtype)

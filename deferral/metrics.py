@@ -81,6 +81,8 @@ def selective_risk(loss: Tensor, keep: Tensor, weights: Tensor | None = None) ->
     """
     if loss.shape != keep.shape or loss.dim() != 1:
         raise ValueError(f"loss, keep: expected two vectors of one length, got {tuple(loss.shape)} and {tuple(keep.shape)}")
+    if not bool(((keep == 0) | (keep == 1)).all()):
+        raise ValueError("keep: expected bool, or 1 and 0 in each row")
     return average(loss.double().where(keep.bool(), torch.nan), weights)
 
 

@@ -72,7 +72,8 @@ def _in_bins(
     if not bool(((happened == 0) | (happened == 1)).all()):
         raise ValueError("outcome: expected 0 or 1 (or bool), one per row")
     inner = torch.arange(1, bins, dtype=torch.float64, device=predicted.device) / bins
-    edges = inner
+    # Rounded as the probabilities are: .7 in single precision lies in the bin that begins with .7.
+    edges = inner.to(probability.dtype).double() if probability.is_floating_point() else inner
     if equal_mass:
         # torch's own takes at most 16 million numbers.
         edges = torch.from_numpy(np.quantile(predicted.detach().cpu().numpy(), inner.cpu().numpy())).to(inner).unique()

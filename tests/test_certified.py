@@ -539,3 +539,23 @@ def test_a_row_that_nobody_can_be_asked_about_keeps_its_own_cost_beside_costs_of
     margin, own = torch.tensor([-torch.inf, 0.0], dtype=torch.float64), torch.tensor([1.5, 1.0])
     (checked,) = checked_risks(margin, SystemRisk(own, torch.tensor([False, True]), at_most=1.0, ceiling=2.0))
     assert checked.deferred_cost.tolist() == [1.5, 1.0]
+
+
+def test_no_more_is_promised_by_more_groups() -> None:
+    margin, wrong = torch.rand(40, dtype=torch.float64), torch.zeros(40, dtype=torch.bool)
+    for delta in (1.0, 3.9, 0.0):
+        with pytest.raises(ValueError, match=r"delta: expected a probability of being wrong in \(0, 1\)"):
+            certify_by_group(
+                margin, SelectiveRisk(wrong, 0.1), torch.tensor([0.5]).double(), torch.arange(40) % 4, num_groups=4, delta=delta
+            )
+
+
+def test_losses_of_0_and_1_that_are_integers_are_to_be_tested_exactly() -> None:
+    margin = torch.rand(3, dtype=torch.float64)
+    for loss, said in (
+        (torch.tensor([0, 1, 1]), r"loss.bool\(\) has the exact test"),
+        (torch.tensor([0, 2, 1]), r"convert with loss.double\(\)"),
+        (torch.tensor([0.0, torch.nan, 1.0]), "leave these rows out"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=said):
+            certify(margin, SelectiveRisk(loss, 0.1), torch.tensor([0.5]).double())

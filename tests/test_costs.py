@@ -117,3 +117,17 @@ def test_answers_that_are_integers_lose_nothing_beside_targets_of_half_precision
         for dtype in (torch.bfloat16, torch.float16, torch.float64):
             found = squared_costs(torch.tensor([[answer]]), torch.tensor([target], dtype=dtype))
             assert found.item() == squared
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_small_price_is_not_swallowed_by_half_precision(dtype: torch.dtype) -> None:
+    answers, target = torch.tensor([[1.0, 1.0]], dtype=dtype), torch.tensor([0.0], dtype=dtype)
+    torch.testing.assert_close(squared_costs(answers, target, price=[0.0, 0.003]), torch.tensor([[1.0, 1.003]]))
+    assert squared_costs(torch.tensor([[300.0]], dtype=dtype), target).item() == 90_000
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.int16])
+def test_answers_of_any_integer_type(dtype: torch.dtype) -> None:
+    answers = torch.tensor([[1, 0]]).to(dtype)
+    assert error_costs(answers, torch.tensor([1])).tolist() == [[0.0, 1.0]]
+    assert error_costs(answers, torch.tensor([[0.25, 0.75]])).tolist() == [[0.25, 0.75]]

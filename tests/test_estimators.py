@@ -803,3 +803,28 @@ def test_an_expert_of_whom_the_second_stage_sees_no_answer_is_named() -> None:
     weights = 1.0 * (np.arange(200) >= 20)
     with pytest.raises(ValueError, match="an answer in every column on the rows"):
         DeferralClassifier().fit(X, y, np.where(answers < 0, np.nan, answers)[:, None], sample_weight=weights)
+
+
+class OtherOrder(LogisticRegression):
+    """Keeps its classes the other way round."""
+
+    def fit(self, X, y, sample_weight=None):
+        super().fit(X, y, sample_weight)
+        self.classes_, self.coef_, self.intercept_ = self.classes_[::-1], -self.coef_, -self.intercept_
+        return self
+
+    def predict(self, X):
+        return super().predict(X).reshape(-1, 1)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_predictor_that_orders_its_classes_otherwise_and_answers_in_a_column(frozen: bool) -> None:
+    generator = np.random.default_rng(0)
+    X = generator.normal(size=(400, 2))
+    y = np.where(X[:, 0] + 0.3 * generator.normal(size=400) > 0, "yes", "no")
+    base = FrozenEstimator(OtherOrder().fit(X[:200], y[:200])) if frozen else OtherOrder()
+    fitted = AbstainingClassifier(base, cost=0.2, l2=10.0).fit(X[200:], y[200:])
+    assert fitted.classes_.tolist() == ["no", "yes"]
+    likeliest = fitted.classes_[fitted.predict_proba(X).argmax(axis=1)]
+    assert (likeliest == y).mean() > 0.85
+    assert set(fitted.predict(X)) == {"no", "yes", "abstain"}

@@ -98,3 +98,15 @@ def test_an_expert_closed_by_its_score_is_asked_by_no_curve() -> None:
     for one, other in zip(closed, masked, strict=True):
         torch.testing.assert_close(one, other, equal_nan=True)
     assert closed[2].isnan().tolist() == [True, False]
+
+
+def test_what_is_masked_is_not_known() -> None:
+    assert average(np.ma.array([1.0, 2.0, 100.0], mask=[0, 0, 1])) == 1.5
+    assert average(np.ma.array([1.0, 2.0, 3.0], mask=False)) == 2.0
+    with pytest.raises(TypeError, match="actions: expected no masked entries in int64"):
+        deferral_cost(np.ones((2, 2)), np.ma.array([0, 1], mask=[0, 1]))
+
+
+@pytest.mark.parametrize("dtype", [">i4", "u2", "u4", "u8", "u1"])
+def test_integers_of_any_size_and_order_of_bytes(dtype: str) -> None:
+    assert deferral_cost(np.array([[1.0, 0.0], [0.5, 0.25]], ">f8"), np.array([1, 0], dtype)).tolist() == [0.0, 0.5]

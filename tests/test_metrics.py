@@ -132,3 +132,9 @@ def test_bad_input() -> None:
         average(torch.rand(3), torch.zeros(3))
     with pytest.raises(TypeError, match="bool"):
         deferral_cost(torch.rand(3, 2), torch.zeros(3, dtype=torch.long), mask=torch.ones(3, 2))
+
+
+@pytest.mark.parametrize("keep", [[torch.nan, 1.0, 0.0], [0.2, 0.9, 0.1]])
+def test_to_keep_a_row_is_yes_or_no(keep: list[float]) -> None:
+    with pytest.raises(ValueError, match="keep: expected bool, or 1 and 0"):
+        selective_risk(torch.tensor([1.0, 0.0, 0.0]), torch.tensor(keep))

@@ -108,3 +108,11 @@ def test_bad_input() -> None:
         reliability(half, torch.ones(4), bins=0)
     with pytest.raises(ValueError, match="at least two in some bin"):
         debiased_calibration_error(torch.tensor([0.1, 0.5, 0.9]), torch.ones(3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_probability_at_the_edge_of_a_bin_lies_in_the_upper_one_in_any_precision(dtype: torch.dtype) -> None:
+    for bins in (10, 20, 50):
+        edges = torch.arange(1, bins, dtype=dtype) / bins
+        table = reliability(edges, torch.ones(len(edges)), bins=bins)
+        assert len(table.count) == bins - 1

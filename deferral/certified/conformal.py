@@ -13,10 +13,10 @@ def conformal_risk_control(margin: Tensor, risk: SystemRisk | DeferralRate) -> t
     """(threshold, holds): the boldest threshold with n/(n+1) * mean + ceiling/(n+1) <= at_most.  (N,) -> float, bool
 
     The expected risk on a new row, over the draw of these rows too, is at most `at_most`: on average over many calibrations,
-    where `certify` speaks of nearly each of them.  The thresholds are these rows' own margins.  If no threshold meets the
-    inequality `holds` is False, the threshold is the safe end, and nothing is promised: the average is over all calibrations,
-    those that do not hold counted as without risk.  Where the deferred costs alone may exceed the level, so that few
-    calibrations hold, these few are the lucky ones and their risk may lie above it; `certify` says how rarely.
+    where `certify` speaks of nearly each of them.  The thresholds lie at these rows' own margins, or halfway between two.  If
+    no threshold meets the inequality `holds` is False, the threshold is the safe end, and nothing is promised: the average is
+    over all calibrations, those that do not hold counted as without risk.  Where the deferred costs alone may exceed the level,
+    so that few calibrations hold, these few are the lucky ones and their risk may lie above it; `certify` says how rarely.
 
     Needs a cost of every row that is monotone in the threshold, that is own_cost >= deferred_cost in each (an expert who is
     never worse; deferred_cost = 0 counts the errors among kept rows over all rows).  ValueError elsewhere: use `certify`.

@@ -84,6 +84,7 @@ def certify_by_group(
     `thresholds = torch.tensor([c.threshold for c in certificates], dtype=torch.float64)`, and then
     `decide_at(scores, thresholds[groups], num_own=num_own)`.
     """
+    _check_delta(delta)
     risks = checked_risks(margin, risks)
     check_groups(groups, margin, num_groups)
     candidates = [thresholds] * num_groups if isinstance(thresholds, Tensor) else list(thresholds)
@@ -106,10 +107,14 @@ def safest_first(margin: Tensor, risks: Risk | Sequence[Risk], thresholds: Tenso
     return thresholds[torch.from_numpy(p_values).argsort(stable=True)]
 
 
-def _certified(margin: Tensor, risks: list[Risk], thresholds: Tensor, delta: float, method: str) -> Certificate:
-    """`certify` on checked rows; there may be none."""
+def _check_delta(delta: float) -> None:
     if not 0.0 < delta < 1.0:
         raise ValueError(f"delta: expected a probability of being wrong in (0, 1), got {delta}")
+
+
+def _certified(margin: Tensor, risks: list[Risk], thresholds: Tensor, delta: float, method: str) -> Certificate:
+    """`certify` on checked rows; there may be none."""
+    _check_delta(delta)
     thresholds = _checked_thresholds(thresholds)
     p_values, kept, estimates = _tested(margin, risks, thresholds)
     if method == "fixed_sequence":

@@ -117,6 +117,12 @@ def _checked_losses(name: str, values: Tensor, margin: Tensor, ceiling: float) -
         raise ValueError(f"{name}: expected one number per row, shape {tuple(margin.shape)}, got {tuple(values.shape)}")
     values = values.detach().cpu()
     if values.dtype != torch.bool:
+        if not values.is_floating_point():
+            zero_or_one = bool(((values == 0) | (values == 1)).all())
+            advice = f"{name}.bool() has the exact test for 0 and 1" if zero_or_one else f"convert with {name}.double()"
+            raise TypeError(f"{name}: expected bool or a floating dtype, got {values.dtype}; {advice}")
+        if bool(values.isnan().any()):
+            raise ValueError(f"{name}: expected a number for each row, got NaN; leave these rows out, of the margin too")
         check_costs(values, ceiling=ceiling, name=name)
         values = values.double().clamp(max=ceiling)
     return values

@@ -44,7 +44,11 @@ class _Classification(ClassifierMixin, TwoStage):
         """The predictor's own class probabilities, whoever answers.  -> (N, K)"""
         self._require_same_columns(X)
         model = self.estimator_
-        return softmax(module_outputs(model, X), axis=-1) if isinstance(model, nn.Module) else model.predict_proba(X)
+        if isinstance(model, nn.Module):
+            return softmax(module_outputs(model, X), axis=-1)
+        table, own = model.predict_proba(X), classes_of(model)
+        # Some keep the order in which classes were named.
+        return table if np.array_equal(own, self.classes_) else table[:, np.argsort(own)]
 
     def _default(self) -> Any:
         return make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
@@ -58,7 +62,7 @@ class _Classification(ClassifierMixin, TwoStage):
         if isinstance(self.estimator, nn.Module):
             self.classes_ = _classes_of_columns(module_outputs(self.estimator, X[:1]), y)
         else:
-            self.classes_ = classes_of(self.estimator) if is_frozen(self.estimator) else np.unique(y)
+            self.classes_ = np.sort(classes_of(self.estimator)) if is_frozen(self.estimator) else np.unique(y)
         self._check_targets(y)
         label = free_label(np.union1d(self.classes_, y), getattr(self, f"{self._mark}_label"), self._mark)
         setattr(self, f"{self._mark}_label_", label)
@@ -91,6 +95,7 @@ class _Classification(ClassifierMixin, TwoStage):
         table = log_scores(model, X, self.classes_)
         of_module = isinstance(model, nn.Module)
         answers = self.classes_[table.argmax(axis=-1)] if of_module else np.asarray(model.predict(X))
+        answers = answers[:, 0] if answers.ndim == 2 and answers.shape[1] == 1 else answers
         chosen = np.searchsorted(self.classes_, answers).clip(max=len(self.classes_) - 1)
         if answers.ndim != 1 or not np.array_equal(self.classes_[chosen], answers):
             raise ValueError(f"estimator: expected a classifier that answers one of {self.classes_}, got {model!r}")
