@@ -20,16 +20,17 @@ from pathlib import Path
 import click
 import pytest
 
+from deferral import cli
 from deferral.cli import main
 from deferral.errors import DataError
 from deferral.gateway.access import Access, must_have_key
-from deferral.gateway.commands import gateway
+from deferral.gateway.aliases import read_experts_file
+from deferral.gateway.asking import read_questions
 from deferral.gateway.experts_file import Expert, read_experts
 from deferral.gateway.keys import ANYONE, Keys
 from deferral.gateway.listening import listening
 from deferral.gateway.logs import logging_to
 from deferral.gateway.problems import Problem
-from deferral.gateway.serve import serve
 from deferral.gateway.settings import Settings, is_loopback
 from deferral.routing import Router, read_log
 from tests.faulty_upstream import CHUNKS, Upstream
@@ -165,10 +166,15 @@ def test_logs_are_json_lines_without_keys() -> None:
 def test_the_guide_shows_files_and_commands_that_exist(tmp_path: Path) -> None:
     guide = (Path(__file__).parent.parent / "docs" / "gateway.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```(\w+)\n(.*?)```", guide, flags=re.DOTALL)
-    [experts] = [text for kind, text in blocks if kind == "toml"]
+    experts, aliases = (text for kind, text in blocks if kind == "toml")
     (tmp_path / "experts.toml").write_text(experts, encoding="utf-8")
     assert list(read_experts(tmp_path / "experts.toml", {"LARGE_KEY": "a-key"})) == ["small", "large"]
-    [log] = [text for kind, text in blocks if kind == "json"]
+    three = "".join(f'[experts.{name}]\nbase_url = "http://127.0.0.1:1/v1"\n' for name in ("small", "medium", "large"))
+    (tmp_path / "aliases.toml").write_text(three + aliases, encoding="utf-8")
+    assert list(read_experts_file(tmp_path / "aliases.toml")[1]) == ["thrifty", "european", "gpt-4o"]
+    log, questions = (text for kind, text in blocks if kind == "json")
+    (tmp_path / "questions.jsonl").write_text(questions, encoding="utf-8")
+    assert [one.query for one in read_questions(tmp_path / "questions.jsonl")] == ["what is 17 times 23?", "Who wrote Emma?"]
     (tmp_path / "outcomes.jsonl").write_text(log, encoding="utf-8")
     assert Router(price_of_error=0.02).fit(read_log(tmp_path / "outcomes.jsonl")).route("hello").expert == "large"
     names = {line.split("=")[0].strip("# ") for line in experts.splitlines() if "=" in line}
@@ -177,9 +183,8 @@ def test_the_guide_shows_files_and_commands_that_exist(tmp_path: Path) -> None:
     assert {field.name for field in fields(Expert)} - {"name", "key"} <= rows
     commands = [line[2:] for kind, text in blocks if kind == "console" for line in text.splitlines() if "$ deferral" in line]
     for command in commands:
-        words = command.split()[1:]
-        found: click.Command = gateway if words[0] == "gateway" else serve
-        for word in words[1:]:
+        found: click.Command = cli.commands
+        for word in command.split()[1:]:
             if isinstance(found, click.Group):
                 command_of = found.get_command(click.Context(found), word)
                 assert command_of is not None, command

@@ -18,7 +18,7 @@ from click.testing import CliRunner, Result
 
 from deferral import cli
 from deferral.datasets import DataError
-from deferral.routing import Log, Needs, Outcome, Router, commands, write_log
+from deferral.routing import Log, Needs, Outcome, Router, commands, read_log, write_log
 from deferral.routing import batches as batching
 from deferral.routing.batches import route_file
 from deferral.routing.judging import Held, evaluation, held, joined, query_folds, tag_folds
@@ -467,3 +467,43 @@ def test_an_expert_with_next_to_no_outcomes_is_named_and_taken_for_no_better_tha
     means = dict(zip(fitted.experts, fitted.means.tolist(), strict=True))
     others = np.mean([means[name] for name in EXPERTS])
     assert others < means["smal"] < others + 0.15, "six outcomes' worth, of which five are the mean of all"
+
+
+@pytest.mark.ci_slow
+def test_another_price_of_an_error_is_a_turn_and_what_each_policy_costs_is_a_bill(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deferral.routing.commands.Router", _quick_router())
+    log = outcomes(60, 0)
+    write_log(log, tmp_path / "log.jsonl")
+    call("fit", tmp_path / "log.jsonl", "-o", tmp_path / "router", "--price-of-error", 0.1)
+    monkeypatch.undo()
+    before = Router.load(tmp_path / "router")
+    assert "$100 an error, $0.1 before" in call("turn", "-r", tmp_path / "router", "--price-of-error", 100).stdout
+    turned = Router.load(tmp_path / "router")
+    assert (before.price_of_error, turned.price_of_error) == (0.1, 100.0)
+    query = log.queries[0]
+    assert turned.route(query).cost == pytest.approx(before.route(query, price_of_error=100.0).cost)
+
+    write_log(outcomes(40, 1), tmp_path / "other.jsonl")
+    found = call(
+        "evaluate", tmp_path / "other.jsonl", "-r", tmp_path / "router", "--price-of-error", 0.1, "--resamples", 100, "-o",
+        tmp_path / "out",
+    )  # fmt: skip
+    assert "at $0.1 an error" in found.stdout
+    bill = json.loads((tmp_path / "out" / "evaluation.json").read_text())["bill"]
+    table = read_log(tmp_path / "other.jsonl").table()
+    for place, name in enumerate(table.experts):
+        always = bill[f"always {name}"]
+        assert always["quality"]["estimate"] == pytest.approx(table.quality[:, place].mean())
+        assert always["dollars per 1,000"]["estimate"] == pytest.approx(1000 * table.price[:, place].mean())
+        less = bill["routed"]["cost"]["estimate"] - always["cost"]["estimate"]
+        assert always["routed less this"]["estimate"] == pytest.approx(less)
+    assert bill["oracle"]["cost"]["estimate"] <= min(policy["cost"]["estimate"] for policy in bill.values())
+
+
+@pytest.mark.parametrize("name", ["queries.csv", "queries.parquet", "queries.XLSX"])
+def test_a_table_is_no_file_of_queries(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("query;reference\n")
+    with pytest.raises(DataError, match=r"expected \.jsonl, or text with a query a line"):
+        route_file(tmp_path, tmp_path / name, tmp_path / "out.jsonl")

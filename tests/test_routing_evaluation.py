@@ -25,6 +25,7 @@ from deferral.routing.evaluation import (
     trade_offs,
 )
 from deferral.routing.judging import evaluation, held
+from deferral.routing.prices import error_range
 from deferral.routing.showing import save_evaluation
 from deferral.routing.static import draws, mix_at_error, mix_at_price, mix_at_quality
 from tests.test_routing_router import EXPERTS, router, world
@@ -227,3 +228,12 @@ def test_a_figure_that_does_not_exist_is_null(tmp_path: Path) -> None:
     read = json.loads((tmp_path / "evaluation.json").read_text(), parse_constant=pytest.fail)
     assert read["figures"]["routed"]["saving at 100%"]["estimate"] is None
     assert read["figures"]["routed"]["AIQ"]["estimate"] == found.figures["routed"]["AIQ"].estimate
+
+
+def test_prices_that_hardly_differ_are_one_price() -> None:
+    """Else trade-offs at which a ten thousandth of a cent counted would decide which estimator is used."""
+    price = np.array([[0.001, 0.001 * (1 + 1e-5), 0.02]])
+    assert error_range(price) == pytest.approx(error_range(price[:, [0, 2]]), rel=1e-4)
+    assert error_range(price) == pytest.approx((0.038, 0.95), rel=1e-4)
+    assert trade_offs(price)[-1] > 1e-9
+    assert error_range(np.array([[0.001, 0.0011]]))[0] == pytest.approx(0.0002)

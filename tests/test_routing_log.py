@@ -1,4 +1,5 @@
 import json
+import re
 from decimal import Decimal
 from pathlib import Path
 
@@ -106,7 +107,7 @@ def test_costs_are_errors_plus_prices_in_units_of_one_error() -> None:
     [
         ({"quality": float("nan")}, "row 2, quality"),
         ({"quality": 1.2}, r"row 2, quality: expected a number in \[0, 1\], got 1.2"),
-        ({"quality": True}, r"row 2, quality: expected a number in \[0, 1\], got True"),
+        ({"price": True}, r"row 2, price: expected a number that is finite and not negative, got True"),
         ({"time": "2026-01-01"}, "row 2, time: expected a number of seconds since 1970, got '2026-01-01'"),
         ({"quality": "good"}, "row 2, quality"),
         ({"price": -0.1}, "row 2, price: expected a number that is finite and not negative, got -0.1"),
@@ -134,7 +135,6 @@ def test_a_bad_outcome_is_named_by_row_and_field(change: dict, message: str) -> 
         ('{"query": "q", "expert": "a", "quality": 1, "pri', "row 2: the last line is cut off; the 1 rows before it are whole"),
         ('{"query": "q"\n', "row 2: expected one JSON object"),
         ("[1]\n", "row 2: expected a JSON object"),
-        ("\n", "row 2: expected one JSON object, got an empty line"),
         ('{"prompt": "q", "model": "a", "score": 1}\n', "row 2, query: it is missing; the row holds prompt, model, score"),
         ('{"query": "q", "expert": "a", "quality": 1}\n', "row 2, price: it is missing"),
         ('{"query": "q", "expert": "a", "quality": NaN, "price": 1}\n', "row 2, quality"),
@@ -237,7 +237,7 @@ def test_prices_to_come_are_those_of_the_tokens_that_are_expected() -> None:
 def test_files_that_are_no_log(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "text.parquet").write_text("not parquet")
-    for name, message in (("empty.jsonl", "no outcome"), ("text.parquet", "cannot be read as Parquet"), ("log.csv", "ends in")):
+    for name, message in (("empty.jsonl", "no outcome"), ("text.parquet", "cannot be read as Parquet"), ("log.txt", "ends in")):
         with pytest.raises(DataError, match=message):
             read_log(tmp_path / name)
     with pytest.raises(DataError, match="at least one"):
@@ -268,3 +268,61 @@ def test_list_prices_count_tokens_of_four_characters() -> None:
     np.testing.assert_allclose(model(np.array([400.0])), [[(100 * 0.5 + 100 * 1.5) / 1e6, (100 * 30 + 200 * 60) / 1e6]])
     with pytest.raises(ValueError, match="per_million_output"):
         list_prices([1.0], [-1.0], 100)
+
+
+def test_a_table_of_a_spreadsheet_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    path.write_bytes(
+        "\ufeffquery,expert,quality,price,latency_s,tags\r\n"
+        '"two, or ""three""\r\nlines",small,1,0.001,,maths\r\nplain,large,0.5,2e-3,1.5,\r\n'.encode()
+    )
+    log = read_log(path)
+    assert [log[row].query for row in range(2)] == ['two, or "three"\r\nlines', "plain"]
+    assert [log[row].quality for row in range(2)] == [1.0, 0.5]
+    assert np.isnan(log[0].latency_s)
+    assert [log[row].tags for row in range(2)] == [("maths",), ()]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "expected a first line of columns among query, expert"),
+        ("query;expert;quality;price\nq;small;1;1\n", "with commas; got 'query;expert;quality;price'"),
+        ("query,expert,quality,price,model\n", "expected a first line of columns"),
+        ("query,expert,quality,price,price\n", "expected a first line of columns"),
+        ("query,expert,quality,price\nq,small,1\n", "row 1: expected 4 cells, got 3"),
+        ("query,expert,quality,price\nq,small,good,1\n", "row 1, quality: expected a number, got 'good'"),
+        ("query,expert,quality,price\nq,small,,1\n", "row 1, quality: it is missing"),
+        ('query,expert,quality,price\n"q,small,1,1\n', "expected CSV in UTF-8"),
+    ],
+)
+def test_a_table_that_is_no_log(text: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    path.write_text(text)
+    with pytest.raises(DataError, match=re.escape(said)):
+        read_log(path)
+
+
+def test_right_or_wrong_is_a_quality_and_a_blank_line_at_the_end_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"query": "q", "expert": "a", "quality": true, "price": 1}\n\n \n')
+    assert read_log(path)[0].quality == 1.0
+    path.write_text('\n{"query": "q", "expert": "a", "quality": true, "price": 1}\n')
+    with pytest.raises(DataError, match="row 1: expected one JSON object, got an empty line"):
+        read_log(path)
+
+
+@pytest.mark.parametrize(
+    ("field", "said"),
+    [
+        ({"expert": " a"}, "expected no space before or after the name"),
+        ({"price": 1e300}, "expected dollars up to 1e\\+12, got 1e\\+300"),
+    ],
+)
+def test_what_would_be_taken_for_something_else(field: dict, said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        Log([Outcome(**({"query": "q", "expert": "a", "quality": 1.0, "price": 1.0} | field))])
+
+
+def test_one_name_in_two_normal_forms_is_told() -> None:
+    assert spelt_alike(["caf\u00e9", "cafe\u0301", "tea"]) == [["caf\u00e9", "cafe\u0301"]]

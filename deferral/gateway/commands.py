@@ -119,10 +119,16 @@ def backup(file: Path, database: str) -> None:
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--since", type=click.DateTime(), help="Requests that arrived then or later (UTC).")
 @click.option("--until", type=click.DateTime(), help="Requests that arrived before then (UTC).")
+@click.option("--replace", is_flag=True, help="Also where FILE is there already.")
 @_assumed
 @database_option
-def export(file: Path, since: datetime | None, until: datetime | None, assume_quality: float | None, database: str) -> None:
-    """Write the router's log, with propensities, to FILE (.jsonl or .parquet)."""
+def export(
+    file: Path, since: datetime | None, until: datetime | None, replace: bool, assume_quality: float | None, database: str
+) -> None:
+    """Write the router's log, with propensities, to FILE (.jsonl, .ndjson or .parquet)."""
+    if file.exists() and not replace:
+        # The texts of an older one may be over their time in the record.
+        raise click.ClickException(f"{file} is there already; name another file, or add --replace")
     from deferral.gateway.export import export as write
 
     times = {name: _seconds(value) for name, value in (("since", since), ("until", until)) if value is not None}

@@ -119,7 +119,7 @@ def expert_names(path: str | Path) -> list[str]:
 def tables(path: Path) -> tuple[str, dict[str, Any]]:
     """The text of the file, and what it holds; DataError where that is no experts file."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: the experts file cannot be read, {error}") from error
     try:

@@ -199,7 +199,8 @@ def _why_not(judged: Comparison) -> str:
     if min(judged.seen) < FEWEST_SEEN:
         return (
             f"where the two differ, too few different queries had drawn the choice of one of them ({judged.seen[0]} and "
-            f"{judged.seen[1]}; expected at least {FEWEST_SEEN} of each): wait for more traffic, or explore more"
+            f"{judged.seen[1]}; expected at least {FEWEST_SEEN} of each): wait for more traffic{_until_seen(judged)}, or explore "
+            "more"
         )
     if judged.gain.low <= 0:
         return f"the gain of {_shown(judged.gain)} errors a query may be nothing{_until_shown(judged)}"
@@ -213,6 +214,12 @@ def _why_not(judged: Comparison) -> str:
     return ""
 
 
+def _until_seen(judged: Comparison) -> str:
+    """How much traffic would have drawn either choice often enough, at the present rate."""
+    fewest = min(judged.seen)
+    return f", about {_rounded(FEWEST_SEEN / fewest * judged.rows / _HELD_OUT)} judged answers in all" if fewest else ""
+
+
 def _until_shown(judged: Comparison) -> str:
     """How much traffic would show a gain of this size: intervals shrink with the root of the rows."""
     gain = judged.gain.estimate
@@ -220,9 +227,12 @@ def _until_shown(judged: Comparison) -> str:
     if gain <= 0 or (gain - judged.gain.low) / gain > 100:
         return ""
     times = ((gain - judged.gain.low) / gain) ** 2
-    answers = math.ceil(times * judged.rows / _HELD_OUT)
-    shown = float(f"{answers:.2g}")
-    return f": were it as large as it seems, about {shown:,.0f} judged answers in all would show it, fewer with more exploration"
+    answers = _rounded(times * judged.rows / _HELD_OUT)
+    return f": were it as large as it seems, about {answers} judged answers in all would show it, fewer with more exploration"
+
+
+def _rounded(count: float) -> str:
+    return f"{float(f'{math.ceil(count):.2g}'):,.0f}"
 
 
 def promote(router: Router, folder: Path, before: str) -> None:

@@ -90,7 +90,8 @@ class Status:
         lines.append(f"{_dollars(self.price)} spent" + (f" ({self.estimated} prices are estimates)" if self.estimated else ""))
         if self.saving_requests:
             lines.append(
-                f"{_dollars(self.saving)} saved against always the best expert, over {self.saving_requests} routed answers"
+                f"{_dollars(self.saving)} saved against always the best expert, had it written as many tokens, over "
+                f"{self.saving_requests} routed answers"
             )
         if self.fast_path:
             lines.append(f"{self.fast_path} decided by the static mix, since the encoder took too long")

@@ -32,6 +32,7 @@ from deferral.whole_files import claim, written_whole
 __all__ = ["route_file"]
 
 _CHUNK = 2000
+_TABLES = (".csv", ".tsv", ".xlsx", ".parquet")
 
 
 def route_file(
@@ -58,6 +59,8 @@ def route_file(
         raise DataError(f"{out}: there is no folder {out.parent}; make it, or name another file")
     if queries.suffix.lower() == ".json":
         raise DataError(f'{queries}: expected lines; name the file .jsonl where each of its lines is an object with a "query"')
+    if queries.suffix.lower() in _TABLES:
+        raise DataError(f"{queries}: expected .jsonl, or text with a query a line; a table is to be made one of these first")
     if not queries.is_file():
         raise DataError(f"{queries}: expected a file, which can be read again from the middle; write what comes by a pipe to one")
     if workers < 1:

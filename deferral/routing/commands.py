@@ -17,7 +17,8 @@ from deferral.routing.batches import route_file
 from deferral.routing.cascade_fitting import add_cascade
 from deferral.routing.constraints import Needs
 from deferral.routing.encoders import CachedEncoder
-from deferral.routing.judging import cross_fitted, evaluation, held, joined, query_folds, subjects, tag_folds
+from deferral.routing.evaluation import trade_offs
+from deferral.routing.judging import at_settings, bill, cross_fitted, evaluation, held, joined, query_folds, subjects, tag_folds
 from deferral.routing.log_files import read_log
 from deferral.routing.onnx_export import export
 from deferral.routing.outcomes import Log, spelt_alike
@@ -26,7 +27,7 @@ from deferral.routing.prices import read_prices, token_prices
 from deferral.routing.replay import as_logged, events_of, replay
 from deferral.routing.router import Router
 from deferral.routing.sentences import sentence_encoder
-from deferral.routing.showing import draw_evaluation, save_evaluation, show_evaluation, show_explanation, show_replays
+from deferral.routing.showing import draw_evaluation, save_evaluation, show_bill, show_evaluation, show_explanation, show_replays
 
 __all__ = ["route"]
 
@@ -148,7 +149,9 @@ def fit(
     _warn_of_rare(outcomes)
     price_model = None if prices is None else token_prices(outcomes, read_prices(prices))
     router = Router(price_of_error, encoder=_encoder(encoder, cache), explore=explore, seed=seed)
-    with _working(f"fitting on {len(outcomes.queries):,} queries of {len(outcomes.experts)} experts"):
+    counts = np.bincount(outcomes.column("expert"), minlength=len(outcomes.experts)).tolist()
+    of_each = ", ".join(f"{count:,} outcomes of {name}" for name, count in zip(outcomes.experts, counts, strict=True))
+    with _working(f"fitting on {len(outcomes.queries):,} queries: {of_each}"):
         router.fit(outcomes, prices=price_model, certify=certify).save(out)
     click.echo(f"{router.report}\nwrote {out}")
 
@@ -157,6 +160,9 @@ def _warn_of_rare(log: Log) -> None:
     """Of experts of whom next to nothing is known: they are taken to be like the mean, which nobody has seen; or mistyped."""
     counts = np.bincount(log.column("expert"), minlength=len(log.experts))
     for name, count in zip(log.experts, counts.tolist(), strict=True):
+        if not (name.isascii() and name.isprintable()):
+            # It is the name of a model in requests, and the value of a header.
+            click.echo(f"warning: {name!r} has signs that are not ASCII; the gateway serves no expert of that name", err=True)
         if count < min(_RARE, counts.max() / 10):
             alike = difflib.get_close_matches(name, [other for other in log.experts if other != name], 1)
             mistyped = f"; is it {alike[0]}, mistyped?" if alike else "."
@@ -176,6 +182,7 @@ def _warn_of_rare(log: Log) -> None:
     help="Without --router.  [default: 5, or with --by-tag as many as there are subjects where those are fewer]",
 )
 @click.option("--by-tag", is_flag=True, help="Without --router: folds of whole subjects, the first tag of a query.")
+@click.option("--price-of-error", type=_POSITIVE, help="Also the dollars that each policy costs where an error is worth so many.")
 @_encoder_options
 @click.option("--out", "-o", type=_NEW_FOLDER, help="Folder for evaluation.json and curve.png.")
 @click.option("--resamples", type=click.IntRange(min=100), default=1000, show_default=True, help="Of the bootstrap.")
@@ -185,6 +192,7 @@ def evaluate(
     folder: Path | None,
     folds: int | None,
     by_tag: bool,
+    price_of_error: float | None,
     encoder: Path | None,
     cache: Path | None,
     out: Path | None,
@@ -205,6 +213,10 @@ def evaluate(
         out.mkdir(parents=True, exist_ok=True)
     table = outcomes.table()
     encode, group = _encoder(encoder, cache), None
+    errors = trade_offs(table.price)
+    settings = len(errors)
+    if price_of_error is not None:
+        errors = np.append(errors, price_of_error)
     if folder is not None:
         router = Router.load(folder, encoder=encode)
         new = ~router.knows(table.queries)
@@ -212,24 +224,29 @@ def evaluate(
             raise click.ClickException("the router was fitted on every query of this log; leave --router out to judge by folds")
         if not new.all():
             click.echo(f"left out: {int((~new).sum()):,} queries that the router was fitted on", err=True)
-        rows = held(router, table.rows(np.flatnonzero(new)))
+        rows = held(router, table.rows(np.flatnonzero(new)), errors)
     else:
         fold = tag_folds(outcomes, table, folds=folds) if by_tag else query_folds(table, folds=folds, seed=seed)
         parts, count = [], len(np.unique(fold))
         with _progress(f"fitting and judging {count} folds") as progress:
             task = progress.add_task("fitting and judging folds", total=count)
             # The price of an error is one among many here: judged over all of them.
-            for _, part in cross_fitted(lambda: Router(1.0, encoder=encode, seed=seed), table, fold):
+            for _, part in cross_fitted(lambda: Router(1.0, encoder=encode, seed=seed), table, fold, errors):
                 parts.append(part)
                 progress.advance(task)
         rows = joined(parts)
         if by_tag:
             group = subjects(outcomes, table)[1][np.argsort(fold, kind="stable")]
     with _working("bootstrap"):
-        found = evaluation(rows, group=group, resamples=resamples, seed=seed)
+        found = evaluation(at_settings(rows, slice(settings)), group=group, resamples=resamples, seed=seed)
+        spent = None
+        if price_of_error is not None:
+            spent = bill(at_settings(rows, slice(settings, None)), group=group, resamples=resamples, seed=seed)
     show_evaluation(found)
+    if spent is not None and price_of_error is not None:
+        show_bill(spent, price_of_error)
     if out is not None:
-        save_evaluation(found, out / "evaluation.json")
+        save_evaluation(found, out / "evaluation.json", bill=spent)
         drawn = draw_evaluation(found, out / "curve.png")
         click.echo(f"wrote {out / 'evaluation.json'}")
         click.echo(
@@ -357,6 +374,20 @@ def cascade(log: Path, folder: Path, first: str, encoder: Path | None, cache: Pa
         click.echo(f"{folder} stays as it was")
         sys.exit(3)
     click.echo(f"wrote {folder}; a gateway takes it when it is reloaded")
+
+
+@route.command()
+@click.option("--router", "-r", "folder", type=_FOLDER, required=True, help="Folder of the router.")
+@click.option("--price-of-error", type=_POSITIVE, required=True, help="What a wrong answer is worth from now on, in dollars.")
+@click.option("--encoder", type=_FOLDER, help="Folder of the sentence encoder that the router was fitted with, if it was.")
+def turn(folder: Path, price_of_error: float, encoder: Path | None) -> None:
+    """Give a router another price of an error, without learning anew; gateways take it when they reload."""
+    router = Router.load(folder, encoder=encoder)
+    before, router.price_of_error = router.price_of_error, price_of_error
+    # What cannot be met is found before anything is written.
+    router.plan()
+    router.save(folder)
+    click.echo(f"{router.report}\n{folder}: ${price_of_error:g} an error, ${before:g} before; gateways take it when they reload")
 
 
 @route.command("export-encoder")

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from deferral.routing.prices import price_gaps
+
 if TYPE_CHECKING:
     from deferral.intervals import Interval
 
@@ -47,10 +49,7 @@ class Curve:
 
 def trade_offs(price: np.ndarray, count: int = 60) -> np.ndarray:
     """Prices of an error that take every decision from cheapest to best: inf, log-spaced, all but 0.  (N, E) -> (count + 2,)"""
-    means = np.sort(price.mean(0))
-    gaps = np.diff(means)
-    # Prices that differ by rounding are one price.
-    gaps = gaps[gaps > 1e-9 * means[-1]]
+    means, gaps = price_gaps(price)
     smallest = gaps.min() if len(gaps) else max(float(means[-1]), 1e-12)
     largest = float(means[-1] - means[0]) if len(gaps) else smallest
     return np.concatenate([[np.inf], np.geomspace(1000 * largest, smallest / 2, count), [1e-6 * smallest]])

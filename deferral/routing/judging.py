@@ -24,7 +24,20 @@ from deferral.routing.outcomes import Log, Table
 from deferral.routing.router import Router
 from deferral.routing.shift import folds_of_groups
 
-__all__ = ["SHARES", "Evaluation", "Held", "cross_fitted", "evaluation", "held", "joined", "query_folds", "subjects", "tag_folds"]
+__all__ = [
+    "SHARES",
+    "Evaluation",
+    "Held",
+    "at_settings",
+    "bill",
+    "cross_fitted",
+    "evaluation",
+    "held",
+    "joined",
+    "query_folds",
+    "subjects",
+    "tag_folds",
+]
 
 SHARES = (1.0, 0.98, 0.95)
 FOLDS = 5
@@ -90,10 +103,12 @@ def held(router: Router, table: Table, errors: np.ndarray | None = None) -> Held
     )
 
 
-def cross_fitted(make: Callable[[], Router], table: Table, fold: np.ndarray) -> Iterator[tuple[int, Held]]:
+def cross_fitted(
+    make: Callable[[], Router], table: Table, fold: np.ndarray, errors: np.ndarray | None = None
+) -> Iterator[tuple[int, Held]]:
     """Each fold judged by a router that was fitted on the others.  (N,) folds -> (number of the fold, Held), one after another"""
     _check_full(table)
-    errors = trade_offs(table.price)
+    errors = trade_offs(table.price) if errors is None else errors
     for number in np.unique(fold):
         router = make().fit(table.rows(np.flatnonzero(fold != number)))
         yield int(number), held(router, table.rows(np.flatnonzero(fold == number)), errors)
@@ -107,6 +122,34 @@ def joined(parts: Sequence[Held]) -> Held:
 
     rows, settings = along(0, "quality", "price", "margin"), along(1, "routed", "learned", "static", "fallback")
     return replace(parts[0], **rows, **settings)
+
+
+def at_settings(rows: Held, places: slice) -> Held:
+    """Some of the settings alone."""
+    names = ("errors", "routed", "learned", "static", "fallback")
+    return replace(rows, **{name: getattr(rows, name)[places] for name in names})
+
+
+def bill(rows: Held, *, group: np.ndarray | None = None, resamples: int = 1000, seed: int = 0) -> dict[str, dict[str, Interval]]:
+    """At the one setting of `rows`: quality, dollars per 1,000 queries, and cost in errors a query, of every policy."""
+    if len(rows.errors) != 1:
+        raise ValueError(f"rows: expected one price of an error, got {len(rows.errors)}")
+    error, count = float(rows.errors[0]), np.arange(len(rows.quality))
+    cost = 1 - rows.quality + rows.price / error
+    actions = {"routed": rows.routed[0], "static mix of the fit": rows.static[0]}
+    actions |= {f"always {name}": np.full(len(count), place) for place, name in enumerate(rows.experts)}
+    actions["oracle"] = cost.argmin(1)
+    routed = cost[count, rows.routed[0]]
+
+    def figures(chosen: np.ndarray) -> dict[str, Interval]:
+        mine = cost[count, chosen]
+        table = np.stack([rows.quality[count, chosen], 1000 * rows.price[count, chosen], mine, routed - mine])
+        means = intervals_of(
+            lambda weights: table @ weights / weights.sum(), len(count), group=group, resamples=resamples, seed=seed
+        )
+        return dict(zip(("quality", "dollars per 1,000", "cost", "routed less this"), means, strict=True))
+
+    return {policy: figures(chosen) for policy, chosen in actions.items()}
 
 
 def query_folds(table: Table, folds: int | None = None, *, seed: int = 0) -> np.ndarray:

@@ -1,10 +1,11 @@
-"""Logs in files: JSON Lines and Parquet, read and written in a stream.
+"""Logs in files: JSON Lines and Parquet, read and written in a stream, and CSV, which is read.
 
 One outcome a line or row, with the fields of `Outcome`.  query, expert, quality and price must be there; a number that is not
-known is left out, null or NaN; a confidence is an object of its numbers.  Fields of other names are an error, so that a
-misspelt one is not lost.
+known is left out, null or NaN, in CSV an empty cell; a confidence is an object of its numbers.  Fields of other names are an
+error, so that a misspelt one is not lost.
 """
 
+import csv
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,13 +28,13 @@ _CHUNK = 20_000
 
 
 def read_log(path: str | Path, *, on_rows: Callable[[int], None] = lambda rows: None) -> Log:
-    """Read a log from a file that ends in .jsonl, .ndjson or .parquet.  DataError names the file, the row (from 1) and the field.
+    """Read a log from a file that ends in .jsonl, .ndjson, .parquet or .csv (UTF-8, commas, names in the first line).
 
-    A last line of JSON that was cut off is an error too: it says how many whole rows stand before it.  Calls `on_rows(rows read)`
-    as it goes on.
+    DataError names the file, the row (from 1) and the field.  A last line of JSON that was cut off is an error too: it says how
+    many whole rows stand before it.  Calls `on_rows(rows read)` as it goes on.
     """
     path = Path(path)
-    rows = _read_parquet if _is_parquet(path) else _read_jsonl
+    rows = _read_csv if path.suffix.lower() == ".csv" else _read_parquet if _is_parquet(path) else _read_jsonl
     log = Log()
     for number, row in enumerate(rows(path), start=1):
         try:
@@ -59,7 +60,7 @@ def write_log(log: Log, path: str | Path) -> None:
 
 def _is_parquet(path: Path) -> bool:
     if path.suffix.lower() not in (*JSON_LINES, ".parquet"):
-        raise DataError(f"{path}: expected a name that ends in {', '.join(JSON_LINES)} or .parquet")
+        raise DataError(f"{path}: expected a name that ends in {', '.join(JSON_LINES)} or .parquet; .csv is read alone")
     return path.suffix.lower() == ".parquet"
 
 
@@ -82,7 +83,9 @@ def _read_jsonl(path: Path) -> Iterator[dict]:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
                 if not line.strip():
-                    raise DataError(f"{path}: row {number}: expected one JSON object, got an empty line; remove it") from None
+                    if any(later.strip() for later in lines):
+                        raise DataError(f"{path}: row {number}: expected one JSON object, got an empty line; remove it") from None
+                    return
                 if line.endswith(b"\n") or not isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
                     raise DataError(f"{path}: row {number}: expected one JSON object, {error}") from None
                 raise DataError(
@@ -92,6 +95,37 @@ def _read_jsonl(path: Path) -> Iterator[dict]:
             if not isinstance(row, dict):
                 raise DataError(f"{path}: row {number}: expected a JSON object, got {line[:60]!r}")
             yield row
+
+
+def _read_csv(path: Path) -> Iterator[dict]:
+    fields = [name for name in _FIELDS if name != "confidence"]
+    # A spreadsheet's cell may hold a long query with line ends, and its file begins with a mark.
+    csv.field_size_limit(1 << 27)
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        try:
+            rows = csv.reader(lines, strict=True)
+            head = next(rows, [])
+            if not {"query", "expert", "quality", "price"} <= set(head) or set(head) - set(fields) or len(set(head)) < len(head):
+                found = ", ".join(head)[:200]
+                raise DataError(f"{path}: expected a first line of columns among {', '.join(fields)}, with commas; got {found!r}")
+            for number, cells in enumerate(rows, start=1):
+                if len(cells) != len(head):
+                    raise DataError(f"{path}: row {number}: expected {len(head)} cells, got {len(cells)}")
+                yield {name: _cell(path, number, name, cell) for name, cell in zip(head, cells, strict=True)}
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise DataError(f"{path}: expected CSV in UTF-8, {error}") from error
+
+
+def _cell(path: Path, number: int, name: str, cell: str) -> Any:
+    """A number, the tags (one, as it stands), or a text; None where a number is not known."""
+    if name in ("query", "expert"):
+        return cell
+    if name == "tags":
+        return [cell] if cell else []
+    try:
+        return float(cell) if cell.strip() else None
+    except ValueError:
+        raise DataError(f"{path}: row {number}, {name}: expected a number, got {cell[:60]!r}") from None
 
 
 def _read_parquet(path: Path) -> Iterator[dict]:

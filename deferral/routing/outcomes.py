@@ -1,5 +1,6 @@
 """What happened: which expert was asked what, how good the answer was, and what it cost."""
 
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -39,6 +40,7 @@ NUMBERS = {
 }
 # The others are kept in single precision, up to the largest number of which it ends.
 _DOUBLE = ("price", "time")
+_DEAREST = 1e12
 _MOST = float(np.finfo(np.float32).max)
 
 
@@ -260,6 +262,9 @@ def check_number(row: int | str, name: str, value: object) -> float:
         return np.nan
     bounds = f" in [{low:g}, {high:g}]" if np.isfinite(high) else " that is finite and not negative" if low == 0 else ""
     unit = " of seconds since 1970" if name == "time" else ""
+    if name == "quality" and isinstance(value, bool | np.bool_):
+        # Right or wrong.
+        return float(value)
     # Dollars in Parquet are often decimals.
     if not isinstance(value, int | float | Decimal | np.integer | np.floating) or isinstance(value, bool):
         raise DataError(f"row {row}, {name}: expected a number{unit}{bounds}, got {value!r}")
@@ -271,6 +276,8 @@ def check_number(row: int | str, name: str, value: object) -> float:
         return number
     if not low <= number <= high or np.isinf(number):
         raise DataError(f"row {row}, {name}: expected a number{unit}{bounds}, got {number:g}")
+    if name == "price" and number > _DEAREST:
+        raise DataError(f"row {row}, price: expected dollars up to {_DEAREST:.0e}, got {number:g}")
     if number > _MOST and name not in _DOUBLE:
         raise DataError(f"row {row}, {name}: expected a number up to {_MOST:.1e}, got {number:g}")
     if name == "propensity" and np.float32(number) == 0:
@@ -284,11 +291,16 @@ def spelt_alike(names: Iterable[str]) -> list[list[str]]:
     """Names that differ in nothing but capitals, spaces and signs: probably one expert that was spelt in several ways."""
     groups: dict[str, list[str]] = {}
     for name in names:
-        groups.setdefault("".join(filter(str.isalnum, name.casefold())) or name, []).append(name)
+        alike = unicodedata.normalize("NFKC", name).casefold()
+        groups.setdefault("".join(filter(str.isalnum, alike)) or name, []).append(name)
     return [group for group in groups.values() if len(group) > 1]
 
 
 def check_text(row: int | str, name: str, value: object) -> str:
+    if name == "expert" and isinstance(value, str) and value.strip() and value != value.strip():
+        raise DataError(
+            f"row {row}, expert: expected no space before or after the name, got {value!r}; it would be another expert"
+        )
     if not isinstance(value, str) or (name == "expert" and not value.strip()):
         raise DataError(f"row {row}, {name}: expected {'a name' if name == 'expert' else 'text'}, got {value!r}")
     return value

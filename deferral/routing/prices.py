@@ -16,6 +16,7 @@ __all__ = [
     "error_range",
     "fit_prices",
     "list_prices",
+    "price_gaps",
     "read_prices",
     "repriced",
     "shortest",
@@ -182,15 +183,23 @@ def _lines(characters: np.ndarray, values: np.ndarray, mask: np.ndarray) -> tupl
     return np.maximum(mean - slope * mean_length, 0), slope
 
 
+def price_gaps(price: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The experts' mean prices in order, and the gaps between neighbours, those of a hundredth and more.  (N, E) -> (E,), (G,)
+
+    Between two that cost the same nobody chooses by price, and a trade-off at which their difference counted would be absurd.
+    """
+    means = np.sort(price.mean(0))
+    gaps = np.diff(means)
+    return means, gaps[gaps > np.maximum(0.01 * means[1:], 1e-300)]
+
+
 def error_range(price: np.ndarray) -> tuple[float, float]:
     """The prices of an error between which decisions change, in dollars.  (N, E) -> low, high
 
     At the low end half an error's difference in quality is worth the smallest difference in price, at the high end a fiftieth
     is worth the largest.
     """
-    means = np.sort(price.mean(0))
-    gaps = np.diff(means)
-    gaps = gaps[gaps > 1e-9 * max(means[-1], 1e-300)]
+    means, gaps = price_gaps(price)
     if len(gaps) == 0:
         return 1.0, 100.0
     return float(gaps.min() / 0.5), float((means[-1] - means[0]) / 0.02)

@@ -14,7 +14,7 @@ from deferral.routing.judging import Evaluation
 from deferral.routing.replay import METHODS, Replay
 from deferral.strict_json import as_json
 
-__all__ = ["draw_evaluation", "save_evaluation", "show_evaluation", "show_explanation", "show_replays"]
+__all__ = ["draw_evaluation", "save_evaluation", "show_bill", "show_evaluation", "show_explanation", "show_replays"]
 
 _COLOURS = {"routed": "C0", "learned, without fallback": "C1", "static mix of the fit": "C7", "static mix of these rows": "k"}
 
@@ -49,12 +49,26 @@ def show_evaluation(found: Evaluation) -> None:
     )
 
 
-def save_evaluation(found: Evaluation, path: Path) -> None:
+def show_bill(found: Mapping[str, Mapping[str, Interval]], error: float) -> None:
+    """What each policy costs and is worth at one price of an error."""
+    table = _table(
+        f"\nat ${error:g} an error, estimate [95% interval]",
+        *("policy", "quality", "dollars per 1,000", "cost, errors a query", "routed less this, errors"),
+    )
+    for policy, values in found.items():
+        less = "" if policy == "routed" else _ends(values["routed less this"])
+        table.add_row(escape(policy), *(_ends(values[name]) for name in ("quality", "dollars per 1,000", "cost")), less)
+    _print(table)
+
+
+def save_evaluation(found: Evaluation, path: Path, *, bill: Mapping[str, Mapping[str, Interval]] | None = None) -> None:
     """All figures, the points of the curves and the corners of their hulls, as JSON; null for a figure that does not exist."""
+    priced = {policy: {name: asdict(one) for name, one in values.items()} for policy, values in (bill or {}).items()}
     content = {
         **{name: value for name, value in asdict(found).items() if name != "curves"},
         "curves": {name: points.tolist() for name, points in found.curves.items()},
         "hulls": {name: points.tolist() for name, points in found.hulls.items()},
+        **({"bill": priced} if priced else {}),
     }
     path.write_text(as_json(content), encoding="utf-8")
 
