@@ -334,10 +334,13 @@ def gradient(loss: Loss, setting: Setting) -> str | None:
     scores, rows = example(setting)
     # Kinks are hit with probability 0, but finite differences may step over one: keep off the integers.
     leaf = (scores * 0.37 + 0.011).requires_grad_()
+    value, slope = _loss_and_gradient(loss, leaf, rows)
     # Of what is computed in single precision no finer differences can be taken.
-    eps, atol = (1e-6, 1e-5) if loss(leaf, rows).dtype == torch.float64 else (1e-3, 1e-2)
+    eps, atol = (1e-6, 1e-5) if value.dtype == torch.float64 else (1e-3, 1e-2)
+    # A loss in cents or in thousands is held to the same digits.
+    size = next((float(largest) for part in (slope, value) if (largest := part.abs().max()) > 0), 1.0)
     try:
-        torch.autograd.gradcheck(lambda s: loss(s, rows), leaf, eps=eps, atol=atol)
+        torch.autograd.gradcheck(lambda s: loss(s, rows) / size, leaf, eps=eps, atol=atol)
     except RuntimeError as error:
         return textwrap.shorten(str(error), 300)  # of two whole Jacobians
     return None

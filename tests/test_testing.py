@@ -160,3 +160,25 @@ def test_a_sound_loss_passes_and_a_loss_that_raises_is_reported() -> None:
         check_loss(post_hoc, TWO_STAGE, properties=[])
     broken = check_loss(lambda s, rows: s[..., 99], SINGLE_STAGE, properties=[bayes])
     assert "IndexError" in broken.violations["bayes"]
+
+
+class _WrongGradient(torch.autograd.Function):
+    """The identity with a gradient a tenth too large."""
+
+    @staticmethod
+    def forward(context, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(context, slope: Tensor) -> Tensor:
+        return 1.1 * slope
+
+
+@pytest.mark.parametrize("unit", [1e-4, 1.0, 1e4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_gradient_is_held_to_the_same_digits_in_any_unit(unit: float, dtype: torch.dtype) -> None:
+    def loss(scores: Tensor, rows: Rows) -> Tensor:
+        return unit * single_stage_deferral(scores.to(dtype), rows["targets"], rows["expert_costs"].to(dtype))
+
+    assert gradient(loss, SINGLE_STAGE) is None
+    assert gradient(lambda scores, rows: _WrongGradient.apply(loss(scores, rows)), SINGLE_STAGE) is not None
