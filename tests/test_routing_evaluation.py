@@ -237,3 +237,5 @@ def test_prices_that_hardly_differ_are_one_price() -> None:
     assert error_range(price) == pytest.approx((0.038, 0.95), rel=1e-4)
     assert trade_offs(price)[-1] > 1e-9
     assert error_range(np.array([[0.001, 0.0011]]))[0] == pytest.approx(0.0002)
+    # Of two there is no other price to choose by; lengths may tell them apart.
+    assert error_range(price[:, :2])[0] == pytest.approx(2e-8)

@@ -28,7 +28,8 @@ from deferral.gateway.hysteresis import Place, Rules, Scored, begun, gain, moved
 from deferral.gateway.requests import Asked
 from deferral.routing.decisions import Decisions
 from deferral.routing.fitted import Estimates
-from deferral.routing.router import Plan, Router
+from deferral.routing.planning import Plan
+from deferral.routing.router import Router
 from deferral.routing.static import EXPLORE, chances, draw_of
 
 __all__ = ["Conversations"]

@@ -21,7 +21,8 @@ from deferral.gateway.requests import NO_HINTS, Asked, Hints
 from deferral.routing.constraints import Abilities, Needs
 from deferral.routing.decisions import Decision, Decisions
 from deferral.routing.encoders import NgramEncoder
-from deferral.routing.router import Plan, Router
+from deferral.routing.planning import Plan
+from deferral.routing.router import Router
 from deferral.routing.static import EXPLORE, draw_of, drawn_from
 
 __all__ = ["Choice", "Decider", "Limited", "refusal", "set_aside"]

@@ -18,8 +18,9 @@ from deferral.routing.decisions import Decision, Decisions
 from deferral.routing.encoders import CachedEncoder
 from deferral.routing.log_files import read_log, write_log
 from deferral.routing.outcomes import Log, Outcome, Table, cost_table, log_of_table
+from deferral.routing.planning import Plan
 from deferral.routing.prices import PriceModel, list_prices, token_prices
-from deferral.routing.router import Plan, Router
+from deferral.routing.router import Router
 
 __all__ = [
     "Abilities",

@@ -184,13 +184,16 @@ def _lines(characters: np.ndarray, values: np.ndarray, mask: np.ndarray) -> tupl
 
 
 def price_gaps(price: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The experts' mean prices in order, and the gaps between neighbours, those of a hundredth and more.  (N, E) -> (E,), (G,)
+    """The experts' mean prices in order, and the gaps between neighbours that count.  (N, E) -> (E,), (G,)
 
-    Between two that cost the same nobody chooses by price, and a trade-off at which their difference counted would be absurd.
+    Between two that cost the same to a hundredth, where others do not, nobody chooses by price, and a trade-off at which their
+    difference counted would be absurd.
     """
     means = np.sort(price.mean(0))
     gaps = np.diff(means)
-    return means, gaps[gaps > np.maximum(0.01 * means[1:], 1e-300)]
+    large = gaps > np.maximum(0.01 * means[1:], 1e-300)
+    # Prices that differ by rounding are one price.
+    return means, gaps[large if large.any() else gaps > 1e-9 * max(means[-1], 1e-300)]
 
 
 def error_range(price: np.ndarray) -> tuple[float, float]:

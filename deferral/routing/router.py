@@ -3,8 +3,7 @@
 import copy
 import secrets
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from math import inf
 from operator import index
 from pathlib import Path
@@ -21,46 +20,17 @@ from deferral.routing.fitted import Estimates, Fitted
 from deferral.routing.held_out import POLICIES
 from deferral.routing.learning import fitted
 from deferral.routing.outcomes import Log, Table, check_price_of_error
+from deferral.routing.planning import Plan, Planning
 from deferral.routing.policies import Policy
 from deferral.routing.prices import PriceModel
-from deferral.routing.promises import Witnesses, promised_error
+from deferral.routing.promises import Witnesses
 from deferral.routing.sentences import sentence_encoder
-from deferral.routing.static import (
-    chances,
-    drawn_from,
-    explored,
-    fingerprints,
-    mix_at_error,
-    mix_at_price,
-    mix_at_quality,
-)
+from deferral.routing.static import chances, drawn_from, explored, fingerprints
 
-__all__ = ["Plan", "Router", "Setting"]
+__all__ = ["Router", "Setting"]
 
 _LEAST_TRUST = 0.1
-# Means that differ by less are equal.
-_ROUNDING = 1e-6
 _PLANS = 256
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How queries of one setting are decided: the price of an error, who may be asked, and the mix to fall back to."""
-
-    price_of_error: float
-    mask: np.ndarray  # (E,) bool
-    mix: np.ndarray  # (E,) probabilities of the static mix
-    why_fallback: str  # "" where the learned policy decides
-
-    @cached_property
-    def closed(self) -> np.ndarray | None:
-        """The experts that may not be asked, None if all may.  -> (E,) bool"""
-        return None if self.mask.all() else ~self.mask
-
-    @cached_property
-    def closed_places(self) -> list[int]:
-        """Where they stand."""
-        return np.flatnonzero(~self.mask).tolist()
 
 
 class Setting(TypedDict, total=False):
@@ -335,95 +305,21 @@ class Router:
             raise ValueError(
                 "expected one of price_of_error, budget, min_quality and certified_quality; each of them sets the same trade-off"
             )
+        planning = Planning(self.fitted, mask, self.explore, learned)
         if budget is not None:
-            return self._within_budget(mask, learned, budget)
+            return planning.within_budget(budget)
         if min_quality is not None:
-            return self._at_quality(mask, learned, min_quality)
+            return planning.at_quality(min_quality)
         if certified_quality is not None:
-            return self._promised(mask, learned, certified_quality, confidence)
-        return self._at_error(mask, learned, self.price_of_error if price_of_error is None else price_of_error)
+            return planning.promised(certified_quality, confidence, self._witnesses, self._qualities)
+        return planning.at_error(self.price_of_error if price_of_error is None else price_of_error)
 
-    def _at_error(self, mask: np.ndarray, learned: bool | None, error: float) -> Plan:
-        check_price_of_error(error)
-        mix = mix_at_error(self.fitted.means, self.fitted.mean_price, mask, error)
-        return Plan(float(error), mask, mix, self._why_fallback(error, learned, mask))
-
-    def _within_budget(self, mask: np.ndarray, learned: bool | None, budget: float) -> Plan:
-        """The plan of the highest price of an error at which held-out queries cost no more."""
-        if not 0 < budget < inf:
-            raise ValueError(f"budget: expected dollars per 1,000 queries, above 0, got {budget}")
-        state, prices, wanted = self.fitted, self.fitted.mean_price, budget / 1000
-        least = (1 - self.explore) * prices[mask].min() + self.explore * prices[mask].mean()
-        if self.explore > 0 and wanted < least:
-            raise ValueError(
-                f"budget: with {100 * self.explore:g}% of the queries asked at random, to learn, at least "
-                f"${1000 * least:.4g} per 1,000 queries are spent; got ${budget:.4g}"
-            )
-        mix = mix_at_price(state.means, prices, mask, self._but_explored(wanted, prices, mask))
-        error, quality = state.search.error_at_price(mask, wanted, self.explore)
-        _, of_mix = state.search.of_mix(mix, mask, self.explore)
-        why = self._why_fallback(error, learned, mask)
-        if not why and learned is None and quality < of_mix - _ROUNDING:
-            why = f"routing reached for this budget a quality of {quality:.3f} on held-out queries, the static mix {of_mix:.3f}"
-        return Plan(float(error), mask, mix, why)
-
-    def _at_quality(self, mask: np.ndarray, learned: bool | None, least: float) -> Plan:
-        """The plan of the lowest price of an error at which held-out queries have this quality."""
-        if not 0 <= least <= 1:
-            raise ValueError(f"min_quality: expected a quality in [0, 1], got {least}")
-        state, means = self.fitted, self.fitted.means
-        error, price, best = state.search.error_at_quality(mask, least, self.explore)
-        mix = mix_at_quality(means, state.mean_price, mask, self._but_explored(least, means, mask))
-        if best < least and learned is None:
-            why = f"on held-out queries routing reached a quality of {best:.3f}, the best single expert more"
-            return Plan(error, mask, mix, why)
-        of_mix, _ = state.search.of_mix(mix, mask, self.explore)
-        reached = (1 - self.explore) * float(mix @ means) + self.explore * float(means[mask].mean())
-        meets, why = reached >= least - _ROUNDING, self._why_fallback(error, learned, mask)
-        if why and not meets:
-            raise ValueError(f"min_quality: the static mix, which decides ({why}), reaches at most {reached:.3f}, got {least}")
-        if not why and best < least:
-            raise ValueError(
-                f"min_quality: on held-out queries routing reached at most {best:.3f}, got {least}; without learned=True the "
-                "best single expert is asked"
-            )
-        if not why and learned is None and meets and price > of_mix * (1 + _ROUNDING):
-            why = f"routing reached this quality for ${price:.3g} a query on held-out queries, the static mix for ${of_mix:.3g}"
-        return Plan(float(error), mask, mix, why)
-
-    def _but_explored(self, wanted: float, values: np.ndarray, mask: np.ndarray) -> float:
-        """The mean of the other decisions with which, and with those that are drawn at random, the mean is the wanted one."""
-        return (wanted - self.explore * float(values[mask].mean())) / (1 - self.explore)
-
-    def _why_fallback(self, error: float, learned: bool | None, mask: np.ndarray) -> str:
-        return self.fitted.why_not(error, mask) if learned is None else "" if learned else "asked for"
-
-    def _promised(self, mask: np.ndarray, learned: bool | None, share: float, confidence: float) -> Plan:
-        """The plan of the lowest price of an error at which the floor is certified."""
-        rows, state = self._witnesses, self.fitted
-        for name, value in (("certified_quality", share), ("confidence", confidence)):
-            if not 0 < value < 1:
-                raise ValueError(f"{name}: expected a share in (0, 1), got {value}")
-        if rows is None:
-            raise ValueError(
-                "certified_quality: there are no rows that certify it; call certify with outcomes of every expert on queries "
-                "that the router was not fitted on"
-            )
-
-        def at(error: float) -> Plan:
-            mix = mix_at_error(state.means, state.mean_price, mask, error)
-            return Plan(float(error), mask, mix, self._why_fallback(error, learned, mask))
-
-        def qualities_at(error: float) -> np.ndarray:
-            plan = at(error)
-            _, _, best, fallback = self._weighed(plan, rows.estimated, rows.characters)
-            return (self._chances(plan, best, fallback) * rows.quality).sum(1)
-
-        return at(
-            promised_error(
-                qualities_at, rows.quality[:, mask], state.search.errors_from_best(mask), share=share, confidence=confidence
-            )
-        )
+    def _qualities(self, plan: Plan) -> np.ndarray:
+        """The quality that each row which certifies gets under a plan.  -> (N,)"""
+        rows = self._witnesses
+        assert rows is not None
+        _, _, best, fallback = self._weighed(plan, rows.estimated, rows.characters)
+        return (self._chances(plan, best, fallback) * rows.quality).sum(1)
 
     def certify(self, log: Log | Table) -> "Router":
         """Take these rows as the proof of `certified_quality`: every expert's outcome on queries that were not in the fit.
