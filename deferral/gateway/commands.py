@@ -1,17 +1,22 @@
 """The command `deferral gateway`: it parses and prints, and decides nothing."""
 
+import csv
 import json
+import math
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
 
 import click
 from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -19,6 +24,7 @@ from deferral.errors import DataError
 from deferral.gateway.key_commands import keys
 from deferral.gateway.keys import PREFIX
 from deferral.gateway.opened import database_option, encoder_option, opened
+from deferral.gateway.status import dollars
 
 __all__ = ["gateway"]
 
@@ -221,6 +227,49 @@ def cascade(router: Path, encoder: Path | None, dry_run: bool, seed: int, databa
         click.echo(f"{router} stays as it was")
         sys.exit(3)
     click.echo("it would replace it" if dry_run else f"{router} has the new one; gateways on this database take it in a second")
+
+
+@gateway.command()
+@click.option("--by", multiple=True, type=click.Choice(["key", "expert", "day", "month"]), default=["key"], show_default=True)
+@click.option("--since", type=click.DateTime(), help="Requests that arrived then or later, in --zone.  [default: 30 days ago]")
+@click.option("--until", type=click.DateTime(), help="Requests that arrived before then, in --zone.")
+@click.option("--zone", default="UTC", show_default=True, help="Time zone of days and months, Europe/Berlin say.")
+@click.option("--csv", "as_csv", is_flag=True, help="For a spreadsheet: every digit, no sum.")
+@database_option
+def spending(by: tuple[str, ...], since: datetime | None, until: datetime | None, zone: str, as_csv: bool, database: str) -> None:
+    """Who spent what: requests, tokens and dollars by key, expert, day or month (--by may be given several times).
+
+    What was deleted from the record is known by key and time alone.
+    """
+    from deferral.gateway.spending import spending as read
+    from deferral.gateway.windows import time_zone
+
+    try:
+        where = time_zone(zone)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--zone") from None
+    begin = time.time() - 30 * 86400 if since is None else since.replace(tzinfo=where).timestamp()
+    end = math.inf if until is None else until.replace(tzinfo=where).timestamp()
+    with opened(database) as store:
+        issued = list(store.list())
+        names = Counter(one.key.name for one in issued)
+        # Two keys may have one name.
+        told = {one.key.id: one.key.name if names[one.key.name] == 1 else f"{one.key.name} ({one.key.id})" for one in issued}
+        try:
+            found = read(store.engine, told, by, since=begin, until=min(end, 1e300), zone=where)
+        except ValueError as error:
+            raise click.BadParameter(str(error), param_hint="--by") from None
+    heads = [*by, "requests", "estimated", "input_tokens", "output_tokens", "dollars"]
+    if as_csv:
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        writer.writerows([heads, *([*group, *astuple(spent)] for group, spent in found.items())])
+        return
+    table = Table(*(head.replace("_", " ") for head in heads), box=None)
+    for group, spent in found.items():
+        *counts, price = astuple(spent)
+        table.add_row(*map(escape, group), *(f"{count:,}" for count in counts), dollars(price))
+    Console().print(table)
+    click.echo(f"{dollars(sum(spent.price for spent in found.values()))} in all")
 
 
 @gateway.command()

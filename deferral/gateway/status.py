@@ -17,7 +17,7 @@ from deferral.gateway.windows import minute_of, span, time_zone
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["Budget", "Ringing", "Share", "Status", "status"]
+__all__ = ["Budget", "Ringing", "Share", "Status", "dollars", "status"]
 
 
 @dataclass(frozen=True)
@@ -87,10 +87,10 @@ class Status:
         lines = [f"{self.requests} requests in {hours:g} hours, {self.routed} of them routed, {self.streamed} streamed"]
         if self.outcomes:
             lines.append(", ".join(f"{count} {outcome}" for outcome, count in self.outcomes.items()))
-        lines.append(f"{_dollars(self.price)} spent" + (f" ({self.estimated} prices are estimates)" if self.estimated else ""))
+        lines.append(f"{dollars(self.price)} spent" + (f" ({self.estimated} prices are estimates)" if self.estimated else ""))
         if self.saving_requests:
             lines.append(
-                f"{_dollars(self.saving)} saved against always the best expert, had it written as many tokens, over "
+                f"{dollars(self.saving)} saved against always the best expert, had it written as many tokens, over "
                 f"{self.saving_requests} routed answers"
             )
         if self.fast_path:
@@ -113,7 +113,7 @@ class Status:
                 f"{share.requests / self.requests:.1%}",
                 str(share.requests),
                 str(share.failed),
-                _dollars(share.price),
+                dollars(share.price),
                 "" if share.mean_latency_s is None else f"{share.mean_latency_s:.2f} s",
                 str(share.judged),
                 "" if share.mean_quality is None else f"{share.mean_quality:.3f}",
@@ -121,7 +121,7 @@ class Status:
         budgets = Table("key", "name", "spent", "budget", "window ends")
         for budget in self.budgets:
             wanted = f"${budget.budget:g} a {budget.window}"
-            spent = "time zone not known here" if budget.spent is None else _dollars(budget.spent)
+            spent = "time zone not known here" if budget.spent is None else dollars(budget.spent)
             ends = "" if budget.ends is None else minute_of(budget.ends)
             budgets.add_row(budget.key, escape(budget.name), spent, wanted, ends)
         return [table for table in (experts, budgets) if table.row_count]
@@ -192,7 +192,7 @@ def _judged(found: tuple[int, float] | None) -> tuple[int, float | None]:
     return (found[0], found[1] / found[0]) if found else (0, None)
 
 
-def _dollars(value: float) -> str:
+def dollars(value: float) -> str:
     """Cents, and three digits of what is less than a dollar: a small model's answers cost millionths."""
     sign, size = "-" if value < 0 else "", abs(value)
     if size == 0 or size >= 1:
