@@ -108,6 +108,14 @@ def test_a_key_may_be_in_a_file_and_have_a_header_of_its_own(tmp_path: Path) -> 
         ("tools = false", 'query = "a=1#b"', 12, "expected name=value"),
         ("tools = false", 'query = "alt=sse&Api-Key=sk-1234567"', 12, "api_key: a key has no place in an address"),
         ("tools = false", 'key_header = "expect"', 12, "name of a header in small letters"),
+        ("tools = false", 'drop = "temperature"', 12, "expected a list of names, got 'temperature'"),
+        ("tools = false", "drop = [7]", 12, "expected names of fields of a request, got 7"),
+        ("tools = false", 'drop = ["stream"]', 12, "stream: the gateway needs it as the client sent it"),
+        ("tools = false", 'rename = ["a", "b"]', 12, "expected a table such as"),
+        ("tools = false", 'rename = { top_k = "messages" }', 12, "messages: the gateway needs it"),
+        ("tools = false", "rename = { top_k = 3 }", 12, "expected names of fields of a request, got 3"),
+        ("tools = false", "defaults = { stop_at = 2026-11-28 }", 12, "no dates"),
+        ("tools = false", "defaults = { top_p = inf }", 12, "no inf or nan"),
     ],
 )
 def test_errors_name_the_line_and_show_no_secret(tmp_path: Path, line: str, replacement: str, number: int, words: str) -> None:

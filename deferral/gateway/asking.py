@@ -21,6 +21,7 @@ from deferral.gateway.cascading import ALTERNATIVES
 from deferral.gateway.experts_file import Expert
 from deferral.gateway.problems import Problem
 from deferral.gateway.requests import parse
+from deferral.gateway.shaping import shaped
 from deferral.gateway.upstream import Failure, Reply, Upstream
 from deferral.routing.confidence import confidence_of_reply
 from deferral.routing.log_files import JSON_LINES
@@ -286,7 +287,7 @@ class _Run:
     def body(self, expert: Expert, question: Question) -> bytes:
         """The request."""
         sure = {"logprobs": True, "top_logprobs": ALTERNATIVES} if expert.logprobs else {}
-        return json.dumps({"model": expert.model, "messages": question.messages, **self.fields, **sure}).encode()
+        return shaped(json.dumps({"model": expert.model, "messages": question.messages, **self.fields, **sure}).encode(), expert)
 
     @property
     def spent(self) -> bool:

@@ -20,8 +20,9 @@ from deferral.gateway.deciding import Choice, set_aside
 from deferral.gateway.experts_file import Expert
 from deferral.gateway.generation import Generation
 from deferral.gateway.limits import Hold
-from deferral.gateway.requests import Asked, Hints, with_model
+from deferral.gateway.requests import Asked, Hints
 from deferral.gateway.rows import CascadeRow
+from deferral.gateway.shaping import shaped
 from deferral.routing.cascade import Cascade, features
 from deferral.routing.confidence import Confidence, confidence_of_reply
 from deferral.routing.router import Router
@@ -94,7 +95,7 @@ def asking_first(
         if request.get("n") not in (None, 1):
             return None
         wanted_by_client = request.get("logprobs") is True
-        first_body = with_model(body, first.model) if wanted_by_client else _with_logprobs(request, first.model)
+        first_body = shaped(body if wanted_by_client else _with_logprobs(request), first)
     except RecursionError:
         # It could just be read, and lies too deep to be written.
         return None
@@ -222,7 +223,7 @@ class AskingFirst:
         self.row = CascadeRow(self.first.name, ending)
 
     def _plain_body(self, expert: Expert) -> bytes:
-        return with_model(self.body, expert.model)
+        return shaped(self.body, expert)
 
 
 def _drawn(router: Router, query: str, best: int, allowed: np.ndarray) -> tuple[int, float]:
@@ -240,8 +241,8 @@ def _columns(cascade: Cascade, choice: Choice, means: np.ndarray) -> tuple[np.nd
     return np.array([estimate]), np.array([price]), np.array([name not in choice.cost for name in names])
 
 
-def _with_logprobs(request: dict[str, Any], model: str) -> bytes:
-    return json.dumps({**request, "model": model, "logprobs": True, "top_logprobs": ALTERNATIVES}).encode()
+def _with_logprobs(request: dict[str, Any]) -> bytes:
+    return json.dumps({**request, "logprobs": True, "top_logprobs": ALTERNATIVES}).encode()
 
 
 def _parsed(body: bytes) -> Any:

@@ -1,10 +1,11 @@
 """The experts file: where each expert is reached, what it can do, what it costs, and how long it may take."""
 
+import json
 import math
 import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ _TAKEN = frozenset(
     }
 )  # fmt: skip
 _QUERY = re.compile(r"|[\w.~%+-]+=[\w.~%+:/,-]*(?:&[\w.~%+-]+=[\w.~%+:/,-]*)*", re.ASCII)
+# Of a request: what is read to decide, to count or to take a stream apart.
+_NEEDED = frozenset({"model", "messages", "prompt", "input", "stream", "stream_options", "n", "previous_response_id"})
 _LOOKS_LIKE_A_KEY = frozenset({"key", "api_key", "apikey", "token", "secret", "password", "authorization", "access_token", "sig"})
 
 
@@ -47,6 +50,8 @@ class Expert:
     `max_waiting` of them.  With `route=False` it is reached by its name only.  `responses`: it has the Responses API.
     `logprobs`: it reports the log-probabilities of its answers where a chat asks for them, so that a cascade may ask it first.
     `stream_usage`: streams are asked to report their tokens also where a client does not ask for that.
+    `rename`, `drop` and `defaults` are of fields of a request: by what other name it knows them, which it does not take, and what
+    stands in for those that are not there.
     """
 
     name: str
@@ -71,12 +76,16 @@ class Expert:
     responses: bool = True
     logprobs: bool = False
     stream_usage: bool = False
+    rename: Mapping[str, str] = field(default_factory=dict, hash=False)
+    drop: Sequence[str] = ()
+    defaults: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        for check in (_check_name, _check_url, _check_key, _check_query, _check_numbers, _check_flags):
+        for check in (_check_name, _check_url, _check_key, _check_query, _check_numbers, _check_flags, _check_fields):
             check(self)
         object.__setattr__(self, "base_url", self.base_url.rstrip("/"))
         object.__setattr__(self, "model", self.model or self.name)
+        object.__setattr__(self, "drop", tuple(self.drop))
 
     def price(self, input_tokens: float, output_tokens: float, cached_tokens: float = 0) -> float:
         """Dollars, where the prompt cache held `cached_tokens` of the input."""
@@ -260,6 +269,25 @@ def _check_flags(expert: Expert) -> None:
     for name in ("tools", "images", "route", "responses", "logprobs", "stream_usage"):
         if not isinstance(getattr(expert, name), bool):
             raise _FieldError(name, f"expected true or false, got {getattr(expert, name)!r}")
+
+
+def _check_fields(expert: Expert) -> None:
+    for name in ("rename", "defaults"):
+        if not isinstance(getattr(expert, name), Mapping):
+            raise _FieldError(name, f"expected a table such as {{ field = ... }}, got {getattr(expert, name)!r}")
+    if isinstance(expert.drop, str) or not isinstance(expert.drop, Sequence):
+        raise _FieldError("drop", f"expected a list of names, got {expert.drop!r}")
+    named = {"rename": [*expert.rename, *expert.rename.values()], "drop": expert.drop, "defaults": expert.defaults}
+    for name, given in named.items():
+        for one in given:
+            if not isinstance(one, str) or not one:
+                raise _FieldError(name, f"expected names of fields of a request, got {one!r}")
+            if one in _NEEDED:
+                raise _FieldError(name, f"{one}: the gateway needs it as the client sent it")
+    try:
+        json.dumps(dict(expert.defaults), allow_nan=False)
+    except (TypeError, ValueError):
+        raise _FieldError("defaults", "expected values that JSON has: no dates, and no inf or nan") from None
 
 
 def place_in(path: Path, text: str, key: str, name: str | None = None, *, section: str = "experts") -> str:

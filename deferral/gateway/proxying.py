@@ -25,8 +25,9 @@ from deferral.gateway.generation import Generation
 from deferral.gateway.keys import ANYONE, Key
 from deferral.gateway.limits import Hold, Refused
 from deferral.gateway.problems import Problem, error_body
-from deferral.gateway.requests import Asked, Hints, Kind, hints, parse, with_model, with_stream_usage
+from deferral.gateway.requests import Asked, Hints, Kind, hints, parse, with_stream_usage
 from deferral.gateway.rows import DecisionRow
+from deferral.gateway.shaping import shaped
 from deferral.gateway.state import Gateway
 from deferral.gateway.streams import METERS, StreamMeter, WithoutUsage, error_event
 from deferral.gateway.upstream import FORWARDED, Failure
@@ -236,7 +237,7 @@ class Exchange:
         return expert.stream_usage and asked.stream and not asked.stream_options and self.kind in ("chat", "completions")
 
     def _sent_to(self, expert: Expert, asked: Asked, body: bytes) -> bytes:
-        sent = with_model(body, expert.model)
+        sent = shaped(body, expert)
         return with_stream_usage(sent) if self._asks_for_usage(expert, asked) else sent
 
     def _forwarded(self, headers: Mapping[bytes, bytes]) -> dict[str, str]:

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from deferral.gateway.experts_file import Expert
 from deferral.gateway.requests import Kind, parse
+from deferral.gateway.shaping import shaped
 from deferral.gateway.upstream import Failure, Reply, Upstream
 
 __all__ = ["Reached", "reach"]
@@ -149,7 +150,7 @@ async def _chat(upstream: Upstream, expert: Expert) -> Reply:
 
 
 async def _post(upstream: Upstream, expert: Expert, kind: Kind, path: str, request: Mapping[str, Any]) -> Reply:
-    body = json.dumps(request).encode()
+    body = shaped(json.dumps(request).encode(), expert)
     return await upstream.ask(expert, path, body, {}, parse(kind, body), fresh=True)
 
 
