@@ -137,7 +137,12 @@ def interval(estimate: Tensor | float, resampled: Tensor, *, level: float = 0.95
         figures = figures - figures.nanmean() + float(estimate)
     if math.isnan(float(estimate)):
         return Interval(math.nan, math.nan, math.nan)
-    low, high = torch.nanquantile(figures, torch.tensor([tail, 1 - tail], dtype=torch.float64, device=figures.device)).tolist()
+    ends = torch.tensor([tail, 1 - tail], dtype=torch.float64, device=figures.device)
+    low, high = torch.nanquantile(figures, ends).tolist()
+    if bool(figures.isinf().any()):
+        # Between a number and infinity there is nothing to interpolate.
+        low = float(torch.nanquantile(figures, ends[0], interpolation="lower"))
+        high = float(torch.nanquantile(figures, ends[1], interpolation="higher"))
     return Interval(estimate=float(estimate), low=low, high=high)
 
 

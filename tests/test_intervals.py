@@ -172,3 +172,11 @@ def test_a_figure_that_does_not_exist_has_no_interval() -> None:
     found = interval(math.nan, torch.tensor([0.1, 0.2, math.nan]))
     assert all(map(math.isnan, (found.low, found.high)))
     assert not found.excludes_zero()
+
+
+def test_where_some_resamples_are_infinite_the_end_is_a_figure_or_infinite() -> None:
+    finite = [float(value) for value in range(100)]
+    assert interval(1.0, torch.tensor([*finite, torch.inf])).high == 98.0
+    assert interval(1.0, torch.tensor([*finite, *[torch.inf] * 5])).high == torch.inf
+    assert interval(1.0, torch.tensor([-torch.inf, *finite[:5]])).low == -torch.inf
+    assert interval(1.0, torch.tensor(finite)).high == pytest.approx(96.525)
