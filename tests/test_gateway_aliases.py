@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from deferral.errors import DataError
 from deferral.gateway.aliases import Alias, applied, read_aliases, read_experts_file
 from deferral.gateway.checking import check
 from deferral.gateway.experts_file import Expert, read_experts
+from deferral.gateway.generation import check_aliases
 from deferral.gateway.requests import Hints, parse
 from deferral.gateway.settings import Settings
 from tests.faulty_upstream import Upstream
@@ -79,7 +81,7 @@ def test_a_name_stands_for_a_trade_off_a_choice_or_an_expert(running: Any) -> No
 
 
 def test_what_a_key_may_not_ask_it_may_not_ask_by_another_name(running: Any) -> None:
-    with pytest.raises(openai.NotFoundError, match="no expert that this key may ask"):
+    with pytest.raises(openai.NotFoundError, match="'gpt-4o' is no expert that this key may ask"):
         answered_by(running, "gpt-4o", "x", key="small")
     with client(running) as any_, client(running, "small") as small:
         assert [model.id for model in any_.models.list()] == [
@@ -131,6 +133,7 @@ def test_headers_go_before_what_the_alias_says_and_a_trade_off_before_any_other(
         ("[aliases.auto]\nbudget = 1\n", 8, "it asks the router already"),
         ("[aliases.a]\nbudgets = 1\n", 9, "budgets: unknown; expected some of expert"),
         ("[aliases.a]\nexpert = 'medium'\n", 9, "expert: 'medium' is no expert of this file"),
+        ("[aliases.a]\nexpert = ['small']\n", 9, "expert: expected one name, got ['small']; experts are those among whom"),
         ("[aliases.a]\nexpert = 'small'\nbudget = 1\n", 9, "expert: expected nothing beside it"),
         ("[aliases.a]\nexperts = ['small', 'big']\n", 9, "experts: 'big' is no expert of this file"),
         ("[aliases.a]\nexperts = ['other']\n", 9, "experts: 'other' has route = false"),
@@ -165,6 +168,19 @@ def test_an_alias_that_the_router_cannot_meet_is_found_before_it_is_used(tmp_pat
         RunningGateway(small_router(), experts, settings, aliases=aliases)
     path = experts_file(tmp_path)
     assert "clients may also ask for thrifty, gpt-4o, little, big" in str(check(settings, ask=False))
+
+
+def test_an_alias_leads_to_somebody_where_it_says_he_is(tmp_path: Path) -> None:
+    def experts(region: str) -> dict[str, Expert]:
+        return {name: Expert(name, "http://127.0.0.1:9/v1", region=where) for name, where in (("small", "us"), ("large", region))}
+
+    router, europe = small_router(), Alias("a", "", Hints(min_quality=0.9, regions=frozenset({"eu"})))
+    check_aliases(router, experts("eu"), {"a": europe})
+    with pytest.raises(ValueError, match="alias 'a': none of its experts is served in eu"):
+        check_aliases(router, experts("EU"), {"a": europe})
+    swapped = {"small": experts("eu")["large"], "large": experts("us")["large"]}
+    with pytest.raises(ValueError, match="alias 'a': min_quality"):
+        check_aliases(router, {name: replace(one, name=name) for name, one in swapped.items()}, {"a": europe})
 
 
 def test_aliases_come_and_go_with_a_reload(tmp_path: Path) -> None:

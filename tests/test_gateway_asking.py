@@ -228,8 +228,10 @@ def _written(path: Path, text: str) -> Path:
         ('{"query": " "}', "row 1, query: expected a text"),
         ('\n{"question": "x"}', "row 2: unknown field 'question'; expected query"),
         ('{"query": "x", "messages": []}', "either a query or messages"),
-        ('{"messages": []}', "messages: expected a list, one at least"),
+        ('{"messages": []}', "messages: expected a list of objects, one at least"),
         ('{"query": "x", "reference": {"a": 1}}', "reference: expected a text or a list of texts"),
+        ('{"messages": ["x"]}', "messages: expected a list of objects"),
+        ("{\0}", "row 1: expected text in UTF-8"),
         ('{"query": "x", "tags": "maths"}', "tags: expected a list of texts"),
         ('{"query": "x"', "row 1: expected a JSON object"),
     ],
@@ -245,12 +247,14 @@ def test_files_and_options_that_cannot_be(adders: dict[str, Expert], questions: 
     answers = tmp_path / "answers.jsonl"
     with pytest.raises(ValueError, match="model: it is set for each request"):
         ask_all(read_questions(questions), [adders["small"]], answers, fields={"model": "x"})
+    with pytest.raises(ValueError, match="most_dollars"):
+        ask_all(read_questions(questions), [adders["small"]], answers, most_dollars=float("nan"))
     with pytest.raises(DataError, match=re.escape("row 1: expected an answer as `deferral gateway ask` writes it")):
         ask_all(read_questions(questions), [adders["small"]], _written(answers, '{"query": "x"}\n'))
     line = {"row": 1, "query": "x", "expert": "small", "answer": "y", "price": 0.1}
     for more, rule, said in (
         ({}, "number", "row 1: expected a reference, to grade by number"),
-        ({"reference": ["seven"]}, "number", "row 1, reference: expected a number, got 'seven'; is number the right rule?"),
+        ({"reference": ["seven"]}, "number", "row 1, reference: expected one number, got 'seven'; is number the right rule?"),
         ({"reference": "7"}, "number", "row 1, reference: expected a list of texts"),
         ({"quality": 7}, "quality", "row 1, quality: expected a number in [0, 1], got 7"),
         ({"quality": None}, "quality", "nobody says of any answer how good it is"),
@@ -282,3 +286,176 @@ def test_stopped_it_keeps_what_it_has_and_goes_on(questions: Path, tmp_path: Pat
         assert 0 < kept < 19
         result: Result = ask_all(read_questions(questions), [Expert("slow", upstream.url)], answers, concurrent=19)
         assert (result.answers, result.asked) == (19, 19 - kept)
+
+
+def test_no_file_is_taken_for_another(adders: dict[str, Expert], questions: Path, tmp_path: Path, capsys) -> None:
+    """Neither the questions nor the paid answers, nor a file of somebody else without a line end, is written over."""
+    file, answers, log = experts_file(tmp_path, adders), tmp_path / "answers.jsonl", tmp_path / "log.jsonl"
+    precious = _written(tmp_path / "precious.json", '{"thesis": 1}')
+    ask_all(read_questions(questions)[:2], [adders["large"]], answers)
+    before = {path: path.read_bytes() for path in (questions, answers, precious)}
+
+    def refused(*arguments: object) -> str:
+        with pytest.raises(SystemExit):
+            main(["gateway", *map(str, arguments)])
+        return capsys.readouterr().err
+
+    assert "holds the questions" in refused("ask", questions, questions, "--experts", file)
+    assert "expected an answer as" in refused("ask", questions, precious, "--experts", file)
+    assert "holds the answers" in refused("grade", answers, answers, "--by", "number")
+    main(["gateway", "grade", str(answers), str(log), "--by", "number"])
+    assert "is there already" in refused("grade", answers, log, "--by", "exact")
+    main(["gateway", "grade", str(answers), str(log), "--by", "exact", "--replace"])
+    assert {path: path.read_bytes() for path in before} == before
+    # Before a judge is paid.
+    assert "expected a name that ends in" in refused(
+        "grade", answers, tmp_path / "log.txt", "--judge", "judge", "--experts", file
+    )
+    assert sorted(path.name for path in tmp_path.glob("log*")) == ["log.jsonl"]
+
+
+def test_a_last_line_without_its_end_is_an_answer_and_half_of_one_is_not(
+    adders: dict[str, Expert], questions, tmp_path: Path
+) -> None:
+    answers, asked = tmp_path / "answers.jsonl", read_questions(questions)[:3]
+    ask_all(asked, [adders["large"]], answers)
+    whole = answers.read_bytes()
+    answers.write_bytes(whole.rstrip(b"\n"))
+    assert len(by_rule(answers, "number").log) == 3
+    assert ask_all(asked, [adders["large"]], answers).asked == 0
+    assert answers.read_bytes() == whole
+    answers.write_bytes(whole[:-9])
+    with pytest.raises(DataError, match="row 3: the last line is cut off"):
+        by_rule(answers, "number")
+    assert ask_all(asked, [adders["large"]], answers).asked == 1
+
+
+def test_what_was_put_right_since_is_taken_over_and_nobody_is_asked_again(
+    adders: dict[str, Expert], questions: Path, tmp_path: Path
+) -> None:
+    answers, large = tmp_path / "answers.jsonl", adders["large"]
+    ask_all(read_questions(questions), [large], answers)
+    questions.write_text(questions.read_text().replace('"reference": 5,', '"reference": 55,').replace('"low"', '"easy"'))
+    dearer = Expert("large", large.base_url, input_price=40.0, output_price=40.0)
+    result = ask_all(read_questions(questions), [dearer], answers)
+    assert (result.asked, result.dollars) == (0, pytest.approx(19 * dearer.price(10, 5)))
+    found = {line["query"]: line for line in lines_of(answers)}
+    assert found["what is 1 and 4?"]["reference"] == ["55"]
+    assert {line["price"] for line in found.values()} == {dearer.price(10, 5)}
+    assert {tuple(line["tags"]) for line in found.values()} == {("easy",), ("high",)}
+    # A system message is part of what was asked.
+    spoken = '{{"messages": [{{"role": "system", "content": "{}"}}, {{"role": "user", "content": "what is 2 and 2?"}}]}}'
+    more = tmp_path / "more.jsonl"
+    ask_all(read_questions(_written(tmp_path / "spoken.jsonl", spoken.format("Be brief."))), [large], more)
+    with pytest.raises(DataError, match="answers another question"):
+        ask_all(read_questions(_written(tmp_path / "spoken.jsonl", spoken.format("Be kind."))), [large], more)
+
+
+class _Scripted:
+    """A server of one model that answers by what the question says."""
+
+    def __init__(self, answer) -> None:
+        app = Starlette(routes=[Route("/v1/chat/completions", self._one, methods=["POST"])])
+        self.answer, self.asked = answer, []
+        self._server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
+        self._thread = threading.Thread(target=self._server.run)
+
+    async def _one(self, request: Request) -> JSONResponse:
+        self.asked.append((await request.json())["messages"][-1]["content"])
+        status, body = self.answer(self.asked[-1])
+        return JSONResponse(body, status)
+
+    def __enter__(self) -> "_Scripted":
+        self._thread.start()
+        while not self._server.started:
+            time.sleep(0.01)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._server.should_exit = True
+        self._thread.join()
+
+    def expert(self, name: str = "one") -> Expert:
+        port = self._server.servers[0].sockets[0].getsockname()[1]
+        return Expert(name, f"http://127.0.0.1:{port}/v1", input_price=1e6, output_price=1e6)
+
+
+def _says(text: Any) -> dict[str, Any]:
+    usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
+    return {"choices": [{"message": {"content": text}, "finish_reason": "stop"}], "usage": usage}
+
+
+def test_a_moderator_refuses_one_question_and_not_the_expert(questions: Path, tmp_path: Path) -> None:
+    def moderated(text: str) -> tuple[int, dict[str, Any]]:
+        return (403, {"error": {"message": "flagged"}}) if "1 and 5?" in text else (200, _says([{"type": "text", "text": None}]))
+
+    with _Scripted(moderated) as server:
+        result = ask_all(read_questions(questions), [server.expert()], tmp_path / "answers.jsonl", concurrent=1)
+        assert (result.answers, result.left) == (18, {"one": {"refused with status 403": 1}})
+        # To begin with, it is the key.
+        first = _written(tmp_path / "first.txt", "1 and 5?\n1 and 6?\n")
+        result = ask_all(read_questions(first), [server.expert()], tmp_path / "none.jsonl", concurrent=1)
+        assert (result.answers, sum(result.left["one"].values())) == (0, 2)
+
+
+def test_what_is_paid_for_and_no_answer_counts_and_is_given_up(questions: Path, tmp_path: Path) -> None:
+    with _Scripted(lambda text: (200, _says("x") | {"choices": [], "note": "no\x1b[2J choice"})) as server:
+        expert = server.expert()
+        result = ask_all(read_questions(questions), [expert], tmp_path / "a.jsonl", concurrent=1, most_dollars=7.0)
+        assert (result.dollars, len(server.asked)) == (8.0, 4)
+        [(why, _), *_] = result.left["one"].most_common()
+        server.asked.clear()
+        result = ask_all(read_questions(questions), [expert], tmp_path / "b.jsonl", concurrent=1)
+        assert len(server.asked) == 10
+        assert "no chat completion" in next(iter(result.left["one"]))
+        assert all(reason.isprintable() for reason in result.left["one"])
+
+
+@pytest.mark.parametrize(
+    ("said", "grade"),
+    [
+        ("10", 1.0),
+        ("0", 0.0),
+        ("8.5", 0.85),
+        ("**7**/10", 0.7),
+        ("8.5/10", 0.85),
+        ("7,5/10", 0.75),
+        ("4/5", 0.8),
+        ("Score: 85/100", 0.85),
+        ("I'd give it a 7 out of 10", 0.7),
+        ("7 (on a scale from 0 to 10)", 0.7),
+        ("8\n\nThe answer has 2 flaws", 0.8),
+        ("Grade: 2. It misses 3 of the steps.", 0.2),
+        ("**Grade: 9/10**\nStep 1: fine.", 0.9),
+        ("The answer deserves 6.", 0.6),
+        ("<think>0 or 10?</think>9/10", 0.9),
+        ("<think>maybe 3 or 4, not 10", None),
+        ("8/10 or 9/10", None),
+        ("Between 3 and 7", None),
+        ("-5", None),
+        ("11", None),
+        ("I would rather not.", None),
+    ],
+)
+def test_what_a_judge_says(said: str, grade: float | None, tmp_path: Path) -> None:
+    line = {"row": 1, "query": "x", "expert": "small", "answer": "y", "price": 0.1}
+    answers = _written(tmp_path / "answers.jsonl", json.dumps(line) + "\n" + json.dumps(line | {"answer": "sure"}) + "\n")
+    with _Scripted(lambda text: (200, _says("10" if "sure" in text else said))) as server:
+        graded, _ = by_judge(answers, server.expert(), tmp_path / "verdicts.jsonl")
+    assert [graded.log[row].quality for row in range(len(graded.log))] == [
+        *([] if grade is None else [pytest.approx(grade)]),
+        1.0,
+    ]
+
+
+def test_each_judge_has_its_own_say(adders: dict[str, Expert], questions: Path, tmp_path: Path, capsys) -> None:
+    answers, log = tmp_path / "answers.jsonl", tmp_path / "log.jsonl"
+    ask_all(read_questions(questions)[:2], [adders["large"]], answers)
+    with _Scripted(lambda text: (200, _says("2"))) as server:
+        other = server.expert("strict [x]/y")
+        file = experts_file(tmp_path, {"judge": adders["judge"]})
+        file.write_text(file.read_text() + f'[experts."{other.name}"]\nbase_url = "{other.base_url}"\nroute = false\n')
+        for judge, quality in (("judge", 0.9), (other.name, 0.2), ("judge", 0.9)):
+            main(["gateway", "grade", str(answers), str(log), "--judge", judge, "--experts", str(file), "--replace"])
+            assert read_log(log)[0].quality == pytest.approx(quality)
+        assert len(server.asked) == 2

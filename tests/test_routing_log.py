@@ -274,11 +274,11 @@ def test_a_table_of_a_spreadsheet_is_read(tmp_path: Path) -> None:
     path = tmp_path / "log.csv"
     path.write_bytes(
         "\ufeffquery,expert,quality,price,latency_s,tags\r\n"
-        '"two, or ""three""\r\nlines",small,1,0.001,,maths\r\nplain,large,0.5,2e-3,1.5,\r\n'.encode()
+        '"two, or ""three""\r\nlines",small,1,0.001,,maths\r\nplain,large,TRUE,2e-3,1.5,\r\n\r\n'.encode()
     )
     log = read_log(path)
     assert [log[row].query for row in range(2)] == ['two, or "three"\r\nlines', "plain"]
-    assert [log[row].quality for row in range(2)] == [1.0, 0.5]
+    assert [log[row].quality for row in range(2)] == [1.0, 1.0]
     assert np.isnan(log[0].latency_s)
     assert [log[row].tags for row in range(2)] == [("maths",), ()]
 
@@ -292,6 +292,7 @@ def test_a_table_of_a_spreadsheet_is_read(tmp_path: Path) -> None:
         ("query,expert,quality,price,price\n", "expected a first line of columns"),
         ("query,expert,quality,price\nq,small,1\n", "row 1: expected 4 cells, got 3"),
         ("query,expert,quality,price\nq,small,good,1\n", "row 1, quality: expected a number, got 'good'"),
+        ("query,expert,quality,price\nq,small,1_0,1\n", "row 1, quality: expected a number, got '1_0'"),
         ("query,expert,quality,price\nq,small,,1\n", "row 1, quality: it is missing"),
         ('query,expert,quality,price\n"q,small,1,1\n', "expected CSV in UTF-8"),
     ],

@@ -97,6 +97,8 @@ def _fault(name: str, table: Any, experts: Mapping[str, Expert]) -> str:
     if "expert" in table:
         if len(table) > 1:
             return "expert: expected nothing beside it; an expert is asked as it is"
+        if not isinstance(table["expert"], str):
+            return f"expert: expected one name, got {table['expert']!r}; experts are those among whom the router chooses"
         return "" if table["expert"] in experts else f"expert: {_none_of(table['expert'], experts)}"
     return _setting_fault(table) or _choice_fault(table, experts)
 

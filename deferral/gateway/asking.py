@@ -11,6 +11,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic, time
@@ -25,7 +26,7 @@ from deferral.gateway.shaping import shaped
 from deferral.gateway.upstream import Failure, Reply, Upstream
 from deferral.routing.confidence import confidence_of_reply
 from deferral.routing.log_files import JSON_LINES
-from deferral.whole_files import claim
+from deferral.whole_files import claim, written_whole
 
 __all__ = ["Question", "Result", "ask_all", "read_answers", "read_questions"]
 
@@ -38,6 +39,8 @@ _FIRST_WAIT, _LONGEST_WAIT = 1.0, 30.0
 # An expert that nobody gets an answer from is given up: its other questions would wait as long.
 _FAILURES_IN_A_ROW = 10
 _MOST_BYTES = 1 << 26
+# Of a line of answers.
+_BEGINNING = b'{"row": '
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +81,8 @@ def read_questions(path: Path) -> list[Question]:
     try:
         with path.open(encoding="utf-8-sig") as file:
             for row, line in enumerate(file, start=1):
+                if "\0" in line:
+                    raise DataError(f"{path}: row {row}: expected text in UTF-8, got {line[:20]!r}; write it as that first")
                 if line.strip():
                     questions.append(_question(path, row, _object(path, row, line) if as_objects else {"query": line.strip()}))
     except (OSError, UnicodeDecodeError) as error:
@@ -115,8 +120,8 @@ def _question(path: Path, row: int, given: dict[str, Any]) -> Question:
     if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
         raise wrong("tags", "a list of texts")
     messages = given.get("messages", [{"role": "user", "content": given.get("query")}])
-    if not isinstance(messages, list) or not messages:
-        raise wrong("messages", "a list, one at least")
+    if not isinstance(messages, list) or not messages or not all(isinstance(one, dict) for one in messages):
+        raise wrong("messages", "a list of objects, one at least")
     repeated = {name: given[name] for name in ("messages", "tags") if given.get(name)}
     if references:
         repeated["reference"] = [str(one) for one in references]
@@ -142,17 +147,27 @@ def ask_all(
 
     `fields` are added to every request, `max_tokens` say.  Once all answers together cost `most_dollars` no more is asked; what
     is under way then still ends.  A call that fails is repeated for `patience` seconds, and an expert that gives nothing any more
-    is given up.  DataError where the file holds answers to other questions, or of experts who were asked otherwise.
+    is given up.  References and tags in the file become those of the questions, prices those of the experts.  DataError where it
+    holds answers to other questions, or of experts who were asked otherwise.
     """
     fields = dict(fields or {})
+    if math.isnan(most_dollars):
+        raise ValueError("most_dollars: expected a number, got nan")
     if taken := sorted(_TAKEN & set(fields)):
         raise ValueError(f"{taken[0]}: it is set for each request; expected other fields, max_tokens say")
     if len({expert.name for expert in experts}) < len(experts) or not experts:
         raise ValueError(f"experts: expected different ones, at least one, got {[expert.name for expert in experts]}")
-    with answers.open("ab+") as file:
+    result = Result(left={expert.name: Counter() for expert in experts})
+    with ExitStack() as held:
+        file = held.enter_context(answers.open("ab+"))
         claim(file, answers)
-        result = Result(left={expert.name: Counter() for expert in experts})
-        done = _done(file, answers, questions, experts, fields, result)
+        found = _found(file, answers)
+        done = _done(found, answers, questions, experts, fields, result)
+        if (now := _up_to_date(found, questions, experts)) != found:
+            with written_whole(answers) as partial:
+                partial.write_bytes(b"".join(map(_line, now)))
+            file = held.enter_context(answers.open("ab+"))
+            claim(file, answers)
         run = _Run(file, result, fields, most_dollars, patience, on_answer)
         on_answer(result)
         try:
@@ -164,47 +179,77 @@ def ask_all(
 
 
 def read_answers(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The lines of a file of answers, numbered from 1; a last line that was cut off is none.  DataError names the row."""
+    """The lines of a file of answers, numbered from 1.  DataError names the row; a last line that was cut off is one, too."""
     try:
         with path.open("rb") as file:
             for row, line in enumerate(file, start=1):
-                if not line.endswith(b"\n"):
-                    return
                 try:
-                    answer = json.loads(line)
-                    whole = all(isinstance(answer[name], str) for name in ("query", "expert", "answer"))
-                    whole = whole and type(answer["row"]) is int and isinstance(answer["price"], int | float)
-                except (ValueError, KeyError, TypeError, RecursionError):
-                    whole = False
-                if not whole:
-                    raise DataError(
-                        f"{path}: row {row}: expected an answer as `deferral gateway ask` writes it, got {line[:60]!r}"
-                    )
-                yield row, answer
+                    yield row, _answer_in(line)
+                except ValueError:
+                    if not line.endswith(b"\n") and line.startswith(_BEGINNING):
+                        message = "the last line is cut off; the same `deferral gateway ask` mends that"
+                        raise DataError(f"{path}: row {row}: {message}") from None
+                    message = f"expected an answer as `deferral gateway ask` writes it, got {line[:60]!r}"
+                    raise DataError(f"{path}: row {row}: {message}") from None
     except OSError as error:
         raise DataError(f"{path}: it cannot be read, {error}") from error
 
 
+def _line(answer: Mapping[str, Any]) -> bytes:
+    return json.dumps(answer).encode() + b"\n"
+
+
+def _answer_in(line: bytes) -> dict[str, Any]:
+    """ValueError where it is none."""
+    try:
+        answer = json.loads(line)
+        whole = all(isinstance(answer[name], str) for name in ("query", "expert", "answer"))
+        if whole and type(answer["row"]) is int and isinstance(answer["price"], int | float):
+            return answer
+    except (KeyError, TypeError, RecursionError):
+        pass
+    raise ValueError
+
+
+def _found(file: BinaryIO, path: Path) -> list[dict[str, Any]]:
+    """The answers that are there.  What was cut off is taken away, and a line end that somebody's program left out is added."""
+    file.seek(0)
+    text = file.read()
+    whole, _, rest = text.rpartition(b"\n")
+    if rest:
+        try:
+            _answer_in(rest)
+            file.write(b"\n")
+            file.flush()
+        except ValueError:
+            if not rest.startswith(_BEGINNING):
+                # Another file, which is not to be spoiled; reading it says so.
+                list(read_answers(path))
+            file.truncate(len(whole) + bool(whole))
+    return [answer for _, answer in read_answers(path)]
+
+
 def _done(
-    file: BinaryIO,
+    found: Sequence[dict[str, Any]],
     path: Path,
     questions: Sequence[Question],
     experts: Sequence[Expert],
     fields: dict[str, Any],
     result: Result,
 ) -> set[tuple[int, str]]:
-    """(row, expert) of the answers that are there; what was cut off is taken away."""
+    """(row, expert) of the answers that are there; DataError where they are to something else."""
     by_row, by_name = {question.row: question for question in questions}, {expert.name: expert for expert in experts}
     done = set()
-    for number, answer in read_answers(path):
+    for number, answer in enumerate(found, start=1):
         question, expert = by_row.get(answer["row"]), by_name.get(answer["expert"])
-        if question is None or question.query != answer["query"]:
+        messages = None if question is None else question.given.get("messages")
+        if question is None or (question.query, messages) != (answer["query"], answer.get("messages")):
             raise DataError(
                 f"{path}: row {number} answers another question than row {answer['row']} of this file; name another file for the "
                 "answers, or ask the questions of before"
             )
         result.answers += 1
-        result.dollars += answer["price"]
+        result.dollars += _price(answer, expert)
         if expert is None:
             continue
         asked = answer.get("model"), answer.get("request")
@@ -215,10 +260,28 @@ def _done(
             )
         result.cut[expert.name] += answer.get("finish") == "length"
         done.add((answer["row"], expert.name))
-    file.seek(0)
-    content_end = file.read().rfind(b"\n") + 1
-    file.truncate(content_end)
     return done
+
+
+def _price(answer: Mapping[str, Any], expert: Expert | None) -> float:
+    """Dollars, as the experts file has them now; what was paid where the expert is not asked any more."""
+    tokens = [answer.get(name) for name in ("input_tokens", "output_tokens", "cached_tokens")]
+    if expert is None or not all(isinstance(one, int) for one in tokens):
+        return answer["price"]
+    return expert.price(*tokens)  # type: ignore[arg-type]
+
+
+def _up_to_date(
+    found: Sequence[dict[str, Any]], questions: Sequence[Question], experts: Sequence[Expert]
+) -> list[dict[str, Any]]:
+    """With the references and tags of the questions and the prices of the experts, which may have been put right since."""
+    given, by_name = {question.row: question.given for question in questions}, {expert.name: expert for expert in experts}
+    return [
+        {name: value for name, value in answer.items() if name not in ("reference", "tags")}
+        | {"price": _price(answer, by_name.get(answer["expert"]))}
+        | given[answer["row"]]
+        for answer in found
+    ]
 
 
 class _Run:
@@ -244,7 +307,7 @@ class _Run:
             async with asyncio.TaskGroup() as group:
                 for expert in experts:
                     waiting = iter([question for question in questions if (question.row, expert.name) not in done])
-                    one = _Asking(expert, waiting, upstream, self)
+                    one = _Asking(expert, waiting, upstream, self, heard=any(name == expert.name for _, name in done))
                     for _ in range(min(concurrent, expert.max_concurrent)):
                         group.create_task(one.work())
         finally:
@@ -252,13 +315,15 @@ class _Run:
 
     def keep(self, expert: Expert, question: Question, reply: Reply, began: float, seconds: float) -> str:
         """Put an answer into the file before anything else is done.  -> why it is none, "" where it is one"""
+        usage = reply.usage
+        price = expert.price(usage.input_tokens, usage.output_tokens, usage.cached_tokens)
         try:
             said = json.loads(reply.body)
             text, finish = _answer(said)
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
-            return "answered with something that is no chat completion"
-        usage = reply.usage
-        price = expert.price(usage.input_tokens, usage.output_tokens, usage.cached_tokens)
+            # What reports tokens is to be paid for, whatever it is.
+            self.result.dollars += 0.0 if usage.estimated else price
+            return f"answered with something that is no chat completion: {_refusal(reply.body)}"
         sure = confidence_of_reply(said) if expert.logprobs else None
         line = {
             "row": question.row,
@@ -269,6 +334,7 @@ class _Run:
             "price": price,
             "input_tokens": usage.input_tokens,
             "output_tokens": usage.output_tokens,
+            "cached_tokens": usage.cached_tokens,
             "latency_s": round(seconds, 4),
             "time": round(began, 3),
             **question.given,
@@ -276,7 +342,7 @@ class _Run:
             "model": expert.model,
             "request": self.fields,
         }
-        self.file.write(json.dumps(line).encode() + b"\n")
+        self.file.write(_line(line))
         self.file.flush()
         result = self.result
         result.answers, result.asked, result.dollars = result.answers + 1, result.asked + 1, result.dollars + price
@@ -297,8 +363,8 @@ class _Run:
 class _Asking:
     """One expert and the questions that it has yet to answer."""
 
-    def __init__(self, expert: Expert, waiting: Iterator[Question], upstream: Upstream, run: _Run) -> None:
-        self.expert, self.waiting, self.upstream, self.run = expert, waiting, upstream, run
+    def __init__(self, expert: Expert, waiting: Iterator[Question], upstream: Upstream, run: _Run, *, heard: bool) -> None:
+        self.expert, self.waiting, self.upstream, self.run, self.heard = expert, waiting, upstream, run, heard
         self.given_up, self.failures, self.rests_until = "", 0, 0.0
         self.left = run.result.left[expert.name]
 
@@ -324,11 +390,14 @@ class _Asking:
             try:
                 reply = await self.upstream.ask(self.expert, "/chat/completions", body, {}, asked, fresh=wait > _FIRST_WAIT)
             except Failure as failure:
+                if failure.came == 403 and self.heard:
+                    # So do moderators refuse one question, of who has answered others.
+                    return self._failed("refused with status 403")
                 if failure.came is not None:
                     # Key, model or address are wrong, for every question.
                     return self._gives_up(failure.message)
                 if failure.rest is not None:
-                    self.rests_until = max(self.rests_until, monotonic() + min(failure.rest, _LONGEST_WAIT))
+                    self.rests_until = max(self.rests_until, monotonic() + min(failure.rest, self.run.patience))
                 if monotonic() + wait > until:
                     return self._failed(failure.message)
                 await asyncio.sleep(random.uniform(0.5, 1.0) * wait)
@@ -336,8 +405,10 @@ class _Asking:
                 continue
             if reply.status >= 300:
                 return f"refused with status {reply.status}, {_refusal(reply.body)}"
-            self.failures = 0
-            return self.run.keep(self.expert, question, reply, began, monotonic() - start)
+            if why := self.run.keep(self.expert, question, reply, began, monotonic() - start):
+                return self._failed(why)
+            self.failures, self.heard = 0, True
+            return ""
 
     def _failed(self, why: str) -> str:
         self.failures += 1
@@ -356,7 +427,7 @@ def _answer(reply: Any) -> tuple[str, str]:
     message, finish = choice["message"], choice.get("finish_reason")
     text = message.get("content") or message.get("refusal") or ""
     if not isinstance(text, str):
-        text = "".join(part.get("text", "") for part in text)
+        text = "".join(part.get("text") or "" for part in text)
     calls = message.get("tool_calls")
     return text or (json.dumps(calls) if calls else ""), finish if isinstance(finish, str) else ""
 
@@ -367,4 +438,5 @@ def _refusal(body: bytes) -> str:
         said = json.loads(body)["error"]["message"]
     except (ValueError, KeyError, TypeError, RecursionError):
         said = body.decode("utf-8", "replace")
-    return " ".join(str(said).split())[:150]
+    shown = "".join(one if one.isprintable() else " " for one in str(said)[:1000])
+    return " ".join(shown.split())[:150]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import Any
 import click
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -19,7 +21,7 @@ from deferral.gateway.asking import Result, ask_all, read_questions
 from deferral.gateway.experts_file import Expert, read_experts
 from deferral.gateway.grading import Graded, by_field, by_judge, by_rule
 from deferral.routing.grades import RULES
-from deferral.routing.log_files import write_log
+from deferral.routing.log_files import check_log_name, write_log
 from deferral.routing.outcomes import Log
 
 __all__ = ["ask", "grade"]
@@ -79,6 +81,8 @@ def ask(
     with a question a line.  Stopped, killed, or not answered by all, the same command asks what is missing, and exits with 3 as
     long as something is.  Experts with `route = false` are asked where --only names them.
     """
+    if answers.exists() and answers.samefile(questions):
+        raise click.UsageError(f"{answers} holds the questions; name another file for the answers")
     experts = _chosen(read_experts(file), only)
     asked = read_questions(questions)
     with _progress(f"asking {', '.join(each.name for each in experts)}", len(asked) * len(experts)) as on_answer:
@@ -109,6 +113,7 @@ def ask(
 )
 @click.option("--judge", metavar="EXPERT", help="Or have EXPERT of the experts file say how good each answer is.")
 @click.option("--experts", "file", type=_FILE, help="The experts file, with --judge.")
+@click.option("--replace", is_flag=True, help="Also where LOG is there already.")
 @_asking_options
 def grade(
     answers: Path,
@@ -116,28 +121,36 @@ def grade(
     rule: str | None,
     judge: str | None,
     file: Path | None,
+    replace: bool,
     fields: dict[str, Any],
     concurrent: int,
     dollars: float | None,
 ) -> None:
     """Say how good each of ANSWERS is, and write the log that `deferral route fit` learns from (.jsonl, .ndjson or .parquet).
 
-    What a judge says is kept beside the log, in LOG.verdicts.jsonl: stopped, or where it did not answer, the same command asks it
-    for what is missing, and exits with 3 as long as something is.
+    What a judge says is kept beside the log, in LOG.EXPERT.jsonl: stopped, or where it did not answer, the same command (with
+    --replace) asks it for what is missing, and exits with 3 as long as something is.
     """
     if (rule is None) == (judge is None):
         raise click.UsageError("expected either --by or --judge")
     if (judge is None) != (file is None):
         raise click.UsageError("--judge and --experts go together")
+    if log.exists() and log.samefile(answers):
+        raise click.UsageError(f"{log} holds the answers; name another file for the log")
+    if log.exists() and not replace:
+        raise click.UsageError(f"{log} is there already; name another file for the log, or add --replace")
+    # Before anybody is paid.
+    check_log_name(log)
     result = None
     if judge is not None and file is not None:
         [expert] = _chosen(read_experts(file), (judge,))
+        verdicts = log.with_name(f"{log.name}.{re.sub(r'[^A-Za-z0-9.]+', '-', judge)}.jsonl")
         with _progress(f"{judge} is grading", None) as on_answer:
             graded, result = _asked(
                 lambda: by_judge(
                     answers,
                     expert,
-                    log.with_name(f"{log.name}.verdicts.jsonl"),
+                    verdicts,
                     fields=fields,
                     concurrent=concurrent,
                     most_dollars=math.inf if dollars is None else dollars,
@@ -197,9 +210,9 @@ def _table(graded: Graded) -> Table:
     for code, name in enumerate(log.experts):
         mine = expert == code
         figures = (f"{np.mean(quality[mine]):.3f}", f"{1000 * np.mean(price[mine]):.4g}", f"{np.nanmean(written[mine]):.0f}")
-        table.add_row(name, f"{mine.sum():,}", f"{graded.left_out[name]:,}", *figures)
+        table.add_row(escape(name), f"{mine.sum():,}", f"{graded.left_out[name]:,}", *figures)
     for name in sorted(set(graded.left_out) - set(log.experts)):
-        table.add_row(name, "0", f"{graded.left_out[name]:,}", "", "", "")
+        table.add_row(escape(name), "0", f"{graded.left_out[name]:,}", "", "", "")
     return table
 
 

@@ -45,10 +45,21 @@ def generation(
 def check_aliases(router: Router, experts: Mapping[str, Expert], aliases: Mapping[str, Alias]) -> None:
     """ValueError where an alias sets what the router cannot meet among its experts."""
     served = frozenset(name for name in router.experts if name in experts and experts[name].route)
+
+    def place(expert: str) -> str | None:
+        can = router.abilities.get(expert)
+        return experts[expert].region or (can.region if can else None)
+
     for name, alias in aliases.items():
         if not alias.routed:
             continue
         among = served if alias.hints.experts is None else served & alias.hints.experts
+        regions = alias.hints.regions
+        if regions is not None:
+            among = frozenset(one for one in among if place(one) is None or place(one) in regions)
+        if not among:
+            where = f" in {', '.join(sorted(regions))}" if regions else ""
+            raise ValueError(f"alias {name!r}: none of its experts is served{where}")
         try:
             router.plan(needs=Needs(allow=among), **alias.hints.setting_by_name)
         except ValueError as error:

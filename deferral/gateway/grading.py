@@ -17,10 +17,11 @@ from deferral.routing.outcomes import Log, Outcome
 
 __all__ = ["Graded", "by_field", "by_judge", "by_rule"]
 
-_BEST = 10
-# Of what a model thinks aloud, nothing is a grade.
-_THOUGHT = re.compile(r"<think(?:ing)?>.*?</think(?:ing)?>", re.DOTALL)
-_GRADE = re.compile(r"(?<![\d.])(10|\d)(?:\s*/\s*10)?(?![\d]|\.\d)")
+_BEST = 10.0
+_OUT_OF = re.compile(r"(?<![\d.])(-?\d+(?:\.\d+)?) ?(?:/|out of) ?(\d+)(?![\d.])")
+_NAMED = re.compile(r"(?i:grade|score|rating)(?i: is| of)? ?[:=]? ?(-?\d+(?:\.\d+)?)")
+_FIRST = re.compile(r"\A[^\w-]{0,3}(-?\d+(?:\.\d+)?)")
+_ANY = re.compile(r"-?\d+(?:\.\d+)?")
 _PROMPT = """You grade the answer of an assistant.
 
 <question>
@@ -89,6 +90,8 @@ def by_judge(
 ) -> tuple[Graded, Result]:
     """A grade from 0 to 10 by another model, over 10; its replies are kept in `verdicts`, and only missing ones are asked for.
 
+    An answer is left out whose verdict holds no clear number.
+
     A judge has weaknesses that are known: it prefers long answers, and its own.  Compare some of its grades with your own.
     """
     rows = list(read_answers(answers))
@@ -104,7 +107,7 @@ def by_judge(
         most_dollars=most_dollars,
         on_answer=on_answer,
     )
-    said = {verdict["row"]: verdict["answer"] for _, verdict in read_answers(verdicts)}
+    said = {verdict["row"]: verdict["answer"] for _, verdict in read_answers(verdicts) if verdict["expert"] == judge.name}
     return _graded(answers, lambda row, _: _grade(said.get(row, ""))), result
 
 
@@ -147,6 +150,23 @@ def _to_judge(row: int, answer: dict[str, Any], references: Sequence[str]) -> Qu
 
 
 def _grade(said: str) -> float | None:
-    """The last number from 0 to 10 that a judge names; None where there is none."""
-    found = _GRADE.findall(_THOUGHT.sub("", said))
-    return int(found[-1]) / _BEST if found else None
+    """What a judge says, over the best; None where that is not clear.
+
+    A part of 10 (or 5, or 100); else a number that is called a grade; else the one that it begins with; else the only one.
+    """
+    # Of what a model thinks aloud, nothing is a grade, least of all where it was cut off.
+    said = said.rpartition("</think>")[2].rpartition("</thinking>")[2].partition("<think")[0]
+    text = re.sub(r"(?<=\d),(?=\d)", ".", " ".join(re.sub(r"[*_`]", "", said).split()))
+    parts = {(float(part), float(whole)) for part, whole in _OUT_OF.findall(text) if float(whole) in (5, 10, 100)}
+    if parts:
+        [(grade, best), *others] = parts
+        return grade / best if not others and 0 <= grade <= best else None
+    for place in (_NAMED, _FIRST):
+        if found := place.search(text):
+            return _over_best(float(found[1]))
+    numbers = set(map(float, _ANY.findall(text)))
+    return _over_best(numbers.pop()) if len(numbers) == 1 else None
+
+
+def _over_best(grade: float) -> float | None:
+    return grade / _BEST if 0 <= grade <= _BEST else None

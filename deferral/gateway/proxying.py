@@ -87,7 +87,7 @@ class Exchange:
     """One request and its reply."""
 
     __slots__ = (
-        "arrived", "asked", "asking", "began", "best", "choice", "first", "gateway", "gone", "id", "kept", "key", "kind",
+        "arrived", "asked", "asking", "began", "best", "choice", "first", "gateway", "gone", "id", "kept", "key", "kind", "named",
         "over", "path", "receive", "send", "started", "status", "traced", "tries", "watcher",
     )  # fmt: skip
 
@@ -99,6 +99,7 @@ class Exchange:
         self.id = f"dfr-{int(1000 * self.arrived):012x}{_ids.getrandbits(48):012x}"
         self.key: Key = ANYONE
         self.asked: Asked | None = None
+        self.named = ""
         self.choice: Choice | None = None
         self.first: AskingFirst | None = None
         self.best: Expert | None = None
@@ -158,6 +159,7 @@ class Exchange:
         gateway, now = self.gateway, self.gateway.current
         asked = self.asked = parse(self.kind, body, now.routed)
         wanted = hints(headers)
+        self.named = asked.model
         if (alias := now.aliases.get(asked.model)) is not None:
             asked, wanted = applied(alias, asked, wanted)
             self.asked = asked
@@ -302,7 +304,8 @@ class Exchange:
             return await now.decider.choose(asked, wanted, limited, under_way=self.gateway.metrics.under_way)
         expert = now.experts.get(asked.model)
         if expert is None or (key.experts is not None and expert.name not in key.experts):
-            message = f"model: {asked.model[:100]!r} is no expert that this key may ask; GET /v1/models lists them"
+            # An alias does not tell what it stands for.
+            message = f"model: {self.named[:100]!r} is no expert that this key may ask; GET /v1/models lists them"
             raise Problem(404, "model_not_found", message, param="model")
         if reason := refusal(now.decider.experts.get(expert.name, expert), asked, wanted, key.experts):
             raise Problem(400, "expert_not_able", f"{expert.name} may not answer this request: {reason}")

@@ -18,7 +18,7 @@ from deferral.routing.confidence import Confidence, check_confidence
 from deferral.routing.outcomes import NUMBERS, Log, Outcome, check_number, check_tags, check_text
 from deferral.whole_files import written_whole
 
-__all__ = ["JSON_LINES", "read_log", "write_log"]
+__all__ = ["JSON_LINES", "check_log_name", "read_log", "write_log"]
 
 # Endings of files that hold one object a line.
 JSON_LINES = (".jsonl", ".ndjson")
@@ -56,6 +56,13 @@ def write_log(log: Log, path: str | Path) -> None:
         raise DataError(f"{path.parent}: expected the folder for {path.name}, there is none; make it first")
     with written_whole(path) as partial:
         write(log, partial)
+
+
+def check_log_name(path: Path) -> None:
+    """DataError where no log could be written there."""
+    _is_parquet(path)
+    if not path.parent.is_dir():
+        raise DataError(f"{path}: there is no folder {path.parent}; make it, or name another file")
 
 
 def _is_parquet(path: Path) -> bool:
@@ -109,6 +116,8 @@ def _read_csv(path: Path) -> Iterator[dict]:
                 found = ", ".join(head)[:200]
                 raise DataError(f"{path}: expected a first line of columns among {', '.join(fields)}, with commas; got {found!r}")
             for number, cells in enumerate(rows, start=1):
+                if not cells:
+                    continue
                 if len(cells) != len(head):
                     raise DataError(f"{path}: row {number}: expected {len(head)} cells, got {len(cells)}")
                 yield {name: _cell(path, number, name, cell) for name, cell in zip(head, cells, strict=True)}
@@ -122,8 +131,11 @@ def _cell(path: Path, number: int, name: str, cell: str) -> Any:
         return cell
     if name == "tags":
         return [cell] if cell else []
+    if name == "quality" and cell.upper() in ("TRUE", "FALSE"):
+        return cell.upper() == "TRUE"
     try:
-        return float(cell) if cell.strip() else None
+        # Python would take 1_0 for ten.
+        return float(cell.replace("_", "?")) if cell.strip() else None
     except ValueError:
         raise DataError(f"{path}: row {number}, {name}: expected a number, got {cell[:60]!r}") from None
 
