@@ -20,7 +20,8 @@ from starlette.routing import Route
 
 from deferral.cli import main
 from deferral.errors import DataError
-from deferral.gateway.asking import Result, ask_all, read_answers, read_questions
+from deferral.gateway.answer_files import read_answers, read_questions
+from deferral.gateway.asking import Result, ask_all
 from deferral.gateway.experts_file import Expert
 from deferral.gateway.grading import by_field, by_judge, by_rule
 from deferral.routing import Router, read_log

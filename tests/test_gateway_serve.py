@@ -25,7 +25,7 @@ from deferral.cli import main
 from deferral.errors import DataError
 from deferral.gateway.access import Access, must_have_key
 from deferral.gateway.aliases import read_experts_file
-from deferral.gateway.asking import read_questions
+from deferral.gateway.answer_files import read_questions
 from deferral.gateway.experts_file import Expert, read_experts
 from deferral.gateway.keys import ANYONE, Keys
 from deferral.gateway.listening import listening

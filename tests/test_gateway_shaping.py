@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from deferral.gateway.asking import ask_all, read_questions
+from deferral.gateway.answer_files import read_questions
+from deferral.gateway.asking import ask_all
 from deferral.gateway.checking import check
 from deferral.gateway.experts_file import Expert, read_experts
 from deferral.gateway.settings import Settings

@@ -17,40 +17,25 @@ from pathlib import Path
 from time import monotonic, time
 from typing import Any, BinaryIO
 
-from deferral.errors import DataError
+from deferral.gateway.answer_files import Question, answers_held, check_same, line_of, up_to_date
 from deferral.gateway.cascading import ALTERNATIVES
 from deferral.gateway.experts_file import Expert
-from deferral.gateway.problems import Problem
 from deferral.gateway.requests import parse
 from deferral.gateway.shaping import shaped
 from deferral.gateway.upstream import Failure, Reply, Upstream
 from deferral.routing.confidence import confidence_of_reply
-from deferral.routing.log_files import JSON_LINES
 from deferral.whole_files import claim, written_whole
 
-__all__ = ["Question", "Result", "ask_all", "read_answers", "read_questions"]
+__all__ = ["Result", "ask_all"]
 
 _log = logging.getLogger("deferral.gateway")
 
-_KNOWN = ("query", "messages", "reference", "tags")
 # Of a request: these are set here, or would give something else than one whole answer.
 _TAKEN = frozenset({"model", "messages", "stream", "stream_options", "n", "logprobs", "top_logprobs"})
 _FIRST_WAIT, _LONGEST_WAIT = 1.0, 30.0
 # An expert that nobody gets an answer from is given up: its other questions would wait as long.
 _FAILURES_IN_A_ROW = 10
 _MOST_BYTES = 1 << 26
-# Of a line of answers.
-_BEGINNING = b'{"row": '
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """A line of the file, counted from 1: what is sent, what the router will take for the query, what is known of the answer."""
-
-    row: int
-    query: str
-    messages: list[Any]
-    given: dict[str, Any]  # repeated in every answer: reference, tags, and messages where there is more than the query
 
 
 @dataclass
@@ -67,69 +52,6 @@ class Result:
     def missing(self) -> int:
         """Answers that a further run would ask for."""
         return sum(sum(reasons.values()) for reasons in self.left.values())
-
-
-def read_questions(path: Path) -> list[Question]:
-    """Of .jsonl or .ndjson, an object a line with "query" or "messages", or of a text file, a question a line.
-
-    Beside it "reference", the right answer or a list of them, and "tags", a list.  DataError names the row.
-    """
-    as_objects = path.suffix.lower() in JSON_LINES
-    if path.suffix.lower() in (".json", ".csv", ".tsv", ".parquet", ".xlsx"):
-        raise DataError(f"{path}: expected .jsonl, an object with a query a line, or a text file, a question a line")
-    questions = []
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            for row, line in enumerate(file, start=1):
-                if "\0" in line:
-                    raise DataError(f"{path}: row {row}: expected text in UTF-8, got {line[:20]!r}; write it as that first")
-                if line.strip():
-                    questions.append(_question(path, row, _object(path, row, line) if as_objects else {"query": line.strip()}))
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: it cannot be read, {error}") from error
-    if not questions:
-        raise DataError(f"{path}: expected at least one question, got none")
-    return questions
-
-
-def _object(path: Path, row: int, line: str) -> dict[str, Any]:
-    try:
-        found = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: row {row}: expected a JSON object, {error}") from None
-    if not isinstance(found, dict):
-        raise DataError(f"{path}: row {row}: expected a JSON object, got {line[:60]!r}")
-    return found
-
-
-def _question(path: Path, row: int, given: dict[str, Any]) -> Question:
-    def wrong(name: str, expected: str) -> DataError:
-        return DataError(f"{path}: row {row}, {name}: expected {expected}, got {str(given.get(name))[:60]!r}")
-
-    if unknown := sorted(set(given) - set(_KNOWN)):
-        raise DataError(f"{path}: row {row}: unknown field {unknown[0]!r}; expected {', '.join(_KNOWN)}")
-    if ("query" in given) == ("messages" in given):
-        raise DataError(f"{path}: row {row}: expected either a query or messages")
-    if "query" in given and (not isinstance(given["query"], str) or not given["query"].strip()):
-        raise wrong("query", "a text")
-    reference = given.get("reference", [])
-    references = reference if isinstance(reference, list) else [reference]
-    if any(isinstance(one, bool) or not isinstance(one, str | int | float) for one in references):
-        raise wrong("reference", "a text or a list of texts")
-    tags = given.get("tags", [])
-    if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
-        raise wrong("tags", "a list of texts")
-    messages = given.get("messages", [{"role": "user", "content": given.get("query")}])
-    if not isinstance(messages, list) or not messages or not all(isinstance(one, dict) for one in messages):
-        raise wrong("messages", "a list of objects, one at least")
-    repeated = {name: given[name] for name in ("messages", "tags") if given.get(name)}
-    if references:
-        repeated["reference"] = [str(one) for one in references]
-    try:
-        query = parse("chat", json.dumps({"model": "any", "messages": messages}).encode()).query
-    except (Problem, RecursionError) as error:
-        raise DataError(f"{path}: row {row}: {error}") from None
-    return Question(row, query, messages, repeated)
 
 
 def ask_all(
@@ -161,13 +83,17 @@ def ask_all(
     with ExitStack() as held:
         file = held.enter_context(answers.open("ab+"))
         claim(file, answers)
-        found = _found(file, answers)
-        done = _done(found, answers, questions, experts, fields, result)
-        if (now := _up_to_date(found, questions, experts)) != found:
+        found = answers_held(file, answers)
+        check_same(found, answers, questions, experts, fields)
+        now = up_to_date(found, questions, experts)
+        if now != found:
             with written_whole(answers) as partial:
-                partial.write_bytes(b"".join(map(_line, now)))
+                partial.write_bytes(b"".join(map(line_of, now)))
             file = held.enter_context(answers.open("ab+"))
             claim(file, answers)
+        done = {(answer["row"], answer["expert"]) for answer in now}
+        result.answers, result.dollars = len(now), sum(answer["price"] for answer in now)
+        result.cut.update(answer["expert"] for answer in now if answer.get("finish") == "length")
         run = _Run(file, result, fields, most_dollars, patience, on_answer)
         on_answer(result)
         try:
@@ -176,112 +102,6 @@ def ask_all(
             # One is enough to end the work: a full disk, say.
             raise errors.exceptions[0] from None
     return result
-
-
-def read_answers(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The lines of a file of answers, numbered from 1.  DataError names the row; a last line that was cut off is one, too."""
-    try:
-        with path.open("rb") as file:
-            for row, line in enumerate(file, start=1):
-                try:
-                    yield row, _answer_in(line)
-                except ValueError:
-                    if not line.endswith(b"\n") and line.startswith(_BEGINNING):
-                        message = "the last line is cut off; the same `deferral gateway ask` mends that"
-                        raise DataError(f"{path}: row {row}: {message}") from None
-                    message = f"expected an answer as `deferral gateway ask` writes it, got {line[:60]!r}"
-                    raise DataError(f"{path}: row {row}: {message}") from None
-    except OSError as error:
-        raise DataError(f"{path}: it cannot be read, {error}") from error
-
-
-def _line(answer: Mapping[str, Any]) -> bytes:
-    return json.dumps(answer).encode() + b"\n"
-
-
-def _answer_in(line: bytes) -> dict[str, Any]:
-    """ValueError where it is none."""
-    try:
-        answer = json.loads(line)
-        whole = all(isinstance(answer[name], str) for name in ("query", "expert", "answer"))
-        if whole and type(answer["row"]) is int and isinstance(answer["price"], int | float):
-            return answer
-    except (KeyError, TypeError, RecursionError):
-        pass
-    raise ValueError
-
-
-def _found(file: BinaryIO, path: Path) -> list[dict[str, Any]]:
-    """The answers that are there.  What was cut off is taken away, and a line end that somebody's program left out is added."""
-    file.seek(0)
-    text = file.read()
-    whole, _, rest = text.rpartition(b"\n")
-    if rest:
-        try:
-            _answer_in(rest)
-            file.write(b"\n")
-            file.flush()
-        except ValueError:
-            if not rest.startswith(_BEGINNING):
-                # Another file, which is not to be spoiled; reading it says so.
-                list(read_answers(path))
-            file.truncate(len(whole) + bool(whole))
-    return [answer for _, answer in read_answers(path)]
-
-
-def _done(
-    found: Sequence[dict[str, Any]],
-    path: Path,
-    questions: Sequence[Question],
-    experts: Sequence[Expert],
-    fields: dict[str, Any],
-    result: Result,
-) -> set[tuple[int, str]]:
-    """(row, expert) of the answers that are there; DataError where they are to something else."""
-    by_row, by_name = {question.row: question for question in questions}, {expert.name: expert for expert in experts}
-    done = set()
-    for number, answer in enumerate(found, start=1):
-        question, expert = by_row.get(answer["row"]), by_name.get(answer["expert"])
-        messages = None if question is None else question.given.get("messages")
-        if question is None or (question.query, messages) != (answer["query"], answer.get("messages")):
-            raise DataError(
-                f"{path}: row {number} answers another question than row {answer['row']} of this file; name another file for the "
-                "answers, or ask the questions of before"
-            )
-        result.answers += 1
-        result.dollars += _price(answer, expert)
-        if expert is None:
-            continue
-        asked = answer.get("model"), answer.get("request")
-        if asked != (expert.model, fields):
-            raise DataError(
-                f"{path}: row {number}: {expert.name} was asked as {asked[0]} with {json.dumps(asked[1])}, and not as "
-                f"{expert.model} with {json.dumps(fields)}; ask as before, or name another file for the answers"
-            )
-        result.cut[expert.name] += answer.get("finish") == "length"
-        done.add((answer["row"], expert.name))
-    return done
-
-
-def _price(answer: Mapping[str, Any], expert: Expert | None) -> float:
-    """Dollars, as the experts file has them now; what was paid where the expert is not asked any more."""
-    tokens = [answer.get(name) for name in ("input_tokens", "output_tokens", "cached_tokens")]
-    if expert is None or not all(isinstance(one, int) for one in tokens):
-        return answer["price"]
-    return expert.price(*tokens)  # type: ignore[arg-type]
-
-
-def _up_to_date(
-    found: Sequence[dict[str, Any]], questions: Sequence[Question], experts: Sequence[Expert]
-) -> list[dict[str, Any]]:
-    """With the references and tags of the questions and the prices of the experts, which may have been put right since."""
-    given, by_name = {question.row: question.given for question in questions}, {expert.name: expert for expert in experts}
-    return [
-        {name: value for name, value in answer.items() if name not in ("reference", "tags")}
-        | {"price": _price(answer, by_name.get(answer["expert"]))}
-        | given[answer["row"]]
-        for answer in found
-    ]
 
 
 class _Run:
@@ -342,7 +162,7 @@ class _Run:
             "model": expert.model,
             "request": self.fields,
         }
-        self.file.write(_line(line))
+        self.file.write(line_of(line))
         self.file.flush()
         result = self.result
         result.answers, result.asked, result.dollars = result.answers + 1, result.asked + 1, result.dollars + price

@@ -17,7 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from deferral.errors import DataError
-from deferral.gateway.asking import Result, ask_all, read_questions
+from deferral.gateway.answer_files import read_questions
+from deferral.gateway.asking import Result, ask_all
 from deferral.gateway.experts_file import Expert, read_experts
 from deferral.gateway.grading import Graded, by_field, by_judge, by_rule
 from deferral.routing.grades import RULES

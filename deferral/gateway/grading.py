@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from deferral.errors import DataError
-from deferral.gateway.asking import Question, Result, ask_all, read_answers
+from deferral.gateway.answer_files import Question, read_answers
+from deferral.gateway.asking import Result, ask_all
 from deferral.gateway.experts_file import Expert
 from deferral.routing.confidence import check_confidence
 from deferral.routing.grades import RULES
