@@ -337,10 +337,12 @@ def gradient(loss: Loss, setting: Setting) -> str | None:
     value, slope = _loss_and_gradient(loss, leaf, rows)
     # Of what is computed in single precision no finer differences can be taken.
     eps, atol = (1e-6, 1e-5) if value.dtype == torch.float64 else (1e-3, 1e-2)
-    # A loss in cents or in thousands is held to the same digits.
+    # A loss in cents or in thousands is held to the same digits, and so is a column that counts little.
     size = next((float(largest) for part in (slope, value) if (largest := part.abs().max()) > 0), 1.0)
+    units = (size, 1.0) if value.dtype == torch.float64 else (size,)
     try:
-        torch.autograd.gradcheck(lambda s: loss(s, rows) / size, leaf, eps=eps, atol=atol)
+        for unit in units:
+            torch.autograd.gradcheck(lambda s, unit=unit: loss(s, rows) / unit, leaf, eps=eps, atol=atol)
     except RuntimeError as error:
         return textwrap.shorten(str(error), 300)  # of two whole Jacobians
     return None

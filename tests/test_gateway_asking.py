@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -325,6 +326,10 @@ def test_a_last_line_without_its_end_is_an_answer_and_half_of_one_is_not(
     assert len(by_rule(answers, "number").log) == 3
     assert ask_all(asked, [adders["large"]], answers).asked == 0
     assert answers.read_bytes() == whole
+    for cut in (b'{"ro', b'{"row": 4, "que'):
+        answers.write_bytes(whole + cut)
+        assert ask_all(asked, [adders["large"]], answers).asked == 0
+        assert answers.read_bytes() == whole
     answers.write_bytes(whole[:-9])
     with pytest.raises(DataError, match="row 3: the last line is cut off"):
         by_rule(answers, "number")
@@ -344,6 +349,13 @@ def test_what_was_put_right_since_is_taken_over_and_nobody_is_asked_again(
     assert found["what is 1 and 4?"]["reference"] == ["55"]
     assert {line["price"] for line in found.values()} == {dearer.price(10, 5)}
     assert {tuple(line["tags"]) for line in found.values()} == {("easy",), ("high",)}
+    # Fields that the experts file adds are part of how it was asked; a link leads to the file.
+    (tmp_path / "link.jsonl").symlink_to(answers)
+    with pytest.raises(DataError, match="was asked as large with"):
+        ask_all(read_questions(questions), [replace(large, defaults={"reasoning_effort": "high"})], tmp_path / "link.jsonl")
+    ask_all(read_questions(questions), [large], tmp_path / "link.jsonl")
+    assert (tmp_path / "link.jsonl").is_symlink()
+    assert lines_of(answers)[0]["price"] == large.price(10, 5)
     # A system message is part of what was asked.
     spoken = '{{"messages": [{{"role": "system", "content": "{}"}}, {{"role": "user", "content": "what is 2 and 2?"}}]}}'
     more = tmp_path / "more.jsonl"
@@ -430,6 +442,11 @@ def test_what_is_paid_for_and_no_answer_counts_and_is_given_up(questions: Path, 
         ("The answer deserves 6.", 0.6),
         ("<think>0 or 10?</think>9/10", 0.9),
         ("<think>maybe 3 or 4, not 10", None),
+        ("The answer 3/5 is right. Grade: 10", 1.0),
+        ("1. It is correct.\n2. It is complete.\n\n9", 0.9),
+        ("Grade (0-10): 8", 0.8),
+        ('{"score": 8, "reason": "3 faults"}', 0.8),
+        ("2 + 2 = 4 is right, so 10", None),
         ("8/10 or 9/10", None),
         ("Between 3 and 7", None),
         ("-5", None),

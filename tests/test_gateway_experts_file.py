@@ -111,6 +111,8 @@ def test_a_key_may_be_in_a_file_and_have_a_header_of_its_own(tmp_path: Path) -> 
         ("tools = false", 'drop = "temperature"', 12, "expected a list of names, got 'temperature'"),
         ("tools = false", "drop = [7]", 12, "expected names of fields of a request, got 7"),
         ("tools = false", 'drop = ["stream"]', 12, "stream: the gateway needs it as the client sent it"),
+        ("tools = false", 'drop = ["max_tokens"]', 12, "max_tokens: the gateway needs it as the client sent it"),
+        ("tools = false", "defaults = { best_of = 8 }", 12, "best_of: the gateway needs it as the client sent it"),
         ("tools = false", 'rename = ["a", "b"]', 12, "expected a table such as"),
         ("tools = false", 'rename = { top_k = "messages" }', 12, "messages: the gateway needs it"),
         ("tools = false", "rename = { top_k = 3 }", 12, "expected names of fields of a request, got 3"),

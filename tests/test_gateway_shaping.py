@@ -12,6 +12,8 @@ from deferral.gateway.answer_files import read_questions
 from deferral.gateway.asking import ask_all
 from deferral.gateway.checking import check
 from deferral.gateway.experts_file import Expert, read_experts
+from deferral.gateway.problems import Problem
+from deferral.gateway.requests import Kind
 from deferral.gateway.settings import Settings
 from deferral.gateway.shaping import shaped
 from tests.faulty_upstream import Upstream
@@ -49,10 +51,20 @@ def test_who_has_no_wishes_gets_every_byte_but_the_name() -> None:
 
 
 @pytest.mark.parametrize("odd", [b"1e999", b"[" * 5000 + b"]" * 5000])
-def test_what_cannot_be_written_again_goes_as_it_came(odd: bytes) -> None:
-    body = b'{"model": "auto", "messages": [], "odd": ' + odd + b"}"
-    expert = Expert("e", "http://127.0.0.1:1/v1", drop=["x"])
-    assert shaped(body, expert) == body.replace(b"auto", b"e")
+def test_what_cannot_be_written_again_is_refused(odd: bytes) -> None:
+    body = b'{"model": "auto", "messages": [], "store": true, "odd": ' + odd + b"}"
+    with pytest.raises(Problem, match="e takes requests in another form") as raised:
+        shaped(body, Expert("e", "http://127.0.0.1:1/v1", drop=["store"]))
+    assert raised.value.status == 400
+
+
+@pytest.mark.parametrize("kind", ["completions", "embeddings", "responses"])
+def test_other_paths_have_other_fields(kind: Kind) -> None:
+    body = b'{"model": "auto", "input": "x", "max_tokens": 5}'
+    expert = Expert(
+        "e", "http://127.0.0.1:1/v1", rename={"max_tokens": "max_completion_tokens"}, defaults={"reasoning_effort": "low"}
+    )
+    assert shaped(body, expert, kind) == body.replace(b"auto", b"e")
 
 
 @pytest.fixture(scope="module")

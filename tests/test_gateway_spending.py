@@ -7,11 +7,12 @@ from datetime import UTC, datetime
 from zoneinfo import ZoneInfo
 
 import pytest
-from sqlalchemy import insert
+from sqlalchemy import event, insert
 
 from deferral.cli import main
 from deferral.gateway.keys import Keys
 from deferral.gateway.record import Record
+from deferral.gateway.rows import CascadeRow
 from deferral.gateway.schema import forgotten
 from deferral.gateway.spending import DELETED, spending
 from tests.gateway_rows import row
@@ -30,7 +31,7 @@ def written(database: str) -> tuple[str, dict[str, str]]:
         {"key": ids["alice"], "price": 2.0, "time": BEGIN + 899, "expert": "large", "estimated": True},
         {"key": ids["bob"], "price": 4.0, "time": BEGIN + 86400, "input_tokens": 1000},
         {"key": ids["bob"], "price": 0.0, "time": BEGIN + 86401, "expert": "", "outcome": "error", "estimated": True},
-        {"key": "", "price": 8.0, "time": BEGIN + 2 * 86400},
+        {"key": "", "price": 8.0, "time": BEGIN + 2 * 86400, "expert": "large", "cascade": CascadeRow("small", "deferred", 3.0)},
     ]
     for number, values in enumerate(rows):
         record.add(row(number, **values))
@@ -51,7 +52,8 @@ def prices(written: tuple[str, dict[str, str]], *by: str, since: float = 0.0, un
 
 def test_the_sums_are_those_of_the_rows(written) -> None:
     assert prices(written, "key") == {"alice": 19.0, "(no key)": 8.0, "bob": 4.0}
-    assert prices(written, "expert") == {DELETED: 16.0, "small": 13.0, "large": 2.0, "(nobody)": 0.0}
+    # Of the last row, large took 5 and small, who answered first and in vain, 3.
+    assert prices(written, "expert") == {DELETED: 16.0, "small": 8.0, "large": 7.0, "(nobody)": 0.0}
     assert prices(written, "key", "expert")["alice", "large"] == 2.0
     assert sum(prices(written, "month").values()) == 31.0
     assert prices(written, "key", since=BEGIN + 86400, until=BEGIN + 86401) == {"bob": 4.0}
@@ -81,3 +83,12 @@ def test_by_the_command(written, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit):
             main(["gateway", "spending", "--database", database, *options])
         assert message in capsys.readouterr().err
+
+
+def test_what_is_deleted_meanwhile_counts_once(written) -> None:
+    database, names = written
+    store, statements = Keys(database), []
+    event.listen(store.engine, "before_cursor_execute", lambda *given: statements.append(given[2]))
+    spending(store.engine, names, ["key"], since=0.0, until=1e300)
+    store.close()
+    assert len([one for one in statements if "SELECT" in one]) == 1

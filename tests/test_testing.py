@@ -182,3 +182,11 @@ def test_a_gradient_is_held_to_the_same_digits_in_any_unit(unit: float, dtype: t
 
     assert gradient(loss, SINGLE_STAGE) is None
     assert gradient(lambda scores, rows: _WrongGradient.apply(loss(scores, rows)), SINGLE_STAGE) is not None
+
+
+def test_a_gradient_is_checked_in_columns_that_count_little_too() -> None:
+    def loss(scores: Tensor, rows: Rows) -> Tensor:
+        wrong = _WrongGradient.apply(single_stage_deferral(scores, rows["targets"], rows["expert_costs"]))
+        return 1e6 * scores[..., 0] + wrong
+
+    assert gradient(loss, SINGLE_STAGE) is not None

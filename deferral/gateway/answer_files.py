@@ -136,7 +136,7 @@ def answers_held(file: BinaryIO, path: Path) -> list[dict[str, Any]]:
             file.write(b"\n")
             file.flush()
         except ValueError:
-            if not rest.startswith(_BEGINNING):
+            if not (rest.startswith(_BEGINNING) or _BEGINNING.startswith(rest)):
                 # Another file, which is not to be spoiled; reading it says so.
                 list(read_answers(path))
             file.truncate(len(whole) + bool(whole))
@@ -147,24 +147,26 @@ def check_same(
     found: Sequence[dict[str, Any]],
     path: Path,
     questions: Sequence[Question],
-    experts: Sequence[Expert],
-    fields: Mapping[str, Any],
+    asking: Mapping[str, tuple[str, dict[str, Any]]],
 ) -> None:
-    """DataError where these are answers to other questions, or of experts who were asked otherwise."""
-    by_row, by_name = {question.row: question for question in questions}, {expert.name: expert for expert in experts}
+    """DataError where these are answers to other questions, or of experts who were asked otherwise.
+
+    `asking` has the model and the fields of the request, by expert.
+    """
+    by_row = {question.row: question for question in questions}
     for number, answer in enumerate(found, start=1):
-        question, expert = by_row.get(answer["row"]), by_name.get(answer["expert"])
+        question, now = by_row.get(answer["row"]), asking.get(answer["expert"])
         messages = None if question is None else question.given.get("messages")
         if question is None or (question.query, messages) != (answer["query"], answer.get("messages")):
             raise DataError(
                 f"{path}: row {number} answers another question than row {answer['row']} of this file; name another file for the "
                 "answers, or ask the questions of before"
             )
-        asked = answer.get("model"), answer.get("request")
-        if expert is not None and asked != (expert.model, fields):
+        then = answer.get("model"), answer.get("request")
+        if now is not None and then != now:
             raise DataError(
-                f"{path}: row {number}: {expert.name} was asked as {asked[0]} with {json.dumps(asked[1])}, and not as "
-                f"{expert.model} with {json.dumps(fields)}; ask as before, or name another file for the answers"
+                f"{path}: row {number}: {answer['expert']} was asked as {then[0]} with {json.dumps(then[1])}, and not as "
+                f"{now[0]} with {json.dumps(now[1])}; ask as before, or name another file for the answers"
             )
 
 

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 from deferral.gateway.answer_files import Question, answers_held, check_same, line_of, up_to_date
 from deferral.gateway.cascading import ALTERNATIVES
 from deferral.gateway.experts_file import Expert
+from deferral.gateway.problems import Problem
 from deferral.gateway.requests import parse
 from deferral.gateway.shaping import shaped
 from deferral.gateway.upstream import Failure, Reply, Upstream
@@ -72,7 +73,8 @@ def ask_all(
     is given up.  References and tags in the file become those of the questions, prices those of the experts.  DataError where it
     holds answers to other questions, or of experts who were asked otherwise.
     """
-    fields = dict(fields or {})
+    # What a link leads to is what is held, and brought up to date.
+    fields, answers = dict(fields or {}), answers.resolve()
     if math.isnan(most_dollars):
         raise ValueError("most_dollars: expected a number, got nan")
     if taken := sorted(_TAKEN & set(fields)):
@@ -84,7 +86,7 @@ def ask_all(
         file = held.enter_context(answers.open("ab+"))
         claim(file, answers)
         found = answers_held(file, answers)
-        check_same(found, answers, questions, experts, fields)
+        check_same(found, answers, questions, {expert.name: (expert.model, sent(expert, fields)) for expert in experts})
         now = up_to_date(found, questions, experts)
         if now != found:
             with written_whole(answers) as partial:
@@ -160,7 +162,7 @@ class _Run:
             **question.given,
             **({} if sure is None else {"confidence": {name: one for name, one in sure._asdict().items() if one == one}}),
             "model": expert.model,
-            "request": self.fields,
+            "request": sent(expert, self.fields),
         }
         self.file.write(line_of(line))
         self.file.flush()
@@ -198,8 +200,11 @@ class _Asking:
 
     async def _asked(self, question: Question) -> str:
         """Why there is no answer, "" where there is one."""
-        body = self.run.body(self.expert, question)
-        asked = parse("chat", body)
+        try:
+            body = self.run.body(self.expert, question)
+            asked = parse("chat", body)
+        except Problem as problem:
+            return problem.message
         until, wait = monotonic() + self.run.patience, _FIRST_WAIT
         while True:
             # All who wait for this expert wait as long.
@@ -239,6 +244,12 @@ class _Asking:
             _log.warning("%s is given up: it %s", self.expert.name, why)
         self.given_up = why
         return why
+
+
+def sent(expert: Expert, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that this expert gets with every question, by its own names."""
+    request = json.loads(shaped(json.dumps({"model": expert.model, "messages": [], **fields}).encode(), expert))
+    return {name: value for name, value in request.items() if name not in ("model", "messages")}
 
 
 def _answer(reply: Any) -> tuple[str, str]:

@@ -239,7 +239,8 @@ def cascade(router: Path, encoder: Path | None, dry_run: bool, seed: int, databa
 def spending(by: tuple[str, ...], since: datetime | None, until: datetime | None, zone: str, as_csv: bool, database: str) -> None:
     """Who spent what: requests, tokens and dollars by key, expert, day or month (--by may be given several times).
 
-    What was deleted from the record is known by key and time alone.
+    What was deleted from the record is known by key and time alone, and no longer than 32 days: to bill for a month, do so before
+    it is deleted.
     """
     from deferral.gateway.spending import spending as read
     from deferral.gateway.windows import time_zone

@@ -35,7 +35,9 @@ _TAKEN = frozenset(
 )  # fmt: skip
 _QUERY = re.compile(r"|[\w.~%+-]+=[\w.~%+:/,-]*(?:&[\w.~%+-]+=[\w.~%+:/,-]*)*", re.ASCII)
 # Of a request: what is read to decide, to count or to take a stream apart.
-_NEEDED = frozenset({"model", "messages", "prompt", "input", "stream", "stream_options", "n", "previous_response_id"})
+_NEEDED = frozenset({"model", "messages", "stream", "stream_options", "n", "best_of", "tools", "functions", "logprobs"})
+# What a client allows an answer to have is set aside for it: under another name it still holds.
+_LENGTHS = frozenset({"max_tokens", "max_completion_tokens"})
 _LOOKS_LIKE_A_KEY = frozenset({"key", "api_key", "apikey", "token", "secret", "password", "authorization", "access_token", "sig"})
 
 
@@ -50,7 +52,7 @@ class Expert:
     `max_waiting` of them.  With `route=False` it is reached by its name only.  `responses`: it has the Responses API.
     `logprobs`: it reports the log-probabilities of its answers where a chat asks for them, so that a cascade may ask it first.
     `stream_usage`: streams are asked to report their tokens also where a client does not ask for that.
-    `rename`, `drop` and `defaults` are of fields of a request: by what other name it knows them, which it does not take, and what
+    `rename`, `drop` and `defaults` are of fields of a chat: by what other name it knows them, which it does not take, and what
     stands in for those that are not there.
     """
 
@@ -282,7 +284,7 @@ def _check_fields(expert: Expert) -> None:
         for one in given:
             if not isinstance(one, str) or not one:
                 raise _FieldError(name, f"expected names of fields of a request, got {one!r}")
-            if one in _NEEDED:
+            if one in _NEEDED or (one in _LENGTHS and name == "drop"):
                 raise _FieldError(name, f"{one}: the gateway needs it as the client sent it")
     try:
         json.dumps(dict(expert.defaults), allow_nan=False)

@@ -20,9 +20,13 @@ __all__ = ["Graded", "by_field", "by_judge", "by_rule"]
 
 _BEST = 10.0
 _OUT_OF = re.compile(r"(?<![\d.])(-?\d+(?:\.\d+)?) ?(?:/|out of) ?(\d+)(?![\d.])")
-_NAMED = re.compile(r"(?i:grade|score|rating)(?i: is| of)? ?[:=]? ?(-?\d+(?:\.\d+)?)")
-_FIRST = re.compile(r"\A[^\w-]{0,3}(-?\d+(?:\.\d+)?)")
+_NAMED = re.compile(
+    r"(?i:grade|score|rating)\"?(?: ?\((?:from )?0 ?(?:-|to) ?10\))?(?i: is| of)? ?[:=]? ?"
+    r"(-?\d+(?:\.\d+)?)(?: ?(?:/|out of) ?(5|10|100)(?!\d))?"
+)
+_FIRST = re.compile(r"\A[^\w-]{0,3}(-?\d+(?:\.\d+)?)(?! ?[-+*/=x])")
 _ANY = re.compile(r"-?\d+(?:\.\d+)?")
+_LISTED = re.compile(r"(?m)^ {0,3}\d{1,2}[.)] ")
 _PROMPT = """You grade the answer of an assistant.
 
 <question>
@@ -153,21 +157,25 @@ def _to_judge(row: int, answer: dict[str, Any], references: Sequence[str]) -> Qu
 def _grade(said: str) -> float | None:
     """What a judge says, over the best; None where that is not clear.
 
-    A part of 10 (or 5, or 100); else a number that is called a grade; else the one that it begins with; else the only one.
+    The last number that is called a grade; else a part of 10 (or 5, or 100); else the number that it begins with; else the only
+    one.
     """
     # Of what a model thinks aloud, nothing is a grade, least of all where it was cut off.
     said = said.rpartition("</think>")[2].rpartition("</thinking>")[2].partition("<think")[0]
+    if len(_LISTED.findall(said)) > 1:
+        said = _LISTED.sub("", said)
     text = re.sub(r"(?<=\d),(?=\d)", ".", " ".join(re.sub(r"[*_`]", "", said).split()))
+    if named := _NAMED.findall(text):
+        grade, best = named[-1]
+        return _over(float(grade), float(best or _BEST))
     parts = {(float(part), float(whole)) for part, whole in _OUT_OF.findall(text) if float(whole) in (5, 10, 100)}
     if parts:
-        [(grade, best), *others] = parts
-        return grade / best if not others and 0 <= grade <= best else None
-    for place in (_NAMED, _FIRST):
-        if found := place.search(text):
-            return _over_best(float(found[1]))
+        return _over(*parts.pop()) if len(parts) == 1 else None
+    if found := _FIRST.search(text):
+        return _over(float(found[1]), _BEST)
     numbers = set(map(float, _ANY.findall(text)))
-    return _over_best(numbers.pop()) if len(numbers) == 1 else None
+    return _over(numbers.pop(), _BEST) if len(numbers) == 1 else None
 
 
-def _over_best(grade: float) -> float | None:
-    return grade / _BEST if 0 <= grade <= _BEST else None
+def _over(grade: float, best: float) -> float | None:
+    return grade / best if 0 <= grade <= best else None

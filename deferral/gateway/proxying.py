@@ -159,8 +159,8 @@ class Exchange:
         gateway, now = self.gateway, self.gateway.current
         asked = self.asked = parse(self.kind, body, now.routed)
         wanted = hints(headers)
-        self.named = asked.model
         if (alias := now.aliases.get(asked.model)) is not None:
+            self.named = alias.name
             asked, wanted = applied(alias, asked, wanted)
             self.asked = asked
         if asked.previous:
@@ -239,7 +239,7 @@ class Exchange:
         return expert.stream_usage and asked.stream and not asked.stream_options and self.kind in ("chat", "completions")
 
     def _sent_to(self, expert: Expert, asked: Asked, body: bytes) -> bytes:
-        sent = shaped(body, expert)
+        sent = shaped(body, expert, self.kind)
         return with_stream_usage(sent) if self._asks_for_usage(expert, asked) else sent
 
     def _forwarded(self, headers: Mapping[bytes, bytes]) -> dict[str, str]:
@@ -305,7 +305,10 @@ class Exchange:
         expert = now.experts.get(asked.model)
         if expert is None or (key.experts is not None and expert.name not in key.experts):
             # An alias does not tell what it stands for.
-            message = f"model: {self.named[:100]!r} is no expert that this key may ask; GET /v1/models lists them"
+            named = self.named or asked.model
+            message = f"model: {named[:100]!r} is no expert that this key may ask; GET /v1/models lists them"
+            if asked.previous:
+                message = "previous_response_id: the expert that gave that response may not be asked by this key, or is no more"
             raise Problem(404, "model_not_found", message, param="model")
         if reason := refusal(now.decider.experts.get(expert.name, expert), asked, wanted, key.experts):
             raise Problem(400, "expert_not_able", f"{expert.name} may not answer this request: {reason}")

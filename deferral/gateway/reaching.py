@@ -150,7 +150,7 @@ async def _chat(upstream: Upstream, expert: Expert) -> Reply:
 
 
 async def _post(upstream: Upstream, expert: Expert, kind: Kind, path: str, request: Mapping[str, Any]) -> Reply:
-    body = shaped(json.dumps(request).encode(), expert)
+    body = shaped(json.dumps(request).encode(), expert, kind)
     return await upstream.ask(expert, path, body, {}, parse(kind, body), fresh=True)
 
 

@@ -1,21 +1,22 @@
-"""What an expert is sent: a client's request, with the name that the model has there, and in fields that it knows."""
+"""What an expert is sent: a client's request, with the name that the model has there, and a chat in fields that it knows."""
 
 import json
 
 from deferral.gateway.experts_file import Expert
-from deferral.gateway.requests import with_model
+from deferral.gateway.problems import Problem
+from deferral.gateway.requests import Kind, with_model
 
 __all__ = ["shaped"]
 
 
-def shaped(body: bytes, expert: Expert) -> bytes:
-    """The body of a parsed request as this expert takes it.
+def shaped(body: bytes, expert: Expert, kind: Kind = "chat") -> bytes:
+    """The body of a parsed request as this expert takes it; Problem 400 where it cannot be made that.
 
-    Only the model's name is another, every other byte as it was; unless the experts file renames fields of the request, drops
+    Only the model's name is another, every other byte as it was; unless it is a chat, and the experts file renames fields, drops
     some, or has values for those that are not there, in this order.
     """
     sent = with_model(body, expert.model)
-    if not (expert.rename or expert.drop or expert.defaults):
+    if kind != "chat" or not (expert.rename or expert.drop or expert.defaults):
         return sent
     try:
         request = json.loads(sent)
@@ -27,5 +28,7 @@ def shaped(body: bytes, expert: Expert) -> bytes:
             request.pop(name, None)
         return json.dumps({**expert.defaults, **request}, allow_nan=False).encode()
     except (ValueError, RecursionError):
-        # A number beyond all bounds, or lists in lists without end: whoever is asked may say what is wrong with it.
-        return sent
+        message = (
+            f"the body: it holds a number beyond all bounds, or lists too deep, and {expert.name} takes requests in another form"
+        )
+        raise Problem(400, "invalid_json", message) from None

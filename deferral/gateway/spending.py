@@ -1,19 +1,19 @@
 """Who spent what: requests, tokens and dollars, by key, expert, day or month."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, tzinfo
 from typing import Any
 
-from sqlalchemy import BigInteger, Engine, case, cast, func, select
+from sqlalchemy import BigInteger, Engine, case, cast, func, literal, select, union_all
 
-from deferral.gateway.schema import decisions, forgotten
+from deferral.gateway.schema import cascades, decisions, forgotten
 
 __all__ = ["BY", "DELETED", "Spent", "spending"]
 
 BY = ("key", "expert", "day", "month")
-# What was deleted from the record is known by key and time alone.
+# What was deleted from the record is known by key and time alone, and for 32 days: as long as a budget can need it.
 DELETED = "(deleted)"
 # Days begin at a quarter of an hour in every zone.
 _QUARTER = 900
@@ -61,31 +61,24 @@ def spending(
     return {group: found[group] for group in order}
 
 
-def _rows(engine: Engine, since: float, until: float) -> list[Any]:
+def _rows(engine: Engine, since: float, until: float) -> Iterator[Any]:
     """Key, expert, quarter of an hour since 1970, and the figures of each."""
-    d, f = decisions.c, forgotten.c
+    d, f, c = decisions.c, forgotten.c, cascades.c
     # PostgreSQL rounds where SQLite cuts.
     whole = func.floor if engine.dialect.name == "postgresql" else lambda value: value
     quarter = cast(whole(d.time / _QUARTER), BigInteger)
     guessed = func.sum(case((d.estimated & (d.price > 0), 1), else_=0))
-    kept = (
-        select(
-            d.key,
-            d.expert,
-            quarter,
-            func.count(),
-            guessed,
-            func.sum(d.input_tokens),
-            func.sum(d.output_tokens),
-            func.sum(d.price),
-        )
-        .where(d.time >= since, d.time < until)
-        .group_by(d.key, d.expert, quarter)
-    )
-    gone = select(f.key, f.time, f.price).where(f.time >= since, f.time < until)
+    sums = (func.count(), guessed, *map(func.sum, (d.input_tokens, d.output_tokens, d.price)))
+    nothing = [literal(0)] * 4
+    recent = (d.time >= since) & (d.time < until)
+    kept = select(d.key, d.expert, quarter, *sums).where(recent).group_by(d.key, d.expert, quarter)
+    # A first answer that was not given is on the bill of whoever gave it.
+    both = select(decisions).join(cascades, c.decision == d.id).where(recent & (c.extra > 0))
+    first = both.with_only_columns(d.key, c.first, quarter, *nothing, func.sum(c.extra)).group_by(d.key, c.first, quarter)
+    second = both.with_only_columns(d.key, d.expert, quarter, *nothing, -func.sum(c.extra)).group_by(d.key, d.expert, quarter)
+    gone = select(f.key, literal(DELETED), cast(whole(f.time / _QUARTER), BigInteger), *nothing, f.price)
+    gone = gone.where(f.time >= since, f.time < until)
+    # One statement: what is deleted meanwhile must not be counted twice.
     with engine.connect() as connection:
-        rows = [
-            (key, expert, part, count, int(estimated), int(read), int(written), float(price))
-            for key, expert, part, count, estimated, read, written, price in connection.execute(kept)
-        ]
-        return rows + [(key, DELETED, int(when // _QUARTER), 0, 0, 0, 0, price) for key, when, price in connection.execute(gone)]
+        for key, expert, part, *counts, price in connection.execute(union_all(kept, first, second, gone)):
+            yield (key, expert, part, *map(int, counts), float(price))
