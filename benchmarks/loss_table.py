@@ -164,6 +164,10 @@ def _row(name: str, runs: list[dict], compiled: list[dict], gpu: list[dict]) -> 
     ratios = [_figure(name, runs, experts, "ratio") for experts in (1, 8, 64)]
     last = _figure(name, compiled, 8, "ratio"), _figure(name, runs, 8, "peak_over_scores")
     on_gpu = [_figure(name, gpu, 8, figure) or _figure(name, gpu, 1, figure) for figure in ("ratio", "copy_share")]
+    # Of several bases or powers one was timed.
+    timed = TIMED.get(name, name).partition(" ")[2]
+    if timed and ratios[0]:
+        ratios[0] = f"{ratios[0]} ({timed})"
     cells = (f"`{name}`", setting, f"`{formula}`", guarantee, source, *ratios, *last, *on_gpu)
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 

@@ -20,7 +20,8 @@ __all__ = ["average", "correct", "deferral_cost", "kept", "load", "selective_ris
 def deferral_cost(costs: Tensor, actions: Tensor, *, mask: Tensor | None = None) -> Tensor:
     """The cost of the action taken: the deferral loss itself.  (..., A), (...,) -> (...,)
 
-    With a mask (..., A) or (..., E), the cost of an action that is not known is NaN, and so is that of action -1 (nobody's).
+    With a mask (..., A) or (..., E), the cost of an action that is not known is NaN, and so is that of action -1 (nobody's).  A
+    mean over what is left leans towards the own answers, which are always known: compare on rows where all is.
     """
     return _known(pick(costs, actions.clamp(min=0)), costs, actions, mask)
 

@@ -1,6 +1,6 @@
 """Single-stage deferral under DistributedDataParallel: two processes on the CPU, each with its share of the rows.
 
-Run `torchrun --standalone --nproc-per-node 2 examples/ddp.py`; it needs `pip install 'deferral[sklearn]'` for the digits.  A
+Run `torchrun --standalone --nproc-per-node 2 examples/ddp.py`; it needs `pip install -e '.[sklearn]'` for the digits.  A
 small network learns from 200 handwritten digits which rows to answer and which to hand to an expert who is right on 97% of them.
 The loss is one number per row, so nothing changes under DDP.  Process 0 prints what deferring costs on the other 1,597 rows:
 less than never asking, and less than always asking.

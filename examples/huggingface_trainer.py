@@ -1,6 +1,6 @@
 """Single-stage deferral in the transformers Trainer: the expert's costs travel in the batch, the loss goes in `compute_loss`.
 
-Run `python examples/huggingface_trainer.py`; it needs `pip install 'deferral[examples]'` and downloads nothing: the script writes
+Run `python examples/huggingface_trainer.py`; it needs `pip install -e '.[examples]'` and downloads nothing: the script writes
 its own messages, some clear and some vague about their topic.  A tiny BERT learns which to answer and which to hand to an expert
 who is right on 95% of all.  It prints what deferring costs on 1,000 held-out messages: less than never asking, and less than
 always asking.  Leave out `use_cpu` to train on a GPU.

@@ -1,6 +1,6 @@
 """Single-stage deferral in a LightningModule: `Criterion` is the loss module, and the test step logs the figures.
 
-Run `python examples/lightning_module.py`; it needs `pip install 'deferral[examples]'`.  A small network learns from 200
+Run `python examples/lightning_module.py`; it needs `pip install -e '.[examples]'`.  A small network learns from 200
 handwritten digits which rows to answer and which to hand to an expert who is right on 97% of them.  It prints what deferring
 costs on the other 1,597 rows: less than never asking, and less than always asking.  Leave out `accelerator` to train on a GPU.
 """

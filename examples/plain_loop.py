@@ -1,6 +1,6 @@
 """Abstention in a plain PyTorch loop: one more output, another loss, a fitted threshold, and `decide`.
 
-Run `python examples/plain_loop.py`; it needs `pip install 'deferral[sklearn]'` for the digits.  A small network learns from 200
+Run `python examples/plain_loop.py`; it needs `pip install -e '.[sklearn]'` for the digits.  A small network learns from 200
 handwritten digits and may abstain at a cost of 0.05 errors.  Its threshold is fitted on 300 more, and it prints what that costs
 on the other 1,297 rows: less than answering all of them, and less than abstaining on all of them.
 """

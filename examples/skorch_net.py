@@ -1,6 +1,6 @@
 """Abstention in a skorch NeuralNet, so in a scikit-learn pipeline: the loss goes in as `criterion`, its options beside it.
 
-Run `python examples/skorch_net.py`; it needs `pip install 'deferral[examples]'`.  A small network learns from 200 handwritten
+Run `python examples/skorch_net.py`; it needs `pip install -e '.[examples]'`.  A small network learns from 200 handwritten
 digits and may abstain at a cost of 0.05 errors.  `criterion__cost` is a parameter like any other, for `set_params` or a grid
 search.  It prints what abstaining costs on the other 1,597 rows: less than answering all of them, and less than abstaining on
 all of them.

@@ -289,13 +289,17 @@ def test_criterion_does_not_take_a_mask_as_long_as_the_scores_are_wide_for_one_o
 
 
 def test_criterion_checks_what_is_said_of_experts() -> None:
-    for loss in (mozannar_sontag, realizable_deferral):
-        with pytest.raises(ValueError, match=r"expert_co\w+: the largest is 2"):
+    of_answers = "expert_correct: expected 1 where the expert was right"
+    for loss, said in ((mozannar_sontag, of_answers), (realizable_deferral, "expert_cost: the largest is 2")):
+        with pytest.raises(ValueError, match=said):
             Criterion(loss)(SCORES[:, :4], TARGETS, torch.tensor([0.0, 2.0, 0.0, 1.0]))
         unknown = torch.tensor([0.0, torch.nan, 0.0, 1.0])
         with pytest.raises(ValueError, match="got NaN in 1 places"):
             Criterion(loss)(SCORES[:, :4], TARGETS, unknown)
         assert Criterion(loss)(SCORES[:, :4], TARGETS, unknown, mask=~unknown.isnan()).isfinite()
+    for answers in (torch.tensor([[2, 0]]), torch.tensor([[1, -2]]), torch.tensor([[1.02, 0.0]])):
+        with pytest.raises(ValueError, match=of_answers):
+            Criterion(one_vs_all)(SCORES, TARGETS, answers.expand(4, 2))
     law, every = F.one_hot(TARGETS, 3).float(), torch.tensor([[0.2, 0.9]])
     torch.testing.assert_close(
         Criterion(single_stage_deferral)(SCORES, law, every), single_stage_deferral(SCORES, law, every).mean()

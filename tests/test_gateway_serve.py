@@ -174,7 +174,10 @@ def test_the_guide_shows_files_and_commands_that_exist(tmp_path: Path) -> None:
     assert list(read_experts_file(tmp_path / "aliases.toml")[1]) == ["thrifty", "european", "gpt-4o"]
     log, questions = (text for kind, text in blocks if kind == "json")
     (tmp_path / "questions.jsonl").write_text(questions, encoding="utf-8")
-    assert [one.query for one in read_questions(tmp_path / "questions.jsonl")] == ["what is 17 times 23?", "Who wrote Emma?"]
+    assert [one.query for one in read_questions(tmp_path / "questions.jsonl")] == [
+        "what is 17 times 23?",
+        "How many legs have two spiders?",
+    ]
     (tmp_path / "outcomes.jsonl").write_text(log, encoding="utf-8")
     assert Router(price_of_error=0.02).fit(read_log(tmp_path / "outcomes.jsonl")).route("hello").expert == "large"
     names = {line.split("=")[0].strip("# ") for line in experts.splitlines() if "=" in line}

@@ -101,6 +101,11 @@ class Criterion(nn.Module):
             asked, known = _last(costs, experts), None if mask is None else _last(mask, experts)
             if known is not None:
                 asked, known = torch.broadcast_tensors(asked, known)
+            if name == "expert_correct" and bool((asked.where(known, 0) if known is not None else asked).abs().max() > 1):
+                raise ValueError(
+                    "expert_correct: expected 1 where the expert was right and 0 where it was wrong, answers == targets, got "
+                    "other numbers; answers or costs mean something else to this loss"
+                )
             check_costs(asked, ceiling=ceiling, mask=known, name=name)
             if self._loss in _RIGHT_OR_WRONG and name in _RIGHT_OR_WRONG[self._loss]:
                 fraction = (asked != 0) & (asked != 1) & (True if known is None else known)
