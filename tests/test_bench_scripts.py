@@ -254,6 +254,7 @@ def test_what_a_training_row_is_answered_does_not_depend_on_its_own_target() -> 
     assert (before != after).float().mean() > 0.7  # four of five predictors have learned from it
 
 
+@pytest.mark.ci_slow
 def test_regression_on_a_set_whose_halves_belong_to_two_people(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(240, 2, generator=generator, dtype=torch.float64) * torch.tensor([3.0, 1.0])

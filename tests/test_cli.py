@@ -20,7 +20,7 @@ def deferral(*arguments: str, **environment: str) -> subprocess.CompletedProcess
     )
 
 
-@pytest.mark.ci_slow
+@pytest.mark.slow
 def test_the_demo_prints_a_table_and_saves_pictures_and_figures(tmp_path: Path) -> None:
     done = deferral("demo", "--out", str(tmp_path / "out"), "--seed", "1")
     assert done.returncode == 0, done.stderr

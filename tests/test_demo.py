@@ -1,12 +1,15 @@
 """The demos as a user runs them, and what the issue of the first release promised of their tables."""
 
 import json
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
 from rich.progress import Progress
 
+from deferral.cli import main
 from deferral.datasets import DataError, Images
 from deferral.datasets import digits as load_digits
 from deferral.demo import OURS, cifar10, convnet, digits
@@ -19,8 +22,30 @@ def run(seed: int, **options: bool) -> Comparison:
 
 
 @pytest.fixture(scope="module")
-def comparison() -> Comparison:
-    return run(0)
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, Path, str]:
+    """`deferral demo` as a user runs it: what was compared, the folder that it leaves, and what it prints."""
+    out, compared = tmp_path_factory.mktemp("demo"), []
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as printed:
+        real = digits.run
+        patch.setattr(digits, "run", lambda *given, **options: compared.append(real(*given, **options)) or compared[0])
+        main(["demo", "--out", str(out)])
+    return compared[0], out, printed.getvalue()
+
+
+@pytest.fixture(scope="module")
+def comparison(demo: tuple[Comparison, Path, str]) -> Comparison:
+    return demo[0]
+
+
+def test_the_command_prints_a_table_and_saves_pictures_and_figures(demo: tuple[Comparison, Path, str]) -> None:
+    _, out, printed = demo
+    assert any(line.startswith("two-stage deferral") and "±" in line for line in printed.splitlines())
+    names = ["digits-seed0-cost-coverage.png", "digits-seed0-who-answers.png", "digits-seed0.json"]
+    assert sorted(path.name for path in out.iterdir()) == names
+    assert all(f"wrote {out / name}" in printed for name in names)
+    figures = json.loads((out / "digits-seed0.json").read_text())
+    assert figures["settings"]["seed"] == 0
+    assert figures["methods"]["oracle"]["cost"]["low"] <= figures["methods"]["oracle"]["cost"]["high"]
 
 
 def test_the_rows_have_the_sizes_that_were_fixed(comparison: Comparison) -> None:

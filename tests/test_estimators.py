@@ -36,9 +36,10 @@ EXPECTED_FAILURES = {
 
 
 def checked_estimators() -> list:
-    """The fast tests hold one regressor; the others, and those that choose their penalty, are slow."""
+    """CI holds one regressor; the others, and those that choose their penalty, are slow."""
     slow = [DeferralClassifier(l2=10.0), *(cls() for cls in CLASSES)]
-    return [DeferralRegressor(l2=10.0), *(pytest.param(estimator, marks=pytest.mark.slow) for estimator in slow)]
+    one = pytest.param(DeferralRegressor(l2=10.0), marks=pytest.mark.ci_slow)
+    return [one, *(pytest.param(estimator, marks=pytest.mark.slow) for estimator in slow)]
 
 
 @pytest.mark.parametrize("estimator", checked_estimators(), ids=lambda e: f"{type(e).__name__}-{e.l2}")

@@ -163,6 +163,7 @@ def test_compiled_equals_eager_in_one_graph(case: Case) -> None:
     torch.testing.assert_close(value_and_gradient(compiled), value_and_gradient(case.loss))
 
 
+@pytest.mark.ci_slow
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_with_at_most_one_recompilation(backend: str) -> None:
     torch._dynamo.reset()

@@ -100,6 +100,12 @@ route = false
 """
 
 
+@pytest.fixture(autouse=True)
+def nobody_is_down(running: Any) -> None:
+    """Whatever came before: tests are handed out to processes in any order."""
+    calm(running.gateway)
+
+
 @pytest.fixture
 def client(running: Any) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=running.gateway.url, api_key=running.key, max_retries=0, timeout=20) as found:
