@@ -86,7 +86,8 @@ def ask_all(
         file = held.enter_context(answers.open("ab+"))
         claim(file, answers)
         found = answers_held(file, answers)
-        check_same(found, answers, questions, {expert.name: (expert.model, sent(expert, fields)) for expert in experts})
+        asking = {expert.name: (expert.model, sent(expert, fields)) for expert in experts}
+        check_same(found, answers, questions, asking)
         now = up_to_date(found, questions, experts)
         if now != found:
             with written_whole(answers) as partial:
@@ -96,7 +97,7 @@ def ask_all(
         done = {(answer["row"], answer["expert"]) for answer in now}
         result.answers, result.dollars = len(now), sum(answer["price"] for answer in now)
         result.cut.update(answer["expert"] for answer in now if answer.get("finish") == "length")
-        run = _Run(file, result, fields, most_dollars, patience, on_answer)
+        run = _Run(file, result, fields, asking, most_dollars, patience, on_answer)
         on_answer(result)
         try:
             asyncio.run(run.all(questions, experts, done, concurrent))
@@ -114,11 +115,12 @@ class _Run:
         file: BinaryIO,
         result: Result,
         fields: dict[str, Any],
+        asking: dict[str, tuple[str, dict[str, Any]]],
         most_dollars: float,
         patience: float,
         on_answer: Callable[[Result], None],
     ) -> None:
-        self.file, self.result, self.fields = file, result, fields
+        self.file, self.result, self.fields, self.asking = file, result, fields, asking
         self.most_dollars, self.patience, self.on_answer = most_dollars, patience, on_answer
 
     async def all(
@@ -147,6 +149,7 @@ class _Run:
             self.result.dollars += 0.0 if usage.estimated else price
             return f"answered with something that is no chat completion: {_refusal(reply.body)}"
         sure = confidence_of_reply(said) if expert.logprobs else None
+        model, request = self.asking[expert.name]
         line = {
             "row": question.row,
             "query": question.query,
@@ -161,8 +164,8 @@ class _Run:
             "time": round(began, 3),
             **question.given,
             **({} if sure is None else {"confidence": {name: one for name, one in sure._asdict().items() if one == one}}),
-            "model": expert.model,
-            "request": sent(expert, self.fields),
+            "model": model,
+            "request": request,
         }
         self.file.write(line_of(line))
         self.file.flush()

@@ -44,7 +44,13 @@ def _fields(context: click.Context, parameter: click.Parameter, text: str) -> di
 
 def _asking_options(command: Callable) -> Callable:
     for option in (
-        click.option("--dollars", type=click.FloatRange(min=0, min_open=True), help="Ask no more once all replies cost so much."),
+        click.option(
+            "--dollars",
+            "most_dollars",
+            type=click.FloatRange(min=0, min_open=True),
+            default=math.inf,
+            help="Ask no more once all replies cost so much.",
+        ),
         click.option(
             "--concurrent", type=click.IntRange(min=1), default=8, show_default=True, help="Questions to one at a time."
         ),
@@ -72,9 +78,7 @@ def ask(
     answers: Path,
     file: Path,
     only: tuple[str, ...],
-    fields: dict[str, Any],
-    concurrent: int,
-    dollars: float | None,
+    **how: Any,
 ) -> None:
     """Ask every expert every question of QUESTIONS, and add what they say to ANSWERS (.jsonl); `grade` makes a log of it.
 
@@ -87,17 +91,7 @@ def ask(
     experts = _chosen(read_experts(file), only)
     asked = read_questions(questions)
     with _progress(f"asking {', '.join(each.name for each in experts)}", len(asked) * len(experts)) as on_answer:
-        result = _asked(
-            lambda: ask_all(
-                asked,
-                experts,
-                answers,
-                fields=fields,
-                concurrent=concurrent,
-                most_dollars=math.inf if dollars is None else dollars,
-                on_answer=on_answer,
-            )
-        )
+        result = _asked(lambda: ask_all(asked, experts, answers, on_answer=on_answer, **how))
     click.echo(f"{answers}: {result.answers:,} answers, ${result.dollars:.4g}; {result.asked:,} of them of this run")
     _say_missing(result)
 
@@ -109,7 +103,7 @@ def ask(
     "--by",
     "rule",
     type=click.Choice([*RULES, _QUALITY]),
-    help="Compare with the reference (the whole answer, the words in it, the letter or the last number), or take the field "
+    help="Compare with the reference (the whole answer, the words in it, the letter or the number), or take the field "
     "quality that a program of yours has added to ANSWERS.",
 )
 @click.option("--judge", metavar="EXPERT", help="Or have EXPERT of the experts file say how good each answer is.")
@@ -123,9 +117,7 @@ def grade(
     judge: str | None,
     file: Path | None,
     replace: bool,
-    fields: dict[str, Any],
-    concurrent: int,
-    dollars: float | None,
+    **how: Any,
 ) -> None:
     """Say how good each of ANSWERS is, and write the log that `deferral route fit` learns from (.jsonl, .ndjson or .parquet).
 
@@ -147,17 +139,7 @@ def grade(
         [expert] = _chosen(read_experts(file), (judge,))
         verdicts = log.with_name(f"{log.name}.{re.sub(r'[^A-Za-z0-9.]+', '-', judge)}.jsonl")
         with _progress(f"{judge} is grading", None) as on_answer:
-            graded, result = _asked(
-                lambda: by_judge(
-                    answers,
-                    expert,
-                    verdicts,
-                    fields=fields,
-                    concurrent=concurrent,
-                    most_dollars=math.inf if dollars is None else dollars,
-                    on_answer=on_answer,
-                )
-            )
+            graded, result = _asked(lambda: by_judge(answers, expert, verdicts, on_answer=on_answer, **how))
     elif rule == _QUALITY:
         graded = by_field(answers)
     else:

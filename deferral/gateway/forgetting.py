@@ -10,13 +10,13 @@ from sqlalchemy import ColumnElement, Connection, Engine, func, select
 from deferral.gateway.database import adding, alone, delete_among, scrub
 from deferral.gateway.rows import plain
 from deferral.gateway.schema import cascades, decisions, feedback, forgotten, shadows, texts
+from deferral.gateway.windows import QUARTER
 
 __all__ = ["Forgotten", "forget", "forget_some", "meant", "old_costs", "on_record"]
 
 _AT_ONCE = 500
 _NAMED = 10
-# Windows of budgets begin on a quarter of an hour in every time zone, and last at most a month.
-_QUARTER = 900
+# Windows of budgets last at most a month.
 _LONGEST_WINDOW = 32 * 86400
 _SCRUBBING = 5.0
 
@@ -107,7 +107,7 @@ def forget_some(connection: Connection, wanted: ColumnElement[bool], count: int)
         return Forgotten()
     costs: dict[tuple[str, float], float] = {}
     for row in rows:
-        quarter = row.key, math.floor(row.time / _QUARTER) * float(_QUARTER)
+        quarter = row.key, math.floor(row.time / QUARTER) * float(QUARTER)
         costs[quarter] = costs.get(quarter, 0.0) + row.price
     _keep_costs(connection, costs)
     ids = [row.id for row in rows]

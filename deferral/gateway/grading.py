@@ -14,7 +14,7 @@ from deferral.gateway.asking import Result, ask_all
 from deferral.gateway.experts_file import Expert
 from deferral.routing.confidence import check_confidence
 from deferral.routing.grades import RULES
-from deferral.routing.outcomes import Log, Outcome
+from deferral.routing.outcomes import Log, Outcome, check_number
 
 __all__ = ["Graded", "by_field", "by_judge", "by_rule"]
 
@@ -74,11 +74,7 @@ def by_field(answers: Path) -> Graded:
 
     def quality(row: int, answer: dict[str, Any]) -> float | None:
         given = answer.get("quality")
-        if given is None:
-            return None
-        if isinstance(given, bool) or not isinstance(given, int | float) or not 0 <= given <= 1:
-            raise DataError(f"{answers}: row {row}, quality: expected a number in [0, 1], got {given!r}")
-        return float(given)
+        return None if given is None else check_number(row, "quality", given)
 
     return _graded(answers, quality)
 

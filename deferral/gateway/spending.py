@@ -9,14 +9,13 @@ from typing import Any
 from sqlalchemy import BigInteger, Engine, case, cast, func, literal, select, union_all
 
 from deferral.gateway.schema import cascades, decisions, forgotten
+from deferral.gateway.windows import QUARTER
 
 __all__ = ["BY", "DELETED", "Spent", "spending"]
 
 BY = ("key", "expert", "day", "month")
 # What was deleted from the record is known by key and time alone, and for 32 days: as long as a budget can need it.
 DELETED = "(deleted)"
-# Days begin at a quarter of an hour in every zone.
-_QUARTER = 900
 
 
 @dataclass(slots=True)
@@ -48,7 +47,7 @@ def spending(
         raise ValueError(f"by: expected different ones of {', '.join(BY)}, at least one, got {', '.join(unknown) or 'none'}")
     found: dict[tuple[str, ...], Spent] = defaultdict(Spent)
     for key, expert, quarter, *figures in _rows(engine, since, until):
-        moment = datetime.fromtimestamp(quarter * _QUARTER, zone)
+        moment = datetime.fromtimestamp(quarter * QUARTER, zone)
         told = {
             "key": names.get(key, key or "(no key)"),
             "expert": expert or "(nobody)",
@@ -66,7 +65,7 @@ def _rows(engine: Engine, since: float, until: float) -> Iterator[Any]:
     d, f, c = decisions.c, forgotten.c, cascades.c
     # PostgreSQL rounds where SQLite cuts.
     whole = func.floor if engine.dialect.name == "postgresql" else lambda value: value
-    quarter = cast(whole(d.time / _QUARTER), BigInteger)
+    quarter = cast(whole(d.time / QUARTER), BigInteger)
     guessed = func.sum(case((d.estimated & (d.price > 0), 1), else_=0))
     sums = (func.count(), guessed, *map(func.sum, (d.input_tokens, d.output_tokens, d.price)))
     nothing = [literal(0)] * 4
@@ -76,7 +75,7 @@ def _rows(engine: Engine, since: float, until: float) -> Iterator[Any]:
     both = select(decisions).join(cascades, c.decision == d.id).where(recent & (c.extra > 0))
     first = both.with_only_columns(d.key, c.first, quarter, *nothing, func.sum(c.extra)).group_by(d.key, c.first, quarter)
     second = both.with_only_columns(d.key, d.expert, quarter, *nothing, -func.sum(c.extra)).group_by(d.key, d.expert, quarter)
-    gone = select(f.key, literal(DELETED), cast(whole(f.time / _QUARTER), BigInteger), *nothing, f.price)
+    gone = select(f.key, literal(DELETED), cast(whole(f.time / QUARTER), BigInteger), *nothing, f.price)
     gone = gone.where(f.time >= since, f.time < until)
     # One statement: what is deleted meanwhile must not be counted twice.
     with engine.connect() as connection:

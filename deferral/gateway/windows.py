@@ -5,7 +5,7 @@ from datetime import UTC, datetime, timedelta, tzinfo
 from typing import Literal, get_args
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-__all__ = ["WINDOWS", "Span", "WindowName", "minute_of", "span", "time_zone"]
+__all__ = ["QUARTER", "WINDOWS", "Span", "WindowName", "minute_of", "span", "time_zone"]
 
 WindowName = Literal["hour", "day", "week", "month"]
 WINDOWS: tuple[WindowName, ...] = get_args(WindowName)
@@ -44,6 +44,10 @@ def span(window: WindowName, time: float, zone: tzinfo) -> Span:
         raise ValueError(f"window: expected one of {', '.join(WINDOWS)}, got {window!r}")
     # Of a midnight that comes twice the first is meant; one that is left out is the instant of the change.
     return Span(first.replace(tzinfo=zone).timestamp(), after.replace(tzinfo=zone).timestamp())
+
+
+# Windows of budgets, days and months begin on a quarter of an hour in every time zone.
+QUARTER = 900
 
 
 def time_zone(name: str) -> tzinfo:
