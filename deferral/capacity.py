@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from deferral.decision import decide
+from deferral.errors import installing
 from deferral.validation import checked_scores
 
 try:
     from scipy.optimize import linprog
     from scipy.sparse import coo_array
 except ModuleNotFoundError as error:
-    raise ImportError("capacities need SciPy: pip install 'deferral[calibration]'") from error
+    raise ImportError(f"capacities need SciPy: {installing('calibration')}") from error
 
 __all__ = ["Assignment", "fit_capacities"]
 

@@ -11,16 +11,16 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import deferral
+from deferral.errors import DataError, installing
+
 try:
     import click
     from click.core import ParameterSource
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 except ModuleNotFoundError as error:
-    sys.exit(f"the command line needs {error.name}: pip install 'deferral[cli]'")
-
-import deferral
-from deferral.errors import DataError
+    sys.exit(f"the command line needs {error.name}: {installing('cli')}")
 
 if TYPE_CHECKING:
     import torch

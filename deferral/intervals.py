@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from deferral.arrays import numpy_or_torch
+from deferral.errors import installing
 from deferral.metrics import average
 
 __all__ = [
@@ -214,7 +215,7 @@ def over_seeds(values: Tensor, *, level: float = 0.95) -> SeedFigures:
     try:
         from scipy.stats import t
     except ModuleNotFoundError as error:
-        raise ImportError("Student's interval needs SciPy: pip install 'deferral[calibration]'") from error
+        raise ImportError(f"Student's interval needs SciPy: {installing('calibration')}") from error
     deviation = float(figures.std())
     half = float(t.ppf((1 + level) / 2, count - 1)) * deviation / count**0.5
     return SeedFigures(mean=mean, deviation=deviation, count=count, low=mean - half, high=mean + half)

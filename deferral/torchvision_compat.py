@@ -11,6 +11,8 @@ from types import ModuleType
 
 import torch
 
+from deferral.errors import installing
+
 __all__ = ["import_torchvision"]
 
 _declared: list[torch.library.Library] = []
@@ -23,7 +25,7 @@ def import_torchvision() -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name != "torchvision":
             raise
-        raise ImportError("image data needs torchvision: pip install 'deferral[vision]'") from error
+        raise ImportError(f"image data needs torchvision: {installing('vision')}") from error
     except RuntimeError as error:
         if "torchvision::nms" not in str(error):
             raise

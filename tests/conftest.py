@@ -29,7 +29,7 @@ def data_root() -> Path:
 def postgres() -> Iterator[str]:
     """The address of a PostgreSQL server, or a skip that says what is missing."""
     if importlib.util.find_spec("psycopg") is None:
-        pytest.skip("PostgreSQL: pip install 'deferral[postgres]'")
+        pytest.skip("PostgreSQL: pip install '.[postgres]'")
     from tests.postgres_server import binaries, running
 
     programs = binaries()

@@ -170,4 +170,4 @@ except ValueError as error:
     print(error)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert "pip install 'deferral[traces]'" in done.stdout
+    assert "pip install '.[traces]'" in done.stdout

@@ -325,7 +325,7 @@ def test_without_its_extra_the_command_names_it() -> None:
     program = "import sys; sys.modules['threadpoolctl'] = None; from deferral.cli import main; main(['route', '--help'])"
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert found.returncode == 1
-    assert "the router needs threadpoolctl: pip install 'deferral[router]'" in found.stderr
+    assert "the router needs threadpoolctl: pip install '.[router]'" in found.stderr
     assert "Traceback" not in found.stderr
 
 

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from deferral.certified.risks import DeferralRate, Risk, SelectiveRisk, check_groups, checked_risks, of_rows
+from deferral.errors import installing
 from deferral.validation import require_floating
 
 try:
     from scipy.special import bdtr, rel_entr
 except ModuleNotFoundError as error:
-    raise ImportError("certified thresholds need SciPy: pip install 'deferral[calibration]'") from error
+    raise ImportError(f"certified thresholds need SciPy: {installing('calibration')}") from error
 
 __all__ = ["Certificate", "certify", "certify_by_group", "safest_first"]
 

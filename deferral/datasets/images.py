@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deferral.errors import DataError
+from deferral.errors import DataError, installing
 from deferral.torchvision_compat import import_torchvision
 
 __all__ = ["Images", "cifar10", "cifar100", "digits", "svhn"]
@@ -37,7 +37,7 @@ def digits() -> Images:
     try:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError as error:
-        raise ImportError("the digits need scikit-learn: pip install 'deferral[sklearn]'") from error
+        raise ImportError(f"the digits need scikit-learn: {installing('sklearn')}") from error
     images, labels = load_digits(return_X_y=True)
     pixels = torch.from_numpy(images / images.max()).float().reshape(-1, 1, 8, 8)
     return Images(pixels, torch.from_numpy(labels).long())

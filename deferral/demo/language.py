@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deferral.errors import installing
 from deferral.torchvision_compat import import_torchvision
 
 try:
@@ -23,7 +24,7 @@ try:
     from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
     from transformers.utils.logging import disable_progress_bar
 except ModuleNotFoundError as error:
-    raise ImportError(f"the language models need {error.name}: pip install 'deferral[gateway-demo]'") from error
+    raise ImportError(f"the language models need {error.name}: {installing('gateway-demo')}") from error
 
 __all__ = ["END", "ROLES", "LanguageModel", "Sampling", "Step", "TooLong", "make_tokenizer", "new_model"]
 

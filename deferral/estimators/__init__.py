@@ -5,10 +5,12 @@ rows that it did not see what every action will cost, and fits the threshold; `p
 says who answers, `expected_cost` why.
 """
 
+from deferral.errors import installing
+
 try:
     import sklearn  # noqa: F401
 except ModuleNotFoundError as error:
-    raise ImportError("the estimators need scikit-learn: pip install 'deferral[sklearn]'") from error
+    raise ImportError(f"the estimators need scikit-learn: {installing('sklearn')}") from error
 
 from deferral.estimators.classification import AbstainingClassifier, DeferralClassifier
 from deferral.estimators.regression import AbstainingRegressor, DeferralRegressor

@@ -8,7 +8,7 @@ from zipfile import BadZipFile
 
 from torch import nn
 
-from deferral.errors import DataError
+from deferral.errors import DataError, installing
 from deferral.estimators.predictor import module_digest
 
 __all__ = ["load", "save"]
@@ -27,7 +27,7 @@ def _skops() -> Any:
     try:
         import skops.io
     except ModuleNotFoundError as error:
-        raise ImportError("save and load need skops: pip install 'deferral[sklearn]'") from error
+        raise ImportError(f"save and load need skops: {installing('sklearn')}") from error
     return skops.io
 
 

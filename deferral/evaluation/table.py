@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from deferral.errors import DataError
+from deferral.errors import DataError, installing
 
 try:
     import pyarrow as pa
@@ -15,7 +15,7 @@ try:
     import pyarrow.csv
     import pyarrow.parquet
 except ModuleNotFoundError as error:
-    raise ImportError("reading tables of outputs needs pyarrow: pip install 'deferral[evaluate]'") from error
+    raise ImportError(f"reading tables of outputs needs pyarrow: {installing('evaluate')}") from error
 
 __all__ = ["Table"]
 

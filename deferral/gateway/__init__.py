@@ -8,6 +8,8 @@ or `deferral serve router/ --experts experts.toml`.
 
 from importlib.util import find_spec
 
+from deferral.errors import installing
+
 for _needed in ("aiohttp", "prometheus_client", "sqlalchemy", "starlette", "uvicorn"):
     if find_spec(_needed) is None:
-        raise ImportError(f"the gateway needs {_needed}: pip install 'deferral[gateway]'")
+        raise ImportError(f"the gateway needs {_needed}: {installing('gateway')}")

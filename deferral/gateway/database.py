@@ -15,7 +15,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, OperationalError
 
-from deferral.errors import DataError
+from deferral.errors import DataError, installing
 from deferral.gateway.migrations import migrate
 from deferral.gateway.schema import VERSION, decisions, tables, version
 
@@ -84,7 +84,7 @@ def connect(url: str) -> Engine:
         # What clients asked must not get into messages of errors.
         engine = create_engine(parsed, hide_parameters=True)
     except ModuleNotFoundError as error:
-        raise ValueError(f"database: {error}; PostgreSQL needs `pip install 'deferral[postgres]'`") from None
+        raise ValueError(f"database: {error}; PostgreSQL needs {installing('postgres')}") from None
     except (ArgumentError, NoSuchModuleError):
         raise ValueError(f"database: expected {expected}; got another") from None
     event.listen(engine, "connect", _set_pragmas)

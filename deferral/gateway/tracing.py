@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from yarl import URL
 
+from deferral.errors import installing
 from deferral.gateway.experts_file import Expert
 from deferral.gateway.rows import DecisionRow, plain
 
@@ -27,7 +28,7 @@ try:
     from opentelemetry.trace import Span, SpanKind, StatusCode, set_span_in_context
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 except ModuleNotFoundError as error:
-    raise ValueError(f"traces: {error}; they need `pip install 'deferral[traces]'`") from None
+    raise ValueError(f"traces: {error}; they need {installing('traces')}") from None
 
 if TYPE_CHECKING:
     from deferral.gateway.deciding import Choice

@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deferral.errors import installing
 from deferral.intervals import Interval
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ def new_figure(width: float = 7.0, height: float = 4.5) -> "tuple[Figure, Axes]"
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        raise ImportError("pictures need Matplotlib: pip install 'deferral[plots]'") from error
+        raise ImportError(f"pictures need Matplotlib: {installing('plots')}") from error
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.add_subplot()
 

@@ -6,9 +6,11 @@ router.route("prove that the limit is prime").expert
 
 from importlib.util import find_spec
 
+from deferral.errors import installing
+
 # Found, not imported: what only learning needs takes more memory than a gateway does.
 if missing := [name for name in ("scipy", "safetensors", "threadpoolctl") if find_spec(name) is None]:
-    raise ImportError(f"the router needs {', '.join(missing)}: pip install 'deferral[router]'")
+    raise ImportError(f"the router needs {', '.join(missing)}: {installing('router')}")
 
 from deferral.routing.cascade import Cascade
 from deferral.routing.cascade_fitting import answers_in, fit_cascade

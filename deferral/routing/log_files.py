@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from deferral.errors import DataError
+from deferral.errors import DataError, installing
 from deferral.routing.confidence import Confidence, check_confidence
 from deferral.routing.outcomes import NUMBERS, Log, Outcome, check_number, check_tags, check_text
 from deferral.whole_files import written_whole
@@ -207,5 +207,5 @@ def _pyarrow() -> Any:
         import pyarrow
         import pyarrow.parquet
     except ModuleNotFoundError as error:
-        raise ImportError("logs in Parquet need pyarrow: pip install 'deferral[router]'") from error
+        raise ImportError(f"logs in Parquet need pyarrow: {installing('router')}") from error
     return pyarrow

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from deferral.errors import DataError
+from deferral.errors import DataError, installing
 from deferral.routing.sentences import INT8, MAX_TOKENS, NOTE, PLAIN, TOKENS, OnnxEncoder, mean_pooled
 
 __all__ = ["export"]
@@ -121,7 +121,7 @@ def _model(source: Path) -> Any:
     try:
         from transformers import AutoModel
     except ModuleNotFoundError as error:
-        raise ImportError("the export needs transformers: pip install 'deferral[encoders-export]'") from error
+        raise ImportError(f"the export needs transformers: {installing('encoders-export')}") from error
     try:
         model = AutoModel.from_pretrained(str(source), local_files_only=True, attn_implementation="eager")
     except (OSError, ValueError) as error:
@@ -142,7 +142,7 @@ def _write(model: nn.Module, path: Path) -> None:
                 dynamic_shapes=(sizes, sizes, sizes), external_data=False, dynamo=True, verbose=False,
             )  # fmt: skip
     except ModuleNotFoundError as error:
-        raise ImportError(f"the export needs {error.name}: pip install 'deferral[encoders-export]'") from error
+        raise ImportError(f"the export needs {error.name}: {installing('encoders-export')}") from error
 
 
 def _quantise(plain: Path, path: Path) -> None:

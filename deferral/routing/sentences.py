@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from deferral.errors import DataError
+from deferral.errors import DataError, installing
 
 __all__ = [
     "INT8",
@@ -54,7 +54,7 @@ class OnnxEncoder:
             import onnxruntime
             from tokenizers import Tokenizer
         except ModuleNotFoundError as error:
-            raise ImportError("encoders in ONNX need onnxruntime and tokenizers: pip install 'deferral[encoders]'") from error
+            raise ImportError(f"encoders in ONNX need onnxruntime and tokenizers: {installing('encoders')}") from error
         folder = Path(folder)
         model = folder / (PLAIN if (folder / PLAIN).is_file() else INT8)
         for path in (model, folder / TOKENS):
@@ -126,8 +126,8 @@ class TransformersEncoder:
             if error.name != "sentence_transformers":
                 raise
             raise ImportError(
-                f"{folder} holds no {PLAIN}: make one with `deferral route export-encoder {folder} OUT` (pip install "
-                "'deferral[encoders-export]'), or pip install sentence-transformers"
+                f"{folder} holds no {PLAIN}: make one with `deferral route export-encoder {folder} OUT` "
+                f"({installing('encoders-export')}), or pip install sentence-transformers"
             ) from error
         files = [path for path in sorted(folder.rglob("*")) if path.suffix in (*_WEIGHTS, *_SETTINGS) and path.is_file()]
         if not any(path.suffix in _WEIGHTS for path in files):
