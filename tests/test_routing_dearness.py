@@ -9,6 +9,7 @@ import pytest
 from deferral.routing import Log, Outcome, PriceModel, Router, log_of_table
 from deferral.routing.encoders import FunctionEncoder
 from deferral.routing.held_out import random_folds
+from deferral.routing.partial_logs import observed
 from deferral.routing.policies import Clusters, Neighbours
 from deferral.routing.prices import dearness
 
@@ -37,12 +38,15 @@ def asked(rows: int, seed: int = 0) -> tuple[list[str], np.ndarray, np.ndarray, 
     return texts, proof, quality, price
 
 
-def single_answers() -> Log:
-    """600 queries, each answered by one of the two, drawn by a coin."""
-    texts, _, quality, price = asked(600)
-    chosen = (np.random.default_rng(3).random(600) < 0.5).astype(int)
+def single_answers(rows: int = 600, *, proofs_to_talker: float = 0.5, seed: int = 0) -> Log:
+    """Queries that one of the two answered each; the talker is drawn for a proof with this probability, else with the other."""
+    texts, proof, quality, price = asked(rows, seed)
+    chance = np.where(proof, proofs_to_talker, 1 - proofs_to_talker)
+    chosen = (np.random.default_rng(3).random(rows) < chance).astype(int)
     return Log(
-        Outcome(text, EXPERTS[place], quality[row, place], price[row, place], propensity=0.5)
+        Outcome(
+            text, EXPERTS[place], quality[row, place], price[row, place], propensity=chance[row] if place else 1 - chance[row]
+        )
         for row, (text, place) in enumerate(zip(texts, chosen, strict=True))
     )
 
@@ -80,7 +84,7 @@ def test_where_length_says_it_all_nothing_else_is_remembered() -> None:
     texts, _, quality, _ = asked(400)
     price = np.array([[len(text)] for text in texts]) * [[1e-5, 1e-4]]
     table = log_of_table(texts, EXPERTS, quality, price).table()
-    assert dearness(table) is None
+    assert dearness(table, np.ones(price.shape)) is None
     learned = Router(0.02, encoder=counts, policies=QUICK).fit(table)
     assert learned.fitted.memory.beside == 0
     np.testing.assert_allclose(learned.route_batch(texts).price, price, rtol=1e-6)
@@ -129,7 +133,8 @@ def test_experts_that_come_and_go_keep_the_others_prices() -> None:
 def test_of_a_log_of_single_answers_only_what_was_paid_counts() -> None:
     _, _, _, price = asked(600)
     log = single_answers()
-    found, known = dearness(log.table()) or pytest.fail("length cannot say what these cost")
+    table = log.table()
+    found, known = dearness(table, observed(table)) or pytest.fail("length cannot say what these cost")
     np.testing.assert_array_equal(known.sum(1), 1)
     assert not found[~known].any()
     learned = Router(0.02, encoder=counts, policies=QUICK).fit(log)
@@ -179,15 +184,21 @@ def test_prices_that_are_named_are_paid_as_they_are_foreseen() -> None:
     assert not named.route_batch(unseen).fallback.any()
 
 
-def test_what_was_not_logged_is_paid_as_it_is_foreseen() -> None:
-    _, _, _, price = asked(600)
+def test_what_was_not_logged_is_paid_as_it_is_foreseen_and_what_was_corrects_that() -> None:
+    texts, _, _, price = asked(600)
     log = single_answers()
     state = Router(0.02, encoder=counts, policies=QUICK).fit(log).fitted
     column = state.experts.index("talker")
-    unlogged = np.isin(state.held.price[:, column], price[:, 1], invert=True)
-    assert 200 < unlogged.sum() < 400
+    place = {text: row for row, text in enumerate(texts)}
+    paid = {place[one.query]: one.price for one in log if one.expert == "talker"}
+    queries = log.table().queries
     foreseen = state.priced(state.held.length, state.held.dearness)[:, column]
-    np.testing.assert_allclose(state.held.price[unlogged, column], foreseen[unlogged])
+    logged = np.array([place[query] in paid for query in queries])
+    assert 200 < logged.sum() < 400
+    np.testing.assert_allclose(state.held.price[~logged, column], foreseen[~logged])
+    truth = price[[place[query] for query in queries], 1]
+    corrected = foreseen + (truth - foreseen) * len(logged) / logged.sum()
+    np.testing.assert_allclose(state.held.price[logged, column], corrected[logged], rtol=1e-5)
     # Of a proof and of a fact, and not of the mean of both.
     assert np.quantile(foreseen, 0.75) > 3 * np.quantile(foreseen, 0.25)
 
@@ -235,3 +246,33 @@ def counts_encoder(texts: list[str]) -> FunctionEncoder:
     encoder = FunctionEncoder(counts)
     encoder.fit(texts)
     return encoder
+
+
+@pytest.mark.parametrize("proofs_to_talker", [0.1, 0.9])
+def test_what_an_expert_costs_is_not_what_it_cost_on_the_queries_it_was_mostly_asked(proofs_to_talker: float) -> None:
+    log = single_answers(1500, proofs_to_talker=proofs_to_talker)
+    learned = Router(0.02, encoder=counts, policies=QUICK).fit(log)
+    unseen, _, _, price = asked(2000, seed=1)
+    order = [EXPERTS.index(name) for name in learned.experts]
+    truth = price[:, order].mean(0)
+    logged = [one.price for one in log if one.expert == "talker"]
+    assert abs(np.mean(logged) / truth[order.index(1)] - 1) > 0.5
+    np.testing.assert_allclose(learned.fitted.mean_price, truth, rtol=0.1)
+    np.testing.assert_allclose(learned.fitted.held.price.mean(0), truth, rtol=0.1)
+    for budget in (4.0, 8.0):
+        for by_mix in (None, False):
+            actions = learned.route_batch(unseen, budget=budget, learned=by_mix).actions
+            assert 1000 * price[:, order][np.arange(len(unseen)), actions].mean() < 1.15 * budget
+
+
+def test_a_newcomers_price_is_that_of_all_queries() -> None:
+    other = Router(0.02, encoder=counts)
+    other.encoder, other._fitted = router().encoder, router().fitted
+    newcomer = Log(
+        Outcome(one.query, "new", one.quality, one.price, propensity=one.propensity)
+        for one in single_answers(1500, proofs_to_talker=0.9, seed=2)
+        if one.expert == "talker"
+    )
+    other.add_expert(newcomer)
+    assert np.mean([one.price for one in newcomer]) > 0.016
+    np.testing.assert_allclose(other.fitted.mean_price[-1], 0.011, rtol=0.15)

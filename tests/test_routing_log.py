@@ -250,7 +250,8 @@ def test_fitted_prices_are_the_line_that_made_them() -> None:
     base, slope = np.array([1e-4, 0.0, 2e-3]), np.array([2e-6, 3e-6, 0.0])
     price = base + np.array([[len(query)] for query in queries]) * slope
     mask = generator.random(price.shape) < 0.7
-    model = fit_prices(log_of_table(queries, ["a", "b", "c"], np.zeros(price.shape), price, mask).table(["a", "b", "c"]))
+    table = log_of_table(queries, ["a", "b", "c"], np.zeros(price.shape), price, mask).table(["a", "b", "c"])
+    model = fit_prices(table, table.mask)
     np.testing.assert_allclose(model.base, base, atol=1e-12)
     np.testing.assert_allclose(model.per_character, slope, atol=1e-12)
 
@@ -258,7 +259,7 @@ def test_fitted_prices_are_the_line_that_made_them() -> None:
 def test_fitted_prices_are_never_negative_nor_falling() -> None:
     queries = ["x", "x" * 50, "x" * 100]
     price = np.array([[0.3, 0.0], [0.2, 0.0], [0.1, 0.9]])
-    model = fit_prices(log_of_table(queries, ["falling", "steep"], np.zeros((3, 2)), price).table())
+    model = fit_prices(log_of_table(queries, ["falling", "steep"], np.zeros((3, 2)), price).table(), np.ones((3, 2)))
     assert model.per_character[0] == 0
     assert (model(np.array([0.0, 1.0, 1000.0])) >= 0).all()
 

@@ -12,7 +12,7 @@ from deferral.routing.cascade import Cascade, Paid, features, logit, network_inp
 from deferral.routing.encoders import Arrays, FunctionEncoder
 from deferral.routing.held_out import FOLDS, grid, mean_and_half, random_folds
 from deferral.routing.outcomes import Log, Table
-from deferral.routing.partial_logs import LEAST_PROPENSITY
+from deferral.routing.partial_logs import LEAST_PROPENSITY, observed
 from deferral.routing.persistence import check_unchanged, written
 from deferral.routing.policies.networks import trained, two_layers
 from deferral.routing.policies.rejector import priced_loss
@@ -91,7 +91,8 @@ def answers_in(
     quality[:, place], paid[:, place], mask[:, place] = log.column("quality")[rows], log.column("price")[rows], True
     # The router's prices may be others than those of the log.
     characters = np.array([len(table.queries[row]) for row in query], float)
-    paid = repriced(paid, fit_prices(table)(characters), router.fitted.prices(characters))
+    before = fit_prices(table, observed(table))(characters)
+    paid = np.maximum(repriced(paid, before, router.fitted.prices(characters)), 0)
     price = np.where(mask, paid, expected[query])
     propensity = _propensities(table.propensity[query].astype(float), mask)
     propensity[:, place] = 1.0
@@ -272,19 +273,20 @@ def _costs(cascade: Cascade, held: Answered, guess: np.ndarray, errors: np.ndarr
     """Cost of every answer at every price of an error: alone, always asked first, by the cascade; who was asked first, and then
     deferred; the cost of always asking each expert.  -> (G, N) three times, (G, N) bool twice, (G, N, E)
 
-    Unknown qualities are guessed, and known ones correct the guess by 1 / propensity: doubly robust.
+    Unknown qualities are guessed, unknown prices expected, and known ones correct that by 1 / propensity: doubly robust.
     """
     place, rows = cascade.place, np.arange(len(held))
     quality = guess + np.where(held.mask, (held.quality - guess) / held.propensity, 0.0)
+    price = held.expected + np.where(held.mask, (held.price - held.expected) / held.propensity, 0.0)
     order = np.argsort(held.expected.mean(0), kind="stable")
     single, alone, always, cascaded, asked, deferred = [], [], [], [], [], []
     for error in errors:
-        cost = 1 - quality + held.price / error
+        cost = 1 - quality + price / error
         expected = 1 - held.estimate + held.expected / error
         direct = cost[rows, order[expected[:, order].argmin(1)]]
         action, _, _ = cascade.after(held.confidence, held.estimate, held.expected, error)
         other = action != place
-        through = cost[rows, action] + np.where(other, held.price[:, place] / error, 0.0)
+        through = cost[rows, action] + np.where(other, price[:, place] / error, 0.0)
         first, going = cascade.before(held.estimate, held.expected, error)
         asks = first < going
         single.append(cost)

@@ -347,8 +347,9 @@ class Fitted:
         off = quality - basis @ common - self.means.mean()
         mean, *slope = np.linalg.solve(columns.T @ (weights * columns) + penalty, (weights * columns).T @ off)
         mean = float(np.clip(mean + self.means.mean(), 0, 1))
-        prices = fit_prices(table)
-        latency = float(np.nanmean(table.latency)) if not np.isnan(table.latency).all() else np.nan
+        prices = fit_prices(table, weights)
+        timed = ~np.isnan(table.latency)
+        latency = float(np.average(table.latency[timed], weights=weights[timed])) if timed.any() else np.nan
         return self._with(table.experts[0], mean, prices, latency, common + np.array(slope))
 
     def with_description(self, name: str, quality: float, price: float, per_character: float) -> "Fitted":

@@ -27,7 +27,7 @@ from deferral.routing.outcomes import Table
 from deferral.routing.partial_logs import doubly_robust, observed
 from deferral.routing.policies import Beside, Heads, Neighbours, Policy, Rejector, expert_means
 from deferral.routing.policies.centres import nearest_centre, spherical_centres
-from deferral.routing.prices import PriceModel, dearness, fit_prices, shortest
+from deferral.routing.prices import PriceModel, dearness, fit_prices, paid_on_average, shortest
 from deferral.routing.shift import familiarity, refitted, shifted_folds, shrinkage
 from deferral.routing.static import fingerprints
 from deferral.threads import one_thread
@@ -57,18 +57,18 @@ def fitted(
     outcomes = doubly_robust(vectors, quality, weights, seed=seed)
     ones = np.ones_like(outcomes)
     means = expert_means(outcomes, ones)
-    model = fit_prices(table) if prices is None else prices
+    model = fit_prices(table, weights) if prices is None else prices
     length = np.array([len(text) for text in table.queries], float)
     price = full_price(table, model) if prices is None else model(length)
     rows, experts = quality.shape
-    above = dearness(table)
+    above = dearness(table, weights)
     memory = neighbours(policies).fit(vectors, outcomes, ones, means, seed=seed, beside=above)
     state = Fitted(
         experts=tuple(table.experts),
         means=means,
         prices=model,
-        mean_price=price.mean(0),
-        latency=_mean_latency(table),
+        mean_price=(paid_on_average(price, model(length), weights) if prices is None else price).mean(0),
+        latency=_mean_latency(table, weights),
         extension=np.eye(experts, dtype=np.float32),
         policies=(),
         weights=(),
@@ -125,7 +125,7 @@ def _learned(state: Fitted, data: _Rows, policies: Sequence[Callable[[], Policy]
     estimates, costs, winner = _compared(held, expected, paid)
     here = blend(_only(held, list(held.deviations) if winner == "blend" else [winner]))
     likeness = _likeness(part.vectors, held, seed)
-    abroad, reliance, familiar = _elsewhere(policies, part.vectors, part.quality, part.weights, paid, likeness, seed)
+    abroad, reliance, familiar = _elsewhere(policies, part.vectors, part.quality, part.weights, part.price, likeness, seed)
     used = [make for make in policies if here.get(make().kind, 0) > 0 or abroad.get(make().kind, 0) > 0]
     learned = tuple(
         state.memory
@@ -186,7 +186,7 @@ def _priced(
         return state, foreseen, expected, part.price
     # What was not logged costs what it is expected to, and what was, as much more than its length says at other prices.
     paid = part.price if logged else dear.priced(part.length, above)
-    return state, foreseen, expected, np.where(known, paid, expected)
+    return state, foreseen, expected, paid_on_average(paid, expected, part.weights)
 
 
 def _compared(held: HeldOut, expected: np.ndarray, paid: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, float], str]:
@@ -271,8 +271,8 @@ def _without_own_fold(held: HeldOut, names: Sequence[str]) -> np.ndarray:
     return result
 
 
-def _mean_latency(table: Table) -> np.ndarray:
-    known = ~np.isnan(table.latency)
-    count = known.sum(0)
-    sums = np.where(known, table.latency, 0).sum(0)
-    return np.where(count > 0, sums / np.maximum(count, 1), np.nan)
+def _mean_latency(table: Table, weights: np.ndarray) -> np.ndarray:
+    known = ~np.isnan(table.latency) * weights.astype(float)
+    mass = known.sum(0)
+    sums = (np.nan_to_num(table.latency) * known).sum(0)
+    return np.where(mass > 0, sums / np.where(mass > 0, mass, 1), np.nan)

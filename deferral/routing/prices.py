@@ -16,6 +16,7 @@ __all__ = [
     "error_range",
     "fit_prices",
     "list_prices",
+    "paid_on_average",
     "price_gaps",
     "read_prices",
     "repriced",
@@ -84,19 +85,23 @@ def list_prices(
     return PriceModel(out * tokens / 1e6, into / CHARACTERS_PER_TOKEN / 1e6)
 
 
-def fit_prices(table: Table) -> PriceModel:
-    """The least-squares line of each expert's logged price over the length of the query, never falling nor negative."""
+def fit_prices(table: Table, weights: np.ndarray) -> PriceModel:
+    """The least-squares line of each expert's logged price over the length of the query, never falling nor negative.
+
+    `weights` (N, E) are those of the known cells, 0 elsewhere: an expert that is mostly asked what is dear to answer is not as
+    dear as its log.
+    """
     characters = np.array([len(query) for query in table.queries], float)
-    return PriceModel(*_lines(characters, table.price, table.mask))
+    return PriceModel(*_lines(characters, table.price, weights))
 
 
-def dearness(table: Table) -> tuple[np.ndarray, np.ndarray] | None:
+def dearness(table: Table, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     """How much dearer each answer was than the length of its query says, in mean prices of its expert; and which are known.
 
-    -> (N, E) float32, (N, E) bool, or None where length says it all.
+    -> (N, E) float32, (N, E) bool, or None where length says it all.  `weights` (N, E) as for `fit_prices`.
     """
-    characters, line = np.array([len(query) for query in table.queries], float), fit_prices(table)
-    mean = np.where(table.mask, table.price, 0).sum(0) / np.maximum(table.mask.sum(0), 1)
+    characters, line = np.array([len(query) for query in table.queries], float), fit_prices(table, weights)
+    mean = _weighted_mean(np.where(table.mask, table.price, 0), weights)
 
     def beyond(length: np.ndarray) -> np.ndarray:
         return np.where(table.mask, table.price - line(length), 0) / np.where(mean > 0, mean, 1)
@@ -106,13 +111,25 @@ def dearness(table: Table) -> tuple[np.ndarray, np.ndarray] | None:
     return beyond(np.maximum(characters, shortest(characters))).astype(np.float32), table.mask
 
 
+def paid_on_average(paid: np.ndarray, expected: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Doubly robust prices: expected + weight * (paid - expected), what is expected where nothing was paid.  (N, E) thrice
+
+    An expert's weights are scaled to add up to the number of rows.  Single rows may come out negative; means are right if either
+    the weights or the expectations are.  Dudík, Langford, Li, "Doubly Robust Policy Evaluation and Learning" (2011), eq. 2.
+    """
+    if (weights == 1).all():
+        return paid
+    factor = weights * (len(weights) / np.maximum(weights.sum(0), 1e-12))
+    return expected + np.where(weights > 0, factor * (paid - expected), 0)
+
+
 def repriced(paid: np.ndarray, before: np.ndarray, after: np.ndarray) -> np.ndarray:
     """What answers would cost at other prices, where by their length they cost `before`, and would cost `after`.  (N, E) thrice
 
     What was paid above that grows in proportion to the expert's mean.
     """
     means = before.mean(0)
-    return np.maximum(after + (paid - before) * (after.mean(0) / np.where(means > 0, means, np.inf)), 0)
+    return after + (paid - before) * (after.mean(0) / np.where(means > 0, means, np.inf))
 
 
 def shortest(characters: np.ndarray) -> float:
@@ -170,17 +187,22 @@ def _token_lines(log: Log, name: str, characters: np.ndarray, own: np.ndarray) -
     return np.stack(_lines(characters, np.where(known, values, 0), known)), known.any(0)
 
 
-def _lines(characters: np.ndarray, values: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """base and slope of the least-squares line of each column's known values.  (N,), (N, E), (N, E) bool -> (E,), (E,)"""
-    known = mask.astype(float)
-    count = np.maximum(known.sum(0), 1)
-    mean_length, mean = characters @ known / count, (values * known).sum(0) / count
-    off = (characters[:, None] - mean_length) * known
-    spread = (off**2).sum(0)
-    slope = np.maximum((off * (values - mean)).sum(0), 0) / np.where(spread > 0, spread, 1)
+def _lines(characters: np.ndarray, values: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """base and slope of each column's weighted least-squares line.  (N,), (N, E), (N, E) -> (E,), (E,)"""
+    known = weights.astype(float)
+    mean_length, mean = _weighted_mean(characters[:, None], known), _weighted_mean(values, known)
+    off = characters[:, None] - mean_length
+    spread = (known * off**2).sum(0)
+    slope = np.maximum((known * off * (values - mean)).sum(0), 0) / np.where(spread > 0, spread, 1)
     # A line that is negative for short queries goes through the origin instead.
     slope = np.where(mean < slope * mean_length, mean / np.maximum(mean_length, 1), slope)
     return np.maximum(mean - slope * mean_length, 0), slope
+
+
+def _weighted_mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Of each column, 0 where nothing is known.  (N, E), (N, E) -> (E,)"""
+    mass = weights.sum(0, dtype=float)
+    return (values * weights).sum(0) / np.where(mass > 0, mass, 1)
 
 
 def price_gaps(price: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
