@@ -70,6 +70,37 @@ def test_few_failures_among_many_successes_do_not_open_it(clock: Clock) -> None:
     assert breaker.state == "closed"
 
 
+def test_one_keys_failures_do_not_open_it_while_another_is_answered(clock: Clock) -> None:
+    breaker = Breaker(clock)
+
+    def call(key: str, good: bool = False) -> None:
+        ticket = breaker.enter()
+        assert ticket is not None
+        if good:
+            breaker.success(ticket, key)
+        else:
+            breaker.failure(ticket, key)
+
+    call("other", good=True)
+    for _ in range(40):
+        call("one")
+    assert breaker.state == "closed"
+    call("other")
+    assert breaker.state == "open", "it fails others, too"
+    breaker.begin_anew()
+    clock.now += 300
+    for _ in range(5):
+        call("one")
+    assert breaker.state == "open", "nobody else was answered lately"
+    breaker.begin_anew()
+    call("other", good=True)
+    call("one", good=True)
+    for _ in range(4):
+        call("one")
+    fail(breaker)
+    assert breaker.state == "open", "no request could have brought about the last"
+
+
 def test_calls_from_before_it_opened_decide_nothing(clock: Clock) -> None:
     breaker = Breaker(clock)
     early = [breaker.enter() for _ in range(3)]

@@ -275,6 +275,7 @@ WRONG = [
     ({"name": "x" * 201}, "name: expected up to 200 printable"),
     ({"experts": "small"}, "experts: expected names"),
     ({"experts": [1]}, "experts: expected names"),
+    ({"experts": ["\ud800"]}, "experts: expected names"),
     ({"experts": []}, "experts: expected at least one"),
     ({"requests_per_minute": 0}, "requests_per_minute: expected a whole"),
     ({"requests_per_minute": True}, "requests_per_minute: expected a whole"),

@@ -186,7 +186,11 @@ def test_a_stream_reports_its_usage_to_the_gateway_alone(running: Any, path: str
         said, counted = ask()
         sent = running.upstream.seen[-1]
         assert ask(stream_options={"include_usage": True})[0] == wanted != plain
-        assert ask(stream_options={"include_usage": False})[1]["estimated"] == 1, "what the client says holds"
+        for options in (None, {}, {"include_usage": False}, {"include_usage": None, "include_obfuscation": False}):
+            unseen, row = ask(stream_options=options)
+            assert (unseen, row["estimated"], row["output_tokens"]) == (plain, 0, CHUNKS), "nobody has it counted by estimate"
+            asked = json.loads(running.upstream.seen[-1].body)["stream_options"]
+            assert asked == {**(options or {}), "include_usage": True}
     finally:
         gateway.state.current = before
     assert said == plain
@@ -270,8 +274,8 @@ def test_a_response_goes_on_with_whoever_gave_the_one_before(running: Any, clien
     status, _, _ = running.gateway.ask("POST", "/v1/feedback", {"id": first.id, "thumbs": "up"}, key=running.key)
     assert status == 200
     other, _ = running.gateway.state.keys.create("other")
-    for key, previous in ((running.key, "resp_unknown"), (other, first.id)):
-        body = {"model": "auto", "input": EASY, "previous_response_id": previous}
+    for key, model, previous in ((running.key, "auto", "resp_unknown"), (other, "auto", first.id), (other, "large", first.id)):
+        body = {"model": model, "input": EASY, "previous_response_id": previous}
         status, _, said = running.gateway.ask("POST", "/v1/responses", body, key=key)
         assert (status, json.loads(said)["error"]["code"]) == (400, "previous_response_not_found")
     # Who is named is asked, and says itself what it knows.

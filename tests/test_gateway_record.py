@@ -161,17 +161,24 @@ def test_feedback_is_of_the_response_and_the_key_that_asked(record: Record, data
             asyncio.run(record.feedback("id-1", wrong, source_key="k"))
 
 
-def test_feedback_that_no_float_can_hold_is_refused() -> None:
+def test_feedback_that_no_float_can_hold_is_refused_and_an_id_that_no_text_can_hold_is_answered() -> None:
     async def admitted(key: Key) -> None: ...
 
+    async def kept(identity: str, quality: float, *, source_key: str) -> bool:
+        return True
+
     gateway = SimpleNamespace(
-        access=SimpleNamespace(client=lambda scope, headers: ANYONE), limits=SimpleNamespace(admitted=admitted)
+        access=SimpleNamespace(client=lambda scope, headers: ANYONE),
+        limits=SimpleNamespace(admitted=admitted),
+        record=SimpleNamespace(feedback=kept),
     )
     app = Starlette(routes=routes(gateway), exception_handlers=error_handlers())  # type: ignore[arg-type]
     with TestClient(app) as client:
         for number in ("1" + "0" * 400, "-1" + "0" * 400, "NaN", "1e400"):
             answer = client.post("/v1/feedback", content=f'{{"id": "x", "quality": {number}}}')
             assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_feedback")
+        answer = client.post("/v1/feedback", content=b'{"id": "a\\ud800", "quality": 1}')
+        assert (answer.status_code, answer.json()["id"]) == (200, "a?")
 
 
 def test_feedback_may_come_before_its_row(record: Record, database: str) -> None:

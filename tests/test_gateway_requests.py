@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from deferral.gateway.deciding import Choice, set_aside
 from deferral.gateway.experts_file import Expert
 from deferral.gateway.problems import Problem
-from deferral.gateway.requests import hints, parse, with_model
+from deferral.gateway.requests import hints, parse, with_model, with_stream_usage
 from deferral.gateway.streams import ResponseMeter, StreamMeter, WithoutUsage
 from deferral.gateway.usage import usage_of
 
@@ -43,6 +43,27 @@ def test_only_the_top_level_model_is_replaced(before: dict, after: dict, ascii_o
     same_start = next((i for i, (a, b) in enumerate(zip(body, changed, strict=False)) if a != b), 0)
     assert body[:same_start] == changed[:same_start]
     assert len(changed) - len(body) == len(json.dumps('up"stream')) - len('"auto"')
+
+
+@pytest.mark.parametrize("name", ["Model", "MODEL", "Stream", "sTREAM"])
+def test_a_field_that_some_servers_would_take_for_another_is_refused(name: str) -> None:
+    with pytest.raises(Problem, match="there is no such field") as found:
+        parse("chat", chat(**{name: "dear"}))
+    assert (found.value.status, found.value.code) == (400, "unknown_field")
+
+
+@pytest.mark.parametrize("field", ['"stream_options"', '"stream\\u005foptions"'])
+def test_usage_is_asked_for_whatever_a_client_says_of_it(field: str) -> None:
+    rest = '"metadata": {"stream_options": 1}, "a": [1.50, "\\u00e9"]'
+    for said, sent in (("null", {}), ("{}", {}), ('{"include_usage": false, "b": 1}', {"b": 1})):
+        body = f'{{"model": "auto", {field}: {said}, {rest}}}'.encode()
+        changed = with_stream_usage(body)
+        assert json.loads(changed) == {**json.loads(body), "stream_options": {**sent, "include_usage": True}}
+        assert rest.encode() in changed
+    for body in (b'{"model": "auto", "stream_options": 7}', b'{"model": "auto", "stream_options": [true]}'):
+        assert with_stream_usage(body) == body, "it is for the expert to refuse"
+    plain = b'{ "model": "auto", "metadata": {"stream_options": 1}}'
+    assert json.loads(with_stream_usage(plain)) == {**json.loads(plain), "stream_options": {"include_usage": True}}
 
 
 @pytest.mark.parametrize(

@@ -136,8 +136,8 @@ def test_a_stream_is_over_when_its_last_event_is_there(last: list[bytes], finish
     for part in (stream(), *last):
         meter.feed(part)
     assert meter.finished is finished
-    told = any(b'"output_tokens"' in part for part in last)
-    # Without a usage the deltas are counted, and not what repeats them.
+    told = any(b'"output_tokens"' in part and part.endswith(b"\n") for part in last)
+    # Without a usage in a whole event the deltas are counted, and not what repeats them.
     assert meter.usage(99).output_tokens == (6 if told else 34)
 
 
@@ -148,6 +148,24 @@ def test_what_a_client_sends_is_neither_an_end_nor_a_usage() -> None:
     meter.feed(event("response.output_text.delta", delta="x" * 40))
     assert not meter.finished
     assert meter.usage(99)[:3] == (99, 10, True)
+
+
+CHOSEN = {"usage": {"input_tokens": 0, "output_tokens": 0}}  # by a client, in what a reply repeats
+
+
+@pytest.mark.parametrize("metadata", [CHOSEN, {"usage": "chat"}, {"user": 'a"usage'}], ids=["object", "text", "in a text"])
+@pytest.mark.parametrize("instructions", ["", "x" * 200_000], ids=["short", "long"])
+def test_what_a_reply_cost_is_what_it_says_and_not_what_its_client_sent(metadata: dict[str, Any], instructions: str) -> None:
+    reply = {**BRIEF, "instructions": instructions, "metadata": metadata, "user": 'a"usage'}
+    assert usage_of(json.dumps(reply).encode(), 99, echoes=True) == (5, 6, False, "resp_7", 2)
+    meter = METERS["responses"]()
+    whole = stream(event("response.completed", response=reply))
+    for start in range(0, len(whole), 40_000):
+        meter.feed(whole[start : start + 40_000])
+    assert (meter.finished, meter.usage(99)) == (True, (5, 6, False, "resp_7", 2))
+    left = METERS["responses"]()
+    left.feed(whole[:-20])
+    assert left.usage(99)[:3] == (99, 34, True), "half of the last event tells nothing"
 
 
 def test_an_error_that_a_client_can_bring_about_is_not_blamed_on_the_expert() -> None:

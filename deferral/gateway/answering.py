@@ -39,15 +39,16 @@ class Standing:
         self.breaker = Breaker()
         self.slots = Slots(expert.max_concurrent, expert.max_waiting)
 
-    def blame(self, error: BaseException, ticket: int, name: str) -> None:
-        """What an attempt that ended with an error says of the expert."""
+    def blame(self, error: BaseException, ticket: int, name: str, key: str = "") -> None:
+        """What an attempt for a key that ended with an error says of the expert."""
         breaker = self.breaker
         if not isinstance(error, Failure) or error.stale:
             breaker.leave(ticket)
             return
         was = breaker.state
         if error.blame:
-            breaker.failure(ticket)
+            # No request keeps a server from being there.
+            breaker.failure(ticket, None if error.code == "upstream_unreachable" else key)
         else:
             breaker.leave(ticket)
         if error.rest is not None:
@@ -59,7 +60,7 @@ class Standing:
 class Call:
     """A reply under way.  It holds a slot, and the breaker waits for its outcome: `end` it; what ended stays as it ended."""
 
-    __slots__ = ("_began", "_ended", "_standing", "_ticket", "attempts", "expert", "reply", "traced")
+    __slots__ = ("_began", "_ended", "_key", "_standing", "_ticket", "attempts", "expert", "reply", "traced")
 
     def __init__(
         self,
@@ -69,9 +70,10 @@ class Call:
         ticket: int,
         began: float,
         attempts: int,
+        key: str,
         traced: "Attempt | None" = None,
     ) -> None:
-        self.expert, self.reply, self.attempts, self.traced = expert, reply, attempts, traced
+        self.expert, self.reply, self.attempts, self._key, self.traced = expert, reply, attempts, key, traced
         self._standing, self._ticket, self._began, self._ended = standing, ticket, began, False
 
     def end(self, good: bool | None) -> None:
@@ -85,9 +87,9 @@ class Call:
         if good is None:
             breaker.leave(self._ticket)
         elif good:
-            breaker.success(self._ticket)
+            breaker.success(self._ticket, self._key)
         else:
-            breaker.failure(self._ticket)
+            breaker.failure(self._ticket, self._key)
         self.reply.close()
         self._standing.slots.give_back(monotonic() - self._began)
 
@@ -136,8 +138,9 @@ class Answerers:
         headers: Mapping[str, str],
         asked: Asked,
         asks: Callable[[Expert | None], None] = lambda expert: None,
+        key: str = "",
     ) -> Call:
-        """The first reply that can be used; Unanswered where there is none.
+        """The first reply that can be used, to a request of a key; Unanswered where there is none.
 
         `asks` is told who has a connection for the request, and None once that expert has answered or failed.
         """
@@ -161,6 +164,7 @@ class Answerers:
                         addressed,
                         asked,
                         attempts,
+                        key=key,
                         fresh=not again,
                         on_connected=partial(asks, expert),
                     )
@@ -196,6 +200,7 @@ class Answerers:
         asked: Asked,
         attempts: int,
         *,
+        key: str,
         fresh: bool,
         on_connected: Callable[[], None],
     ) -> Call:
@@ -209,12 +214,12 @@ class Answerers:
         except BaseException as error:
             if traced is not None:
                 traced.failed(error)
-            standing.blame(error, ticket, expert.name)
+            standing.blame(error, ticket, expert.name, key)
             standing.slots.give_back(monotonic() - began)
             raise
         if reply.streamed:
             ticket = standing.breaker.begun(ticket)
-        return Call(expert, reply, standing, ticket, began, attempts, traced)
+        return Call(expert, reply, standing, ticket, began, attempts, key, traced)
 
 
 def _access(expert: Expert) -> tuple[str | None, str, str]:

@@ -18,6 +18,7 @@ from deferral.gateway.keys import Key
 from deferral.gateway.limits import Refused
 from deferral.gateway.metrics import CONTENT_TYPE
 from deferral.gateway.problems import Problem
+from deferral.gateway.rows import plain
 from deferral.gateway.state import Gateway
 from deferral.gateway.wire import Left, header_map, read_body, send_problem
 
@@ -58,7 +59,7 @@ def routes(gateway: Gateway) -> list[Route]:
                 f"id: there is no response {identity[:100]!r} of this key; expected the header x-deferral-id or the reply's id"
             )
             raise Problem(404, "response_not_found", message, param="id")
-        return JSONResponse({"id": identity, "object": "feedback", "quality": quality})
+        return JSONResponse({"id": plain(identity), "object": "feedback", "quality": quality})
 
     async def kept_elsewhere(request: Request) -> Response:
         gateway.access.client(request.scope, header_map(request.scope))

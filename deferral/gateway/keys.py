@@ -297,7 +297,7 @@ def key_of(row: Row) -> Key:
 def _check(name: str, experts: Collection[str] | None, rate: int | None, budget: float | None, window: str) -> None:
     if not isinstance(name, str) or not 0 < len(name.strip()) <= 200 or not name.isprintable():
         raise ValueError(f"name: expected up to 200 printable characters, got {name!r}")
-    if isinstance(experts, str) or not all(isinstance(expert, str) and expert for expert in experts or ()):
+    if isinstance(experts, str) or not all(isinstance(one, str) and one and one.isprintable() for one in experts or ()):
         raise ValueError(f"experts: expected names of experts, got {experts!r}")
     if experts is not None and len(experts) == 0:
         raise ValueError("experts: expected at least one name, or None for all; a key for nobody is revoked instead")

@@ -31,6 +31,8 @@ class Protocol(HttpToolsProtocol):
 
     # Bytes since the last that were the end of a head, or a part of a body.
     _unfinished = 0
+    # Of a body, in the bytes that came together.
+    _parts: list[bytes]
     # A request has begun to come, and has not come to its end.
     _partial = False
     _running: RequestResponseCycle | None = None
@@ -39,7 +41,7 @@ class Protocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client has connected."""
-        self._gathering = Gathering(transport, self.loop)
+        self._gathering, self._parts = Gathering(transport, self.loop), []
         super().connection_made(cast(asyncio.Transport, self._gathering))
         self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 
@@ -65,6 +67,7 @@ class Protocol(HttpToolsProtocol):
         else:
             if self._unfinished > _LONGEST_HEAD:
                 self._refuse(f"expected a head of at most {_LONGEST_HEAD} bytes")
+            self._pass_on_parts()
             self._wait_for_the_rest()
 
     def on_message_begin(self) -> None:
@@ -83,12 +86,13 @@ class Protocol(HttpToolsProtocol):
                 self.cycle.keep_alive = False
 
     def on_body(self, body: bytes) -> None:
-        """A part of a body."""
+        """A part of a body: uvicorn would copy all that came before it, for every chunk of a byte."""
         self._unfinished = 0
-        super().on_body(body)
+        self._parts.append(body)
 
     def on_message_complete(self) -> None:
         """The end of a request."""
+        self._pass_on_parts()
         self._partial = False
         self._wait_no_more()
         if not self.parser.should_upgrade():
@@ -125,6 +129,11 @@ class Protocol(HttpToolsProtocol):
         else:
             super().shutdown()
         self._wait_for_the_rest()
+
+    def _pass_on_parts(self) -> None:
+        if self._parts:
+            body, self._parts = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts), []
+            super().on_body(body)
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._running = cycle

@@ -69,6 +69,7 @@ _PLAIN = re.compile(rb"[ -~]*")
 _UNABLE = re.compile(
     rb"context_length_exceeded|exceed_context_size|maximum context length|unsupported_parameter|unsupported_value", re.IGNORECASE
 )
+_PREVIOUS = "previous_response_id"
 _PRINTABLE = bytes(byte if 32 <= byte < 127 else 32 for byte in range(256))
 
 
@@ -163,8 +164,11 @@ class Exchange:
             self.named = alias.name
             asked, wanted = applied(alias, asked, wanted)
             self.asked = asked
-        if asked.previous:
+        if asked.previous and asked.model in now.routed:
             asked = self.asked = asked._replace(model=await self._previous(asked.previous))
+        elif asked.previous:
+            await self._check_previous(asked.previous)
+            asked = self.asked = asked._replace(previous="")
         if asked.model in AUTO:
             asked = self.asked = now.decider.read(asked)
         began = perf_counter()
@@ -184,7 +188,7 @@ class Exchange:
             first = self.first
 
             def ask(experts: Sequence[Expert], body_for: Callable[[Expert], bytes]) -> Awaitable[Call]:
-                return gateway.answerers.answer(experts, self.path, body_for, forwarded, asked, self._asks)
+                return gateway.answerers.answer(experts, self.path, body_for, forwarded, asked, self._asks, self.key.id)
 
             try:
                 if first is None:
@@ -236,7 +240,7 @@ class Exchange:
 
     def _asks_for_usage(self, expert: Expert, asked: Asked) -> bool:
         """Whether a stream is to report what its client does not want to know."""
-        return expert.stream_usage and asked.stream and not asked.stream_options and self.kind in ("chat", "completions")
+        return expert.stream_usage and asked.stream and not asked.wants_usage and self.kind in ("chat", "completions")
 
     def _sent_to(self, expert: Expert, asked: Asked, body: bytes) -> bytes:
         sent = shaped(body, expert, self.kind)
@@ -262,16 +266,22 @@ class Exchange:
 
     async def _previous(self, response: str) -> str:
         """The expert that a conversation is with, which it alone remembers."""
-        name = "previous_response_id"
         try:
             expert = await self.gateway.record.answered_by(response, key=self.key.id)
         except SQLAlchemyError:
-            message = f"{name}: who gave that response cannot be read, the database fails"
-            raise Problem(503, "record_unavailable", message, retry_after=1) from None
+            raise _record_unavailable() from None
         if not expert:
-            message = f"{name}: no response {response[:100]!r} of this key is known; name the expert that gave it as the model"
-            raise Problem(400, "previous_response_not_found", message, param=name)
+            raise _no_such_response(response, "; name the expert that gave it as the model")
         return expert
+
+    async def _check_previous(self, response: str) -> None:
+        """Problem 400 where an expert is asked by name to go on from what it answered to somebody else."""
+        try:
+            others = bool(self.key.id) and await self.gateway.record.answered_others(response, key=self.key.id)
+        except SQLAlchemyError:
+            raise _record_unavailable() from None
+        if others:
+            raise _no_such_response(response)
 
     async def _held(self, dollars: float) -> Hold:
         """Dollars for one answer, or for two; where they do not do for two, nobody is asked first."""
@@ -508,3 +518,13 @@ class Exchange:
     def _give_up(self, task: asyncio.Task) -> None:
         self.gone = True
         task.cancel()
+
+
+def _no_such_response(response: str, advice: str = "") -> Problem:
+    message = f"{_PREVIOUS}: no response {response[:100]!r} of this key is known{advice}"
+    return Problem(400, "previous_response_not_found", message, param=_PREVIOUS)
+
+
+def _record_unavailable() -> Problem:
+    message = f"{_PREVIOUS}: who gave that response cannot be read, the database fails"
+    return Problem(503, "record_unavailable", message, retry_after=1)

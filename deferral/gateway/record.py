@@ -181,6 +181,10 @@ class Record:
             found = await asyncio.to_thread(self._answered_by, reply_id, key)
         return found
 
+    async def answered_others(self, reply_id: str, *, key: str) -> bool:
+        """Whether replies of this id went to other keys, and none to this one.  SQLAlchemyError where the database fails."""
+        return await asyncio.to_thread(self._answered_others, reply_id, key)
+
     def spent(self, key: str, since: float) -> float:
         """Dollars that the requests of a key have cost that arrived at `since` or later, as far as they are written."""
         with self.engine.connect() as connection:
@@ -194,6 +198,12 @@ class Record:
             # An upstream may give one id to all its replies.
             found = set(connection.execute(select(decisions.c.expert).where(same).limit(_SAME_ID)).scalars())
         return found.pop() if len(found) == 1 else None
+
+    def _answered_others(self, reply_id: str, key: str) -> bool:
+        same = decisions.c.reply_id == plain(reply_id)[:200]
+        with self.engine.connect() as connection:
+            keys = set(connection.execute(select(decisions.c.key).where(same).limit(_SAME_ID)).scalars())
+        return bool(keys) and key not in keys
 
     async def _ask(self, response_id: str, quality: float, key: str) -> bool:
         if self.full:

@@ -23,6 +23,11 @@ _ELSEWHERE = ("conversation", "prompt")
 _MODEL = re.compile(rb'"model"\s*:\s*("[^"\\]*(?:\\.[^"\\]*)*")', re.DOTALL)
 _SPACE, _COLON, _COMMA = (re.compile(rf"[ \t\n\r]*{sign}[ \t\n\r]*") for sign in ("", ":", ",?"))
 _DECODER = json.JSONDecoder()
+_NOTHING = object()
+# As it is, or with one of its letters as an escape.
+_MAY_HAVE_OPTIONS = re.compile(rb'"stream_options"|\\u00[0-9a-fA-F]{2}')
+# Of these every expert must understand what the gateway does.
+_MEANT = frozenset({"model", "stream"})
 
 
 class Asked(NamedTuple):
@@ -31,7 +36,7 @@ class Asked(NamedTuple):
 
     `query` is what is scored: the last of the `turns`, which are the user's requests, oldest first.  With `follows` it is not the
     newest, which only follows it up.  `responses` is a request of the Responses API, `previous` the id of the response that it
-    goes on from.  `stream_options`: the client says itself what a stream is to report.
+    goes on from.  `wants_usage`: the client asks that a stream report it.
     """
 
     model: str
@@ -47,7 +52,7 @@ class Asked(NamedTuple):
     previous: str = ""
     longest: int = 0
     answers: int = 1
-    stream_options: bool = False
+    wants_usage: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +99,10 @@ def parse(kind: Kind, body: bytes, routed: Collection[str] = AUTO) -> Asked:
         raise Problem(400, "invalid_json", f"the body: expected a JSON object in UTF-8; {reason}") from None
     if not isinstance(request, dict):
         raise Problem(400, "invalid_json", f"the body: expected a JSON object, got {_kind(request)}")
+    # Servers that match names of fields without regard to case would take these for the others.
+    if twin := next((name for name in request if name not in _MEANT and name.lower() in _MEANT), None):
+        message = f"{twin[:20]!r}: there is no such field; expected {twin.lower()!r}"
+        raise Problem(400, "unknown_field", message, param=twin[:20])
     model = request.get("model")
     if not isinstance(model, str) or not model:
         raise Problem(400, "invalid_model", f"model: expected auto or the name of an expert, got {_kind(model)}", param="model")
@@ -119,7 +128,7 @@ def parse(kind: Kind, body: bytes, routed: Collection[str] = AUTO) -> Asked:
     responses = kind == "responses"
     return Asked(
         model, turns[-1].query, tokens, output, tools, images, stream is True, turns, responses=responses, previous=previous,
-        longest=longest, answers=answers, stream_options="stream_options" in request,
+        longest=longest, answers=answers, wants_usage=_wants_usage(request.get("stream_options")),
     )  # fmt: skip
 
 
@@ -132,13 +141,21 @@ def with_model(body: bytes, model: str) -> bytes:
     if first is not None and next(found, None) is None and b"\\u006" not in body:
         start, end = first.span(1)
         return b"".join((body[:start], value, body[end:]))
-    return _with_top_level_model(body.decode(), value.decode()).encode()
+    return _with_top_level(body.decode(), "model", value.decode()).encode()
 
 
 def with_stream_usage(body: bytes) -> bytes:
-    """The body of a parsed request that says nothing of `stream_options`, asking for usage; every other byte as it was."""
-    start = body.index(b"{") + 1
-    return b"".join((body[:start], b'"stream_options":{"include_usage":true},', body[start:]))
+    """The body of a parsed request, asking that its stream report usage; every other byte as it was.
+
+    One whose `stream_options` are no object stays as it is, for the expert to refuse.
+    """
+    options = json.loads(body).get("stream_options", _NOTHING) if _MAY_HAVE_OPTIONS.search(body) else _NOTHING
+    if options is _NOTHING:
+        start = body.index(b"{") + 1
+        return b"".join((body[:start], b'"stream_options":{"include_usage":true},', body[start:]))
+    if options is not None and not isinstance(options, dict):
+        return body
+    return _with_top_level(body.decode(), "stream_options", json.dumps({**(options or {}), "include_usage": True})).encode()
 
 
 @lru_cache(1024)
@@ -215,12 +232,13 @@ def _longest(inputs: Any) -> int:
 
 
 def _previous(request: Mapping[str, Any], routed: Collection[str]) -> str:
-    """The response that a routed request goes on from, "" where there is none; Problem 400 where no router may decide."""
+    """The response that a request goes on from, "" where there is none; Problem 400 where no router may decide."""
     if request.get("background"):
         message = "background: expected false; a response is given while the client waits, and nobody could ask for it later"
         raise Problem(400, "background_not_possible", message, param="background")
     if request["model"] not in routed:
-        return ""
+        named = request.get("previous_response_id")
+        return named if isinstance(named, str) else ""
     if name := next((name for name in _ELSEWHERE if request.get(name)), ""):
         message = f"{name}: it is kept by one expert, and the gateway does not know by whom; name that expert as the model"
         raise Problem(400, "auto_not_possible", message, param=name)
@@ -231,14 +249,18 @@ def _previous(request: Mapping[str, Any], routed: Collection[str]) -> str:
     return previous or ""
 
 
-def _with_top_level_model(text: str, value: str) -> str:
+def _wants_usage(options: Any) -> bool:
+    return isinstance(options, dict) and options.get("include_usage") is True
+
+
+def _with_top_level(text: str, name: str, value: str) -> str:
     pieces, copied = [], 0
     place = _match_end(_SPACE, text, text.index("{") + 1)
     while text[place] == '"':
         key, end = _DECODER.raw_decode(text, place)
         start = _match_end(_COLON, text, end)
         _, stop = _DECODER.raw_decode(text, start)
-        if key == "model":
+        if key == name:
             pieces += [text[copied:start], value]
             copied = stop
         place = _match_end(_COMMA, text, stop)

@@ -31,6 +31,8 @@ _NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
 _EVENTS = re.compile(rb"(?<=\n\n)|(?<=\r\n\r\n)")
 _DATA = re.compile(rb"(?:^|[\r\n])data: ?(\{[^\r\n]*)")
 _LONGEST_EVENT = 1 << 17
+# Of the Responses API: it repeats the instructions, and may be as long as these.
+_LONGEST_LAST_EVENT = 1 << 23
 _LINE_ENDS = (b"\n", b"\r")
 # Of a line that is not over, as much waits to be counted.
 _LONGEST_LINE = 1 << 16
@@ -109,17 +111,17 @@ class ResponseMeter(StreamMeter):
 
     def __init__(self) -> None:
         super().__init__()
-        self._ending, self._last = b"", b""
+        self._ending, self._last = b"", bytearray()
 
     def feed(self, chunk: bytes) -> None:
         """The next bytes."""
         seen = (self._tail[-_LONGEST_ENDING:] or b"\n") + chunk
         super().feed(chunk)
         if self._ending:
-            if len(self._last) < _LONGEST_EVENT:
-                self._last += chunk[:_LONGEST_EVENT]
+            if len(self._last) <= _LONGEST_LAST_EVENT:
+                self._last += chunk
         elif any(name in seen for name in _ENDINGS) and (found := _ENDING.search(seen)):
-            self._ending, self._last = found[1], seen[found.start() :]
+            self._ending, self._last = found[1], bytearray(seen[found.start() :])
 
     @property
     def finished(self) -> bool:
@@ -134,8 +136,19 @@ class ResponseMeter(StreamMeter):
 
     def usage(self, input_tokens: int) -> Usage:
         """Tokens so far, `input_tokens` being the estimate: before the last event nothing is reported but what clients sent."""
-        reported = (last_usage(self._tail) or last_usage(self._last)) if self._ending else None
-        return usage_reported(reported, self._id, input_tokens, self._written)
+        return usage_reported(self._reported() if self._ending else None, self._id, input_tokens, self._written)
+
+    def _reported(self) -> Any:
+        """The usage of the response in the last event, and none of what that repeats of the request."""
+        event = _DATA.search(self._last)
+        if event is None:
+            # Its type came last, and what was before it is not at hand but for its end.
+            return last_usage(self._tail)
+        try:
+            response = json.loads(event[1]).get("response")
+        except (ValueError, RecursionError):
+            return None
+        return response.get("usage") if isinstance(response, dict) else None
 
 
 class WithoutUsage:

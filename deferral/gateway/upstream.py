@@ -219,7 +219,7 @@ class Upstream:
         body = masked(secret, body)
         if status >= 300 or response.headers.get("Content-Encoding", "identity").lower().encode() not in _DECODED:
             return Reply(status, headers, body, unknown)
-        usage = usage_of(body, asked.tokens)
+        usage = usage_of(body, asked.tokens, echoes=path == "/responses")
         if usage is None:
             raise Failure(502, "upstream_bad_reply", "answered with JSON that cannot be read")
         _check_error(body, path)

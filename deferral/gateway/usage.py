@@ -36,9 +36,12 @@ class Usage(NamedTuple):
     cached_tokens: int = 0
 
 
-def usage_of(body: bytes, input_tokens: int) -> Usage | None:
-    """The usage of a whole JSON reply, `input_tokens` being the estimate; None where it is no JSON object."""
-    if len(body) > _READ_WHOLE:
+def usage_of(body: bytes, input_tokens: int, *, echoes: bool = False) -> Usage | None:
+    """The usage of a whole JSON reply, `input_tokens` being the estimate; None where it is no JSON object.
+
+    One that `echoes` what its client has sent is read whole, however long: the client may have sent a usage of its own.
+    """
+    if len(body) > _READ_WHOLE and not echoes:
         # Vectors by the thousand: reading them would hold everybody up for the sake of three numbers.
         stripped = body.strip()
         if not (stripped.startswith(b"{") and stripped.endswith(b"}")):
