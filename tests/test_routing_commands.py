@@ -7,9 +7,12 @@ import gzip
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -21,7 +24,7 @@ from deferral.datasets import DataError
 from deferral.routing import Log, Needs, Outcome, Router, commands, read_log, write_log
 from deferral.routing import batches as batching
 from deferral.routing.batches import route_file
-from deferral.routing.judging import Held, evaluation, held, joined, query_folds, tag_folds
+from deferral.routing.judging import Held, evaluation, held, joined, query_folds, subjects, tag_folds
 from tests.test_readme import run as run_page
 from tests.test_routing_router import EXPERTS, QUICK, router, world
 
@@ -393,7 +396,7 @@ def decided(rows: int = 120) -> Held:
 def test_a_router_that_knows_all_is_the_oracle_in_every_figure() -> None:
     found = evaluation(decided(), resamples=100)
     assert found.best == "b"
-    assert found.figures["routed"]["APGR"] == found.figures["oracle"]["APGR"]
+    assert found.figures["learned, without fallback"]["APGR"] == found.figures["oracle"]["APGR"]
     assert found.figures["random"]["APGR"].estimate == pytest.approx(0.5)
     assert found.figures["random"]["CPT(80)"].estimate == pytest.approx(0.8)
     for name in ("AIQ", "saving at 95%"):
@@ -407,6 +410,38 @@ def test_a_router_that_knows_all_is_the_oracle_in_every_figure() -> None:
     assert evaluation(twice, resamples=100).figures["routed"]["AIQ"].estimate == found.figures["routed"]["AIQ"].estimate
 
 
+def test_folds_whose_routers_differ_in_their_means_are_not_ranked_by_these() -> None:
+    rows = decided()
+    # Of two folds that know nothing, each router takes the other fold for its own.
+    gain = rows.quality[:, 1] - rows.quality[:, 0]
+    better = np.argsort(gain, kind="stable")[60:]
+    parts = [np.sort(better), np.setdiff1d(np.arange(120), better)]
+    shares = [gain[part].mean() for part in parts]
+    assert shares[0] > shares[1] + 0.5
+    halves = [
+        replace(decided(), quality=rows.quality[part], price=rows.price[part], margin=np.full(60, other))
+        for part, other in zip(parts, reversed(shares), strict=True)
+    ]
+    halves = [
+        replace(half, **{n: getattr(rows, n)[:, :60] for n in ("routed", "learned", "static", "fallback")}) for half in halves
+    ]
+    found = evaluation(joined(halves), resamples=20).figures["learned, without fallback"]
+    assert found["APGR"].estimate == pytest.approx(0.5)
+
+
+def test_a_saving_at_a_quality_that_many_samples_do_not_reach_is_no_proof() -> None:
+    # Asking b for 10 of 200 queries is as good here as always asking b, and worse in four samples out of ten.
+    quality = np.ones((200, 2))
+    quality[:10, 1] = quality[10:30, 0] = 0.0
+    price, asked = np.tile([[0.001, 0.02]], (200, 1)), np.zeros((1, 200), int)
+    asked[0, 20:30] = 1
+    rows = Held(["a", "b"], quality, price, np.ones(1), asked, asked, asked, asked < 0, np.zeros(200))
+    saved = evaluation(rows, resamples=200).figures["routed"]["saving at 100%"]
+    assert saved.estimate == pytest.approx(1 - (190 * 0.001 + 10 * 0.02) / 200 / 0.02)
+    assert saved.low == -np.inf
+    assert 0.9 < saved.high < 0.95
+
+
 def test_folds_of_subjects_are_whole_and_need_tags() -> None:
     log = outcomes(90, 0)
     table = log.table()
@@ -418,6 +453,10 @@ def test_folds_of_subjects_are_whole_and_need_tags() -> None:
     log.append(Outcome("no tag", "small", 1.0, 0.0))
     with pytest.raises(ValueError, match="1 queries have no tag"):
         tag_folds(log, log.table(), 3)
+    late = Log(
+        [Outcome("one", "a", 1.0, 0.1), Outcome("one", "b", 1.0, 0.1, tags=("s",)), Outcome("two", "a", 1.0, 0.1, tags=("t",))]
+    )
+    assert subjects(late, late.table())[0] == ["s", "t"]
     assert np.bincount(query_folds(table, 4)).tolist() == [23, 23, 22, 22]
     with pytest.raises(ValueError, match="at least 100 queries"):
         query_folds(table, 100)
@@ -448,8 +487,55 @@ def test_of_two_experts_the_better_may_be_the_cheaper() -> None:
     nobody, first = np.zeros((1, 200), bool), np.zeros((1, 200), int)
     rows = Held(["a", "b"], quality, price, errors, first, first, first, nobody, quality[:, 1] - quality[:, 0])
     found = evaluation(rows, resamples=20).figures
-    assert found["routed"]["APGR"].estimate == pytest.approx(found["oracle"]["APGR"].estimate)
+    assert found["learned, without fallback"]["APGR"].estimate == pytest.approx(found["oracle"]["APGR"].estimate)
     assert found["oracle"]["APGR"].estimate > found["random"]["APGR"].estimate
+
+
+def _another_is_saved(folder: Path) -> Router:
+    """A router like that of the folder, but for the price of an error."""
+    other = Router.load(folder)
+    other.price_of_error *= 2
+    other.save(folder)
+    return other
+
+
+@pytest.mark.ci_slow
+def test_a_router_that_was_saved_in_the_meantime_is_not_turned_back(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied = tmp_path / "router"
+    shutil.copytree(folder, copied)
+    plan = Router.plan
+
+    def late(self: Router, **setting: Any) -> Any:
+        monkeypatch.setattr(Router, "plan", plan)
+        _another_is_saved(copied)
+        return plan(self, **setting)
+
+    monkeypatch.setattr(Router, "plan", late)
+    wanted = 2 * Router.load(copied).price_of_error
+    with pytest.raises(DataError, match="another router was saved there in the meantime"):
+        call("turn", "-r", copied, "--price-of-error", 7)
+    assert Router.load(copied).price_of_error == wanted
+
+
+@pytest.mark.ci_slow
+def test_workers_decide_by_the_router_that_the_note_names_or_not_at_all(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied, queries = tmp_path / "router", tmp_path / "queries.txt"
+    shutil.copytree(folder, copied)
+    queries.write_text("one\ntwo\n")
+    decided_by = batching._decided_by
+
+    def late(*arguments: Any) -> Any:
+        _another_is_saved(copied)
+        return decided_by(*arguments)
+
+    monkeypatch.setattr(batching, "_decided_by", late)
+    with pytest.raises(DataError, match="another router was saved there in the meantime"):
+        route_file(copied, queries, tmp_path / "out.jsonl", workers=2)
+    assert not (tmp_path / "out.jsonl").exists()
 
 
 @pytest.mark.ci_slow

@@ -25,7 +25,7 @@ from threadpoolctl import threadpool_limits
 from deferral.errors import DataError
 from deferral.routing.constraints import Needs
 from deferral.routing.log_files import JSON_LINES
-from deferral.routing.persistence import written
+from deferral.routing.persistence import check_unchanged, written
 from deferral.routing.router import Router
 from deferral.whole_files import claim, written_whole
 
@@ -67,10 +67,12 @@ def route_file(
         raise ValueError(f"workers: expected at least 1, got {workers}")
     setting = {name: value for name, value in (setting or {}).items() if value not in (None, Needs())}
     # The setting is judged before any work is done, and a missing router named.
+    before = written(folder)
     router = Router.load(folder, encoder=encoder)
+    check_unchanged(folder, before)
     router.plan(**setting)
     work = {
-        "router": written(folder),
+        "router": before,
         "queries": _digest(queries),
         "setting": {name: _plain(value) for name, value in setting.items()},
     }
@@ -88,7 +90,7 @@ def route_file(
         if workers == 1:
             decided = _decided_here(chunks, router, setting, rows)
         else:
-            decided = _decided_by(workers, chunks, (folder, encoder, setting), rows)
+            decided = _decided_by(workers, chunks, (folder, before, encoder, setting), rows)
         try:
             for lines, read in decided:
                 file.write(lines)
@@ -252,9 +254,14 @@ def _decided_by(workers: int, chunks: Iterable[tuple[list[str], int]], router: t
 _of_worker: dict[str, Any] = {}
 
 
-def _begin(folder: Path, encoder: Path | None, setting: dict) -> None:
+def _begin(folder: Path, before: str, encoder: Path | None, setting: dict) -> None:
     Thread(target=_end_with_parent, daemon=True).start()
-    _of_worker.update(router=Router.load(folder, encoder=encoder), setting=setting)
+    try:
+        _of_worker.update(router=Router.load(folder, encoder=encoder), setting=setting)
+        check_unchanged(folder, before)
+    except DataError as error:
+        # Raised here, it would be told as the end of the process and not as what it is.
+        _of_worker["error"] = str(error)
     # Of as many processes as there are cores, each would keep the others from theirs.
     threadpool_limits(1, user_api="blas")
     # Only some sentence encoders need torch, whose import takes longer than to route many thousand queries.
@@ -271,6 +278,8 @@ def _end_with_parent() -> None:
 
 
 def _work(queries: list[str], first: int) -> bytes:
+    if error := _of_worker.get("error"):
+        raise DataError(error)
     return _decisions(_of_worker["router"], _of_worker["setting"], queries, first)
 
 

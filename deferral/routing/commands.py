@@ -18,11 +18,22 @@ from deferral.routing.cascade_fitting import add_cascade
 from deferral.routing.constraints import Needs
 from deferral.routing.encoders import CachedEncoder
 from deferral.routing.evaluation import trade_offs
-from deferral.routing.judging import at_settings, bill, cross_fitted, evaluation, held, joined, query_folds, subjects, tag_folds
+from deferral.routing.judging import (
+    at_settings,
+    bill,
+    check_full,
+    cross_fitted,
+    evaluation,
+    held,
+    joined,
+    query_folds,
+    subjects,
+    tag_folds,
+)
 from deferral.routing.log_files import read_log
 from deferral.routing.onnx_export import export
 from deferral.routing.outcomes import Log, spelt_alike
-from deferral.routing.persistence import check_place
+from deferral.routing.persistence import check_place, check_unchanged, written
 from deferral.routing.prices import read_prices, token_prices
 from deferral.routing.replay import as_logged, events_of, replay
 from deferral.routing.router import Router
@@ -208,10 +219,11 @@ def evaluate(
         if folder is not None and given:
             raise click.UsageError(f"{name} goes without --router: it fits routers of its own")
     outcomes = _read(log)
+    table = outcomes.table()
+    check_full(table)
     if out is not None:
         # Before the work, not after it.
         out.mkdir(parents=True, exist_ok=True)
-    table = outcomes.table()
     encode, group = _encoder(encoder, cache), None
     errors = trade_offs(table.price)
     settings = len(errors)
@@ -382,10 +394,11 @@ def cascade(log: Path, folder: Path, first: str, encoder: Path | None, cache: Pa
 @click.option("--encoder", type=_FOLDER, help="Folder of the sentence encoder that the router was fitted with, if it was.")
 def turn(folder: Path, price_of_error: float, encoder: Path | None) -> None:
     """Give a router another price of an error, without learning anew; gateways take it when they reload."""
-    router = Router.load(folder, encoder=encoder)
+    saved, router = written(folder), Router.load(folder, encoder=encoder)
     before, router.price_of_error = router.price_of_error, price_of_error
     # What cannot be met is found before anything is written.
     router.plan()
+    check_unchanged(folder, saved)
     router.save(folder)
     click.echo(f"{router.report}\n{folder}: ${price_of_error:g} an error, ${before:g} before; gateways take it when they reload")
 

@@ -5,7 +5,7 @@ rows, so that `deferral.intervals.bootstrap` gives any figure its interval: see 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,6 +30,9 @@ __all__ = [
     "static_curve",
     "trade_offs",
 ]
+
+
+_TAIL = 0.025
 
 
 @dataclass(frozen=True)
@@ -172,7 +175,8 @@ def intervals_of(
 ) -> "list[Interval]":
     """Figures with their 95% intervals over the rows.  `figure` maps weights (N,) to several numbers (F,) -> F intervals
 
-    `group` (N,) numbers the rows from 0: those of one number, queries of one subject say, are drawn together.
+    `group` (N,) numbers the rows from 0: those of one number, queries of one subject say, are drawn together.  A figure that is
+    not defined (NaN) in more of the resamples than lie beyond one end of an interval has none: its ends are NaN.
     """
 
     import torch
@@ -185,7 +189,12 @@ def intervals_of(
     member = np.arange(rows) if group is None else group
     resampled = bootstrap(many, int(member.max()) + 1, resamples=resamples, seed=seed)
     estimates = np.asarray(figure(np.ones(rows)), float)
-    return [interval(float(estimate), resampled[:, place]) for place, estimate in enumerate(estimates)]
+    undefined = resampled.isnan().double().mean(0)
+    found = [interval(float(estimate), resampled[:, place]) for place, estimate in enumerate(estimates)]
+    return [
+        one if share <= _TAIL else replace(one, low=float("nan"), high=float("nan"))
+        for one, share in zip(found, undefined.tolist(), strict=True)
+    ]
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ __all__ = [
     "Held",
     "at_settings",
     "bill",
+    "check_full",
     "cross_fitted",
     "evaluation",
     "held",
@@ -81,7 +82,7 @@ def held(router: Router, table: Table, errors: np.ndarray | None = None) -> Held
     """What a router decides on a full table of other queries.  ValueError where an outcome is missing."""
     if sorted(table.experts) != sorted(router.experts):
         raise ValueError(f"expected outcomes of {', '.join(router.experts)}, got those of {', '.join(table.experts)}")
-    _check_full(table)
+    check_full(table)
     order = [table.experts.index(name) for name in router.experts]
     quality, price = table.quality[:, order].astype(float), table.price[:, order]
     errors = trade_offs(price) if errors is None else errors
@@ -107,7 +108,7 @@ def cross_fitted(
     make: Callable[[], Router], table: Table, fold: np.ndarray, errors: np.ndarray | None = None
 ) -> Iterator[tuple[int, Held]]:
     """Each fold judged by a router that was fitted on the others.  (N,) folds -> (number of the fold, Held), one after another"""
-    _check_full(table)
+    check_full(table)
     errors = trade_offs(table.price) if errors is None else errors
     for number in np.unique(fold):
         router = make().fit(table.rows(np.flatnonzero(fold != number)))
@@ -115,7 +116,13 @@ def cross_fitted(
 
 
 def joined(parts: Sequence[Held]) -> Held:
-    """The rows of all folds."""
+    """The rows of all folds.
+
+    Margins are taken around the mean of their fold's router: whose mean is high has been fitted on what is low in its own fold,
+    and rows that are ranked together by such means are ranked against the truth.
+    """
+    # Rounding must not rank the folds of routers that tell nothing apart.
+    parts = [replace(part, margin=(part.margin - part.margin.mean()).round(12)) for part in parts]
 
     def along(axis: int, *names: str) -> dict[str, Any]:
         return {name: np.concatenate([getattr(part, name) for part in parts], axis=axis) for name in names}
@@ -206,10 +213,14 @@ def evaluation(rows: Held, *, group: np.ndarray | None = None, resamples: int = 
         for one in curves.values():
             corners = hull(one.points(weights))
             found.append(aiq(corners, prices.min(), prices.max()))
-            found += [saving(corners, qualities[best], prices[best], share) for share in SHARES]
+            saved = [saving(corners, qualities[best], prices[best], share) for share in SHARES]
+            # Where the quality is not reached, no price is low enough: left out, such samples would make a chance a proof.
+            found += [-np.inf if np.isnan(one) and prices[best] > 0 else one for one in saved]
         return np.array([*found, *(found[len(names) * place] - found[2 * len(names)] for place in range(len(curves)))])
 
-    flat = intervals_of(figures, len(rows.quality), group=group, resamples=resamples, seed=seed)
+    none = Interval(np.nan, np.nan, np.nan)
+    drawn = intervals_of(figures, len(rows.quality), group=group, resamples=resamples, seed=seed)
+    flat = [none if one.estimate == -np.inf else one for one in drawn]
     by_policy = {
         policy: dict(zip(names, flat[len(names) * place : len(names) * (place + 1)], strict=True))
         for place, policy in enumerate(curves)
@@ -245,7 +256,11 @@ def _two_experts(rows: Held, group: np.ndarray | None, resamples: int, seed: int
     best = best_expert(rows.quality, rows.price)
     gain = rows.quality[:, best] - rows.quality[:, 1 - best]
     # Folds may differ in whom they take for the better one: it is the better one of the rows that are judged.
-    scores = {"routed": rows.margin if best == 1 else -rows.margin, "random": np.zeros(len(gain)), "oracle": gain}
+    scores = {
+        "learned, without fallback": rows.margin if best == 1 else -rows.margin,
+        "random": np.zeros(len(gain)),
+        "oracle": gain,
+    }
     found = {}
     for policy, score in scores.items():
         one = intervals_of(
@@ -261,7 +276,8 @@ def _two_experts(rows: Held, group: np.ndarray | None, resamples: int, seed: int
     return found
 
 
-def _check_full(table: Table) -> None:
+def check_full(table: Table) -> None:
+    """ValueError where an outcome is missing."""
     if gap := table.gap:
         raise ValueError(
             f"expected every expert's outcome on every query: {gap}; a log of single answers is judged by "
@@ -271,5 +287,6 @@ def _check_full(table: Table) -> None:
 
 def _tags(log: Log) -> dict[str, tuple[str, ...]]:
     codes, tags = log.column("query"), log.column("tags")
-    first = np.unique(codes, return_index=True)[1]
+    tagged = np.flatnonzero(np.array([bool(some) for some in log.tag_sets])[tags])
+    first = tagged[np.unique(codes[tagged], return_index=True)[1]]
     return {log.queries[codes[row]]: log.tag_sets[tags[row]] for row in first}

@@ -98,8 +98,8 @@ def save(router: Saved, folder: Path) -> None:
         "format": FORMAT,
         "encoder": router.encoder,
         "fingerprint": router.fingerprint,
-        "price_of_error": router.price_of_error,
-        "explore": router.explore,
+        "price_of_error": float(router.price_of_error),
+        "explore": float(router.explore),
         "seed": router.seed,
         "salt": router.salt,
         "abilities": {name: asdict(ability) for name, ability in router.abilities.items()},
@@ -280,7 +280,7 @@ def _names(folder: Path) -> dict:
         names = json.loads((folder / _NAMES).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"{folder}: there is no router; expected a folder with {_NAMES}") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise DataError(f"{folder}: {_NAMES} cannot be read, {error}; fit and save the router again") from error
     if not isinstance(names, dict):
         raise DataError(f"{folder}: {_NAMES} is no description of a router")

@@ -110,6 +110,8 @@ class Router:
             raise ValueError(f"certify: of {len(apart)} queries it leaves none to learn from; ask for less than {certify:g}")
         if certify > 0:
             _check_full(table)
+            if not apart.any():
+                raise ValueError(f"certify: of {len(apart)} queries it keeps none apart; ask for more than {certify:g}")
         everything, table = table, table.rows(np.flatnonzero(~apart)) if apart.any() else table
         # A fit that fails or is stopped leaves the router as it was.
         encoder = copy.copy(self.encoder)
