@@ -232,7 +232,10 @@ def two_models(data: Data, fold: np.ndarray, unit: np.ndarray, found: Predicted)
 def priced(data: Data, fold: np.ndarray, unit: np.ndarray, found: Predicted) -> Iterator[dict]:
     """AIQ and saving of the pooled curves."""
     rows = np.arange(len(data.quality))
-    curves = {name: curve_of(estimate, found.price, data, found.errors) for name, estimate in found.estimates.items()}
+    curves = {
+        name: curve(estimate, data.price, data.quality, found.errors, expected=found.price)
+        for name, estimate in found.estimates.items()
+    }
     for name, actions in {"routed": found.routed, MIX: found.static}.items():
         curves[name] = Curve(data.price[rows, actions], data.quality[rows, actions])
     curves["static mix"] = static_curve(data.price, data.quality)
@@ -268,13 +271,6 @@ def priced(data: Data, fold: np.ndarray, unit: np.ndarray, found: Predicted) -> 
                 else {}
             ),
         }
-
-
-def curve_of(estimate: np.ndarray, price: np.ndarray, data: Data, errors: np.ndarray) -> Curve:
-    """Decisions by the predicted price, judged by the price that was paid."""
-    rows, order = np.arange(len(price)), np.argsort(price.mean(0), kind="stable")
-    chosen = [order[(estimate[:, order] - price[:, order] / error).argmax(1)] for error in errors]
-    return Curve(np.stack([data.price[rows, one] for one in chosen]), np.stack([data.quality[rows, one] for one in chosen]))
 
 
 def routerdc(folder: Path, encode: Encode | None) -> Iterator[dict]:

@@ -141,6 +141,8 @@ def pick(table: Tensor, actions: Tensor) -> Tensor:
 
     A table with missing answers says nothing of them: `deferral.metrics.deferral_cost` and `correct` take its mask.
     """
+    require_tensor("table", table)
+    require_tensor("actions", actions)
     if table.shape[:-1] != actions.shape:
         raise ValueError(
             f"one action per row: table {tuple(table.shape)}, actions {tuple(actions.shape)}; actions come from decide(scores)"

@@ -7,8 +7,7 @@ from deferral.numerics import lift
 from deferral.validation import (
     action_mask,
     check_probabilities,
-    require_batch,
-    require_cost_range,
+    require_cost,
     require_floating,
     require_num_own,
     require_rejector,
@@ -50,6 +49,7 @@ def decide_pair(scores: Tensor, rejector: Tensor, offset: float = 0.0) -> Tensor
     (..., K), (...,) -> (...,).  r = offset abstains, and so does a row of NaN.  Mao, Mohri, Zhong, "Predictor-Rejector
     Multi-Class Abstention" (ALT 2024), eq. 1.
     """
+    require_floating("scores", scores)
     require_rejector(rejector, scores.shape[:-1])
     return decide(scores).where((rejector > offset) & ~scores.isnan().all(dim=-1), scores.shape[-1])
 
@@ -59,6 +59,7 @@ def deferral_margin(scores: Tensor, *, num_own: int, mask: Tensor | None = None)
 
     `num_own` is K in the single stage and 1 in the two-stage form.  -inf where the mask leaves nobody to be asked.
     """
+    require_tensor("scores", scores)
     require_num_own(scores, num_own)
     values = lift(scores)
     values = values.where(~values.isnan(), -torch.inf)
@@ -124,9 +125,8 @@ def chow_scores(probabilities: Tensor, cost: Tensor | float) -> Tensor:
     With one expert of expected cost `cost`, the last action asks that expert.  Reads the values: raw scores are refused.
     """
     check_probabilities(probabilities)
-    require_cost_range(cost)
+    require_cost("probabilities", probabilities.shape[:-1], cost)
     if isinstance(cost, Tensor):
-        require_batch("probabilities", probabilities.shape[:-1], "cost", cost.shape)
         inside = (cost >= 0) & (cost <= 1)
         if not bool(inside.all()):
             raise ValueError(

@@ -5,7 +5,18 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["KNEE", "LEAST_BEFORE_KNEE", "PRECISE", "cast_like", "exp_linear", "expm1_linear", "lift", "log_add_exp", "readable"]
+__all__ = [
+    "KNEE",
+    "LEAST_BEFORE_KNEE",
+    "PRECISE",
+    "cast_like",
+    "exp_linear",
+    "expm1_linear",
+    "lift",
+    "log_add_exp",
+    "readable",
+    "transformed",
+]
 
 # e^10 = 2.2e4 fits float16, and rows past it still pull with a constant, finite slope.
 KNEE = 10.0
@@ -49,12 +60,17 @@ def log_add_exp(a: Tensor, b: Tensor) -> Tensor:
     return torch.stack(torch.broadcast_tensors(a, b)).logsumexp(dim=0)
 
 
+def transformed() -> bool:
+    """Whether `torch.func` is at work: vmap, grad or one of their relatives."""
+    return torch._C._are_functorch_transforms_active()
+
+
 def readable(tensor: Tensor) -> bool:
     """Whether a look at the values waits for nobody and breaks no graph: a plain tensor on a CPU that nothing traces."""
     return (
         type(tensor) is Tensor
         and tensor.device.type == "cpu"
         and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
+        and not transformed()
         and not torch._C._len_torch_dispatch_stack()
     )

@@ -30,9 +30,24 @@ __all__ = [
     "Report",
     "Rows",
     "Setting",
+    "autocast",
+    "bayes",
+    "bayes_errors",
+    "bounded_below",
     "check_loss",
+    "classes_are_alike",
     "draw_rows",
+    "every_expert_counts",
+    "example",
+    "finite",
+    "gradient",
+    "half_precision",
+    "leaves_its_input",
     "minimiser",
+    "one_value_per_example",
+    "pulls_when_wrong",
+    "random_problems",
+    "vmap",
     "wrong_decisions",
 ]
 
@@ -40,6 +55,7 @@ K, E, A = 3, 2, 3
 CEILING = 1.3  # of the two-stage costs: a price stands on top of an error
 _PRICES = torch.tensor([0.0] + (A - 1) * [CEILING - 1], dtype=torch.float64)
 PROBLEMS = 60
+_CLEAR = 0.02  # by which the cheapest action is cheaper than the next, where a decision is judged
 
 Rows = dict[str, Tensor]
 Loss = Callable[[Tensor, Rows], Tensor]
@@ -248,10 +264,10 @@ def minimiser(risk: Callable[[Tensor], Tensor], problems: int, width: int, *, st
     return scores.detach()[best, torch.arange(problems)]
 
 
-def wrong_decisions(actions: Tensor, expected_costs: Tensor, *, margin: float = 0.02) -> tuple[int, int]:
-    """(wrong, judged): among the problems whose cheapest action is cheaper by `margin`, those decided otherwise."""
+def wrong_decisions(actions: Tensor, expected_costs: Tensor) -> tuple[int, int]:
+    """(wrong, judged): among the problems whose cheapest action is cheaper by 0.02, those decided otherwise."""
     cheapest = expected_costs.sort(dim=-1)
-    clear = cheapest.values[:, 1] - cheapest.values[:, 0] > margin
+    clear = cheapest.values[:, 1] - cheapest.values[:, 0] > _CLEAR
     return int((actions != cheapest.indices[:, 0])[clear].sum()), int(clear.sum())
 
 
@@ -377,7 +393,7 @@ def pulls_when_wrong(loss: Loss, setting: Setting) -> str | None:
     stuck = (value > 5 * at_zero.abs().clamp(min=1.0)) & (slope.abs().amax(dim=-1) < 1e-3)
     return (
         f"{int(stuck.sum())} of 400 badly wrong rows have a loss up to {float(value[stuck].max()):.3g} and no gradient"
-        if (bool(stuck.any()))
+        if stuck.any()
         else None
     )
 

@@ -30,5 +30,5 @@ def one_thread() -> Iterator[None]:
 
 @lru_cache(1)
 def _pools(modules: int) -> ThreadpoolController:
-    """The libraries that are loaded with so many modules; finding them takes 5 ms."""
+    """The loaded libraries; finding them takes 5 ms, so they are looked for again only where the count of modules has changed."""
     return ThreadpoolController()

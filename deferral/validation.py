@@ -21,6 +21,7 @@ __all__ = [
     "require_actions",
     "require_batch",
     "require_ceiling",
+    "require_cost",
     "require_cost_range",
     "require_expert_columns",
     "require_experts",
@@ -34,7 +35,7 @@ __all__ = [
 ]
 
 
-# Of so many answers one at least is a class that some row has, unless they are spelt otherwise.
+# Where as many answers as this hold no class of the data, they are spelt in another way; fewer may all be wrong by chance.
 FEW_ANSWERS = 10
 
 
@@ -204,6 +205,13 @@ def require_cost_range(cost: Tensor | float) -> None:
             f"cost: expected a number in [0, 1], in units of one error, got {cost}; abstaining at a cost above 1 is never "
             "better than a wrong answer"
         )
+
+
+def require_cost(name: str, rows: torch.Size, cost: Tensor | float) -> None:
+    """A cost of abstention: a number in [0, 1], or a tensor that broadcasts to the rows of the tensor called `name`."""
+    require_cost_range(cost)
+    if isinstance(cost, Tensor):
+        require_batch(name, rows, "cost", cost.shape)
 
 
 def check_scores(scores: Tensor, *, name: str = "scores") -> None:

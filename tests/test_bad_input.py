@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from deferral import Criterion, chow_scores, error_costs, losses, squared_costs
+from deferral import Criterion, chow_scores, decide_pair, deferral_margin, error_costs, losses, pick, squared_costs
 from deferral.losses import (
     asymmetric_softmax,
     comp_sum,
@@ -145,6 +145,17 @@ COSTS = torch.linspace(0.1, 0.9, 8).view(4, 2)
             "expert_costs: expected a floating dtype",
         ),
         (lambda: chow_scores(10 * SCORES, 0.1), ValueError, "are they raw scores?  Pass scores.softmax(-1)"),
+        (lambda: madras(SCORES.long(), SCORES[:, 0], TARGETS, COSTS[:, 0]), TypeError, "floating dtype, got torch.int64"),
+        (lambda: mixture_of_experts(SCORES.long(), SCORES[:, :3], TARGETS, COSTS), TypeError, "floating dtype, got torch.int64"),
+        (lambda: learned_loss(SCORES[:, 0], SCORES[:, 0].numpy()), TypeError, "predictor_loss: expected a torch tensor, got nd"),
+        (lambda: selective_net([0.1], *COSTS.T, coverage=0.9), TypeError, "losses: expected a torch tensor, got list"),
+        (lambda: selective_net(*COSTS.T, TARGETS, coverage=0.9), TypeError, "auxiliary_losses: expected a floating dtype"),
+        (lambda: max_margin(SCORES.tolist(), SCORES), TypeError, "scores: expected a torch tensor, got list"),
+        (lambda: losses.expert_correctness(SCORES.long(), 3), TypeError, "scores: expected a floating dtype"),
+        (lambda: decide_pair(SCORES.tolist(), SCORES[:, 0]), TypeError, "scores: expected a torch tensor, got list"),
+        (lambda: deferral_margin(SCORES.numpy(), num_own=1), TypeError, "scores: expected a torch tensor, got ndarray"),
+        (lambda: pick(SCORES.numpy(), TARGETS), TypeError, "table: expected a torch tensor, got ndarray"),
+        (lambda: pick(SCORES, TARGETS.tolist()), TypeError, "actions: expected a torch tensor, got list"),
     ],
 )
 def test_shapes_dtypes_and_pairings(call, error: type[Exception], said: str) -> None:

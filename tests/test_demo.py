@@ -87,6 +87,11 @@ def test_nothing_is_learned_from_the_test_rows(comparison: Comparison, monkeypat
             assert torch.equal(method.actions, comparison[method.name].actions), method.name
 
 
+def test_a_method_that_is_not_there_is_named_with_those_that_are(comparison: Comparison) -> None:
+    with pytest.raises(KeyError, match=rf"'typo'.*{comparison.reference}"):
+        comparison["typo"]
+
+
 def test_figures_are_consistent(comparison: Comparison) -> None:
     oracle_cost = comparison["oracle"].cost
     for method in comparison.methods:

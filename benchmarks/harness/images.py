@@ -13,6 +13,7 @@ __all__ = ["CLASSES", "augment", "fetch", "load"]
 
 READERS = {"cifar10": cifar10, "cifar100": cifar100, "svhn": svhn}
 CLASSES = {"cifar10": 10, "cifar100": 100, "svhn": 10}
+_PAD = 4
 
 
 def load(data: str, root: Path, device: torch.device) -> tuple[Images, Images]:
@@ -37,18 +38,18 @@ def fetch(data: str, root: Path) -> None:
         ) from error
 
 
-def augment(images: Tensor, generator: torch.Generator, *, pad: int = 4) -> Tensor:
+def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     """Each image padded by 4 zero pixels, cropped back at its own random place, flipped with probability 1/2.
 
     (B, C, H, W) -> (B, C, H, W).  The draws come from a CPU generator: a seed means the same crops on every device.
     """
     rows, _, height, width = images.shape
-    top, left = torch.randint(0, 2 * pad + 1, (2, rows, 1), generator=generator)
+    top, left = torch.randint(0, 2 * _PAD + 1, (2, rows, 1), generator=generator)
     flip = torch.rand(rows, 1, generator=generator) < 0.5
     down = (torch.arange(height) + top).to(images.device)
     across = torch.arange(width).expand(rows, width)
     across = (torch.where(flip, width - 1 - across, across) + left).to(images.device)
-    padded = F.pad(images, (pad, pad, pad, pad))
+    padded = F.pad(images, 4 * (_PAD,))
     # One flat gather: a batch of slices would be a Python loop.
-    places = (down.unsqueeze(-1) * (width + 2 * pad) + across.unsqueeze(-2)).flatten(1).unsqueeze(1)
+    places = (down.unsqueeze(-1) * (width + 2 * _PAD) + across.unsqueeze(-2)).flatten(1).unsqueeze(1)
     return padded.flatten(2).gather(2, places.expand(-1, images.shape[1], -1)).view_as(images)

@@ -25,6 +25,8 @@ from deferral.datasets import DataError, Images
 
 __all__ = ["Diverged", "OutOfTime", "Recipe", "Watch", "outputs_of", "take_step", "train"]
 
+_ROWS_AT_ONCE = 1000  # without gradients
+
 
 class Diverged(RuntimeError):
     """The loss or a gradient is not finite."""
@@ -114,12 +116,12 @@ def train(
 
 
 @torch.no_grad()
-def outputs_of(model: nn.Module, images: Tensor, *, bfloat16: bool, batch: int = 1000) -> tuple[Tensor, Tensor]:
+def outputs_of(model: nn.Module, images: Tensor, *, bfloat16: bool) -> tuple[Tensor, Tensor]:
     """Features (N, width) and scores (N, outputs) of a trained network, float32."""
     assert isinstance(model, Network)
     features = []
     with _precision(images.device, bfloat16):
-        for part in images.split(batch):
+        for part in images.split(_ROWS_AT_ONCE):
             features.append(model.features(part).float())
     together = torch.cat(features)
     return together, model.scores(together)

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 __all__ = ["Standardise", "fit", "mlp"]
 
+_HIDDEN = 64
+
 
 class Standardise(nn.Module):
     """(x - mean) / deviation, with the statistics of the rows it is made from."""
@@ -23,9 +25,9 @@ class Standardise(nn.Module):
         return (x - self.mean) / self.deviation
 
 
-def mlp(rows: Tensor, outputs: int, *, hidden: int = 64) -> nn.Sequential:
+def mlp(rows: Tensor, outputs: int) -> nn.Sequential:
     """Standardised inputs, one hidden layer, `outputs` scores."""
-    network = nn.Sequential(Standardise(rows), nn.Linear(rows.shape[-1], hidden), nn.ReLU(), nn.Linear(hidden, outputs))
+    network = nn.Sequential(Standardise(rows), nn.Linear(rows.shape[-1], _HIDDEN), nn.ReLU(), nn.Linear(_HIDDEN, outputs))
     return network.to(rows.device)
 
 

@@ -109,7 +109,10 @@ class Comparison:
     notes: list[str]
 
     def __getitem__(self, name: str) -> Method:
-        return next(method for method in self.methods if method.name == name)
+        for method in self.methods:
+            if method.name == name:
+                return method
+        raise KeyError(f"no method is called {name!r}; there are {', '.join(method.name for method in self.methods)}")
 
     @cached_property
     def figures(self) -> dict[str, Figures]:

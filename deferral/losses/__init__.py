@@ -1,7 +1,8 @@
 """The surrogate losses of the thesis, of its follow-ups and of others: pure functions of scores, torch only.
 
 Every loss is `(scores, ..., targets or costs, *, options) -> (...,)`, one value per example: take the mean yourself, or wrap it
-in `Criterion`.
+in `Criterion`.  Exceptions: `two_stage_abstention` takes the rejector and the predictor's errors; `regression_deferral`,
+`regression_abstention` and `learned_loss` take the predictor's loss; `selective_net` gives one value for a whole batch.
 """
 
 from deferral.losses.comp_sum import comp_sum

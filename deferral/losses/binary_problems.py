@@ -72,7 +72,7 @@ def _without_hits(losses: Tensor, scores: Tensor, correct: Tensor, targets: Tens
 
 
 def _fill_compiled(scores: Tensor, correct: Tensor, targets: Tensor, descent: Tensor, losses: Tensor) -> None:
-    """`_fill` in words of which a compiler makes one loop over the row, with one exponential."""
+    """`_fill`, written so that the compiler fuses it into one loop over the row, with one exponential."""
     own = scores.shape[-1] - correct.shape[-1]
     decay = scores.abs().neg().exp()
     losses.copy_(_summed(scores.clamp(min=0) + decay.log1p(), scores, correct, targets))

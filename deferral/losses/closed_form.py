@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deferral.numerics import transformed
+
 __all__ = ["closed_form", "has_closed_form", "in_blocks", "refuse_second_derivatives"]
 
 # Numbers in the temporary tables of a block: on a CPU they stay in the cache; elsewhere many small blocks would wait for Python,
@@ -27,7 +29,7 @@ Block = Callable[..., Tensor | None]
 
 def has_closed_form(*constants: Tensor | float | None, compiled: bool = False) -> bool:
     """Whether the scores alone are differentiated, once, by eager autograd, or by a compiler that is welcome."""
-    if torch._C._are_functorch_transforms_active() or (torch.compiler.is_compiling() and not compiled):
+    if transformed() or (torch.compiler.is_compiling() and not compiled):
         return False
     return not any(isinstance(constant, Tensor) and constant.requires_grad for constant in constants)
 

@@ -32,6 +32,8 @@ def comp_sum(scores: Tensor, weights: Tensor, *, mu: float = 1.0, mask: Tensor |
     Its minimiser puts the highest score on the action of largest expected weight, for every mu in [0, 2] (Bayes-consistent
     where the weights are non-negative).  A masked action leaves the row, softmax included.  In eager mode the gradient is a
     closed form, and gradients of gradients are an error; under `torch.func` they exist.
+
+    Mao, Mohri, Zhong (ICML 2023).
     """
     require_floating("scores", scores)
     require_actions(scores, weights, name="weights")

@@ -1,4 +1,4 @@
-"""Comp-sum losses in words of which a compiler makes few loops, with one exponential where one is enough.
+"""Comp-sum losses written so that the compiler fuses them into few loops, with one exponential where one is enough.
 
 On a CPU value and gradient at once: an exponential costs more than a table that is moved.  On a GPU it is the other way round:
 scores and weights are kept, and the gradient is one more loop over them, without sums.

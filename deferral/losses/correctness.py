@@ -10,6 +10,7 @@ from deferral.losses.multi_expert import single_stage_deferral
 from deferral.losses.probabilities import asymmetric_logit, log_probabilities
 from deferral.losses.published import asymmetric_softmax, mozannar_sontag, one_vs_all
 from deferral.numerics import lift
+from deferral.validation import require_floating
 
 __all__ = ["expert_correctness"]
 
@@ -41,6 +42,7 @@ def expert_correctness(
     result is 1 - E[cost_j | x]: at a ceiling above 1 the odds are (ceiling - E[cost_j | x]) / (1 + K (ceiling - 1)), which is
     solved for the cost.
     """
+    require_floating("scores", scores)
     if not 0 < num_classes < scores.shape[-1]:
         raise ValueError(f"num_classes: expected 1..{scores.shape[-1] - 1} for scores {tuple(scores.shape)}, got {num_classes}")
     if loss is not single_stage_deferral and (mu, ceiling) != (1.0, 1.0):

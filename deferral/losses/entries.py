@@ -1,4 +1,4 @@
-"""Single entries of the rows of a table, in words of which a compiler makes one loop together with the rest of the row."""
+"""Single entries of the rows of a table, written so that the compiler fuses them into one loop with the rest of the row."""
 
 from typing import Any
 

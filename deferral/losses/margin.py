@@ -136,13 +136,13 @@ def max_losses(scores: Tensor, *, phi: Margin, mask: Tensor | None = None) -> Te
 def sum_margin(scores: Tensor, weights: Tensor, *, phi: Margin = exponential, mask: Tensor | None = None) -> Tensor:
     """sum_k weights_k * sum_{i != k} Phi(s_k - s_i).  (..., A), (..., A) -> (...,)
 
-    Bayes-consistent for Phi exponential, logistic, squared hinge and rho-margin; not for the hinge.  Visits
-    A^2 pairs, some rows at a time; with the exponential it is `comp_sum` at mu = 0, which visits A.
+    Bayes-consistent for Phi exponential, logistic, squared hinge and rho-margin; not for the hinge.  Visits A^2 pairs, some rows
+    at a time; with the exponential it is `comp_sum` at mu = 0, which visits A.  Awasthi et al. 2022.
     """
     if phi is exponential:
         # Separable: one row of the softmax instead of a table of pairs, continued linearly as a whole.
         return comp_sum(scores, weights, mu=0.0, mask=mask)
-    return _weighted(sum_losses, scores, weights, phi, mask, columns=8 * scores.shape[-1] ** 2)
+    return _weighted(sum_losses, scores, weights, phi, mask)
 
 
 def constrained_margin(scores: Tensor, weights: Tensor, *, phi: Margin = exponential, mask: Tensor | None = None) -> Tensor:
@@ -151,15 +151,15 @@ def constrained_margin(scores: Tensor, weights: Tensor, *, phi: Margin = exponen
     Bayes-consistent for Phi exponential, hinge, squared hinge and rho-margin (Lee, Lin, Wahba 2004).  With weights
     `costs.sum(-1, keepdim=True) / (A - 1) - costs` it is the cost-sensitive sum_k costs_k Phi(-s_k).
     """
-    return _weighted(constrained_losses, scores, weights, phi, mask, columns=16 * scores.shape[-1])
+    return _weighted(constrained_losses, scores, weights, phi, mask)
 
 
 def max_margin(scores: Tensor, weights: Tensor, *, phi: Margin = rho_margin, mask: Tensor | None = None) -> Tensor:
     """sum_k weights_k * Phi(s_k - max_{i != k} s_i).  (..., A), (..., A) -> (...,)
 
-    Bayes-consistent for the rho-margin; not for the hinge nor the exponential.
+    Bayes-consistent for the rho-margin; not for the hinge nor the exponential.  Awasthi et al. 2022.
     """
-    return _weighted(max_losses, scores, weights, phi, mask, columns=16 * scores.shape[-1])
+    return _weighted(max_losses, scores, weights, phi, mask)
 
 
 def _require_rho(rho: float) -> None:
@@ -167,10 +167,7 @@ def _require_rho(rho: float) -> None:
         raise ValueError(f"rho: expected a margin above 0, got {rho}")
 
 
-def _weighted(
-    losses: Callable[..., Tensor], scores: Tensor, weights: Tensor, phi: Margin, mask: Tensor | None, columns: int
-) -> Tensor:
-    """`columns`: numbers that a row takes in the temporary tables, of which autograd keeps about eight."""
+def _weighted(losses: Callable[..., Tensor], scores: Tensor, weights: Tensor, phi: Margin, mask: Tensor | None) -> Tensor:
     require_floating("scores", scores)
     require_actions(scores, weights, name="weights")
     scores = lift(scores)
@@ -178,6 +175,9 @@ def _weighted(
         mask = action_mask(scores, mask, 0)
         scores, weights = scores.masked_fill(~mask, -torch.inf), weights.where(mask, 0.0)
     weights = weights.to(scores.dtype)
+    # Numbers that a row takes in the temporary tables, of which autograd keeps several.
+    actions = scores.shape[-1]
+    columns = 8 * actions**2 if losses is sum_losses else 16 * actions
     return in_blocks(partial(_formula, losses=losses, phi=phi), scores, weights, columns=columns, fixed=is_fixed(phi))
 
 

@@ -74,6 +74,8 @@ def two_stage_deferral(
     largest cost that can occur (1 + the largest price), or the row's sum `costs.sum(-1, keepdim=True)` for the weights of
     regression.  Bayes-consistent for every mu in [0, 2] where no cost exceeds it; mu = 2 is realizable consistent as well but
     slow to start.  `mask` (..., E) or (..., A), True = known: a missing action leaves the row.
+
+    NeurIPS 2023; the weights ceiling - cost are those of Mozannar and Sontag 2020.
     """
     require_floating("scores", scores)
     require_actions(scores, costs)

@@ -7,7 +7,6 @@ arXiv 2310.14772).
 from collections.abc import Callable
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from deferral.losses.closed_form import in_blocks
@@ -25,14 +24,7 @@ from deferral.losses.margin import (
     sigmoid,
 )
 from deferral.numerics import lift
-from deferral.validation import (
-    require_batch,
-    require_cost_range,
-    require_floating,
-    require_rejector,
-    require_targets,
-    require_tensor,
-)
+from deferral.validation import require_cost, require_floating, require_rejector, require_targets, require_tensor
 
 __all__ = [
     "constrained_rho_hinge",
@@ -93,7 +85,8 @@ def predictor_rejector_abstention(
     """
     require_floating("scores", scores)
     require_targets(scores, targets, scores.shape[-1])
-    _require_rejector_and_cost(rejector, scores.shape[:-1], cost)
+    require_rejector(rejector, scores.shape[:-1])
+    require_cost("rejector", rejector.shape, cost)
     psi = _consistent_psi(base, psi, scores.shape[-1], alpha, beta)
     if alpha != beta and getattr(phi, "func", phi) in (sigmoid, rho_margin):
         raise ValueError(
@@ -132,15 +125,9 @@ def two_stage_abstention(rejector: Tensor, wrong: Tensor, cost: Tensor | float, 
     ALT 2024, eq. 5; with `rejector_of_scores` the second stage of AISTATS 2024.
     """
     require_tensor("wrong", wrong)
-    _require_rejector_and_cost(rejector, wrong.shape, cost)
+    require_rejector(rejector, wrong.shape)
+    require_cost("rejector", rejector.shape, cost)
     return wrong * phi(-rejector) + cost * phi(rejector)
-
-
-def _require_rejector_and_cost(rejector: Tensor, rows: torch.Size, cost: Tensor | float) -> None:
-    require_rejector(rejector, rows)
-    require_cost_range(cost)
-    if isinstance(cost, Tensor):
-        require_batch("rejector", rows, "cost", cost.shape)
 
 
 def _at_targets(losses: Callable[..., Tensor], scores: Tensor, targets: Tensor, phi: Margin) -> Tensor:

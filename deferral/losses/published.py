@@ -33,7 +33,7 @@ from deferral.validation import (
     action_mask,
     one_expert_mask,
     require_batch,
-    require_cost_range,
+    require_cost,
     require_experts,
     require_floating,
     require_mask,
@@ -185,9 +185,7 @@ def cost_sensitive_abstention(
     """
     require_floating("scores", scores)
     require_targets(scores, targets, scores.shape[-1])
-    require_cost_range(cost)
-    if isinstance(cost, Tensor):
-        require_batch("scores", scores.shape[:-1], "cost", cost.shape)
+    require_cost("scores", scores.shape[:-1], cost)
     targets, counts = without_ignored(targets, ignore_index)
     scores = lift(scores)
     cost = cast_like(cost, scores).unsqueeze(-1)
@@ -221,6 +219,7 @@ def madras(
     Not Bayes-consistent: it compares the entropy, not the error, with the expert's.
     Madras, Pitassi, Zemel, "Predict Responsibly" (NeurIPS 2018), eq. 5.
     """
+    require_floating("scores", scores)
     require_targets(scores, targets, scores.shape[-1])
     require_rejector(rejector, scores.shape[:-1])
     require_floating("expert_cost", expert_cost)
@@ -247,6 +246,7 @@ def mixture_of_experts(
 
     Not Bayes-consistent.  Hemmer, Schellhammer, Vössing, Jakubik, Satzger, "Forming Effective Human-AI Teams" (IJCAI 2022).
     """
+    require_floating("scores", scores)
     require_floating("gate", gate)
     require_tensor("expert_correct", expert_correct)
     require_targets(scores, targets, scores.shape[-1])
@@ -319,6 +319,7 @@ def learned_loss(estimate: Tensor, predictor_loss: Tensor) -> Tensor:
     Rejection" (2023); Zaoui, Denis, Hebiri, "Regression with Reject Option and Application to kNN" (NeurIPS 2020).
     """
     require_floating("estimate", estimate)
+    require_tensor("predictor_loss", predictor_loss)
     if estimate.shape != predictor_loss.shape:
         raise ValueError(
             f"one estimate per row: estimate {tuple(estimate.shape)}, predictor_loss {tuple(predictor_loss.shape)}; "
@@ -336,7 +337,9 @@ def selective_net(
     the inputs of lowest entropy, not of lowest error.
     Geifman, El-Yaniv, "SelectiveNet" (ICML 2019), eq. 2 and 3, with the division by mean(g) that the released code omits.
     """
+    require_tensor("losses", losses)
     require_floating("selection", selection)
+    require_floating("auxiliary_losses", auxiliary_losses)
     if not losses.shape == selection.shape == auxiliary_losses.shape or selection.dim() != 1 or len(selection) == 0:
         raise ValueError(
             "losses, selection, auxiliary_losses: expected one value per row of a non-empty batch each, got "

@@ -86,6 +86,8 @@ def realizable_experts(
     `expert_correct` is 1 where the expert's answer is right, 0 where it is wrong.  Realizable H-consistent; at q = 1 it is linear
     in the probabilities and so Bayes-consistent as well, at q = 0 it is not.  `mask` (..., E), True = known: an expert whose
     answer is missing leaves the row.  Rows whose target is `ignore_index` give 0.
+
+    Derived here; compare Mao, Mohri, Zhong (ICML 2025).
     """
     num_classes = require_experts(scores, targets, "expert_correct", expert_correct)
     targets, counts = without_ignored(targets, ignore_index)
@@ -141,6 +143,8 @@ def realizable_router(scores: Tensor, costs: Tensor, *, mask: Tensor | None = No
     Realizable and easy to optimise; not Bayes-consistent.  Rows whose actions all cost 1 say nothing and give 0.  For both
     guarantees use `two_stage_deferral` at mu = 2, started from a solution of this loss or of mu = 1.  `mask` (..., A) or
     (..., A-1), True = known: a missing action leaves the row.
+
+    Derived here; compare Mao, Mohri, Zhong (ICML 2025).
     """
     require_floating("scores", scores)
     require_actions(scores, costs)

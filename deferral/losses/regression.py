@@ -26,7 +26,7 @@ def regression_deferral(
     the row, and n_e counts the known ones.
 
     Bayes-consistent for every mu in [0, 2]: the minimiser keeps iff Var(y|x) is at most every E[c_j|x], and h = E[y|x] there.
-    Eq. 3 of the two-stage section, with the single-stage form of section 4.
+    ICML 2024, eq. 3 of the two-stage section, with the single-stage form of section 4.
     """
     require_floating("scores", scores)
     require_floating("predictor_loss", predictor_loss)
@@ -64,6 +64,8 @@ def regression_abstention(predictor_loss: Tensor, rejector: Tensor, cost: Tensor
     The case n_e = 1 of `regression_deferral` at constant cost.  Single stage: both learn; two stages: pass
     `predictor_loss.detach()`.  Bayes-consistent (answer iff Var(y|x) < cost) for Phi logistic, exponential, hinge and squared
     hinge.  `cost` is in the units of the loss and may exceed 1.
+
+    ICML 2024.
     """
     require_floating("predictor_loss", predictor_loss)
     require_rejector(rejector, predictor_loss.shape)

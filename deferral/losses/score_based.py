@@ -9,7 +9,7 @@ from torch import Tensor
 from deferral.losses.comp_sum import targeted_comp_sum
 from deferral.losses.ignored_rows import counted, without_ignored
 from deferral.numerics import cast_like, lift
-from deferral.validation import require_batch, require_cost_range, require_floating, require_targets
+from deferral.validation import require_cost, require_floating, require_targets
 
 __all__ = ["rejector_of_scores", "score_based_abstention"]
 
@@ -26,9 +26,7 @@ def score_based_abstention(
     """
     require_floating("scores", scores)
     require_targets(scores, targets, scores.shape[-1] - 1)
-    require_cost_range(cost)
-    if isinstance(cost, Tensor):
-        require_batch("scores", scores.shape[:-1], "cost", cost.shape)
+    require_cost("scores", scores.shape[:-1], cost)
     weight = (1 - cast_like(cost, scores)).unsqueeze(-1)
     targets, counts = without_ignored(targets, ignore_index)
     return counted(targeted_comp_sum(scores, targets, weight, mu=mu), counts)
@@ -37,7 +35,7 @@ def score_based_abstention(
 def rejector_of_scores(scores: Tensor) -> Tensor:
     """r = max_k s_k - s_K, the class scores detached; pass it to `two_stage_abstention`.  (..., K+1) -> (...,)
 
-    This is the second stage of the score-based form: the class scores are fixed, the abstain score is learned.
+    This is the second stage of the score-based form (AISTATS 2024): the class scores are fixed, the abstain score is learned.
     """
     require_floating("scores", scores)
     if scores.shape[-1] < 2:

@@ -9,15 +9,16 @@ from deferral.routing.policies.policy import Folded, centred
 __all__ = ["Clusters"]
 
 _FEW = 64
+_CLUSTERINGS = 4
 
 
 class Clusters:
-    """sum over the cluster of (quality - mean) / (its size + prior), averaged over `repeats` clusterings from other starts."""
+    """sum over the cluster of (quality - mean) / (its size + prior), averaged over four clusterings from other starts."""
 
     kind = "clusters"
 
-    def __init__(self, *, count: int = 64, repeats: int = 4, prior: float = 5.0) -> None:
-        self.count, self.repeats, self.prior = count, repeats, prior
+    def __init__(self, *, count: int = 64, prior: float = 5.0) -> None:
+        self.count, self.prior = count, prior
         self.arrays: Arrays = {}
         self._tables = Folded(_tables)
 
@@ -25,8 +26,8 @@ class Clusters:
         gain = centred(quality, weights, means)
         count = max(1, min(self.count, len(gain) // 10))
         centres, values = [], []
-        for repeat in range(self.repeats):
-            found = spherical_centres(vectors.dense, count, seed=seed * self.repeats + repeat)
+        for number in range(_CLUSTERINGS):
+            found = spherical_centres(vectors.dense, count, seed=seed * _CLUSTERINGS + number)
             member = nearest_centre(vectors.dense, found)
             sums, sizes = np.zeros((2, len(found), gain.shape[1]))
             np.add.at(sums, member, gain)

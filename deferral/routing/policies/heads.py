@@ -3,7 +3,7 @@
 import numpy as np
 
 from deferral.routing.encoders import Arrays, Vectors
-from deferral.routing.policies.networks import above_mean, layers, trained, two_layers
+from deferral.routing.policies.networks import DROPOUT, above_mean, layers, trained, two_layers
 from deferral.routing.policies.policy import Folded
 
 __all__ = ["Factors", "Heads"]
@@ -15,8 +15,8 @@ class Heads:
     kind = "heads"
     _rectified = True
 
-    def __init__(self, *, hidden: int = 64, dropout: float = 0.5) -> None:
-        self.hidden, self.dropout = hidden, dropout
+    def __init__(self, *, hidden: int = 64) -> None:
+        self.hidden = hidden
         self.arrays: Arrays = {}
         self._layers = Folded(layers)
 
@@ -36,8 +36,7 @@ class Heads:
             return (each * known[rows]).sum(-1)
 
         def network() -> nn.Sequential:
-            dropout = self.dropout / 2, self.dropout
-            return two_layers(x.shape[1], self.hidden, len(means), dropout=dropout, rectified=self._rectified)
+            return two_layers(x.shape[1], self.hidden, len(means), dropout=DROPOUT, rectified=self._rectified)
 
         self.arrays = {**trained(network, x, loss, start=start, seed=seed), "means": means}
         return self
@@ -56,5 +55,5 @@ class Factors(Heads):
     kind = "factors"
     _rectified = False
 
-    def __init__(self, *, hidden: int = 16, dropout: float = 0.5) -> None:
-        super().__init__(hidden=hidden, dropout=dropout)
+    def __init__(self, *, hidden: int = 16) -> None:
+        super().__init__(hidden=hidden)

@@ -10,8 +10,9 @@ from deferral.routing.encoders import Arrays, Vectors
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["Layers", "above_mean", "layers", "trained", "two_layers"]
+__all__ = ["DROPOUT", "Layers", "above_mean", "layers", "trained", "two_layers"]
 
+DROPOUT = 0.25, 0.5  # of the inputs and of the hidden layer
 _ROWS_SEEN = 600_000
 _BATCH, _LARGEST_BATCH = 512, 1024
 _FEWEST_STEPS = 150

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from deferral.routing.encoders import Arrays, Vectors
-from deferral.routing.policies.networks import above_mean, layers, trained, two_layers
+from deferral.routing.policies.networks import DROPOUT, above_mean, layers, trained, two_layers
 from deferral.routing.policies.policy import Folded
 from deferral.routing.prices import error_range
 
@@ -30,8 +30,8 @@ class Rejector:
 
     kind = "rejector"
 
-    def __init__(self, *, hidden: int = 64, dropout: float = 0.5) -> None:
-        self.hidden, self.dropout = hidden, dropout
+    def __init__(self, *, hidden: int = 64) -> None:
+        self.hidden = hidden
         self.arrays: Arrays = {}
         self._layers = Folded(layers)
 
@@ -67,8 +67,8 @@ class Rejector:
 
         def network() -> nn.Sequential:
             if self.hidden == 0:
-                return nn.Sequential(nn.Dropout(self.dropout / 2), nn.Linear(x.shape[1], len(means)))
-            return two_layers(x.shape[1], self.hidden, len(means), dropout=(self.dropout / 2, self.dropout))
+                return nn.Sequential(nn.Dropout(DROPOUT[0]), nn.Linear(x.shape[1], len(means)))
+            return two_layers(x.shape[1], self.hidden, len(means), dropout=DROPOUT)
 
         self.arrays = {**trained(network, x, loss, start=start, seed=seed), "means": means}
         return self
