@@ -92,7 +92,7 @@ def experts_file(tmp_path: Path, experts: dict[str, Expert]) -> Path:
 def test_from_a_file_of_questions_to_a_router(adders: dict[str, Expert], questions: Path, tmp_path: Path, capsys) -> None:
     file, answers, log = experts_file(tmp_path, adders), tmp_path / "answers.jsonl", tmp_path / "log.jsonl"
     main(["gateway", "ask", str(questions), str(answers), "--experts", str(file), "--request", '{"temperature": 0}'])
-    assert "38 answers, $0.005985; 38 of them of this run" in capsys.readouterr().out
+    assert "38 answers, $0.005985; 38 of them from this run" in capsys.readouterr().out
     main(["gateway", "grade", str(answers), str(log), "--by", "number"])
     table = read_log(log).table()
     assert table.experts == ["small", "large"]
@@ -306,7 +306,7 @@ def test_no_file_is_taken_for_another(adders: dict[str, Expert], questions: Path
     assert "expected an answer as" in refused("ask", questions, precious, "--experts", file)
     assert "holds the answers" in refused("grade", answers, answers, "--by", "number")
     main(["gateway", "grade", str(answers), str(log), "--by", "number"])
-    assert "is there already" in refused("grade", answers, log, "--by", "exact")
+    assert "already exists" in refused("grade", answers, log, "--by", "exact")
     main(["gateway", "grade", str(answers), str(log), "--by", "exact", "--replace"])
     assert {path: path.read_bytes() for path in before} == before
     # Before a judge is paid.

@@ -619,8 +619,9 @@ def test_the_command_replaces_a_cascade_only_by_one_that_the_record_shows_to_be_
     before = (tmp_path / "router" / "router.json").read_bytes()
     main([*arguments, "--dry-run"])
     assert (tmp_path / "router" / "router.json").read_bytes() == before
+    assert "dry run: " in capsys.readouterr().out
     main(arguments)
-    assert "has the new one" in capsys.readouterr().out
+    assert "has the new cascade" in capsys.readouterr().out
     found = Router.load(tmp_path / "router").cascade
     assert found is not None
     assert found.why_not(0.05) == ""

@@ -63,14 +63,14 @@ def test_an_operator_finds_decisions(database: str, capsys: pytest.CaptureFixtur
     assert found("--response", "\0") == []
     capsys.readouterr()
     main(["gateway", "decisions", "--database", database, "--expert", "lrage"])
-    assert "'lrage' answered nothing then; others did: (nobody), large, small" in capsys.readouterr().err
+    assert "'lrage' answered nothing in that time; those who did: (nobody), large, small" in capsys.readouterr().err
     main(["gateway", "decisions", "--database", database, "--key", "alice"])
     first, second = capsys.readouterr().out.splitlines()
     assert "id-1 alice asked auto, nobody answered: error (502) in 0.25 s, $0.0001; " in first
     assert second.endswith("ok (200) in 0.25 s, $0.0001; the cheapest (with probability 0.02)")
     main(["gateway", "decisions", "--database", database, "--json", "--response", "id-0"])
     assert json.loads(capsys.readouterr().out)["propensity"] == 0.02
-    for key, words in (("twin", "is the name of 2 keys"), ("bob", "is no key")):
+    for key, words in (("twin", "is the name of 2 keys"), ("bob", "is not a key")):
         with pytest.raises(SystemExit):
             main(["gateway", "decisions", "--database", database, "--key", key])
         assert words in capsys.readouterr().err

@@ -153,7 +153,7 @@ def test_a_name_is_no_id_and_nothing_is_deleted_unasked(
     asked: list[str] = []
     monkeypatch.setattr("click.confirm", lambda text: asked.append(text))
     for options, words in (
-        (["--key", "alice"], f"'alice' is no id of a key but a name; what is on record is deleted by the key's id, {key.id}"),
+        (["--key", "alice"], f"'alice' is the name of a key; expected its id, {key.id}"),
         ([], "expected either --key or --response"),
         (["--key", "dk-"], "got an empty one"),
     ):
@@ -164,12 +164,12 @@ def test_a_name_is_no_id_and_nothing_is_deleted_unasked(
     with pytest.raises(SystemExit) as ended:
         main(["gateway", "forget", "--response", "id-4711", "--database", database])
     assert ended.value.code == 1
-    assert "nothing is on record of 'id-4711'" in capsys.readouterr().err
+    assert "nothing is on record for 'id-4711'" in capsys.readouterr().err
     assert asked == [], "what is not there need not be confirmed"
     with pytest.raises(SystemExit) as ended:
         main(["gateway", "forget", "--key", key.id, "--database", database])
     assert (ended.value.code, capsys.readouterr().err) == (1, "nothing was deleted\n")
-    assert asked == ["Delete 1 decisions, and all that hangs on them?  That cannot be undone."]
+    assert asked == ["Delete 1 decisions and everything that belongs to them?  This cannot be undone."]
     assert counts(record)[0] == 21
     monkeypatch.setattr("click.confirm", lambda text: True)
     main(["gateway", "forget", "--key", key.id, "--database", database])

@@ -393,7 +393,7 @@ def test_keys_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtur
     kept = keys.create("twice")[1].id
     with pytest.raises(SystemExit):
         run("keys", "revoke", "twice")
-    assert f"'twice' is no valid key but a name; keys are revoked by their id, {kept}" in " ".join(
+    assert f"'twice' is not a valid key; it is a name, and keys are revoked by their id, {kept}" in " ".join(
         capsys.readouterr().err.split()
     )
     (tmp_path / "experts.toml").write_text('[experts.small]\nbase_url = "http://127.0.0.1:1"\nkey_env = "UNSET"\n', "utf-8")
@@ -408,7 +408,7 @@ def test_keys_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtur
         with pytest.raises(SystemExit) as ended:
             run("keys", "create", "carol", option, value)
         assert ended.value.code == 2
-        assert f"{option} is of a budget; expected --budget as well" in capsys.readouterr().err
+        assert f"{option} needs --budget" in capsys.readouterr().err
     main(["gateway", "keys", "create", "twice", *database])
     said = capsys.readouterr()
     assert said.out.startswith("dk-")
@@ -416,7 +416,7 @@ def test_keys_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtur
     main(["gateway", "keys", "create", "short", *database])
     assert "had a valid key before" not in capsys.readouterr().err, "it is revoked"
     assert "window day -> week; budget $2.5 -> $4; a running" in run("keys", "set", key.id, "--budget", "4", "--window", "week")
-    assert "is so already" in run("keys", "set", key.id, "--budget", "4")
+    assert "already has these settings" in run("keys", "set", key.id, "--budget", "4")
     run("keys", "set", "bob [/red]", "--no-budget", "--any-rate", "--all-experts", "--name", "rob", "--zone", "UTC")
     keys.refresh()
     assert keys.find(token) == Key(key.id, "rob", window="week")
@@ -457,11 +457,13 @@ def test_keys_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtur
         assert capsys.readouterr().out == ""
     assert keys.list() == before
     assert json.loads(run("status", "--json"))["requests"] == 0
-    with pytest.raises(SystemExit):
-        run("status", "--url", "http://127.0.0.1:9")
-    assert "no gateway answers" in capsys.readouterr().err
+    for url in ("http://127.0.0.1:9", "http://[::1"):
+        with pytest.raises(SystemExit) as ended:
+            run("status", "--url", url)
+        assert ended.value.code == 1
+        assert f"{url}/ready: no gateway answers" in capsys.readouterr().err
     monkeypatch.setattr("deferral.gateway.probe.probe", lambda url, admin_key: {"ready": "ready", "metrics": {}})
-    for key_of, words in (([], "want the admin key"), (["--admin-key", "wrong"], "were refused to this admin key")):
+    for key_of, words in (([], "need the admin key"), (["--admin-key", "wrong"], "were refused for this admin key")):
         main(["gateway", "status", "--url", "http://127.0.0.1:9", *key_of, *database])
         assert f"its metrics {words}: --admin-key, or DEFERRAL_ADMIN_KEY" in capsys.readouterr().err
 

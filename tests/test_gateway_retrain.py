@@ -368,7 +368,7 @@ def test_what_was_learned_is_said_where_the_gateways_cannot_be_told(
         assert ended.value.code == 1
         said = capsys.readouterr()
         assert "promoted: it saves much" in said.out
-        assert "is replaced, but the gateways could not be told, the disk is full; send SIGHUP" in said.err
+        assert "is replaced, but the gateways could not be told: the disk is full; send SIGHUP" in said.err
 
 
 @pytest.mark.ci_slow

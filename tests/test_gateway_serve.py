@@ -113,6 +113,45 @@ def test_who_is_refused_for_want_of_a_key_finds_no_database_afterwards(
     assert not (tmp_path / "gateway.db").exists()
 
 
+@pytest.mark.parametrize("number", ["nan", "inf"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "serve {tmp} --experts {file} --max-request-mb",
+        "serve {tmp} --experts {file} --retention-days",
+        "serve {tmp} --experts {file} --record-days",
+        "serve {tmp} --experts {file} --deadline-ms",
+        "serve {tmp} --experts {file} --explore",
+        "gateway check {tmp} --experts {file} --max-request-mb",
+        "gateway ask {file} {tmp}/answers.jsonl --experts {file} --dollars",
+        "gateway export {tmp}/log.jsonl --assume-quality",
+        "gateway retrain {tmp} --assume-quality",
+        "gateway status --hours",
+        "gateway decisions --hours",
+        "gateway shadow --hours",
+        "gateway keys create bob --budget",
+        "gateway keys rotate bob --grace-hours",
+        "route explain query -r {tmp} --budget",
+        "route explain query -r {tmp} --confidence",
+        "route fit {file} -o {tmp}/router --price-of-error",
+    ],
+)
+def test_what_is_no_finite_number_is_refused_before_anything_is_done(
+    command: str, number: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    (tmp_path / "experts.toml").touch()
+    words = [word.format(tmp=tmp_path, file=tmp_path / "experts.toml") for word in command.split()]
+    with pytest.raises(SystemExit) as ended:
+        main([*words, number])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert f"Invalid value for '{words[-1]}'" in said
+    assert f"expected a finite number, got {number}" in said or "inf is not in the range" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["experts.toml"]
+
+
 @pytest.mark.parametrize(
     ("host", "message"), [("192.0.2.1", "does not have the address"), ("no such host", "expected an address of this machine")]
 )

@@ -21,6 +21,7 @@ from deferral.gateway.answer_files import read_questions
 from deferral.gateway.asking import Result, ask_all
 from deferral.gateway.experts_file import Expert, read_experts
 from deferral.gateway.grading import Graded, by_field, by_judge, by_rule
+from deferral.parameters import FiniteRange
 from deferral.routing.grades import RULES
 from deferral.routing.log_files import check_log_name, write_log
 from deferral.routing.outcomes import Log
@@ -36,10 +37,14 @@ def _fields(context: click.Context, parameter: click.Parameter, text: str) -> di
     try:
         found = json.loads(text)
     except ValueError as error:
-        raise click.BadParameter(f'expected a JSON object, {{"max_tokens": 500}} say; {error}') from None
+        raise click.BadParameter(f'expected a JSON object, such as {{"max_tokens": 500}}; {error}') from None
     if not isinstance(found, dict):
-        raise click.BadParameter(f'expected a JSON object, {{"max_tokens": 500}} say, got {text[:60]!r}')
+        raise click.BadParameter(f'expected a JSON object, such as {{"max_tokens": 500}}, got {text[:60]!r}')
     return found
+
+
+def _or_no_limit(context: click.Context, parameter: click.Parameter, dollars: float | None) -> float:
+    return math.inf if dollars is None else dollars
 
 
 def _asking_options(command: Callable) -> Callable:
@@ -47,12 +52,16 @@ def _asking_options(command: Callable) -> Callable:
         click.option(
             "--dollars",
             "most_dollars",
-            type=click.FloatRange(min=0, min_open=True),
-            default=math.inf,
-            help="Ask no more once all replies cost so much.",
+            type=FiniteRange(min=0, min_open=True),
+            callback=_or_no_limit,
+            help="Stop asking once all replies together cost this many dollars.  [default: no limit]",
         ),
         click.option(
-            "--concurrent", type=click.IntRange(min=1), default=8, show_default=True, help="Questions to one at a time."
+            "--concurrent",
+            type=click.IntRange(min=1),
+            default=8,
+            show_default=True,
+            help="How many questions one expert is asked at a time.",
         ),
         click.option(
             "--request",
@@ -60,7 +69,7 @@ def _asking_options(command: Callable) -> Callable:
             metavar="JSON",
             default="{}",
             callback=_fields,
-            help='Added to every request: {"max_tokens": 500}.',
+            help='Fields to add to every request, such as {"max_tokens": 500}.',
         ),
     ):
         command = option(command)
@@ -70,8 +79,8 @@ def _asking_options(command: Callable) -> Callable:
 @click.command()
 @click.argument("questions", type=_FILE)
 @click.argument("answers", type=_NEW)
-@click.option("--experts", "file", type=_FILE, required=True, help="The experts file, as of `deferral serve`.")
-@click.option("--only", multiple=True, metavar="EXPERT", help="Ask only EXPERT (and others so named).")
+@click.option("--experts", "file", type=_FILE, required=True, help="The experts file, as for `deferral serve`.")
+@click.option("--only", multiple=True, metavar="EXPERT", help="Ask only EXPERT; may be given several times.")
 @_asking_options
 def ask(
     questions: Path,
@@ -80,11 +89,12 @@ def ask(
     only: tuple[str, ...],
     **how: Any,
 ) -> None:
-    """Ask every expert every question of QUESTIONS, and add what they say to ANSWERS (.jsonl); `grade` makes a log of it.
+    """Ask every expert every question in QUESTIONS, and add the answers to ANSWERS (.jsonl); `grade` makes a log of them.
 
-    QUESTIONS is .jsonl with a "query" (or "messages") a line, and a "reference" and "tags" where they are known, or a text file
-    with a question a line.  Stopped, killed, or not answered by all, the same command asks what is missing, and exits with 3 as
-    long as something is.  Experts with `route = false` are asked where --only names them.
+    QUESTIONS is .jsonl, each line with a "query" (or "messages") and, where they are known, a "reference" and "tags"; or a text
+    file with one question per line.  If the command is stopped or killed, or some questions are not answered, run it again: it
+    asks what is missing, and exits with 3 as long as something is.  Experts with `route = false` are asked only if --only names
+    them.
     """
     if answers.exists() and answers.samefile(questions):
         raise click.UsageError(f"{answers} holds the questions; name another file for the answers")
@@ -92,7 +102,7 @@ def ask(
     asked = read_questions(questions)
     with _progress(f"asking {', '.join(each.name for each in experts)}", len(asked) * len(experts)) as on_answer:
         result = _asked(lambda: ask_all(asked, experts, answers, on_answer=on_answer, **how))
-    click.echo(f"{answers}: {result.answers:,} answers, ${result.dollars:.4g}; {result.asked:,} of them of this run")
+    click.echo(f"{answers}: {result.answers:,} answers, ${result.dollars:.4g}; {result.asked:,} of them from this run")
     _say_missing(result)
 
 
@@ -106,9 +116,9 @@ def ask(
     help="Compare with the reference (the whole answer, the words in it, the letter or the number), or take the field "
     "quality that a program of yours has added to ANSWERS.",
 )
-@click.option("--judge", metavar="EXPERT", help="Or have EXPERT of the experts file say how good each answer is.")
-@click.option("--experts", "file", type=_FILE, help="The experts file, with --judge.")
-@click.option("--replace", is_flag=True, help="Also where LOG is there already.")
+@click.option("--judge", metavar="EXPERT", help="Instead of --by, have EXPERT of the experts file say how good each answer is.")
+@click.option("--experts", "file", type=_FILE, help="The experts file; needed with --judge.")
+@click.option("--replace", is_flag=True, help="Overwrite LOG if it exists.")
 @_asking_options
 def grade(
     answers: Path,
@@ -119,10 +129,10 @@ def grade(
     replace: bool,
     **how: Any,
 ) -> None:
-    """Say how good each of ANSWERS is, and write the log that `deferral route fit` learns from (.jsonl, .ndjson or .parquet).
+    """Say how good each answer is, and write the log that `deferral route fit` learns from (.jsonl, .ndjson or .parquet).
 
-    What a judge says is kept beside the log, in LOG.EXPERT.jsonl: stopped, or where it did not answer, the same command (with
-    --replace) asks it for what is missing, and exits with 3 as long as something is.
+    What a judge says is kept beside the log, in LOG.EXPERT.jsonl.  If the command is stopped, or the judge leaves out an answer,
+    run it again (with --replace): it asks for what is missing, and exits with 3 as long as something is.
     """
     if (rule is None) == (judge is None):
         raise click.UsageError("expected either --by or --judge")
@@ -131,7 +141,7 @@ def grade(
     if log.exists() and log.samefile(answers):
         raise click.UsageError(f"{log} holds the answers; name another file for the log")
     if log.exists() and not replace:
-        raise click.UsageError(f"{log} is there already; name another file for the log, or add --replace")
+        raise click.UsageError(f"{log} already exists; name another file for the log, or add --replace")
     # Before anybody is paid.
     check_log_name(log)
     result = None
@@ -148,7 +158,7 @@ def grade(
     write_log(graded.log, log)
     Console().print(_table(graded))
     if rule in RULES and not graded.log.column("quality").any():
-        click.echo(f"not one answer agrees with its reference: is {rule} the right rule?", err=True)
+        click.echo(f"no answer agrees with its reference: is {rule} the right rule?", err=True)
     click.echo(f"wrote {log}; next: deferral route fit {log} --out router --price-of-error DOLLARS")
     if result is not None:
         click.echo(f"the judge's replies cost ${result.dollars:.4g}")
@@ -160,7 +170,7 @@ def _chosen(experts: dict[str, Expert], only: tuple[str, ...]) -> list[Expert]:
         raise click.BadParameter(f"{unknown[0]!r} is not in the experts file; it has {', '.join(experts)}")
     chosen = [each for each in experts.values() if (each.name in only if only else each.route)]
     if not chosen:
-        raise click.UsageError("every expert has route = false; name those to be asked by --only")
+        raise click.UsageError("every expert has route = false; name those to ask with --only")
     return chosen
 
 
@@ -177,7 +187,7 @@ def _asked(work: Callable[[], Any]) -> Any:
 def _say_missing(result: Result) -> None:
     for name, count in result.cut.items():
         if count:
-            click.echo(f"{name}: {count:,} answers were cut off at their longest; --request sets max_tokens", err=True)
+            click.echo(f"{name}: {count:,} answers were cut off at the most tokens allowed; --request sets max_tokens", err=True)
     for name, reasons in result.left.items():
         for why, count in reasons.most_common(5):
             click.echo(f"{name}: {count:,} not answered: {why}", err=True)

@@ -25,6 +25,7 @@ from deferral.gateway.key_commands import keys
 from deferral.gateway.keys import PREFIX
 from deferral.gateway.opened import database_option, encoder_option, opened
 from deferral.gateway.status import dollars
+from deferral.parameters import FiniteRange
 
 __all__ = ["gateway"]
 
@@ -36,8 +37,8 @@ _ELSEWHERE = {
 _OUTCOMES = ("ok", "error", "cancelled", "refused", "truncated")
 _assumed = click.option(
     "--assume-quality",
-    type=click.FloatRange(0, 1),
-    help="Quality of answers that nobody judged.  [default: they are left out]",
+    type=FiniteRange(0, 1),
+    help="Quality to assume for answers that nobody judged.  [default: they are left out]",
 )
 
 
@@ -55,19 +56,19 @@ class _Commands(click.Group):
 
 @click.group(cls=_Commands)
 def gateway() -> None:
-    """A first log, and the check, keys, record, retraining and status of a gateway."""
+    """A gateway's first log, checks, API keys, record, retraining and status."""
 
 
 gateway.add_command(keys)
 
 
 @gateway.command()
-@click.option("--key", help="All that is on record of this key, by its id or the prefix that is shown.")
-@click.option("--response", help="One response, by x-deferral-id or by the reply's own id.")
+@click.option("--key", help="Everything on record for this key, given by its id or its displayed prefix.")
+@click.option("--response", help="One response, given by its x-deferral-id or the reply's own id.")
 @click.option("--yes", is_flag=True, help="Delete without asking.")
 @database_option
 def forget(key: str | None, response: str | None, yes: bool, database: str) -> None:
-    """Delete decisions, judgements and texts from the record; what they cost stays in the key's budget."""
+    """Delete decisions, judgements and texts from the record; what they cost still counts towards the key's budget."""
     from deferral.gateway.forgetting import forget as delete
     from deferral.gateway.forgetting import on_record
 
@@ -80,13 +81,17 @@ def forget(key: str | None, response: str | None, yes: bool, database: str) -> N
         issued = [] if identity is None else [one.key for one in store.list()]
         named = [] if identity in [one.id for one in issued] else [one.id for one in issued if one.name == key]
         if named:
-            why = f"is no id of a key but a name; what is on record is deleted by the key's id, {' or '.join(named)}"
+            why = f"is the name of a key; expected its id, {' or '.join(named)}"
             raise click.BadParameter(f"{key!r} {why}; see `deferral gateway keys list`", param_hint="--key")
         try:
             count = on_record(store.engine, key=identity, response=response)
             if not count:
-                raise DataError(f"nothing is on record of {key or response!r}; what was just answered is written a moment later")
-            if not (yes or click.confirm(f"Delete {count} decisions, and all that hangs on them?  That cannot be undone.")):
+                raise DataError(
+                    f"nothing is on record for {key or response!r}; a new answer is recorded a moment after it is given"
+                )
+            if not (
+                yes or click.confirm(f"Delete {count} decisions and everything that belongs to them?  This cannot be undone.")
+            ):
                 click.echo("nothing was deleted", err=True)
                 sys.exit(1)
             with Console(stderr=True).status("deleting") as shown:
@@ -102,9 +107,9 @@ def forget(key: str | None, response: str | None, yes: bool, database: str) -> N
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
 @database_option
 def backup(file: Path, database: str) -> None:
-    """Copy an SQLite database to FILE, also while gateways write to it.
+    """Copy an SQLite database to FILE, even while gateways write to it.
 
-    A PostgreSQL database is copied by pg_dump.
+    Use pg_dump to copy a PostgreSQL database.
     """
     from deferral.gateway.database import connect, copy
 
@@ -123,9 +128,9 @@ def backup(file: Path, database: str) -> None:
 
 @gateway.command()
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--since", type=click.DateTime(), help="Requests that arrived then or later (UTC).")
-@click.option("--until", type=click.DateTime(), help="Requests that arrived before then (UTC).")
-@click.option("--replace", is_flag=True, help="Also where FILE is there already.")
+@click.option("--since", type=click.DateTime(), help="Only requests that arrived at this time (UTC) or later.")
+@click.option("--until", type=click.DateTime(), help="Only requests that arrived before this time (UTC).")
+@click.option("--replace", is_flag=True, help="Overwrite FILE if it exists.")
 @_assumed
 @database_option
 def export(
@@ -134,7 +139,7 @@ def export(
     """Write the router's log, with propensities, to FILE (.jsonl, .ndjson or .parquet)."""
     if file.exists() and not replace:
         # The texts of an older one may be over their time in the record.
-        raise click.ClickException(f"{file} is there already; name another file, or add --replace")
+        raise click.ClickException(f"{file} already exists; name another file, or add --replace")
     from deferral.gateway.export import export as write
 
     times = {name: _seconds(value) for name, value in (("since", since), ("until", until)) if value is not None}
@@ -148,12 +153,12 @@ def export(
 @click.option(
     "--log",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="The log that the router was fitted on, to learn from as well.",
+    help="The log that the router was fitted on; the new router learns from it as well.",
 )
 @encoder_option
-@click.option("--drop-cascade", is_flag=True, help="Promote it also where the old router's cascade, which pays, is lost.")
-@click.option("--dry-run", is_flag=True, help="Judge, and change nothing.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the intervals.")
+@click.option("--drop-cascade", is_flag=True, help="Replace the router even if its cascade pays and would be lost.")
+@click.option("--dry-run", is_flag=True, help="Judge only; change nothing.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the intervals.")
 @_assumed
 @database_option
 def retrain(
@@ -168,7 +173,7 @@ def retrain(
 ) -> None:
     """Learn a new router from the record; it replaces ROUTER (a folder) only if it is better with confidence.
 
-    Exit status 0 if it is better, 3 if not.  Gateways that run on the database take it within a second or two.
+    Exit status 0 if it is better, 3 if not.  Gateways on this database load it within a second or two.
     """
     from deferral.gateway.retrain import retrain as learn
     from deferral.routing import Router, read_log
@@ -193,19 +198,19 @@ def retrain(
     if not verdict.better:
         sys.exit(3)
     if not dry_run:
-        click.echo(f"{router} is the new router, {router}.previous the old one; gateways on this database take it in a second")
+        click.echo(f"{router} is the new router, {router}.previous the old one; gateways on this database load it in a second")
 
 
 @gateway.command()
 @click.argument("router", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @encoder_option
-@click.option("--dry-run", is_flag=True, help="Judge, and change nothing.")
+@click.option("--dry-run", is_flag=True, help="Judge only; change nothing.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @database_option
 def cascade(router: Path, encoder: Path | None, dry_run: bool, seed: int, database: str) -> None:
-    """Learn the cascade of ROUTER (a folder) again from the record; the new one replaces it only if it is better with confidence.
+    """Refit the cascade of ROUTER (a folder) on the record; the new one replaces the old only if it is better with confidence.
 
-    Exit status 0 if it is, 3 if not.  Gateways that run on the database take it within a second or two.
+    Exit status 0 if it is better, 3 if not.  Gateways on this database load it within a second or two.
     """
     from deferral.gateway.cascade_retrain import retrain_cascade
     from deferral.routing import Router
@@ -226,21 +231,26 @@ def cascade(router: Path, encoder: Path | None, dry_run: bool, seed: int, databa
     if not verdict.better:
         click.echo(f"{router} stays as it was")
         sys.exit(3)
-    click.echo("it would replace it" if dry_run else f"{router} has the new one; gateways on this database take it in a second")
+    if dry_run:
+        click.echo(f"dry run: without --dry-run, the new cascade would replace the one in {router}")
+    else:
+        click.echo(f"{router} has the new cascade; gateways on this database load it in a second")
 
 
 @gateway.command()
 @click.option("--by", multiple=True, type=click.Choice(["key", "expert", "day", "month"]), default=["key"], show_default=True)
-@click.option("--since", type=click.DateTime(), help="Requests that arrived then or later, in --zone.  [default: 30 days ago]")
-@click.option("--until", type=click.DateTime(), help="Requests that arrived before then, in --zone.")
-@click.option("--zone", default="UTC", show_default=True, help="Time zone of days and months, Europe/Berlin say.")
-@click.option("--csv", "as_csv", is_flag=True, help="For a spreadsheet: every digit, no sum.")
+@click.option(
+    "--since", type=click.DateTime(), help="Only requests that arrived then or later, in --zone.  [default: 30 days ago]"
+)
+@click.option("--until", type=click.DateTime(), help="Only requests that arrived before then, in --zone.")
+@click.option("--zone", default="UTC", show_default=True, help="Time zone of days and months, such as Europe/Berlin.")
+@click.option("--csv", "as_csv", is_flag=True, help="Print CSV, unrounded, without a total.")
 @database_option
 def spending(by: tuple[str, ...], since: datetime | None, until: datetime | None, zone: str, as_csv: bool, database: str) -> None:
     """Who spent what: requests, tokens and dollars by key, expert, day or month (--by may be given several times).
 
-    What was deleted from the record is known by key and time alone, and no longer than 32 days: to bill for a month, do so before
-    it is deleted.
+    Of deleted requests, only the key, the time and the cost are known, and for at most 32 days: bill for a month before its
+    requests are deleted.
     """
     from deferral.gateway.spending import spending as read
     from deferral.gateway.windows import time_zone
@@ -274,13 +284,15 @@ def spending(by: tuple[str, ...], since: datetime | None, until: datetime | None
 
 
 @gateway.command()
-@click.option("--hours", type=click.FloatRange(min=0, min_open=True), default=24.0, show_default=True, help="How far back.")
-@click.option("--json", "as_json", is_flag=True, help="The figures as JSON.")
-@click.option("--url", help="Also ask the gateway that runs there, http://127.0.0.1:8080 say.")
-@click.option("--admin-key", envvar="DEFERRAL_ADMIN_KEY", help="For /metrics at --url.  [default: $DEFERRAL_ADMIN_KEY]")
+@click.option(
+    "--hours", type=FiniteRange(min=0, min_open=True), default=24.0, show_default=True, help="How many hours to look back."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+@click.option("--url", help="Also ask the gateway at this address, such as http://127.0.0.1:8080.")
+@click.option("--admin-key", envvar="DEFERRAL_ADMIN_KEY", help="Admin key for /metrics at --url.  [default: $DEFERRAL_ADMIN_KEY]")
 @database_option
 def status(hours: float, as_json: bool, url: str | None, admin_key: str | None, database: str) -> None:
-    """What the gateway did: requests, experts' shares, cost and saving, errors, feedback, budgets, and alarms that ring."""
+    """What the gateway did: requests, experts' shares, cost and saving, errors, feedback, budgets and active alarms."""
     from deferral.gateway.probe import probe
     from deferral.gateway.status import status as read
 
@@ -300,18 +312,20 @@ def status(hours: float, as_json: bool, url: str | None, admin_key: str | None, 
         for name, value in running["metrics"].items():
             click.echo(f"  {name} {value:g}")
         if not running["metrics"]:
-            why = "want the admin key" if not admin_key else "were refused to this admin key"
+            why = "need the admin key" if not admin_key else "were refused for this admin key"
             click.echo(f"  its metrics {why}: --admin-key, or DEFERRAL_ADMIN_KEY", err=True)
 
 
 @gateway.command()
-@click.option("--key", help="Of this key alone, by its name, its id or the prefix that is shown.")
-@click.option("--expert", help='That this expert answered; "" is nobody.')
-@click.option("--outcome", type=click.Choice(_OUTCOMES), help="That ended so.")
-@click.option("--response", help="One response, by x-deferral-id or by the reply's own id, however old.")
-@click.option("--hours", type=click.FloatRange(min=0, min_open=True), default=24.0, show_default=True, help="How far back.")
-@click.option("--count", type=click.IntRange(1, 100_000), default=50, show_default=True, help="The newest so many.")
-@click.option("--json", "as_json", is_flag=True, help="A JSON object a line.")
+@click.option("--key", help="Only decisions for this key, given by its name, its id or its displayed prefix.")
+@click.option("--expert", help='Only decisions this expert answered; "" for those that nobody did.')
+@click.option("--outcome", type=click.Choice(_OUTCOMES), help="Only decisions with this outcome.")
+@click.option("--response", help="Only this response, however old, given by its x-deferral-id or the reply's own id.")
+@click.option(
+    "--hours", type=FiniteRange(min=0, min_open=True), default=24.0, show_default=True, help="How many hours to look back."
+)
+@click.option("--count", type=click.IntRange(1, 100_000), default=50, show_default=True, help="How many to show, newest first.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line.")
 @database_option
 def decisions(
     key: str | None,
@@ -323,7 +337,7 @@ def decisions(
     as_json: bool,
     database: str,
 ) -> None:
-    """Look for decisions on record, the newest first: who was asked and why, and what came of it."""
+    """Show decisions on record, newest first: who was asked, why, and what came of it."""
     from deferral.gateway.history import answerers, recent, said
 
     since = None if response is not None else time.time() - 3600 * hours
@@ -332,7 +346,7 @@ def decisions(
         if key is not None:
             meant = [one.key.id for one in issued if key in (one.key.id, one.prefix, one.key.name)]
             if len(meant) != 1:
-                why = f"is the name of {len(meant)} keys, {' and '.join(meant)}" if meant else "is no key"
+                why = f"is the name of {len(meant)} keys, {' and '.join(meant)}" if meant else "is not a key"
                 raise click.BadParameter(f"{key!r} {why}; see `deferral gateway keys list`", param_hint="--key")
             [key] = meant
         found = recent(store.engine, count=count, since=since, key=key, expert=expert, outcome=outcome, response=response)
@@ -341,14 +355,19 @@ def decisions(
     for one in found:
         click.echo(json.dumps(one) if as_json else said(one, names.get(one["key"], one["key"])))
     if not found:
-        click.echo("no such decision is on record" + ("" if since is None else f" of the last {hours:g} hours"), err=True)
+        click.echo("no such decision is on record" + ("" if since is None else f" for the last {hours:g} hours"), err=True)
     if others and expert not in others:
-        click.echo(f"{expert!r} answered nothing then; others did: {', '.join(name or '(nobody)' for name in others)}", err=True)
+        click.echo(
+            f"{expert!r} answered nothing in that time; those who did: {', '.join(name or '(nobody)' for name in others)}",
+            err=True,
+        )
 
 
 @gateway.command()
-@click.option("--hours", type=click.FloatRange(min=0, min_open=True), default=24.0, show_default=True, help="How far back.")
-@click.option("--json", "as_json", is_flag=True, help="The figures as JSON.")
+@click.option(
+    "--hours", type=FiniteRange(min=0, min_open=True), default=24.0, show_default=True, help="How many hours to look back."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 @database_option
 def shadow(hours: float, as_json: bool, database: str) -> None:
     """How the candidate of `deferral serve --shadow` compares with the live router: agreement, and what it would have gained."""
@@ -368,7 +387,7 @@ def _encoder_of_ones_own(function: str) -> Iterator[None]:
     except DataError:
         raise
     except ValueError as error:
-        raise click.UsageError(f"{error}; in Python, {function} takes it") from None
+        raise click.UsageError(f"{error}; in Python, {function} accepts one") from None
 
 
 def _announce(engine: Engine, router: Path) -> None:
@@ -379,7 +398,7 @@ def _announce(engine: Engine, router: Path) -> None:
         Reloads(engine).announce()
     except SQLAlchemyError as error:
         raise DataError(
-            f"{router} is replaced, but the gateways could not be told, {getattr(error, 'orig', None) or error}; send SIGHUP to "
+            f"{router} is replaced, but the gateways could not be told: {getattr(error, 'orig', None) or error}; send SIGHUP to "
             "each, or POST /admin/reload"
         ) from error
 

@@ -328,7 +328,7 @@ class Decider:
     def _by_mix(self, plan: Plan, query: str) -> Decisions:
         """Without looking at more of the query than its length."""
         state = self.router.fitted
-        price = state.prices(np.array([len(query)], float))
+        price = state.by_length(np.array([len(query)], float))
         cost = np.where(plan.mask, 1 - state.means + price / plan.price_of_error, np.inf)
         action = drawn_from(plan.mix, [query], self.router.salt)
         why = f"the encoder took longer than {1000 * self.deadline_s:.0f} ms"

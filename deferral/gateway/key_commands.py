@@ -15,6 +15,7 @@ from deferral.gateway.experts_file import expert_names
 from deferral.gateway.keys import Issued, Key, UnknownKey
 from deferral.gateway.opened import database_option, opened
 from deferral.gateway.windows import WINDOWS, minute_of
+from deferral.parameters import FiniteRange
 
 __all__ = ["keys"]
 
@@ -22,26 +23,26 @@ _experts_file = click.option(
     "--experts",
     "experts_file",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="The gateway's experts file, to look up the names that --expert gives.",
+    help="The gateway's experts file, to check the names given with --expert.",
 )
-_rate, _budget = click.IntRange(min=1, max=1_000_000), click.FloatRange(min=0, min_open=True)
-_SOON = "a running gateway takes it within two seconds"
+_rate, _budget = click.IntRange(min=1, max=1_000_000), FiniteRange(min=0, min_open=True)
+_SOON = "a running gateway applies it within two seconds"
 
 
 @click.group()
 def keys() -> None:
-    """Who may ask: create, list, change, rotate and revoke API keys."""
+    """Create, list, change, rotate and revoke API keys."""
 
 
 @keys.command()
 @click.argument("name")
-@click.option("--expert", "experts", multiple=True, help="Only this expert; may be given several times.")
+@click.option("--expert", "experts", multiple=True, help="Allow only this expert; may be given several times.")
 @_experts_file
-@click.option("--requests-per-minute", type=_rate, help="At most so many in any 60 seconds.")
-@click.option("--budget", type=_budget, help="Dollars in each window.")
+@click.option("--requests-per-minute", type=_rate, help="The most requests in any 60 seconds.")
+@click.option("--budget", type=_budget, help="The most dollars in each window.")
 @click.option("--window", type=click.Choice(WINDOWS), help="The budget's calendar window.  [default: month]")
-@click.option("--zone", help="The time zone in which windows begin, as Europe/Berlin.  [default: UTC]")
-@click.option("--admin", is_flag=True, help="For the admin endpoints, and for nothing else.")
+@click.option("--zone", help="The time zone in which windows begin, such as Europe/Berlin.  [default: UTC]")
+@click.option("--admin", is_flag=True, help="Make a key for the admin endpoints, and for nothing else.")
 @database_option
 def create(
     name: str,
@@ -53,11 +54,11 @@ def create(
     database: str,
     **windows: Any,
 ) -> None:
-    """Make a key for NAME, and print it: this once, since only its hash is kept."""
+    """Create a key for NAME and print it.  It is shown only this once, since only its hash is kept."""
     _look_up(experts, experts_file)
     given = {option: value for option, value in windows.items() if value is not None}
     if given and budget is None:
-        raise click.UsageError(f"--{next(iter(given))} is of a budget; expected --budget as well")
+        raise click.UsageError(f"--{next(iter(given))} needs --budget")
     with opened(database, create=True) as store, _usage():
         so_named = [key.id for key in store if key.name == name]
         token, key = store.create(
@@ -71,23 +72,23 @@ def create(
     _say_what_was_not_looked_up(experts, experts_file)
     if so_named:
         was = f"{name} had a valid key before, {' and '.join(so_named)}, which stays valid"
-        click.echo(f"{was}; `deferral gateway keys set` and `rotate` change one, and now want its id", err=True)
-    click.echo(f"key {key.id} for {name}; it is valid within two seconds, and shown this once:", err=True)
+        click.echo(f"{was}; `deferral gateway keys set` and `rotate` change one, and now need its id", err=True)
+    click.echo(f"key {key.id} for {name}; it is valid within two seconds, and shown only this once:", err=True)
     click.echo(token)
 
 
 @keys.command("set")
 @click.argument("key", metavar="NAME")
-@click.option("--name", help="Another name.")
-@click.option("--expert", "experts", multiple=True, help="Only this expert; may be given several times.")
-@click.option("--all-experts", is_flag=True, help="No longer only some experts.")
+@click.option("--name", help="A new name for the key.")
+@click.option("--expert", "experts", multiple=True, help="Allow only this expert; may be given several times.")
+@click.option("--all-experts", is_flag=True, help="Remove the restriction to some experts.")
 @_experts_file
-@click.option("--requests-per-minute", type=_rate, help="At most so many in any 60 seconds.")
-@click.option("--any-rate", is_flag=True, help="No longer only so many requests a minute.")
-@click.option("--budget", type=_budget, help="Dollars in each window.")
-@click.option("--no-budget", is_flag=True, help="No longer a budget.")
+@click.option("--requests-per-minute", type=_rate, help="The most requests in any 60 seconds.")
+@click.option("--any-rate", is_flag=True, help="Remove the rate limit.")
+@click.option("--budget", type=_budget, help="The most dollars in each window.")
+@click.option("--no-budget", is_flag=True, help="Remove the budget.")
 @click.option("--window", type=click.Choice(WINDOWS), help="The budget's calendar window.")
-@click.option("--zone", help="The time zone in which windows begin, as Europe/Berlin.")
+@click.option("--zone", help="The time zone in which windows begin, such as Europe/Berlin.")
 @database_option
 def change(
     key: str,
@@ -101,7 +102,7 @@ def change(
     database: str,
     **others: str | None,
 ) -> None:
-    """Give the key NAME other settings; what is not given stays, and so do its token, its spending and its record.
+    """Change settings of the key NAME; those not given stay as they are, and so do its token, its spending and its record.
 
     NAME is the key's name, or its id where several have that name.
     """
@@ -117,12 +118,12 @@ def change(
         if lifted or value is not None:
             settings[name] = value
     if not settings:
-        raise click.UsageError("nothing to change; see `deferral gateway keys set --help` for what can be")
+        raise click.UsageError("nothing to change; `deferral gateway keys set --help` lists the settings")
     with opened(database) as store, _usage():
         before, after = store.change(key, **settings)
     _say_what_was_not_looked_up(experts, experts_file)
     if before == after:
-        click.echo(f"key {after.id} for {after.name} is so already")
+        click.echo(f"key {after.id} for {after.name} already has these settings")
         return
     was, now = ({name: _shown(one, name) for name in settings} for one in (before, after))
     changed = [f"{name} {was[name]} -> {now[name]}" for name in settings if was[name] != now[name]]
@@ -133,28 +134,28 @@ def change(
 @click.argument("key", metavar="NAME")
 @click.option(
     "--grace-hours",
-    type=click.FloatRange(0, 8760),
+    type=FiniteRange(0, 8760),
     default=0.0,
-    help="How long the token of before is valid beside the new one.  [default: it ends at once]",
+    help="Hours for which the previous token stays valid beside the new one.  [default: it ends at once]",
 )
 @database_option
 def rotate(key: str, grace_hours: float, database: str) -> None:
-    """Give the key NAME a new token, and print it: this once, since only its hash is kept.
+    """Give the key NAME a new token and print it.  It is shown only this once, since only its hash is kept.
 
-    NAME is the key's name, or its id where several have that name.  All else stays.  Two tokens are valid at most: one that a
-    rotation before has left valid ends.
+    NAME is the key's name, or its id where several have that name.  Everything else stays.  At most two tokens are valid: one
+    that an earlier rotation left valid ends.
     """
     with opened(database) as store, _usage():
         token, issued = store.rotate(key, grace_hours=grace_hours)
     ends = "ends now" if issued.former_until is None else f"is valid until {minute_of(issued.former_until)}"
-    click.echo(f"key {issued.key.id} for {issued.key.name}: the token of before {ends}; {_SOON}; shown this once:", err=True)
+    click.echo(f"key {issued.key.id} for {issued.key.name}: the previous token {ends}; {_SOON}; shown only this once:", err=True)
     click.echo(token)
 
 
 @keys.command("list")
 @database_option
 def list_keys(database: str) -> None:
-    """All keys that ever were."""
+    """List all keys, revoked ones too."""
     with opened(database) as store:
         issued = store.list()
     former = [_former(one, time.time()) for one in issued]
@@ -173,13 +174,13 @@ def list_keys(database: str) -> None:
 @click.argument("id")
 @database_option
 def revoke(id: str, database: str) -> None:
-    """End the key ID; a running gateway refuses it within two seconds."""
+    """Revoke the key ID; a running gateway refuses it within two seconds."""
     with opened(database) as store:
         known = store.revoke(id)
         so_named = [key.id for key in store if key.name == id]
     if not known:
-        named = f" but a name; keys are revoked by their id, {' or '.join(so_named)}" if so_named else ""
-        raise click.BadParameter(f"{id!r} is no valid key{named}; see `deferral gateway keys list`", param_hint="ID")
+        named = f"; it is a name, and keys are revoked by their id, {' or '.join(so_named)}" if so_named else ""
+        raise click.BadParameter(f"{id!r} is not a valid key{named}; see `deferral gateway keys list`", param_hint="ID")
     click.echo(f"{id} is revoked")
 
 
@@ -193,7 +194,7 @@ def _look_up(experts: tuple[str, ...], experts_file: Path | None) -> None:
 
 def _say_what_was_not_looked_up(experts: tuple[str, ...], experts_file: Path | None) -> None:
     if experts and experts_file is None:
-        click.echo(f"whether there is an expert {', '.join(experts)} was not looked up; --experts FILE does that", err=True)
+        click.echo(f"not checked whether {', '.join(experts)} exists among the experts; --experts FILE does that", err=True)
 
 
 @contextmanager

@@ -30,8 +30,8 @@ def probe(url: str, admin_key: str | None = None) -> dict[str, Any]:
 
 
 def _get(url: str, key: str | None) -> tuple[int, str]:
-    request = Request(url, headers={"authorization": f"Bearer {key}"} if key else {})
     try:
+        request = Request(url, headers={"authorization": f"Bearer {key}"} if key else {})
         with urlopen(request, timeout=_TIMEOUT) as reply:
             return reply.status, reply.read(_MOST_BYTES).decode("utf-8", "replace")
     except HTTPError as error:

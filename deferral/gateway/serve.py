@@ -37,6 +37,7 @@ from deferral.gateway.settings import Settings, is_loopback
 from deferral.gateway.state import Gateway, load_router, stamps
 from deferral.gateway.worker_metrics import fold
 from deferral.gateway.workers import ignore_hangups, supervise
+from deferral.parameters import FiniteRange
 
 __all__ = ["run", "serve", "settings_of"]
 
@@ -172,69 +173,75 @@ def _allow_many_connections() -> None:
     help="TOML file: where each expert is reached, what it can do, what it costs.",
 )
 @encoder_option
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to bind to; others than loopback need a key.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to bind to; any other than loopback needs a key.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True)
 @click.option(
     "--workers",
     type=click.IntRange(1, 256),
     default=1,
     show_default=True,
-    help="Processes that serve; a core each.",
+    help="How many processes serve; each takes a core.",
 )
 @database_option
 @click.option(
     "--explore",
-    type=click.FloatRange(0, 1, max_open=True),
+    type=FiniteRange(0, 1, max_open=True),
     help="Share of the queries that go to an expert drawn at random.  [default: the router's own]",
 )
 @click.option(
     "--shadow",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Folder of a candidate router, which decides beside ROUTER without being used; see `deferral gateway shadow`.",
+    help="Folder of a candidate router, whose decisions are recorded but not used; see `deferral gateway shadow`.",
 )
-@click.option("--store-text", is_flag=True, help="Keep the text of queries, which retraining needs; wants --retention-days.")
-@click.option("--retention-days", type=click.FloatRange(min=0, min_open=True), help="How long texts are kept.")
+@click.option("--store-text", is_flag=True, help="Keep the text of queries, which retraining needs; requires --retention-days.")
+@click.option("--retention-days", type=FiniteRange(min=0, min_open=True), help="How many days texts are kept.")
 @click.option(
     "--record-days",
-    type=click.FloatRange(min=0, min_open=True),
-    help="How long decisions and feedback are kept.  [default: without an end]",
+    type=FiniteRange(min=0, min_open=True),
+    help="How many days decisions and feedback are kept.  [default: forever]",
 )
 @click.option(
     "--deadline-ms",
-    type=click.FloatRange(min=0, min_open=True),
+    type=FiniteRange(min=0, min_open=True),
     default=25.0,
     show_default=True,
-    help="Time of a slow encoder for a query; past it the static mix decides.",
+    help="How long a decision waits for the encoder before the static mix decides.",
 )
 @click.option(
-    "--max-request-mb", type=click.FloatRange(min=0, min_open=True), default=10.0, show_default=True, help="Longest request."
+    "--max-request-mb",
+    type=FiniteRange(0, 1_000_000, min_open=True),
+    default=10.0,
+    show_default=True,
+    help="The largest request that is accepted, in MiB.",
 )
 @click.option(
     "--alarm-url",
     envvar="DEFERRAL_ALARM_URL",
-    help="Where alarms of drift are posted to as JSON; an address that is a secret belongs into DEFERRAL_ALARM_URL.",
+    help="Address that drift alarms are posted to, as JSON; give a secret one in DEFERRAL_ALARM_URL instead.",
 )
-@click.option("--traces", is_flag=True, help="Send spans by OpenTelemetry; the variables OTEL_* say where to, and of what.")
-@click.option("--no-conversations", is_flag=True, help="Decide every request of a conversation by itself.")
+@click.option(
+    "--traces", is_flag=True, help="Send OpenTelemetry spans; the environment variables OTEL_* say where, and of which requests."
+)
+@click.option("--no-conversations", is_flag=True, help="Decide every request of a conversation on its own.")
 @click.option(
     "--patience",
     type=click.IntRange(min=1),
     default=RULES.patience,
     show_default=True,
-    help="Requests in a row for which a cheaper expert has to be preferred before a conversation changes to it.",
+    help="How many requests in a row must prefer a cheaper expert before a conversation changes to it.",
 )
 @click.option(
     "--follow-up",
     type=click.IntRange(min=0),
-    help="Characters under which a request follows up the one before.  [default: by the router's log, 40 at most]",
+    help="Requests of fewer characters follow up the one before.  [default: from the router's log, at most 40]",
 )
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info", show_default=True)
 def serve(log_level: str, **options: Any) -> None:
     """Serve an OpenAI-compatible API around the router in the folder ROUTER.
 
-    SIGHUP reads ROUTER and the experts file again, without dropping a request; SIGTERM ends when all is answered.  The admin
-    endpoints want the key in the environment variable DEFERRAL_ADMIN_KEY, or one made by `deferral gateway keys create --admin`.
-    What is posted to the alarm URL carries the token in DEFERRAL_ALARM_TOKEN, if there is one.
+    SIGHUP reads ROUTER and the experts file again, without dropping a request; SIGTERM ends it once all requests are answered.
+    The admin endpoints require the key in the environment variable DEFERRAL_ADMIN_KEY, or one made by `deferral gateway keys
+    create --admin`.  What is posted to the alarm URL carries the token in DEFERRAL_ALARM_TOKEN, if there is one.
     """
     try:
         run(settings_of(**options), log_level=log_level)

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from deferral.errors import DataError
+from deferral.parameters import FiniteRange
 from deferral.routing.batches import route_file
 from deferral.routing.cascade_fitting import add_cascade
 from deferral.routing.constraints import Needs
@@ -46,8 +47,8 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 _NEW = click.Path(path_type=Path)
 _NEW_FOLDER = click.Path(file_okay=False, path_type=Path)
-_SHARE = click.FloatRange(0, 1, min_open=True, max_open=True)
-_POSITIVE = click.FloatRange(0, min_open=True)
+_SHARE = FiniteRange(0, 1, min_open=True, max_open=True)
+_POSITIVE = FiniteRange(0, min_open=True)
 _RARE = 20  # outcomes of an expert
 
 
@@ -70,8 +71,8 @@ def route() -> None:
 
 def _encoder_options(command: Callable) -> Callable:
     for option in (
-        click.option("--cache", type=_NEW, help="Folder in which the vectors of queries are kept (with --encoder)."),
-        click.option("--encoder", type=_FOLDER, help="Folder of a sentence encoder.  [default: n-grams, without weights]"),
+        click.option("--cache", type=_NEW, help="Folder that keeps the vectors of queries (with --encoder)."),
+        click.option("--encoder", type=_FOLDER, help="Folder of a sentence encoder.  [default: n-grams, which need no weights]"),
     ):
         command = option(command)
     return command
@@ -79,23 +80,23 @@ def _encoder_options(command: Callable) -> Callable:
 
 def _setting_options(command: Callable) -> Callable:
     for option in (
-        click.option("--deny", multiple=True, metavar="EXPERT", help="Never ask EXPERT."),
-        click.option("--allow", multiple=True, metavar="EXPERT", help="Ask only EXPERT (and others so named)."),
-        click.option("--region", "regions", multiple=True, help="Ask only experts of this region (and others so named)."),
-        click.option("--images", is_flag=True, help="The query holds images."),
+        click.option("--deny", multiple=True, metavar="EXPERT", help="Never ask EXPERT; may be given several times."),
+        click.option("--allow", multiple=True, metavar="EXPERT", help="Ask only EXPERT; may be given several times."),
+        click.option("--region", "regions", multiple=True, help="Ask only experts of this region; may be given several times."),
+        click.option("--images", is_flag=True, help="The query contains images."),
         click.option("--tools", is_flag=True, help="The query needs tools."),
         click.option(
             "--tokens",
             type=click.IntRange(min=0),
             default=0,
             show_default=True,
-            help="The query's tokens, for the context window.",
+            help="How many tokens the query has; experts with too small a context window are not asked.",
         ),
-        click.option("--max-latency", type=_POSITIVE, help="Seconds: a cap on an expert's mean."),
-        click.option("--confidence", type=_SHARE, default=0.95, show_default=True, help="Of --certified-quality."),
+        click.option("--max-latency", type=_POSITIVE, help="Ask only experts whose mean latency is at most so many seconds."),
+        click.option("--confidence", type=_SHARE, default=0.95, show_default=True, help="Confidence of --certified-quality."),
         click.option("--certified-quality", type=_SHARE, help="Promise this share of the best expert's quality."),
-        click.option("--min-quality", type=click.FloatRange(0, 1), help="A floor for the mean quality."),
-        click.option("--budget", type=_POSITIVE, help="Dollars per 1,000 queries."),
+        click.option("--min-quality", type=FiniteRange(0, 1), help="The lowest mean quality that is acceptable."),
+        click.option("--budget", type=_POSITIVE, help="The most dollars per 1,000 queries, on average."),
         click.option("--price-of-error", type=_POSITIVE, help="What a wrong answer is worth, in dollars."),
         click.option("--router", "-r", "folder", type=_FOLDER, required=True, help="Folder of the router."),
     ):
@@ -119,27 +120,28 @@ def _setting(options: dict[str, Any]) -> dict[str, Any]:
 
 @route.command()
 @click.argument("log", type=_FILE)
-@click.option("--out", "-o", type=_NEW, required=True, help="Folder of the router; one that is there is replaced at the end.")
+@click.option("--out", "-o", type=_NEW, required=True, help="Folder for the router; an existing one is replaced at the end.")
 @click.option("--price-of-error", type=_POSITIVE, required=True, help="What a wrong answer is worth, in dollars.")
 @_encoder_options
 @click.option(
     "--explore",
-    type=click.FloatRange(0, 1, max_open=True),
+    type=FiniteRange(0, 1, max_open=True),
     default=0.0,
     show_default=True,
-    help="Share of queries asked at random.",
+    help="Share of the queries that go to an expert drawn at random.",
 )
 @click.option(
     "--certify",
-    type=click.FloatRange(0, 1, max_open=True),
+    type=FiniteRange(0, 1, max_open=True),
     default=0.0,
     show_default=True,
-    help="Share of the queries that is kept out of the fit, to prove --certified-quality by.",
+    help="Share of the queries that is kept out of the fit, as proof for --certified-quality.",
 )
 @click.option(
     "--prices",
     type=_FILE,
-    help='JSON, the dollars per million tokens to come: {"EXPERT": {"input": 0.5, "output": 1.5}}.  [default: as logged]',
+    help='JSON file with the dollars per million tokens to come: {"EXPERT": {"input": 0.5, "output": 1.5}}.  '
+    "[default: as logged]",
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 def fit(
@@ -173,30 +175,35 @@ def _warn_of_rare(log: Log) -> None:
     for name, count in zip(log.experts, counts.tolist(), strict=True):
         if not (name.isascii() and name.isprintable()):
             # It is the name of a model in requests, and the value of a header.
-            click.echo(f"warning: {name!r} has signs that are not ASCII; the gateway serves no expert of that name", err=True)
+            click.echo(
+                f"warning: {name!r} has characters that are not printable ASCII; the gateway cannot serve an expert of that name",
+                err=True,
+            )
         if count < min(_RARE, counts.max() / 10):
             alike = difflib.get_close_matches(name, [other for other in log.experts if other != name], 1)
             mistyped = f"; is it {alike[0]}, mistyped?" if alike else "."
             click.echo(
-                f"warning: {name} has {count} of {len(log):,} outcomes, so that what is said of it below is a guess{mistyped}  "
-                "Leave it out, or add it by Router.add_expert once a hundred of its outcomes are there.",
+                f"warning: {name} has only {count} of {len(log):,} outcomes, so the figures for it below are a guess{mistyped}  "
+                "Leave it out, or add it with Router.add_expert once it has a hundred outcomes.",
                 err=True,
             )
 
 
 @route.command()
 @click.argument("log", type=_FILE)
-@click.option("--router", "-r", "folder", type=_FOLDER, help="Judge this router, on the queries that it was not fitted on.")
+@click.option("--router", "-r", "folder", type=_FOLDER, help="Judge this router, on queries that it was not fitted on.")
 @click.option(
     "--folds",
     type=click.IntRange(min=2),
-    help="Without --router.  [default: 5, or with --by-tag as many as there are subjects where those are fewer]",
+    help="How many folds, without --router.  [default: 5, or with --by-tag as many as there are subjects if those are fewer]",
 )
-@click.option("--by-tag", is_flag=True, help="Without --router: folds of whole subjects, the first tag of a query.")
-@click.option("--price-of-error", type=_POSITIVE, help="Also the dollars that each policy costs where an error is worth so many.")
+@click.option(
+    "--by-tag", is_flag=True, help="Without --router: make folds of whole subjects; the first tag of a query is its subject."
+)
+@click.option("--price-of-error", type=_POSITIVE, help="Also report what each policy costs at this price of an error.")
 @_encoder_options
 @click.option("--out", "-o", type=_NEW_FOLDER, help="Folder for evaluation.json and curve.png.")
-@click.option("--resamples", type=click.IntRange(min=100), default=1000, show_default=True, help="Of the bootstrap.")
+@click.option("--resamples", type=click.IntRange(min=100), default=1000, show_default=True, help="How many bootstrap resamples.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 def evaluate(
     log: Path,
@@ -213,11 +220,11 @@ def evaluate(
     """Judge routing on a LOG in which every expert answered every query.
 
     Without --router: routers are fitted on all folds but one and judge that one, on held-out queries or (--by-tag) on held-out
-    subjects.  With --router: another data set, say.
+    subjects.  With --router: that router is judged, on another data set for instance.
     """
     for name, given in (("--by-tag", by_tag), ("--folds", folds is not None)):
         if folder is not None and given:
-            raise click.UsageError(f"{name} goes without --router: it fits routers of its own")
+            raise click.UsageError(f"{name} cannot be combined with --router: folds fit routers of their own")
     outcomes = _read(log)
     table = outcomes.table()
     check_full(table)
@@ -270,12 +277,15 @@ def evaluate(
 @click.argument("query")
 @_setting_options
 @_encoder_options
-@click.option("--count", type=click.IntRange(min=0), default=5, show_default=True, help="Nearest logged queries to show.")
+@click.option(
+    "--count", type=click.IntRange(min=0), default=5, show_default=True, help="How many of the nearest logged queries to show."
+)
 def explain(query: str, folder: Path, encoder: Path | None, cache: Path | None, count: int, **options: Any) -> None:
     """Say whom the router asks, what it expects of every expert, and which logged queries are nearest.
 
-    The similarity to the log is the mean cosine with the ten nearest queries, taken down by what the log has not of this query.
-    The number before a logged query is the cosine in what the log has of both, and so mostly larger.
+    Similarity to the log is the mean cosine with the ten nearest logged queries, lowered (but not with a sentence encoder) if the
+    words of the query are rare in the log.  The number before each logged query is its cosine, not lowered, so it is usually
+    larger.
     """
     router = Router.load(folder, encoder=_encoder(encoder, cache))
     show_explanation(*router.explain(query, count=count, **_setting(options)))
@@ -285,8 +295,8 @@ def explain(query: str, folder: Path, encoder: Path | None, cache: Path | None, 
 @click.argument("log", type=_FILE)
 @_setting_options
 @_encoder_options
-@click.option("--include-seen", is_flag=True, help="Also the queries that the router was fitted on, which flatter it.")
-@click.option("--resamples", type=click.IntRange(min=100), default=1000, show_default=True, help="Of the bootstrap.")
+@click.option("--include-seen", is_flag=True, help="Keep the queries that the router was fitted on, although they flatter it.")
+@click.option("--resamples", type=click.IntRange(min=100), default=1000, show_default=True, help="How many bootstrap resamples.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 def simulate(
     log: Path,
@@ -306,7 +316,7 @@ def simulate(
     outcomes = _read(log)
     for name in router.experts:
         if name not in outcomes.experts:
-            click.echo(f"no outcome of {name} in the log: to ips and self-normalised, decisions for it are none", err=True)
+            click.echo(f"the log has no outcome of {name}, so ips and self-normalised ignore decisions for it", err=True)
     seen = router.knows(outcomes.queries)
     if include_seen:
         seen[:] = False
@@ -336,11 +346,11 @@ def simulate(
 @click.argument("out", type=_NEW)
 @_setting_options
 @click.option("--encoder", type=_FOLDER, help="Folder of the sentence encoder that the router was fitted with.")
-@click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes.")
+@click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="How many processes.")
 def batch(queries: Path, out: Path, folder: Path, encoder: Path | None, workers: int, **options: Any) -> None:
-    """Route a file of queries: IN is .jsonl, .ndjson (objects with "query") or text, one query a line; OUT a decision a line.
+    """Route a file of queries: IN is .jsonl, .ndjson (objects with "query") or text, one query a line; OUT one decision a line.
 
-    Stopped or killed, the same command continues where it was; once OUT is complete, it does nothing.
+    If it was stopped or killed, the same command continues where it was; once OUT is complete, it does nothing.
     """
     there = out.exists()
     with _progress(f"routing {queries.name}") as progress:
@@ -358,24 +368,22 @@ def batch(queries: Path, out: Path, folder: Path, encoder: Path | None, workers:
 
 @route.command()
 @click.argument("log", type=_FILE)
-@click.option(
-    "--router", "-r", "folder", type=_FOLDER, required=True, help="Folder of the router, which the cascade is added to."
-)
-@click.option("--first", required=True, metavar="EXPERT", help="Who answers first.")
+@click.option("--router", "-r", "folder", type=_FOLDER, required=True, help="Folder of the router that gets the cascade.")
+@click.option("--first", required=True, metavar="EXPERT", help="The expert that answers first.")
 @_encoder_options
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 def cascade(log: Path, folder: Path, first: str, encoder: Path | None, cache: Path | None, seed: int) -> None:
     """Learn when to keep the answer of an expert that is asked first, and when to ask another after it.
 
-    The outcomes of EXPERT in LOG have a confidence: numbers out of the log-probabilities of its answers.  The router gets the
-    cascade only if it pays on held-out queries at some price of an error; else all stays as it was, and the exit status is 3.
+    The outcomes of EXPERT in LOG need a confidence: numbers computed from the log-probabilities of its answers.  The router gets
+    the cascade only if it pays on held-out queries at some price of an error; if not, nothing changes and the exit status is 3.
     """
     outcomes, encode = _read(log), _encoder(encoder, cache)
     with _progress("learning when to defer") as progress:
         task = progress.add_task("learning when to defer", total=None)
 
         def on_fold(done: int, of: int) -> None:
-            progress.update(task, description=f"what a router expects that did not see the query, {done + 1} of {of}")
+            progress.update(task, description=f"estimates of routers that did not see the query, {done + 1} of {of}")
 
         def on_answers(count: int) -> None:
             progress.update(task, description=f"learning from {count:,} answers of {first} when to defer")
@@ -385,7 +393,7 @@ def cascade(log: Path, folder: Path, first: str, encoder: Path | None, cache: Pa
     if not found.paid.pays:
         click.echo(f"{folder} stays as it was")
         sys.exit(3)
-    click.echo(f"wrote {folder}; a gateway takes it when it is reloaded")
+    click.echo(f"wrote {folder}; a gateway uses it once it is reloaded")
 
 
 @route.command()
@@ -393,22 +401,24 @@ def cascade(log: Path, folder: Path, first: str, encoder: Path | None, cache: Pa
 @click.option("--price-of-error", type=_POSITIVE, required=True, help="What a wrong answer is worth from now on, in dollars.")
 @click.option("--encoder", type=_FOLDER, help="Folder of the sentence encoder that the router was fitted with, if it was.")
 def turn(folder: Path, price_of_error: float, encoder: Path | None) -> None:
-    """Give a router another price of an error, without learning anew; gateways take it when they reload."""
+    """Change the price of an error of a router, without learning anew; gateways use it once they reload."""
     saved, router = written(folder), Router.load(folder, encoder=encoder)
     before, router.price_of_error = router.price_of_error, price_of_error
     # What cannot be met is found before anything is written.
     router.plan()
     check_unchanged(folder, saved)
     router.save(folder)
-    click.echo(f"{router.report}\n{folder}: ${price_of_error:g} an error, ${before:g} before; gateways take it when they reload")
+    click.echo(f"{router.report}\n{folder}: ${price_of_error:g} an error, ${before:g} before; gateways use it once they reload")
 
 
 @route.command("export-encoder")
 @click.argument("source", type=_FOLDER)
 @click.argument("out", type=_NEW)
-@click.option("--int8", is_flag=True, help="Quantise the weights: faster, and vectors that are a little off.")
+@click.option("--int8", is_flag=True, help="Quantise the weights: faster, but the vectors are slightly off.")
 @click.option(
-    "--max-tokens", type=click.IntRange(min=2), help="Of a query that are read.  [default: 128, or all the model takes]"
+    "--max-tokens",
+    type=click.IntRange(min=2),
+    help="How many tokens of a query the encoder reads.  [default: 128, or all the model takes if that is fewer]",
 )
 def export_encoder(source: Path, out: Path, int8: bool, max_tokens: int | None) -> None:
     """Make OUT, an encoder for --encoder, from SOURCE, a local folder of a BERT-like model of the transformers library."""
@@ -419,7 +429,7 @@ def export_encoder(source: Path, out: Path, int8: bool, max_tokens: int | None) 
 
 def _encoder(folder: Path | None, cache: Path | None) -> Any:
     if cache is not None and folder is None:
-        raise click.UsageError("--cache goes with --encoder: n-grams are quicker made than read")
+        raise click.UsageError("--cache needs --encoder: n-grams are computed faster than read")
     if folder is None:
         return None
     encoder = sentence_encoder(folder)
@@ -431,7 +441,10 @@ def _read(path: Path) -> Log:
         task = progress.add_task(f"reading {path.name}", total=None)
         log = read_log(path, on_rows=lambda rows: progress.update(task, description=f"reading {path.name}, {rows:,} rows"))
     for group in spelt_alike(log.experts):
-        click.echo(f"taken for {len(group)} experts, of different spelling: {', '.join(map(repr, group))}", err=True)
+        click.echo(
+            f"warning: treated as {len(group)} experts, but the names differ only in spelling: {', '.join(map(repr, group))}",
+            err=True,
+        )
     return log
 
 
