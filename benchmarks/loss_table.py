@@ -93,7 +93,7 @@ CLAIMS = {
         "realizable at alpha = 1; Bayes only where the expert's answer is a function of x",
         "Mozannar et al., AISTATS 2023",
     ),
-    "picce": ("deferral to E experts", "not known to us; no counterexample among random problems", "arXiv 2602.17144, 2026"),
+    "picce": ("deferral to E experts", "not Bayes for E >= 3; for E <= 2 no counterexample is known", "arXiv 2602.17144, 2026"),
     "madras": ("deferral to one expert", "not Bayes", "Madras, Pitassi, Zemel, NeurIPS 2018"),
     "mixture_of_experts": ("deferral to E experts", "not Bayes", "Hemmer et al., IJCAI 2022"),
     "cost_sensitive_abstention": (

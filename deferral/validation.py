@@ -77,7 +77,7 @@ def require_actions(scores: Tensor, costs: Tensor, *, name: str = "costs") -> No
 
 def require_batch(name: str, shape: torch.Size, other_name: str, other: torch.Size) -> None:
     """ValueError unless the second leading shape broadcasts to the first without enlarging it."""
-    fits = len(other) <= len(shape) and all(b in (1, a) for a, b in zip(reversed(shape), reversed(other), strict=False))
+    fits = len(other) <= len(shape) and all(b == 1 or b == a for a, b in zip(reversed(shape), reversed(other), strict=False))
     if not fits:
         raise ValueError(
             f"{name} and {other_name} differ in rows: leading dimensions {tuple(shape)} and {tuple(other)}; "
@@ -115,7 +115,8 @@ def action_mask(scores: Tensor, mask: Tensor, num_own: int | None = None) -> Ten
     actions = scores.shape[-1]
     require_mask(mask)
     columns = mask.shape[-1] if mask.dim() else 0
-    if columns > actions or (num_own is not None and columns not in (actions, actions - num_own)):
+    # `in` would ask whether they are the same object, which sizes that a compiler traces never are.
+    if columns > actions or (num_own is not None and columns != actions and columns != actions - num_own):
         expected = (
             f"{actions} columns" if num_own in (None, 0) else f"{actions - num_own} columns (experts) or {actions} (actions)"
         )

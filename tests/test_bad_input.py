@@ -254,7 +254,7 @@ def test_criterion_checks_two_stage_costs_and_masks() -> None:
     unknown, known = (9 * costs).index_fill(-1, torch.tensor([1]), torch.nan), torch.tensor([True, False, True])
     with pytest.raises(ValueError, match="above the ceiling by"):
         Criterion(two_stage_deferral, ceiling=torch.ones(4, 1))(SCORES[:, :3], unknown, mask=known.expand(4, 3))
-    with pytest.raises(ValueError, match="wrong: the largest is 7"):
+    with pytest.raises(ValueError, match="wrong: expected 1 where the predictor is wrong"):
         Criterion(two_stage_abstention, cost=0.1)(SCORES[:, 0], torch.tensor([0.0, 1.0, 7.0, 0.0]))
     assert "partial" in repr(Criterion(partial(two_stage_deferral, mu=1.7)))
     with pytest.raises(TypeError, match="no option named margin"):
@@ -368,3 +368,15 @@ def test_checks_of_values() -> None:
     with pytest.raises(ValueError, match=r"above the ceiling by 0\.5"):
         check_costs(costs, ceiling=torch.tensor([[1.0], [1.5]]), mask=known)
     check_mask(torch.tensor([[True, False]]), 1, 2)
+
+
+def test_criterion_on_nothing_and_on_weights_and_losses_of_any_options() -> None:
+    none = torch.zeros(0, 5), torch.zeros(0, dtype=torch.int64)
+    for loss in (one_vs_all, single_stage_deferral):
+        assert Criterion(loss)(*none, torch.zeros(0, 2)).isnan(), "a mean over nothing"
+    with pytest.raises(ValueError, match="weights: expected non-negative"):
+        Criterion(losses.comp_sum)(torch.randn(2, 3), -torch.rand(2, 3))
+    taking_all = Criterion(lambda scores, targets, **options: scores[:, 0] * options["scale"], scale=2.0)
+    torch.testing.assert_close(taking_all(torch.ones(2, 3), torch.zeros(2, dtype=torch.int64)), torch.tensor(2.0))
+    with pytest.raises(ValueError, match=r"cost: expected a cost in \[0, 1\]"):
+        Criterion(losses.score_based_abstention)(torch.randn(2, 4), torch.zeros(2, dtype=torch.int64), torch.tensor(1.3))

@@ -370,6 +370,67 @@ def test_ignored_rows_cost_nothing_and_pull_nothing(batch) -> None:
     torch.testing.assert_close(mean, single_stage_deferral(scores, targets, costs)[[0, 2, 4, 5]].mean())
 
 
+def test_what_an_ignored_row_would_have_cost_nobody_needs_to_know(batch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(3, K + E, generator=generator, dtype=torch.float64, requires_grad=True)
+    targets, costs = torch.tensor([0, -100, 1]), torch.rand(3, E, generator=generator, dtype=torch.float64)
+    unknown = torch.tensor([[False], [True], [False]])
+    one, pair = scores[:, : K + 1], (scores[:, :K], scores[:, K])
+    for loss in (
+        lambda c: single_stage_deferral(scores, targets, c),
+        lambda c: single_stage_deferral(scores, targets, c, ceiling=1.2),
+        lambda c: score_based_abstention(one, targets, c[:, 0]),
+        lambda c: predictor_rejector_abstention(*pair, targets, c[:, 0]),
+        lambda c: realizable_deferral(one, targets, c[:, 0]),
+        lambda c: realizable_experts(scores, targets, c.round()),
+        lambda c: mozannar_sontag(one, targets, c[:, 0]),
+        lambda c: one_vs_all(scores, targets, c),
+        lambda c: one_vs_all(scores, targets, c, phi=exponential),
+        lambda c: asymmetric_softmax(one, targets, c[:, 0]),
+        lambda c: realizable_surrogate(one, targets, c[:, 0], alpha=0.5),
+        lambda c: cost_sensitive_abstention(scores[:, :K], targets, c[:, 0]),
+        lambda c: madras(*pair, targets, c[:, 0]),
+        lambda c: mixture_of_experts(scores[:, :K], scores[:, : 1 + E], targets, c.round()),
+        lambda c: picce(scores, targets, c.round()),
+        lambda c: Criterion(single_stage_deferral)(scores, targets, c),
+        lambda c: Criterion(score_based_abstention)(one, targets, c[:, 0]),
+    ):
+        values = [loss(costs), loss(costs.masked_fill(unknown, torch.nan))]
+        torch.testing.assert_close(values[1], values[0])
+        gradients = [torch.autograd.grad(value.sum(), scores, retain_graph=True)[0] for value in values]
+        torch.testing.assert_close(gradients[1], gradients[0])
+
+
+def test_gradients_of_single_rows() -> None:
+    scores, targets = torch.randn(4, K + E, dtype=torch.float64), torch.randint(K, (4,))
+    right = (torch.rand(4, E) < 0.5).double()
+    for loss in (one_vs_all, lambda s, t, c: single_stage_deferral(s, t, c, ceiling=1.2), picce):
+        together = scores.clone().requires_grad_()
+        gradient = torch.autograd.grad(loss(together, targets, right).sum(), together)[0]
+        torch.testing.assert_close(torch.vmap(torch.func.grad(loss))(scores, targets, right), gradient)
+    with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+        torch.vmap(torch.func.grad(one_vs_all))(scores, targets.fill_(K), right)
+
+
+@pytest.mark.ci_slow
+def test_a_compiled_loss_takes_a_mask_for_any_number_of_classes() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(single_stage_deferral, backend="eager", fullgraph=True)
+    for classes in (5, 7, 9):
+        scores, targets, mask = torch.randn(4, classes + 2), torch.randint(classes, (4,)), torch.rand(4, 2) < 0.5
+        costs = torch.rand(4, 2).round()
+        torch.testing.assert_close(
+            compiled(scores, targets, costs, mask=mask), single_stage_deferral(scores, targets, costs, mask=mask)
+        )
+
+
+def test_a_class_that_is_out_of_the_question_costs_nothing_beside_a_right_expert() -> None:
+    scores = torch.tensor([[-torch.inf, 1.0, 2.0]], requires_grad=True)
+    value = realizable_surrogate(scores, torch.tensor([0]), torch.tensor([1.0]))
+    torch.testing.assert_close(value / 2, realizable_experts(scores, torch.tensor([0]), torch.tensor([[1.0]]), q=0.0))
+    assert torch.autograd.grad(value.sum(), scores)[0][0, 1:].isfinite().all()
+
+
 def test_every_loss_of_targets_can_ignore_rows() -> None:
     parameters = {name: inspect.signature(getattr(losses, name)).parameters for name in losses.__all__}
     assert {name for name, taken in parameters.items() if "targets" in taken and "ignore_index" not in taken} == set()

@@ -156,6 +156,25 @@ def test_picce_pulls_only_the_likeliest_right_expert(batch) -> None:
     torch.testing.assert_close(losses.picce(scores, y, m), -at(log_p, y) - best)
 
 
+def test_picce_asks_nobody_where_two_experts_share_out_what_the_best_one_is_right_on() -> None:
+    """The first is right on 60% of either half, the others on a half each: 60, 50 and 50%; the likelier class has 55%."""
+    chances, rights = torch.tensor([0.3, 0.2, 0.3, 0.2]), torch.tensor([[1, 1, 0], [0, 1, 0], [1, 0, 1], [0, 0, 1]])
+    classes = torch.tensor([0.55, 0.45])
+
+    def risk(shares: list[float]) -> Tensor:
+        scores, targets = torch.tensor(shares).log().expand(4, 2, -1), torch.arange(2).expand(4, 2)
+        each = losses.picce(scores, targets, rights[:, None].expand(-1, 2, -1).float())
+        return (chances[:, None] * classes * each).sum()
+
+    # Both are the least under their order of the experts: each weight is a share of the mass that the order leaves.
+    asks, answers = [0.275, 0.225, 0.3, 0.1, 0.1], [0.275, 0.225, 1e-9, 0.25, 0.25]
+    assert (max(asks), max(answers)) == (asks[2], answers[0])
+    mass, least = torch.tensor([0.55, 0.45, 0.6, 0.2, 0.2]), torch.tensor([0.55, 0.45, 0.5, 0.5])
+    torch.testing.assert_close(risk(asks), -(mass * (mass / 2).log()).sum())
+    torch.testing.assert_close(risk(answers), -(least * (least / 2).log()).sum())
+    assert risk(answers) < risk(asks) - 0.2
+
+
 def test_learned_loss_fits_the_conditional_loss() -> None:
     estimate, loss = torch.zeros(3, requires_grad=True), torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
     losses.learned_loss(estimate, loss).sum().backward()

@@ -23,6 +23,10 @@ _RIGHT_OR_WRONG = {
     realizable_experts: "expert_correct",
     realizable_router: "costs",
 }
+_WITHOUT_CEILING = {
+    "cost": "a cost in [0, 1], in units of one error; above 1 nobody abstains",
+    "wrong": "1 where the predictor is wrong and 0 where it is right",
+}
 _OTHERWISE = {
     "expert_correct": "draw an answer, or train single_stage_deferral on 1 - expert_correct",
     "costs": "with prices, or chances of an error, train two_stage_deferral",
@@ -44,7 +48,7 @@ class Criterion(nn.Module):
         self.options = options
         self._signature = inspect.signature(loss)
         unknown = set(options) - set(self._signature.parameters)
-        if unknown:
+        if unknown and not any(one.kind is one.VAR_KEYWORD for one in self._signature.parameters.values()):
             raise TypeError(
                 f"{self._name}: no option named {', '.join(sorted(unknown))}; it takes {', '.join(self._signature.parameters)}"
             )
@@ -92,20 +96,26 @@ class Criterion(nn.Module):
         mask = given.get("mask")
         # In regression costs are in the units of the loss, and open above.
         ceiling = None if "predictor_loss" in given else given.get("ceiling", 1.0)
+        if isinstance(given.get("weights"), Tensor):
+            check_costs(given["weights"], mask=mask, name="weights")
         for name in ("cost", "wrong", "expert_cost", "expert_correct", "expert_costs", "costs"):
             if not isinstance(given.get(name), Tensor):
                 continue
             costs = given[name] if given[name].is_floating_point() else given[name].float()
+            costs = _of_rows_that_count(costs, given)
             own = 1 if name == "costs" else 0
             experts = costs.shape[-1] - own if costs.dim() else 0
             asked, known = _last(costs, experts), None if mask is None else _last(mask, experts)
             if known is not None:
                 asked, known = torch.broadcast_tensors(asked, known)
-            if name == "expert_correct" and bool((asked.where(known, 0) if known is not None else asked).abs().max() > 1):
+            shown = asked if known is None else asked.where(known, 0)
+            if name == "expert_correct" and bool((shown.abs() > 1).any()):
                 raise ValueError(
                     "expert_correct: expected 1 where the expert was right and 0 where it was wrong, answers == targets, got "
                     "other numbers; answers or costs mean something else to this loss"
                 )
+            if name in _WITHOUT_CEILING and "predictor_loss" not in given and bool((asked > 1).any()):
+                raise ValueError(f"{name}: expected {_WITHOUT_CEILING[name]}, got {float(asked.max()):g}")
             check_costs(asked, ceiling=ceiling, mask=known, name=name)
             if self._loss in _RIGHT_OR_WRONG and name in _RIGHT_OR_WRONG[self._loss]:
                 fraction = (asked != 0) & (asked != 1) & (True if known is None else known)
@@ -129,6 +139,17 @@ class Criterion(nn.Module):
             # Numbers without an axis for experts belong to a single one.
             return 1 if correct.dim() < given["scores"].dim() else correct.shape[-1]
         return 1 if "expert_cost" in given or self._loss in _LAST_SCORE_ABSTAINS else 0
+
+
+def _of_rows_that_count(costs: Tensor, given: dict[str, Any]) -> Tensor:
+    """Costs, 0 in the rows whose target is ignored: nobody knows what these cost."""
+    targets, ignore_index = given.get("targets"), given.get("ignore_index")
+    if ignore_index is None or not isinstance(targets, Tensor) or targets.is_floating_point():
+        return costs
+    counts = targets != ignore_index
+    if costs.shape == counts.shape:
+        return costs.where(counts, 0.0)
+    return costs.where(counts.unsqueeze(-1), 0.0) if costs.shape[:-1] == counts.shape else costs
 
 
 def _last(table: Tensor, columns: int) -> Tensor:

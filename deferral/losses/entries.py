@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deferral.losses.closed_form import has_closed_form
+from deferral.numerics import transformed
 
-__all__ = ["entry", "hits_of", "two_highest", "with_target"]
+__all__ = ["entry", "hits_of", "one_hot", "two_highest", "with_target"]
 
 
 def entry(table: Tensor, index: Tensor) -> Tensor:
@@ -21,6 +22,18 @@ def entry(table: Tensor, index: Tensor) -> Tensor:
 def hits_of(index: Tensor, width: int) -> Tensor:
     """True at the index of each row.  (..., 1) -> (..., width) bool"""
     return torch.arange(width, device=index.device) == index
+
+
+def one_hot(targets: Tensor, width: int) -> Tensor:
+    """1 at the target of each row; a target outside of 0..width-1 is an error.  (...,) -> (..., width)
+
+    `F.one_hot`, but for `torch.func`, under which that reads its values.
+    """
+    if not transformed():
+        return F.one_hot(targets, width)
+    index = targets.unsqueeze(-1)
+    nothing = torch.zeros(width, dtype=torch.int64, device=targets.device).expand(*targets.shape, width).gather(-1, index)
+    return hits_of(index, width) + nothing
 
 
 def with_target(targets: Tensor, at_target: Tensor | float, last: Tensor, width: int) -> Tensor:

@@ -5,11 +5,11 @@ Mao, Mohri, Mohri, Zhong, "Two-Stage Learning to Defer with Multiple Experts" (N
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from deferral.losses.comp_sum import comp_sum, comp_sum_of_costs, targeted_comp_sum
-from deferral.losses.ignored_rows import counted, without_ignored
+from deferral.losses.entries import one_hot
+from deferral.losses.ignored_rows import costs_that_count, counted, without_ignored
 from deferral.numerics import lift
 from deferral.validation import (
     action_mask,
@@ -48,11 +48,11 @@ def single_stage_deferral(
             f"ceiling: expected a number of at least 1, the cost of a wrong class, got {ceiling}; the weight ceiling - 1 of the "
             "wrong classes would be negative and the risk unbounded below"
         )
-    expert_costs = lift(expert_costs)
     targets, counts = without_ignored(targets, ignore_index)
+    expert_costs = costs_that_count(lift(expert_costs), counts)
     if ceiling == 1.0:
         return counted(targeted_comp_sum(scores, targets, 1 - expert_costs, mu=mu, mask=mask), counts)
-    hit = (targets if targets.is_floating_point() else F.one_hot(targets, num_classes)).to(lift(scores).dtype)
+    hit = (targets if targets.is_floating_point() else one_hot(targets, num_classes)).to(lift(scores).dtype)
     weights = torch.cat([hit + (ceiling - 1), (ceiling - expert_costs).expand(*hit.shape[:-1], -1)], dim=-1)
     if mask is not None:
         mask = action_mask(scores, mask, num_classes)

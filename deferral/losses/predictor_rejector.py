@@ -12,7 +12,7 @@ from torch import Tensor
 from deferral.losses.closed_form import in_blocks
 from deferral.losses.comp_sum import targeted_comp_sum
 from deferral.losses.entries import entry
-from deferral.losses.ignored_rows import counted, without_ignored
+from deferral.losses.ignored_rows import costs_that_count, counted, without_ignored
 from deferral.losses.margin import (
     Margin,
     constrained_losses,
@@ -94,6 +94,8 @@ def predictor_rejector_abstention(
             "whose r grows without end; take alpha = beta, or a convex phi such as exponential or logistic"
         )
     targets, counts = without_ignored(targets, ignore_index)
+    if isinstance(cost, Tensor):
+        cost = costs_that_count(cost, counts, per_expert=False)
     loss = predictor_rejector_formula(base(scores, targets), rejector, psi * cost, phi=phi, alpha=alpha, beta=beta)
     return counted(loss, counts)
 

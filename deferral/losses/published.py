@@ -16,8 +16,8 @@ from torch import Tensor
 from deferral.losses.binary_problems import binary_problems
 from deferral.losses.closed_form import has_closed_form, in_blocks
 from deferral.losses.comp_sum import targeted_comp_sum
-from deferral.losses.entries import entry, hits_of
-from deferral.losses.ignored_rows import counted, without_ignored
+from deferral.losses.entries import entry, hits_of, one_hot
+from deferral.losses.ignored_rows import costs_that_count, counted, without_ignored
 from deferral.losses.margin import Margin, is_fixed, logistic
 from deferral.losses.probabilities import (
     ABSENT,
@@ -75,6 +75,7 @@ def mozannar_sontag(
     require_share("alpha", alpha)
     expert_correct = _of_one(scores, targets, expert_correct)
     targets, counts = without_ignored(targets, ignore_index)
+    expert_correct = costs_that_count(expert_correct, counts, per_expert=False)
     if mask is not None:
         mask = one_expert_mask(scores, mask)
         expert_correct = expert_correct.where(mask[..., -1], 0.0)
@@ -102,6 +103,7 @@ def one_vs_all(
     """
     num_classes = require_experts(scores, targets, "expert_correct", expert_correct)
     targets, counts = without_ignored(targets, ignore_index)
+    expert_correct = costs_that_count(expert_correct, counts)
     scores = lift(scores)
     closed = has_closed_form(expert_correct, compiled=True)
     if closed and phi is logistic and mask is None and not targets.is_floating_point():
@@ -109,7 +111,7 @@ def one_vs_all(
         return counted(binary_problems(scores, correct, targets), counts)
     # At -inf a binary problem whose answer is no costs nothing, and 0 * inf would be NaN.
     scores = scores.clamp(min=ABSENT)
-    hit = targets if targets.is_floating_point() else F.one_hot(targets, num_classes)
+    hit = targets if targets.is_floating_point() else one_hot(targets, num_classes)
     hits = torch.cat([hit.to(scores.dtype), expert_correct.to(scores.dtype).expand(*hit.shape[:-1], -1)], dim=-1)
     if mask is not None:
         mask = action_mask(scores, mask, num_classes)
@@ -137,6 +139,7 @@ def asymmetric_softmax(
             "against all classes but the best"
         )
     targets, counts = without_ignored(targets, ignore_index)
+    expert_correct = costs_that_count(expert_correct, counts, per_expert=False)
     known = torch.ones_like(expert_correct, dtype=torch.bool) if mask is None else one_expert_mask(scores, mask)[..., -1]
     tables = targets if targets.is_floating_point() else targets.unsqueeze(-1), expert_correct.unsqueeze(-1), known.unsqueeze(-1)
     return counted(in_blocks(_asymmetric, lift(scores), *tables, columns=10 * scores.shape[-1]), counts)
@@ -169,6 +172,7 @@ def realizable_surrogate(
     require_share("alpha", alpha)
     expert_correct = _of_one(scores, targets, expert_correct)
     targets, counts = without_ignored(targets, ignore_index)
+    expert_correct = costs_that_count(expert_correct, counts, per_expert=False)
     loss = 2 * alpha * realizable_deferral(scores, targets, 1 - expert_correct, q=0.0, mask=mask)
     if alpha != 1.0:
         loss = loss + (1 - alpha) * _cross_entropy(scores[..., :-1], targets)
@@ -188,7 +192,7 @@ def cost_sensitive_abstention(
     require_cost("scores", scores.shape[:-1], cost)
     targets, counts = without_ignored(targets, ignore_index)
     scores = lift(scores)
-    cost = cast_like(cost, scores).unsqueeze(-1)
+    cost = costs_that_count(cast_like(cost, scores), counts, per_expert=False).unsqueeze(-1)
     hits = targets if targets.is_floating_point() else targets.unsqueeze(-1)
     formula = partial(_binary_problems_at_cost, phi=phi)
     columns = 14 * scores.shape[-1]
@@ -225,6 +229,7 @@ def madras(
     require_floating("expert_cost", expert_cost)
     require_batch("scores", scores.shape[:-1], "expert_cost", expert_cost.shape)
     targets, counts = without_ignored(targets, ignore_index)
+    expert_cost = costs_that_count(expert_cost, counts, per_expert=False)
     gate = torch.sigmoid(lift(rejector))
     if mask is not None:
         require_mask(mask)
@@ -258,6 +263,7 @@ def mixture_of_experts(
     require_batch("scores", scores.shape[:-1], "gate", gate.shape[:-1])
     require_batch("scores", scores.shape[:-1], "expert_correct", expert_correct.shape[:-1])
     targets, counts = without_ignored(targets, ignore_index)
+    expert_correct = costs_that_count(expert_correct, counts)
     if mask is not None:
         mask = action_mask(gate, mask, 1)
         expert_correct = expert_correct.where(mask[..., 1:], 0)
@@ -290,11 +296,14 @@ def picce(
 ) -> Tensor:
     """-log p_y - 1[an expert is right] max_{j right} log p_{K+j}.  (..., K+E), (...,) or (..., K), (..., E) -> (...,)
 
-    Only the most likely of the right experts is pulled up, so that many experts do not drown the classes.
+    Only the most likely of the right experts is pulled up, so that many experts do not drown the classes.  Not Bayes-consistent
+    from three experts on: where two others are right wherever the best one is, each on a part of that, the best one gets nothing.
+    For one or two experts no counterexample is known.
     "PiCCE" (arXiv 2602.17144, 2026).
     """
     num_classes = require_experts(scores, targets, "expert_correct", expert_correct)
     targets, counts = without_ignored(targets, ignore_index)
+    expert_correct = costs_that_count(expert_correct, counts)
     if mask is not None:
         mask = action_mask(scores, mask, num_classes)
         expert_correct = expert_correct.where(mask[..., num_classes:], 0)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from deferral.losses.closed_form import closed_form, has_closed_form
 from deferral.losses.entries import hits_of
-from deferral.losses.ignored_rows import counted, without_ignored
+from deferral.losses.ignored_rows import costs_that_count, counted, without_ignored
 from deferral.losses.probabilities import (
     ABSENT,
     expected_loss,
@@ -62,13 +62,15 @@ def realizable_deferral(
     require_targets(scores, targets, scores.shape[-1] - 1)
     require_batch("scores", scores.shape[:-1], "expert_cost", expert_cost.shape)
     targets, counts = without_ignored(targets, ignore_index)
+    expert_cost = costs_that_count(expert_cost, counts, per_expert=False)
     if mask is not None:
         mask = one_expert_mask(scores, mask)
         expert_cost = expert_cost.where(mask[..., -1], 1.0)
     classes, expert = log_probabilities_at(scores, targets, scores.shape[-1] - 1, mask)
-    alone = _psi(classes, q)
     together = _psi(log_add_exp(classes, expert), q)
     cost = lift(expert_cost).unsqueeze(-1)
+    # A class at -inf is all lost alone, at q = 0 without bound; where the expert costs nothing that counts for nothing.
+    alone = _psi(classes.where((cost != 0) | (classes > -torch.inf), 0.0), q)
     return counted(expected_loss(cost * alone + (1 - cost) * together, targets), counts)
 
 

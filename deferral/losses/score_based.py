@@ -7,7 +7,7 @@ Mao, Mohri, Zhong, "Theoretically Grounded Loss Functions and Algorithms for Sco
 from torch import Tensor
 
 from deferral.losses.comp_sum import targeted_comp_sum
-from deferral.losses.ignored_rows import counted, without_ignored
+from deferral.losses.ignored_rows import costs_that_count, counted, without_ignored
 from deferral.numerics import cast_like, lift
 from deferral.validation import require_cost, require_floating, require_targets
 
@@ -27,8 +27,8 @@ def score_based_abstention(
     require_floating("scores", scores)
     require_targets(scores, targets, scores.shape[-1] - 1)
     require_cost("scores", scores.shape[:-1], cost)
-    weight = (1 - cast_like(cost, scores)).unsqueeze(-1)
     targets, counts = without_ignored(targets, ignore_index)
+    weight = (1 - costs_that_count(cast_like(cost, scores), counts, per_expert=False)).unsqueeze(-1)
     return counted(targeted_comp_sum(scores, targets, weight, mu=mu), counts)
 
 
