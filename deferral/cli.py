@@ -32,7 +32,7 @@ class _Commands(click.Group):
     """Commands of the extras are imported when they are called: `deferral --help` must not need a web server."""
 
     later: ClassVar = {
-        "gateway": ("deferral.gateway.commands", "Check, keys, record, retraining and status of a gateway."),
+        "gateway": ("deferral.gateway.commands", "A gateway's first log, checks, API keys, record, retraining and status."),
         "route": ("deferral.routing.commands", "Learn from a log which language model should answer."),
         "serve": ("deferral.gateway.serve", "An OpenAI-compatible gateway around a router."),
     }

@@ -53,6 +53,12 @@ class _Commands(click.Group):
             return getattr(import_module(_ELSEWHERE[name]), name)
         return super().get_command(context, name)
 
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        commands = [(name, self.get_command(context, name)) for name in self.list_commands(context)]
+        with formatter.section("Commands"):
+            # Whole sentences: click would cut them where the line ends.
+            formatter.write_dl([(name, one.get_short_help_str(200)) for name, one in commands if one is not None])
+
 
 @click.group(cls=_Commands)
 def gateway() -> None:
