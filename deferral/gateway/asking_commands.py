@@ -16,12 +16,12 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from deferral.command_line import FiniteRange
 from deferral.errors import DataError
 from deferral.gateway.answer_files import read_questions
 from deferral.gateway.asking import Result, ask_all
 from deferral.gateway.experts_file import Expert, read_experts
 from deferral.gateway.grading import Graded, by_field, by_judge, by_rule
-from deferral.parameters import FiniteRange
 from deferral.routing.grades import RULES
 from deferral.routing.log_files import check_log_name, write_log
 from deferral.routing.outcomes import Log

@@ -20,12 +20,12 @@ from rich.table import Table
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
+from deferral.command_line import Commands, FiniteRange
 from deferral.errors import DataError
 from deferral.gateway.key_commands import keys
 from deferral.gateway.keys import PREFIX
 from deferral.gateway.opened import database_option, encoder_option, opened
 from deferral.gateway.status import dollars
-from deferral.parameters import FiniteRange
 
 __all__ = ["gateway"]
 
@@ -42,7 +42,7 @@ _assumed = click.option(
 )
 
 
-class _Commands(click.Group):
+class _Commands(Commands):
     """Some import all that speaks HTTP; the other commands need not wait for that."""
 
     def list_commands(self, context: click.Context) -> list[str]:
@@ -52,12 +52,6 @@ class _Commands(click.Group):
         if name in _ELSEWHERE:
             return getattr(import_module(_ELSEWHERE[name]), name)
         return super().get_command(context, name)
-
-    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
-        commands = [(name, self.get_command(context, name)) for name in self.list_commands(context)]
-        with formatter.section("Commands"):
-            # Whole sentences: click would cut them where the line ends.
-            formatter.write_dl([(name, one.get_short_help_str(200)) for name, one in commands if one is not None])
 
 
 @click.group(cls=_Commands)

@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from deferral.command_line import FiniteRange
 from deferral.gateway.experts_file import expert_names
 from deferral.gateway.keys import Issued, Key, UnknownKey
 from deferral.gateway.opened import database_option, opened
 from deferral.gateway.windows import WINDOWS, minute_of
-from deferral.parameters import FiniteRange
 
 __all__ = ["keys"]
 

@@ -20,6 +20,7 @@ import click
 import uvicorn
 from threadpoolctl import threadpool_limits
 
+from deferral.command_line import FiniteRange
 from deferral.errors import DataError
 from deferral.gateway.access import must_have_key, no_key
 from deferral.gateway.aliases import read_experts_file
@@ -37,7 +38,6 @@ from deferral.gateway.settings import Settings, is_loopback
 from deferral.gateway.state import Gateway, load_router, stamps
 from deferral.gateway.worker_metrics import fold
 from deferral.gateway.workers import ignore_hangups, supervise
-from deferral.parameters import FiniteRange
 
 __all__ = ["run", "serve", "settings_of"]
 

@@ -12,8 +12,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from deferral.command_line import Commands, FiniteRange
 from deferral.errors import DataError
-from deferral.parameters import FiniteRange
 from deferral.routing.batches import route_file
 from deferral.routing.cascade_fitting import add_cascade
 from deferral.routing.constraints import Needs
@@ -52,7 +52,7 @@ _POSITIVE = FiniteRange(0, min_open=True)
 _RARE = 20  # outcomes of an expert
 
 
-class _Route(click.Group):
+class _Route(Commands):
     """A setting that cannot be met is an error of the caller's: said in one line."""
 
     def invoke(self, context: click.Context) -> Any:

@@ -1,0 +1,27 @@
+"""What the commands of all extras have in common."""
+
+import math
+from typing import Any
+
+import click
+
+__all__ = ["Commands", "FiniteRange"]
+
+
+class Commands(click.Group):
+    """Its help says of each command a whole sentence, which click would cut where the line ends."""
+
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        commands = [(name, self.get_command(context, name)) for name in self.list_commands(context)]
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, one.get_short_help_str(200)) for name, one in commands if one is not None])
+
+
+class FiniteRange(click.FloatRange):
+    """A number in a range.  NaN is in none, but no comparison says so; infinity is in every range without an end."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"expected a finite number, got {number:g}", param, ctx)
+        return number
