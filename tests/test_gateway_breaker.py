@@ -81,22 +81,26 @@ def test_one_keys_failures_do_not_open_it_while_another_is_answered(clock: Clock
         else:
             breaker.failure(ticket, key)
 
-    call("other", good=True)
-    for _ in range(40):
+    for number in range(300):
         call("one")
-    assert breaker.state == "closed"
-    call("other")
-    assert breaker.state == "open", "it fails others, too"
+        call("other", good=number % 20 < 19)
+    assert breaker.state == "closed", "also where another's fails now and then"
+    for _ in range(20):
+        if breaker.state == "closed":
+            call("other")
+    assert breaker.state == "open", "it fails everybody"
     breaker.begin_anew()
-    clock.now += 300
-    for _ in range(5):
+    for _ in range(10):
+        call("other", good=True)
+    for _ in range(10):
         call("one")
-    assert breaker.state == "open", "nobody else was answered lately"
+    assert breaker.state == "open", "what went well before says nothing of now"
     breaker.begin_anew()
-    call("other", good=True)
-    call("one", good=True)
     for _ in range(4):
         call("one")
+    call("other", good=True)
+    call("one")
+    assert breaker.state == "closed"
     fail(breaker)
     assert breaker.state == "open", "no request could have brought about the last"
 

@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("uvicorn")
 
 from uvicorn import Config
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from deferral.gateway.protocol import Gathering, Protocol
@@ -58,6 +59,14 @@ def test_head_and_body_are_one_write(wire):
         assert wire.sent == [b"head body", b"next"]
 
     asyncio.run(replies())
+
+
+def test_chunks_that_come_together_are_one_part_of_a_body(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts: list[bytes] = []
+    monkeypatch.setattr(HttpToolsProtocol, "on_body", lambda self, body: parts.append(body))
+    chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in b"a body of chunks") + b"0\r\n\r\n"
+    replies_to(HEAD + b"connection: close\r\ntransfer-encoding: chunked\r\n\r\n" + chunks)
+    assert parts == [b"a body of chunks"]
 
 
 def test_what_was_written_leaves_before_the_end(wire):

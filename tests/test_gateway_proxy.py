@@ -279,7 +279,8 @@ def test_a_response_goes_on_with_whoever_gave_the_one_before(running: Any, clien
         status, _, said = running.gateway.ask("POST", "/v1/responses", body, key=key)
         assert (status, json.loads(said)["error"]["code"]) == (400, "previous_response_not_found")
     # Who is named is asked, and says itself what it knows.
-    assert create(model="small", input=EASY, previous_response_id="resp_unknown").headers["x-deferral-expert"] == "small"
+    named = create(model="small", input=EASY, previous_response_id="resp_unknown")
+    assert (named.headers["x-deferral-expert"], named.headers["x-deferral-reason"]) == ("small", "asked for by name")
 
 
 def test_what_a_gateway_cannot_do_with_responses_it_says(running: Any, client: openai.OpenAI) -> None:

@@ -45,7 +45,7 @@ def test_only_the_top_level_model_is_replaced(before: dict, after: dict, ascii_o
     assert len(changed) - len(body) == len(json.dumps('up"stream')) - len('"auto"')
 
 
-@pytest.mark.parametrize("name", ["Model", "MODEL", "Stream", "sTREAM"])
+@pytest.mark.parametrize("name", ["Model", "MODEL", "sTREAM", "\u017ftream", "Stream_Options"])
 def test_a_field_that_some_servers_would_take_for_another_is_refused(name: str) -> None:
     with pytest.raises(Problem, match="there is no such field") as found:
         parse("chat", chat(**{name: "dear"}))
@@ -57,13 +57,17 @@ def test_usage_is_asked_for_whatever_a_client_says_of_it(field: str) -> None:
     rest = '"metadata": {"stream_options": 1}, "a": [1.50, "\\u00e9"]'
     for said, sent in (("null", {}), ("{}", {}), ('{"include_usage": false, "b": 1}', {"b": 1})):
         body = f'{{"model": "auto", {field}: {said}, {rest}}}'.encode()
-        changed = with_stream_usage(body)
+        assert parse("chat", body[:-1] + b', "messages": []}').stream_options
+        changed = with_stream_usage(body, options_there=True)
         assert json.loads(changed) == {**json.loads(body), "stream_options": {**sent, "include_usage": True}}
         assert rest.encode() in changed
     for body in (b'{"model": "auto", "stream_options": 7}', b'{"model": "auto", "stream_options": [true]}'):
-        assert with_stream_usage(body) == body, "it is for the expert to refuse"
+        assert with_stream_usage(body, options_there=True) == body, "it is for the expert to refuse"
     plain = b'{ "model": "auto", "metadata": {"stream_options": 1}}'
-    assert json.loads(with_stream_usage(plain)) == {**json.loads(plain), "stream_options": {"include_usage": True}}
+    assert json.loads(with_stream_usage(plain, options_there=False)) == {
+        **json.loads(plain),
+        "stream_options": {"include_usage": True},
+    }
 
 
 @pytest.mark.parametrize(

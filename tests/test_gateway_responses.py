@@ -163,6 +163,11 @@ def test_what_a_reply_cost_is_what_it_says_and_not_what_its_client_sent(metadata
     for start in range(0, len(whole), 40_000):
         meter.feed(whole[start : start + 40_000])
     assert (meter.finished, meter.usage(99)) == (True, (5, 6, False, "resp_7", 2))
+    type_last = f"data: {json.dumps({'response': BRIEF, 'type': 'response.completed'})}\n\n".encode()
+    pinged = METERS["responses"]()
+    for part in (stream(), type_last, b'data: {"type": "ping"}\n\n'):
+        pinged.feed(part)
+    assert pinged.usage(99) == (5, 6, False, "resp_7", 2)
     left = METERS["responses"]()
     left.feed(whole[:-20])
     assert left.usage(99)[:3] == (99, 34, True), "half of the last event tells nothing"

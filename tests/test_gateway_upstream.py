@@ -95,6 +95,23 @@ def test_an_expert_that_asks_for_rest_is_left_alone_whether_blamed_or_not() -> N
     assert not standing.breaker.down
 
 
+def test_what_no_request_can_bring_about_is_no_keys_doing() -> None:
+    unreachable = _unanswered(aiohttp.ConnectionTimeoutError(), reused=False)
+    assert (unreachable.code, unreachable.of_server) == ("upstream_timeout", True)
+    for failure, opens in ((unreachable, True), (_refused(401, CHAT, None), True), (_refused(403, CHAT, None), False)):
+        standing = Standing(Expert("small", "http://127.0.0.1:1"))
+        for number in range(12):
+            ticket = standing.breaker.enter()
+            assert ticket is not None
+            if number == 1:
+                standing.breaker.success(ticket, "other")
+            else:
+                standing.blame(failure, ticket, "small", "one")
+            if standing.breaker.down:
+                break
+        assert standing.breaker.down is opens, failure.message
+
+
 @pytest.mark.parametrize("path", ["/responses", "/embeddings", "/completions"])
 def test_who_is_tried_again_with_a_path_that_it_does_not_know_is_tried_once_more(path: str) -> None:
     now = 0.0

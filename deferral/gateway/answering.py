@@ -47,8 +47,7 @@ class Standing:
             return
         was = breaker.state
         if error.blame:
-            # No request keeps a server from being there.
-            breaker.failure(ticket, None if error.code == "upstream_unreachable" else key)
+            breaker.failure(ticket, None if error.of_server else key)
         else:
             breaker.leave(ticket)
         if error.rest is not None:

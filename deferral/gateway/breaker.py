@@ -13,23 +13,20 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 10.0, 300.0
 _LONGEST_REST = 300.0
 # A second's rest, which many ask for again and again, is no news.
 _WORTH_SAYING = 5.0
-# Seconds for which a key's success says that the expert is well.
-_LATELY = 300.0
 
 
 class Breaker:
     """closed: calls go through.  open: none does, for `pause` seconds.  half-open: one does, and its outcome decides.
 
     It opens when at least 5 of the last 20 calls, and half of them, failed; each time the one call fails, the pause doubles.
-    Failures of one key's calls alone, while another's went well within five minutes, are that key's own doing, and do not open
-    it.  `rest` leaves the expert alone without blaming it.
+    Of a key whose calls fail while another's go well, no more than 4 failures count: they are its own doing.  `rest` leaves the
+    expert alone without blaming it.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._calls: deque[bool] = deque(maxlen=_CALLS)
-        self._failing: deque[str | None] = deque(maxlen=_CALLS)  # the keys of the failures, None where it was no key's doing
-        self._well: dict[str, float] = {}  # the last two keys whose calls went well, and when
+        self._keys: deque[str | None] = deque(maxlen=_CALLS)  # of the same calls, None where no request brought it about
         self._until = 0.0  # of an open breaker, or of a rest
         self._pause = _FIRST_PAUSE
         self._open = False
@@ -63,15 +60,12 @@ class Breaker:
 
     def success(self, ticket: int, key: str = "") -> None:
         """A call of a key was answered.  A call that began before the breaker opened decides nothing."""
-        self._well.pop(key, None)
-        self._well[key] = self._clock()
-        if len(self._well) > 2:
-            del self._well[next(iter(self._well))]
         if ticket != self._epoch:
             return
         if self._open:
             self._change(opened=False)
         self._calls.append(True)
+        self._keys.append(key)
 
     def begun(self, ticket: int) -> int:
         """A reply has begun that may take long: enough to close the breaker.  -> the ticket that its end is told with"""
@@ -88,10 +82,12 @@ class Breaker:
             self._pause = min(2 * self._pause, _LONGEST_PAUSE)
             self._change(opened=True)
             return
+        if key is not None and self._own_doing(key):
+            return
         self._calls.append(False)
-        self._failing.append(key)
+        self._keys.append(key)
         failures = self._calls.count(False)
-        if failures >= _FAILURES and 2 * failures >= len(self._calls) and not self._of_one_key():
+        if failures >= _FAILURES and 2 * failures >= len(self._calls):
             self._pause = _FIRST_PAUSE
             self._change(opened=True)
 
@@ -111,18 +107,17 @@ class Breaker:
         self._change(opened=False)
         self._until, self._pause, self._resting = 0.0, _FIRST_PAUSE, False
 
-    def _of_one_key(self) -> bool:
-        """Whether one key's requests fail, and another's do not."""
-        failing, since = set(self._failing), self._clock() - _LATELY
-        return (
-            len(failing) == 1 and None not in failing and any(at > since for key, at in self._well.items() if key not in failing)
-        )
+    def _own_doing(self, key: str) -> bool:
+        """Whether enough of a key's failures have been counted, and another's call has gone well since the first of them."""
+        calls = list(zip(self._keys, self._calls, strict=True))
+        failed = [place for place, (whose, good) in enumerate(calls) if whose == key and not good]
+        return len(failed) >= _FAILURES - 1 and any(good and whose != key for whose, good in calls[failed[0] :])
 
     def _change(self, *, opened: bool) -> None:
         self._open, self._probing = opened, False
         self._epoch += 1
         self._calls.clear()
-        self._failing.clear()
+        self._keys.clear()
         if opened:
             # It may have asked for a longer rest.
             self._until = max(self._until, self._clock() + self._pause)

@@ -244,7 +244,7 @@ class Exchange:
 
     def _sent_to(self, expert: Expert, asked: Asked, body: bytes) -> bytes:
         sent = shaped(body, expert, self.kind)
-        return with_stream_usage(sent) if self._asks_for_usage(expert, asked) else sent
+        return with_stream_usage(sent, options_there=asked.stream_options) if self._asks_for_usage(expert, asked) else sent
 
     def _forwarded(self, headers: Mapping[bytes, bytes]) -> dict[str, str]:
         """The client's headers that go on to the expert."""

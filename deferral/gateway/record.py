@@ -202,8 +202,11 @@ class Record:
     def _answered_others(self, reply_id: str, key: str) -> bool:
         same = decisions.c.reply_id == plain(reply_id)[:200]
         with self.engine.connect() as connection:
-            keys = set(connection.execute(select(decisions.c.key).where(same).limit(_SAME_ID)).scalars())
-        return bool(keys) and key not in keys
+            own, any_at_all = (
+                connection.execute(select(decisions.c.id).where(of).limit(1)).first() is not None
+                for of in (same & (decisions.c.key == key), same)
+            )
+        return any_at_all and not own
 
     async def _ask(self, response_id: str, quality: float, key: str) -> bool:
         if self.full:

@@ -23,11 +23,8 @@ _ELSEWHERE = ("conversation", "prompt")
 _MODEL = re.compile(rb'"model"\s*:\s*("[^"\\]*(?:\\.[^"\\]*)*")', re.DOTALL)
 _SPACE, _COLON, _COMMA = (re.compile(rf"[ \t\n\r]*{sign}[ \t\n\r]*") for sign in ("", ":", ",?"))
 _DECODER = json.JSONDecoder()
-_NOTHING = object()
-# As it is, or with one of its letters as an escape.
-_MAY_HAVE_OPTIONS = re.compile(rb'"stream_options"|\\u00[0-9a-fA-F]{2}')
 # Of these every expert must understand what the gateway does.
-_MEANT = frozenset({"model", "stream"})
+_MEANT = frozenset({"model", "stream", "stream_options"})
 
 
 class Asked(NamedTuple):
@@ -36,7 +33,7 @@ class Asked(NamedTuple):
 
     `query` is what is scored: the last of the `turns`, which are the user's requests, oldest first.  With `follows` it is not the
     newest, which only follows it up.  `responses` is a request of the Responses API, `previous` the id of the response that it
-    goes on from.  `wants_usage`: the client asks that a stream report it.
+    goes on from.  `stream_options`: the client says something of them; `wants_usage`: that a stream report its usage.
     """
 
     model: str
@@ -52,6 +49,7 @@ class Asked(NamedTuple):
     previous: str = ""
     longest: int = 0
     answers: int = 1
+    stream_options: bool = False
     wants_usage: bool = False
 
 
@@ -100,8 +98,8 @@ def parse(kind: Kind, body: bytes, routed: Collection[str] = AUTO) -> Asked:
     if not isinstance(request, dict):
         raise Problem(400, "invalid_json", f"the body: expected a JSON object, got {_kind(request)}")
     # Servers that match names of fields without regard to case would take these for the others.
-    if twin := next((name for name in request if name not in _MEANT and name.lower() in _MEANT), None):
-        message = f"{twin[:20]!r}: there is no such field; expected {twin.lower()!r}"
+    if twin := next((name for name in request if name not in _MEANT and name.casefold() in _MEANT), None):
+        message = f"{twin[:20]!r}: there is no such field; expected {twin.casefold()!r}"
         raise Problem(400, "unknown_field", message, param=twin[:20])
     model = request.get("model")
     if not isinstance(model, str) or not model:
@@ -128,7 +126,8 @@ def parse(kind: Kind, body: bytes, routed: Collection[str] = AUTO) -> Asked:
     responses = kind == "responses"
     return Asked(
         model, turns[-1].query, tokens, output, tools, images, stream is True, turns, responses=responses, previous=previous,
-        longest=longest, answers=answers, wants_usage=_wants_usage(request.get("stream_options")),
+        longest=longest, answers=answers, stream_options="stream_options" in request,
+        wants_usage=_wants_usage(request.get("stream_options")),
     )  # fmt: skip
 
 
@@ -144,15 +143,15 @@ def with_model(body: bytes, model: str) -> bytes:
     return _with_top_level(body.decode(), "model", value.decode()).encode()
 
 
-def with_stream_usage(body: bytes) -> bytes:
+def with_stream_usage(body: bytes, *, options_there: bool) -> bytes:
     """The body of a parsed request, asking that its stream report usage; every other byte as it was.
 
-    One whose `stream_options` are no object stays as it is, for the expert to refuse.
+    One whose `stream_options` are there, and no object, stays as it is, for the expert to refuse.
     """
-    options = json.loads(body).get("stream_options", _NOTHING) if _MAY_HAVE_OPTIONS.search(body) else _NOTHING
-    if options is _NOTHING:
+    if not options_there:
         start = body.index(b"{") + 1
         return b"".join((body[:start], b'"stream_options":{"include_usage":true},', body[start:]))
+    options = json.loads(body)["stream_options"]
     if options is not None and not isinstance(options, dict):
         return body
     return _with_top_level(body.decode(), "stream_options", json.dumps({**(options or {}), "include_usage": True})).encode()

@@ -32,7 +32,7 @@ _EVENTS = re.compile(rb"(?<=\n\n)|(?<=\r\n\r\n)")
 _DATA = re.compile(rb"(?:^|[\r\n])data: ?(\{[^\r\n]*)")
 _LONGEST_EVENT = 1 << 17
 # Of the Responses API: it repeats the instructions, and may be as long as these.
-_LONGEST_LAST_EVENT = 1 << 23
+_LONGEST_LAST_EVENT = 1 << 26
 _LINE_ENDS = (b"\n", b"\r")
 # Of a line that is not over, as much waits to be counted.
 _LONGEST_LINE = 1 << 16
@@ -112,6 +112,7 @@ class ResponseMeter(StreamMeter):
     def __init__(self) -> None:
         super().__init__()
         self._ending, self._last = b"", bytearray()
+        self._type_came_last = False
 
     def feed(self, chunk: bytes) -> None:
         """The next bytes."""
@@ -122,6 +123,9 @@ class ResponseMeter(StreamMeter):
                 self._last += chunk
         elif any(name in seen for name in _ENDINGS) and (found := _ENDING.search(seen)):
             self._ending, self._last = found[1], bytearray(seen[found.start() :])
+            if found[0].startswith(b'"type"'):
+                # What was before it is at hand but for its end.
+                self._type_came_last, self._usage = True, last_usage(self._tail)
 
     @property
     def finished(self) -> bool:
@@ -140,12 +144,11 @@ class ResponseMeter(StreamMeter):
 
     def _reported(self) -> Any:
         """The usage of the response in the last event, and none of what that repeats of the request."""
+        if self._type_came_last:
+            return self._usage
         event = _DATA.search(self._last)
-        if event is None:
-            # Its type came last, and what was before it is not at hand but for its end.
-            return last_usage(self._tail)
         try:
-            response = json.loads(event[1]).get("response")
+            response = json.loads(event[1]).get("response") if event else None
         except (ValueError, RecursionError):
             return None
         return response.get("usage") if isinstance(response, dict) else None

@@ -54,9 +54,9 @@ class Failure(Exception):
     """An attempt that gave the client nothing.
 
     `again`: the same expert may be asked once more; `blame`: the breaker counts it; `rest`: seconds for which the expert wants
-    to be left alone; `stale`: the connection had been closed while it was idle, it seems, and a new one is due.  `status` and
-    `code` are for the client, if nobody else answers, `came` is the status that refused the gateway.  The message never quotes
-    the upstream, which may repeat a key.
+    to be left alone; `stale`: the connection had been closed while it was idle, it seems, and a new one is due; `of_server`: no
+    request could have brought it about.  `status` and `code` are for the client, if nobody else answers, `came` is the status
+    that refused the gateway.  The message never quotes the upstream, which may repeat a key.
     """
 
     def __init__(
@@ -70,10 +70,11 @@ class Failure(Exception):
         rest: float | None = None,
         stale: bool = False,
         came: int | None = None,
+        of_server: bool = False,
     ) -> None:
         super().__init__(message)
         self.status, self.code, self.message, self.came = status, code, message, came
-        self.again, self.blame, self.rest, self.stale = again, blame, rest, stale
+        self.again, self.blame, self.rest, self.stale, self.of_server = again, blame, rest, stale, of_server
 
 
 @dataclass(slots=True)
@@ -320,13 +321,13 @@ def _session(**connections: Any) -> aiohttp.ClientSession:
 def _unanswered(error: Exception, *, reused: bool) -> Failure:
     """Nothing of a reply has come; `reused`: the connection was there before, and it ended at once."""
     if isinstance(error, aiohttp.ConnectionTimeoutError):
-        return Failure(504, "upstream_timeout", "could not be reached in time")
+        return Failure(504, "upstream_timeout", "could not be reached in time", of_server=True)
     if isinstance(error, TimeoutError | asyncio.TimeoutError):
         return Failure(504, "upstream_timeout", "did not answer in time")
     if isinstance(error, aiohttp.ClientSSLError | aiohttp.ServerFingerprintMismatch):
-        return Failure(502, "upstream_unreachable", "has no certificate that can be trusted")
+        return Failure(502, "upstream_unreachable", "has no certificate that can be trusted", of_server=True)
     if isinstance(error, aiohttp.ClientConnectorError):
-        return Failure(502, "upstream_unreachable", "cannot be reached", again=True)
+        return Failure(502, "upstream_unreachable", "cannot be reached", again=True, of_server=True)
     if isinstance(error, aiohttp.ServerDisconnectedError | aiohttp.ClientOSError | ConnectionError):
         return Failure(502, "upstream_bad_reply", "closed the connection before it answered", again=True, stale=reused)
     if "content-encoding" in str(error).lower():
@@ -341,7 +342,7 @@ def _refused(status: int, path: str, retry_after: float | None) -> Failure:
         message = f"refused the gateway with status {status}; its key, model or address is wrong"
         # Many servers chat, and know no other path: whoever asks them for one must not take them from those who chat.
         unknown_path = status in (404, 405) and path != "/chat/completions"
-        return Failure(502, "upstream_misconfigured", message, blame=not unknown_path, came=status)
+        return Failure(502, "upstream_misconfigured", message, blame=not unknown_path, came=status, of_server=status == 401)
     if status == 429:
         rest = 1.0 if retry_after is None else retry_after
         return Failure(429, "upstream_rate_limited", "asks for fewer requests", blame=False, rest=rest)

@@ -412,6 +412,10 @@ class Fitted:
         mean_price = prices.base + prices.per_character * self.mean_length
         changed = replace(self, prices=prices, mean_price=mean_price)
         paid = repriced(self.held.price, self.by_length(self.held.length), changed.by_length(self.held.length))
+        if self.judged is not None and not np.isnan(self.judged.oracle).any():
+            # Every row was paid: none can have been paid less than nothing.
+            means, paid = paid.mean(0), np.maximum(paid, 0)
+            paid = paid * (np.maximum(means, 0) / np.maximum(paid.mean(0), 1e-300))
         return replace(changed, held=replace(self.held, price=paid))._judged_again()
 
     def _check_new(self, name: str) -> None:

@@ -126,7 +126,8 @@ def paid_on_average(paid: np.ndarray, expected: np.ndarray, weights: np.ndarray)
 def repriced(paid: np.ndarray, before: np.ndarray, after: np.ndarray) -> np.ndarray:
     """What answers would cost at other prices, where by their length they cost `before`, and would cost `after`.  (N, E) thrice
 
-    What was paid above that grows in proportion to the expert's mean.
+    What was paid above that grows in proportion to the expert's mean.  Means are right; a row that was paid much less than its
+    length said may come out below 0.
     """
     means = before.mean(0)
     return after + (paid - before) * (after.mean(0) / np.where(means > 0, means, np.inf))
