@@ -436,7 +436,7 @@ def _response(request: dict[str, Any]) -> dict[str, Any]:
         "id": f"resp_{(request.get('metadata') or {}).get('seed', 1)}", "object": "response", "created_at": 1,
         "status": "completed", "error": None, "model": model, "output": [said], "tools": tools,
         "usage": {"input_tokens": 7, "output_tokens": CHUNKS, "total_tokens": 7 + CHUNKS, **details},
-        "metadata": {"filler": "x" * 5000},
+        "metadata": {"filler": "x" * 5000, **(request.get("metadata") or {})},
     }  # fmt: skip
 
 

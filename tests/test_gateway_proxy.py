@@ -261,6 +261,16 @@ def test_streams_of_responses_say_what_they_cost_and_whether_they_are_whole(runn
     calm(gateway)
 
 
+def test_what_a_long_response_cost_and_whose_it_was(running: Any, client: openai.OpenAI) -> None:
+    token, key = running.gateway.state.keys.create("writes much")
+    body = {"model": "large", "input": "x" * 150_000, "metadata": {"usage": "mine"}}
+    status, headers, _ = running.gateway.ask("POST", "/v1/responses", body, key=token)
+    assert status == 200
+    [row] = rows(running, f"id = '{headers['x-deferral-id']}'")
+    assert (row["input_tokens"], row["output_tokens"], row["estimated"]) == (7, CHUNKS, 0)
+    assert running.gateway.state.answerers.standings["large"].breaker._keys[-1] == key.id
+
+
 def test_a_response_goes_on_with_whoever_gave_the_one_before(running: Any, client: openai.OpenAI) -> None:
     create = client.responses.with_raw_response.create
     first = create(model="auto", input=HARD, metadata={"seed": "first"}).parse()
