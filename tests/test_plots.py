@@ -179,7 +179,7 @@ def test_the_embedding_of_a_line_is_a_line() -> None:
 def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("matplotlib", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ImportError, match=r"deferral\[plots\]"):
+    with pytest.raises(ImportError, match=r"\.\[plots\]"):
         new_figure()
 
 
