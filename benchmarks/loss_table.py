@@ -121,6 +121,26 @@ COLUMNS = (
 )
 
 
+# What a reader of other repositories knows by another name.
+ELSEWHERE = (
+    "## Under other names",
+    "",
+    "Ours are of raw scores, one value per example, in nats; both repositories take logarithms to base 2 and give the mean.",
+    "",
+    "| there | here |",
+    "| --- | --- |",
+    "| human_ai_deferral, `lce_surrogate` | `mozannar_sontag(alpha=...)`; at alpha = 1 `single_stage_deferral` |",
+    "| human_ai_deferral, `one_v_all` | `one_vs_all` |",
+    "| human_ai_deferral, `mix_of_exps` (Madras et al.) | `madras`, with the last score as the rejector |",
+    "| human_ai_deferral, `realizable_surrogate` at alpha a | `realizable_surrogate(alpha=a / (2 - a))`, but for a factor |",
+    "| human_ai_deferral, `compare_confidence`, `selective_prediction` | the same names in `deferral.baselines` |",
+    "| human_ai_deferral, `differentiable_triage`, `milpdefer` | none |",
+    "| Multi_L2D, `softmax`; experts from the last column backwards | `single_stage_deferral(scores, targets, 1 - correct)` |",
+    "| Multi_L2D, `ova`; experts from the last column backwards | `one_vs_all` |",
+    "| Multi_L2D, `hemmer_baseline` | `mixture_of_experts` |",
+)
+
+
 def page() -> str:
     """The Markdown page as it should be."""
     files = (f"losses-{name}.json" for name in ("cpu", "cpu-compiled", "cuda-compiled"))
@@ -147,6 +167,8 @@ def page() -> str:
             "",
             "A class axis elsewhere: `loss(scores.movedim(1, -1), targets, ...)`.  In losses of targets, rows whose target is",
             "-100 (`ignore_index`) give 0, and targets may be probabilities (mixup, label smoothing).",
+            "",
+            *ELSEWHERE,
             "",
         ]
     )
