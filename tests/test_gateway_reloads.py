@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterator
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,8 +26,8 @@ def three(database: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Reloa
         engine.dispose()
 
 
-def heard(gateways: list[Reloads], then) -> list[int]:
-    """How often each reloads while `then` is done, and for a while after."""
+def heard(gateways: list[Reloads], then, *, awaited: int = 0) -> list[int]:
+    """How often each reloads while `then` is done, until so many have been heard of in all, and for a while after."""
     counts = [0] * len(gateways)
 
     async def follow() -> None:
@@ -38,6 +39,10 @@ def heard(gateways: list[Reloads], then) -> list[int]:
 
         tasks = [asyncio.create_task(one.follow(reload(place))) for place, one in enumerate(gateways)]
         await asyncio.to_thread(then)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(20):
+                while sum(counts) < awaited:
+                    await asyncio.sleep(0.01)
         await asyncio.sleep(0.3)
         for task in tasks:
             task.cancel()
@@ -53,9 +58,9 @@ def test_all_others_hear_of_it_once(three: list[Reloads]) -> None:
         one.start()
     assert [one.count() for one in three] == [2, 2, 2]
     assert heard(three, lambda: None) == [0, 0, 0]
-    assert heard(three, three[0].announce) == [0, 1, 1]
+    assert heard(three, three[0].announce, awaited=2) == [0, 1, 1]
     # Of two at about the same time nobody hears less than one that was not its own.
-    both = heard(three, lambda: (three[1].announce(), three[2].announce()))
+    both = heard(three, lambda: (three[1].announce(), three[2].announce()), awaited=2)
     assert both[0] in (1, 2)
     assert both[1] >= 1
     assert three[0].count() == 5
@@ -81,7 +86,7 @@ def test_a_database_that_is_away_is_asked_again(three: list[Reloads], monkeypatc
         return count()
 
     monkeypatch.setattr(three[1], "count", failing)
-    assert heard(three[:2], three[0].announce) == [0, 1]
+    assert heard(three[:2], three[0].announce, awaited=1) == [0, 1]
 
 
 def test_whom_a_failing_database_kept_from_hearing_hears_of_it_later(
@@ -100,5 +105,5 @@ def test_whom_a_failing_database_kept_from_hearing_hears_of_it_later(
         with pytest.raises(OperationalError):
             three[0].announce()
 
-    assert heard(three, announce) == [0, 1, 1]
+    assert heard(three, announce, awaited=2) == [0, 1, 1]
     assert heard(three, lambda: None) == [0, 0, 0]
