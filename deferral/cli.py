@@ -46,7 +46,7 @@ class _Commands(click.Group):
         return super().get_command(context, name)
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
-        helps = {name: command.get_short_help_str(80) for name, command in self.commands.items()}
+        helps = {name: command.get_short_help_str(200) for name, command in self.commands.items()}
         helps |= {name: text for name, (_, text) in self.later.items()}
         with formatter.section("Commands"):
             formatter.write_dl(sorted(helps.items()))
