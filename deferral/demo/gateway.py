@@ -89,8 +89,6 @@ def made_models(folder: Path, seed: int, progress: Progress, *, unseen: Sequence
         marker.write_text(made_of, encoding="utf-8")
     missing = [(name, made) for name, made in (("large", LARGE), ("small", SMALL)) if not (folder / name).is_dir()]
     if missing:
-        # A second thread gains little at this size, and on a busy machine both wait for each other.
-        torch.set_num_threads(1)
         data = questions(TRAINING, seed=seed + 1, exclude=frozenset(question.text for question in unseen))
     for name, made in missing:
         task = progress.add_task(f"training the {name} model", total=made.steps)
