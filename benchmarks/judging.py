@@ -84,4 +84,4 @@ def _peak() -> float:
 
 def main(arguments: list[str]) -> None:
     """Run the command."""
-    command(arguments, prog_name="python -m benchmarks judging", standalone_mode=False)
+    command.main(arguments, prog_name="python -m benchmarks judging")

@@ -4,6 +4,8 @@ import inspect
 import json
 from pathlib import Path
 
+import click
+
 from deferral import losses
 
 ROOT = Path(__file__).parent.parent
@@ -200,7 +202,13 @@ def _figure(name: str, runs: list[dict], experts: int, figure: str) -> str:
     return f"{figures[figure]:.2f}" if figures else ""
 
 
-def main(arguments: list[str]) -> None:
-    """Write the page."""
+@click.command()
+def command() -> None:
+    """Write docs/losses.md from docstrings and the figures in benchmarks/results."""
     PAGE.write_text(page(), encoding="utf-8")
-    print(f"wrote {PAGE.relative_to(ROOT)}")
+    click.echo(f"wrote {PAGE.relative_to(ROOT)}")
+
+
+def main(arguments: list[str]) -> None:
+    """Run from `python -m benchmarks`."""
+    command.main(arguments, prog_name="python -m benchmarks loss-table")

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness.running import commit
+from benchmarks.harness.running import commit, usable_device
 from deferral import losses
 from deferral.losses.margin import exponential, logistic
 from deferral.losses.predictor_rejector import constrained_rho_hinge, max_rho_margin
@@ -254,12 +254,13 @@ def copy_bandwidth() -> float:
 @click.command()
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--compile", "compiled", is_flag=True, help="Time the losses compiled by inductor.")
-@click.option("--rounds", default=30, show_default=True)
+@click.option("--rounds", type=click.IntRange(min=1), default=30, show_default=True)
 @click.option(
     "--out", type=click.Path(dir_okay=False, path_type=Path), help="Where the JSON goes.  [default: benchmarks/results]"
 )
 def command(device: str, compiled: bool, rounds: int, out: Path | None) -> None:
     """Ratios of every loss to cross-entropy with probability targets."""
+    usable_device(device)
     runs = []
     all_threads = torch.get_num_threads()
     settings: list[tuple[int, int, int, torch.dtype, int]] = [

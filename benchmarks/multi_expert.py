@@ -6,7 +6,9 @@ losses are known to lose system accuracy at 16 to 20 experts; each row shows a m
 
 `single-stage mu=1` is also Verma et al. 2023's softmax loss; one-vs-all (Verma et al. 2023), the mixture of experts (Hemmer et
 al. 2022) and PiCCE (2026) are the published rivals.  Heads on the features of a network that they share; who the experts are
-is fixed in harness/simulated.py.  System accuracy is 1 - error; at a price of 0 the cost is the error.
+is fixed in harness/simulated.py.  System accuracy is 1 - error; at a price of 0 the cost is the error.  one-vs-all, PiCCE, the
+mixture of experts and realizable q=1 are trained without knowing the price: where there is one, their fitted threshold alone
+knows it.
 """
 
 import click

@@ -204,6 +204,7 @@ def pictures(port: int) -> None:
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), default=RESULTS, show_default=True)
 def command(rows: int, rounds: int, draw: bool, out: Path) -> None:
     """Size and time of the page, or its pictures."""
+    out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         if draw:
             with patch("time.time", lambda: MOMENT):
@@ -248,4 +249,4 @@ def command(rows: int, rounds: int, draw: bool, out: Path) -> None:
 
 def main(arguments: list[str]) -> None:
     """Run from `python -m benchmarks`."""
-    command.main(arguments, prog_name="python -m benchmarks page", standalone_mode=False)
+    command.main(arguments, prog_name="python -m benchmarks page")

@@ -14,11 +14,13 @@ hate speech          words and word pairs; 40 / 20 / 10 / 30% for classifier, he
 Chaoyang             no image: pathologist A's label is the model's input, and B or C may be asked; C agrees with the label
                      on 99.6 to 99.9%, so that there is nearly nothing to be learned but to ask C
 
-System accuracy is 1 - error; at a price of 0 the cost is the error.
+System accuracy is 1 - error; at a price of 0 the cost is the error.  one-vs-all, asymmetric softmax and RealizableSurrogate are
+trained without knowing the price: where there is one, their fitted threshold alone knows it.
 """
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
+from typing import Any
 
 import click
 import torch
@@ -52,6 +54,7 @@ SPLIT, PEOPLE_CHANGE, GROUPS, TWEETS, COLON = (
     "hate speech",
     "Chaoyang",
 )
+ALONE = 93.9  # the accuracy in % of the classifier of the bars
 PUBLISHED = {  # (data, cost, method): error, from the system accuracies above
     (SPLIT, "price 0", "compare-confidence"): "2.30 ± 0.70",
     (SPLIT, "price 0", "RealizableSurrogate"): "2.50",
@@ -174,10 +177,13 @@ def run_cells(run: Run, problems: Sequence[str]) -> None:
         made, references = task(cell.data, cell.seed, cell.cost)
         others = dict(references)
         judged = others.pop(cell.method) if cell.method in BASELINES else METHODS[cell.method](made)
-        settings = settings_of(run, "cifar10") if cell.data in (SPLIT, PEOPLE_CHANGE, GROUPS) else {}
-        return Finding([Part(judged, others)], {**settings, "head_steps": run.preset.head_steps})
+        return Finding([Part(judged, others)])
 
-    run.each(cells, work)
+    def settings(cell: Cell) -> dict[str, Any]:
+        of_images = settings_of(run, "cifar10") if cell.data in (SPLIT, PEOPLE_CHANGE, GROUPS) else {}
+        return {**of_images, "head_steps": run.preset.head_steps}
+
+    run.each(cells, work, settings)
 
 
 @click.command()

@@ -180,13 +180,13 @@ def run_cells(run: Run) -> None:
                 head = learned(cell.data, cell.method, train, steps)
                 found = judge(outputs(cell.data, head, calibration), outputs(cell.data, head, test))
             parts.append(Part(found, others, {"training rows": size}))
-        return Finding(parts, {"steps": steps})
+        return Finding(parts)
 
-    run.each(cells, work)
+    run.each(cells, work, lambda cell: {"steps": steps})
 
 
 @click.command()
-@options(presets=tuple(SIZES), seeds=5, device=False)
+@options(presets=tuple(SIZES), seeds=5, device=False, root=False)
 def command(**given) -> None:
     """Realizable and other losses on realizable problems."""
     with running(**given) as run:

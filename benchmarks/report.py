@@ -2,8 +2,8 @@
 
 import inspect
 import json
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,29 +14,27 @@ import torch
 from benchmarks import multi_expert, people, predictor_rejector, realizable, regression, score_based, two_stage
 from benchmarks.harness import abstention, simulated
 from benchmarks.harness.cells import Results
+from benchmarks.harness.judging import RESAMPLES
 from benchmarks.harness.presets import PRESETS
 from benchmarks.harness.running import RESULTS
+from benchmarks.harness.settings import PRECISION, way_of
 from benchmarks.harness.tables import Record, Section, by_method, by_point, chosen, claims, matrix, verdicts
-from benchmarks.harness.training import Recipe
 from deferral.datasets import DataError
 from deferral.plots.style import style
 
 _BASELINES = 3  # the first methods of a section
-_USUAL = asdict(Recipe(epochs=0))
+IMAGE_PRESETS = ("laptop", "fast", "paper")
 PAGE = Path(__file__).parent.parent / "docs" / "reproduction.md"
 INTRODUCTION = """\
 # The experiments of the thesis, repeated
 
-Written by `python -m benchmarks report` from the cells in `benchmarks/results`; every cell names its settings, versions and
-commit.  Published figures stand beside ours where they are known to us.
+Written by `python -m benchmarks report` from the cells in `{folder}`; every cell names its settings, its commit and
+the versions of Python, torch and NumPy.  Those of scikit-learn and SciPy, on which regression and the tweets depend, are unknown
+where a cell does not name them.  Published figures stand beside ours where they are known to us.
 
 | section | published figures known to us | run here | as published |
 |---|---|---|---|
-| abstention on images | yes | `laptop`, and `fast` on CIFAR-10 | no: `paper`, which is nearest to it, was not run |
-| several experts on images | no | `laptop` | not known: experts, networks and costs are ours |
-| people | bars of another classifier | `laptop` | the split of CIFAR-10H, with a smaller network; else designs of ours |
-| regression | no | `laptop`, whole | not known: experts, costs and splits are ours |
-| realizable problems | a picture | `laptop`, whole | the synthetic problem of one expert; the router's problem is ours |
+{overview}
 
 So the claims of the papers are put to the test here on other problems than theirs, and whether they hold there is said under each
 heading; only the preset `paper` would repeat a published number.
@@ -48,17 +46,28 @@ paired over the test rows, its brackets cover every seed's 95% interval.  "Cheap
 on one side of zero; of a claim, the interval is Student's over the seeds (of a curve, at its last point).  "Ours minus
 published" is at the natural threshold and has a 95% interval, over our seeds or over the test rows, whichever is the wider;
 in the published protocol (preset paper) ours agrees where that holds 0, and else is below or above.  Costs of what is kept
-are over the seeds that keep anything.
+are over the seeds that keep enough for an interval, which is something in each of {resamples} resamples of the test rows.
 Minutes are sums over the cells, where other work on the machine makes them more; started twice, a command shares its cells
 between two processes, a core each, and takes half as long.  A command whose cells are all there computes nothing: `--out DIR`
 makes them again.
 """
+# Of each table: its name, the published figures that are known to us, and whether what is run here is the published experiment.
+OVERVIEW = {
+    abstention.TABLE: ("abstention on images", "yes", "no: `paper` is nearest to it"),
+    simulated.TABLE: ("several experts on images", "no", "not known: experts, networks and costs are ours"),
+    people.TABLE: (
+        "people",
+        "bars of another classifier, not comparable",
+        "the split of CIFAR-10H, with a smaller network; else designs of ours",
+    ),
+    regression.TABLE: ("regression", "no", "not known: experts, costs and splits are ours"),
+    realizable.TABLE: ("realizable problems", "a picture", "the synthetic problem of one expert; the router's problem is ours"),
+}
 
 
 def _abstention_entries() -> dict[str, list[tuple[str, str]]]:
     return {
-        name: [(data, f"c={cost:g}") for data, costs in PRESETS[name].costs.items() for cost in costs]
-        for name in ("laptop", "fast", "paper")
+        name: [(data, f"c={cost:g}") for data, costs in PRESETS[name].costs.items() for cost in costs] for name in IMAGE_PRESETS
     }
 
 
@@ -94,7 +103,7 @@ SECTIONS = (
         commands=("multi-expert", "two-stage"),
         table=simulated.TABLE,
         methods=tuple(dict.fromkeys((*multi_expert.METHODS, *two_stage.METHODS))),
-        entries={"laptop": SIMULATED, "fast": SIMULATED},
+        entries=dict.fromkeys(IMAGE_PRESETS, SIMULATED),
         seeds=3,
         layout="by_point",
     ),
@@ -104,11 +113,11 @@ SECTIONS = (
         commands=("people",),
         table=people.TABLE,
         methods=(*people.BASELINES, *people.LEARNED),
-        entries={"laptop": PEOPLE, "fast": PEOPLE},
+        entries=dict.fromkeys(IMAGE_PRESETS, PEOPLE),
         seeds=3,
         published=people.PUBLISHED,
         published_as="bar of another classifier",
-        compared="cost",
+        alone=people.ALONE,
         without=lambda data, method: data in people.SEVERAL and method in people.ONE_EXPERT,
     ),
     Section(
@@ -122,6 +131,8 @@ SECTIONS = (
         layout="matrix",
         scale=1.0,
         stars=((regression.NEVER, regression.ALWAYS), (regression.NEVER, regression.ALWAYS, regression.LONGER)),
+        # It takes the first predictor's answers, and so is no bound of one that learned on.
+        unlike={regression.ORACLE: (regression.LONGER,)},
     ),
     Section(
         title="Realizable problems",
@@ -145,10 +156,18 @@ SECTIONS = (
 
 
 def page(results: Results) -> str:
-    """The whole page."""
-    return "\n".join(
-        [INTRODUCTION, *(line for section in SECTIONS for line in _section(section, results.read_all(section.table)))]
-    )
+    """The whole page.  Raises DataError where there is no cell to show."""
+    records = {section.table: results.read_all(section.table) for section in SECTIONS}
+    if not any(records.values()):
+        raise DataError(f"{results.folder}: expected cells, found none; name the folder that was the --out of a script")
+    overview = []
+    for table, (name, known, as_published) in OVERVIEW.items():
+        counts = Counter(record["cell"]["preset"] for record in records[table])
+        presets = ", ".join(f"`{preset}` ({count} cells)" for preset, count in counts.most_common())
+        overview.append(f"| {name} | {known} | {presets or 'not run'} | {as_published} |")
+    folder = "benchmarks/results" if results.folder == RESULTS else results.folder
+    introduction = INTRODUCTION.format(folder=folder, overview="\n".join(overview), resamples=f"{RESAMPLES:,}")
+    return "\n".join([introduction, *(line for section in SECTIONS for line in _section(section, records[section.table]))])
 
 
 def pictures(results: Results, folder: Path) -> list[Path]:
@@ -157,7 +176,7 @@ def pictures(results: Results, folder: Path) -> list[Path]:
 
     paths = []
     for section in SECTIONS:
-        records = [r for r in results.read_all(section.table) if r["cell"]["preset"] == "laptop"]
+        records = [r for r in results.read_all(section.table) if r["cell"]["preset"] == "laptop" and section.shows(r)]
         if section.layout != "by_point" or not records:
             continue
         entries = [entry for entry in section.entries["laptop"] if any(_of(r) == entry for r in records)]
@@ -174,16 +193,22 @@ def pictures(results: Results, folder: Path) -> list[Path]:
 
 
 @click.command()
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=RESULTS, help="Folder of the cells.")
+@click.option(
+    "--out",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    default=RESULTS,
+    help="Folder of the cells; unless it is that of the repository, the page goes into it.  [default: benchmarks/results]",
+)
 def command(out: Path) -> None:
     """The page and its pictures."""
-    results = Results(out)
+    committed = out.resolve() == RESULTS.resolve()
+    results, path = (Results(RESULTS), PAGE) if committed else (Results(out), out / PAGE.name)
     try:
-        text, paths = page(results), pictures(results, PAGE.parent)
+        text, paths = page(results), pictures(results, path.parent)
     except DataError as error:
         raise click.ClickException(str(error)) from error
-    PAGE.write_text(text, encoding="utf-8")
-    click.echo("\n".join(f"wrote {path}" for path in [PAGE, *paths]))
+    path.write_text(text, encoding="utf-8")
+    click.echo("\n".join(f"wrote {written}" for written in [path, *paths]))
 
 
 def main(arguments: list[str]) -> None:
@@ -193,12 +218,16 @@ def main(arguments: list[str]) -> None:
 
 def _section(section: Section, records: Sequence[Record]) -> list[str]:
     lines = [f"## {section.title}", "", "```text", section.about.strip(), "```", ""]
+    left_out = Counter("`{preset}` on {data}".format(**record["cell"]) for record in records if not section.shows(record))
+    if left_out:
+        lines += [f"Left out here: {'; '.join(f'{count} cells of {what}' for what, count in left_out.items())}.", ""]
+    records = [record for record in records if section.shows(record)]
     for preset, entries in section.entries.items():
         mine = [record for record in records if record["cell"]["preset"] == preset]
         where = "" if preset == "laptop" else " --device cuda"
         commands = " and ".join(f"`python -m benchmarks {name} --preset {preset}{where}`" for name in section.commands)
         lines += [f"### {section.title}: {preset}", "", f"{commands}.  {_provenance(mine)}", ""]
-        if not mine and not section.published:
+        if not mine and (not section.published or section.alone is not None):
             continue
         for summary in (claims(section, mine, preset), verdicts(section, mine, preset)):
             lines += [*summary, ""] if summary else []
@@ -236,18 +265,9 @@ def _mixed(records: Sequence[Record]) -> list[str]:
     """The data sets whose cells were trained in more than one way: a preset may change between two runs."""
     found: dict[str, set[str]] = {}
     for record in records:
-        # How fast it was, and in which precision, is the machine's.
-        way = {key: value for key, value in record["settings"].items() if key not in ("speed", "first_stage")}
-        if recipe := way.get("recipe"):
-            way["recipe"] = way_of(recipe)
+        way = {name: value for name, value in way_of(record["settings"]).items() if name not in PRECISION}
         found.setdefault(record["cell"]["data"], set()).add(json.dumps(way, sort_keys=True))
     return sorted(data for data, ways in found.items() if len(ways) > 1)
-
-
-def way_of(recipe: dict[str, Any]) -> dict[str, Any]:
-    """How a network is trained; what a recipe did not have yet, or has as null, it did not do."""
-    whole = _USUAL | {key: value for key, value in recipe.items() if value is not None}
-    return {key: value for key, value in whole.items() if key not in ("bfloat16", "compiled")}
 
 
 def _of(record: Record) -> tuple[str, str]:

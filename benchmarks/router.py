@@ -229,6 +229,7 @@ def draw(lines: list[dict], path: Path) -> None:
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), default=RESULTS, show_default=True)
 def command(encoder: Path | None, largest: int, out: Path) -> None:
     """Time decisions, files, fits and logs; the figures are kept after each step."""
+    out.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     record: dict = {
         "command": "python -m benchmarks router",
@@ -276,4 +277,4 @@ def show(title: str, lines: list[dict]) -> None:
 
 def main(arguments: list[str]) -> None:
     """Run the command."""
-    command(arguments, prog_name="python -m benchmarks router", standalone_mode=False)
+    command.main(arguments, prog_name="python -m benchmarks router")

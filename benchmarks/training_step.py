@@ -14,19 +14,21 @@ import torch.nn.functional as F
 
 from benchmarks.harness.images import augment
 from benchmarks.harness.networks import NETWORKS
+from benchmarks.harness.running import usable_device
 from benchmarks.harness.training import Recipe, take_step
 from deferral.losses import score_based_abstention
 
 
 @click.command()
 @click.option("--network", type=click.Choice(list(NETWORKS)), default="small", show_default=True)
-@click.option("--batch", default=64, show_default=True)
+@click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--device", default="cpu", show_default=True)
-@click.option("--threads", default=1, show_default=True)
-@click.option("--rounds", default=60, show_default=True)
+@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--rounds", type=click.IntRange(min=1), default=60, show_default=True)
 @click.option("--bfloat16", is_flag=True)
 def command(network: str, batch: int, device: str, threads: int, rounds: int, bfloat16: bool) -> None:
     """The ratio of the two steps, with and without augmentation."""
+    usable_device(device)
     torch.set_num_threads(threads)
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (batch, 3, 32, 32), generator=generator, dtype=torch.uint8).to(device)

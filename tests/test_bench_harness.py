@@ -2,17 +2,20 @@
 
 import errno
 import json
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import click
 import numpy as np
 import pytest
+import scipy
+import sklearn
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -31,7 +34,7 @@ from benchmarks.harness.progress import Display
 from benchmarks.harness.running import RESULTS, Busy, Finding, Part, Run, running
 from benchmarks.harness.training import Diverged, OutOfTime, Recipe, Watch, _utilisation, outputs_of, train
 from deferral.costs import single_stage_costs
-from deferral.datasets import DataError, Images
+from deferral.datasets import DataError, Images, cifar10h_counts
 from deferral.decision import decide
 from deferral.metrics import deferral_cost
 
@@ -91,6 +94,8 @@ def test_a_file_that_is_no_cell_or_another_cell_is_told(tmp_path: Path) -> None:
         results.path(CELL).write_text(damaged)
         with pytest.raises(DataError, match=r"seed3\.json: expected the JSON of a finished cell .*; delete it to run it again"):
             results.read_all("abstention")
+        # A run makes it anew.
+        assert not results.finished(CELL)
     for another in (whole.replace('"preset": "tiny"', '"preset": "paper"'), whole.replace('"seed": 3', '"seed": 4')):
         results.path(CELL).write_text(another)
         with pytest.raises(DataError, match="expected the figures of the cell that it is named after"):
@@ -127,6 +132,19 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_file_is_on_the_disk_before_it_takes_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, synced = tmp_path / "figures.json", []
+
+    def fsync(number: int) -> None:
+        assert not path.exists()
+        synced.append((os.fstat(number).st_ino, os.fstat(number).st_size))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with write_whole(path) as partial:
+        partial.write_text("whole")
+    assert synced == [(path.stat().st_ino, 5)]
+
+
 def test_a_claim_keeps_others_out_until_it_ends(tmp_path: Path) -> None:
     results = Results(tmp_path)
     with results.claim("cell") as mine:
@@ -156,9 +174,9 @@ def test_what_needs_what_another_process_makes_comes_last(tmp_path: Path) -> Non
                 other.close()
             order.append(cell.seed)
             outputs = Outputs(torch.zeros(4, 2), torch.ones(4, 2))
-            return Finding([Part(judge(outputs, outputs), {})], {})
+            return Finding([Part(judge(outputs, outputs), {})])
 
-        run.each([Cell("table", "data", "method", "c=0.2", seed, "laptop") for seed in (0, 1)], work)
+        run.each([Cell("table", "data", "method", "c=0.2", seed, "laptop") for seed in (0, 1)], work, lambda cell: {})
     assert order == [-1, 1, 0]
 
 
@@ -167,23 +185,80 @@ def test_a_cell_whose_figures_are_not_finite_stays_open_and_the_others_go_on(
 ) -> None:
     def work(cell: Cell) -> Finding:
         costs = torch.full((4, 2), torch.nan if cell.seed == 0 else 1.0)
-        return Finding([Part(fixed(Outputs(torch.zeros(4, 2), costs), 0), {})], {})
+        return Finding([Part(fixed(Outputs(torch.zeros(4, 2), costs), 0), {})])
 
     cells = [replace(CELL, seed=seed) for seed in (0, 1)]
     with pytest.raises(click.ClickException, match="1 cells diverged"), started(tmp_path) as run:  # noqa: PT012
         left_by_a_killed_run = run.results.checkpoint(cells[1])
-        run.each(cells[1:], work)
+        run.each(cells[1:], work, lambda cell: {})
         left_by_a_killed_run.touch()
-        run.each(cells, work)
+        run.each(cells, work, lambda cell: {})
     assert [run.results.finished(cell) for cell in cells] == [False, True]
     assert "_seed0: expected finite figures on every test row, not so: cost, natural_cost" in capsys.readouterr().err
     assert not left_by_a_killed_run.exists()
+
+
+def found(cell: Cell) -> Finding:
+    """Something that any work may find."""
+    return Finding([Part(fixed(Outputs(torch.zeros(4, 2), torch.ones(4, 2)), 0), {})], {"speed": {"seconds": 1.0}})
+
+
+def test_cells_that_other_settings_made_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cells = [replace(CELL, seed=seed) for seed in range(3)]
+    recipe = replace(RECIPE, clip=1.0)
+    float32 = {"rows": (1, 2), "recipe": asdict(recipe)}
+    with started(tmp_path) as run:
+        run.each(cells[:2], found, lambda cell: float32)
+        run.each(cells[2:], found, lambda cell: {**float32, "recipe": {"average": None, **asdict(recipe)}})
+        run.each(cells, found, lambda cell: float32)
+        assert "kept" not in capsys.readouterr().err
+        run.each(cells, found, lambda cell: {**float32, "recipe": asdict(replace(recipe, bfloat16=cell.seed > 0))})
+    said = capsys.readouterr().err
+    assert "kept 2 finished cells that were made with other settings (bfloat16); --out DIR makes them with these" in said
+
+
+def test_a_damaged_cell_is_made_anew(tmp_path: Path) -> None:
+    with started(tmp_path) as run:
+        run.each([CELL], found, lambda cell: {})
+        path = run.results.path(CELL)
+        whole = json.loads(path.read_text())
+        path.write_text("")
+        run.each([CELL], found, lambda cell: {})
+    assert json.loads(path.read_text())["parts"] == whole["parts"]
+
+
+def test_a_cell_names_the_versions_of_what_made_it(tmp_path: Path) -> None:
+    with started(tmp_path) as run:
+        run.each([CELL], found, lambda cell: {})
+    machine = Results(tmp_path).record(CELL)["machine"]
+    assert (machine["scikit-learn"], machine["scipy"], machine["numpy"]) == (
+        sklearn.__version__,
+        scipy.__version__,
+        np.__version__,
+    )
+
+
+def test_data_that_is_not_there_is_told_by_the_option_that_names_its_folder(tmp_path: Path) -> None:
+    with pytest.raises(click.ClickException) as told, started(tmp_path):
+        cifar10h_counts(tmp_path)
+    assert "cifar10h_counts.npy, and it is not there; --root, or DEFERRAL_DATA, names the folder" in told.value.message
+    assert "people" not in told.value.message
+
+
+def test_a_first_write_that_fails_promises_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(click.ClickException) as told, started(tmp_path / "file") as run:
+        run.each([CELL], found, lambda cell: {})
+    assert "Not a directory" in told.value.message
+    assert "stays" not in told.value.message
+    assert "continues" not in told.value.message
 
 
 def test_a_full_disk_is_told_with_the_way_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(path: Path, content: bytes) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    Results(tmp_path).write(CELL, {"parts": [{"cost": 0.1}]}, {"cost": np.zeros(1)})
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(click.ClickException, match=r"No space left on device .*the same command continues"), started(tmp_path):
         train(lambda: NETWORKS["small"](10), synthetic(50), cross_entropy, replace(RECIPE, epochs=1), tmp_path / "n.pt", seed=0)
@@ -198,7 +273,7 @@ def test_waiting_for_another_process_ends_with_the_time_budget(tmp_path: Path, c
         started(tmp_path, budget_minutes=0.002) as run,
         run.results.claim("stage"),
     ):
-        run.each([CELL], work)
+        run.each([CELL], work, lambda cell: {})
     assert "the time budget is spent" in capsys.readouterr().err
     assert not run.results.finished(CELL)
 

@@ -20,12 +20,28 @@ from click.testing import CliRunner
 from scipy.io import loadmat, savemat
 from sklearn.ensemble import GradientBoostingRegressor
 
-from benchmarks import multi_expert, people, predictor_rejector, realizable, regression, report, score_based, two_stage
+from benchmarks import (
+    judging,
+    loss_table,
+    losses,
+    multi_expert,
+    people,
+    predictor_rejector,
+    realizable,
+    regression,
+    report,
+    router,
+    score_based,
+    training_step,
+    two_stage,
+)
+from benchmarks import page as gateway_page
 from benchmarks.harness import simulated, tables
 from benchmarks.harness.asking import ALWAYS, METHODS, NEVER, Asked, Task
 from benchmarks.harness.cells import Cell, Results
 from benchmarks.harness.presets import ABSTENTION, PRESETS, Preset
 from benchmarks.harness.running import RESULTS
+from benchmarks.harness.settings import PRECISION, way_of
 from benchmarks.harness.splits import Columns, Splits, experts_answers, parts_of
 from benchmarks.harness.stage1 import Rows
 from benchmarks.harness.training import Recipe
@@ -46,6 +62,134 @@ def test_the_page_is_current() -> None:
     assert report.PAGE.read_text(encoding="utf-8") == report.page(Results(RESULTS)), "run python -m benchmarks report"
     for name in report.PAGE.read_text(encoding="utf-8").split("](")[1:]:
         assert (report.PAGE.parent / name.partition(")")[0]).is_file()
+
+
+def written(folder: Path, *records: dict) -> Results:
+    results = Results(folder)
+    for record in records:
+        results.write(Cell(**record["cell"]), {key: value for key, value in record.items() if key != "cell"}, {})
+    return results
+
+
+def record_of(cell: Cell, cost: float = 0.1, **minus: float) -> dict:
+    """A record whose intervals have no width."""
+
+    def exactly(value: float) -> dict[str, float]:
+        return {"estimate": value, "low": value, "high": value}
+
+    differences = {name.replace("_", " "): exactly(value) for name, value in minus.items()}
+    part = {"at": {"experts": 1}} | {name: exactly(cost) for name in ("cost", "natural_cost", "coverage", "accepted_cost")}
+    machine = {"device": "cpu", "torch": "2", "commit": "abc"}
+    return {
+        "cell": asdict(cell),
+        "parts": [part | {"difference": differences}],
+        "settings": {},
+        "machine": machine,
+        "wall_seconds": 1.0,
+    }
+
+
+def test_the_page_of_other_cells_is_written_beside_them(tmp_path: Path) -> None:
+    before = report.PAGE.read_bytes()
+    written(tmp_path, record_of(Cell("multi-expert", "cifar10", "PiCCE", "random, price 0", 0, "paper")))
+    result = CliRunner().invoke(report.command, ["--out", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    page = (tmp_path / "reproduction.md").read_text(encoding="utf-8")
+    assert f"from the cells in `{tmp_path}`" in page
+    assert "| several experts on images | no | `paper` (1 cells) |" in page
+    assert "| PiCCE | 1 of 3 | 10.00 ± 0.00 |" in page
+    assert report.PAGE.read_bytes() == before
+
+
+def test_a_report_of_no_cells_is_refused(tmp_path: Path) -> None:
+    before = report.PAGE.read_bytes()
+    for folder, code, said in ((tmp_path, 1, "expected cells, found none"), (tmp_path / "absent", 2, "does not exist")):
+        result = CliRunner().invoke(report.command, ["--out", str(folder)])
+        assert result.exit_code == code
+        assert said in result.stderr
+    assert list(tmp_path.iterdir()) == []
+    assert report.PAGE.read_bytes() == before
+
+
+def test_cells_that_have_no_place_on_the_page_are_named(tmp_path: Path) -> None:
+    shown, *others = (
+        record_of(Cell("multi-expert", data, "PiCCE", "random, price 0", 0, preset))
+        for data, preset in (("cifar10", "laptop"), ("svhn", "laptop"), ("cifar10", "tiny"))
+    )
+    page = report.page(written(tmp_path, shown, *others))
+    assert "Left out here: 1 cells of `laptop` on svhn; 1 cells of `tiny` on cifar10." in page
+    assert "Left out" not in report.page(Results(RESULTS))
+    # Every preset of a script but those of tests and of choices.
+    for section in report.SECTIONS[:3]:
+        assert set(section.entries) == set(PRESETS) - {"tiny"}
+
+
+def test_the_oracle_is_not_counted_against_a_predictor_that_learned_on() -> None:
+    section = next(section for section in report.SECTIONS if section.table == "regression")
+    cheaper = {"never_defer": -1.0, "never_defer,_trained_on": -1.0, "always_defer": -1.0}
+    cells = [
+        record_of(Cell("regression", "yacht", method, "1 expert", 0, "laptop"), **cheaper)
+        for method in ("single-stage", regression.ORACLE)
+    ]
+    [*_, single, oracle] = tables.verdicts(section, cells, "laptop")
+    assert single == "| single-stage | 1 / 0 / 0 | 1 / 0 / 0 | 1 / 0 / 0 |"
+    assert oracle == "| oracle, by hindsight | 1 / 0 / 0 |  | 1 / 0 / 0 |"
+    row = next(line for line in tables.matrix(section, cells, "laptop", "1 expert") if line.startswith("| yacht"))
+    assert row == "| yacht | 0.1000 ± 0.0000 ** | 0.1000 ± 0.0000 * |"
+
+
+def test_bars_of_another_classifier_are_not_compared_with() -> None:
+    section = next(section for section in report.SECTIONS if section.table == "people")
+    cells = [
+        record_of(Cell("people", people.SPLIT, method, "price 0", 0, "laptop"), cost)
+        for method, cost in ((NEVER, 0.265), ("one-vs-all", 0.05))
+    ]
+    said, _, head, _, *rows = tables.by_method(section, cells, "laptop", people.SPLIT, "price 0")
+    assert said.endswith("alone that one is right on 93.9% of the rows, ours on 73.5%.")
+    assert head.endswith("| bar of another classifier |")
+    assert next(row for row in rows if row.startswith("| one-vs-all")).endswith("| 3.05 |")
+    assert f"{people.ALONE:.2f}%" in people.__doc__
+
+
+def test_little_that_is_kept_is_not_called_none() -> None:
+    for coverage, said in ((0.0, "none kept"), (0.001, "too few kept")):
+        record = record_of(Cell("people", people.SPLIT, NEVER, "price 0", 0, "laptop"))
+        del record["parts"][0]["accepted_cost"]
+        record["parts"][0]["coverage"]["estimate"] = coverage
+        assert tables._over([record], "accepted_cost", 100.0) == said
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "said"),
+    [
+        *((script, ["--rounds", "0"], "'--rounds': 0 is not in the range") for script in (judging, losses, training_step)),
+        (gateway_page, ["--rows", "-3"], "'--rows': -3 is not in the range"),
+        (router, ["--largest", "0"], "'--largest': 0 is not in the range"),
+        (training_step, ["--batch", "0"], "'--batch': 0 is not in the range"),
+        (training_step, ["--threads", "-3"], "'--threads': -3 is not in the range"),
+        (training_step, ["--device", "nowhere"], "--device nowhere: expected a torch device"),
+        *(
+            (script, ["--bogus"], "No such option")
+            for script in (judging, losses, training_step, gateway_page, router, loss_table)
+        ),
+        (realizable, ["--root", "."], "No such option"),
+    ],
+)
+def test_a_bad_option_is_told_without_a_traceback(
+    script, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        script.main(arguments)
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_help_of_the_table_of_losses_writes_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(loss_table, "PAGE", tmp_path / "losses.md")
+    with pytest.raises(SystemExit) as ended:
+        loss_table.main(["--help"])
+    assert ended.value.code == 0
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_page_shows_every_cell_that_a_script_would_run() -> None:
@@ -117,7 +261,9 @@ def test_committed_cells_were_made_as_the_scripts_make_them_now() -> None:
             elif "recipe" in settings:
                 preset = (ABSTENTION if section.table == "abstention" else PRESETS)[cell["preset"]]
                 assert settings["network"] == preset.network["cifar10"]
-                assert report.way_of(settings["recipe"]) == report.way_of(asdict(recipe_of(preset, cell["data"])))
+                ways = way_of({"recipe": settings["recipe"]}), way_of({"recipe": asdict(recipe_of(preset, cell["data"]))})
+                made, now = ({key: value for key, value in way.items() if key not in PRECISION} for way in ways)
+                assert made == now
                 assert settings["rows"]["predictor"] == preset.predictor_rows
 
 
@@ -306,6 +452,17 @@ def test_every_method_learns_whom_to_ask_where_the_inputs_tell(experts: int) -> 
             assert judged.load[:, 0].mean() > 5 * judged.load[:, 1:].mean(), name
 
 
+def test_the_docstrings_name_the_methods_that_are_trained_without_knowing_the_price() -> None:
+    """Those whose natural threshold decides alike whatever the price is."""
+    free = replace(tasks_of_two_halves(1), price=0.0, steps=5)
+    dear = replace(free, price=0.9)
+    alike = {name for name, method in METHODS.items() if torch.equal(method(free).natural_kept, method(dear).natural_kept)}
+    for script, methods in ((multi_expert, multi_expert.METHODS), (people, people.LEARNED)):
+        sentences = (script.__doc__ or "").replace("\n", " ").split(".  ")
+        told = next(sentence for sentence in sentences if "without knowing the price" in sentence)
+        assert {name for name in methods if name in told} == alike.intersection(methods)
+
+
 # -------------------------------------------------------------------------------------------------------- tiny cells
 
 
@@ -419,7 +576,8 @@ def in_ci(script) -> bool:
 def test_two_tiny_cells_on_real_data(script, data_root: Path, tmp_path: Path) -> None:
     methods = {score_based: 6, predictor_rejector: 7, multi_expert: 9, two_stage: 8}.get(script, 5)
     seeds = () if script is regression else ("--seeds", "1")
-    run(script, *seeds, "--cells", str(methods), "--root", str(data_root), "--out", str(tmp_path))
+    root = () if script is realizable else ("--root", str(data_root))
+    run(script, *seeds, "--cells", str(methods), *root, "--out", str(tmp_path))
     records = [json.loads(path.read_text()) for path in tmp_path.rglob("*.json")]
     assert len(records) == methods
     for record in records:

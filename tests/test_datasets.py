@@ -3,6 +3,7 @@ import csv
 import gzip
 import shutil
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -40,12 +41,18 @@ def test_digits() -> None:
 
 
 def test_a_folder_without_the_files_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"cifar-10-batches-py/data_batch_1.* not found; name the folder .*--root"):
+    # A library names its argument; options are those of commands.
+    with pytest.raises(
+        DataError, match=r"cifar-10-batches-py/data_batch_1.* not found; give the folder that holds them as `root`$"
+    ):
         cifar10(tmp_path, train=True)
     with pytest.raises(DataError, match=r"test_32x32\.mat"):
         svhn(tmp_path, train=False)
-    with pytest.raises(DataError, match="--people"):
-        cifar10h_counts(tmp_path)
+    for reader in (cifar10h_counts, cifar10n_annotators, cifar100n, hate_speech, partial(chaoyang, train=True)):
+        with pytest.raises(DataError, match=r"not there; give the folder that holds them as `people`$"):
+            reader(tmp_path)
+    with pytest.raises(DataError, match=r"not there; give the folder that holds them as `folder`$"):
+        uci(tmp_path, "abalone")
 
 
 def test_a_corrupted_batch_is_named(tmp_path: Path, data_root: Path) -> None:

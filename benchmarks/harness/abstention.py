@@ -60,7 +60,7 @@ def run_cells(run: Run, methods: Sequence[str], data_sets: Sequence[str]) -> Non
         cost = float(cell.cost.removeprefix("c="))
         first = stage(cell.data, cell.seed)
         references = baselines(first, cost)
-        settings = {**settings_of(run, cell.data), "first_stage": first.speed}
+        speeds = {"first_stage": first.speed}
         if cell.method in BASELINES:
             judged = references[cell.method]
         elif cell.method in TWO_STAGE:
@@ -68,10 +68,10 @@ def run_cells(run: Run, methods: Sequence[str], data_sets: Sequence[str]) -> Non
         else:
             outputs, speed = single_stage(run, cell, first, cost, images(cell.data))
             judged = judge(*outputs)
-            settings["speed"] = speed
-        return Finding([Part(judged, {name: other for name, other in references.items() if name != cell.method})], settings)
+            speeds["speed"] = speed
+        return Finding([Part(judged, {name: other for name, other in references.items() if name != cell.method})], speeds)
 
-    run.each(cells, work)
+    run.each(cells, work, lambda cell: settings_of(run, cell.data))
 
 
 def baselines(first: FirstStage, cost: float) -> dict[str, Judged]:

@@ -1,7 +1,7 @@
 """A cell is one entry of a table: what was run, its figures in one JSON file, its per-sample outputs in an npz beside it.
 
-A cell is finished when its JSON file is there, and the file appears whole or not at all; so a run that is killed at any moment
-loses no finished cell.  Claims are locks that end with their process: started twice, a command shares its cells.
+A cell is finished when its JSON file is there and can be read; the file appears whole or not at all, so a run that is killed at
+any moment loses no finished cell.  Claims are locks that end with their process: started twice, a command shares its cells.
 """
 
 import fcntl
@@ -56,8 +56,20 @@ class Results:
         return self.folder / cell.table / cell.preset / f"{cell.name}.json"
 
     def finished(self, cell: Cell) -> bool:
-        """True if the cell has its figures."""
-        return self.path(cell).is_file()
+        """True if the cell has its figures; a file that cannot be read has none, and is written anew."""
+        try:
+            return self.path(cell).is_file() and bool(_read(self.path(cell)))
+        except DataError:
+            return False
+
+    def record(self, cell: Cell) -> dict[str, Any]:
+        """What is known of a finished cell."""
+        return _read(self.path(cell))
+
+    def begun(self) -> bool:
+        """True if there is a finished cell, or work that a run would continue from."""
+        kept = ("*/*/*.json", "work/*.pt", "work/*.npz", "work/experts/*.npy")
+        return any(any(self.folder.glob(pattern)) for pattern in kept)
 
     def write(self, cell: Cell, record: Mapping[str, Any], samples: Mapping[str, np.ndarray]) -> None:
         """The per-sample outputs first, then the figures, which make the cell a finished one.
@@ -82,13 +94,9 @@ class Results:
         """
         records = []
         for path in sorted((self.folder / table).glob("*/*.json")):
-            try:
-                record = json.loads(path.read_text(encoding="utf-8"))
-                cell = Cell(**record["cell"])
-                parts = [part["cost"] for part in record["parts"]]
-            except (ValueError, KeyError, TypeError) as error:
-                raise DataError(f"{path}: expected the JSON of a finished cell ({error!r}); delete it to run it again") from error
-            if self.path(cell) != path or not parts:
+            record = _read(path)
+            cell = Cell(**record["cell"])
+            if self.path(cell) != path:
                 raise DataError(f"{path}: expected the figures of the cell that it is named after, found those of {cell}")
             records.append(record)
         return records
@@ -116,6 +124,18 @@ class Results:
             yield True
 
 
+def _read(path: Path) -> dict[str, Any]:
+    """The record in the file of a cell.  Raises DataError where it is not whole."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        Cell(**record["cell"])
+        if not [part["cost"] for part in record["parts"]]:
+            raise ValueError("it has no figures")
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: expected the JSON of a finished cell ({error!r}); delete it to run it again") from error
+    return record
+
+
 def _lines(record: Mapping[str, Any]) -> str:
     """JSON with a line for each entry, and for each item of a list: short, and readable in a diff."""
     written = partial(json.dumps, allow_nan=False)
@@ -133,11 +153,15 @@ def _lines(record: Mapping[str, Any]) -> str:
 def write_whole(path: Path) -> Iterator[Path]:
     """A path to write to; it becomes `path` when the block ends well, so that no reader ever sees half a file.
 
-    One writer at a time, which claims see to: what a killed one leaves, the next one writes over.
+    One writer at a time, which claims see to: what a killed one leaves, the next one writes over, as it would not under the names
+    of `deferral.whole_files`, of which each process has its own.
     """
     partial = path.with_name(f"{path.stem}.partial{path.suffix}")
     try:
         yield partial
+        # Else a power failure may leave the new name without the content.
+        with partial.open("rb") as written:
+            os.fsync(written.fileno())
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -6,9 +6,10 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,14 @@ from benchmarks.harness.images import fetch, load
 from benchmarks.harness.judging import Judged, figures
 from benchmarks.harness.presets import PRESETS, Preset
 from benchmarks.harness.progress import Display
+from benchmarks.harness.settings import differing
 from benchmarks.harness.training import Diverged, OutOfTime, Recipe, Watch
-from deferral.datasets import DataError, Images
+from deferral.datasets import DataError, Images, NotFound
 
-__all__ = ["RESULTS", "Busy", "Finding", "Part", "Run", "commit", "image_options", "options", "running", "settings_of"]
+__all__ = [
+    *("RESULTS", "Busy", "Finding", "Part", "Run"),
+    *("commit", "image_options", "options", "running", "settings_of", "usable_device"),
+]
 
 RESULTS = Path(__file__).parent.parent / "results"
 _PATIENCE = 0.2  # seconds between two looks at a lock
@@ -52,10 +57,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Finding:
-    """What the work on a cell has found."""
+    """What the work on a cell has found, and how fast its networks were trained."""
 
     parts: Sequence[Part]
-    settings: Mapping[str, Any]
+    speeds: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -109,18 +114,20 @@ class Run:
         """Shows a training's epochs and stops it at the deadline."""
         return Watch(lambda epoch, loss: self.display.epoch(what, epoch, epochs, loss), self.deadline)
 
-    def each(self, cells: Sequence[Cell], work: Callable[[Cell], Finding]) -> None:
+    def each(self, cells: Sequence[Cell], work: Callable[[Cell], Finding], settings: Callable[[Cell], Mapping[str, Any]]) -> None:
         """Do the cells that are neither finished nor claimed by another process; those that need what another makes come last.
 
+        `settings` are what a reader of a cell needs to know of how it is made.
         A cell that diverges, or has a figure that is not finite, is told and left open, and the others go on.
         Raises OutOfTime when the deadline has passed.
         """
         done, diverged = 0, 0
-        there = len([cell for cell in cells if self.results.finished(cell)])
-        self.display.start(cells, there)
-        if there == len(cells):
+        there = [cell for cell in cells if self.results.finished(cell)]
+        self.display.start(cells, len(there))
+        self._tell_others(there, settings)
+        if len(there) == len(cells):
             self.display.say(
-                f"all {there} cells are in {self.results.folder} already; --out DIR makes them again, in another folder"
+                f"all {len(there)} cells are in {self.results.folder} already; --out DIR makes them again, in another folder"
             )
         postponed: list[tuple[Cell, str]] = []
         # What is postponed meanwhile is seen too.
@@ -146,7 +153,7 @@ class Run:
                 try:
                     finding = work(cell)
                     if ranks.first():
-                        self._finish(cell, finding, time.monotonic() - started, time.process_time() - cpu)
+                        self._finish(cell, finding, settings(cell), time.monotonic() - started, time.process_time() - cpu)
                 except (Diverged, NotFinite) as error:
                     finding = None
                     self.display.say(f"diverged: {cell.table}, {cell.name}: {error}")
@@ -160,6 +167,17 @@ class Run:
         if diverged:
             raise click.ClickException(f"{diverged} cells diverged and are left open")
 
+    def _tell_others(self, finished: Sequence[Cell], settings: Callable[[Cell], Mapping[str, Any]]) -> None:
+        """Says how many finished cells were made in another way than this run would make them."""
+        differences = [differing(self.results.record(cell).get("settings", {}), settings(cell)) for cell in finished]
+        others = [names for names in differences if names]
+        if others:
+            names = ", ".join(sorted(set().union(*others)))
+            self.display.say(
+                f"kept {len(others)} finished cells that were made with other settings ({names}); --out DIR makes them with "
+                "these, in another folder"
+            )
+
     def _await(self, lock: str) -> None:
         """Returns when no other process holds the lock.  Raises OutOfTime at the deadline."""
         while True:
@@ -170,10 +188,10 @@ class Run:
                 raise OutOfTime
             time.sleep(_PATIENCE)
 
-    def _finish(self, cell: Cell, finding: Finding, seconds: float, cpu_seconds: float) -> None:
+    def _finish(self, cell: Cell, finding: Finding, settings: Mapping[str, Any], seconds: float, cpu_seconds: float) -> None:
         record = {
             "parts": [{"at": dict(part.at), **figures(part.judged, part.references)} for part in finding.parts],
-            "settings": dict(finding.settings),
+            "settings": {**settings, **finding.speeds},
             "machine": {**self.machine, "bfloat16": self.bfloat16},
             "wall_seconds": round(seconds, 2),
             "cpu_seconds": round(cpu_seconds, 2),
@@ -198,6 +216,7 @@ class Run:
             "deferral": deferral.__version__,
             "torch": torch.__version__,
             "numpy": np.__version__,
+            **_versions("scikit-learn", "scipy"),
             "python": platform.python_version(),
             "commit": commit(),
             **({"ranks": str(ranks.count())} if ranks.count() > 1 else {}),
@@ -205,24 +224,21 @@ class Run:
 
 
 def options(
-    *, presets: Sequence[str] = tuple(PRESETS), seeds: int | None = 3, device: bool = True
+    *, presets: Sequence[str] = tuple(PRESETS), seeds: int | None = 3, device: bool = True, root: bool = True
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """The options that every script takes; a device, and a number of seeds, where it has use for them."""
+    """The options that every script takes; a device, a folder of data and a number of seeds, where it has use for them."""
 
     def add(function: Callable[..., None]) -> Callable[..., None]:
         shared = [
             click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=RESULTS, help="Folder of the cells."),
             click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="CPU threads of torch."),
-            click.option(
-                "--root",
-                type=click.Path(file_okay=False, path_type=Path),
-                envvar="DEFERRAL_DATA",
-                help="Folder of the data.  [default: $DEFERRAL_DATA]",
-            ),
             click.option("--budget-minutes", type=click.FloatRange(min=0), help="Stop at the first checkpoint after this time."),
             click.option("--cells", "most_cells", type=click.IntRange(min=1), help="Stop after this many new cells."),
             click.option("--quiet", is_flag=True, help="One line a cell, for logs."),
         ]
+        if root:
+            folder, about = click.Path(file_okay=False, path_type=Path), "Folder of the data.  [default: $DEFERRAL_DATA]"
+            shared.append(click.option("--root", type=folder, envvar="DEFERRAL_DATA", help=about))
         if seeds is not None:
             number = click.IntRange(min=1)
             shared.append(click.option("--seeds", type=number, default=seeds, show_default=True, help="Seeds 0 .. N-1."))
@@ -257,10 +273,10 @@ def running(
     *,
     out: Path,
     threads: int,
-    root: Path | None,
     budget_minutes: float | None,
     most_cells: int | None,
     quiet: bool,
+    root: Path | None = None,
     seeds: int = 1,
     device: str = "cpu",
     preset_name: str = "laptop",
@@ -275,7 +291,7 @@ def running(
     if budget_minutes is not None and math.isnan(budget_minutes):
         raise click.UsageError("--budget-minutes: expected a number, got nan")
     deadline = math.inf if budget_minutes is None else time.monotonic() + 60 * budget_minutes
-    with ranks.group(_device(device)) as target, Display(quiet, silent=not ranks.first()) as display:
+    with ranks.group(usable_device(device)) as target, Display(quiet, silent=not ranks.first()) as display:
         run = Run(
             results=Results(out),
             display=display,
@@ -297,12 +313,13 @@ def running(
         except KeyboardInterrupt:
             display.say("stopped; the same command continues from the last checkpoint")
             raise SystemExit(130) from None
+        except NotFound as error:
+            raise click.ClickException(f"{error.what}; --root, or DEFERRAL_DATA, names the folder of all data") from error
         except (DataError, ImportError) as error:
             raise click.ClickException(str(error)) from error
         except OSError as error:
-            raise click.ClickException(
-                f"{error} (the cells are in {out}); what is finished stays, the same command continues from the last checkpoint"
-            ) from error
+            stays = "; what is finished stays, the same command continues from the last checkpoint"
+            raise click.ClickException(f"{error} (the cells are in {out}){stays if run.results.begun() else ''}") from error
 
 
 def settings_of(run: Run, data: str) -> dict[str, Any]:
@@ -315,7 +332,8 @@ def settings_of(run: Run, data: str) -> dict[str, Any]:
     }
 
 
-def _device(name: str) -> torch.device:
+def usable_device(name: str) -> torch.device:
+    """The device of that name.  Raises UsageError where this machine has none."""
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -331,6 +349,15 @@ def _device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         raise click.UsageError(f"--device {name}: it cannot be used on this machine") from error
     return device
+
+
+def _versions(*packages: str) -> dict[str, str]:
+    """Of the packages that are installed; only some cells need them."""
+    found = {}
+    for package in packages:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def _keep_freed_memory() -> None:

@@ -85,6 +85,6 @@ def run_cells(run: Run, methods: Sequence[str], data_sets: Sequence[str]) -> Non
             others = dict(references(*what))
             judged = others.pop(cell.method) if cell.method in BASELINES else METHODS[cell.method](task(*what))
             parts.append(Part(judged, others, {"experts": number}))
-        return Finding(parts, {**settings_of(run, cell.data), "head_steps": run.preset.head_steps})
+        return Finding(parts)
 
-    run.each(cells, work)
+    run.each(cells, work, lambda cell: {**settings_of(run, cell.data), "head_steps": run.preset.head_steps})

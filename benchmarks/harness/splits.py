@@ -7,6 +7,7 @@ elsewhere; so there stand the answers of experts that learned from the rest of t
 import time
 from dataclasses import dataclass
 from hashlib import sha256
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -109,8 +110,9 @@ def _kept_answers(
     run: Run, name: str, features: np.ndarray, target: np.ndarray, numbers: list[np.ndarray], seed: int
 ) -> np.ndarray:
     """The experts' answers from the work folder, because boosting takes the longest."""
-    # Answers of other rows or other folds must not be taken for these.
-    made_of = sha256(repr((FOLDS, seed, features.shape)).encode() + numbers[0].tobytes() + features.tobytes() + target.tobytes())
+    # Answers of other rows or other folds must not be taken for these, nor those of another release than the cell will name.
+    made_by = (FOLDS, seed, features.shape, version("scikit-learn"))
+    made_of = sha256(repr(made_by).encode() + numbers[0].tobytes() + features.tobytes() + target.tobytes())
     path: Path = run.results.work / "experts" / f"{name}-{made_of.hexdigest()[:12]}.npy"
     with run.results.claim(f"experts-{name}", wait=True):
         if not path.is_file():

@@ -31,14 +31,21 @@ class Section:
     unit: str = "%"
     published: Mapping[tuple[str, str, str], str] = field(default_factory=dict)
     published_as: str = "published"  # the heading of those figures
-    compared: str = "natural_cost"  # which of our costs stands beside them
+    alone: float | None = None  # the accuracy in % of the other classifier that they are of: then ours are not compared with them
     claims: Mapping[str, Sequence[str]] = field(default_factory=dict)  # method: those that it is claimed to be cheaper than
     stars: Sequence[Sequence[str]] = ()  # in a matrix: * where cheaper than all of the first references, ** than the second's
+    unlike: Mapping[str, Sequence[str]] = field(default_factory=dict)  # method: references that it is not counted against
     without: Callable[[str, str], bool] = lambda data, method: False  # methods that a data set does not have
 
     def methods_of(self, data: str) -> list[str]:
         """The rows of a data set's table."""
         return [method for method in self.methods if not self.without(data, method)]
+
+    def shows(self, record: Record) -> bool:
+        """True if the cell has a place on the page."""
+        cell = record["cell"]
+        entry = (cell["data"], cell["cost"])
+        return entry in self.entries.get(cell["preset"], ()) and cell["method"] in self.methods_of(cell["data"])
 
 
 def chosen(records: Iterable[Record], preset: str, data: str, cost: str, method: str) -> list[Record]:
@@ -54,19 +61,22 @@ def by_method(section: Section, records: Sequence[Record], preset: str, data: st
     published = {m: section.published[data, cost, m] for m in methods if (data, cost, m) in section.published}
     if not any(chosen(records, preset, data, cost, method) for method in methods):
         figures = "; ".join(f"{method} {figure}" for method, figure in published.items())
-        return [f"Not run.  Published, {section.unit}: {figures}." if published else "Not run."]
+        return [f"Not run.  {section.published_as.capitalize()}, {section.unit}: {figures}." if published else "Not run."]
     references = _references(section, records)
     head = ["method", "seeds", f"cost, {section.unit}", "natural threshold", "kept, %", f"cost of what is kept, {section.unit}"]
     head += [f"minus {name}" for name in references]
-    head += [section.published_as, f"ours minus {section.published_as}"] if published else []
+    compared = published and section.alone is None
+    head += [section.published_as] if published else []
+    head += [f"ours minus {section.published_as}"] if compared else []
     lines = _header(head)
+    if published and not compared:
+        lines = [_not_comparable(section, chosen(records, preset, data, cost, methods[0])), "", *lines]
     for method in methods:
         cells = chosen(records, preset, data, cost, method)
         row = [method, _seeds(section, cells), *(_over(cells, key, scale) for key, scale in _columns(section))]
         row += [_difference(cells, name, section.scale) for name in references]
-        if published:
-            against = _against(cells, published.get(method), section.scale, preset, section.compared)
-            row += [published.get(method, "not available to us"), against]
+        row += [published.get(method, "not available to us")] if published else []
+        row += [_against(cells, published.get(method), section.scale, preset)] if compared else []
         lines.append(_line(row))
     return lines
 
@@ -95,7 +105,12 @@ def matrix(section: Section, records: Sequence[Record], preset: str, cost: str) 
         figures = []
         for method in methods:
             cells = chosen(records, preset, data, cost, method)
-            star = "".join("*" for names in section.stars if cells and all(_cheaper(cells[0], name) for name in names))
+            unlike = set(section.unlike.get(method, ()))
+            star = "".join(
+                "*"
+                for names in section.stars
+                if cells and not unlike.intersection(names) and all(_cheaper(cells[0], name) for name in names)
+            )
             stars[method][star] += 1
             figures.append(f"{_over(cells, 'cost', section.scale)} {star}".strip())
         lines.append(_line([data, *figures]))
@@ -115,7 +130,9 @@ def verdicts(section: Section, records: Sequence[Record], preset: str) -> list[s
             continue
         row = [method]
         for name in references:
-            found = [part["difference"][name] for record in mine for part in record["parts"] if name in part["difference"]]
+            counted = name not in section.unlike.get(method, ())
+            parts = [part for record in mine for part in record["parts"] if counted and name in part["difference"]]
+            found = [part["difference"][name] for part in parts]
             lower, higher = sum(d["high"] < 0 for d in found), sum(d["low"] > 0 for d in found)
             row.append(f"{lower} / {len(found) - lower - higher} / {higher}" if found else "")
         lines.append(_line(row))
@@ -163,10 +180,11 @@ def _over(cells: Sequence[Record], key: str, scale: float, *, part: int = 0) -> 
         return NOT_RUN
     values = [cell["parts"][part][key] for cell in cells if key in cell["parts"][part]]
     if not values:
-        return "none kept"
+        kept = any(cell["parts"][part]["coverage"]["estimate"] > 0 for cell in cells)
+        return "too few kept" if kept else "none kept"
     figures = over_seeds(torch.tensor([scale * value["estimate"] for value in values], dtype=torch.float64))
     spread = figures.deviation if len(values) > 1 else scale * (values[0]["high"] - values[0]["low"]) / 2
-    # Where a seed keeps nothing, what is kept costs nothing that could be named.
+    # Where a seed keeps too little, the cost of what is kept has no interval.
     some = "" if len(values) == len(cells) else f" ({len(values)} of {len(cells)})"
     return f"{figures.mean:.{_digits(scale)}f} ± {spread:.{_digits(scale)}f}{some}"
 
@@ -186,7 +204,14 @@ def _difference(cells: Sequence[Record], name: str, scale: float) -> str:
     return f"{scale * mean:+.{digits}f} [{scale * low:+.{digits}f}, {scale * high:+.{digits}f}]"
 
 
-def _against(cells: Sequence[Record], published: str | None, scale: float, preset: str, key: str = "natural_cost") -> str:
+def _not_comparable(section: Section, own: Sequence[Record]) -> str:
+    """What stands above figures of another classifier; `own` are the cells of ours alone."""
+    errors = [cell["parts"][0]["cost"]["estimate"] for cell in own]
+    ours = f"ours on {100 - 100 * sum(errors) / len(errors):.1f}%" if errors else "ours was not run"
+    return f"Not comparable with the {section.published_as}: alone that one is right on {section.alone:.1f}% of the rows, {ours}."
+
+
+def _against(cells: Sequence[Record], published: str | None, scale: float, preset: str) -> str:
     """Ours minus the published mean, with an interval; the published protocol gets a verdict.
 
     The interval is the wider at each end of Student's over our seeds and the mean of the seeds' intervals over the test rows,
@@ -197,9 +222,9 @@ def _against(cells: Sequence[Record], published: str | None, scale: float, prese
     if not cells:
         return NOT_RUN
     target = float(published.split()[0])
-    values = [scale * cell["parts"][0][key]["estimate"] - target for cell in cells]
+    values = [scale * cell["parts"][0]["natural_cost"]["estimate"] - target for cell in cells]
     figures = over_seeds(torch.tensor(values, dtype=torch.float64))
-    over_rows = [[scale * cell["parts"][0][key][end] - target for cell in cells] for end in ("low", "high")]
+    over_rows = [[scale * cell["parts"][0]["natural_cost"][end] - target for cell in cells] for end in ("low", "high")]
     low, high = (sum(ends) / len(ends) for ends in over_rows)
     if len(cells) > 1:
         low, high = min(low, figures.low), max(high, figures.high)

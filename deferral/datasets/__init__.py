@@ -4,6 +4,7 @@
 regression tables; the readers of these two take that folder.  Nothing here downloads or unpickles anything of its own.
 """
 
+from deferral.datasets.files import NotFound
 from deferral.datasets.images import Images, cifar10, cifar100, digits, svhn
 from deferral.datasets.people import (
     Pathologists,
@@ -21,6 +22,7 @@ __all__ = [
     "UCI",
     "DataError",
     "Images",
+    "NotFound",
     "Pathologists",
     "RegressionTable",
     "Tweets",

@@ -11,13 +11,21 @@ from torch import Tensor
 
 from deferral.errors import DataError
 
-__all__ = ["existing", "numbers", "read_array", "read_columns"]
+__all__ = ["NotFound", "existing", "numbers", "read_array", "read_columns"]
 
 
-def existing(path: Path, what: str, how: str = "with --people or DEFERRAL_DATA") -> Path:
-    """The path, if a file is there; else the error says what is missing and how to name its folder."""
+class NotFound(DataError):
+    """Files are not in the folder that an argument names; `what` says which, for commands that name folders by options."""
+
+    def __init__(self, what: str, argument: str) -> None:
+        super().__init__(f"{what}; give the folder that holds them as `{argument}`")
+        self.what = what
+
+
+def existing(path: Path, what: str, argument: str) -> Path:
+    """The path, if a file is there; else the error says what is missing, and in the folder of which argument."""
     if not path.is_file():
-        raise DataError(f"{what}: expected the file {path}, and it is not there; name its folder {how}")
+        raise NotFound(f"{what}: expected the file {path}, and it is not there", argument)
     return path
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deferral.datasets.files import NotFound
 from deferral.errors import DataError, installing
 from deferral.torchvision_compat import import_torchvision
 
@@ -78,10 +79,7 @@ def _load(loader: Callable[[], Any], root: Path, files: list[tuple[str, str]], w
     except RuntimeError as error:
         absent = [name for name, _ in files if not (root / name).is_file()]
         if absent:
-            raise DataError(
-                f"{what}: expected {', '.join(absent)} in {root}, not found; name the folder that holds the unpacked files "
-                "with --root or DEFERRAL_DATA"
-            ) from error
+            raise NotFound(f"{what}: expected the unpacked files {', '.join(absent)} in {root}, not found", "root") from error
         check = import_torchvision().datasets.utils.check_integrity
         for name, md5 in files:
             if not check(str(root / name), md5):

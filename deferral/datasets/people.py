@@ -35,7 +35,7 @@ def cifar10n_annotators(people: Path | str) -> Tensor:
 
     `people` is the folder with `cifar10n.npz` (array `annotator`).  Wei et al., "Learning with Noisy Labels Revisited" (2022).
     """
-    path = existing(Path(people) / "cifar10n.npz", "CIFAR-10N")
+    path = existing(Path(people) / "cifar10n.npz", "CIFAR-10N", "people")
     labels = read_array(path, "annotator")
     if labels.shape != (50_000, 3) or labels.min() < 0 or labels.max() > 9:
         raise DataError(f"{path}: expected labels 0..9 of shape (50000, 3), got {labels.dtype} of shape {labels.shape}")
@@ -47,7 +47,7 @@ def cifar100n(people: Path | str) -> Tensor:
 
     `people` is the folder with `cifar100n.npz` (array `annotator`).  Wei et al. (2022).
     """
-    path = existing(Path(people) / "cifar100n.npz", "CIFAR-100N")
+    path = existing(Path(people) / "cifar100n.npz", "CIFAR-100N", "people")
     labels = read_array(path, "annotator")
     if labels.shape != (50_000,) or labels.min() < 0 or labels.max() > 99:
         raise DataError(f"{path}: expected labels 0..99 of shape (50000,), got {labels.dtype} of shape {labels.shape}")
@@ -60,7 +60,7 @@ def cifar10h_counts(people: Path | str) -> Tensor:
     `people` is the folder with `cifar10h_counts.npy`.  Peterson et al., "Human Uncertainty Makes Classification More Robust"
     (2019).
     """
-    path = existing(Path(people) / "cifar10h_counts.npy", "CIFAR-10H")
+    path = existing(Path(people) / "cifar10h_counts.npy", "CIFAR-10H", "people")
     counts = read_array(path, None)
     if counts.shape != (10_000, 10) or (counts < 0).any() or (counts.sum(-1) == 0).any():
         raise DataError(f"{path}: expected counts of shape (10000, 10), at least one in each row, got shape {counts.shape}")
@@ -73,7 +73,7 @@ def hate_speech(people: Path | str) -> Tweets:
     `people` is the folder with `hate_speech_davidson.csv.gz`.  Davidson et al., "Automated Hate Speech Detection and the Problem
     of Offensive Language" (2017).  The texts offend.
     """
-    path = existing(Path(people) / "hate_speech_davidson.csv.gz", "hate speech")
+    path = existing(Path(people) / "hate_speech_davidson.csv.gz", "hate speech", "people")
     columns = read_columns(path, ["hate_speech", "offensive_language", "neither", "class", "tweet"])
     *counts, label, texts = columns.values()
     table = torch.stack([numbers(path, column, torch.int64) for column in counts], dim=-1)
@@ -93,7 +93,7 @@ def chaoyang(people: Path | str, *, train: bool) -> Pathologists:
     `people` is the folder with `chaoyang_pathologists.csv.gz`.  Zhu et al., "Hard Sample Aware Noise Robust Learning for
     Histopathology Image Classification" (2021).
     """
-    path = existing(Path(people) / "chaoyang_pathologists.csv.gz", "Chaoyang")
+    path = existing(Path(people) / "chaoyang_pathologists.csv.gz", "Chaoyang", "people")
     names = ["label", "pathologist_A", "pathologist_B", "pathologist_C"]
     columns = read_columns(path, ["split", "file", *names])
     table = torch.stack([numbers(path, columns[name], torch.int64) for name in names], dim=-1)

@@ -43,7 +43,7 @@ def uci(folder: Path | str, name: str) -> RegressionTable:
     """
     if name not in UCI:
         raise ValueError(f"name: expected one of {', '.join(UCI)}, got {name!r}")
-    path = existing(Path(folder) / f"{name}.csv.gz", "UCI", "in the first argument")
+    path = existing(Path(folder) / f"{name}.csv.gz", "UCI", "folder")
     columns = read_columns(path)
     shape = (len(next(iter(columns.values()), [])), len(columns))
     if shape != UCI[name]:
