@@ -57,7 +57,8 @@ def decide_pair(scores: Tensor, rejector: Tensor, offset: float = 0.0) -> Tensor
 def deferral_margin(scores: Tensor, *, num_own: int, mask: Tensor | None = None) -> Tensor:
     """Best expert score minus best own score; `decide` defers iff it is >= 0.  (..., A) -> (...,)
 
-    `num_own` is K in the single stage and 1 in the two-stage form.  -inf where the mask leaves nobody to be asked.
+    `num_own` is K in the single stage and 1 in the two-stage form.  -inf where nobody can be asked: every expert masked, or at
+    -inf, even where the own score is -inf or NaN as well (`decide`, which is not told who is an expert, sees a tie there).
     """
     require_tensor("scores", scores)
     require_num_own(scores, num_own)
@@ -67,23 +68,27 @@ def deferral_margin(scores: Tensor, *, num_own: int, mask: Tensor | None = None)
         mask = action_mask(scores, mask, num_own)
         values = values.where(mask, -torch.inf)
     margin = values[..., num_own:].amax(dim=-1) - values[..., :num_own].amax(dim=-1)
-    # -inf on both sides is a tie.
+    # -inf on both sides is a tie: of a row of NaN a broken predictor asks for help.
     margin = margin.where(~margin.isnan(), 0.0)
-    return margin if mask is None else margin.where(mask[..., num_own:].any(dim=-1), -torch.inf)
+    can_ask = ~scores[..., num_own:].isneginf()
+    if mask is not None:
+        can_ask = can_ask & mask[..., num_own:]
+    return margin.where(can_ask.any(dim=-1), -torch.inf)
 
 
 def margin_levels(margin: Tensor, size: Tensor | None = None) -> Tensor:
     """The rank of every margin, 0 for the largest; margins that differ by float64 rounding alone share one.  (N,), (N,) -> (N,)
 
     0.8 - 0.7 and 0.3 - 0.2 are one margin.  `size` is how large the scores are that each margin is the difference of: two
-    margins are one level within 2 eps times the sum of their sizes.  Without it the size is |margin|, but the median at least.
+    margins are one level within 2 eps times the sum of their sizes.  Without it the size is |margin|, but the median at least,
+    of those that no mask by a number (finfo.min, -1e9) has made.
     A level starts at its largest margin and reaches no further than that, however many margins lie close together in a row.
     """
     margin = margin.double()
     finite = margin.isfinite()
     if size is None:
         size = margin.abs().where(finite, 0.0)
-        size = size.clamp(min=float(size[finite].median())) if bool(finite.any()) else size
+        size = size.clamp(min=float(_unmasked(size[finite]).median())) if bool(finite.any()) else size
     falling, order = margin.sort(descending=True)
     rounding = 2 * torch.finfo(torch.float64).eps * size.double()[order]
     starts = torch.ones_like(falling, dtype=torch.bool)
@@ -93,6 +98,13 @@ def margin_levels(margin: Tensor, size: Tensor | None = None) -> Tensor:
     starts[1:] |= steps[1:] != steps[:-1]
     rank = starts.long().cumsum(dim=0) - 1
     return torch.empty_like(rank).index_copy(0, order, rank)
+
+
+def _unmasked(size: Tensor) -> Tensor:
+    """Without the sizes of masks by a number: those from 1e8 on, if they lie a thousand times above all others.  (N,) -> (M,)"""
+    far = size >= 1e8
+    masks = bool(far.any()) and not bool(far.all()) and bool(size[far].min() > 1e3 * size[~far].max())
+    return size[~far] if masks else size
 
 
 def oracle(costs: Tensor, *, mask: Tensor | None = None) -> Tensor:

@@ -127,7 +127,8 @@ def interval(estimate: Tensor | float, resampled: Tensor, *, level: float = 0.95
     are where the estimate itself is not defined: an interval of the lucky resamples would read as if it were.
 
     `centred` moves the resamples to have the estimate as their mean.  It is for a figure that has the noise of sampling taken
-    off, such as `debiased_calibration_error`: resampling adds that noise a second time, and all resamples lie too high.
+    off, such as `debiased_calibration_error`: resampling adds that noise a second time, and all resamples lie too high.  They
+    also vary more than the figure where noise is most of it, so that the interval is too long there; see that function.
     """
     if not 0 < level < 1:
         raise ValueError(f"level: expected a number between 0 and 1, got {level}")

@@ -117,7 +117,12 @@ def debiased_calibration_error(
 
     sum over bins of their share times `mean(r)^2 - var(r) / (count - 1)`, r = outcome - probability: mean 0 for perfect
     probabilities, so it can be negative.  Bins with a count of at most 1 are left out.
-    For its interval: `metric_interval(..., centred=True)`.
+
+    For its interval: `metric_interval(..., centred=True)`.  Near perfect calibration it is conservative, up to sqrt(3) = 1.7
+    times too long: with the bins' mean residuals b of variance v, there nothing but noise, the figure sums b^2 of variance 2 v^2,
+    its resamples (b + e)^2 of variance 2 v^2 + 4 b^2 v, on average 6 v^2.  In 150 draws with 15 bins the nominal 95% interval
+    covered 100% for perfect probabilities and 300 rows, 99% for probabilities that are 0.1 off, and 95% for those and 3,000 rows.
+
     Kumar, Liang, Ma, "Verified Uncertainty Calibration" (NeurIPS 2019), definition 5.1, where the rows of a bin share one
     probability.
     """

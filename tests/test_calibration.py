@@ -286,6 +286,18 @@ def test_levels_join_what_rounding_parts_and_no_chain_joins_all() -> None:
     assert margin_levels(torch.tensor([])).tolist() == []
 
 
+@pytest.mark.parametrize("mask", [-1e9, -1e30, torch.finfo(torch.float32).min, torch.finfo(torch.float64).min])
+def test_a_mask_by_a_number_joins_no_other_levels(mask: float) -> None:
+    votes = torch.arange(11).double() / 10
+    margin = (votes - votes[:, None]).flatten()
+    masked = torch.cat([margin, torch.full((500,), mask, dtype=torch.float64)])
+    level = margin_levels(masked)
+    assert torch.equal(level[:121], margin_levels(margin))
+    assert level[121:].unique().tolist() == [21]
+    # Margins that are large throughout are no mask.
+    assert torch.equal(margin_levels(1e12 * margin[margin != 0]), margin_levels(margin[margin != 0], torch.ones(110)))
+
+
 @pytest.mark.parametrize("per_expert", [False, True])
 def test_weights_count_rows(per_expert: bool) -> None:
     generator = torch.Generator().manual_seed(0)

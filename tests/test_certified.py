@@ -439,6 +439,20 @@ def test_a_broken_predictor_defers_where_somebody_can_be_asked() -> None:
     mask = torch.tensor([[True, True], [False, False]])
     assert decide_at(scores, 0.5, num_own=1, mask=mask).tolist() == [2, 0]
     assert decide_at(scores, -torch.inf, num_own=1, mask=mask).tolist() == [2, 0]
+    closed = torch.tensor([[torch.nan, -torch.inf, -torch.inf], [-torch.inf] * 3])
+    for threshold in (-torch.inf, -1.0, 0.0, torch.inf):
+        assert decide_at(closed, threshold, num_own=1).tolist() == [0, 0]
+
+
+def test_a_mask_by_a_number_leaves_the_thresholds_of_the_others() -> None:
+    generator = torch.Generator().manual_seed(0)
+    margin = torch.rand(400, generator=generator, dtype=torch.float64)
+    masked = torch.rand(400, generator=generator) < 0.7
+    risk = SystemRisk((torch.rand(400, generator=generator) < margin / 3).double(), torch.zeros(400, dtype=torch.float64), 0.2)
+    closed = margin.masked_fill(masked, -torch.inf)
+    convention = margin.masked_fill(masked, torch.finfo(torch.float32).min)
+    assert torch.equal(threshold_grid(convention, 20, coverage=(0.75, 1.0)), threshold_grid(closed, 20, coverage=(0.75, 1.0)))
+    assert conformal_risk_control(convention, risk) == conformal_risk_control(closed, risk)
 
 
 def test_a_grid_keeps_the_shares_it_was_asked_for_and_hits_no_row() -> None:

@@ -175,6 +175,20 @@ def test_margins_that_differ_by_rounding_are_one_level() -> None:
     )
 
 
+def test_a_mask_by_a_number_leaves_the_order_of_the_other_rows() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores, costs = torch.rand(2, 400, 2, generator=generator, dtype=torch.float64)
+    scores[:250, 1] = torch.finfo(torch.float32).min
+    margin, own, asked = own_and_asked(scores, costs, num_own=1)
+    assert (margin == torch.finfo(torch.float32).min).sum() == 250
+    near = margin.clamp(min=-10)
+    torch.testing.assert_close(system_aurc(margin, own, asked), system_aurc(near, own, asked))
+    budgets = torch.linspace(0.05, 0.4, 8)
+    torch.testing.assert_close(
+        budget_curve(margin, own, asked, asked).at(budgets), budget_curve(near, own, asked, asked).at(budgets)
+    )
+
+
 def test_handing_over_to_nobody_is_abstaining() -> None:
     margin, loss = torch.rand(2, 40, dtype=torch.float64)
     nobody = torch.full((40,), torch.nan)

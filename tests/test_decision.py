@@ -49,8 +49,11 @@ def test_the_margin_defers_iff_it_is_not_negative() -> None:
         assert torch.equal(deferral_margin(scores, num_own=own) >= 0, decide(scores) >= own)
         odd = scores.clone()
         odd[:3], odd[3:6, 0], odd[6:9, -1] = -torch.inf, torch.nan, torch.nan
-        assert torch.equal(deferral_margin(odd, num_own=own) >= 0, decide(odd) >= own)
-        assert deferral_margin(odd, num_own=own)[:3].tolist() == [0.0, 0.0, 0.0]
+        assert torch.equal(deferral_margin(odd, num_own=own)[3:] >= 0, decide(odd[3:]) >= own)
+        assert deferral_margin(torch.full((1, 7), torch.nan), num_own=own).tolist() == [0.0]
+        # With every expert closed there is nobody to defer to, whatever the own scores are.
+        odd[3:6, own:], odd[0, :own] = -torch.inf, torch.nan
+        assert deferral_margin(odd, num_own=own)[:6].isneginf().all()
 
 
 def test_chow_abstains_iff_the_top_probability_is_at_most_one_minus_cost() -> None:

@@ -168,15 +168,22 @@ def test_the_threshold_moves_only_for_more_than_one_standard_error() -> None:
     costs = (torch.rand(4000, 2, generator=generator, dtype=torch.float64) < truth).double()
     mask = torch.ones(4000, 2, dtype=torch.bool)
     ones = torch.ones(4000, dtype=torch.float64)
-    assert fit_cost_offsets(truth, truth, mask, ones).tolist() == [0, 0]
+    fold = np.arange(4000) % 5
+    assert fit_cost_offsets(truth, truth, mask, ones, fold).tolist() == [0, 0]
     # Costs of asking that are stated 0.4 too high need an offset of 0.4 for asking.
     stated = truth + torch.tensor([0.0, 0.4])
-    assert fit_cost_offsets(stated, costs, mask, ones).tolist() == pytest.approx([0, 0.4], abs=0.1)
+    assert fit_cost_offsets(stated, costs, mask, ones, fold).tolist() == pytest.approx([0, 0.4], abs=0.1)
+    # One fold leaves none to judge by.
+    assert fit_cost_offsets(stated, costs, mask, ones, 0 * fold).tolist() == [0, 0]
     # On few rows the best threshold of right scores is noise: what it costs in truth.
-    few = list(zip(truth.split(40), costs.split(40), strict=True))
+    few = list(zip(truth[:2000].split(40), costs[:2000].split(40), strict=True))
     always = [pick(t, decide(-t, fit_offsets(-t, c, num_own=1))).mean() for t, c in few]
-    guarded = [pick(t, decide(-t, fit_cost_offsets(t, c, mask[:40], ones[:40]))).mean() for t, c in few]
-    assert sum(guarded) < sum(always)
+    found = [fit_cost_offsets(t, c, mask[:40], ones[:40], fold[:40]) for t, c in few]
+    guarded = [pick(t, decide(-t, offsets)).mean() for (t, _), offsets in zip(few, found, strict=True)]
+    natural = [pick(t, decide(-t)).mean() for t, _ in few]
+    assert sum(guarded) - sum(natural) < (sum(always) - sum(natural)) / 3
+    # A saving of mean 0 exceeds one standard error in one of six cases.
+    assert sum(bool(offsets.any()) for offsets in found) < len(few) / 5
 
 
 def test_without_experts_it_is_the_predictor(asked) -> None:
@@ -258,6 +265,18 @@ def test_a_constant_is_answered() -> None:
     assert model.y_scale_ == 1
     assert (model.decision(X) == 0).all()
     assert AbstainingRegressor().fit(X, 1e-9 * X[:, 0]).y_scale_ == pytest.approx(1e-9 * X[:, 0].std())
+
+
+@pytest.mark.parametrize("exponent", [531, -565])
+def test_no_unit_of_y_is_too_large_or_small(exponent: int) -> None:
+    """2^531 is 7e159, 2^-565 is 8e-171: their squares are no numbers."""
+    X, y, expert = noisy_to_the_left(200, seed=0)
+    model = DeferralRegressor(l2=10.0).fit(X, y, expert)
+    far = DeferralRegressor(l2=10.0).fit(X, np.ldexp(y, exponent), np.ldexp(expert, exponent))
+    assert np.ldexp(far.y_scale_, -exponent) == pytest.approx(model.y_scale_)
+    np.testing.assert_allclose(far.expected_cost(X), model.expected_cost(X), rtol=1e-4, atol=1e-6)
+    assert far.score(X, np.ldexp(y, exponent)) == pytest.approx(model.score(X, y), abs=1e-4)
+    assert 0.9 < model.score(X, y) < 0.99
 
 
 def test_the_regressor_asks_where_the_expert_errs_less() -> None:

@@ -202,7 +202,9 @@ def named(answers: np.ndarray, names: str = "ab") -> pd.DataFrame:
     [
         (lambda X, y, a: AbstainingClassifier(cost=1.5).fit(X, y), r"cost: expected a number in \[0, 1\]"),
         (lambda X, y, a: AbstainingRegressor(cost=-1.0).fit(X, y), "cost: expected a non-negative"),
-        (lambda X, y, a: AbstainingRegressor(l2=-1.0).fit(X, y), "l2: expected a non-negative"),
+        (lambda X, y, a: AbstainingRegressor(l2=-1.0).fit(X, y), "l2: expected a finite number >= 0"),
+        (lambda X, y, a: AbstainingRegressor(l2=np.inf).fit(X, y), "l2: expected a finite number >= 0.*got inf"),
+        (lambda X, y, a: AbstainingRegressor().fit(X, y * 1e-310), "y: expected ordinary numbers, got at most 1e-310"),
         (lambda X, y, a: DeferralClassifier(price=[0.1]).fit(X, y, a), r"price: .* one per expert \(2\)"),
         (lambda X, y, a: DeferralClassifier(alpha=-1.0).fit(X, y, a), "alpha: .* non-negative"),
         (lambda X, y, a: DeferralClassifier().fit(X, y, a[:-1]), "inconsistent numbers of samples"),

@@ -75,6 +75,9 @@ def test_two_methods_are_paired_and_thresholds_are_fitted_on_other_rows(tmp_path
     comparison = evaluation.comparison
     assert comparison.reference == "one, threshold fitted"
     assert len(comparison.targets) == ROWS // 2
+    # 0.29 * 100 is a little less than 29.
+    hundred = {name: cells[:100] for name, cells in columns().items()}
+    assert len(evaluate([write(tmp_path / "hundred.csv", hundred)], calibration_share=0.29).comparison.targets) == 71
     assert {"other", "other, threshold fitted", "always Ann", "oracle"} <= set(comparison.figures)
     again = evaluate([one, other], calibration_share=0.5).comparison
     assert again.figures == comparison.figures
@@ -110,6 +113,58 @@ def test_labels_are_taken_as_they_are_written(tmp_path: Path) -> None:
     one, other = ({"target": [label, "3"], "answer": ["3", "3"], "action": ["own"] * 2} for label in ("1000001", "1000002"))
     with pytest.raises(DataError, match="the targets differ"):
         evaluate([write(tmp_path / "one.csv", one), write(tmp_path / "other.csv", other)])
+
+
+@pytest.mark.parametrize("large", [10_000_000_000, 123_456_789_012, 2**53 - 1])
+def test_whole_numbers_in_a_floating_column_are_the_labels_of_an_integer_column(tmp_path: Path, large: int) -> None:
+    table = {"target": [large, 7, 0], "answer": [float(large), 7.0, -0.0], "answer_A": [large, None, 1.5], "action": ["own"] * 3}
+    path = write(tmp_path / "ours.parquet", table)
+    assert evaluate([path]).comparison.figures["ours"].cost.estimate == 0
+    assert read_outputs(path).labels == ["0", "1.5", "7", str(large)]
+    frame = pd.DataFrame(table | {"answer": pd.Categorical([float(large), 7.0, 7.0])})
+    frame.to_parquet(tmp_path / "frame.parquet")
+    assert read_outputs(tmp_path / "frame.parquet").labels == ["0", "1.5", "7", str(large)]
+
+
+@pytest.mark.parametrize(("kind", "label"), [(pa.float64(), 2.0**53), (pa.float64(), -1e18), (pa.float32(), 2.0**24)])
+def test_a_label_that_a_floating_column_may_have_rounded_is_refused(tmp_path: Path, kind: pa.DataType, label: float) -> None:
+    table = {"target": pa.array([1, 2]), "answer": pa.array([1.0, label], kind), "score": pa.array([1e300, 0.0])}
+    with pytest.raises(DataError, match=r"row 2, column 'answer': expected a label below 2\^(53|24)"):
+        evaluate([write(tmp_path / "ours.parquet", table)])
+    table["answer"] = pa.array([1.0, 2.0], kind)
+    scores = read_outputs(write(tmp_path / "ours.parquet", table)).scores
+    assert scores is not None
+    assert scores[:, 0].tolist() == [1e300, 0.0]
+
+
+def test_a_line_break_between_quotes_is_one(tmp_path: Path) -> None:
+    path = tmp_path / "ours.csv"
+    path.write_text('target,answer,"answer_Ann\nLee",action\n"a\nb",a,"a\nb","Ann\nLee"\n' + "a,a,a,own\n" * 20)
+    outputs = read_outputs(path)
+    assert outputs.experts == ["Ann\nLee"]
+    assert outputs.labels == ["a", "a\nb"]
+    evaluation = evaluate([path])
+    assert evaluation.comparison.figures["ours"].cost.estimate == 0
+    show_evaluation(evaluation)
+
+
+def test_an_expert_gives_one_answer_to_a_row(tmp_path: Path) -> None:
+    text = "target,answer,answer_A,answer_B,score,score_A,score_B\na,a,b,a,1,0,0\nb,a,b,c,1,0,0\na,a,,a,1,0,0\n"
+    one, two, three = (tmp_path / f"{name}.csv" for name in ("one", "two", "three"))
+    one.write_text(text)
+    two.write_text(text.replace("b,a,b,c,1,0,0", "b,b,b,,0,0,").replace("a,a,,a", "a,b,a,b"))
+    with pytest.raises(DataError, match=r"two.csv: row 3, column 'answer_B': expected 'a' as in .*one.csv, got 'b'"):
+        evaluate([one, two])
+    two.write_text(text.replace("b,a,b,c,1,0,0", "b,b,b,,0,0,").replace("a,a,,a", "a,b,a,a"))
+    assert len(evaluate([one, two]).comparison.targets) == 3
+    three.write_text(text.replace("a,a,,a", "a,a,b,a"))
+    with pytest.raises(DataError, match=r"three.csv: row 3, column 'answer_A': expected 'a' as in .*two.csv, got 'b'"):
+        evaluate([one, two, three])
+    numbers = "target,answer,answer_A,score,score_A\n1,1,2,0,0\n2,2,{},0,0\n"
+    one.write_text(numbers.format("2"))
+    two.write_text(numbers.format("2.5"))
+    with pytest.raises(DataError, match=r"row 2, column 'answer_A': expected 2.0 as in .*one.csv, got 2.5"):
+        evaluate([one, two], regression=True)
 
 
 def test_nan_is_a_missing_answer_in_both_kinds_of_file(tmp_path: Path) -> None:
@@ -266,6 +321,7 @@ BAD = {
     "separate the cells by commas": "target;answer;score\na;a;1\n",
     "two methods would be called 'oracle'": "",
     "an expert cannot be called ''": "target,answer,answer_,action\na,a,b,own\n",
+    "row 2, column 'answer_A': expected text without the character NUL, got 'b\\x00'": GOOD.replace("b,a,b", "b,a,b\0"),
     "cannot be called 'own'": "target,answer,answer_own,score\na,a,b,0.5\n",
 }
 

@@ -92,12 +92,13 @@ def test_bad_input_is_told(call, error: type[Exception], said: str) -> None:
 
 
 def test_an_expert_closed_by_its_score_is_asked_by_no_curve() -> None:
-    scores, costs = torch.tensor([[0.2, -torch.inf], [0.2, 0.5]]), torch.tensor([[1.0, 0.1], [1.0, 0.1]])
+    scores = torch.tensor([[0.2, -torch.inf], [0.2, 0.5], [torch.nan, -torch.inf], [-torch.inf, -torch.inf]])
+    costs = torch.tensor([[1.0, 0.1]]).expand(4, 2)
     closed = own_and_asked(scores, costs, num_own=1)
     masked = own_and_asked(scores.nan_to_num(0.0, neginf=0.0), costs, num_own=1, mask=~scores[:, 1:].isneginf())
     for one, other in zip(closed, masked, strict=True):
         torch.testing.assert_close(one, other, equal_nan=True)
-    assert closed[2].isnan().tolist() == [True, False]
+    assert closed[0].isneginf().tolist() == closed[2].isnan().tolist() == [True, False, True, True]
 
 
 def test_what_is_masked_is_not_known() -> None:

@@ -117,7 +117,9 @@ class _Classification(ClassifierMixin, TwoStage):
 
 
 class AbstainingClassifier(Abstaining, _Classification):
-    """A classifier that abstains where its expected error is at least `cost`.  fit(X, y), predict(X)
+    """A classifier that abstains where its expected error is at least `cost - offsets_[1]`.  fit(X, y), predict(X)
+
+    `offsets_[1]` is 0 unless another threshold is clearly cheaper, by more than one standard error on held-out rows.
 
     `estimator` is any scikit-learn classifier (default: standardised logistic regression), fitted on all rows; the second stage
     learns from its cross-fitted answers.  A `FrozenEstimator` or a torch module (K scores a row) is used as it is: then fit
@@ -149,7 +151,7 @@ class AbstainingClassifier(Abstaining, _Classification):
 class DeferralClassifier(Deferring, _Classification):
     """A classifier that asks expert j where that is expected to cost less: alpha_j * 1[wrong] + price_j.
 
-    fit(X, y, expert_answers), predict(X) or predict(X, expert_answers).
+    fit(X, y, expert_answers), predict(X) or predict(X, expert_answers).  Less `offsets_`, as in `AbstainingClassifier`.
 
     `estimator`, `cv` and `l2` as in `AbstainingClassifier`; `alpha` and `price` (in units of one error) are numbers, or one per
     expert.  Missing answers are left out, which is right where they are missing independently of correctness given X.

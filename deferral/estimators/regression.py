@@ -39,10 +39,16 @@ class _Regression(RegressorMixin, TwoStage):
         return column_or_1d(check_array(y, ensure_2d=False, dtype=np.float64, input_name="y"), warn=True)
 
     def _learn_targets(self, X: Any, y: np.ndarray, sample_weight: np.ndarray | None) -> None:
-        mean = np.average(y, weights=sample_weight)
-        deviation = float(np.average((y - mean) ** 2, weights=sample_weight)) ** 0.5
+        largest = float(abs(y).max())
+        if 0 < largest < np.finfo(np.float64).tiny:
+            raise ValueError(f"y: expected ordinary numbers, got at most {largest:g}, which has lost digits; use a smaller unit")
+        # In units of a power of two nothing is rounded, and no square overflows or vanishes.
+        exponent = np.frexp(largest)[1]
+        units = np.ldexp(y, -exponent)
+        mean = np.average(units, weights=sample_weight)
+        deviation = float(np.average((units - mean) ** 2, weights=sample_weight)) ** 0.5
         # A constant y deviates from its mean by rounding.
-        self.y_scale_ = deviation if deviation > 1e-12 * abs(y).max() else 1.0
+        self.y_scale_ = float(np.ldexp(deviation, exponent)) if deviation > 1e-12 * abs(units).max() else 1.0
 
     def _read_answers(self, expert_answers: Any) -> tuple[np.ndarray, np.ndarray]:
         return as_numbers(expert_answers)
@@ -65,7 +71,9 @@ class _Regression(RegressorMixin, TwoStage):
 
 
 class AbstainingRegressor(Abstaining, _Regression):
-    """A regressor that abstains (NaN) where its expected squared error is at least `cost` times the variance of y.
+    """A regressor that abstains (NaN) where its expected squared error over the variance of y is at least `cost - offsets_[1]`.
+
+    `offsets_[1]` is 0 unless another threshold is clearly cheaper, by more than one standard error on held-out rows.
 
     `estimator` is any scikit-learn regressor (default: standardised ridge regression), fitted on all rows; the second stage
     learns from its cross-fitted predictions.  A `FrozenEstimator` or a torch module (one number a row) is used as it is: then
@@ -89,7 +97,7 @@ class AbstainingRegressor(Abstaining, _Regression):
 class DeferralRegressor(Deferring, _Regression):
     """A regressor that asks expert j where that is expected to cost less: alpha_j * squared error / Var(y) + price_j.
 
-    fit(X, y, expert_answers), predict(X) or predict(X, expert_answers).
+    fit(X, y, expert_answers), predict(X) or predict(X, expert_answers).  Less `offsets_`, as in `AbstainingRegressor`.
 
     `estimator`, `cv`, `l2` and the unit of costs as in `AbstainingRegressor`; `alpha` and `price` are numbers, or one per
     expert.  Missing answers (masked, NaN) are left out.  `predict` gives NaN where it defers and no answers are handed over, and

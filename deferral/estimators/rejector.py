@@ -54,13 +54,14 @@ class CostModel:
 class HeldOut:
     """What the threshold rests on, kept so that prices may change: errors (N, 1+E) as expected from other folds and as found.
 
-    `known` (N, 1+E) says which were found, `weights` (N,) as how many rows each row counts.
+    `known` (N, 1+E) says which were found, `weights` (N,) as how many rows each row counts, `fold` (N,) the fold of each.
     """
 
     expected: np.ndarray
     found: np.ndarray
     known: np.ndarray
     weights: np.ndarray
+    fold: np.ndarray
 
     def offsets(self, price: Callable[[Tensor], Tensor]) -> np.ndarray:
         """`fit_cost_offsets` at the costs (N, A) that `price` makes of errors (N, 1+E).  -> (A,)"""
@@ -68,7 +69,7 @@ class HeldOut:
         known = torch.tensor(self.known)
         # Abstaining needs nobody's answer.
         mask = torch.cat([known, known.new_ones(len(known), costs.shape[-1] - known.shape[-1])], dim=-1)
-        return fit_cost_offsets(expected, costs, mask, torch.tensor(self.weights)).numpy()
+        return fit_cost_offsets(expected, costs, mask, torch.tensor(self.weights), self.fold).numpy()
 
 
 def fit_cost_model(
@@ -96,7 +97,10 @@ def fit_cost_model(
     rows = weights @ present
     rows = np.where(rows > 0, rows, 1.0)
     mean = weights @ np.where(present, features, 0.0) / rows
-    scale = np.sqrt(weights @ np.where(present, (features - mean) ** 2, 0.0) / rows)
+    # In units of a power of two nothing is rounded, and no square overflows or vanishes.
+    exponent = np.frexp(np.where(present, abs(features), 0.0).max(axis=0))[1]
+    units = np.ldexp(features - mean, -exponent)
+    scale = np.ldexp(np.sqrt(weights @ np.where(present, units**2, 0.0) / rows), exponent)
     # A column that is constant up to rounding stays out.
     scale = np.where(scale > 1e-9 * np.abs(mean) + 1e-300, scale, np.inf)
     z = _standardised(features, mean, scale, squares)
@@ -104,9 +108,7 @@ def fit_cost_model(
     penalty[:leading] = _LEADING_PENALTY
 
     errors, counted = errors.where(known, 0.0), known * torch.tensor(weights).unsqueeze(-1)
-    # Leaving out one row at a time would make as many problems as rows: folds are joined to a few parts.
-    part = torch.tensor(np.unique(fold, return_inverse=True)[1] % _PARTS)
-    parts = int(part.max()) + 1
+    part, parts = _parts(fold)
     elsewhere = counted * (part != torch.arange(parts).unsqueeze(-1)).unsqueeze(-1)
     start = torch.zeros(parts, z.shape[-1] + 1, errors.shape[-1], dtype=torch.float64)
     tried = []
@@ -121,22 +123,37 @@ def fit_cost_model(
     return CostModel(mean, scale, fitted[:-1].copy(), fitted[-1].copy(), ceiling, squares), expected
 
 
-def fit_cost_offsets(expected: Tensor, costs: Tensor, mask: Tensor, weights: Tensor) -> Tensor:
-    """`fit_offsets` on scores -expected, or 0 where it saves less than one standard error.  (N, A) x 3, (N,) -> (A,)
+def fit_cost_offsets(expected: Tensor, costs: Tensor, mask: Tensor, weights: Tensor, fold: np.ndarray) -> Tensor:
+    """`fit_offsets` on scores -expected, or 0 where moving the threshold saves too little.  (N, A) x 3, (N,) x 2 -> (A,)
 
-    The expected costs are calibrated, so that their natural threshold is 0; on few rows the best threshold is mostly noise.
-    A row of weight 2 counts as two rows.
+    The expected costs are calibrated, so that their natural threshold is 0; on few rows the best threshold is mostly noise, and
+    what it saves on the rows that chose it mostly luck.  So what moving saves is measured on each fold with the threshold of
+    the others, and must exceed one standard error (the one-standard-error rule of Breiman, Friedman, Olshen, Stone,
+    "Classification and Regression Trees", 1984).  A row of weight 2 counts as two rows.
     """
-    scores = -expected
-    if scores.shape[-1] == 1:
-        return torch.zeros(1, dtype=torch.float64)
-    offsets = fit_offsets(scores, costs, num_own=1, mask=mask, weights=weights)
-    saved = pick(costs, decide(scores, mask=mask)) - pick(costs, decide(scores, offsets, mask=mask))
+    scores, kept = -expected, torch.zeros(expected.shape[-1], dtype=torch.float64)
+    part, parts = _parts(fold)
+    if scores.shape[-1] == 1 or parts == 1:
+        return kept
+    natural = pick(costs, decide(scores, mask=mask))
+    saved = torch.zeros_like(natural)
+    for left_out in range(parts):
+        rest, there = part != left_out, part == left_out
+        offsets = fit_offsets(scores[rest], costs[rest], num_own=1, mask=mask[rest], weights=weights[rest])
+        saved[there] = natural[there] - pick(costs[there], decide(scores[there], offsets, mask=mask[there]))
     rows = weights.sum()
     mean = (weights * saved).sum() / rows
     # One row tells nothing of the spread: 0 / 0 is NaN, and the threshold stays.
     variance = (weights * (saved - mean).square()).sum() / (rows - 1).clamp(min=0)
-    return offsets if mean > (variance / rows).sqrt() else torch.zeros_like(offsets)
+    if mean > (variance / rows).sqrt():
+        return fit_offsets(scores, costs, num_own=1, mask=mask, weights=weights)
+    return kept
+
+
+def _parts(fold: np.ndarray) -> tuple[Tensor, int]:
+    """The part of every row, and how many there are: one row at a time would make as many problems as rows.  (N,) -> (N,), int"""
+    part = torch.tensor(np.unique(fold, return_inverse=True)[1] % _PARTS)
+    return part, int(part.max()) + 1
 
 
 def _minimise(start: Tensor, z: Tensor, errors: Tensor, counted: Tensor, penalty: Tensor, ceiling: float) -> Tensor:

@@ -98,7 +98,7 @@ class TwoStage(BaseEstimator):
             squares=self._squares,
             sample_weight=weights[rows],
         )
-        self.held_out_ = HeldOut(unseen.float().numpy(), errors.float().numpy(), known, weights[rows])
+        self.held_out_ = HeldOut(unseen.float().numpy(), errors.float().numpy(), known, weights[rows], fold[rows])
         self._offsets_of_fit, self._tariff_of_fit = self.held_out_.offsets(self._costs), self._tariff()
         return self
 
@@ -195,8 +195,8 @@ class TwoStage(BaseEstimator):
 
     def _record(self, X: Any, y: Any, sample_weight: Any) -> tuple[np.ndarray, np.ndarray | None]:
         """The targets and the weights, checked; what is to be known of X and the targets is stored."""
-        if self.l2 is not None and not self.l2 >= 0:
-            raise ValueError(f"l2: expected a non-negative number, or None to choose one, got {self.l2}")
+        if self.l2 is not None and not 0 <= self.l2 < float("inf"):
+            raise ValueError(f"l2: expected a finite number >= 0, or None to choose one, got {self.l2}")
         validate_data(self, X=X, y=y, skip_check_array=True)
         targets = self._read_targets(y)
         check_consistent_length(X, targets)

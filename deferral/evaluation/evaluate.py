@@ -1,9 +1,12 @@
 """Judge the outputs of any tool: methods with intervals and paired differences, baselines, areas, calibration of experts."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -71,8 +74,10 @@ def evaluate(
     _check(outputs, paths, prices, abstain_cost, calibration_share)
     for output, path in zip(outputs, paths, strict=True):
         _check_sizes(output, path)
+    for earlier, later in combinations(range(len(outputs)), 2):
+        _check_same_answers(outputs[later], paths[later], outputs[earlier], paths[earlier])
     rows = torch.randperm(len(first.targets), generator=torch.Generator().manual_seed(seed))
-    fitting, judging = rows.split([int(calibration_share * len(rows)), len(rows) - int(calibration_share * len(rows))])
+    fitting, judging = rows.tensor_split([_rows_of(calibration_share, len(rows))])
     judging = judging.sort().values
     price_row = [prices.get(name, 0.0) for name in first.experts]
     files = _Files(outputs, [_costs(output, price_row, abstain_cost) for output in outputs], fitting, judging)
@@ -205,8 +210,31 @@ def _check(
         raise DataError(f"the file abstains: expected the cost of abstaining, a number >= 0, got {abstain_cost}")
     if not 0 <= calibration_share < 1:
         raise DataError(f"calibration share: expected a number in [0, 1), got {calibration_share}")
-    if calibration_share and (int(calibration_share * len(first.targets)) < 1):
+    if calibration_share and _rows_of(calibration_share, len(first.targets)) < 1:
         raise DataError(f"calibration share: {calibration_share} of {len(first.targets)} rows is less than one row")
+
+
+def _rows_of(share: float, rows: int) -> int:
+    # 0.29 * 100 is a little less than 29.
+    return math.floor(share * rows + 1e-9)
+
+
+def _check_same_answers(output: Outputs, path: Path, other: Outputs, other_path: Path) -> None:
+    """DataError where an expert's answer to a row differs between two files; it may be missing in either."""
+    experts = slice(1, 1 + len(output.experts))
+    known = (output.mask & other.mask)[:, experts].numpy()
+    one, two = _named_answers(output)[:, experts], _named_answers(other)[:, experts]
+    if len(differ := np.argwhere((one != two) & known)):
+        row, column = differ[0].tolist()
+        raise DataError(
+            f"{path}: row {row + 1}, column 'answer_{output.experts[column]}': expected {two[row, column].item()!r} as in "
+            f"{other_path}, got {one[row, column].item()!r}; an expert gives one answer to a row, or two experts are meant"
+        )
+
+
+def _named_answers(output: Outputs) -> np.ndarray:
+    """The answers as they are written; what is missing is anything.  (N, A)"""
+    return np.array(output.labels)[output.answers.numpy()] if output.labels else output.answers.numpy()
 
 
 def _check_sizes(output: Outputs, path: Path) -> None:

@@ -1,5 +1,7 @@
 """A table in a file, cell by cell as it was written, so that whatever is wrong with it can be named by row and column."""
 
+import csv
+import io
 import math
 import re
 from pathlib import Path
@@ -49,7 +51,7 @@ class Table:
         if name not in self._text:
             column = self._columns[name]
             try:
-                cells = pc.cast(column, pa.string()).to_pylist()
+                cells = _as_text(column).to_pylist()
             except (pa.ArrowNotImplementedError, pa.ArrowInvalid) as error:
                 raise DataError(f"{self.path}: column {name!r}: expected text or numbers, got {column.type}") from error
             except UnicodeDecodeError as error:
@@ -58,12 +60,24 @@ class Table:
                     "as UTF-8"
                 ) from error
             stripped = [(cell or "").strip() for cell in cells]
+            if (broken := next((row for row, cell in enumerate(stripped) if "\0" in cell), None)) is not None:
+                raise self.bad(broken, name, "text without the character NUL")
             self._text[name] = ["" if cell in _EMPTY else cell for cell in stripped]
         return self._text[name]
 
     def labels(self, name: str) -> list[str]:
-        """The cells as labels: 1.0 is 1, which tools write where another cell of the column was empty."""
-        return [match[1] if (match := _WHOLE.fullmatch(cell)) else cell for cell in self.text(name)]
+        """The cells as labels: 1.0 is 1, which tools write where another cell of the column was empty.
+
+        DataError for whole numbers in a floating column so large that it holds only some of them: it may have rounded others.
+        """
+        cells, column = self.text(name), _plain(self._columns[name])
+        if pa.types.is_floating(column.type):
+            digits = {16: 11, 32: 24, 64: 53}[column.type.bit_width]
+            large = abs(pc.cast(column, pa.float64()).to_numpy()) >= 2.0**digits
+            if large.any():
+                expected = f"a label below 2^{digits} (from there {column.type} rounds whole numbers; write integers or text)"
+                raise self.bad(int(large.argmax()), name, expected)
+        return [match[1] if (match := _WHOLE.fullmatch(cell)) else cell for cell in cells]
 
     def numbers(self, name: str, *, empty: bool = False, closed: bool = False) -> np.ndarray:
         """The column as float64.  NaN for an empty cell where those are allowed, -inf where actions may be closed."""
@@ -86,6 +100,24 @@ class Table:
         )
 
 
+def _plain(column: Any) -> Any:
+    """The values themselves where the column is a dictionary of them, as of a pandas categorical."""
+    return pc.cast(column, column.type.value_type) if pa.types.is_dictionary(column.type) else column
+
+
+def _as_text(column: Any) -> Any:
+    """The column cast to text.  Whole floating numbers as integers are: Arrow writes 1e+10 from ten digits on."""
+    plain = _plain(column)
+    text = pc.cast(plain, pa.string())
+    if not pa.types.is_floating(plain.type):
+        return text
+    numbers = pc.cast(plain, pa.float64())
+    # Every whole number below 2^53 is exact.
+    whole = pc.and_(pc.equal(pc.trunc(numbers), numbers), pc.less(pc.abs(numbers), 2.0**53))
+    digits = pc.cast(pc.cast(pc.if_else(whole, numbers, 0.0), pa.int64()), pa.string())
+    return pc.if_else(whole, digits, text)
+
+
 def _is_index(place: int, name: str) -> bool:
     """Whether it is the index of a pandas frame, which its writers add: without a name in CSV, under a made one in Parquet."""
     return (place == 0 and not name.strip()) or bool(_INDEX.fullmatch(name))
@@ -105,14 +137,14 @@ def _read_csv(path: Path) -> Any:
         ragged.append(row)
         return "error"
 
-    parse = pa.csv.ParseOptions(invalid_row_handler=note, ignore_empty_lines=False)
+    parse = pa.csv.ParseOptions(invalid_row_handler=note, ignore_empty_lines=False, newlines_in_values=True)
     # One thread: only then is the number of a ragged row known.
     read = pa.csv.ReadOptions(use_threads=False)
     try:
-        header = pa.csv.read_csv(pa.BufferReader(content.split(b"\n", 1)[0] + b"\n"), parse_options=parse).column_names
+        header = next(csv.reader(io.StringIO(content.decode(), newline="")))
         convert = pa.csv.ConvertOptions(column_types=dict.fromkeys(header, pa.string()), strings_can_be_null=False)
         return pa.csv.read_csv(pa.BufferReader(content), read_options=read, parse_options=parse, convert_options=convert)
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowInvalid, csv.Error) as error:
         if ragged:
             row = ragged[0]
             raise DataError(
