@@ -231,6 +231,10 @@ def named(answers: np.ndarray, names: str = "ab") -> pd.DataFrame:
             lambda X, y, a: DeferralClassifier().fit(X, y, named(a)).predict(X, named(a, "ba")),
             r"the columns \['a', 'b'\] as in fit",
         ),
+        (
+            lambda X, y, a: DeferralClassifier().fit(X, np.array(["no", "yes"])[y], np.where(a == 1, "Yes ", "no")),
+            r"\d+ answers in column 0 are 'Yes ', which is the class 'yes' but for blanks or case",
+        ),
         (lambda X, y, a: DeferralClassifier().fit(X, y, a + 7), r"none of the \d+ answers in column 0 is a class, such as"),
         (lambda X, y, a: DeferralClassifier().fit(X, y, a + 0.5), r"expected labels such as \[0, 1\]"),
         (lambda X, y, a: DeferralClassifier().fit(X, y, a.astype(str)), r"expected labels such as \[0, 1\]"),

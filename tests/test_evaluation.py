@@ -361,6 +361,8 @@ def test_files_and_options_that_do_not_fit_together(tmp_path: Path) -> None:
     abstaining.write_text("target,answer,score,score_abstain\na,a,0.5,0.25\n", encoding="utf-8")
     with pytest.raises(DataError, match="cost of abstaining"):
         evaluate([abstaining])
+    with pytest.raises(DataError, match="abstaining, 5: expected at most 1"):
+        evaluate([abstaining], abstain_cost=5)
     with pytest.raises(DataError, match="fits no file"):
         evaluate([path], abstain_cost=0.5)
     latin = tmp_path / "latin.csv"

@@ -81,11 +81,22 @@ class _Classification(ClassifierMixin, TwoStage):
     def _check_answers(self, answers: np.ndarray, known: np.ndarray) -> None:
         for column, (labels, given) in enumerate(zip(answers.T, known.T, strict=True)):
             strange = labels[given]
+            self._check_spelling(strange, column)
             # Of a few answers every one may be wrong, and a label that no row has; of many hardly.
             if len(strange) >= FEW_ANSWERS and not np.isin(strange, self.classes_).any():
                 raise ValueError(
                     f"expert_answers: none of the {len(strange)} answers in column {column} is a class, such as "
                     f"{strange.tolist()[0]!r} beside {self.classes_[:3].tolist()}; spell them as in y, or drop the column"
+                )
+
+    def _check_spelling(self, labels: np.ndarray, column: int) -> None:
+        """ValueError for texts that are a class but for blanks or case: every such answer would count as wrong."""
+        known = {text.strip().casefold(): text for text in self.classes_.tolist() if isinstance(text, str)}
+        for text in sorted({text for text in labels.tolist() if isinstance(text, str)} - set(self.classes_.tolist())):
+            if (meant := known.get(text.strip().casefold())) is not None:
+                raise ValueError(
+                    f"expert_answers: {labels.tolist().count(text)} answers in column {column} are {text!r}, which is the class "
+                    f"{meant!r} but for blanks or case; spell them as in y"
                 )
 
     def _marked(self, own: np.ndarray, where: np.ndarray) -> np.ndarray:

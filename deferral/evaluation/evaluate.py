@@ -72,6 +72,8 @@ def evaluate(
     first = outputs[0]
     prices = dict(prices or {})
     _check(outputs, paths, prices, abstain_cost, calibration_share)
+    if abstain_cost is not None and abstain_cost > 1 and not regression:
+        raise DataError(f"the cost of abstaining, {abstain_cost:g}: expected at most 1, the cost of a wrong answer")
     for output, path in zip(outputs, paths, strict=True):
         _check_sizes(output, path)
     for earlier, later in combinations(range(len(outputs)), 2):
