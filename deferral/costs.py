@@ -60,7 +60,8 @@ def error_costs(
         check_targets(targets, targets.shape[-1])
     elif targets.numel() and int(targets.min()) < 0:
         raise ValueError(
-            f"targets: expected class indices, got {int(targets.min())}; a row without a label has no costs: leave it out"
+            f"targets: expected class indices, got {int(targets.min())}; a row without a label has no costs: leave it out, or, "
+            "where the loss will ignore it, give it any label, as in targets.clamp(min=0)"
         )
     # Half precision would swallow small prices.
     dtype = torch.promote_types(targets.dtype, torch.float32) if targets.is_floating_point() else torch.get_default_dtype()
