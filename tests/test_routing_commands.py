@@ -591,5 +591,5 @@ def test_another_price_of_an_error_is_a_turn_and_what_each_policy_costs_is_a_bil
 @pytest.mark.parametrize("name", ["queries.csv", "queries.parquet", "queries.XLSX"])
 def test_a_table_is_no_file_of_queries(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text("query;reference\n")
-    with pytest.raises(DataError, match=r"expected \.jsonl, or text with a query a line"):
+    with pytest.raises(DataError, match=r"expected \.jsonl whose lines are objects with a .query., or text with a query a line"):
         route_file(tmp_path, tmp_path / name, tmp_path / "out.jsonl")

@@ -4,6 +4,7 @@ from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -118,7 +119,7 @@ def test_costs_are_errors_plus_prices_in_units_of_one_error() -> None:
         ({"propensity": 1e-60}, "row 2, propensity: expected a probability above 0, got 1e-60"),
         ({"expert": " "}, "row 2, expert"),
         ({"query": None}, "row 2, query"),
-        ({"tags": "maths"}, "row 2, tags: expected a list of texts"),
+        ({"tags": {"maths"}}, "row 2, tags: expected a text or a list of texts"),
     ],
 )
 def test_a_bad_outcome_is_named_by_row_and_field(change: dict, message: str) -> None:
@@ -135,12 +136,12 @@ def test_a_bad_outcome_is_named_by_row_and_field(change: dict, message: str) -> 
         ('{"query": "q", "expert": "a", "quality": 1, "pri', "row 2: the last line is cut off; the 1 rows before it are whole"),
         ('{"query": "q"\n', "row 2: expected one JSON object"),
         ("[1]\n", "row 2: expected a JSON object"),
-        ('{"prompt": "q", "model": "a", "score": 1}\n', "row 2, query: it is missing; the row holds prompt, model, score"),
+        ('{"prompt": "q", "model": "a", "score": 1}\n', "row 2, query: it is missing; not known: prompt, model, score; the"),
         ('{"query": "q", "expert": "a", "quality": 1}\n', "row 2, price: it is missing"),
         ('{"query": "q", "expert": "a", "quality": NaN, "price": 1}\n', "row 2, quality"),
-        ('{"query": "q", "expert": "a", "quality": 1, "price": 1, "cost": 2}\n', "row 2, cost: expected only the fields"),
-        ('{"query": "q", "expert": "a", "quality": 1, "price": 1, "tags": "x"}\n', "row 2, tags"),
-        ('{"query": "q", "expert": "a", "quality": 1, "price": 1, "tags": 0}\n', "row 2, tags: expected a list of texts, got 0"),
+        ('{"query": "q", "expert": "a", "quality": 1, "price": 1, "cost": 2}\n', "row 2, cost: it is not known; the fields"),
+        ('{"query": "q", "expert": "a", "quality": 1, "cost": 1}\n', "row 2, price: it is missing; not known: cost"),
+        ('{"query": "q", "expert": "a", "quality": 1, "price": 1, "tags": 0}\n', "row 2, tags: expected a text or a list of"),
     ],
 )
 def test_a_bad_line_is_named_by_file_row_and_field(tmp_path: Path, line: str, message: str) -> None:
@@ -288,9 +289,13 @@ def test_a_table_of_a_spreadsheet_is_read(tmp_path: Path) -> None:
     ("text", "said"),
     [
         ("", "expected a first line of columns among query, expert"),
-        ("query;expert;quality;price\nq;small;1;1\n", "with commas; got 'query;expert;quality;price'"),
-        ("query,expert,quality,price,model\n", "expected a first line of columns"),
-        ("query,expert,quality,price,price\n", "expected a first line of columns"),
+        (
+            "query;expert;quality;price\nq;small;1;1\n",
+            "with commas; missing: 'query', 'expert', 'quality', 'price'; not known: 'query;expert",
+        ),
+        ("query,expert,quality,cost\n", "with commas; missing: 'price'; not known: 'cost'"),
+        ("query,expert,quality,price,price\n", "with commas; twice: 'price'"),
+        (",query,expert,quality,price\n", "the first has no name; from pandas, write it with to_csv"),
         ("query,expert,quality,price\nq,small,1\n", "row 1: expected 4 cells, got 3"),
         ("query,expert,quality,price\nq,small,good,1\n", "row 1, quality: expected a number, got 'good'"),
         ("query,expert,quality,price\nq,small,1_0,1\n", "row 1, quality: expected a number, got '1_0'"),
@@ -328,3 +333,19 @@ def test_what_would_be_taken_for_something_else(field: dict, said: str) -> None:
 
 def test_one_name_in_two_normal_forms_is_told() -> None:
     assert spelt_alike(["caf\u00e9", "cafe\u0301", "tea"]) == [["caf\u00e9", "cafe\u0301"]]
+
+
+def test_a_log_of_a_frame_is_the_log_of_its_rows() -> None:
+    frame = pd.DataFrame({"query": ["q", "r"], "expert": "a", "quality": [1, 0], "price": 0.5, "latency_s": [0.25, np.nan]})
+    frame["tags"] = "maths"
+    log = Log(Outcome(**row) for row in frame.to_dict("records"))
+    assert [(one.query, one.quality, one.tags) for one in (log[0], log[1])] == [("q", 1.0, ("maths",)), ("r", 0.0, ("maths",))]
+    with pytest.raises(TypeError, match="a log of a pandas frame"):
+        Log(frame)
+
+
+def test_a_name_says_what_can_be_done_with_a_log(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="CSV can be read, but not written"):
+        write_log(Log([Outcome("q", "a", 1.0, 0.0)]), tmp_path / "log.csv")
+    with pytest.raises(DataError, match=r"ends in \.jsonl, \.ndjson, \.parquet, \.csv"):
+        read_log(tmp_path / "log.tsv")

@@ -505,6 +505,8 @@ def test_wrong_arguments() -> None:
     for policies in ((), (Linear, Linear)):
         with pytest.raises(ValueError, match="policies: expected different ones, at least one"):
             Router(0.1, policies=policies)
+    with pytest.raises(TypeError, match=r"policies: expected classes such as .*Linear, got 'linear'"):
+        Router(0.1, policies=("linear",))
     with pytest.raises(TypeError, match=r"expected a Log, got str; read_log\(path\) reads a file"):
         Router(0.1).fit("outcomes.jsonl")  # type: ignore[arg-type]
     for needs in ({"tools": True}, ["small"]):

@@ -24,6 +24,7 @@ __all__ = ["JSON_LINES", "check_log_name", "read_log", "write_log"]
 JSON_LINES = (".jsonl", ".ndjson")
 
 _FIELDS = ("query", "expert", *NUMBERS, "tags", "confidence")
+_REQUIRED = ("query", "expert", "quality", "price")
 _CHUNK = 20_000
 
 
@@ -34,7 +35,9 @@ def read_log(path: str | Path, *, on_rows: Callable[[int], None] = lambda rows: 
     many whole rows stand before it.  Calls `on_rows(rows read)` as it goes on.
     """
     path = Path(path)
-    rows = _read_csv if path.suffix.lower() == ".csv" else _read_parquet if _is_parquet(path) else _read_jsonl
+    readers = {**dict.fromkeys(JSON_LINES, _read_jsonl), ".parquet": _read_parquet, ".csv": _read_csv}
+    if (rows := readers.get(path.suffix.lower())) is None:
+        raise DataError(f"{path}: expected a log, a name that ends in {', '.join(readers)}")
     log = Log()
     for number, row in enumerate(rows(path), start=1):
         try:
@@ -67,16 +70,19 @@ def check_log_name(path: Path) -> None:
 
 def _is_parquet(path: Path) -> bool:
     if path.suffix.lower() not in (*JSON_LINES, ".parquet"):
-        raise DataError(f"{path}: expected a name that ends in {', '.join(JSON_LINES)} or .parquet; .csv is read alone")
+        note = "; CSV can be read, but not written" if path.suffix.lower() == ".csv" else ""
+        raise DataError(f"{path}: expected a name that ends in {', '.join(JSON_LINES)} or .parquet{note}")
     return path.suffix.lower() == ".parquet"
 
 
 def _add(log: Log, number: int, row: dict) -> None:
-    for name in ("query", "expert", "quality", "price"):
+    strange, known = [str(name) for name in row if name not in _FIELDS], f"the fields are {', '.join(_FIELDS)}"
+    for name in _REQUIRED:
         if row.get(name) is None:
-            raise DataError(f"row {number}, {name}: it is missing; the row holds {', '.join(map(str, row)) or 'nothing'}")
-    if strange := [name for name in row if name not in _FIELDS]:
-        raise DataError(f"row {number}, {strange[0]}: expected only the fields {', '.join(_FIELDS)}")
+            beside = f"; not known: {', '.join(strange)}"[:200] if strange else ""
+            raise DataError(f"row {number}, {name}: it is missing{beside}; {known}")
+    if strange:
+        raise DataError(f"row {number}, {strange[0]}: it is not known; {known}")
     tags = check_tags(number, () if row.get("tags") is None else row["tags"])
     numbers = {name: check_number(number, name, row.get(name)) for name in NUMBERS}
     sure = check_confidence(number, row.get("confidence"))
@@ -112,9 +118,8 @@ def _read_csv(path: Path) -> Iterator[dict]:
         try:
             rows = csv.reader(lines, strict=True)
             head = next(rows, [])
-            if not {"query", "expert", "quality", "price"} <= set(head) or set(head) - set(fields) or len(set(head)) < len(head):
-                found = ", ".join(head)[:200]
-                raise DataError(f"{path}: expected a first line of columns among {', '.join(fields)}, with commas; got {found!r}")
+            if wrong := _wrong_head(head, fields):
+                raise DataError(f"{path}: expected a first line of columns among {', '.join(fields)}, with commas; {wrong}")
             for number, cells in enumerate(rows, start=1):
                 if not cells:
                     continue
@@ -123,6 +128,18 @@ def _read_csv(path: Path) -> Iterator[dict]:
                 yield {name: _cell(path, number, name, cell) for name, cell in zip(head, cells, strict=True)}
         except (csv.Error, UnicodeDecodeError) as error:
             raise DataError(f"{path}: expected CSV in UTF-8, {error}") from error
+
+
+def _wrong_head(head: list[str], fields: list[str]) -> str:
+    """What is wrong with the names in the first line, in words; "" if nothing is."""
+    if head[:1] == [""]:
+        return "the first has no name; from pandas, write it with to_csv(..., index=False)"
+    found = {
+        "missing": [name for name in _REQUIRED if name not in head],
+        "not known": [name for name in head if name not in fields],
+        "twice": [name for name in fields if head.count(name) > 1],
+    }
+    return "; ".join(f"{what}: {', '.join(map(repr, names))[:200]}" for what, names in found.items() if names)
 
 
 def _cell(path: Path, number: int, name: str, cell: str) -> Any:

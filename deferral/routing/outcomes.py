@@ -49,7 +49,8 @@ class Outcome:
     """One answer of one expert.  NaN marks a number that is not known; quality and price must be.
 
     `quality` in [0, 1], 1 a right answer; `price` in dollars; `propensity` the probability with which this expert was asked;
-    `time` in seconds since 1970; `confidence` how sure the expert was, where its answer came with log-probabilities.
+    `time` in seconds since 1970; `tags` one text or several, of which the first is the subject; `confidence` how sure the expert
+    was, where its answer came with log-probabilities.
     """
 
     query: str
@@ -61,7 +62,7 @@ class Outcome:
     latency_s: float = np.nan
     propensity: float = np.nan
     time: float = np.nan
-    tags: tuple[str, ...] = ()
+    tags: str | tuple[str, ...] = ()
     confidence: Confidence | None = None
 
 
@@ -126,7 +127,10 @@ class Log:
         for outcome in outcomes:
             row = len(self) + 1
             if not isinstance(outcome, Outcome):
-                raise TypeError(f"row {row}: expected an Outcome, got {type(outcome).__name__}; Outcome(**fields) makes one")
+                raise TypeError(
+                    f"row {row}: expected an Outcome, got {type(outcome).__name__}; Outcome(**fields) makes one, and "
+                    'Log(Outcome(**row) for row in frame.to_dict("records")) a log of a pandas frame'
+                )
             numbers = {name: check_number(row, name, getattr(outcome, name)) for name in NUMBERS}
             tags, sure = check_tags(row, outcome.tags), check_confidence(row, outcome.confidence)
             self._add(check_text(row, "query", outcome.query), check_text(row, "expert", outcome.expert), numbers, tags, sure)
@@ -307,8 +311,10 @@ def check_text(row: int | str, name: str, value: object) -> str:
 
 
 def check_tags(row: int | str, tags: object) -> tuple[str, ...]:
+    if isinstance(tags, str):
+        return (tags,)
     if not isinstance(tags, list | tuple) or not all(isinstance(tag, str) for tag in tags):
-        raise DataError(f"row {row}, tags: expected a list of texts, got {tags!r}")
+        raise DataError(f"row {row}, tags: expected a text or a list of texts, got {tags!r}")
     return tuple(tags)
 
 

@@ -76,6 +76,8 @@ class Router:
         else:
             self.encoder = FunctionEncoder(sentence_encoder(encoder) if isinstance(encoder, str | Path) else encoder)
         self.policies = tuple(policies)
+        if strange := [make for make in self.policies if not callable(make)]:
+            raise TypeError(f"policies: expected classes such as deferral.routing.policies.Linear, got {strange[0]!r}")
         kinds = [make().kind for make in self.policies]
         if not kinds or len(set(kinds)) < len(kinds):
             raise ValueError(f"policies: expected different ones, at least one, got {', '.join(kinds) or 'none'}")
