@@ -321,8 +321,13 @@ class Fitted:
             lines.append("At this price of an error, which is in dollars, every query goes to one expert.")
         if self.room:
             lines.append(f"Routability: {self.room}.")
-        why = self.why_not(error)
-        return "\n".join([*lines, *([f"The static mix is used: {why}."] if why else [])])
+        if why := self.why_not(error):
+            used = f"The static mix is used: {why}."
+        elif at.gain[place] > at.half_width[place]:
+            used = "The router is used: it saves with confidence."
+        else:
+            used = "The router is used: nothing speaks against it here, and over all trade-offs it agrees with the outcomes."
+        return "\n".join([*lines, used])
 
     def with_outcomes(self, table: Table, vectors: Vectors) -> "Fitted":
         """One expert more, from its outcomes on some queries: its deviation is a ridge combination of the others'.
