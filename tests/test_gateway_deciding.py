@@ -5,6 +5,7 @@ import json
 import math
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -76,6 +77,13 @@ def test_what_router_and_file_say_of_an_expert_holds_together(router: Router) ->
     assert refusal(decider.experts["large"], asked(tokens=51), Hints(), None), "nor by its name"
     with pytest.raises(Problem, match="exceed its window of 50"):
         choose(decider, asked(tokens=51, tools=True))
+
+
+def test_an_expert_that_is_nowhere_answers_for_no_region(router: Router) -> None:
+    decider = Decider(router, {**EXPERTS, "large": replace(EXPERTS["large"], region=None)}, deadline_s=1.0)
+    assert choose(decider, asked(HARD), regions=frozenset({"eu"})).ranking == ("small",)
+    with pytest.raises(Problem, match="small: it is in eu; large: its region is not known"):
+        choose(decider, asked(HARD), regions=frozenset({"us"}))
 
 
 def test_an_empty_mask_is_a_clear_400(decider: Decider) -> None:

@@ -302,7 +302,7 @@ def test_constraints_come_before_any_score() -> None:
     for needs, allowed in (
         (Needs.of(tokens=1000), {"coder", "large"}),
         (Needs.of(tools=True, images=True), {"coder"}),
-        (Needs.of(regions=["us"], deny=["coder"]), {"large"}),
+        (Needs.of(regions=["us"]), {"large"}),  # where coder is, nobody knows
         (Needs.of(allow=["small"]), {"small"}),
     ):
         decision = limited.route(history, needs=needs)

@@ -377,8 +377,8 @@ def refusal(expert: Expert, asked: Asked, hints: Hints, allow: Collection[str] |
         return "it takes no tools"
     if asked.images and not expert.images:
         return "it takes no images"
-    if hints.regions is not None and expert.region is not None and expert.region not in hints.regions:
-        return f"it is in {expert.region}"
+    if hints.regions is not None and expert.region not in hints.regions:
+        return "its region is not known" if expert.region is None else f"it is in {expert.region}"
     return ""
 
 

@@ -47,7 +47,7 @@ class Expert:
 
     `model` is its name there; `key` comes from an environment variable or a file, is sent as `key_header` says, and never shown;
     `query` follows every path of the address.  `cached_input_price` is that of input which the prompt cache holds, None where
-    there is no discount.  `context_tokens=None` is no limit, `region=None` anywhere.
+    there is no discount.  `context_tokens=None` is no limit, `region=None` is in none that is asked for.
     `first_byte_s` is the longest wait for the first byte, and between two.  Beyond `max_concurrent` requests wait, at most
     `max_waiting` of them.  With `route=False` it is reached by its name only.  `responses`: it has the Responses API.
     `logprobs`: it reports the log-probabilities of its answers where a chat asks for them, so that a cascade may ask it first.

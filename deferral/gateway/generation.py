@@ -56,7 +56,7 @@ def check_aliases(router: Router, experts: Mapping[str, Expert], aliases: Mappin
         among = served if alias.hints.experts is None else served & alias.hints.experts
         regions = alias.hints.regions
         if regions is not None:
-            among = frozenset(one for one in among if place(one) is None or place(one) in regions)
+            among = frozenset(one for one in among if place(one) in regions)
         if not among:
             where = f" in {', '.join(sorted(regions))}" if regions else ""
             raise ValueError(f"alias {name!r}: none of its experts is served{where}")

@@ -10,7 +10,7 @@ __all__ = ["Abilities", "Needs", "able"]
 
 @dataclass(frozen=True)
 class Abilities:
-    """What an expert can do.  `context_tokens=None` is no limit, `region=None` anywhere."""
+    """What an expert can do.  `context_tokens=None` is no limit; `region=None` is in none that `Needs` names."""
 
     context_tokens: int | None = None
     tools: bool = True
@@ -78,6 +78,6 @@ def _refused(name: str, can: Abilities, needs: Needs) -> str | None:
         return "it takes no tools"
     if needs.images and not can.images:
         return "it takes no images"
-    if needs.regions is not None and can.region is not None and can.region not in needs.regions:
-        return f"it is in {can.region}"
+    if needs.regions is not None and can.region not in needs.regions:
+        return "its region is not known" if can.region is None else f"it is in {can.region}"
     return None
