@@ -1,6 +1,7 @@
 """What the commands of all extras have in common."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import click
@@ -8,8 +9,28 @@ import click
 __all__ = ["Commands", "FiniteRange"]
 
 
+class _Command(click.Command):
+    """Where a path stands alone that belongs to an option, the error says to which."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        words = list(args)
+        try:
+            return super().parse_args(ctx, args)
+        except click.MissingParameter as error:
+            option = error.param
+            if not isinstance(option, click.Option) or not isinstance(option.type, click.Path):
+                raise
+            _, extra, _ = self.make_parser(ctx).parse_args(words)
+            if not extra or (option.type.exists and not Path(extra[0]).exists()):
+                raise
+            said = f"{extra[0]} belongs to it: write {option.opts[-1]} {extra[0]}"
+            raise click.MissingParameter(said, ctx, option) from None
+
+
 class Commands(click.Group):
     """Its help says of each command a whole sentence, which click would cut where the line ends."""
+
+    command_class = _Command
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         commands = [(name, self.get_command(context, name)) for name in self.list_commands(context)]

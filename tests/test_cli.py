@@ -1,6 +1,7 @@
 """The command as a process: what a user types, what is printed, how it exits."""
 
 import json
+import runpy
 import shutil
 import subprocess
 import sys
@@ -106,6 +107,12 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--help"])
     assert "demo" in capsys.readouterr().out
     main(["--version"])
+    assert capsys.readouterr().out.startswith("deferral, version 0")
+
+
+def test_the_package_runs_as_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["deferral", "--version"])
+    runpy.run_module("deferral", run_name="__main__")
     assert capsys.readouterr().out.startswith("deferral, version 0")
 
 

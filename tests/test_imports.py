@@ -21,7 +21,7 @@ LAYERS = [
     ["evaluation", "routing"],
     ["gateway"],
     ["demo"],
-    ["cli"],
+    ["cli", "__main__"],
 ]
 
 

@@ -25,6 +25,7 @@ from deferral.routing import Log, Needs, Outcome, Router, commands, read_log, wr
 from deferral.routing import batches as batching
 from deferral.routing.batches import route_file
 from deferral.routing.judging import Held, evaluation, held, joined, query_folds, subjects, tag_folds
+from deferral.routing.showing import show_evaluation
 from tests.test_readme import run as run_page
 from tests.test_routing_router import EXPERTS, QUICK, router, world
 
@@ -74,6 +75,41 @@ def test_fit_writes_a_router_and_reports_what_it_is_worth(tmp_path: Path, monkey
         (tmp_path / "prices.json").write_text(text)
         with pytest.raises(DataError, match=message):
             call("fit", *arguments)
+
+
+def test_a_fit_keeps_the_router_that_was_there_beside_the_new_one(tmp_path: Path) -> None:
+    write_log(outcomes(2, 0), tmp_path / "log.jsonl")
+    place = tmp_path / "router"
+    for error, kept in ((0.1, None), (0.3, 0.1)):
+        result = call("fit", tmp_path / "log.jsonl", "-o", place, "--price-of-error", error)
+        assert Router.load(place).price_of_error == error
+        assert ("the one that was there is router.previous now" in result.output) == (kept is not None)
+        assert kept is None or Router.load(tmp_path / "router.previous").price_of_error == kept
+    shutil.rmtree(tmp_path / "router.previous")
+    (tmp_path / "router.previous").mkdir()
+    (tmp_path / "router.previous" / "precious").touch()
+    with pytest.raises(DataError, match=r"router\.previous: it is there, and is no router"):
+        call("fit", tmp_path / "log.jsonl", "-o", place, "--price-of-error", 0.4)
+    assert Router.load(place).price_of_error == 0.3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        ("explain query {folder}", "-r"),
+        ("turn {folder} --price-of-error 1", "-r"),
+        ("batch {file} {folder}.out {folder}", "-r"),
+        ("fit {file} {folder}.new --price-of-error 1", "-o"),
+    ],
+)
+def test_a_folder_without_its_option_is_told_which_it_is(arguments: str, option: str, tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").touch()
+    words = [word.format(folder=tmp_path, file=tmp_path / "in.jsonl") for word in arguments.split()]
+    result = call(*words)
+    alone = words[-3] if "--price-of-error" in words else words[-1]
+    assert result.exit_code == 2
+    assert f"{alone} belongs to it: write {option} {alone}" in " ".join(result.output.split())
+    assert "belongs to it" not in call("explain", "query", "another").output
 
 
 @pytest.mark.ci_slow
@@ -442,6 +478,18 @@ def test_a_saving_at_a_quality_that_many_samples_do_not_reach_is_no_proof() -> N
     assert 0.9 < saved.high < 0.95
 
 
+def test_a_quality_that_is_never_reached_is_said_to_be(capsys: pytest.CaptureFixture) -> None:
+    quality = np.tile([[0.0, 1.0]], (20, 1))
+    asked = np.zeros((1, 20), int)
+    for dear, said in ((0.02, "never reached"), (0.0, "nothing to save")):
+        price = np.tile([[0.0, dear]], (20, 1))
+        rows = Held(["a", "b"], quality, price, np.ones(1), asked, asked, asked, asked < 0, np.zeros(20))
+        show_evaluation(evaluation(rows, resamples=20))
+        line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("routed"))
+        assert line.count(said) == 3
+        assert "nan" not in line.split(said)[1]
+
+
 def test_folds_of_subjects_are_whole_and_need_tags() -> None:
     log = outcomes(90, 0)
     table = log.table()
@@ -591,5 +639,5 @@ def test_another_price_of_an_error_is_a_turn_and_what_each_policy_costs_is_a_bil
 @pytest.mark.parametrize("name", ["queries.csv", "queries.parquet", "queries.XLSX"])
 def test_a_table_is_no_file_of_queries(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text("query;reference\n")
-    with pytest.raises(DataError, match=r"expected \.jsonl whose lines are objects with a .query., or text with a query a line"):
+    with pytest.raises(DataError, match="convert the table to JSONL with a `query` field"):
         route_file(tmp_path, tmp_path / name, tmp_path / "out.jsonl")

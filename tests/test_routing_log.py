@@ -190,8 +190,12 @@ def test_a_parquet_file_of_bytes_and_one_with_a_column_twice(tmp_path: Path) -> 
     columns["query"] = pa.array(["q"])
     twice = pa.Table.from_arrays([*columns.values(), pa.array([0.0])], [*columns, "quality"])
     pq.write_table(twice, tmp_path / "twice.parquet")
-    with pytest.raises(DataError, match=r"twice\.parquet: the column 'quality' is there twice"):
+    with pytest.raises(DataError, match=r"twice\.parquet: expected columns among .*; twice: 'quality'"):
         read_log(tmp_path / "twice.parquet")
+    columns["cost"], columns["__index_level_0__"] = columns.pop("price"), columns["quality"]
+    pq.write_table(pa.table(columns), tmp_path / "other.parquet")
+    with pytest.raises(DataError, match=r"missing: 'price'; not known: 'cost', '__index_level_0__'; .*write it with index=False"):
+        read_log(tmp_path / "other.parquet")
 
 
 @pytest.mark.parametrize("name", ["log.jsonl", "log.parquet"])
@@ -295,7 +299,11 @@ def test_a_table_of_a_spreadsheet_is_read(tmp_path: Path) -> None:
         ),
         ("query,expert,quality,cost\n", "with commas; missing: 'price'; not known: 'cost'"),
         ("query,expert,quality,price,price\n", "with commas; twice: 'price'"),
-        (",query,expert,quality,price\n", "the first has no name; from pandas, write it with to_csv"),
+        (
+            ",query,expert,quality,price\n",
+            "not known: ''; a column without a name is the index of pandas: write it with index=False",
+        ),
+        ("Unnamed: 0,query,expert,quality,cost\n", "missing: 'price'; not known: 'Unnamed: 0', 'cost'; a column without a name"),
         ("query,expert,quality,price\nq,small,1\n", "row 1: expected 4 cells, got 3"),
         ("query,expert,quality,price\nq,small,good,1\n", "row 1, quality: expected a number, got 'good'"),
         ("query,expert,quality,price\nq,small,1_0,1\n", "row 1, quality: expected a number, got '1_0'"),
@@ -329,6 +337,30 @@ def test_right_or_wrong_is_a_quality_and_a_blank_line_at_the_end_is_none(tmp_pat
 def test_what_would_be_taken_for_something_else(field: dict, said: str) -> None:
     with pytest.raises(DataError, match=said):
         Log([Outcome(**({"query": "q", "expert": "a", "quality": 1.0, "price": 1.0} | field))])
+
+
+def test_a_frame_becomes_a_log_by_its_records_and_empty_cells_are_unknown(tmp_path: Path) -> None:
+    # As pandas gives the records of a frame with empty cells, and of Parquet with lists in it.
+    empty: dict = {"query": "p", "expert": "a", "quality": True, "price": 0.5, "latency_s": np.nan, "tags": np.nan}
+    records = [
+        empty,
+        {**empty, "query": "q", "tags": "maths"},
+        {**empty, "query": "r", "tags": np.array(["maths", "proof"], object)},
+    ]
+    log = Log(Outcome(**row, confidence=np.nan) for row in records)  # type: ignore[arg-type]
+    assert [log[row].tags for row in range(3)] == [(), ("maths",), ("maths", "proof")]
+    assert np.isnan(log[0].latency_s)
+    assert not log.confidences
+
+
+def test_one_text_is_one_tag_in_every_format(tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_text('{"query": "q", "expert": "a", "quality": 1, "price": 1, "tags": "maths"}\n')
+    (tmp_path / "log.csv").write_text("query,expert,quality,price,tags\nq,a,1,1,maths\n")
+    row = {"query": ["q"], "expert": ["a"], "quality": [1.0], "price": [1.0], "tags": ["maths"]}
+    pq.write_table(pa.table(row), tmp_path / "log.parquet")
+    read = [read_log(tmp_path / f"log.{ending}")[0] for ending in ("jsonl", "csv", "parquet")]
+    assert [outcome.tags for outcome in read] == 3 * [("maths",)]
+    assert Log([Outcome("q", "a", 1.0, 1.0, tags="")])[0].tags == ()
 
 
 def test_one_name_in_two_normal_forms_is_told() -> None:

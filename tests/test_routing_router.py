@@ -330,7 +330,7 @@ def test_a_latency_cap() -> None:
     assert "large" not in timed.route_batch(texts, max_latency=1.0).names
     with pytest.raises(ValueError, match="answers within"):
         timed.route(texts[0], max_latency=0.1)
-    with pytest.raises(ValueError, match="small not logged"):
+    with pytest.raises(ValueError, match="small has no latency_s in the log"):
         router().route(texts[0], max_latency=1.0)
 
 

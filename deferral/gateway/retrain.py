@@ -1,7 +1,6 @@
 """A new router from the gateway's own traffic, put in the place of the old one only if it is better with confidence."""
 
 import math
-import shutil
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from deferral.errors import DataError
 from deferral.gateway.export import Logged, logged, nothing_left
 from deferral.gateway.off_policy import FEWEST_SEEN, Comparison, Draws, compare, stakes
 from deferral.routing import Log, Needs, Outcome, Router
-from deferral.routing.persistence import check_unchanged, written
+from deferral.routing.persistence import check_unchanged, keep_previous, written
 
 __all__ = ["Verdict", "choices", "draws_of", "learned", "promote", "retrain"]
 
@@ -238,12 +237,7 @@ def _rounded(count: float) -> str:
 def promote(router: Router, folder: Path, before: str) -> None:
     """Save a router in the place of the one that was `written` there before, which is kept beside it as FOLDER.previous."""
     check_unchanged(folder, before)
-    previous = folder.with_name(f"{folder.name}.previous")
-    partial = folder.with_name(f".{folder.name}.previous.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(folder, partial)
-    shutil.rmtree(previous, ignore_errors=True)
-    partial.rename(previous)
+    keep_previous(folder)
     router.save(folder)
 
 

@@ -61,7 +61,7 @@ def route_file(
         raise DataError(f'{queries}: expected lines; name the file .jsonl where each of its lines is an object with a "query"')
     if queries.suffix.lower() in _TABLES:
         raise DataError(
-            f'{queries}: expected .jsonl whose lines are objects with a "query", or text with a query a line; convert it'
+            f"{queries}: expected .jsonl, or text with a query a line; convert the table to JSONL with a `query` field"
         )
     if not queries.is_file():
         raise DataError(f"{queries}: expected a file, which can be read again from the middle; write what comes by a pipe to one")

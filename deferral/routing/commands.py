@@ -34,7 +34,7 @@ from deferral.routing.judging import (
 from deferral.routing.log_files import read_log
 from deferral.routing.onnx_export import export
 from deferral.routing.outcomes import Log, spelt_alike
-from deferral.routing.persistence import check_place, check_unchanged, written
+from deferral.routing.persistence import check_place, check_unchanged, keep_previous, previous_of, written
 from deferral.routing.prices import read_prices, token_prices
 from deferral.routing.replay import as_logged, events_of, replay
 from deferral.routing.router import Router
@@ -92,7 +92,9 @@ def _setting_options(command: Callable) -> Callable:
             show_default=True,
             help="How many tokens the query has; experts with too small a context window are not asked.",
         ),
-        click.option("--max-latency", type=_POSITIVE, help="Ask only experts whose mean latency is at most so many seconds."),
+        click.option(
+            "--max-latency", type=_POSITIVE, help="Ask only experts whose mean latency_s in the log is at most so many seconds."
+        ),
         click.option("--confidence", type=_SHARE, default=0.95, show_default=True, help="Confidence of --certified-quality."),
         click.option("--certified-quality", type=_SHARE, help="Promise this share of the best expert's quality."),
         click.option("--min-quality", type=FiniteRange(0, 1), help="The lowest mean quality that is acceptable."),
@@ -120,7 +122,9 @@ def _setting(options: dict[str, Any]) -> dict[str, Any]:
 
 @route.command()
 @click.argument("log", type=_FILE)
-@click.option("--out", "-o", type=_NEW, required=True, help="Folder for the router; an existing one is replaced at the end.")
+@click.option(
+    "--out", "-o", type=_NEW, required=True, help="Folder for the router; one that is there is kept as FOLDER.previous."
+)
 @click.option("--price-of-error", type=_POSITIVE, required=True, help="What a wrong answer is worth, in dollars.")
 @_encoder_options
 @click.option(
@@ -158,6 +162,9 @@ def fit(
     """Learn a router from LOG (.jsonl, .ndjson or .parquet), and report what it is worth on held-out queries."""
     # Before the work, not after it.
     check_place(out)
+    before, previous = written(out), previous_of(out)
+    if before:
+        check_place(previous)
     outcomes = _read(log)
     _warn_of_rare(outcomes)
     price_model = None if prices is None else token_prices(outcomes, read_prices(prices))
@@ -165,8 +172,12 @@ def fit(
     counts = np.bincount(outcomes.column("expert"), minlength=len(outcomes.experts)).tolist()
     of_each = ", ".join(f"{count:,} outcomes of {name}" for name, count in zip(outcomes.experts, counts, strict=True))
     with _working(f"fitting on {len(outcomes.queries):,} queries: {of_each}"):
-        router.fit(outcomes, prices=price_model, certify=certify).save(out)
-    click.echo(f"{router.report}\nwrote {out}")
+        router.fit(outcomes, prices=price_model, certify=certify)
+        check_unchanged(out, before)
+        if before:
+            keep_previous(out)
+        router.save(out)
+    click.echo(f"{router.report}\nwrote {out}" + (f"; the one that was there is {previous.name} now" if before else ""))
 
 
 def _warn_of_rare(log: Log) -> None:

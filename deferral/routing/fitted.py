@@ -286,7 +286,7 @@ class Fitted:
         quick = mask & (self.latency <= most)
         if not quick.any():
             known = ", ".join(
-                f"{name} {'not logged' if np.isnan(time) else f'{time:.3g} s'}"
+                f"{name} {'has no latency_s in the log' if np.isnan(time) else f'{time:.3g} s'}"
                 for name, time in zip(self.experts, self.latency, strict=True)
             )
             raise ValueError(f"max_latency: no expert that may be asked answers within {most:g} s on average ({known})")

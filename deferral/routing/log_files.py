@@ -7,7 +7,7 @@ error, so that a misspelt one is not lost.
 
 import csv
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ JSON_LINES = (".jsonl", ".ndjson")
 
 _FIELDS = ("query", "expert", *NUMBERS, "tags", "confidence")
 _REQUIRED = ("query", "expert", "quality", "price")
+# The index of pandas in CSV, in CSV that was read and written again, and in Parquet.
+_INDEX = {"", "Unnamed: 0", "__index_level_0__"}
 _CHUNK = 20_000
 
 
@@ -83,7 +85,7 @@ def _add(log: Log, number: int, row: dict) -> None:
             raise DataError(f"row {number}, {name}: it is missing{beside}; {known}")
     if strange:
         raise DataError(f"row {number}, {strange[0]}: it is not known; {known}")
-    tags = check_tags(number, () if row.get("tags") is None else row["tags"])
+    tags = check_tags(number, row.get("tags"))
     numbers = {name: check_number(number, name, row.get(name)) for name in NUMBERS}
     sure = check_confidence(number, row.get("confidence"))
     log._add(check_text(number, "query", row["query"]), check_text(number, "expert", row["expert"]), numbers, tags, sure)
@@ -130,24 +132,21 @@ def _read_csv(path: Path) -> Iterator[dict]:
             raise DataError(f"{path}: expected CSV in UTF-8, {error}") from error
 
 
-def _wrong_head(head: list[str], fields: list[str]) -> str:
-    """What is wrong with the names in the first line, in words; "" if nothing is."""
-    if head[:1] == [""]:
-        return "the first has no name; from pandas, write it with to_csv(..., index=False)"
+def _wrong_head(head: list[str], fields: Sequence[str]) -> str:
+    """What is wrong with the names of columns, in words; "" if nothing is."""
     found = {
         "missing": [name for name in _REQUIRED if name not in head],
         "not known": [name for name in head if name not in fields],
         "twice": [name for name in fields if head.count(name) > 1],
     }
-    return "; ".join(f"{what}: {', '.join(map(repr, names))[:200]}" for what, names in found.items() if names)
+    index = ["a column without a name is the index of pandas: write it with index=False"] if _INDEX & set(head) else []
+    return "; ".join([f"{what}: {', '.join(map(repr, names))[:200]}" for what, names in found.items() if names] + index)
 
 
 def _cell(path: Path, number: int, name: str, cell: str) -> Any:
-    """A number, the tags (one, as it stands), or a text; None where a number is not known."""
-    if name in ("query", "expert"):
+    """A number, or a text (tags are one, as it stands); None where a number is not known."""
+    if name in ("query", "expert", "tags"):
         return cell
-    if name == "tags":
-        return [cell] if cell else []
     if name == "quality" and cell.upper() in ("TRUE", "FALSE"):
         return cell.upper() == "TRUE"
     try:
@@ -161,9 +160,8 @@ def _read_parquet(path: Path) -> Iterator[dict]:
     pa = _pyarrow()
     try:
         with pa.parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if repeated := [name for name in _FIELDS if names.count(name) > 1]:
-                raise DataError(f"{path}: the column {repeated[0]!r} is there twice; leave one out")
+            if wrong := _wrong_head(file.schema_arrow.names, _FIELDS):
+                raise DataError(f"{path}: expected columns among {', '.join(_FIELDS)}; {wrong}")
             for batch in file.iter_batches(batch_size=_CHUNK):
                 yield from batch.to_pylist()
     except FileNotFoundError:

@@ -132,7 +132,8 @@ class Log:
                     'Log(Outcome(**row) for row in frame.to_dict("records")) a log of a pandas frame'
                 )
             numbers = {name: check_number(row, name, getattr(outcome, name)) for name in NUMBERS}
-            tags, sure = check_tags(row, outcome.tags), check_confidence(row, outcome.confidence)
+            sure = None if _is_empty(outcome.confidence) else check_confidence(row, outcome.confidence)
+            tags = check_tags(row, outcome.tags)
             self._add(check_text(row, "query", outcome.query), check_text(row, "expert", outcome.expert), numbers, tags, sure)
 
     def _add(
@@ -312,10 +313,17 @@ def check_text(row: int | str, name: str, value: object) -> str:
 
 def check_tags(row: int | str, tags: object) -> tuple[str, ...]:
     if isinstance(tags, str):
-        return (tags,)
-    if not isinstance(tags, list | tuple) or not all(isinstance(tag, str) for tag in tags):
+        return (tags,) if tags else ()
+    if _is_empty(tags):
+        return ()
+    if not isinstance(tags, list | tuple | np.ndarray) or not all(isinstance(tag, str) for tag in tags):
         raise DataError(f"row {row}, tags: expected a text or a list of texts, got {tags!r}")
     return tuple(tags)
+
+
+def _is_empty(cell: object) -> bool:
+    """pandas has NaN where a column of anything has no value."""
+    return cell is None or (isinstance(cell, float) and np.isnan(cell))
 
 
 class _Column:

@@ -5,6 +5,7 @@ Replacing router.json is one step of the file system, so that a reader sees the 
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -28,7 +29,7 @@ from deferral.routing.prices import PriceModel
 from deferral.routing.promises import Witnesses
 from deferral.whole_files import PARTIAL, written_whole
 
-__all__ = ["FORMAT", "Saved", "check_place", "check_unchanged", "load", "save", "written"]
+__all__ = ["FORMAT", "Saved", "check_place", "check_unchanged", "keep_previous", "load", "previous_of", "save", "written"]
 
 FORMAT = 3
 _NUMBERS, _NAMES = "state.{}.safetensors", "router.json"
@@ -165,6 +166,22 @@ def check_unchanged(folder: Path, before: str) -> None:
     """DataError where the router in a folder is another than was `written` there before: that one was compared with nothing."""
     if written(folder) != before:
         raise DataError(f"{folder}: another router was saved there in the meantime, and is left alone; start again")
+
+
+def keep_previous(folder: Path) -> Path:
+    """Copy the router of a folder, as it is, to FOLDER.previous beside it, whole or not at all.  -> that folder"""
+    previous = previous_of(folder)
+    unfinished = previous.with_name(f".{previous.name}.partial")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    shutil.copytree(folder, unfinished)
+    shutil.rmtree(previous, ignore_errors=True)
+    unfinished.rename(previous)
+    return previous
+
+
+def previous_of(folder: Path) -> Path:
+    """Where the router that a folder held before its last one is kept."""
+    return folder.absolute().with_name(f"{folder.absolute().name}.previous")
 
 
 def _foreign(folder: Path) -> Iterator[Path]:

@@ -1,5 +1,6 @@
 """What the commands of `deferral route` print and leave behind."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -30,8 +31,8 @@ def show_evaluation(found: Evaluation) -> None:
     )
     for policy, values in found.figures.items():
         if not policy.startswith("always "):
-            row = [values.get(name) for name in figures] + [found.over_static.get(policy)]
-            table.add_row(escape(policy), *map(_ends, row))
+            row = [_figure(found, name, values.get(name)) for name in figures]
+            table.add_row(escape(policy), *row, _ends(found.over_static.get(policy)))
     _print(table)
     table = _table("\nalways one expert", "expert", "quality", "dollars a query")
     for policy, values in found.figures.items():
@@ -144,6 +145,12 @@ def _print(table: Printed) -> None:
     # A narrow terminal or a pipe must not cut figures: the table's own width is the least.
     console = Console()
     Console(width=max(console.width, console.measure(table, options=console.options.update(width=400)).maximum)).print(table)
+
+
+def _figure(found: Evaluation, name: str, value: Interval | None) -> str:
+    if value is None or not name.startswith("saving") or not math.isnan(value.estimate):
+        return _ends(value)
+    return "never reached" if found.figures[f"always {found.best}"]["price"].estimate > 0 else "nothing to save"
 
 
 def _ends(value: Interval | None) -> str:
