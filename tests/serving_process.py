@@ -15,9 +15,9 @@ __all__ = ["Serving", "serving"]
 
 
 class Serving:
-    """A gateway with a router and an experts file of a folder, on its database gateway.db."""
+    """A gateway with a router and an experts file of a folder, on its database gateway.db; `alone` in a process group."""
 
-    def __init__(self, folder: Path, *options: str) -> None:
+    def __init__(self, folder: Path, *options: str, alone: bool = False) -> None:
         self.folder, self.database = folder, folder / "gateway.db"
         with socket.create_server(("127.0.0.1", 0)) as listening:
             self.port = listening.getsockname()[1]
@@ -25,7 +25,7 @@ class Serving:
         command = [sys.executable, "-m", "deferral.cli", "serve", str(folder / "router"), "--port", str(self.port)]
         command += ["--experts", str(folder / "experts.toml"), "--database", str(self.database), *options]
         self._log = (folder / "gateway.log").open("a+")
-        self.process = subprocess.Popen(command, stdout=self._log, stderr=self._log, env=os.environ)
+        self.process = subprocess.Popen(command, stdout=self._log, stderr=self._log, env=os.environ, start_new_session=alone)
 
     @property
     def log(self) -> str:
@@ -56,9 +56,9 @@ class Serving:
 
 
 @contextmanager
-def serving(folder: Path, *options: str) -> Iterator[Serving]:
+def serving(folder: Path, *options: str, alone: bool = False) -> Iterator[Serving]:
     """The process, ready for requests; killed at the end, if it is still there."""
-    process = Serving(folder, *options)
+    process = Serving(folder, *options, alone=alone)
     try:
         process.wait_until_ready()
         yield process

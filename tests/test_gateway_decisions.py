@@ -1,8 +1,10 @@
 """Decisions on record are found by what an operator knows of them, by command and by endpoint."""
 
+import asyncio
 import json
 import time
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from starlette.applications import Starlette
@@ -75,7 +77,8 @@ def test_an_operator_finds_decisions(database: str, capsys: pytest.CaptureFixtur
             main(["gateway", "decisions", "--database", database, "--key", key])
         assert words in capsys.readouterr().err
 
-    app = Starlette(routes=routes(SimpleNamespace(record=record)), exception_handlers=error_handlers())  # type: ignore[arg-type]
+    gateway: Any = SimpleNamespace(record=record, query=asyncio.to_thread)
+    app = Starlette(routes=routes(gateway), exception_handlers=error_handlers())
     with TestClient(app) as client:
         for asked, expected in (
             ("", ["id-3", "id-1", "id-0", "id-2"]),

@@ -7,6 +7,7 @@ import socket
 import sqlite3
 import threading
 import time
+import urllib.request
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass, field
@@ -150,6 +151,26 @@ def test_after_sigkill_what_was_acknowledged_is_there_and_the_gateway_starts_aga
         more, _, status = under_load(again, signal.SIGTERM, 0.5)
     assert status == 0
     assert {id for (id,) in rows(again.database, "select id from decisions")} == written | set(more.whole)
+
+
+def test_rows_that_are_lost_at_the_end_are_told_by_the_status(folder: Path) -> None:
+    load = Load()
+    with serving(folder) as gateway:
+        gateway.database.rename(folder / "away.db")
+        ready = f"http://127.0.0.1:{gateway.port}/ready"
+        client = threading.Thread(target=asyncio.run, args=(load.client(gateway.url, 1),))
+        client.start()
+        until = time.monotonic() + 10
+        said = b""
+        while b"cannot be written at present" not in said:
+            assert time.monotonic() < until, said
+            with urllib.request.urlopen(ready) as reply:
+                said = reply.read()
+        assert gateway.end(signal.SIGTERM) == 1
+        client.join()
+    assert load.whole
+    assert not load.broken
+    assert f"{len(load.whole)} rows are lost: the database still fails at the end, Replaced" in gateway.log
 
 
 def test_a_budget_is_not_overspent_by_more_than_the_requests_in_flight_and_holds_across_a_kill(folder: Path) -> None:

@@ -5,6 +5,7 @@ import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from sqlalchemy import event, func, insert, select
@@ -76,7 +77,8 @@ def test_an_empty_id_is_not_that_of_all_who_have_none(database: str, capsys: pyt
     with pytest.raises(ValueError, match="got an empty one"):
         forget(record.engine, response="")
     store.start()
-    app = Starlette(routes=routes(SimpleNamespace(record=record, keys=store)), exception_handlers=error_handlers())  # type: ignore[arg-type]
+    gateway: Any = SimpleNamespace(record=record, keys=store, query=asyncio.to_thread)
+    app = Starlette(routes=routes(gateway), exception_handlers=error_handlers())
     with TestClient(app) as client:
         for path in ("/responses/", "/keys/dk-/record"):
             assert client.delete(path).json()["error"]["code"] == "no_id"
@@ -125,7 +127,8 @@ def test_an_id_that_several_replies_had_is_not_forgotten_for_all(database: str, 
     before = counts(record)
     with pytest.raises(ValueError, match="'same' is the id of several replies; say which by its x-deferral-id: id-50, id-51"):
         forget(record.engine, response="same")
-    app = Starlette(routes=routes(SimpleNamespace(record=record)), exception_handlers=error_handlers())  # type: ignore[arg-type]
+    gateway: Any = SimpleNamespace(record=record, query=asyncio.to_thread)
+    app = Starlette(routes=routes(gateway), exception_handlers=error_handlers())
     with TestClient(app) as client:
         answer = client.delete("/responses/same")
     assert (answer.status_code, answer.json()["error"]["code"]) == (409, "ambiguous_id")
@@ -258,7 +261,8 @@ def test_texts_whose_time_is_over_go_in_batches(database: str, monkeypatch: pyte
 def test_an_operator_deletes_by_endpoint_and_by_command(database: str, capsys: pytest.CaptureFixture[str]) -> None:
     record, store = filled(database), Keys(database)
     store.start()
-    app = Starlette(routes=routes(SimpleNamespace(record=record, keys=store)), exception_handlers=error_handlers())  # type: ignore[arg-type]
+    gateway: Any = SimpleNamespace(record=record, keys=store, query=asyncio.to_thread)
+    app = Starlette(routes=routes(gateway), exception_handlers=error_handlers())
     with TestClient(app) as client:
         assert client.delete("/responses/reply-1").json() == {"deleted": {"decisions": 1, "feedback": 1, "texts": 1}}
         assert client.delete("/responses/reply-1").status_code == 404

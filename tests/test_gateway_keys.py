@@ -1,3 +1,4 @@
+import asyncio
 import hmac
 import json
 import threading
@@ -7,6 +8,7 @@ from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from sqlalchemy import Engine, event
@@ -16,6 +18,7 @@ from starlette.testclient import TestClient
 
 from deferral.cli import main
 from deferral.errors import DataError
+from deferral.gateway import keys as keys_module
 from deferral.gateway.admin import routes
 from deferral.gateway.database import connect, prepare
 from deferral.gateway.endpoints import error_handlers
@@ -289,6 +292,28 @@ WRONG = [
 ]
 
 
+def test_keys_of_another_file_are_nobodys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(keys_module, "_REFRESH", 0.01)
+    path = tmp_path / "gateway.db"
+    serving = Keys(str(path))
+    serving.start()
+    token, key = serving.create("alice")
+    path.unlink()
+    other = Keys(str(path))
+    prepare(other.engine)
+    strange, _ = other.create("mallory")
+    until = time.monotonic() + 10
+    while not caplog.records and time.monotonic() < until:
+        time.sleep(0.01)
+    time.sleep(0.05)
+    assert [record.message for record in caplog.records] == [f"the keys cannot be read again: sqlite:///{path}: {GONE}"]
+    assert (serving.find(token), serving.find(strange)) == (key, None)
+    serving.close()
+    other.close()
+
+
 def test_settings_that_make_no_sense_are_refused(keys: Keys) -> None:
     for settings, message in WRONG:
         with pytest.raises(ValueError, match=message):
@@ -468,6 +493,7 @@ def test_keys_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtur
         assert f"its metrics {words}: --admin-key, or DEFERRAL_ADMIN_KEY" in capsys.readouterr().err
 
 
+GONE = "the file is gone, or is another; put it back, or start the gateway again"
 HUGE = b'{"budget": 1%s}' % (b"0" * 400)
 
 
@@ -475,7 +501,8 @@ def test_admin_endpoints_make_and_end_keys(tmp_path: Path) -> None:
     record, store = Record(str(tmp_path / "gateway.db")), Keys(str(tmp_path / "gateway.db"))
     record.start()
     store.start()
-    app = Starlette(routes=routes(SimpleNamespace(record=record, keys=store)), exception_handlers=error_handlers())  # type: ignore[arg-type]
+    gateway: Any = SimpleNamespace(record=record, keys=store, query=asyncio.to_thread)
+    app = Starlette(routes=routes(gateway), exception_handlers=error_handlers())
     with TestClient(app) as client:
         made = client.post("/keys", json={"name": "bob", "budget": 2, "experts": ["small"]})
         assert made.status_code == 201
@@ -523,7 +550,7 @@ def test_admin_endpoints_make_and_end_keys(tmp_path: Path) -> None:
             answer = client.post("/keys", content=body)
             assert answer.status_code == 400, body
             assert answer.json()["error"]["message"]
-        for hours in ("0", "-1", "nan", "x", "1e9"):
+        for hours in ("0", "-1", "nan", "x", "1e9", "1_0", "١٠"):
             assert client.get("/status", params={"hours": hours}).status_code == 400
     store.close()
     record.stop()

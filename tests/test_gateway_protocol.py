@@ -182,6 +182,23 @@ def test_a_head_without_an_end_is_sent_away(line: bytes) -> None:
     assert replies == []
 
 
+@pytest.mark.parametrize(("length", "refused"), [(1 << 16, False), ((1 << 16) + 1, True)])
+def test_a_head_is_as_long_as_allowed_whatever_came_with_its_end(length: int, refused: bool) -> None:
+    start, end = HEAD + b"x-long: ", b"\r\nconnection: close\r\ncontent-length: 3\r\n\r\n"
+    head = start + b"a" * (length - len(start) - len(end)) + end
+    for packets in (
+        [head + b"end"],
+        [head[:60_000], head[60_000:] + b"end"],
+        [END.replace(b"close", b"keep-alive") + head + b"end"],
+    ):
+        replies = replies_to(*packets)
+        long = [reply for reply in replies if isinstance(reply, str) or "x-long" in reply["headers"]]
+        if refused:
+            assert long in (["expected a head of at most 65536 bytes"], []), "a reset may overtake the reply"
+        else:
+            assert [reply["body"] for reply in long] == ["end"]
+
+
 def test_who_says_nothing_is_sent_away() -> None:
     assert replies_to(patience=0) == []
 

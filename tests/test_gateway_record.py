@@ -237,6 +237,49 @@ def test_a_full_disk_loses_nothing_and_is_told(path: Path, monkeypatch: pytest.M
     assert {found.id for found in rows_of(path)} == {f"id-{number}" for number in range(sent)}
 
 
+def test_a_database_that_does_not_answer_is_told(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(record_module, "_LONGEST_SILENCE", 0.05)
+    made, answers = Record(str(path)), threading.Event()
+    made.start()
+    transaction = made._transaction
+    monkeypatch.setattr(made, "_transaction", lambda batch: answers.wait(20) and transaction(batch))
+    made.look()
+    assert not made.trouble
+    made.add(row(1))
+    until(lambda: made.look() or "it has not answered for" in made.trouble)
+    assert "1 rows are waiting" in caplog.records[-1].message
+    answers.set()
+    until(lambda: not made.waiting)
+    made.look()
+    assert not made.trouble
+    made.stop()
+    assert not made.lost
+
+
+def test_rows_wait_while_the_file_is_gone_or_another(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record_module, "_FIRST_RETRY", 0.01)
+    made, away = Record(str(path)), tmp_path / "away.db"
+    made.start()
+    made.add(row(1))
+    until(lambda: not made.waiting)
+    path.rename(away)
+    made.look()
+    assert "the file is gone, or is another" in made.trouble, "nobody has asked in the meantime"
+    made.add(row(2))
+    until(lambda: made._writing.why != "")
+    path.touch()
+    time.sleep(0.05)
+    assert made.waiting == 1
+    away.replace(path)
+    until(lambda: not made.waiting)
+    made.look()
+    assert not made.trouble
+    made.stop()
+    assert {found.id for found in rows_of(path)} == {"id-1", "id-2"}
+
+
 def test_a_deletion_that_failed_once_is_no_trouble_any_more(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made, may_go_on, steps = Record(str(path)), threading.Event(), []
     monkeypatch.setattr(record_module, "_LAST_RETRY", 0.01)
@@ -312,6 +355,7 @@ def test_a_locked_database_that_stays_locked_is_given_up_at_the_end(path: Path, 
     other.execute("ROLLBACK")
     other.close()
     assert rows_of(path) == []
+    assert made.lost == 5
     assert "5 rows are lost" in caplog.records[-1].message
 
 

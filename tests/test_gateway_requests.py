@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from deferral.gateway.deciding import Choice, set_aside
 from deferral.gateway.experts_file import Expert
 from deferral.gateway.problems import Problem
-from deferral.gateway.requests import hints, parse, with_model, with_stream_usage
+from deferral.gateway.requests import Kind, hints, parse, with_model, with_stream_usage
 from deferral.gateway.streams import ResponseMeter, StreamMeter, WithoutUsage
+from deferral.gateway.turns import MOST
 from deferral.gateway.usage import usage_of
 
 TEXT = st.text(max_size=12) | st.sampled_from(["model", '"model": "x"', "\\", '"', "ł", "\n", "auto"])
@@ -149,6 +150,29 @@ def test_what_is_no_request_is_refused(body: bytes, code: str) -> None:
     assert set(json.loads(caught.value.body)["error"]) == {"message", "type", "param", "code"}
 
 
+@pytest.mark.parametrize(
+    ("kind", "fields", "message"),
+    [
+        ("chat", {"messages": [0] * (MOST + 1)}, "messages: expected at most 100,000 entries"),
+        ("chat", {"messages": [{"content": [0] * (MOST // 2 + 1)}] * 2}, "messages: expected at most 100,000 parts of messages"),
+        ("responses", {"input": [0] * (MOST + 1)}, "input: expected at most 100,000 entries"),
+        ("responses", {"input": [{"role": "user", "content": [0] * (MOST + 1)}]}, "input: expected at most 100,000 parts"),
+        ("completions", {"prompt": [0] * (MOST + 1)}, "prompt: expected at most 100,000 entries"),
+        ("embeddings", {"input": [0] * (MOST + 1)}, "input: expected at most 100,000 entries"),
+        ("chat", {"messages": [], **dict.fromkeys(map(str, range(999)))}, "the body: expected at most 1,000 fields, got 1,001"),
+    ],
+)
+def test_what_would_take_long_to_read_is_refused_with_its_limit(kind: Kind, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(Problem, match=message) as caught:
+        parse(kind, chat(**fields) if kind == "chat" else json.dumps({"model": "auto", **fields}).encode())
+    assert caught.value.status == 400
+
+
+def test_as_much_as_is_read_is_read() -> None:
+    fields = dict.fromkeys(map(str, range(998)))
+    assert parse("chat", json.dumps({"model": "auto", "messages": [0] * MOST, **fields}).encode()).model == "auto"
+
+
 def test_an_error_never_repeats_the_body() -> None:
     with pytest.raises(Problem) as caught:
         parse("chat", b'{"model": "auto", "secret-prompt')
@@ -159,7 +183,7 @@ def test_hints_are_numbers_above_zero() -> None:
     found = hints({b"x-deferral-price-of-error": b"0.5", b"x-deferral-regions": b"eu, us", b"x-other": b"1"})
     assert found.setting == (0.5, None, None, None)
     assert found.regions == {"eu", "us"}
-    for text in (b"", b"nan", b"inf", b"-1", b"0", b"1 2", b"\xff"):
+    for text in (b"", b"nan", b"inf", b"-1", b"0", b"1 2", b"1_0", b"\xff"):
         with pytest.raises(Problem) as caught:
             hints({b"x-deferral-budget": text})
         assert caught.value.status == 400

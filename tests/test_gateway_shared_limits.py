@@ -12,10 +12,11 @@ from datetime import UTC, datetime
 import pytest
 from sqlalchemy import select, update
 
+from deferral.gateway import ledger as ledger_module
 from deferral.gateway import shared_limits as module
 from deferral.gateway.database import insert_rows
 from deferral.gateway.keys import ANYONE, Key
-from deferral.gateway.ledger import recorded
+from deferral.gateway.ledger import LIFE, SILENT, Ledger, Part, recorded
 from deferral.gateway.limits import Limits, Refused
 from deferral.gateway.record import Record
 from deferral.gateway.rows import values
@@ -484,3 +485,34 @@ def test_limits_are_shared_wherever_another_worker_may_be(database: str) -> None
     assert kinds == [SharedLimits if "postgresql" in database else Limits, SharedLimits]
     with pytest.raises(ValueError, match="workers: expected 1 to 256"):
         Settings(workers=0)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_rate_does_not_wait_for_a_clock_that_was_set_back(
+    worker: Workers, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    key, ahead = Key("k", "r", requests_per_minute=3), [7200.0]
+    monkeypatch.setattr(ledger_module, "clock", lambda connection: NOON + ahead[0])
+    gates = [worker().ledger for _ in range(workers)]
+    assert gates[0].admit(key.id, 3, 3, None).count == 3
+    assert gates[-1].admit(key.id, 3, 1, None).wait == pytest.approx(60 + LIFE)
+    ahead[0] = 0.0
+    assert gates[-1].admit(key.id, 3, 3, None).count == 3
+    assert gates[0].admit(key.id, 3, 1, None).wait == pytest.approx(60 + LIFE), "what is admitted now counts"
+
+
+def test_a_dead_worker_is_known_as_one_after_a_clock_was_set_back(worker: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
+    at = [NOON + 7200.0]
+    monkeypatch.setattr(ledger_module, "clock", lambda connection: at[0])
+    dead, other = worker().ledger, worker().ledger
+
+    def tell(who: Ledger, known: bool, spent: float = 0.0, granted: float = 0.0, wanted: float = 0.0) -> Part:
+        return who.exchange("k", NOON, 1.0, granted=granted, spent=spent, wanted=wanted, known=known)
+
+    had = tell(dead, False, wanted=0.5).added
+    assert had >= 0.5
+    at[0] = NOON
+    assert tell(other, False, wanted=0.1).free < 0.5, "the first may be alive as well"
+    at[0] += SILENT + 1
+    assert tell(other, True, granted=0.1, wanted=0.8).added >= 0.8
+    assert tell(dead, True, granted=had).lost

@@ -14,17 +14,17 @@ from deferral.gateway import workers as module
 from deferral.gateway.workers import supervise
 
 
-class Process:
+class Worker:
     """One that is there for some time, or until it is told to end; a real one would take a second to begin."""
 
     def __init__(self, lives_s: float) -> None:
-        self._ends, self.pid, self.exitcode, self.sentinel = time.monotonic() + lives_s, None, 1, None
+        self.began = time.monotonic()
+        self._ends = self.began + lives_s
+        self.process, self.held, self.status = SimpleNamespace(pid=None), None, 1
 
-    def is_alive(self) -> bool:
+    @property
+    def lives(self) -> bool:
         return time.monotonic() < self._ends
-
-    def join(self) -> None:
-        pass
 
 
 @pytest.fixture
@@ -33,12 +33,12 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     lives: list[float] = []
     left = [12]
 
-    def begin(*_) -> Process:
+    def begin(*_) -> Worker:
         if not lives:
             left[0] -= 1
             if left[0] == 0:
                 signal.raise_signal(signal.SIGTERM)
-        return Process(lives.pop(0) if lives else 0.0)
+        return Worker(lives.pop(0) if lives else 0.0)
 
     for name, value in {
         "_begun": begin,
@@ -58,7 +58,7 @@ def test_a_worker_that_cannot_start_does_not_end_those_that_serve(begun: list[fl
     caplog.set_level(logging.ERROR)
     begun += [1e6, 1e6, 0.1]
     with socket.socket() as listener:
-        supervise(lambda listener: None, listener, 3)
+        assert not supervise(lambda listener: None, listener, 3), "those that are left have lost something"
     assert len(caplog.records) > module._PATIENCE
 
 

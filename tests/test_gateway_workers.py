@@ -9,6 +9,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import aiohttp
@@ -137,6 +138,45 @@ def test_a_reload_that_comes_before_they_are_up_ends_nobody_and_is_not_missed(fo
         assert gateway.end(signal.SIGTERM) == 0
     finally:
         gateway.close()
+
+
+def test_a_signal_to_the_whole_group_ends_no_stream_and_the_parent_ends_last(folder: Path) -> None:
+    with Upstream(chunk_s=0.1) as upstream:
+        (folder / "experts.toml").write_text(
+            "".join(f'[experts.{name}]\nbase_url = "{upstream.url}"\n' for name in ("small", "large"))
+        )
+        with serving(folder, "--workers", "2", alone=True) as gateway:
+            until(lambda: gateway.log.count("startup complete") == 2)
+            with closing(http.client.HTTPConnection("127.0.0.1", gateway.port, timeout=20)) as client:
+                body = {"model": "small", "stream": True, "messages": [{"role": "user", "content": EASY}]}
+                client.request("POST", "/v1/chat/completions", json.dumps(body))
+                reply, began = client.getresponse(), time.monotonic()
+                os.killpg(gateway.process.pid, signal.SIGTERM)
+                assert b"[DONE]" in reply.read()
+                lasted = time.monotonic() - began
+            assert gateway.process.wait(20) == 0
+            assert not workers(gateway)
+    assert lasted > 1, "there was something to be waited for"
+
+
+def test_workers_outlive_the_process_that_they_are_copies_of_and_nobody_takes_their_place(folder: Path) -> None:
+    with serving(folder, "--workers", "2") as gateway:
+        until(lambda: gateway.log.count("startup complete") == 2)
+        before = workers(gateway)
+        (parent,) = {int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) for pid in before}
+        assert parent != gateway.process.pid
+        os.kill(parent, signal.SIGKILL)
+        time.sleep(1)
+        assert "ended with status" not in gateway.log
+        assert workers(gateway) == before
+        killed = min(before)
+        os.kill(killed, signal.SIGKILL)
+        until(lambda: gateway.log.count("startup complete") == 3)
+        gateway.process.send_signal(signal.SIGHUP)
+        until(lambda: gateway.log.count("reloaded: experts") == 2, 10)
+        # How the one of before ended nobody can say.
+        assert gateway.end(signal.SIGTERM) == 1
+        assert gateway.log.count("Finished server process") == 2
 
 
 def listens(port: int) -> bool:

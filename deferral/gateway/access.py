@@ -12,9 +12,12 @@ from deferral.gateway.settings import Settings, is_loopback
 
 __all__ = ["Access", "must_have_key", "no_key", "problem_of"]
 
+# What a proxy says of whom it asks for.
+_FORWARDED = frozenset({b"x-forwarded-for", b"forwarded", b"x-real-ip"})
+
 
 class Access:
-    """A gateway that only this machine can reach, and that never had a key, is open.  Any other wants one.
+    """A gateway that only this machine can reach, and that never had a key for clients, is open.  Any other wants one.
 
     Admin endpoints want the admin key of the settings, or a key made for them; where there is neither, they are closed.
     """
@@ -26,13 +29,13 @@ class Access:
 
     def started(self) -> None:
         """Call once the keys are loaded: a gateway that ever had a key does not open when the last one is revoked."""
-        if self._open and any(True for _ in self._keys.list()):
+        if self._open and any(not issued.key.admin for issued in self._keys.list()):
             self._open = False
 
     @property
     def open(self) -> bool:
         """Whether a request needs no key."""
-        if self._open and len(self._keys) > 0:
+        if self._open and any(not key.admin for key in self._keys):
             self._open = False
         return self._open
 
@@ -44,6 +47,10 @@ class Access:
             # Any page in a browser may send requests to this machine, but not without saying where it is from.
             if b"origin" in headers:
                 raise Problem(403, "pages_need_a_key", "a gateway without keys takes no requests of web pages; make a key")
+            # What has come through a proxy may have come from anywhere.
+            if not _FORWARDED.isdisjoint(headers):
+                message = "a gateway without keys takes no requests that a proxy passes on; make a key"
+                raise Problem(403, "proxied_needs_a_key", message)
             # Nor by a name that a page has had this machine's address given to: then it says nothing.
             if not _is_here(headers.get(b"host", b"")):
                 message = "a gateway without keys answers to localhost and the addresses of this machine alone; make a key"

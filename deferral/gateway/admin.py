@@ -14,7 +14,7 @@ from starlette.routing import Route
 
 from deferral.gateway.forgetting import forget
 from deferral.gateway.keys import PREFIX, SETTINGS, Issued, Key, Keys, UnknownKey
-from deferral.gateway.problems import Problem
+from deferral.gateway.problems import Problem, number
 from deferral.gateway.record import WRITTEN_WITHIN
 from deferral.gateway.state import Gateway
 from deferral.gateway.status import status
@@ -30,23 +30,23 @@ def routes(gateway: Gateway) -> list[Route]:
 
     async def keys(request: Request) -> Response:
         if request.method == "GET":
-            issued = await asyncio.to_thread(gateway.keys.list)
+            issued = await gateway.query(gateway.keys.list)
             return JSONResponse({"object": "list", "data": [shown(one) for one in issued]})
         body = await read_body(request.receive, header_map(request.scope), _MOST_BYTES)
-        return JSONResponse(await asyncio.to_thread(create_key, gateway.keys, body), 201)
+        return JSONResponse(await gateway.query(create_key, gateway.keys, body), 201)
 
     async def key(request: Request) -> Response:
         identity = request.path_params["id"]
         if request.method == "PATCH":
             body = await read_body(request.receive, header_map(request.scope), _MOST_BYTES)
-            return JSONResponse(await asyncio.to_thread(change_key, gateway.keys, identity, body))
-        if not await asyncio.to_thread(gateway.keys.revoke, identity):
+            return JSONResponse(await gateway.query(change_key, gateway.keys, identity, body))
+        if not await gateway.query(gateway.keys.revoke, identity):
             raise Problem(404, "key_not_found", f"{identity[:100]!r} is no valid key")
         return JSONResponse({"id": identity, "object": "key", "revoked": True})
 
     async def token(request: Request) -> Response:
         body = await read_body(request.receive, header_map(request.scope), _MOST_BYTES)
-        return JSONResponse(await asyncio.to_thread(rotate_key, gateway.keys, request.path_params["id"], body), 201)
+        return JSONResponse(await gateway.query(rotate_key, gateway.keys, request.path_params["id"], body), 201)
 
     async def forget_key(request: Request) -> Response:
         return await deleted(key=request.path_params["id"].removeprefix(PREFIX))
@@ -55,15 +55,15 @@ def routes(gateway: Gateway) -> list[Route]:
         return await deleted(response=request.path_params["id"])
 
     async def deleted(*, key: str | None = None, response: str | None = None) -> Response:
-        engine = gateway.record.engine
+        engine = gateway.record.patient
         if not (key or response):
             raise Problem(400, "no_id", "expected the id of a key or of a response, got an empty one")
         try:
-            gone = await asyncio.to_thread(forget, engine, key=key, response=response)
+            gone = await gateway.query(forget, engine, key=key, response=response)
             if not gone.decisions:
                 # A row is written a moment after its reply.
                 await asyncio.sleep(WRITTEN_WITHIN)
-                gone = await asyncio.to_thread(forget, engine, key=key, response=response)
+                gone = await gateway.query(forget, engine, key=key, response=response)
         except ValueError as error:
             raise Problem(409, "ambiguous_id", str(error)) from None
         if not gone.decisions:
@@ -74,7 +74,7 @@ def routes(gateway: Gateway) -> list[Route]:
     async def happened(request: Request) -> Response:
         now = time.time()
         since = now - 3600 * hours_of(request.query_params.get("hours", "24"))
-        found = await asyncio.to_thread(status, gateway.record.engine, list(gateway.keys), since=since, now=now)
+        found = await gateway.query(status, gateway.record.patient, list(gateway.keys), since=since, now=now)
         return JSONResponse(asdict(found))
 
     return [
@@ -165,10 +165,7 @@ def _settings(key: Key) -> dict[str, Any]:
 
 def hours_of(text: str) -> float:
     """The number of hours in a query; Problem 400 where it is none."""
-    try:
-        hours = float(text)
-    except ValueError:
-        hours = 0.0
+    hours = number(text)
     if not 0 < hours <= 1e6:
         raise Problem(400, "invalid_hours", f"hours: expected a number above 0, got {text[:100]!r}", param="hours")
     return hours

@@ -11,7 +11,7 @@ from typing import Any
 from sqlalchemy import Connection, Engine, delete, select
 from sqlalchemy.exc import SQLAlchemyError
 
-from deferral.gateway.database import alone, clock, durable, replacing
+from deferral.gateway.database import alone, clock, durable, hang_up, replacing
 from deferral.gateway.drift import ALLOWED, EVERY, Expected, Seen, looked_at, rings
 from deferral.gateway.notices import Notices, keep_notices
 from deferral.gateway.schema import alarms, looks
@@ -21,6 +21,7 @@ __all__ = ["MEANINGS", "Alarm", "Alarms"]
 _log = logging.getLogger("deferral.gateway.alarms")
 
 _FIRST, _READ = 5.0, 30.0
+_LONGEST_END = 5.0
 _ROW = 1
 # What each means; the runbook, docs/operating.md, has a section of this title.
 MEANINGS = {
@@ -82,10 +83,12 @@ class Alarms:
             await asyncio.sleep(_READ)
 
     def close(self) -> None:
-        """Whoever looks is waited for; nobody will again."""
+        """Whoever looks is waited for, for some seconds; nobody will again."""
         self._closed = True
-        with self._lock:
-            pass
+        if self._lock.acquire(timeout=_LONGEST_END):
+            self._lock.release()
+        else:
+            hang_up(self._engine)
 
     def look(self, expected: Expected, at: float | None = None) -> None:
         """Look for drift, if nobody else has in the last ten minutes; then read what is known.  `at` is the time, for tests."""

@@ -1,6 +1,5 @@
 """The page of an operator: its files, which hold no data, and behind the admin key what it shows."""
 
-import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -65,7 +64,7 @@ def routes(gateway: Gateway) -> list[Route]:
     async def read(request: Request, reader: Callable[..., Any]) -> Response:
         now = time.time()
         since = now - 3600 * hours_of(request.query_params.get("hours", "24"))
-        found = await asyncio.to_thread(reader, gateway.record.engine, since=since, until=now)
+        found = await gateway.query(reader, gateway.record.patient, since=since, until=now)
         return JSONResponse(asdict(found))
 
     async def over_time(request: Request) -> Response:
@@ -87,7 +86,7 @@ def routes(gateway: Gateway) -> list[Route]:
             wanted["key"] = asked["key"].removeprefix(PREFIX)
         if "hours" in asked:
             wanted["since"] = time.time() - 3600 * hours_of(asked["hours"])
-        return JSONResponse({"data": await asyncio.to_thread(recent, gateway.record.engine, **wanted)})
+        return JSONResponse({"data": await gateway.query(recent, gateway.record.patient, **wanted)})
 
     async def experts(request: Request) -> Response:
         standings = gateway.answerers.standings

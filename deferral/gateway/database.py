@@ -2,24 +2,30 @@
 
 import json
 import os
+import socket
 import sqlite3
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
 
 from sqlalchemy import Column, Connection, Dialect, Engine, Insert, Table, create_engine, event, false, insert, inspect, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, OperationalError
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, OperationalError, SQLAlchemyError
 
 from deferral.errors import DataError, installing
 from deferral.gateway.migrations import migrate
 from deferral.gateway.schema import VERSION, decisions, tables, version
 
 __all__ = [
+    "LOCK_S",
+    "STATEMENT_S",
+    "Replaced",
     "adding",
     "alone",
     "clock",
@@ -27,6 +33,8 @@ __all__ = [
     "copy",
     "delete_among",
     "durable",
+    "file_of",
+    "hang_up",
     "if_alone",
     "insert_rows",
     "look",
@@ -35,6 +43,8 @@ __all__ = [
     "scrub",
     "shared",
     "shown",
+    "still_there",
+    "wait_for",
     "writing",
 ]
 
@@ -57,8 +67,21 @@ _SESSION = {
 }
 
 
-def connect(url: str) -> Engine:
-    """The database of an SQLAlchemy URL, or of the path of an SQLite file; nothing is opened yet."""
+# What a server gives a lock, and a statement that somebody waits for: who locks a table must not stop it.
+LOCK_S, STATEMENT_S = 3.0, 10.0
+# Of PostgreSQL, those that are open: a statement without an answer can be ended only from outside of its thread.
+_opened: WeakKeyDictionary[Engine, WeakSet[Any]] = WeakKeyDictionary()
+
+
+class Replaced(SQLAlchemyError):
+    """The file of the database is gone, or another has its name: what is written to it nobody would find."""
+
+
+def connect(url: str, *, lock_s: float = 0.0, statement_s: float = 0.0) -> Engine:
+    """The database of an SQLAlchemy URL, or of the path of an SQLite file; nothing is opened yet.
+
+    On PostgreSQL a statement fails that waits longer than `lock_s` for a lock, or takes longer than `statement_s`; 0: never.
+    """
     expected = "the path of a file or an SQLAlchemy URL such as sqlite:///gateway.db or postgresql+psycopg://user@host/name"
     if "://" in url and url.count("@") > 1:
         # What follows the first would be taken for a host, and named by whoever cannot find it.
@@ -74,8 +97,15 @@ def connect(url: str) -> Engine:
             if parsed.drivername == "postgresql":
                 parsed = parsed.set(drivername="postgresql+psycopg")
             waits = {name: value for name, value in _PATIENCE.items() if name not in parsed.query}
-            engine = create_engine(parsed, pool_pre_ping=True, hide_parameters=True, connect_args=waits)
-            event.listen(engine, "connect", _set_session)
+            engine = create_engine(parsed, pool_pre_ping=True, max_overflow=5, hide_parameters=True, connect_args=waits)
+            limits = {"lock_timeout": f"{1000 * lock_s:.0f}", "statement_timeout": f"{1000 * statement_s:.0f}"}
+            opened = _opened[engine] = WeakSet()
+
+            def begin(connection: Any, _: object) -> None:
+                opened.add(connection)
+                _set_session(connection, _SESSION | limits)
+
+            event.listen(engine, "connect", begin)
             return engine
         if backend != "sqlite":
             raise ValueError(f"database: expected {expected}; {backend} is neither")
@@ -101,6 +131,40 @@ def shown(engine: Engine) -> str:
 def shared(engine: Engine) -> bool:
     """Whether gateways on other machines may have the same database."""
     return engine.dialect.name != "sqlite"
+
+
+def file_of(engine: Engine) -> tuple[int, int] | None:
+    """What tells an SQLite file from any other; None where there is none, or the database is no file."""
+    if shared(engine):
+        return None
+    try:
+        status = os.stat(str(engine.url.database))
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def still_there(engine: Engine, file: tuple[int, int] | None) -> None:
+    """Replaced where the database has another `file_of` it than this."""
+    if file_of(engine) != file:
+        raise Replaced(f"{shown(engine)}: the file is gone, or is another; put it back, or start the gateway again")
+
+
+def wait_for(thread: threading.Thread, engine: Engine, seconds: float) -> bool:
+    """Wait for the end of a thread that uses a database; what keeps it there for longer fails.  -> whether it has ended"""
+    thread.join(seconds)
+    if thread.is_alive():
+        hang_up(engine)
+        thread.join(seconds)
+    return not thread.is_alive()
+
+
+def hang_up(engine: Engine) -> None:
+    """End what PostgreSQL has not answered yet: whoever waits for that gets an error."""
+    for connection in list(_opened.get(engine, ())):
+        # By a copy: what it is to the driver must not be closed under it.
+        with suppress(OSError, connection.Error), socket.socket(fileno=os.dup(connection.fileno())) as same:
+            same.shutdown(socket.SHUT_RDWR)
 
 
 def prepare(engine: Engine, *, create: bool = True) -> None:
@@ -183,16 +247,26 @@ def _version(connection: Connection) -> int:
 
 
 def _brought_up(engine: Engine) -> int:
-    with engine.connect() as connection, alone(connection, "schema"):
-        found = _version(connection)
-        if found == 0:
-            if others := sorted(set(inspect(connection).get_table_names()) & set(tables.tables)):
-                name = shown(connection.engine)
-                raise DataError(f"{name}: expected an empty database or one of a gateway; it has another's table {others[0]}")
-            tables.create_all(connection)
-            connection.execute(insert(version).values(version=VERSION))
-        elif found < VERSION:
-            migrate(connection, found, VERSION)
+    with engine.connect() as connection:
+        if connection.dialect.name == "postgresql":
+            # It takes as long as it takes, and the others wait for it.
+            connection.exec_driver_sql("SET LOCAL lock_timeout = 0")
+            connection.exec_driver_sql("SET LOCAL statement_timeout = 0")
+        with alone(connection, "schema"):
+            return _made(connection)
+
+
+def _made(connection: Connection) -> int:
+    """In a transaction that is alone.  -> the version of the tables"""
+    found = _version(connection)
+    if found == 0:
+        if others := sorted(set(inspect(connection).get_table_names()) & set(tables.tables)):
+            name = shown(connection.engine)
+            raise DataError(f"{name}: expected an empty database or one of a gateway; it has another's table {others[0]}")
+        tables.create_all(connection)
+        connection.execute(insert(version).values(version=VERSION))
+    elif found < VERSION:
+        migrate(connection, found, VERSION)
     return max(found, VERSION)
 
 
@@ -339,8 +413,8 @@ def _set_pragmas(connection: Any, _: object) -> None:
     cursor.close()
 
 
-def _set_session(connection: Any, _: object) -> None:
-    settings = ", ".join(f"set_config('{name}', '{value}', false)" for name, value in _SESSION.items())
+def _set_session(connection: Any, wanted: Mapping[str, str]) -> None:
+    settings = ", ".join(f"set_config('{name}', '{value}', false)" for name, value in wanted.items())
     connection.execute(f"SELECT {settings}")
     connection.commit()
 

@@ -17,7 +17,7 @@ from typing import Any
 from sqlalchemy import Connection, Row, insert, select, update
 from sqlalchemy.exc import SQLAlchemyError
 
-from deferral.gateway.database import clock, connect, prepare, writing
+from deferral.gateway.database import LOCK_S, STATEMENT_S, clock, connect, file_of, prepare, still_there, wait_for, writing
 from deferral.gateway.rows import plain
 from deferral.gateway.schema import keys as table
 from deferral.gateway.windows import WINDOWS, WindowName, time_zone
@@ -27,6 +27,7 @@ __all__ = ["ANYONE", "PREFIX", "SETTINGS", "Issued", "Key", "Keys", "UnknownKey"
 _log = logging.getLogger("deferral.gateway.keys")
 
 _REFRESH = 2.0
+_LONGEST_END = 5.0
 _MARK = "dk"
 PREFIX = f"{_MARK}-"
 # What may be changed of a key.
@@ -91,11 +92,12 @@ class Keys:
     """The keys of a database, looked up in memory; a thread between `start` and `close` refreshes them every two seconds.
 
     A token is dk-ID-SECRET with a secret of 256 random bits; its SHA-256 is all that is stored.  Against guessing that many
-    bits a slow hash adds nothing.
+    bits a slow hash adds nothing.  With `serving` no statement may take long, see `connect`.
     """
 
-    def __init__(self, url: str) -> None:
-        self.engine = connect(url)
+    def __init__(self, url: str, *, serving: bool = False) -> None:
+        self.engine = connect(url, lock_s=LOCK_S, statement_s=STATEMENT_S) if serving else connect(url)
+        self._file: tuple[int, int] | None = None
         self._found: dict[str, _Known] = {}
         self._told: Callable[[Iterable[Key]], None] = lambda keys: None
         self._reading = threading.Lock()
@@ -105,6 +107,7 @@ class Keys:
     def start(self) -> None:
         """Open the database, read the keys and keep reading them; DataError where that cannot be done."""
         prepare(self.engine)
+        self._file = file_of(self.engine)
         self.refresh()
         self._end.clear()
         self._thread = threading.Thread(target=self._run, name="keys", daemon=True)
@@ -118,7 +121,7 @@ class Keys:
         """Stop refreshing."""
         self._end.set()
         if self._thread is not None:
-            self._thread.join()
+            wait_for(self._thread, self.engine, _LONGEST_END)
             self._thread = None
         self.engine.dispose()
 
@@ -245,6 +248,7 @@ class Keys:
         failing = False
         while not self._end.wait(_REFRESH):
             try:
+                still_there(self.engine, self._file)
                 self.refresh()
                 failing = False
             except (SQLAlchemyError, ValueError) as error:

@@ -79,6 +79,10 @@ class Ledger:
             with alone(connection, f"budget {key}"):
                 now = clock(connection)
                 rows = {row.worker: row for row in _grants(connection, key, start)}
+                if any(row.seen > now + SILENT for row in rows.values()):
+                    # The clock was set back: whoever is dead would be taken for alive for as long.
+                    ahead = (grants.c.key == key) & (grants.c.start == start) & (grants.c.seen > now)
+                    connection.execute(update(grants).where(ahead).values(seen=now))
                 if _ENDED not in rows:
                     # The first of the window; what was spent before anyone shared it is on record.
                     connection.execute(delete(grants).where(grants.c.key == key, grants.c.start < start - _FASTEST))
@@ -125,7 +129,9 @@ class Ledger:
             durable(connection, False)
             with alone(connection, f"rate {key}"):
                 now = clock(connection)
-                connection.execute(delete(admissions).where(a.key == key, a.until <= now - _MINUTE))
+                # None is for a time so far ahead; where the clock was set back, it would count for as long.
+                over = (a.until <= now - _MINUTE) | (a.until > now + _MINUTE)
+                connection.execute(delete(admissions).where(a.key == key, over))
                 if unused is not None:
                     connection.execute(update(admissions).where(a.id == unused[0]).values(count=unused[1]))
                 taken, oldest = connection.execute(

@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Mapping
 
-__all__ = ["Problem", "error_body"]
+__all__ = ["Problem", "error_body", "number"]
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
@@ -40,3 +40,11 @@ def error_body(status: int, code: str, message: str, param: str | None = None) -
     kind = "insufficient_quota" if code == "insufficient_quota" else _TYPES.get(status)
     kind = kind or ("invalid_request_error" if status < 500 else "upstream_error" if status in (502, 504) else "server_error")
     return json.dumps({"error": {"message": message, "type": kind, "param": param, "code": code}}).encode()
+
+
+def number(text: str) -> float:
+    """The number that a client has written; NaN where it is none, as 1_0 and ١٠ are, which Python reads."""
+    try:
+        return float(text) if text.isascii() and "_" not in text else math.nan
+    except ValueError:
+        return math.nan

@@ -13,11 +13,16 @@ __all__ = ["Protocol"]
 
 _AT_ONCE = 1 << 16
 _LONGEST_HEAD = 1 << 16
+_TOO_LONG = f"expected a head of at most {_LONGEST_HEAD} bytes"
 # Nobody ends while a request is under way: who sends half of one must not hold that up.  Nobody has been asked for it yet, so
 # that it can be sent again.
 _LONGEST_UPLOAD_S, _LAST_UPLOAD_S = 120.0, 5.0
 # A client that takes nothing of its reply for so long does not read.
 _LONGEST_PAUSE_S = 60.0
+
+
+class _LongHead(Exception):
+    """A head that has ended, and is too long."""
 
 
 class Protocol(HttpToolsProtocol):
@@ -29,8 +34,8 @@ class Protocol(HttpToolsProtocol):
     minutes for the rest, or five seconds once the server is to end.  Who takes nothing of a reply for a minute loses the rest.
     """
 
-    # Bytes since the last that were the end of a head, or a part of a body.
-    _unfinished = 0
+    # Bytes since the last that were the end of a head, or a part of a body; and how many a head can have that ends now.
+    _unfinished = _most = 0
     # Of a body, in the bytes that came together.
     _parts: list[bytes]
     # A request has begun to come, and has not come to its end.
@@ -57,16 +62,16 @@ class Protocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Some bytes of requests."""
-        self._unfinished += len(data)
+        self._most = self._unfinished = self._unfinished + len(data)
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as wish:
             self._not_upgraded(data[wish.args[0] :])
-        except httptools.HttpParserError:
-            self._refuse("this is no HTTP/1.1")
+        except httptools.HttpParserError as error:
+            self._refuse(_TOO_LONG if isinstance(error.__context__, _LongHead) else "this is no HTTP/1.1")
         else:
             if self._unfinished > _LONGEST_HEAD:
-                self._refuse(f"expected a head of at most {_LONGEST_HEAD} bytes")
+                self._refuse(_TOO_LONG)
             self._pass_on_parts()
             self._wait_for_the_rest()
 
@@ -78,6 +83,8 @@ class Protocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """A request begins, with its headers: what comes as trailers, after checks of whoever is in front, is none of them."""
+        if self._most > _LONGEST_HEAD and self._head_size() > _LONGEST_HEAD:
+            raise _LongHead
         self._unfinished = 0
         if not self.parser.should_upgrade():
             super().on_headers_complete()
@@ -129,6 +136,11 @@ class Protocol(HttpToolsProtocol):
         else:
             super().shutdown()
         self._wait_for_the_rest()
+
+    def _head_size(self) -> int:
+        """Of the head that has ended, but for the spaces around its values."""
+        first = b"%b %b HTTP/1.1\r\n" % (self.parser.get_method(), self.url)
+        return len(first) + sum(len(name) + len(value) + len(b": \r\n") for name, value in self.headers) + len(b"\r\n")
 
     def _pass_on_parts(self) -> None:
         if self._parts:

@@ -268,7 +268,7 @@ class Exchange:
         """The expert that a conversation is with, which it alone remembers."""
         try:
             expert = await self.gateway.record.answered_by(response, key=self.key.id)
-        except SQLAlchemyError:
+        except (SQLAlchemyError, TimeoutError):
             raise _record_unavailable() from None
         if not expert:
             raise _no_such_response(response, "; name the expert that gave it as the model")
@@ -278,7 +278,7 @@ class Exchange:
         """Problem 400 where an expert is asked by name to go on from what it answered to somebody else."""
         try:
             others = bool(self.key.id) and await self.gateway.record.answered_others(response, key=self.key.id)
-        except SQLAlchemyError:
+        except (SQLAlchemyError, TimeoutError):
             raise _record_unavailable() from None
         if others:
             raise _no_such_response(response)

@@ -10,14 +10,31 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import TypeVar
 
 from sqlalchemy import Connection, Select, select
 from sqlalchemy.exc import DataError as ValueRefused
 from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 
-from deferral.gateway.database import connect, durable, insert_rows, prepare, replacing, writing
+from deferral.gateway.database import (
+    LOCK_S,
+    STATEMENT_S,
+    Replaced,
+    connect,
+    durable,
+    file_of,
+    hang_up,
+    insert_rows,
+    prepare,
+    replacing,
+    shared,
+    still_there,
+    wait_for,
+    writing,
+)
 from deferral.gateway.ledger import recorded
 from deferral.gateway.minutes import add_to_minutes
 from deferral.gateway.retention import Retention
@@ -27,6 +44,7 @@ from deferral.gateway.schema import cascades, decisions, feedback, texts
 __all__ = ["WRITTEN_WITHIN", "Record"]
 
 _log = logging.getLogger("deferral.gateway.record")
+_T = TypeVar("_T")
 
 _BATCH = 200
 _LONGEST_WAIT = 0.05
@@ -36,6 +54,10 @@ _FIRST_RETRY, _LAST_RETRY = 0.05, 1.0
 # Seconds after a reply, its row is there.
 WRITTEN_WITHIN = 0.2
 _FEEDBACK_TIMEOUT = 10.0
+_READ_TIMEOUT = 5.0
+_READERS = 2
+# A writer that is at one thing for so long has no answer from its database.
+_LONGEST_SILENCE = 5.0
 _SAME_ID = 100
 
 
@@ -101,8 +123,12 @@ class Record:
         if store_text and retention_days is None:
             raise ValueError("store_text: expected retention_days (--retention-days) as well; text is not kept without an end")
         self.store_text, self.retention_days, self._clock = store_text, retention_days, clock
-        self.engine = connect(url)
-        self._retention = Retention(self.engine, text_days=retention_days, record_days=record_days, clock=clock)
+        self.engine = connect(url, lock_s=LOCK_S, statement_s=STATEMENT_S)
+        # For what reads or deletes much.
+        self.patient = connect(url, lock_s=LOCK_S) if shared(self.engine) else self.engine
+        self._readers = ThreadPoolExecutor(_READERS, "record")
+        self._file: tuple[int, int] | None = None
+        self._retention = Retention(self.patient, text_days=retention_days, record_days=record_days, clock=clock)
         self._waiting: deque[DecisionRow | _Feedback] = deque()
         self._characters = _Passed()
         self._something, self._urgent = threading.Event(), threading.Event()
@@ -110,13 +136,18 @@ class Record:
         self._closing = False
         self._give_up_at = math.inf
         # Apart: neither hides the other, and each ends with its own success.
-        self._writing, self._deleting = _Trouble(), _Trouble()
+        self._writing, self._deleting, self._looking = _Trouble(), _Trouble(), _Trouble()
+        # Since when the writer is at one thing; None: at nothing.
+        self._since: float | None = None
+        # Rows that could not be written, once it is closed.
+        self.lost = 0
         self._clean_at = 0.0
         self._ended = False
 
     def start(self) -> None:
         """Open the database, create its tables and begin to write; DataError where that cannot be done."""
         prepare(self.engine)
+        self._file = file_of(self.engine)
         self._thread = threading.Thread(target=self._guarded, name="record", daemon=True)
         self._thread.start()
 
@@ -131,14 +162,33 @@ class Record:
             self._closing = True
             self._something.set()
             self._urgent.set()
-            self._thread.join()
-            self._thread = None
-        self.engine.dispose()
+            if not wait_for(self._thread, self.engine, timeout + LOCK_S + 1):
+                _log.error("%d rows are lost: the database does not answer", len(self._waiting))
+            self._thread, self.lost = None, len(self._waiting)
+        self._readers.shutdown(wait=False, cancel_futures=True)
+        for engine in (self.engine, self.patient):
+            engine.dispose()
+            # Nobody waits any more for what has no answer by now, but the process would not end before it.
+            hang_up(engine)
 
     @property
     def trouble(self) -> str:
         """Why the database takes no rows at present, or gives none up whose time is over; "" if it does both."""
-        return "the writer has ended" if self._ended else self._writing.why or self._deleting.why
+        return "the writer has ended" if self._ended else self._writing.why or self._looking.why or self._deleting.why
+
+    def look(self) -> None:
+        """Be troubled where the file is gone, or the database has not answered for some seconds; to be called now and then."""
+        since, why = self._since, ""
+        try:
+            still_there(self.engine, self._file)
+        except Replaced as error:
+            why = str(error)
+        if self._waiting and since is not None and (silent := time.monotonic() - since) > _LONGEST_SILENCE:
+            why = why or f"it has not answered for {silent:.0f} s"
+        if why:
+            self._looking.begins(why, len(self._waiting))
+        else:
+            self._looking.ends("the database is there, and answers again")
 
     @property
     def waiting(self) -> int:
@@ -172,23 +222,32 @@ class Record:
     async def answered_by(self, reply_id: str, *, key: str) -> str | None:
         """The expert whose reply to this key (or anybody, if it is "") had this id; None where there is none, or more than one.
 
-        SQLAlchemyError where the database fails.
+        SQLAlchemyError or TimeoutError where the database fails.
         """
-        found = await asyncio.to_thread(self._answered_by, reply_id, key)
-        if found is None:
-            # A reply can be faster than its row.
-            await asyncio.sleep(WRITTEN_WITHIN)
-            found = await asyncio.to_thread(self._answered_by, reply_id, key)
+        async with asyncio.timeout(_READ_TIMEOUT):
+            found = await self._read(self._answered_by, reply_id, key)
+            if found is None:
+                # A reply can be faster than its row.
+                await asyncio.sleep(WRITTEN_WITHIN)
+                found = await self._read(self._answered_by, reply_id, key)
         return found
 
     async def answered_others(self, reply_id: str, *, key: str) -> bool:
-        """Whether replies of this id went to other keys, and none to this one.  SQLAlchemyError where the database fails."""
-        return await asyncio.to_thread(self._answered_others, reply_id, key)
+        """Whether replies of this id went to other keys, and none to this one.
+
+        SQLAlchemyError or TimeoutError where the database fails.
+        """
+        async with asyncio.timeout(_READ_TIMEOUT):
+            return await self._read(self._answered_others, reply_id, key)
 
     def spent(self, key: str, since: float) -> float:
         """Dollars that the requests of a key have cost that arrived at `since` or later, as far as they are written."""
         with self.engine.connect() as connection:
             return recorded(connection, key, since)
+
+    async def _read(self, read: Callable[[str, str], _T], reply_id: str, key: str) -> _T:
+        """By threads of its own: others may have to wait for the database."""
+        return await asyncio.get_running_loop().run_in_executor(self._readers, read, reply_id, key)
 
     def _answered_by(self, reply_id: str, key: str) -> str | None:
         same = decisions.c.reply_id == plain(reply_id)[:200]
@@ -278,11 +337,14 @@ class Record:
         """Commit a batch, however long that takes; a row that cannot be written is left out, alone."""
         wait = _FIRST_RETRY
         while True:
+            self._since = time.monotonic()
             try:
                 answers = self._transaction(batch)
+                self._since = None
                 break
             except (SQLAlchemyError, MemoryError) as error:
                 if not isinstance(error, IntegrityError | ValueRefused):
+                    self._since = None
                     self._writing.begins(_reason(error), len(self._waiting))
                     if time.monotonic() > self._give_up_at:
                         return False
@@ -292,6 +354,7 @@ class Record:
                 fault: Exception = error
             except Exception as error:
                 fault = error
+            self._since = None
             if len(batch) > 1:
                 half = len(batch) // 2
                 return self._write(batch[:half]) and self._write(batch[half:])
@@ -306,6 +369,7 @@ class Record:
     def _transaction(self, batch: Sequence[DecisionRow | _Feedback]) -> list[tuple[_Feedback, bool]]:
         rows = [item for item in batch if isinstance(item, DecisionRow)]
         said = [item for item in batch if isinstance(item, _Feedback)]
+        still_there(self.engine, self._file)
         with self.engine.connect() as connection:
             durable(connection, bool(said))
             with writing(connection):
@@ -325,11 +389,14 @@ class Record:
 
     def _clean(self) -> float:
         """Delete some of what is over its time.  -> seconds until there is more to do"""
+        self._since = time.monotonic()
         try:
             wait = self._retention.step()
         except SQLAlchemyError as error:
             self._deleting.begins(f"what is over its time cannot be deleted, {_reason(error)}", len(self._waiting))
             return _LAST_RETRY
+        finally:
+            self._since = None
         self._deleting.ends("what is over its time can be deleted again")
         return wait
 

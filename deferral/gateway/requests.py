@@ -9,13 +9,14 @@ from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 from deferral.gateway.experts_file import AUTO
-from deferral.gateway.problems import Problem
-from deferral.gateway.turns import BYTES_PER_TOKEN, Turn, bytes_in, conversation, messages_of, text_of
+from deferral.gateway.problems import Problem, number
+from deferral.gateway.turns import BYTES_PER_TOKEN, MOST, TooMany, Turn, bytes_in, conversation, messages_of, text_of
 
 __all__ = ["NO_HINTS", "Asked", "Hints", "Kind", "hints", "parse", "with_model", "with_stream_usage"]
 
 Kind = Literal["chat", "completions", "embeddings", "responses"]
 
+_MOST_FIELDS = 1000
 # Of a picture, a sound or a file.
 _DATA_TOKENS = 1000
 # Of the Responses API: what an expert keeps between requests.
@@ -97,6 +98,8 @@ def parse(kind: Kind, body: bytes, routed: Collection[str] = AUTO) -> Asked:
         raise Problem(400, "invalid_json", f"the body: expected a JSON object in UTF-8; {reason}") from None
     if not isinstance(request, dict):
         raise Problem(400, "invalid_json", f"the body: expected a JSON object, got {_kind(request)}")
+    if len(request) > _MOST_FIELDS:
+        raise Problem(400, "too_many_fields", f"the body: expected at most {_MOST_FIELDS:,} fields, got {len(request):,}")
     # Servers that match names of fields without regard to case would take these for the others.
     if twin := next((name for name in request if name not in _MEANT and name.casefold() in _MEANT), None):
         message = f"{twin[:20]!r}: there is no such field; expected {twin.casefold()!r}"
@@ -111,10 +114,14 @@ def parse(kind: Kind, body: bytes, routed: Collection[str] = AUTO) -> Asked:
     if kind == "chat" or kind == "responses":
         if kind == "responses":
             previous = _previous(request, routed)
-        turns, tools, images, data, data_bytes = conversation(_messages(kind, request))
+        try:
+            turns, tools, images, data, data_bytes = conversation(_messages(kind, request))
+        except TooMany:
+            raise _too_many("messages" if kind == "chat" else "input", "parts of messages") from None
         tools = tools or bool(request.get("tools")) or bool(request.get("functions"))
     else:
         name = "prompt" if kind == "completions" else "input"
+        _check_length(name, request.get(name))
         turns, tools, images, data, data_bytes = (Turn(text_of(request.get(name)), 0),), False, False, 0, 0
         longest = _longest(request.get(name))
     answers = max(_count(request.get("n")), _count(request.get("best_of")))
@@ -175,10 +182,7 @@ def hints(headers: Mapping[bytes, bytes]) -> Hints:
         text = headers.get(header)
         if text is None:
             continue
-        try:
-            values[name] = float(text)
-        except ValueError:
-            values[name] = math.nan
+        values[name] = number(text.decode("latin-1"))
         if not math.isfinite(values[name]) or values[name] < 0 or (values[name] == 0 and name != "min_quality"):
             shown = header.decode()
             raise Problem(400, "invalid_hint", f"{shown}: expected a number above 0, got {_shown(text)}", param=shown)
@@ -198,13 +202,24 @@ def _messages(kind: Kind, request: Mapping[str, Any]) -> list[Any]:
         messages = request.get("messages")
         if not isinstance(messages, list):
             raise Problem(400, "invalid_messages", f"messages: expected a list, got {_kind(messages)}", param="messages")
+        _check_length("messages", messages)
         return messages
     items = request.get("input")
     if items is None and any(request.get(name) for name in ("previous_response_id", *_ELSEWHERE)):
         items = ""
     if not isinstance(items, str | list):
         raise Problem(400, "invalid_input", f"input: expected a text or a list, got {_kind(items)}", param="input")
+    _check_length("input", items)
     return messages_of(request.get("instructions"), items)
+
+
+def _check_length(name: str, values: Any) -> None:
+    if isinstance(values, list) and len(values) > MOST:
+        raise _too_many(name, "entries")
+
+
+def _too_many(name: str, what: str) -> Problem:
+    return Problem(400, "too_many_entries", f"{name}: expected at most {MOST:,} {what}", param=name)
 
 
 def _count(value: Any, otherwise: int = 1) -> int:

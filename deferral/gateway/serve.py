@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import socket
+import sys
 import tempfile
 import threading
 from collections.abc import Iterable
@@ -45,13 +46,15 @@ _log = logging.getLogger("deferral.gateway")
 # Clients keep connections for later; one that the server closes first may lose a request on its way.
 _KEEP_ALIVE = 75
 _CONNECTIONS = 65_536
+# The exit status where rows could not be written.
+_LOST = 1
 _OBJECTS_PER_COLLECTION = 5_000
 _ADMIN_KEY = "DEFERRAL_ADMIN_KEY"
 _ALARM_TOKEN = "DEFERRAL_ALARM_TOKEN"
 
 
 def run(settings: Settings, *, log_level: str = "info") -> None:
-    """Serve until SIGTERM or SIGINT; what is under way then is finished, streams too.
+    """Serve until SIGTERM or SIGINT; what is under way then is finished, streams too.  SystemExit 1 where rows are lost.
 
     ValueError where it would be reachable from other machines without any key, DataError where its address is not to be had.
     """
@@ -73,7 +76,8 @@ def run(settings: Settings, *, log_level: str = "info") -> None:
             with tempfile.TemporaryDirectory(prefix="deferral-metrics-") as folder:
                 shared = replace(settings, metrics_folder=Path(folder))
                 ended_one = partial(fold, Path(folder))
-                supervise(partial(_serve, shared, log_level), listener, settings.workers, ended_one=ended_one)
+                if not supervise(partial(_serve, shared, log_level), listener, settings.workers, ended_one=ended_one):
+                    sys.exit(_LOST)
 
 
 def _must_have_tables(settings: Settings) -> None:
@@ -121,6 +125,8 @@ def _serve(settings: Settings, log_level: str, listener: socket.socket) -> None:
         place = ("[%s]:%d" if ":" in settings.host else "%s:%d") % (settings.host, listener.getsockname()[1])
         greeting = f"serving {', '.join(experts)} at http://{place}, page at http://{place}/dashboard"
         _Server(config, greeting, app.state.gateway, ended_early).run([listener])
+        if app.state.gateway.record.lost:
+            sys.exit(_LOST)
 
 
 class _Server(uvicorn.Server):

@@ -13,7 +13,7 @@ from pathlib import Path
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from deferral.gateway.database import durable, insert_rows, writing
+from deferral.gateway.database import durable, insert_rows, wait_for, writing
 from deferral.gateway.deciding import Choice
 from deferral.gateway.rows import expected_json
 from deferral.gateway.schema import shadows
@@ -28,6 +28,7 @@ _MOST_WAITING = 256
 _MOST_CHARACTERS = 32_768
 _AT_ONCE = 16
 _LOOK = 1.0
+_LONGEST_END = 5.0
 # A pause of so many times what a batch took: requests want the interpreter.
 _PAUSE = 1.0
 
@@ -70,7 +71,7 @@ class Shadow:
         self._closing = True
         with suppress(queue.Full):
             self._queue.put_nowait(None)
-        self._thread.join()
+        wait_for(self._thread, self._engine, _LONGEST_END)
 
     def _run(self) -> None:
         while not self._closing:

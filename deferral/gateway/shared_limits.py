@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from deferral.gateway.database import shared
+from deferral.gateway.database import shared, wait_for
 from deferral.gateway.keys import Key
 from deferral.gateway.ledger import LIFE, SILENT, Ledger
 from deferral.gateway.limits import Account, Hold, Limits, Refused, too_often, unreadable
@@ -28,6 +28,7 @@ _NO_BETTER = 0.25
 _THREADS = 4
 # A database that does not answer at all is one that fails.
 _LONGEST = 10.0
+_LONGEST_END = 5.0
 # Sums of floats leave dust; and a request that is expected to cost nothing still wants a budget that is not spent.
 _CRUMB = 1e-9
 # A worker that is asked often takes as much of a rate as comes in so many minutes.
@@ -96,7 +97,12 @@ class SharedLimits(Limits):
         self._thread.start()
 
     def close(self) -> None:
-        """What is not spent goes back to the other workers."""
+        """What is not spent goes back to the other workers, if the database answers."""
+        end = threading.Thread(target=self._give_back, name="limits end", daemon=True)
+        end.start()
+        wait_for(end, self.ledger.engine, _LONGEST_END)
+
+    def _give_back(self) -> None:
         self._end.set()
         if self._thread is not None:
             self._thread.join()

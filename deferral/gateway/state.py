@@ -3,8 +3,10 @@
 import asyncio
 import logging
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from deferral.errors import DataError
 from deferral.gateway.access import Access
@@ -17,6 +19,7 @@ from deferral.gateway.generation import Generation, generation
 from deferral.gateway.keys import Keys
 from deferral.gateway.metrics import Metrics
 from deferral.gateway.notices import Notices
+from deferral.gateway.problems import Problem
 from deferral.gateway.record import Record
 from deferral.gateway.reloads import Reloads
 from deferral.gateway.settings import Settings
@@ -33,6 +36,11 @@ if TYPE_CHECKING:
 __all__ = ["Gateway", "Stamps", "load_router", "stamps"]
 
 _log = logging.getLogger("deferral.gateway")
+
+_T = TypeVar("_T")
+_LOOK = 1.0
+_QUERIES = 4
+_LONGEST_QUERY = 60.0
 
 Stamps = tuple[tuple[int, int], ...]
 
@@ -60,19 +68,20 @@ class Gateway:
             retention_days=settings.retention_days,
             record_days=settings.record_days,
         )
-        self.keys = Keys(settings.database)
+        self.keys = Keys(settings.database, serving=True)
         self.limits = limits_of(self.record, settings)
         self.reloads = Reloads(self.record.engine)
         self.access = Access(self.keys, settings)
         self.metrics, self.silence = Metrics(), Silence()
         self._reloading = asyncio.Lock()
         url, token = settings.alarm_url, settings.alarm_token
-        self.alarms = Alarms(self.record.engine, None if url is None else Notices(self.record.engine, url, token))
+        self.alarms = Alarms(self.record.patient, None if url is None else Notices(self.record.engine, url, token))
         self.shadow: Shadow | None = None
         self.traces = _traces() if settings.traces else None
         shared = self.settings.metrics_folder
         self.worker_metrics = None if shared is None else WorkerMetrics(self.metrics, shared)
         self._following: list[asyncio.Task] = []
+        self._queries = ThreadPoolExecutor(_QUERIES, "queries")
 
     @property
     def trouble(self) -> str:
@@ -101,6 +110,7 @@ class Gateway:
         self._following = [
             asyncio.create_task(self.reloads.follow(self.reload_or_say)),
             asyncio.create_task(self.alarms.follow(lambda: self.current.decider.expected)),
+            asyncio.create_task(self._look_at_the_record()),
         ]
         if self.worker_metrics is not None:
             self._following.append(asyncio.create_task(self.worker_metrics.follow()))
@@ -115,12 +125,30 @@ class Gateway:
         self.current.decider.close()
         if self.shadow is not None:
             await asyncio.to_thread(self.shadow.close)
+        self._queries.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(self.alarms.close)
         await asyncio.to_thread(self.limits.close)
         await self.record.close()
         await asyncio.to_thread(self.keys.close)
         if self.traces is not None:
             await asyncio.to_thread(self.traces.close)
+
+    async def query(self, work: Callable[..., _T], *args: Any, **options: Any) -> _T:
+        """Work for an admin that waits for the database: in threads of its own, which it alone can fill.
+
+        Problem 503 where there is no answer within a minute; what was begun may end later.
+        """
+        try:
+            async with asyncio.timeout(_LONGEST_QUERY):
+                return await asyncio.get_running_loop().run_in_executor(self._queries, partial(work, *args, **options))
+        except TimeoutError:
+            message = f"the database has not answered within {_LONGEST_QUERY:.0f} s; what was begun may end later"
+            raise Problem(503, "record_unavailable", message, retry_after=_LONGEST_QUERY) from None
+
+    async def _look_at_the_record(self) -> None:
+        while True:
+            self.record.look()
+            await asyncio.sleep(_LOOK)
 
     async def reload(self) -> str:
         """Read the router folder and the experts file again.  -> what is in force now
@@ -158,7 +186,7 @@ class Gateway:
     async def reload_everywhere(self) -> str:
         """Reload here, and if that is good, have all others on the same database do so within a second or two."""
         message = await self.reload()
-        await asyncio.to_thread(self.reloads.announce)
+        await self.query(self.reloads.announce)
         return message
 
     async def _new_shadow(self) -> None:

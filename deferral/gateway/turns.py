@@ -9,7 +9,7 @@ of a message.  What the user sends twice without an answer in between is one tur
 import re
 from typing import Any, NamedTuple
 
-__all__ = ["BYTES_PER_TOKEN", "Conversation", "Turn", "bytes_in", "conversation", "messages_of", "text_of"]
+__all__ = ["BYTES_PER_TOKEN", "MOST", "Conversation", "TooMany", "Turn", "bytes_in", "conversation", "messages_of", "text_of"]
 
 # A rule of thumb of English text in today's tokenizers; in other scripts a character has more bytes and more tokens.
 BYTES_PER_TOKEN = 4
@@ -27,9 +27,15 @@ _OBSERVED = "Observation:"
 _MOST_WRAPPED = 32
 _PARTS_OF_TOOLS = frozenset({"tool_result", "tool_use", "tool_call"})
 _SOUNDS_AND_FILES = frozenset({"input_audio", "file", "input_file"})
+# Of messages and of their parts: far beyond what clients send, and read in a tenth of a second.
+MOST = 100_000
 # Where a part has its data, by either API, and where they are in it.
 _DATA = ("image_url", "image", "input_audio", "file", "file_data")
 _DATA_IN_IT = ("url", "data", "file_data")
+
+
+class TooMany(ValueError):
+    """More parts of messages than are read."""
 
 
 class Turn(NamedTuple):
@@ -53,9 +59,9 @@ class Conversation(NamedTuple):
 
 
 def conversation(messages: list[Any]) -> Conversation:
-    """What is said in a list of messages; whatever is no message is skipped."""
+    """What is said in a list of messages; whatever is no message is skipped.  TooMany where they have more than MOST parts."""
     turns: list[tuple[str, int]] = []
-    rest = 0
+    rest = parts = 0
     users_text, other_text = "", ""
     tools, images, data, data_bytes, answered = False, False, 0, 0, True
     for message in reversed(messages):
@@ -65,6 +71,8 @@ def conversation(messages: list[Any]) -> Conversation:
         if isinstance(content, str):
             text = content
         else:
+            if isinstance(content, list) and (parts := parts + len(content)) > MOST:
+                raise TooMany
             text = text_of(content)
             for part in content if isinstance(content, list) else ():
                 kind = str(part.get("type")) if isinstance(part, dict) else ""
