@@ -89,4 +89,5 @@ def test_an_operator_finds_decisions(database: str, capsys: pytest.CaptureFixtur
             assert [one["id"] for one in client.get(f"/decisions{asked}").json()["data"]] == expected
         assert client.get("/decisions?hours=x").status_code == 400
     store.close()
+    record.patient.dispose()
     record.engine.dispose()

@@ -142,6 +142,7 @@ def test_an_id_that_several_replies_had_is_not_forgotten_for_all(database: str, 
     assert forget(record.engine, response="same").decisions == 1
     assert forget(record.engine, response="id-50").decisions == 1
     assert counts(record)[0] == 20
+    record.patient.dispose()
     record.engine.dispose()
 
 
