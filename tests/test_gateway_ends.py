@@ -153,6 +153,7 @@ def test_after_sigkill_what_was_acknowledged_is_there_and_the_gateway_starts_aga
     assert {id for (id,) in rows(again.database, "select id from decisions")} == written | set(more.whole)
 
 
+@pytest.mark.slow
 def test_rows_that_are_lost_at_the_end_are_told_by_the_status(folder: Path) -> None:
     load = Load()
     with serving(folder) as gateway:

@@ -140,6 +140,7 @@ def test_a_reload_that_comes_before_they_are_up_ends_nobody_and_is_not_missed(fo
         gateway.close()
 
 
+@pytest.mark.slow
 def test_a_signal_to_the_whole_group_ends_no_stream_and_the_parent_ends_last(folder: Path) -> None:
     with Upstream(chunk_s=0.1) as upstream:
         (folder / "experts.toml").write_text(
@@ -159,6 +160,7 @@ def test_a_signal_to_the_whole_group_ends_no_stream_and_the_parent_ends_last(fol
     assert lasted > 1, "there was something to be waited for"
 
 
+@pytest.mark.slow
 def test_workers_outlive_the_process_that_they_are_copies_of_and_nobody_takes_their_place(folder: Path) -> None:
     with serving(folder, "--workers", "2") as gateway:
         until(lambda: gateway.log.count("startup complete") == 2)
