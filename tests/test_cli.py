@@ -116,7 +116,7 @@ def test_the_package_runs_as_the_command(capsys: pytest.CaptureFixture[str], mon
     assert capsys.readouterr().out.startswith("deferral, version 0")
 
 
-@pytest.mark.ci_slow
+@pytest.mark.slow
 def test_a_refusal_as_a_process() -> None:
     refused = deferral("demo", "--device", "tpu")
     assert refused.returncode not in (0, None)
@@ -124,7 +124,7 @@ def test_a_refusal_as_a_process() -> None:
     assert "Traceback" not in refused.stderr
 
 
-@pytest.mark.ci_slow
+@pytest.mark.slow
 def test_a_terminal_that_knows_ascii_alone_gets_its_table_and_its_files(tmp_path: Path) -> None:
     table = tmp_path / "ours.csv"
     table.write_text("target,answer,score,score_abstain\n" + "1,1,0.9,0.5\n0,1,0.4,0.5\n" * 20)

@@ -118,7 +118,7 @@ def test_what_a_scraper_was_told_stays_when_the_worker_is_killed(tmp_path: Path)
     assert after[name] == 4 + 2
 
 
-@pytest.mark.ci_slow
+@pytest.mark.slow
 def test_those_that_have_ended_are_one_file_and_count_once(tmp_path: Path) -> None:
     living = WorkerMetrics(counted(3, "closed"), tmp_path)
     for _ in range(3):

@@ -120,7 +120,7 @@ def spend(gateway: Serving, token: str, clients: int = CLIENTS, **fields) -> lis
     return statuses
 
 
-@pytest.mark.parametrize("count", ["1", "3"])
+@pytest.mark.parametrize("count", ["1", pytest.param("3", marks=pytest.mark.slow)])
 def test_a_reload_that_comes_before_they_are_up_ends_nobody_and_is_not_missed(folder: Path, count: str) -> None:
     file = folder / "experts.toml"
     good = file.read_text()
