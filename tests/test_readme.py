@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from deferral import decide
+from deferral import decide, pick
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -35,6 +35,20 @@ def test_the_guide_runs_and_does_what_it_says(capsys) -> None:
     expected = session["answers"][test].gather(-1, who.unsqueeze(-1)).squeeze(-1)
     assert (torch.from_numpy(session["final"])[who == 1] == expected[who == 1]).all()
     assert "system accuracy" in capsys.readouterr().out
+
+
+def test_the_training_guide_runs_and_does_what_it_says() -> None:
+    session = run("docs/training.md", 5)
+    test, costs = session["test"], session["costs"]
+    # Two stages, on rows of their own, are cheaper than the model alone, and than each expert.
+    assert pick(costs[test], session["routed"]).mean() < 0.9 * costs[test].mean(0).min()
+    assert session["wrong"][test][session["answered"]].mean() < 0.7 * session["wrong"][test].mean()
+    assert pick(session["table"][test], session["actions"]).mean() < 0.9 * costs[test].mean(0).min()
+    prediction = session["regressor"](session["x"][test])[:, 0].detach()
+    own = (prediction - session["target"][test]).square()
+    table = torch.stack([own, session["asked"][test, 0]], dim=-1)
+    assert pick(table, session["who"]).mean() < 0.8 * table.mean(0).min()
+    assert set(session["report"].violations) == {"finite", "half_precision"}
 
 
 def test_the_snippets_run_and_do_what_they_say(capsys) -> None:
