@@ -67,7 +67,7 @@ def questions(tmp_path: Path) -> Path:
     """1 + 1 .. 1 + 19, with references."""
     path = tmp_path / "questions.jsonl"
     lines = [
-        {"query": f"what is 1 and {number}?", "reference": 1 + number, "tags": ["low" if number < 9 else "high"]}
+        {"query": f"what is 1 and {number}?", "reference": 1 + number, "tags": "low" if number < 9 else ["high"]}
         for number in range(1, 20)
     ]
     path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
@@ -234,7 +234,7 @@ def _written(path: Path, text: str) -> Path:
         ('{"query": "x", "reference": {"a": 1}}', "reference: expected a text or a list of texts"),
         ('{"messages": ["x"]}', "messages: expected a list of objects"),
         ("{\0}", "row 1: expected text in UTF-8"),
-        ('{"query": "x", "tags": "maths"}', "tags: expected a list of texts"),
+        ('{"query": "x", "tags": [1]}', "tags: expected a text or a list of texts"),
         ('{"query": "x"', "row 1: expected a JSON object"),
     ],
 )

@@ -32,7 +32,7 @@ class Question:
 def read_questions(path: Path) -> list[Question]:
     """Of .jsonl or .ndjson, an object a line with "query" or "messages", or of a text file, a question a line.
 
-    Beside it "reference", the right answer or a list of them, and "tags", a list.  DataError names the row.
+    Beside it "reference", the right answer or a list of them, and "tags", a text or a list of them.  DataError names the row.
     """
     as_objects = path.suffix.lower() in JSON_LINES
     if path.suffix.lower() in (".json", ".csv", ".tsv", ".parquet", ".xlsx"):
@@ -77,12 +77,15 @@ def _question(path: Path, row: int, given: dict[str, Any]) -> Question:
     if any(isinstance(one, bool) or not isinstance(one, str | int | float) for one in references):
         raise wrong("reference", "a text or a list of texts")
     tags = given.get("tags", [])
+    tags = [tags] if isinstance(tags, str) else tags
     if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
-        raise wrong("tags", "a list of texts")
+        raise wrong("tags", "a text or a list of texts")
     messages = given.get("messages", [{"role": "user", "content": given.get("query")}])
     if not isinstance(messages, list) or not messages or not all(isinstance(one, dict) for one in messages):
         raise wrong("messages", "a list of objects, one at least")
-    repeated = {name: given[name] for name in ("messages", "tags") if given.get(name)}
+    repeated = {"messages": messages} if "messages" in given else {}
+    if tags:
+        repeated["tags"] = tags
     if references:
         repeated["reference"] = [str(one) for one in references]
     try:
