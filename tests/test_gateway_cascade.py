@@ -299,7 +299,7 @@ def test_what_is_kept_or_not_is_drawn_where_the_router_explores() -> None:
         second = first._judged(sure, f"query {number}")
         kept = second is None
         assert first.choice.propensity == pytest.approx(0.75 if kept else 0.25)
-        assert ("drawn by chance" in first.choice.reason) == (not kept)
+        assert ("drawn at random" in first.choice.reason) == (not kept)
         found[kept] += 1
         again = first_of(router)
         assert again._judged(sure, f"query {number}") is second or (second and again.choice.ranking[0] == second.name)

@@ -26,6 +26,7 @@ from deferral.gateway.rows import CascadeRow, cascade_values, values
 from deferral.gateway.schema import cascades, decisions, feedback, minutes, tables
 from deferral.gateway.settings import Settings
 from deferral.gateway.what_if import what_if
+from deferral.routing.decisions import AT_RANDOM
 from tests.gateway_rows import row
 from tests.running_gateway import RunningGateway, small_router
 
@@ -50,7 +51,7 @@ def traffic(count: int, *, end: float, explore: float = 0.2, seed: int = 0) -> t
                 number, time=when, expert=chosen, chosen=chosen, price_of_error=0.03, price=2 * PRICES[chosen], best_price=0.02,
                 propensity=1 - explore / 2 if chosen == best else explore / 2,
                 expected_quality=quality, expected_price=PRICES, expected_cost={name: 1 - quality[name] for name in quality},
-                reason=f"{chosen}: the <b>cheapest</b>",
+                reason=f"{chosen}: the <b>cheapest</b>" if chosen == best else f"{chosen}, {AT_RANDOM} to learn",
             )
         )  # fmt: skip
         truth = SMALL[hard] if chosen == "small" else LARGE

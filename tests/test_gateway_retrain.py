@@ -16,7 +16,7 @@ from deferral.cli import main
 from deferral.errors import DataError
 from deferral.gateway.database import connect, prepare
 from deferral.gateway.export import FAILED, FELL_BACK, NAMED, NO_CHANCE, NO_QUALITY, NO_TEXT, export, logged
-from deferral.gateway.off_policy import Draws, alike, cautious_gain, compare, doubly_robust, interval_of_mean
+from deferral.gateway.off_policy import Draws, alike, cautious_gain, compare, doubly_robust, interval_of_mean, of_no_use
 from deferral.gateway.record import Record
 from deferral.gateway.reloads import Reloads
 from deferral.gateway.retrain import Verdict, learned, promote, retrain
@@ -110,6 +110,9 @@ def test_the_log_of_the_record_is_read_back(tmp_path: Path, database: str) -> No
         assert log[0] == Outcome("a ? b", "small", 0.5, 0.5, 10, 20, 0.25, 0.25, 1000.0)
         assert [log[place].expert for place in range(4)] == ["small", "large", "small", "large"]
     assert "1 left out: the query was not stored" in str(found)
+    unheard: Counter[str] = Counter()
+    assert len(list(logged(engine, Counter(), unheard=unheard))) == 4
+    assert unheard == {"small": 4}, "not judged, failed, fell back, broke off"
     assert [one.allowed for one in logged(engine, Counter())] == [
         ("small", "large"),
         ("small", "large"),
@@ -226,6 +229,29 @@ def test_a_rare_error_that_was_not_seen_is_allowed_for(old_error: float, new_err
     assert least <= np.mean(passed) <= most
     assert np.mean(naive) > (0.2 if old_error == new_error else 0.0), "which is why"
     assert cautious_gain(draws, old, old) == -np.inf
+
+
+def test_a_draw_of_no_use_is_a_dear_one() -> None:
+    price, action = np.append(np.arange(1.0, 102.0), [7.0, 9.0]), np.repeat([2, 0], [101, 2])
+    found = of_no_use(np.ones(103), price, action)
+    assert found[:100].tolist() == [101.0] * 100, "99 in a hundred cost 100 at most"
+    assert found[100:].tolist() == [102.0, 9.98, 10.0]
+    rng, equal = np.random.default_rng(0), []
+    for _ in range(200):
+        # Two experts of the same cost, of which one has answers whose lengths vary widely.
+        old, new, drawn = np.zeros(4000, int), (rng.random(4000) < 0.4).astype(int), (rng.random(4000) < 0.05).astype(int)
+        paid = np.where(drawn == 1, 0.3 * np.exp(1.5 * rng.normal(size=4000) - 1.125), 0.3)
+        cost = (rng.random(4000) < 0.2) + paid
+        draws = Draws(drawn, np.where(drawn == 1, 0.05, 0.95), cost, np.full((4000, 2), 0.5), np.arange(4000))
+        equal.append(
+            [
+                cautious_gain(replace(draws, worst=worst), old, new) > 0
+                for worst in (of_no_use(np.ones(4000), paid, drawn), 1 + paid)
+            ]
+        )
+    useless, mean = np.mean(equal, axis=0)
+    assert useless <= 0.05
+    assert mean > useless, "which is why"
 
 
 def test_the_interval_of_a_mean_is_that_of_its_groups() -> None:

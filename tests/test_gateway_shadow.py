@@ -21,7 +21,9 @@ from deferral.gateway.rows import CascadeRow, cascade_values, values
 from deferral.gateway.schema import cascades, decisions, feedback, shadows
 from deferral.gateway.settings import Settings
 from deferral.gateway.shadow import Shadow, load_shadow
+from deferral.gateway.what_if import what_if
 from deferral.routing import Router
+from deferral.routing.decisions import AT_RANDOM
 from tests.faulty_upstream import Upstream
 from tests.gateway_rows import row
 from tests.running_gateway import EASY, HARD, RunningGateway, small_router
@@ -58,7 +60,7 @@ def recorded(path: Path, count: int, *, explore: float, judged: bool = True, cal
         made = row(
             number, time=1000.0 + number, expert=chosen, chosen=chosen, price_of_error=ERROR, price=PRICE[chosen],
             propensity=1 - explore / 2 if chosen == "small" else explore / 2, expected_quality=quality, expected_price=PRICE,
-            expected_cost=cost, draw=number // calls / count,
+            expected_cost=cost, draw=number // calls / count, reason="" if chosen == "small" else f"large, {AT_RANDOM} to learn",
         )  # fmt: skip
         rows.append(values(made))
         truth = (0.3 if hard else 0.9) if chosen == "small" else 0.95
@@ -98,8 +100,44 @@ def test_the_live_choice_is_known_however_much_is_explored(experts: int, explore
     expected = {f"e{number}": [0.9, 0.1, 0.1 * number] for number in range(experts)}
     for chosen in expected:
         drawn = explore / experts
-        row = SimpleNamespace(chosen=chosen, ending=None, propensity=1 - explore + drawn if chosen == "e0" else drawn)
+        reason = "" if chosen == "e0" else f"{chosen}, {AT_RANDOM} to learn: expected quality 0.90"
+        chance = 1 - explore + drawn if chosen == "e0" else drawn
+        row = SimpleNamespace(chosen=chosen, ending=None, propensity=chance, reason=reason)
         assert _live(row, expected) == "e0"  # type: ignore[arg-type]
+
+
+def test_who_was_drawn_from_a_static_mix_is_the_live_choice(tmp_path: Path) -> None:
+    mixed = row(
+        chosen="large", expert="large", propensity=0.3, expected_cost={"small": 0.3, "large": 0.4},
+        reason="large by the static mix: asked for",
+    )  # fmt: skip
+    engine = connect(str(tmp_path / "g.db"))
+    prepare(engine)
+    with engine.begin() as connection:
+        insert_rows(connection, decisions, [values(mixed)])
+        insert_rows(connection, shadows, [("id-0", 1000.0, "c", "small", "{}")])
+    assert agreement(engine, since=0, until=1e6).pairs == [("large", "small", 1)]
+    engine.dispose()
+
+
+def test_who_fails_more_often_does_not_count_for_less(tmp_path: Path) -> None:
+    """Half of the draws of the large one fall back: those that are left stand for these."""
+    path = recorded(tmp_path / "g.db", 4000, explore=0.3)
+    engine = connect(path)
+    whole = agreement(engine, since=0, until=1e6).gain
+    with engine.begin() as connection:
+        large = connection.execute(select(decisions.c.id).where(decisions.c.chosen == "large")).scalars().all()
+        failed = np.random.default_rng(0).permutation(large)[: len(large) // 2].tolist()
+        connection.execute(update(decisions).where(decisions.c.id.in_(failed)).values(expert="small"))
+    some = agreement(engine, since=0, until=1e6).gain
+    assert whole is not None
+    assert some is not None
+    assert some.rows == 4000 - len(failed)
+    assert some.half > 1.2 * whole.half, "half as many draws say less"
+    assert abs(some.estimate - whole.estimate) < 2 * some.half
+    shares = what_if(engine, since=0, until=1e6, present=ERROR)
+    assert shares.rows == 4000 - len(failed)
+    engine.dispose()
 
 
 def test_a_query_that_is_asked_again_is_one_draw(tmp_path: Path) -> None:
@@ -183,10 +221,14 @@ def approximately(gain: Gain | None) -> Any:
 
 def test_what_was_drawn_from_a_conversation_that_stays_elsewhere_is_not_the_live_choice(tmp_path: Path) -> None:
     """The small one is cheaper, and drawn by chance: the conversation is with the large one."""
+    drawn = row(
+        propensity=0.05, expected_cost={"small": 0.3, "large": 0.4},
+        reason=f"{AT_RANDOM}, to learn; the conversation stays with large; small: expected quality 0.70",
+    )  # fmt: skip
     engine = connect(str(tmp_path / "g.db"))
     prepare(engine)
     with engine.begin() as connection:
-        insert_rows(connection, decisions, [values(row(propensity=0.05, expected_cost={"small": 0.3, "large": 0.4}))])
+        insert_rows(connection, decisions, [values(drawn)])
         insert_rows(connection, shadows, [("id-0", 1000.0, "c", "large", "{}")])
     assert agreement(engine, since=0, until=1e6).pairs == [("large", "large", 1)]
     engine.dispose()

@@ -12,7 +12,6 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from deferral.gateway.forgetting import forget
 from deferral.gateway.keys import PREFIX, SETTINGS, Issued, Key, Keys, UnknownKey
 from deferral.gateway.problems import Problem, number
 from deferral.gateway.record import WRITTEN_WITHIN
@@ -55,15 +54,14 @@ def routes(gateway: Gateway) -> list[Route]:
         return await deleted(response=request.path_params["id"])
 
     async def deleted(*, key: str | None = None, response: str | None = None) -> Response:
-        engine = gateway.record.patient
         if not (key or response):
             raise Problem(400, "no_id", "expected the id of a key or of a response, got an empty one")
         try:
-            gone = await gateway.query(forget, engine, key=key, response=response)
+            gone = await gateway.forget(key=key, response=response)
             if not gone.decisions:
                 # A row is written a moment after its reply.
                 await asyncio.sleep(WRITTEN_WITHIN)
-                gone = await gateway.query(forget, engine, key=key, response=response)
+                gone = await gateway.forget(key=key, response=response)
         except ValueError as error:
             raise Problem(409, "ambiguous_id", str(error)) from None
         if not gone.decisions:

@@ -9,8 +9,20 @@ from dataclasses import dataclass
 import numpy as np
 from sqlalchemy import Engine, Row, func, select
 
-from deferral.gateway.off_policy import FEWEST_SEEN, Draws, Z, alike, cautious_gain, doubly_robust, interval_of_mean, stakes
+from deferral.gateway.export import in_vain
+from deferral.gateway.off_policy import (
+    FEWEST_SEEN,
+    Draws,
+    Z,
+    alike,
+    cautious_gain,
+    doubly_robust,
+    interval_of_mean,
+    of_no_use,
+    stakes,
+)
 from deferral.gateway.schema import cascades, decisions, feedback, own_price, shadows
+from deferral.routing.decisions import AT_RANDOM
 
 __all__ = ["Agreement", "Gain", "agreement"]
 
@@ -73,14 +85,14 @@ def agreement(engine: Engine, *, since: float, until: float) -> Agreement:
     """Of the candidate that decided last: since <= time < until, in seconds since 1970.
 
     The candidate decides every request by itself, also in a conversation that stays where it is.  The live choice is the one
-    without exploration: whom it asked with a higher propensity than a draw among all has, else the lowest expected cost of the
-    others.  An answer that was kept or not by its log-probabilities was no choice of the router: that is the lowest expected
-    cost, and such an answer counts for the gain only where it was drawn.
+    without exploration: whom it asked, or, where that was a draw at random, the lowest expected cost of the others.  An answer
+    that was kept or not by its log-probabilities was no choice of the router: that is the lowest expected cost, and such an
+    answer counts for the gain only where it was drawn.
 
     The cost of an answer is (e (1 - quality) + price) / u, with e the request's price of an error and u the median of all; e
     counts up to 10 u, so that nobody's setting outweighs all others.  Where nobody was drawn it is the live router's expectation.
-    The same query, asked again, is one draw.  Where experts are judged at different rates, an answer stands for as many as were
-    not.
+    The same query, asked again, is one draw.  Where experts are judged at different rates, or fail at such, an answer stands for
+    as many as were not.
     """
     d, s, through = decisions.c, shadows.c, cascades.c
     within = (s.time >= since) & (s.time < until)
@@ -93,6 +105,8 @@ def agreement(engine: Engine, *, since: float, until: float) -> Agreement:
                 d.chosen,
                 d.expert,
                 d.outcome,
+                d.requested,
+                d.reason,
                 d.propensity,
                 d.expected,
                 own_price,
@@ -123,9 +137,9 @@ def agreement(engine: Engine, *, since: float, until: float) -> Agreement:
 def _live(row: Row, expected: dict[str, list]) -> str:
     costs = {name: cost for name, (_, _, cost) in expected.items() if cost is not None}
     if not _by_answer(row):
-        if (row.propensity or 0.0) * len(costs) > 1:
+        if AT_RANDOM not in row.reason:
             return str(row.chosen)
-        # Drawn by chance from another that the router, or the conversation, is for.
+        # In the place of another that the router, or the conversation, is for.
         costs = {name: cost for name, cost in costs.items() if name != row.chosen}
     return min(costs, key=lambda name: costs[name], default=str(row.chosen))
 
@@ -137,15 +151,17 @@ def _by_answer(row: Row) -> bool:
 
 def _gain(rows: Sequence[Row], expected: list[dict], live: list[str]) -> tuple[Gain | None, str]:
     """-> the gain, or why it is not known"""
-    usable = [
+    drawn_among = [
         place
         for place, (row, one) in enumerate(zip(rows, expected, strict=True))
-        if row.outcome == "ok" and row.expert == row.chosen and row.propensity and row.price_of_error
+        if row.propensity and row.price_of_error
         and (row.propensity < 1 or not _by_answer(row))
         and {row.chosen, row.other, live[place]} <= one.keys()
     ]  # fmt: skip
-    answered = Counter(rows[place].chosen for place in usable)
-    usable = [place for place in usable if rows[place].quality is not None]
+    whole = [place for place in drawn_among if rows[place].outcome == "ok" and rows[place].expert == rows[place].chosen]
+    asked = Counter(rows[place].chosen for place in whole)
+    asked.update(rows[place].chosen for place in drawn_among if in_vain(rows[place], rows[place]))
+    usable = [place for place in whole if rows[place].quality is not None]
     if not usable:
         return None, "none of its answers was judged: send feedback"
     judged = Counter(rows[place].chosen for place in usable)
@@ -165,9 +181,9 @@ def _gain(rows: Sequence[Row], expected: list[dict], live: list[str]) -> tuple[G
     )
     propensity, paid = np.array([(rows[p].propensity, rows[p].price / unit) for p in usable]).T
     said = np.array([rows[p].quality for p in usable])
-    heard = np.array([judged[rows[p].chosen] / answered[rows[p].chosen] for p in usable])
+    heard = np.array([judged[rows[p].chosen] / asked[rows[p].chosen] for p in usable])
     group = alike([rows[place].draw for place in usable])
-    draws = Draws(drawn, propensity, error * (1 - said) + paid, estimate, group, heard, worst=error + paid)
+    draws = Draws(drawn, propensity, error * (1 - said) + paid, estimate, group, heard, worst=of_no_use(error, paid, drawn))
     differ = old != new
     seen = draws.seen(differ & (drawn == old)), draws.seen(differ & (drawn == new))
     if not differ.any():

@@ -96,7 +96,16 @@ def _question(path: Path, row: int, given: dict[str, Any]) -> Question:
 
 
 def read_answers(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The lines of a file of answers, numbered from 1.  DataError names the row; a last line that was cut off is one, too."""
+    """The answers of a file, numbered by its lines.  DataError names the row; a last line that was cut off is one, too."""
+    return ((row, line) for row, line in _lines(path) if is_answered(line))
+
+
+def is_answered(line: Mapping[str, Any]) -> bool:
+    """Whether a line holds an answer, or only what was paid for a reply that held none."""
+    return line["answer"] is not None
+
+
+def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         with path.open("rb") as file:
             for row, line in enumerate(file, start=1):
@@ -120,7 +129,8 @@ def _answer_in(line: bytes) -> dict[str, Any]:
     """ValueError where it is none."""
     try:
         answer = json.loads(line)
-        whole = all(isinstance(answer[name], str) for name in ("query", "expert", "answer"))
+        whole = all(isinstance(answer[name], str) for name in ("query", "expert"))
+        whole = whole and isinstance(answer["answer"], str | None)
         if whole and type(answer["row"]) is int and isinstance(answer["price"], int | float):
             return answer
     except (KeyError, TypeError, RecursionError):
@@ -129,7 +139,10 @@ def _answer_in(line: bytes) -> dict[str, Any]:
 
 
 def answers_held(file: BinaryIO, path: Path) -> list[dict[str, Any]]:
-    """The answers that are there.  What was cut off is taken away, and a line end that somebody's program left out is added."""
+    """The lines that are there, of what was paid in vain, too.
+
+    What was cut off is taken away, and a line end that somebody's program left out is added.
+    """
     file.seek(0)
     text = file.read()
     whole, _, rest = text.rpartition(b"\n")
@@ -141,9 +154,9 @@ def answers_held(file: BinaryIO, path: Path) -> list[dict[str, Any]]:
         except ValueError:
             if not (rest.startswith(_BEGINNING) or _BEGINNING.startswith(rest)):
                 # Another file, which is not to be spoiled; reading it says so.
-                list(read_answers(path))
+                list(_lines(path))
             file.truncate(len(whole) + bool(whole))
-    return [answer for _, answer in read_answers(path)]
+    return [line for _, line in _lines(path)]
 
 
 def check_same(

@@ -17,7 +17,7 @@ from pathlib import Path
 from time import monotonic, time
 from typing import Any, BinaryIO
 
-from deferral.gateway.answer_files import Question, answers_held, check_same, line_of, up_to_date
+from deferral.gateway.answer_files import Question, answers_held, check_same, is_answered, line_of, up_to_date
 from deferral.gateway.cascading import ALTERNATIVES
 from deferral.gateway.experts_file import Expert
 from deferral.gateway.problems import Problem
@@ -45,7 +45,7 @@ class Result:
 
     answers: int = 0  # in the file, those of earlier runs too
     asked: int = 0  # in this run
-    dollars: float = 0.0  # for all answers in the file
+    dollars: float = 0.0  # for all replies in the file
     cut: Counter[str] = field(default_factory=Counter)  # answers that ended at their longest
     left: dict[str, Counter[str]] = field(default_factory=dict)
 
@@ -94,9 +94,10 @@ def ask_all(
                 partial.write_bytes(b"".join(map(line_of, now)))
             file = held.enter_context(answers.open("ab+"))
             claim(file, answers)
-        done = {(answer["row"], answer["expert"]) for answer in now}
-        result.answers, result.dollars = len(now), sum(answer["price"] for answer in now)
-        result.cut.update(answer["expert"] for answer in now if answer.get("finish") == "length")
+        result.dollars = sum(line["price"] for line in now)
+        answered = list(filter(is_answered, now))
+        done, result.answers = {(answer["row"], answer["expert"]) for answer in answered}, len(answered)
+        result.cut.update(answer["expert"] for answer in answered if answer.get("finish") == "length")
         run = _Run(file, result, fields, asking, most_dollars, patience, on_answer)
         on_answer(result)
         try:
@@ -140,15 +141,17 @@ class _Run:
     def keep(self, expert: Expert, question: Question, reply: Reply, began: float, seconds: float) -> str:
         """Put an answer into the file before anything else is done.  -> why it is none, "" where it is one"""
         usage = reply.usage
-        price = expert.price(usage.input_tokens, usage.output_tokens, usage.cached_tokens)
+        text, finish, sure, why = None, "", None, ""
         try:
             said = json.loads(reply.body)
             text, finish = _answer(said)
+            sure = confidence_of_reply(said) if expert.logprobs else None
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
-            # What reports tokens is to be paid for, whatever it is.
-            self.result.dollars += 0.0 if usage.estimated else price
-            return f"answered with something that is no chat completion: {_refusal(reply.body)}"
-        sure = confidence_of_reply(said) if expert.logprobs else None
+            why = f"answered with something that is no chat completion: {_refusal(reply.body)}"
+            if usage.estimated:
+                return why
+        # What reports tokens is to be paid for, whatever it is: the next run has to know.
+        price = expert.price(usage.input_tokens, usage.output_tokens, usage.cached_tokens)
         model, request = self.asking[expert.name]
         line = {
             "row": question.row,
@@ -170,10 +173,12 @@ class _Run:
         self.file.write(line_of(line))
         self.file.flush()
         result = self.result
-        result.answers, result.asked, result.dollars = result.answers + 1, result.asked + 1, result.dollars + price
-        result.cut[expert.name] += finish == "length"
-        self.on_answer(result)
-        return ""
+        result.dollars += price
+        if text is not None:
+            result.answers, result.asked = result.answers + 1, result.asked + 1
+            result.cut[expert.name] += finish == "length"
+            self.on_answer(result)
+        return why
 
     def body(self, expert: Expert, question: Question) -> bytes:
         """The request."""

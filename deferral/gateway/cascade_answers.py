@@ -8,7 +8,7 @@ import numpy as np
 from sqlalchemy import Engine, Row, select
 
 from deferral.errors import DataError
-from deferral.gateway.export import confidence_in, latest
+from deferral.gateway.export import confidence_in, in_vain, latest
 from deferral.gateway.off_policy import alike
 from deferral.gateway.schema import cascades, decisions
 from deferral.routing.cascade import features
@@ -30,18 +30,20 @@ def answers_on_record(engine: Engine, experts: Sequence[str], first: str, left_o
 
     What was expected of every expert is what the router said before the answer.  `left_out` counts the rows that nothing can be
     learned from, by reason.  Those that lack an opinion alone are rows nevertheless, with nothing known, and the propensity of
-    the others includes the share of the expert's answers that are judged: who is judged more often must not count for more.
+    the others includes the share of the expert's draws that are answered and judged: who is judged more often, or fails less
+    often, must not count for more.
     DataError where nothing is known.
     """
     place = list(experts).index(first)
     columns = (
         decisions.c.id, decisions.c.expert, decisions.c.chosen, decisions.c.outcome, decisions.c.propensity,
-        decisions.c.expected, decisions.c.price, decisions.c.draw, cascades.c.ending, cascades.c.extra, cascades.c.confidence,
+        decisions.c.requested, decisions.c.expected, decisions.c.price, decisions.c.draw, cascades.c.ending, cascades.c.extra,
+        cascades.c.confidence,
     )  # fmt: skip
     wanted = (
         select(*columns)
         .join(cascades, cascades.c.decision == decisions.c.id)
-        .where(cascades.c.first == first, cascades.c.ending.in_(("kept", "deferred")))
+        .where(cascades.c.first == first, cascades.c.ending.in_(("kept", "deferred", "failed")))
     )
     found, drawn, last = [], [], ""
     given: dict[str, list[bool]] = {name: [] for name in experts}
@@ -58,6 +60,8 @@ def answers_on_record(engine: Engine, experts: Sequence[str], first: str, left_o
                 found.append(_known(row, expected, experts, place, said.get(row.id)))
                 drawn.append(row.draw)
                 given[row.expert].append(row.id in said)
+            elif reason == NO_ANSWER and row.chosen in given and in_vain(row, row):
+                given[row.chosen].append(False)
         if len(page) < _PAGE:
             break
         last = page[-1].id

@@ -25,6 +25,7 @@ from deferral.gateway.rows import CascadeRow
 from deferral.gateway.shaping import shaped
 from deferral.routing.cascade import Cascade, features
 from deferral.routing.confidence import Confidence, confidence_of_reply
+from deferral.routing.decisions import AT_RANDOM
 from deferral.routing.router import Router
 from deferral.routing.static import chances, explored
 
@@ -170,7 +171,7 @@ class AskingFirst:
         reason = (
             f"{cascade.first} answered first, by its log-probabilities with an expected quality of {quality[0, place]:.2f}: "
             f"cost {cost[0, place]:.3f} errors to keep that, {other:.3f} to ask another, at ${error:.3g} an error; "
-            f"{done if action == best else f'{done}, drawn by chance'}"
+            f"{done if action == best else f'{done}, {AT_RANDOM}'}"
         )
         others = sorted((one for one in choice.ranking if one != name), key=lambda one: cost[0, cascade.experts.index(one)])
         self.choice = choice._replace(ranking=(name, *others), reason=reason, propensity=propensity)

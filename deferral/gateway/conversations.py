@@ -26,7 +26,7 @@ import numpy as np
 from deferral.gateway.experts_file import Expert
 from deferral.gateway.hysteresis import Place, Rules, Scored, begun, gain, moved
 from deferral.gateway.requests import Asked
-from deferral.routing.decisions import Decisions
+from deferral.routing.decisions import AT_RANDOM, Decisions
 from deferral.routing.fitted import Estimates
 from deferral.routing.planning import Plan
 from deferral.routing.router import Router
@@ -144,7 +144,7 @@ class Conversations:
         draw = draw_of(turn.query, router.salt + EXPLORE)
         said = self._why(asked, turn, plan, chosen, after[0], None if before is None else before[0])
         if draw < router.explore and int(decisions.actions[0]) != chosen:
-            said = "" if before is None else f"drawn at random, to learn; the conversation stays with {router.experts[chosen]}"
+            said = "" if before is None else f"{AT_RANDOM}, to learn; the conversation stays with {router.experts[chosen]}"
             chosen = int(decisions.actions[0])
         if name:
             digest, until = _digest(turn.query), monotonic() + _KEPT_S

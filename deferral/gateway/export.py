@@ -13,7 +13,7 @@ from deferral.errors import DataError
 from deferral.gateway.schema import cascades, decisions, feedback, texts
 from deferral.routing import Confidence, Log, Outcome, write_log
 
-__all__ = ["Exported", "Logged", "confidence_in", "export", "latest", "logged", "nothing_left"]
+__all__ = ["Exported", "Logged", "confidence_in", "export", "in_vain", "latest", "logged", "nothing_left"]
 
 _PAGE = 2000
 _AUTO = "auto"
@@ -80,11 +80,11 @@ def logged(
     since: float = -math.inf,
     until: float = math.inf,
     assumed_quality: float | None = None,
-    unjudged: Counter[str] | None = None,
+    unheard: Counter[str] | None = None,
 ) -> Iterator[Logged]:
     """The rows that a router can learn from, oldest first; `left_out` counts the others by reason.
 
-    `unjudged` counts, by expert, those of them that lack nothing but an opinion on the answer.
+    `unheard` counts, by the expert that was drawn, those of them that lack nothing but an answer, or an opinion on it.
 
     Read in pages, each for itself: a long transaction would keep the writer's journal from being emptied.
     """
@@ -109,8 +109,8 @@ def logged(
             reason = _why_not(row, cascade, asked.get(row.id), quality, judged=row.id in said)
             if reason:
                 left_out[reason] += 1
-                if reason == NO_QUALITY and unjudged is not None:
-                    unjudged[row.expert] += 1
+                if unheard is not None and (reason == NO_QUALITY or (in_vain(row, cascade) and row.id in asked)):
+                    unheard[row.chosen] += 1
             else:
                 yield _logged(row, cascade, asked[row.id], float(quality), row.id not in said)  # type: ignore[arg-type]
         if len(page) < _PAGE:
@@ -133,6 +133,18 @@ def latest(connection: Connection, ids: list[str]) -> dict[str, float]:
     """The quality of each answer; of two opinions the later."""
     found = select(feedback.c.decision, feedback.c.quality).where(feedback.c.decision.in_(ids)).order_by(feedback.c.time)
     return dict(connection.execute(found).all())
+
+
+def in_vain(row: Row, cascade: Row | None) -> bool:
+    """Whether who was drawn gave no whole answer to a request that was routed: it failed, was too late, or broke off.
+
+    1 / propensity makes up for what was not drawn, and not for this.  A client's mistake, which nobody answers, is none of it.
+    """
+    drawn = row.requested == _AUTO and row.outcome != "refused" and row.propensity is not None and 0 < row.propensity <= 1
+    by_answer = cascade is not None and cascade.ending in ("kept", "deferred", "failed")
+    if not drawn or (by_answer and row.propensity == 1):
+        return False
+    return row.expert != row.chosen or row.outcome in ("truncated", "cancelled")
 
 
 def _why_not(row: Row, cascade: Row | None, query: str | None, quality: float | None, *, judged: bool) -> str:

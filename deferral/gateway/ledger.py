@@ -10,12 +10,12 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, Delete, Engine, Row, delete, func, insert, select, update
+from sqlalchemy import Connection, Delete, Engine, Row, delete, func, insert, select, union_all, update
 
 from deferral.gateway.database import alone, clock, durable, replacing
 from deferral.gateway.schema import admissions, decisions, forgotten, grants
 
-__all__ = ["LIFE", "SILENT", "Admission", "Ledger", "Part", "recorded"]
+__all__ = ["LIFE", "SILENT", "Admission", "Ledger", "Part", "recorded", "recorded_by_key"]
 
 _PART = 1 / 16
 _ENDED = ""
@@ -26,6 +26,7 @@ _MINUTE = 60.0
 LIFE = 0.5
 # A worker whose clock is fast opens the next window early, while others still spend in this one.
 _FASTEST = 86400.0
+_AT_ONCE = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +175,20 @@ def recorded(connection: Connection, key: str, since: float) -> float:
     )
     # In one statement, so at one moment: what a deletion moves from one to the other would count twice, or not at all.
     return float(connection.execute(select(spent + gone)).scalar_one())
+
+
+def recorded_by_key(connection: Connection, keys: Sequence[str], since: float) -> dict[str, float]:
+    """`recorded` of many keys, in a few statements."""
+    spent, names = dict.fromkeys(keys, 0.0), list(keys)
+    for start in range(0, len(names), _AT_ONCE):
+        some = names[start : start + _AT_ONCE]
+        each = (
+            select(table.c.key, func.sum(table.c.price)).where(table.c.key.in_(some), table.c.time >= since).group_by(table.c.key)
+            for table in (decisions, forgotten)
+        )
+        for key, dollars in connection.execute(union_all(*each)).all():
+            spent[key] += float(dollars)
+    return spent
 
 
 def _grants(connection: Connection, key: str, start: float) -> Sequence[Row]:

@@ -13,6 +13,7 @@ from types import TracebackType
 from sqlalchemy.exc import SQLAlchemyError
 
 from deferral.gateway.keys import Key
+from deferral.gateway.ledger import recorded_by_key
 from deferral.gateway.record import WRITTEN_WITHIN, Record
 from deferral.gateway.windows import Span, span, time_zone
 
@@ -147,17 +148,32 @@ class Limits:
         self._said: dict[str, str] = {}
 
     def load(self, keys: Iterable[Key]) -> None:
-        """Read what these keys have spent; else that waits for their first request."""
+        """Read what these keys have spent, all of them at once; else that waits for their first request."""
+        windows: dict[Span, list[Key]] = {}
+        for key, window in self._noted(keys):
+            windows.setdefault(window, []).append(key)
+        try:
+            with self._record.engine.connect() as connection:
+                for window, some in windows.items():
+                    spent = recorded_by_key(connection, [key.id for key in some], window.start)
+                    for key in some:
+                        assert key.budget is not None
+                        self._opened(key, Account(window, spent[key.id], key.budget))
+        except SQLAlchemyError as error:
+            _log.warning("what keys have spent is read with their first requests, the database fails: %s", type(error).__name__)
+
+    def _noted(self, keys: Iterable[Key]) -> list[tuple[Key, Span]]:
+        """From now on these are the keys.  -> those with a budget, and its present window"""
+        now, found = self._clock(), []
         for key in keys:
             self._keys[key.id] = key
             try:
                 if key.budget is not None:
-                    self._account(key)
+                    found.append((key, _window(key, now)))
             except Refused as refused:
-                if refused.code != _NO_ZONE:
-                    raise
                 # Its requests are refused; those of the other keys are not.
                 _log.error("the key %s (%s): %s", key.id, key.name, refused)
+        return found
 
     def follow(self, keys: Iterable[Key]) -> None:
         """Take over what has changed in these keys, which are all that there are; to be called in one thread at a time.
@@ -334,10 +350,13 @@ class Limits:
                 # A window that has begun while this process was counting holds nothing yet.
                 new = window.start > self._furthest.get(key.id, -math.inf)
                 account = self._open(key, window, fresh=new and account is not None and account.span.end == window.start)
-                with self._lock:
-                    self._accounts[key.id] = account
-                    self._furthest[key.id] = max(window.start, self._furthest.get(key.id, -math.inf))
+                self._opened(key, account)
             return account
+
+    def _opened(self, key: Key, account: Account) -> None:
+        with self._lock:
+            self._accounts[key.id] = account
+            self._furthest[key.id] = max(account.span.start, self._furthest.get(key.id, -math.inf))
 
     def _latest(self, key: Key) -> Key:
         """The key as it is now, where it still has a budget; a request may have begun before it was changed."""

@@ -28,6 +28,7 @@ __all__ = [
     "compare",
     "doubly_robust",
     "interval_of_mean",
+    "of_no_use",
     "one_more",
     "self_normalised",
     "stakes",
@@ -38,6 +39,7 @@ FEWEST_SEEN = 20
 Z = 1.96  # of a 95% interval
 _RESAMPLES = 2000
 _MOST_STAKE = 10.0
+_DEAR = 0.99
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Draws:
     estimate: np.ndarray  # (N, A) cost of every action, by a model that did not see these rows
     group: np.ndarray  # (N,) integers from 0
     heard: np.ndarray | float = 1.0  # (N,) the probability that such a row is among these: that its answer was judged, say
-    worst: np.ndarray | float = 1.0  # (N,) what the draw had cost, had it been of no use
+    worst: np.ndarray | float = 1.0  # (N,) what the draw had cost, had it been of no use: `of_no_use`
 
     def seen(self, rows: np.ndarray) -> int:
         """How many draws these rows are: a query that is asked again is drawn as before.  (N,) bool"""
@@ -158,6 +160,17 @@ def stakes(prices_of_error: Sequence[float], unit: float) -> np.ndarray:
     N -> (N,)
     """
     return np.minimum(np.array(prices_of_error) / unit, _MOST_STAKE)
+
+
+def of_no_use(error: np.ndarray, price: np.ndarray, action: np.ndarray) -> np.ndarray:
+    """What draws had cost, had their answers been of no use, and dear: all but one in a hundred of that action cost less.
+
+    (N,), (N,), (N,) -> (N,).  Where lengths of answers vary widely, a few draws may hold none of the dear ones by luck.
+    """
+    dear = np.zeros(int(action.max(initial=0)) + 1)
+    for one in np.unique(action):
+        dear[one] = np.quantile(price[action == one], _DEAR)
+    return error + np.maximum(dear[action], price)
 
 
 def alike(drawn: Sequence[float | None]) -> np.ndarray:

@@ -13,7 +13,7 @@ from sqlalchemy import Engine
 
 from deferral.errors import DataError
 from deferral.gateway.export import Logged, logged, nothing_left
-from deferral.gateway.off_policy import FEWEST_SEEN, Comparison, Draws, compare, stakes
+from deferral.gateway.off_policy import FEWEST_SEEN, Comparison, Draws, compare, of_no_use, stakes
 from deferral.routing import Log, Needs, Outcome, Router
 from deferral.routing.persistence import check_unchanged, keep_previous, written
 
@@ -73,9 +73,9 @@ def retrain(
     before = written(folder)
     old, new = load(folder), load(folder)
     left_out: Counter[str] = Counter()
-    judged, unjudged = Counter[str](), Counter[str]()
+    judged, unheard = Counter[str](), Counter[str]()
     train, judge = [], []
-    for row in logged(engine, left_out, assumed_quality=assumed_quality, unjudged=unjudged):
+    for row in logged(engine, left_out, assumed_quality=assumed_quality, unheard=unheard):
         judged[row.outcome.expert] += 1
         if not set(row.allowed) <= set(old.experts):
             left_out["it was drawn among experts that the router does not have"] += 1
@@ -107,7 +107,7 @@ def retrain(
     learned(new, train, old_log, unseen=unseen)
     of_log = 0 if old_log is None else sum(old_log[row].query not in unseen for row in range(len(old_log)))
     on_stage(f"judging both routers on {len(judge):,} other outcomes")
-    heard = {name: count / (count + unjudged[name]) for name, count in judged.items()}
+    heard = {name: count / (count + unheard[name]) for name, count in judged.items()}
     draws = draws_of(new, judge, heard)
     comparison = compare(draws, choices(old, judge), choices(new, judge), seed=seed)
     why = _why_not(comparison)
@@ -167,7 +167,7 @@ def choices(router: Router, rows: Sequence[Logged]) -> np.ndarray:
 def draws_of(model: Router, rows: Sequence[Logged], heard: Mapping[str, float]) -> Draws:
     """The rows as draws, with the cost that `model` expects of every expert.  It must not have seen them.
 
-    `heard` is the share of an expert's answers that was judged.
+    `heard` is the share of an expert's draws that were answered and judged.
 
     (e (1 - quality) + price) / the router's price of an error, with e the row's own: dollars, said in errors.  A client's e
     counts up to ten times the router's, so that nobody's setting outweighs all others.
@@ -180,14 +180,15 @@ def draws_of(model: Router, rows: Sequence[Logged], heard: Mapping[str, float]) 
     expected = model.fitted.estimate(model.encoder(queries))
     prices = model.fitted.priced(np.array([len(query) for query in queries], float), expected.dearness)
     _, group = np.unique(queries, return_inverse=True)
+    action = np.array([experts.index(row.outcome.expert) for row in rows])
     return Draws(
-        action=np.array([experts.index(row.outcome.expert) for row in rows]),
+        action=action,
         propensity=np.array([row.outcome.propensity for row in rows]),
         cost=error * (1 - quality) + price / unit,
         estimate=error[:, None] * (1 - np.clip(expected.quality, 0, 1)) + prices / unit,
         group=group,
         heard=np.array([heard[row.outcome.expert] for row in rows]),
-        worst=error + price / unit,
+        worst=of_no_use(error, price / unit, action),
     )
 
 

@@ -91,8 +91,8 @@ class SharedLimits(Limits):
         self._thread: threading.Thread | None = None
 
     def load(self, keys: Iterable[Key]) -> None:
-        """Read what these keys have spent, and begin to tell."""
-        super().load(keys)
+        """Begin to tell.  What a key has spent is asked of the ledger with its first request."""
+        self._noted(keys)
         self._thread = threading.Thread(target=self._run, name="limits", daemon=True)
         self._thread.start()
 

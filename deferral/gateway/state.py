@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -15,6 +16,7 @@ from deferral.gateway.aliases import Alias, read_experts_file
 from deferral.gateway.answering import Answerers
 from deferral.gateway.cascading import Silence
 from deferral.gateway.experts_file import Expert
+from deferral.gateway.forgetting import Forgotten, forget
 from deferral.gateway.generation import Generation, generation
 from deferral.gateway.keys import Keys
 from deferral.gateway.metrics import Metrics
@@ -82,6 +84,7 @@ class Gateway:
         self.worker_metrics = None if shared is None else WorkerMetrics(self.metrics, shared)
         self._following: list[asyncio.Task] = []
         self._queries = ThreadPoolExecutor(_QUERIES, "queries")
+        self._deletions, self._ends = ThreadPoolExecutor(1, "deletions"), threading.Event()
 
     @property
     def trouble(self) -> str:
@@ -125,7 +128,9 @@ class Gateway:
         self.current.decider.close()
         if self.shadow is not None:
             await asyncio.to_thread(self.shadow.close)
-        self._queries.shutdown(wait=False, cancel_futures=True)
+        self._ends.set()
+        for pool in (self._queries, self._deletions):
+            pool.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(self.alarms.close)
         await asyncio.to_thread(self.limits.close)
         await self.record.close()
@@ -144,6 +149,20 @@ class Gateway:
         except TimeoutError:
             message = f"the database has not answered within {_LONGEST_QUERY:.0f} s; what was begun may end later"
             raise Problem(503, "record_unavailable", message, retry_after=_LONGEST_QUERY) from None
+
+    async def forget(self, *, key: str | None = None, response: str | None = None) -> Forgotten:
+        """Delete what is on record, one such request after another: that may take minutes, and nobody else waits for it.
+
+        Problem 503 where the gateway ends before; what is deleted until then stays so, and asking again goes on from there.
+        """
+
+        def go_on(so_far: Forgotten) -> None:
+            if self._ends.is_set():
+                message = f"the gateway ends; {so_far}, and the same request goes on from there"
+                raise Problem(503, "server_ends", message, retry_after=_LONGEST_QUERY)
+
+        work = partial(forget, self.record.patient, key=key, response=response, progress=go_on)
+        return await asyncio.get_running_loop().run_in_executor(self._deletions, work)
 
     async def _look_at_the_record(self) -> None:
         while True:

@@ -10,9 +10,9 @@ from sqlalchemy import Connection, Engine, case, distinct, func, select
 
 from deferral.gateway.alarms import MEANINGS
 from deferral.gateway.keys import Key
-from deferral.gateway.ledger import recorded
+from deferral.gateway.ledger import recorded_by_key
 from deferral.gateway.schema import alarms, decisions, feedback
-from deferral.gateway.windows import minute_of, span, time_zone
+from deferral.gateway.windows import Span, minute_of, span, time_zone
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -165,7 +165,7 @@ def status(engine: Engine, keys: Iterable[Key], *, since: float = 0.0, now: floa
             .where(recent)
             .group_by(d.expert)
         ).all()
-        budgets = tuple(_budget(connection, key, now) for key in keys if key.budget is not None)
+        budgets = _budgets(connection, [key for key in keys if key.budget is not None], now)
         ringing = connection.execute(select(alarms).where(alarms.c.ringing).order_by(alarms.c.since)).all()
     quality = {expert: (count, float(summed)) for expert, count, summed in judged}
     judgements = sum(count for count, _ in quality.values())
@@ -201,10 +201,18 @@ def dollars(value: float) -> str:
     return f"{sign}${size:.{places}f}"
 
 
-def _budget(connection: Connection, key: Key, now: float) -> Budget:
-    try:
-        window = span(key.window, now, time_zone(key.zone))
-    except ValueError:
-        return Budget(key.id, key.name, key.budget or math.inf, key.window, None, None)
-    spent = recorded(connection, key.id, window.start)
-    return Budget(key.id, key.name, key.budget or math.inf, key.window, spent, window.end)
+def _budgets(connection: Connection, keys: list[Key], now: float) -> tuple[Budget, ...]:
+    windows: dict[str, Span | None] = {}
+    for key in keys:
+        try:
+            windows[key.id] = span(key.window, now, time_zone(key.zone))
+        except ValueError:
+            windows[key.id] = None
+    spent: dict[str, float] = {}
+    for start in {window.start for window in windows.values() if window is not None}:
+        some = [name for name, window in windows.items() if window is not None and window.start == start]
+        spent |= recorded_by_key(connection, some, start)
+    return tuple(
+        Budget(key.id, key.name, key.budget or math.inf, key.window, spent.get(key.id), None if window is None else window.end)
+        for key, window in ((key, windows[key.id]) for key in keys)
+    )

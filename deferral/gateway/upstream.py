@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from time import monotonic, time
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import aiohttp
 from yarl import URL
@@ -44,6 +45,8 @@ _ANY_DATA = re.compile(rb"(?:^|[\r\n])data:")
 _HELD_BACK_S = 1.0
 _LONGEST_EVENT = 1 << 16
 _LONGEST_HEADER = 1 << 16
+# Of a connection, in seconds; whoever moves a name waits as long for the last of its traffic.
+_LONGEST_KEPT_S = 300.0
 _opened: ContextVar[bool] = ContextVar("opened")
 _connected: ContextVar[Callable[[], None]] = ContextVar("connected", default=lambda: None)
 # Of a header that came; the parser of replies is not as strict.
@@ -298,16 +301,28 @@ def _check_error(beginning: bytes, path: str) -> None:
 
 
 class _Connector(aiohttp.TCPConnector):
-    """Tells whoever asks that the request has a connection, and whether it was opened for it."""
+    """Tells whoever asks that the request has a connection, and whether it was opened for it.
+
+    A connection that is old ends with the request that it has: a name may lead to another address by now, and would never be
+    looked up again while requests come.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._since: WeakKeyDictionary[Any, float] = WeakKeyDictionary()
 
     async def connect(self, *request: Any, **options: Any) -> Any:
         connection = await super().connect(*request, **options)
+        if (protocol := connection.protocol) is not None and monotonic() - self._since[protocol] > _LONGEST_KEPT_S:
+            protocol.force_close()
         _connected.get()()
         return connection
 
     async def _create_connection(self, *request: Any) -> Any:
         _opened.set(True)
-        return await super()._create_connection(*request)
+        protocol = await super()._create_connection(*request)
+        self._since[protocol] = monotonic()
+        return protocol
 
 
 def _session(**connections: Any) -> aiohttp.ClientSession:

@@ -5,10 +5,12 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from sqlalchemy import Engine, func, or_, select
+from sqlalchemy import Engine, Row, func, or_, select
 
+from deferral.gateway.export import in_vain
 from deferral.gateway.off_policy import FEWEST_SEEN, Draws, alike, doubly_robust, interval_of_mean, one_more
 from deferral.gateway.schema import cascades, decisions, feedback, own_price
+from deferral.routing.decisions import AT_RANDOM
 
 __all__ = ["Point", "WhatIf", "what_if"]
 
@@ -17,7 +19,6 @@ _POINTS = 25
 # A share of the queries, below which few answers are no reason to warn.
 _WORTH_MENTIONING = 0.02
 _NOBODY = -1
-_ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,8 @@ class Point:
 class WhatIf:
     """The settings from the cheapest on, the present one among them, over the newest `rows` routed answers, `judged` of them.
 
-    `explored` of them were drawn from another expert than the one of the lowest expected cost, with no higher propensity than a
-    draw among all has (what a conversation or a first answer keeps has a higher one): only through these is it known what experts
-    answer that the router does not ask; without them that is its own estimate.
+    `explored` of them were drawn at random from another expert than the one of the lowest expected cost: only through these is it
+    known what experts answer that the router does not ask; without them that is its own estimate.
     """
 
     rows: int
@@ -60,32 +60,37 @@ def what_if(engine: Engine, *, since: float, until: float, present: float) -> Wh
 
     A query would go to the expert of the lowest 1 - quality + price / price_of_error among those that it was allowed to; what
     that would have cost and how good the answer would have been is the router's estimate, corrected by 1 / propensity times its
-    error wherever that expert was drawn.  Qualities are corrected where there is feedback, by 1 / (propensity * the share of the
-    expert's answers that have it): who is judged more often must not count for more.  That is right where feedback depends on
-    nothing else that the quality depends on.  Dudík, Langford, Li, "Doubly Robust Policy Evaluation and Learning" (2011), eq. 2.
+    error wherever that expert was drawn and answered.  Qualities are corrected where there is feedback, by 1 / (propensity * the
+    share of the expert's draws that have it), prices by the share that was answered: who is judged more often, or fails less
+    often, must not count for more.  That is right where failures and feedback depend on nothing else that quality and price
+    depend on.  Dudík, Langford, Li, "Doubly Robust Policy Evaluation and Learning" (2011), eq. 2.
     """
     d, through = decisions.c, cascades.c
     opinion = select(func.avg(feedback.c.quality)).where(feedback.c.decision == d.id).scalar_subquery().label("quality")
     wanted = (
         select(
             d.chosen,
+            d.expert,
+            d.requested,
+            d.outcome,
+            d.reason,
             d.propensity,
             d.expected,
             own_price,
             d.price_of_error,
             d.draw,
+            through.ending,
             opinion,
         )
         .outerjoin(cascades, through.decision == d.id)
         # An answer that was kept by its log-probabilities, with certainty, says nothing of those that were not.
         .where(or_(through.decision.is_(None), through.ending.not_in(("kept", "deferred")), d.propensity < 1))
-        .where(d.time >= since, d.time < until, d.requested == "auto", d.outcome == "ok", d.expert == d.chosen)
-        .where(d.propensity > 0, d.price_of_error > 0)
+        .where(d.time >= since, d.time < until, d.requested == "auto", d.propensity > 0, d.price_of_error > 0)
         .order_by(d.time.desc())
         .limit(_ROWS)
     )
     with engine.connect() as connection:
-        rows = connection.execute(wanted).all()
+        rows = [row for row in connection.execute(wanted) if _whole(row) or in_vain(row, row)]
     if not rows:
         return WhatIf(0, 0, 0, present, [], {})
     expected = [json.loads(row.expected) for row in rows]
@@ -97,19 +102,25 @@ def what_if(engine: Engine, *, since: float, until: float, present: float) -> Wh
                 quality[place, experts.index(name)], price[place, experts.index(name)] = _number(good), _number(dollars)
     drawn = np.array([experts.index(row.chosen) if row.chosen in experts else -1 for row in rows])
     usable = (drawn >= 0) & ~np.isnan(quality[np.arange(len(rows)), drawn]) & ~np.isnan(price[np.arange(len(rows)), drawn])
-    if not usable.any():
+    if not any(_whole(row) for row, kept in zip(rows, usable, strict=True) if kept):
         return WhatIf(0, 0, 0, present, [], {})
+    rows = [row for row, kept in zip(rows, usable, strict=True) if kept]
     quality, price, drawn = quality[usable], price[usable], drawn[usable]
-    propensity, asked_at = np.array([(row.propensity, row.price_of_error) for row in rows])[usable].T
+    propensity, asked_at = np.array([(row.propensity, row.price_of_error) for row in rows]).T
     best = np.nanargmin(1 - quality + price / asked_at[:, None], axis=1)
-    paid = np.array([row.price for row in rows])[usable]
-    said = np.array([math.nan if row.quality is None else row.quality for row in rows])[usable]
+    paid = np.array([row.price for row in rows])
+    whole = np.array([_whole(row) for row in rows])
+    said = np.array([row.quality if _whole(row) and row.quality is not None else math.nan for row in rows])
     judged = ~np.isnan(said)
-    group = alike([row.draw for row, kept in zip(rows, usable, strict=True) if kept])
-    answered, heard = (np.bincount(each, minlength=len(experts)) for each in (drawn, drawn[judged]))
-    listened = propensity * (heard / np.maximum(answered, 1))[drawn]
-    priced = Draws(drawn, propensity, paid, price, group)
-    judgements = Draws(np.where(judged, drawn, _NOBODY), np.where(judged, listened, 1.0), said, quality, group)
+    group = alike([row.draw for row in rows])
+
+    def draws_of(told: np.ndarray, cost: np.ndarray, estimate: np.ndarray) -> Draws:
+        """Rows that tell nothing stay as what is expected; the others stand for them."""
+        share = np.bincount(drawn[told], minlength=len(experts)) / np.maximum(np.bincount(drawn, minlength=len(experts)), 1)
+        chance = np.where(told, propensity * share[drawn], 1.0)
+        return Draws(np.where(told, drawn, _NOBODY), chance, cost, estimate, group)
+
+    priced, judgements = draws_of(whole, paid, price), draws_of(judged, said, quality)
     points = []
     for error in _settings(quality, price, present):
         actions = np.nanargmin(1 - quality + price / error, axis=1)
@@ -125,13 +136,17 @@ def what_if(engine: Engine, *, since: float, until: float, present: float) -> Wh
         points.append(Point(float(error), cost, halves[0], few[0], quality_then, halves[1], few[1], by_name))
     own = {name: said[judged & (drawn == place)] for place, name in enumerate(experts)}
     return WhatIf(
-        rows=len(drawn),
+        rows=int(whole.sum()),
         judged=int(judged.sum()),
-        explored=int(((drawn != best) & (propensity * (~np.isnan(price)).sum(1) <= 1 + _ROUNDING)).sum()),
+        explored=int((whole & (drawn != best) & np.array([AT_RANDOM in row.reason for row in rows])).sum()),
         present=present,
         points=points,
         qualities={name: (len(each), float(each.mean())) for name, each in own.items() if len(each)},
     )
+
+
+def _whole(row: Row) -> bool:
+    return row.outcome == "ok" and row.expert == row.chosen
 
 
 def _settings(quality: np.ndarray, price: np.ndarray, present: float) -> np.ndarray:

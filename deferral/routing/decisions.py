@@ -6,7 +6,10 @@ from math import inf
 
 import numpy as np
 
-__all__ = ["Decision", "Decisions", "why_learned"]
+__all__ = ["AT_RANDOM", "Decision", "Decisions", "why_learned"]
+
+# In the reason of a decision, where one was explored in the place of the usual one.
+AT_RANDOM = "drawn at random"
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ class Decisions:
         names = self.experts
         name, quality = names[action], [min(max(value, 0.0), 1.0) for value in quality]
         if fallback:
-            how = f"{name}, drawn at random to learn, else" if drawn == action else name
+            how = f"{name}, {AT_RANDOM} to learn, else" if drawn == action else name
             why = f"{how} by the static mix: "
             why += self.why_fallback or f"the query is unlike the log (similarity {similarity:.2f})"
         else:
@@ -102,7 +105,7 @@ def why_learned(
     """Why the learned policy asks this expert, or, where it was drawn at random in the place of the usual one, that it was."""
     others = min(cost[:action] + cost[action + 1 :], default=inf)
     best = f"; {usual} would cost {others:.3f}" if usual else f", the next {others:.3f}" if others < inf else ""
-    how = f"{name}, drawn at random to learn" if usual else name
+    how = f"{name}, {AT_RANDOM} to learn" if usual else name
     return (
         f"{how}: expected quality {quality[action]:.2f} for ${price[action]:.3g}, cost {cost[action]:.3f} errors{best}, "
         f"at ${price_of_error:.3g} an error"
