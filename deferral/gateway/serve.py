@@ -34,7 +34,7 @@ from deferral.gateway.listening import BACKLOG, listening
 from deferral.gateway.logs import logging_to
 from deferral.gateway.opened import database_option, encoder_option
 from deferral.gateway.protocol import Protocol
-from deferral.gateway.proxying import LONGER
+from deferral.gateway.relaying import LONGER
 from deferral.gateway.settings import Settings, is_loopback
 from deferral.gateway.state import Gateway, load_router, stamps
 from deferral.gateway.worker_metrics import fold
