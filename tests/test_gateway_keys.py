@@ -20,9 +20,10 @@ from deferral.cli import main
 from deferral.errors import DataError
 from deferral.gateway import keys as keys_module
 from deferral.gateway.admin import routes
-from deferral.gateway.database import connect, prepare
+from deferral.gateway.database import connect
 from deferral.gateway.endpoints import error_handlers
 from deferral.gateway.keys import Key, Keys, UnknownKey
+from deferral.gateway.preparing import prepare
 from deferral.gateway.probe import probe
 from deferral.gateway.record import Record
 from deferral.gateway.schema import VERSION

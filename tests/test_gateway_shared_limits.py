@@ -14,7 +14,7 @@ from sqlalchemy import select, update
 
 from deferral.gateway import ledger as ledger_module
 from deferral.gateway import shared_limits as module
-from deferral.gateway.database import insert_rows
+from deferral.gateway.dialects import insert_rows
 from deferral.gateway.keys import ANYONE, Key
 from deferral.gateway.ledger import LIFE, SILENT, Ledger, Part, recorded
 from deferral.gateway.limits import Limits, Refused

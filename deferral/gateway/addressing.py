@@ -58,7 +58,7 @@ async def _choose(exchange: Exchange, now: Generation, asked: Asked, wanted: Hin
 async def answered_before(exchange: Exchange, response: str) -> str:
     """The expert that a conversation is with, which it alone remembers."""
     try:
-        expert = await exchange.gateway.record.answered_by(response, key=exchange.key.id)
+        expert = await exchange.gateway.replies.answered_by(response, key=exchange.key.id)
     except (SQLAlchemyError, TimeoutError):
         raise _record_unavailable() from None
     if not expert:
@@ -69,7 +69,7 @@ async def answered_before(exchange: Exchange, response: str) -> str:
 async def check_previous(exchange: Exchange, response: str) -> None:
     """Problem 400 where an expert is asked by name to go on from what it answered to somebody else."""
     try:
-        others = bool(exchange.key.id) and await exchange.gateway.record.answered_others(response, key=exchange.key.id)
+        others = bool(exchange.key.id) and await exchange.gateway.replies.answered_others(response, key=exchange.key.id)
     except (SQLAlchemyError, TimeoutError):
         raise _record_unavailable() from None
     if others:

@@ -111,7 +111,8 @@ def backup(file: Path, database: str) -> None:
 
     Use pg_dump to copy a PostgreSQL database.
     """
-    from deferral.gateway.database import connect, copy
+    from deferral.gateway.backup import copy
+    from deferral.gateway.database import connect
 
     try:
         # It may be of an older version, and stays so.

@@ -8,8 +8,8 @@ import click
 from sqlalchemy.exc import SQLAlchemyError
 
 from deferral.errors import DataError
-from deferral.gateway.database import prepare
 from deferral.gateway.keys import Keys
+from deferral.gateway.preparing import prepare
 from deferral.gateway.settings import Settings
 
 __all__ = ["database_option", "encoder_option", "opened"]
