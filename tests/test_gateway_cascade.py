@@ -27,8 +27,8 @@ from deferral.gateway import cascading
 from deferral.gateway.answering import Unanswered
 from deferral.gateway.cascade_answers import answers_on_record
 from deferral.gateway.cascading import AskingFirst, Silence, asking_first
+from deferral.gateway.choice import Choice
 from deferral.gateway.database import connect
-from deferral.gateway.deciding import Choice
 from deferral.gateway.experts_file import Expert
 from deferral.gateway.export import CERTAIN, logged
 from deferral.gateway.forgetting import forget

@@ -18,7 +18,9 @@ from click.testing import CliRunner
 from benchmarks import conversations as benchmark
 from deferral.errors import DataError
 from deferral.gateway import conversations, serve
-from deferral.gateway.deciding import Choice, Decider, Limited
+from deferral.gateway.choice import Choice
+from deferral.gateway.deciding import Decider
+from deferral.gateway.eligible import Limited
 from deferral.gateway.experts_file import Expert, read_experts
 from deferral.gateway.hysteresis import RULES as DEFAULT
 from deferral.gateway.hysteresis import Place, Rules, Scored, moved

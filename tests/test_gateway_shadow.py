@@ -14,8 +14,8 @@ from sqlalchemy import delete, literal, null, select, update
 
 from deferral.cli import main
 from deferral.gateway.agreement import Gain, _live, agreement
+from deferral.gateway.choice import Choice
 from deferral.gateway.database import connect
-from deferral.gateway.deciding import Choice
 from deferral.gateway.dialects import insert_rows
 from deferral.gateway.experts_file import Expert
 from deferral.gateway.preparing import prepare

@@ -4,7 +4,8 @@ import math
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from deferral.gateway.deciding import Choice, Limited, refusal
+from deferral.gateway.choice import Choice
+from deferral.gateway.eligible import Limited, refusal
 from deferral.gateway.exchange import Exchange
 from deferral.gateway.experts_file import AUTO
 from deferral.gateway.generation import Generation

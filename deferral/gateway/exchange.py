@@ -11,7 +11,7 @@ from starlette.types import Receive, Send
 
 from deferral.gateway.answering import Call
 from deferral.gateway.cascading import AskingFirst
-from deferral.gateway.deciding import Choice
+from deferral.gateway.choice import Choice
 from deferral.gateway.experts_file import AUTO, Expert
 from deferral.gateway.keys import ANYONE, Key
 from deferral.gateway.requests import Asked, Kind

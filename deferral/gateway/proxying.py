@@ -14,7 +14,7 @@ from deferral.gateway.addressing import answered_before, check_previous, decided
 from deferral.gateway.aliases import applied
 from deferral.gateway.answering import ONCE, Call, Unanswered
 from deferral.gateway.cascading import asking_first
-from deferral.gateway.deciding import set_aside
+from deferral.gateway.choice import set_aside
 from deferral.gateway.exchange import Exchange
 from deferral.gateway.experts_file import AUTO, Expert
 from deferral.gateway.limits import Hold, Refused

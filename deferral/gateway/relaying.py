@@ -5,7 +5,7 @@ import logging
 from time import perf_counter
 
 from deferral.gateway.answering import Call, Unanswered
-from deferral.gateway.deciding import Choice
+from deferral.gateway.choice import Choice
 from deferral.gateway.exchange import Exchange
 from deferral.gateway.limits import Hold
 from deferral.gateway.problems import Problem, error_body
