@@ -45,7 +45,8 @@ from rich.progress import track
 from rich.table import Table as Printed
 
 from benchmarks.routers.data import Data, llmrouter, routellm
-from deferral.gateway.deciding import Decider, Limited
+from deferral.gateway.deciding import Decider
+from deferral.gateway.eligible import Limited
 from deferral.gateway.experts_file import Expert
 from deferral.gateway.hysteresis import RULES, Rules
 from deferral.gateway.requests import Asked, Hints, parse

@@ -37,8 +37,8 @@ import click
 import torch
 
 from deferral.demo.questions import questions
-from deferral.gateway.database import prepare
 from deferral.gateway.keys import Keys
+from deferral.gateway.preparing import prepare
 from deferral.routing import Log, Outcome, Router
 from deferral.routing.held_out import POLICIES
 from deferral.routing.policies import Linear, Policy

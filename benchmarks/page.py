@@ -33,9 +33,11 @@ from sqlalchemy import func, select
 
 from deferral.gateway.app import gateway
 from deferral.gateway.dashboard import FILES
-from deferral.gateway.database import connect, insert_rows, prepare
+from deferral.gateway.database import connect
+from deferral.gateway.dialects import insert_rows
 from deferral.gateway.experts_file import Expert
 from deferral.gateway.minutes import add_to_minutes
+from deferral.gateway.preparing import prepare
 from deferral.gateway.rows import CascadeRow, DecisionRow, cascade_values, values
 from deferral.gateway.schema import cascades, decisions, feedback, shadows
 from deferral.gateway.settings import Settings

@@ -26,7 +26,9 @@ from pathlib import Path
 import click
 import sqlalchemy
 
-from deferral.gateway.database import connect, durable, insert_rows, prepare
+from deferral.gateway.database import connect, durable
+from deferral.gateway.dialects import insert_rows
+from deferral.gateway.preparing import prepare
 from deferral.gateway.record import Record
 from deferral.gateway.rows import DecisionRow, values
 from deferral.gateway.schema import decisions

@@ -23,7 +23,9 @@ import click
 import numpy as np
 from sqlalchemy import ColumnElement, Engine, select
 
-from deferral.gateway.database import connect, insert_rows, prepare
+from deferral.gateway.database import connect
+from deferral.gateway.dialects import insert_rows
+from deferral.gateway.preparing import prepare
 from deferral.gateway.rows import values
 from deferral.gateway.schema import decisions, feedback, texts
 from tests.faulty_upstream import Upstream

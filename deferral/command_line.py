@@ -6,10 +6,10 @@ from typing import Any
 
 import click
 
-__all__ = ["Commands", "FiniteRange"]
+__all__ = ["Command", "Commands", "FiniteRange"]
 
 
-class _Command(click.Command):
+class Command(click.Command):
     """Where a path stands alone that belongs to an option, the error says to which."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -30,7 +30,7 @@ class _Command(click.Command):
 class Commands(click.Group):
     """Its help says of each command a whole sentence, which click would cut where the line ends."""
 
-    command_class = _Command
+    command_class = Command
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         commands = [(name, self.get_command(context, name)) for name in self.list_commands(context)]

@@ -2,10 +2,18 @@ import importlib.util
 import os
 import secrets
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from openai import OpenAI
+
+    from deferral.gateway.keys import Keys
+    from tests.several_workers import Workers
 
 # On a shared machine torch's default threads slow small tensors down twentyfold.
 torch.set_num_threads(1)
@@ -49,6 +57,59 @@ def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 
     with fresh_database(request.getfixturevalue("postgres"), f"test_{secrets.token_hex(6)}") as url:
         yield url
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Iterator["Keys"]:
+    """API keys in an SQLite file, gateway.db."""
+    with _keys(str(tmp_path / "gateway.db")) as store:
+        yield store
+
+
+@pytest.fixture
+def shared_keys(database: str) -> Iterator["Keys"]:
+    """API keys in a database of each kind."""
+    with _keys(database) as store:
+        yield store
+
+
+@contextmanager
+def _keys(database: str) -> Iterator["Keys"]:
+    from deferral.gateway.keys import Keys
+    from deferral.gateway.preparing import prepare
+
+    store = Keys(database)
+    prepare(store.engine)
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def worker(database: str) -> Iterator["Workers"]:
+    """Makes another worker on the database whenever it is called."""
+    from tests.several_workers import Workers
+
+    made = Workers(database)
+    yield made
+    made.end()
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A gateway with keys, and its upstream, one for each file of tests; `log` holds all that was logged."""
+    from tests.whole_gateway import whole_gateway
+
+    with whole_gateway(tmp_path_factory.mktemp("gateway")) as found:
+        yield found
+
+
+@pytest.fixture
+def client(running: Any) -> Iterator["OpenAI"]:
+    """The official client of that gateway."""
+    from openai import OpenAI
+
+    with OpenAI(base_url=running.gateway.url, api_key=running.key, max_retries=0, timeout=20) as found:
+        yield found
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -10,9 +10,10 @@ from deferral.routing.cascade import FEATURES, Paid
 from deferral.routing.policies import Linear
 from tests.running_gateway import EASY, HARD
 
-__all__ = ["GUESS", "handmade", "unsure_router"]
+__all__ = ["GUESS", "PRICES", "handmade", "unsure_router"]
 
 GUESS = "guess the word that I think of"
+PRICES = {"small": 1.0, "large": 100.0}
 _MEAN = 2  # the column of the mean log-probability among the features
 
 

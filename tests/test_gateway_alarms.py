@@ -14,11 +14,14 @@ from sqlalchemy import literal, null, select, update
 
 from deferral.gateway import drift
 from deferral.gateway.alarms import MEANINGS, Alarms
-from deferral.gateway.database import connect, insert_rows, prepare
-from deferral.gateway.deciding import Decider, Limited
+from deferral.gateway.database import connect
+from deferral.gateway.deciding import Decider
+from deferral.gateway.dialects import insert_rows
 from deferral.gateway.drift import ALLOWED, EVERY, Expected, Seen, confidence, interval, looked_at, rings
+from deferral.gateway.eligible import Limited
 from deferral.gateway.experts_file import Expert
 from deferral.gateway.metrics import Metrics
+from deferral.gateway.preparing import prepare
 from deferral.gateway.requests import Asked, Hints
 from deferral.gateway.rows import values
 from deferral.gateway.schema import cascades, decisions, feedback

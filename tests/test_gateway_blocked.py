@@ -10,8 +10,10 @@ from sqlalchemy import Engine, func, select
 
 from deferral.gateway import keys as keys_module
 from deferral.gateway import record as record_module
-from deferral.gateway.database import alone, connect, look, prepare, wait_for
+from deferral.gateway.database import connect, wait_for
+from deferral.gateway.dialects import alone
 from deferral.gateway.experts_file import Expert
+from deferral.gateway.preparing import look, prepare
 from deferral.gateway.record import Record
 from deferral.gateway.schema import VERSION, decisions
 from deferral.gateway.settings import Settings

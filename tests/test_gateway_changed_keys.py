@@ -8,9 +8,10 @@ import pytest
 from sqlalchemy import select
 
 from deferral.cli import main
-from deferral.gateway.database import connect, prepare
+from deferral.gateway.database import connect
 from deferral.gateway.experts_file import Expert
 from deferral.gateway.keys import Keys
+from deferral.gateway.preparing import prepare
 from deferral.gateway.schema import decisions
 from deferral.gateway.settings import Settings
 from deferral.gateway.shared_limits import SharedLimits

@@ -13,10 +13,11 @@ import pytest
 
 from deferral.cli import main
 from deferral.gateway.checking import check
-from deferral.gateway.database import connect, prepare
+from deferral.gateway.database import connect
 from deferral.gateway.experts_file import Expert
 from deferral.gateway.keys import Keys
 from deferral.gateway.listening import listening
+from deferral.gateway.preparing import prepare
 from deferral.gateway.reaching import Reached, reach
 from deferral.gateway.schema import VERSION
 from deferral.gateway.settings import Settings

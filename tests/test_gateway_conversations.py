@@ -18,21 +18,27 @@ from click.testing import CliRunner
 from benchmarks import conversations as benchmark
 from deferral.errors import DataError
 from deferral.gateway import conversations, serve
-from deferral.gateway.deciding import Choice, Decider, Limited
+from deferral.gateway.choice import Choice
+from deferral.gateway.deciding import Decider
+from deferral.gateway.eligible import Limited
 from deferral.gateway.experts_file import Expert, read_experts
 from deferral.gateway.hysteresis import RULES as DEFAULT
-from deferral.gateway.hysteresis import Place, Rules, Scored, moved
-from deferral.gateway.requests import Asked, Hints, hints, parse
+from deferral.gateway.hysteresis import Rules
+from deferral.gateway.requests import Hints, hints
 from deferral.gateway.settings import Settings
-from deferral.gateway.turns import conversation
 from deferral.gateway.usage import usage_of
 from deferral.routing import Log, Outcome, Router
 from tests.faulty_upstream import Upstream
 from tests.running_gateway import EASY, HARD, RunningGateway, small_router
+from tests.talks import RESULT, asked, said, talk, user
 
 EXPERTS = {name: Expert(name, "http://127.0.0.1:1") for name in ("small", "large")}
+
+
 # 0.005 errors for every token that has to be read anew, at $0.05 an error.
 CACHING = EXPERTS | {"large": Expert("large", "http://127.0.0.1:1", input_price=250.0, cached_input_price=0.0)}
+
+
 RULES = Rules(up=0.01, down=0.0, patience=2)
 
 
@@ -42,23 +48,6 @@ def easy(number: int) -> str:
 
 def hard(number: int) -> str:
     return f"{HARD} number {number} in full"
-
-
-def user(content: Any) -> dict:
-    return {"role": "user", "content": content}
-
-
-def said(content: Any = "well", **fields: Any) -> dict:
-    return {"role": "assistant", "content": content} | fields
-
-
-def talk(*queries: str) -> list[dict]:
-    """A conversation that ends with the last query."""
-    return [message for query in queries for message in (user(query), said())][:-1]
-
-
-def asked(messages: list[dict]) -> Asked:
-    return parse("chat", json.dumps({"model": "auto", "messages": messages}).encode())
 
 
 def choose(
@@ -90,124 +79,6 @@ def router(fitted: Router) -> Iterator[Router]:
 
 def decider(router: Router, experts: dict[str, Expert] = EXPERTS, rules: Rules | None = RULES) -> Decider:
     return Decider(router, experts, deadline_s=1.0, rules=rules)
-
-
-RESULT = {"type": "tool_result", "tool_use_id": "1", "content": "42"}
-
-
-@pytest.mark.parametrize(
-    ("messages", "queries"),
-    [
-        ([user("first"), said(), user("second")], ["first", "second"]),
-        ([user("first"), user("second")], ["second"]),
-        (
-            [user("first"), said(), user("second"), said(None, tool_calls=[]), {"role": "tool", "content": "42"}],
-            ["first", "second"],
-        ),
-        ([user("first"), said(None, function_call={}), {"role": "function", "content": "42"}], ["first"]),
-        ([user("first"), said([{"type": "tool_use"}]), user([RESULT])], ["first"]),
-        ([user("first"), said(), user([RESULT, {"type": "text", "text": "and now?"}])], ["first", "and now?"]),
-        ([user("first"), said(), user("<tool_response>\n42\n</tool_response>")], ["first"]),
-        ([user("first"), said(), user('<tool_result id="1">42</tool_result> <tool_result>43</tool_result>')], ["first"]),
-        ([user("first"), said(), user("Observation: 42")], ["first"]),
-        ([user("<system-reminder>be brief</system-reminder>\nfirst")], ["first"]),
-        ([user("first\n<environment_details>\n/home</environment_details>\n")], ["first"]),
-        ([user([{"type": "text", "text": text} for text in ("<system-reminder>x</system-reminder>", "first")])], ["first"]),
-        ([user("<task>first</task>")], ["<task>first</task>"]),
-        ([user("<tool_response>never closed")], ["<tool_response>never closed"]),
-        ([user("is 1 <2 and 3> 2?")], ["is 1 <2 and 3> 2?"]),
-        ([user("first"), said(), user("")], ["first"]),
-        ([user("first"), said(), user([{"type": "image_url", "image_url": {"url": "x"}}])], ["first"]),
-        ([user("first"), said(), user("  \n")], ["first"]),
-        ([user("first"), said(), {"role": "system", "content": "be brief"}], ["first"]),
-        ([user("first"), said(), {"role": "developer", "content": "x"}, user("second")], ["first", "second"]),
-        ([{"role": "system", "content": "be brief"}], ["be brief"]),
-        ([{"role": "system", "content": "be brief"}, user("")], [""]),
-        ([user("<tool_response>42</tool_response>")], ["<tool_response>42</tool_response>"]),
-        ([], [""]),
-        ([None, 3, {"role": ["user"], "content": {}}, user({"text": "x"}), user([None, 3, {"type": {}, "text": 3}])], [""]),
-    ],
-)
-def test_the_turns_are_what_the_user_asked_for(messages: list, queries: list[str]) -> None:
-    assert [turn.query for turn in conversation(messages).turns] == queries
-
-
-def test_results_of_tools_say_that_tools_are_in_use() -> None:
-    called = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
-    assert conversation([user("first"), said(None, tool_calls=[called])]).tools
-    # As clients send back the messages of servers that write every field.
-    for empty in (None, []):
-        assert not conversation([user("first"), said(tool_calls=empty, function_call=None), user("second")]).tools
-    for message in (user([RESULT]), said([{"type": "tool_use"}]), said(None, function_call={}), {"role": "tool"}):
-        assert conversation([user("first"), message]).tools
-    assert not conversation([user("first"), said()]).tools
-
-
-def test_what_comes_before_a_turn_is_counted_in_tokens() -> None:
-    request = asked([{"role": "system", "content": "x" * 4000}, user("y" * 400), said("z" * 4000), user("w" * 400)])
-    assert [turn.before for turn in request.turns] == [1000, 2100]
-    grown = conversation(
-        [*json.loads(json.dumps(talk("first", "second"))), said("", tool_calls=[]), {"role": "tool", "content": "4"}]
-    )
-    assert grown.turns == conversation(talk("first", "second")).turns, "what comes later changes nothing that was decided"
-
-
-def test_wrapped_texts_are_looked_through_a_bounded_number_of_times() -> None:
-    many = "<observation></observation>" * 10_000
-    for text in (many, f"{many}first", "<observation>" * 10_000, "</observation>" * 10_000):
-        assert len(conversation([user(text)]).turns) == 1
-
-
-SMALL, LARGE = 0, 1
-
-
-def scored(small: tuple[float, float], large: tuple[float, float]) -> Scored:
-    """Of (quality, cost) of both."""
-    quality, cost = np.array([small, large]).T
-    return Scored("a query", quality, cost, np.zeros(2), np.zeros(2), True)
-
-
-UP, DOWN, SAME = scored((0.2, 0.8), (0.9, 0.3)), scored((0.9, 0.1), (0.95, 0.3)), scored((0.9, 0.2), (0.9, 0.2))
-
-
-@pytest.mark.parametrize(
-    ("place", "turn", "after"),
-    [
-        ((SMALL, 0), UP, (LARGE, 0)),
-        ((LARGE, 0), UP, (LARGE, 0)),
-        ((LARGE, 1), UP, (LARGE, 0)),
-        ((LARGE, 0), DOWN, (LARGE, 1)),
-        ((LARGE, 1), DOWN, (SMALL, 0)),
-        ((SMALL, 0), DOWN, (SMALL, 0)),
-        ((LARGE, 1), SAME, (LARGE, 0)),
-        ((SMALL, 0), UP._replace(lost=np.array([0.6, 0.6])), (SMALL, 0)),
-        ((LARGE, 1), DOWN._replace(lost=np.array([0.3, 0.3])), (LARGE, 0)),
-        ((LARGE, 0), SAME._replace(kept=np.array([0.0, 0.3])), (LARGE, 1)),
-        ((SMALL, 0), UP._replace(kept=np.array([0.0, 0.6])), (SMALL, 0)),
-        ((LARGE, 1), SAME._replace(kept=np.array([0.1, 0.3]), lost=np.array([0.3, 0.9])), (LARGE, 0)),
-        ((LARGE, 1), DOWN._replace(known=False), (LARGE, 1)),
-        ((SMALL, 0), UP._replace(known=False), (SMALL, 0)),
-        ((SMALL, 0), UP._replace(cost=np.array([0.8, np.inf])), (SMALL, 0)),
-        ((LARGE, 1), UP._replace(cost=np.array([0.8, np.inf])), (SMALL, 0)),
-        ((LARGE, 0), scored((0.905, 0.1), (0.9, 0.3)), (LARGE, 1)),
-        ((LARGE, 0), scored((0.95, 0.1), (0.9, 0.3)), (SMALL, 0)),
-    ],
-)
-def test_fast_up_slow_down(place: tuple[int, int], turn: Scored, after: tuple[int, int]) -> None:
-    assert moved(Place(*place, 1.0), turn, RULES) == Place(*after, 1.0)
-
-
-def test_a_gain_has_to_exceed_its_margin() -> None:
-    for margin, expert in ((0.49, LARGE), (0.51, SMALL)):
-        assert moved(Place(SMALL, 0, 1.0), UP, Rules(up=margin)).expert == expert
-    for margin, expert in ((0.19, SMALL), (0.21, LARGE)):
-        assert moved(Place(LARGE, 1, 1.0), DOWN, Rules(down=margin, patience=2)).expert == expert
-
-
-@pytest.mark.parametrize("wrong", [{"up": -1}, {"down": math.nan}, {"patience": 0}, {"follow_up": -1}])
-def test_rules_that_make_no_sense_are_refused(wrong: dict) -> None:
-    with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected"):
-        Rules(**wrong)
 
 
 def test_a_request_without_a_history_is_decided_as_if_there_were_no_conversations(router: Router) -> None:

@@ -11,9 +11,13 @@ from sqlalchemy.exc import DBAPIError
 from deferral.cli import main
 from deferral.errors import DataError
 from deferral.gateway import database as module
-from deferral.gateway.database import alone, clock, connect, copy, prepare, shown, writing
+from deferral.gateway import preparing
+from deferral.gateway.backup import copy
+from deferral.gateway.database import connect, shown
+from deferral.gateway.dialects import alone, clock, writing
 from deferral.gateway.keys import Keys
 from deferral.gateway.migrations import migrate
+from deferral.gateway.preparing import prepare
 from deferral.gateway.record import Record
 from deferral.gateway.schema import (
     VERSION,
@@ -153,8 +157,8 @@ def test_a_step_that_fails_leaves_the_database_as_it_was(first_version: Engine, 
         whole(*arguments)
         raise fault
 
-    whole = module.migrate
-    monkeypatch.setattr(module, "migrate", half)
+    whole = preparing.migrate
+    monkeypatch.setattr(preparing, "migrate", half)
     with pytest.raises(RuntimeError, match="no more"):
         prepare(first_version)
     assert shape(first_version) == before

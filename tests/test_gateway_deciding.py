@@ -10,7 +10,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from deferral.gateway.deciding import Choice, Decider, Limited, refusal
+from deferral.gateway.choice import Choice
+from deferral.gateway.deciding import Decider
+from deferral.gateway.eligible import Limited, refusal
 from deferral.gateway.experts_file import Expert
 from deferral.gateway.problems import Problem
 from deferral.gateway.requests import Asked, Hints, parse
@@ -247,12 +249,12 @@ def test_settings_of_clients_neither_drive_out_nor_hold_up_the_usual_plans(route
         await asyncio.gather(*flood)
 
     choose(decider, asked(EASY))
-    usual = dict(decider._usual)
+    usual = dict(decider._plans._usual)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(router, "plan", slowly)
         asyncio.run(run())
     decider.close()
-    assert usual.items() <= decider._usual.items()
+    assert usual.items() <= decider._plans._usual.items()
 
 
 def test_exploration_has_the_propensity_that_it_says(router: Router) -> None:

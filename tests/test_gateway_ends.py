@@ -21,10 +21,10 @@ import pytest
 import uvicorn
 from starlette.applications import Starlette
 
-from deferral.gateway.database import prepare
 from deferral.gateway.experts_file import Expert
 from deferral.gateway.keys import Keys
-from deferral.gateway.proxying import LONGER
+from deferral.gateway.preparing import prepare
+from deferral.gateway.relaying import LONGER
 from deferral.gateway.serve import _Server
 from tests.faulty_upstream import Upstream
 from tests.running_gateway import EASY, small_router

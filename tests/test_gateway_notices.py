@@ -17,9 +17,10 @@ from sqlalchemy import Engine, select, update
 from deferral.gateway import alarms as alarms_module
 from deferral.gateway import notices as module
 from deferral.gateway.alarms import MEANINGS, Alarms
-from deferral.gateway.database import connect, prepare
+from deferral.gateway.database import connect
 from deferral.gateway.experts_file import Expert
 from deferral.gateway.notices import Notices, keep_notices
+from deferral.gateway.preparing import prepare
 from deferral.gateway.schema import notices
 from deferral.gateway.serve import serve
 from deferral.gateway.settings import Settings

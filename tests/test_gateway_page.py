@@ -16,11 +16,13 @@ import pytest
 from sqlalchemy import select
 
 from deferral.gateway.dashboard import FILES
-from deferral.gateway.database import connect, insert_rows, prepare
+from deferral.gateway.database import connect
+from deferral.gateway.dialects import insert_rows
 from deferral.gateway.experts_file import Expert
 from deferral.gateway.first_answers import First, first_answers
 from deferral.gateway.history import history, recent
 from deferral.gateway.minutes import add_to_minutes
+from deferral.gateway.preparing import prepare
 from deferral.gateway.record import Record
 from deferral.gateway.rows import CascadeRow, cascade_values, values
 from deferral.gateway.schema import cascades, decisions, feedback, minutes, tables

@@ -21,11 +21,15 @@ from starlette.testclient import TestClient
 
 from deferral.gateway import record as record_module
 from deferral.gateway import retention as retention_module
-from deferral.gateway.database import alone, connect, prepare
+from deferral.gateway.batch import Feedback, _kept
+from deferral.gateway.database import connect
+from deferral.gateway.dialects import alone
 from deferral.gateway.endpoints import error_handlers, routes
 from deferral.gateway.forgetting import forget_some
 from deferral.gateway.keys import ANYONE, Key
-from deferral.gateway.record import Record, _Feedback, _kept
+from deferral.gateway.preparing import prepare
+from deferral.gateway.record import Record
+from deferral.gateway.replies import Replies
 from deferral.gateway.schema import alarms, decisions, feedback, texts
 from deferral.gateway.status import status
 from tests.gateway_rows import row
@@ -86,11 +90,14 @@ def test_who_gave_a_reply_is_known_where_one_expert_gave_it(record: Record) -> N
     record.add(row(9, reply_id="", expert="small", key="a"))
     until(lambda: not record.waiting)
 
+    replies = Replies(record.engine)
+
     async def ask() -> list[str | None]:
         asked = [("r1", "a"), ("r1", "b"), ("r1", "c"), ("r1", ""), ("r2", "a"), ("r1\ud800\0", "a")]
-        return await asyncio.gather(*(record.answered_by(identity, key=key) for identity, key in asked))
+        return await asyncio.gather(*(replies.answered_by(identity, key=key) for identity, key in asked))
 
     assert asyncio.run(ask()) == ["small", "large", "small", None, None, None]
+    replies.close()
 
 
 def test_what_clients_and_upstreams_send_cannot_spoil_a_row(record: Record, database: str) -> None:
@@ -321,7 +328,7 @@ def test_feedback_waits_for_nobody_and_is_not_kept_on_what_is_being_deleted(post
         assert [found.decision for found in rows_of(url, feedback)] == ["id-2"]
         # The other way round the deletion waits, and finds what was said.
         with other.connect() as connection, other.connect() as deleting:
-            assert _kept(connection, [_Feedback("id-3", 0.5, "", 1.0, lambda known: None)])[0][1]
+            assert _kept(connection, [Feedback("id-3", 0.5, "", 1.0, lambda known: None)])[0][1]
             deleting.exec_driver_sql("SET lock_timeout = '100ms'")
             with pytest.raises(OperationalError, match="lock timeout"):
                 forget_some(deleting, decisions.c.id == "id-3", 1)

@@ -11,7 +11,8 @@ from sqlalchemy.exc import OperationalError
 
 from deferral.errors import DataError
 from deferral.gateway import reloads as module
-from deferral.gateway.database import connect, prepare
+from deferral.gateway.database import connect
+from deferral.gateway.preparing import prepare
 from deferral.gateway.reloads import Reloads
 from deferral.gateway.state import Gateway
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deferral.gateway.deciding import Choice, set_aside
+from deferral.gateway.choice import Choice, set_aside
 from deferral.gateway.experts_file import Expert
 from deferral.gateway.problems import Problem
 from deferral.gateway.requests import Kind, hints, parse, with_model, with_stream_usage

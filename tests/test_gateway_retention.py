@@ -7,7 +7,7 @@ import pytest
 from sqlalchemy import func, insert, select
 
 from deferral.gateway import retention as module
-from deferral.gateway.database import alone
+from deferral.gateway.dialects import alone
 from deferral.gateway.keys import Key
 from deferral.gateway.limits import Limits
 from deferral.gateway.record import Record

@@ -14,9 +14,10 @@ from sqlalchemy.exc import OperationalError
 
 from deferral.cli import main
 from deferral.errors import DataError
-from deferral.gateway.database import connect, prepare
+from deferral.gateway.database import connect
 from deferral.gateway.export import FAILED, FELL_BACK, NAMED, NO_CHANCE, NO_QUALITY, NO_TEXT, export, logged
 from deferral.gateway.off_policy import Draws, alike, cautious_gain, compare, doubly_robust, interval_of_mean, of_no_use
+from deferral.gateway.preparing import prepare
 from deferral.gateway.record import Record
 from deferral.gateway.reloads import Reloads
 from deferral.gateway.retrain import Verdict, learned, promote, retrain

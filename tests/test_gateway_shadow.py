@@ -14,9 +14,11 @@ from sqlalchemy import delete, literal, null, select, update
 
 from deferral.cli import main
 from deferral.gateway.agreement import Gain, _live, agreement
-from deferral.gateway.database import connect, insert_rows, prepare
-from deferral.gateway.deciding import Choice
+from deferral.gateway.choice import Choice
+from deferral.gateway.database import connect
+from deferral.gateway.dialects import insert_rows
 from deferral.gateway.experts_file import Expert
+from deferral.gateway.preparing import prepare
 from deferral.gateway.rows import CascadeRow, cascade_values, values
 from deferral.gateway.schema import cascades, decisions, feedback, shadows
 from deferral.gateway.settings import Settings

@@ -16,8 +16,9 @@ import aiohttp
 import pytest
 from sqlalchemy import func, select
 
-from deferral.gateway.database import connect, prepare
+from deferral.gateway.database import connect
 from deferral.gateway.keys import Keys
+from deferral.gateway.preparing import prepare
 from deferral.gateway.schema import decisions
 from tests.faulty_upstream import Upstream
 from tests.running_gateway import EASY, small_router

@@ -11,7 +11,8 @@ from typing import Any
 from sqlalchemy import Connection, Engine, delete, select
 from sqlalchemy.exc import SQLAlchemyError
 
-from deferral.gateway.database import alone, clock, durable, hang_up, replacing
+from deferral.gateway.database import durable, hang_up
+from deferral.gateway.dialects import alone, clock, replacing
 from deferral.gateway.drift import ALLOWED, EVERY, Expected, Seen, looked_at, rings
 from deferral.gateway.notices import Notices, keep_notices
 from deferral.gateway.schema import alarms, looks

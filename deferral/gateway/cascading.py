@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from deferral.gateway.answering import Call, Unanswered
-from deferral.gateway.deciding import Choice, set_aside
+from deferral.gateway.choice import Choice, set_aside
 from deferral.gateway.experts_file import Expert
 from deferral.gateway.generation import Generation
 from deferral.gateway.limits import Hold

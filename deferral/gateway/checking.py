@@ -14,11 +14,12 @@ from sqlalchemy.exc import SQLAlchemyError
 from deferral.errors import DataError
 from deferral.gateway.access import no_key
 from deferral.gateway.aliases import Alias, read_aliases
-from deferral.gateway.database import look, shown
+from deferral.gateway.database import shown
 from deferral.gateway.experts_file import Expert, read_experts
 from deferral.gateway.generation import check_aliases, out_of_service
 from deferral.gateway.keys import Key, key_of
 from deferral.gateway.listening import listening
+from deferral.gateway.preparing import look
 from deferral.gateway.reaching import Reached, reach
 from deferral.gateway.record import Record
 from deferral.gateway.schema import VERSION

@@ -1,55 +1,37 @@
-"""A database for the tables of the gateway.  What only SQLite or only PostgreSQL understands is in this file."""
+"""A database for the tables of the gateway: where it is, how its connections are set, and how they end."""
 
-import json
 import os
 import socket
-import sqlite3
 import threading
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
-from functools import cache
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
-from sqlalchemy import Column, Connection, Dialect, Engine, Insert, Table, create_engine, event, false, insert, inspect, select
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError, OperationalError, SQLAlchemyError
 
 from deferral.errors import DataError, installing
-from deferral.gateway.migrations import migrate
-from deferral.gateway.schema import VERSION, decisions, tables, version
 
 __all__ = [
     "LOCK_S",
     "STATEMENT_S",
     "Replaced",
-    "adding",
-    "alone",
-    "clock",
+    "check_file",
     "connect",
-    "copy",
-    "delete_among",
     "durable",
     "file_of",
     "hang_up",
-    "if_alone",
-    "insert_rows",
-    "look",
-    "prepare",
-    "replacing",
     "scrub",
     "shared",
     "shown",
     "still_there",
     "wait_for",
-    "writing",
 ]
 
 _BUSY_MS = 5000
-_TRIES = 10
 # A peer that has vanished without a word is given up within half a minute; systems by themselves wait 15 minutes, or hours.
 _PATIENCE = {
     "connect_timeout": 5,
@@ -167,220 +149,10 @@ def hang_up(engine: Engine) -> None:
             same.shutdown(socket.SHUT_RDWR)
 
 
-def prepare(engine: Engine, *, create: bool = True) -> None:
-    """Make the tables, or bring those of an older version up to date; DataError where this is no database, or a newer one.
-
-    Whoever comes first does it, the others wait.  Without `create` there must be a database, so that a misspelt path is an
-    error and not an empty answer.
-    """
-    name = shown(engine)
-    if engine.dialect.name == "sqlite":
-        _check_file(Path(str(engine.url.database)), create)
-    for tries_left in reversed(range(_TRIES)):
-        try:
-            found = _found(engine)
-            if found < VERSION:
-                found = _brought_up(engine)
-            break
-        except DBAPIError as error:
-            # An SQLite file may be in the middle of becoming one with a journal.
-            if not tries_left or (shared(engine) and isinstance(error, OperationalError)):
-                raise DataError(f"{name}: the database cannot be opened, {error.orig}") from error
-            time.sleep(0.02)
-    if found > VERSION:
-        raise _newer(name, found)
-
-
-def look(engine: Engine) -> int:
-    """The version of the tables, 0 where there are none; nothing is changed.
-
-    DataError where this is no database, cannot be reached or cannot be written, or is of a newer version.
-    """
-    name = shown(engine)
-    if engine.dialect.name == "sqlite":
-        path = Path(str(engine.url.database))
-        if not path.exists():
-            if not os.access(path.parent, os.W_OK | os.X_OK):
-                raise DataError(f"{path}: cannot be made, {path.parent} is no folder that may be written to; create it first")
-            return 0
-    try:
-        found = _found(engine)
-        with engine.connect() as connection, _for_nothing(connection):
-            if found == 0:
-                tables.create_all(connection)
-            else:
-                # Nothing, but whoever may only read is refused.
-                nothing = select(decisions.c.id).where(false())
-                connection.execute(insert(decisions).from_select(["id"], nothing, include_defaults=False))
-    except DBAPIError as error:
-        raise DataError(f"{name}: the database cannot be used, {error.orig}") from error
-    if found > VERSION:
-        raise _newer(name, found)
-    return found
-
-
-@contextmanager
-def _for_nothing(connection: Connection) -> Iterator[None]:
-    """A transaction that could write, and of which nothing stays."""
-    if connection.dialect.name == "sqlite":
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
-    try:
-        yield
-    finally:
-        connection.rollback()
-
-
-def _newer(name: str, found: int) -> DataError:
-    return DataError(f"{name}: expected tables of version {VERSION} or older, got {found}; use the deferral that wrote them")
-
-
-def _found(engine: Engine) -> int:
-    with engine.connect() as connection:
-        return _version(connection)
-
-
-def _version(connection: Connection) -> int:
-    """0 where there are no tables yet."""
-    if not inspect(connection).has_table(version.name):
-        return 0
-    return max(connection.execute(select(version.c.version)).scalars(), default=0)
-
-
-def _brought_up(engine: Engine) -> int:
-    with engine.connect() as connection:
-        if connection.dialect.name == "postgresql":
-            # It takes as long as it takes, and the others wait for it.
-            connection.exec_driver_sql("SET LOCAL lock_timeout = 0")
-            connection.exec_driver_sql("SET LOCAL statement_timeout = 0")
-        with alone(connection, "schema"):
-            return _made(connection)
-
-
-def _made(connection: Connection) -> int:
-    """In a transaction that is alone.  -> the version of the tables"""
-    found = _version(connection)
-    if found == 0:
-        if others := sorted(set(inspect(connection).get_table_names()) & set(tables.tables)):
-            name = shown(connection.engine)
-            raise DataError(f"{name}: expected an empty database or one of a gateway; it has another's table {others[0]}")
-        tables.create_all(connection)
-        connection.execute(insert(version).values(version=VERSION))
-    elif found < VERSION:
-        migrate(connection, found, VERSION)
-    return max(found, VERSION)
-
-
-@contextmanager
-def writing(connection: Connection) -> Iterator[None]:
-    """A transaction that will write.
-
-    On SQLite it waits for its turn here: one that began by reading may find that it is too late to write.
-    """
-    if connection.dialect.name == "sqlite":
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
-    try:
-        yield
-    except BaseException:
-        connection.rollback()
-        raise
-    connection.commit()
-
-
-@contextmanager
-def alone(connection: Connection, name: str) -> Iterator[None]:
-    """A transaction of which there is one at a time under this name, over all processes and machines."""
-    with writing(connection):
-        if connection.dialect.name == "postgresql":
-            connection.exec_driver_sql("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", (f"deferral {name}",))
-        yield
-
-
-@contextmanager
-def if_alone(connection: Connection, name: str) -> Iterator[bool]:
-    """What `alone` does, but it does not wait for other machines.  -> whether this is the one; False: do nothing"""
-    with writing(connection):
-        mine = True
-        if connection.dialect.name == "postgresql":
-            lock = "SELECT pg_try_advisory_xact_lock(hashtextextended(%s, 0))"
-            mine = bool(connection.exec_driver_sql(lock, (f"deferral {name}",)).scalar_one())
-        yield mine
-
-
-def clock(connection: Connection) -> float:
-    """The time that all who share the database agree on, in seconds since 1970."""
-    if connection.dialect.name == "postgresql":
-        return float(connection.exec_driver_sql("SELECT extract(epoch FROM clock_timestamp())").scalar_one())
-    return time.time()
-
-
-def replacing(connection: Connection, table: Table) -> Insert:
-    """An insert that replaces the row of the same primary key, if there is one."""
-    made = (postgresql if connection.dialect.name == "postgresql" else sqlite).insert(table)
-    others = {column.name: made.excluded[column.name] for column in table.c if not column.primary_key}
-    return made.on_conflict_do_update(index_elements=list(table.primary_key.columns), set_=others)
-
-
-def adding(connection: Connection, table: Table) -> Insert:
-    """An insert that adds its numbers to those of the row of the same primary key, if there is one."""
-    return _adding(connection.dialect.name, table)
-
-
-@cache
-def _adding(dialect: str, table: Table) -> Insert:
-    made = (postgresql if dialect == "postgresql" else sqlite).insert(table)
-    sums = {column.name: column + made.excluded[column.name] for column in table.c if not column.primary_key}
-    return made.on_conflict_do_update(index_elements=list(table.primary_key.columns), set_=sums)
-
-
-def insert_rows(connection: Connection, table: Table, rows: Sequence[tuple]) -> None:
-    """Insert rows, each with all columns of the table in order."""
-    if rows:
-        # SQLAlchemy looks at every value of every row; a driver that takes tuples needs none of it.
-        connection.exec_driver_sql(_insert(table, connection.dialect), list(rows))
-
-
-def delete_among(connection: Connection, column: Column[str], values: Sequence[str]) -> int:
-    """Delete the rows of the column's table whose value is one of these.  -> how many"""
-    name = column.table.name
-    # One parameter: SQLAlchemy would look at each value, on the time of the requests.
-    if connection.dialect.name == "postgresql":
-        found = connection.exec_driver_sql(f"DELETE FROM {name} WHERE {column.name} = ANY(%s)", (list(values),))
-    else:
-        listed = f"DELETE FROM {name} WHERE {column.name} IN (SELECT value FROM json_each(?))"
-        found = connection.exec_driver_sql(listed, (json.dumps(values),))
-    return found.rowcount
-
-
 def durable(connection: Connection, wanted: bool) -> None:
     """Whether commits to come survive a power failure, or only the end of the process.  Not inside a transaction."""
     if connection.dialect.name == "sqlite":
         connection.exec_driver_sql(f"PRAGMA synchronous = {'FULL' if wanted else 'NORMAL'}")
-
-
-def copy(engine: Engine, path: Path) -> None:
-    """Copy an SQLite file, as it is at one moment, whoever writes meanwhile and whatever the version of its tables.
-
-    DataError where it cannot be read, or the copy not be written, or would replace a file.  An interrupted one leaves none.
-    """
-    if shared(engine):
-        raise ValueError("a PostgreSQL database is copied by its own means: pg_dump --format custom --file FILE URL")
-    _check_file(Path(str(engine.url.database)), create=False)
-    if path.exists():
-        raise DataError(f"{path}: there is a file already; expected the name of a new one")
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.unlink(missing_ok=True)
-        _check_file(partial, create=True)
-        with engine.connect() as connection, closing(sqlite3.connect(partial)) as target:
-            connection.connection.driver_connection.backup(target)  # type: ignore[union-attr]
-            # Else two more files would lie beside it as soon as somebody looks into it.
-            target.execute("PRAGMA journal_mode = DELETE")
-        os.replace(partial, path)
-    except (sqlite3.Error, DBAPIError, OSError) as error:
-        raise DataError(f"{path}: the copy cannot be made, {getattr(error, 'orig', None) or error}") from error
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
 
 
 def scrub(connection: Connection) -> bool:
@@ -397,14 +169,6 @@ def scrub(connection: Connection) -> bool:
         connection.exec_driver_sql(f"PRAGMA busy_timeout = {_BUSY_MS}")
 
 
-@cache
-def _insert(table: Table, dialect: Dialect) -> str:
-    if dialect.positional:
-        return str(insert(table).compile(dialect=dialect))
-    columns = ", ".join(dialect.identifier_preparer.format_column(column) for column in table.c)
-    return f"INSERT INTO {table.name} ({columns}) VALUES ({', '.join(['%s'] * len(table.c))})"
-
-
 def _set_pragmas(connection: Any, _: object) -> None:
     cursor = connection.cursor()
     # secure_delete overwrites deleted rows: text whose time is over must not be found in free pages.
@@ -419,7 +183,8 @@ def _set_session(connection: Any, wanted: Mapping[str, str]) -> None:
     connection.commit()
 
 
-def _check_file(path: Path, create: bool) -> None:
+def check_file(path: Path, create: bool) -> None:
+    """DataError where there is no such SQLite file, or no folder to make one in."""
     if not path.parent.is_dir():
         raise DataError(f"{path}: expected the folder {path.parent} to be there; create it first")
     if not create and not path.is_file():

@@ -1,35 +1,33 @@
 """Whom to ask: hard constraints first, then the router; never on the time of others."""
 
 import asyncio
-import dataclasses
 import math
 from collections import deque
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from deferral.gateway.choice import Choice, set_aside
 from deferral.gateway.conversations import Conversations
 from deferral.gateway.drift import Expected
+from deferral.gateway.eligible import Limited, eligible, experts_down, merged, those_up
 from deferral.gateway.experts_file import Expert
 from deferral.gateway.hysteresis import RULES, Rules
+from deferral.gateway.plans import UNMET, Plans
 from deferral.gateway.problems import Problem
-from deferral.gateway.requests import NO_HINTS, Asked, Hints
-from deferral.routing.constraints import Abilities, Needs
+from deferral.gateway.requests import Asked, Hints
+from deferral.routing.constraints import Needs
 from deferral.routing.decisions import Decision, Decisions
 from deferral.routing.encoders import NgramEncoder
 from deferral.routing.planning import Plan
 from deferral.routing.router import Router
 from deferral.routing.static import EXPLORE, draw_of, drawn_from
 
-__all__ = ["Choice", "Decider", "Limited", "refusal", "set_aside"]
+__all__ = ["Decider"]
 
-_PLANS = 256
-# One for each set of experts that are up and each hundredth by which a budget runs low.
-_USUAL_PLANS = 4096
 # Queries that wait for the worker; the next one is decided by the static mix at once.
 _MOST_WAITING = 32
 # Queries that are decided in one turn of the event loop.  Of a thousand that come in the same moment, few may be decided before
@@ -40,41 +38,6 @@ _CONVERSATIONS = 4
 # several times what it costs among others.
 _CROWD = 24
 _APART = 0.004
-_UNMET = "setting_cannot_be_met"
-
-
-class Choice(NamedTuple):
-    """Whom to ask, and after whose failure whom: `ranking` begins with the chosen one and goes on by expected cost.
-
-    quality, price and cost (in errors) of every expert that might be asked; propensity of the chosen one; `best` is the expert
-    of the highest mean quality, "" where the router was not asked; `kind` is that of the query, as the router knows them.
-    `draw` is the number that exploration drew by: of whoever has the same one, the choices are one draw.
-    """
-
-    ranking: tuple[str, ...]
-    reason: str
-    propensity: float
-    quality: dict[str, float]
-    price: dict[str, float]
-    cost: dict[str, float]
-    price_of_error: float
-    best: str
-    fast_path: bool
-    kind: str = ""
-    draw: float = math.nan
-
-
-@dataclass(frozen=True, slots=True)
-class Limited:
-    """What the key and the state of the experts leave open.  `left` in dollars; `down` has the seconds to wait for each; `key` is
-    the key's id.
-    """
-
-    allow: Collection[str] | None = None
-    left: float | None = None
-    thrift: float = 1.0
-    down: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    key: str = ""
 
 
 class Decider:
@@ -83,7 +46,6 @@ class Decider:
     With the n-gram encoder, whose work is bounded by its 2,000 characters, queries are decided where they are: a thread would
     compete for the same interpreter lock.  Those of one turn of the event loop are decided together, and where many requests are
     under way a turn waits some milliseconds for company.
-    Plans, which go through the held-out rows once for each set of experts, are made in a thread of their own.
     Any other encoder runs in one worker thread, and after `deadline_s` the static mix decides instead.  With `rules=None` every
     request of a conversation is decided by itself.
     """
@@ -91,23 +53,17 @@ class Decider:
     def __init__(self, router: Router, experts: Mapping[str, Expert], *, deadline_s: float, rules: Rules | None = RULES) -> None:
         self.router, self.deadline_s = router, deadline_s
         names = [name for name in router.experts if name in experts and experts[name].route]
-        self.experts = {name: _merged(experts[name], router.abilities.get(name)) for name in names}
+        self.experts = {name: merged(experts[name], router.abilities.get(name)) for name in names}
         self.expected = Expected(names, router.fitted.kind_names, router.fitted.kinds[1])
         self.conversations = None if rules is None else Conversations(router, self.experts, rules)
         self._place = {name: place for place, name in enumerate(router.experts)}
         self._best = max(names, key=lambda name: router.fitted.means[self._place[name]])
         self._at_once = isinstance(router.encoder, NgramEncoder)
-        # What clients set is as much as they like, and must not drive out, nor hold up, what all others are decided by.
-        self._plans: dict[Any, Plan] = {}
-        self._usual: dict[Any, Plan] = {}
-        self._planning: dict[Any, asyncio.Future[Plan]] = {}
-        self._judged: set[frozenset[str]] = set()  # of whom it is known what deciding among them is worth
+        self._plans = Plans(router)
         self._together: deque[tuple[Plan, str, asyncio.Future[Choice]]] = deque()
         self._last_turn = -math.inf
         self._one_of_few = asyncio.Semaphore(_CONVERSATIONS)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="decide")
-        self._planner = ThreadPoolExecutor(1, thread_name_prefix="plan")
-        self._usual_planner = ThreadPoolExecutor(1, thread_name_prefix="plan the usual")
         self._waiting = 0
         # The first decision loads what later ones find loaded.
         self._decided(router.plan(needs=Needs(allow=frozenset(names))), ["a first query", "and a second"])
@@ -122,17 +78,18 @@ class Decider:
         Where what is left of a budget does not do, the choice is of one whom it does not cover.
         `under_way` counts the requests that the gateway has not done with, this one among them.
         """
-        able = self._able(asked, hints, limited)
-        now = self._up(able, limited)
+        able = eligible(self.experts, asked, hints, limited)
+        now = those_up(self.experts, able, limited)
         crowded = under_way >= _CROWD
         try:
             choice = await self._chosen(able, now, asked, hints, limited, crowded=crowded)
         except Problem as problem:
-            if problem.code != _UNMET or now == able:
+            if problem.code != UNMET or now == able:
                 raise
             # What cannot be met by anybody is the client's to change; an outage only has to be waited for.
-            await self._plan(able, hints, limited.thrift)
-            raise self._down(able - now, limited, f"without them the setting cannot be met ({problem.message})") from None
+            await self._plans.of(able, hints, limited.thrift)
+            why = f"without them the setting cannot be met ({problem.message})"
+            raise experts_down(self.experts, able - now, limited, why) from None
         if limited.left is None:
             return choice
         # A cap on the time may have left out some of those who are up.
@@ -145,7 +102,7 @@ class Decider:
             try:
                 return await self._chosen(able, affordable, asked, hints, limited, crowded=crowded)
             except Problem as problem:
-                if problem.code != _UNMET:
+                if problem.code != UNMET:
                     raise
         # The budget refuses it, and says when it begins anew.
         return choice._replace(ranking=(min(dear, key=dear.__getitem__),))
@@ -154,9 +111,9 @@ class Decider:
         self, able: frozenset[str], now: frozenset[str], asked: Asked, hints: Hints, limited: Limited, *, crowded: bool
     ) -> Choice:
         """The choice among those that may be asked now; `able` are those that may be asked at other times."""
-        plan = await self._plan(now, hints, limited.thrift)
+        plan = await self._plans.of(now, hints, limited.thrift)
         if self.conversations is not None and (len(asked.turns) > 1 or asked.follows or hints.conversation):
-            standing = plan if now == able else await self._plan(able, hints, limited.thrift)
+            standing = plan if now == able else await self._plans.of(able, hints, limited.thrift)
             return await self._in_conversation(self.conversations, asked, plan, standing, _named(hints.conversation, limited.key))
         query = asked.query
         if self._at_once:
@@ -189,85 +146,7 @@ class Decider:
     def close(self) -> None:
         """Whoever waits is still decided."""
         self._worker.shutdown(wait=False)
-        self._planner.shutdown(wait=False)
-        self._usual_planner.shutdown(wait=False)
-
-    def _able(self, asked: Asked, hints: Hints, limited: Limited) -> frozenset[str]:
-        reasons = {name: refusal(expert, asked, hints, limited.allow) for name, expert in self.experts.items()}
-        names = [name for name, reason in reasons.items() if not reason]
-        if not names:
-            shown = [f"{name}: {reason}" for name, reason in reasons.items() if limited.allow is None or name in limited.allow]
-            why = "; ".join(shown) or "none is allowed for this key"
-            raise Problem(400, "no_expert_left", f"no expert may answer this request: {why}")
-        return frozenset(names)
-
-    def _up(self, names: frozenset[str], limited: Limited) -> frozenset[str]:
-        """Those of them that are up."""
-        if not limited.down:
-            return names
-        up = frozenset(name for name in names if name not in limited.down)
-        if not up:
-            raise self._down(names, limited, "nobody else may answer")
-        return up
-
-    def _down(self, names: frozenset[str], limited: Limited, why: str) -> Problem:
-        shown = ", ".join(name for name in self.experts if name in names)
-        wait = min(limited.down[name] for name in names)
-        return Problem(503, "experts_down", f"down for the moment: {shown}; {why}", retry_after=wait)
-
-    async def _plan(self, allow: frozenset[str], hints: Hints, thrift: float) -> Plan:
-        # A factor of two digits keeps the plans few.
-        factor = max(round(thrift, 2), 0.01)
-        key = (allow, hints.setting, factor)
-        plan = self._plans_of(hints).get(key)
-        if plan is not None:
-            return plan
-        try:
-            if allow in self._judged and hints.setting[1:] == NO_HINTS.setting[1:]:
-                plan = self._planned(allow, hints, factor)
-                self._keep_plan(key, plan, hints)
-            else:
-                # This goes through the held-out rows, long enough to be felt by others.
-                plan = await self._plan_of_all(key, lambda: self._planned(allow, hints, factor), hints)
-        except ValueError as error:
-            raise Problem(400, _UNMET, str(error)) from None
-        return plan
-
-    async def _plan_of_all(self, key: Any, work: Callable[[], Plan], hints: Hints) -> Plan:
-        """One plan for all who come for it at the same time: where an expert fails, thousands may."""
-        planning = self._planning.get(key)
-        if planning is None:
-            # Of outages there are few, of settings as many as clients like.
-            if len(self._planning) >= _MOST_WAITING and hints.setting != NO_HINTS.setting:
-                raise Problem(503, "busy", "too many new settings at the same time; send it again", retry_after=1)
-            planner = self._usual_planner if hints.setting == NO_HINTS.setting else self._planner
-            planning = self._planning[key] = asyncio.get_running_loop().run_in_executor(planner, work)
-            planning.add_done_callback(lambda done: self._has_planned(key, done, hints))
-        return await asyncio.shield(planning)
-
-    def _has_planned(self, key: Any, done: "asyncio.Future[Plan]", hints: Hints) -> None:
-        del self._planning[key]
-        # An error is for those who wait; if nobody does, it would be reported as never retrieved.
-        if not done.cancelled() and done.exception() is None:
-            if hints.max_latency is None:
-                self._judged.add(key[0])
-            self._keep_plan(key, done.result(), hints)
-
-    def _plans_of(self, hints: Hints) -> dict[Any, Plan]:
-        return self._usual if hints.setting == NO_HINTS.setting else self._plans
-
-    def _keep_plan(self, key: Any, plan: Plan, hints: Hints) -> None:
-        plans = self._plans_of(hints)
-        if len(plans) >= (_PLANS if plans is self._plans else _USUAL_PLANS):
-            plans.clear()
-        plans[key] = plan
-
-    def _planned(self, allow: frozenset[str], hints: Hints, factor: float) -> Plan:
-        needs = Needs(allow=allow)
-        plan = self.router.plan(needs=needs, **hints.setting_by_name)
-        if factor < 1:
-            return self.router.plan(needs=needs, price_of_error=plan.price_of_error * factor, max_latency=hints.max_latency)
-        return plan
+        self._plans.close()
 
     def _in_turn(self, plan: Plan, query: str, *, crowded: bool) -> "asyncio.Future[Choice]":
         loop = asyncio.get_running_loop()
@@ -353,49 +232,6 @@ class Decider:
         )  # fmt: skip
 
 
-def set_aside(expert: Expert, choice: Choice, asked: Asked) -> float:
-    """Dollars to be kept for what this expert is asked: what the choice expects, and at least the price of what is sent.
-
-    What is expected of a router goes by the query, and is of one answer; a long conversation or system prompt costs more.
-    """
-    answers = 1 if asked.model == expert.name else asked.answers
-    return max(answers * choice.price[expert.name], expert.price(asked.tokens, 0))
-
-
-def refusal(expert: Expert, asked: Asked, hints: Hints, allow: Collection[str] | None) -> str:
-    """Why an expert may not answer; "" if it may."""
-    if allow is not None and expert.name not in allow:
-        return "not allowed for this key"
-    if hints.experts is not None and expert.name not in hints.experts:
-        return "not among the experts of this alias"
-    tokens = asked.longest or asked.tokens
-    if expert.context_tokens is not None and tokens + asked.output_tokens > expert.context_tokens:
-        return f"about {tokens} tokens and {asked.output_tokens} for the answer exceed its window of {expert.context_tokens}"
-    if asked.responses and not expert.responses:
-        return "it has no /responses"
-    if asked.tools and not expert.tools:
-        return "it takes no tools"
-    if asked.images and not expert.images:
-        return "it takes no images"
-    if hints.regions is not None and expert.region not in hints.regions:
-        return "its region is not known" if expert.region is None else f"it is in {expert.region}"
-    return ""
-
-
 def _named(name: bytes, key: str) -> bytes:
     """What stands for a conversation of a key; b"" where it has no name."""
     return blake2b(name, digest_size=16, key=key.encode()[:64]).digest() if name else b""
-
-
-def _merged(expert: Expert, can: Abilities | None) -> Expert:
-    """What both the file and the router say that an expert can do."""
-    if can is None:
-        return expert
-    windows = [window for window in (expert.context_tokens, can.context_tokens) if window is not None]
-    return dataclasses.replace(
-        expert,
-        context_tokens=min(windows, default=None),
-        tools=expert.tools and can.tools,
-        images=expert.images and can.images,
-        region=expert.region or can.region,
-    )

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from sqlalchemy import ColumnElement, Connection, Engine, func, select
 
-from deferral.gateway.database import adding, alone, delete_among, scrub
+from deferral.gateway.database import scrub
+from deferral.gateway.dialects import adding, alone, delete_among
 from deferral.gateway.rows import plain
 from deferral.gateway.schema import cascades, decisions, feedback, forgotten, shadows, texts
 from deferral.gateway.windows import QUARTER

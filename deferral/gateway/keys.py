@@ -17,7 +17,9 @@ from typing import Any
 from sqlalchemy import Connection, Row, insert, select, update
 from sqlalchemy.exc import SQLAlchemyError
 
-from deferral.gateway.database import LOCK_S, STATEMENT_S, clock, connect, file_of, prepare, still_there, wait_for, writing
+from deferral.gateway.database import LOCK_S, STATEMENT_S, connect, file_of, still_there, wait_for
+from deferral.gateway.dialects import clock, writing
+from deferral.gateway.preparing import prepare
 from deferral.gateway.rows import plain
 from deferral.gateway.schema import keys as table
 from deferral.gateway.windows import WINDOWS, WindowName, time_zone

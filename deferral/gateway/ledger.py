@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection, Delete, Engine, Row, delete, func, insert, select, union_all, update
 
-from deferral.gateway.database import alone, clock, durable, replacing
+from deferral.gateway.database import durable
+from deferral.gateway.dialects import alone, clock, replacing
 from deferral.gateway.schema import admissions, decisions, forgotten, grants
 
 __all__ = ["LIFE", "SILENT", "Admission", "Ledger", "Part", "recorded", "recorded_by_key"]

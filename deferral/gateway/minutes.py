@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from sqlalchemy import Connection
 
-from deferral.gateway.database import adding
+from deferral.gateway.dialects import adding
 from deferral.gateway.schema import decisions, minutes
 
 __all__ = ["add_to_minutes"]

@@ -15,7 +15,8 @@ from typing import Any
 import aiohttp
 from sqlalchemy import Connection, Engine, Row, delete, insert, select, update
 
-from deferral.gateway.database import alone, clock, durable
+from deferral.gateway.database import durable
+from deferral.gateway.dialects import alone, clock
 from deferral.gateway.retries import backoff
 from deferral.gateway.schema import notices
 

@@ -1,4 +1,4 @@
-"""What several commands are given: the database and the encoder."""
+"""What several commands are given: the database, the encoder, and what answers are worth that nobody judged."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,12 +7,13 @@ from pathlib import Path
 import click
 from sqlalchemy.exc import SQLAlchemyError
 
+from deferral.command_line import FiniteRange
 from deferral.errors import DataError
-from deferral.gateway.database import prepare
 from deferral.gateway.keys import Keys
+from deferral.gateway.preparing import prepare
 from deferral.gateway.settings import Settings
 
-__all__ = ["database_option", "encoder_option", "opened"]
+__all__ = ["assumed_option", "database_option", "encoder_option", "opened"]
 
 database_option = click.option(
     "--database",
@@ -26,6 +27,12 @@ encoder_option = click.option(
     "--encoder",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="Folder of the sentence encoder that the router was fitted with, if it was.",
+)
+
+assumed_option = click.option(
+    "--assume-quality",
+    type=FiniteRange(0, 1),
+    help="Quality to assume for answers that nobody judged.  [default: they are left out]",
 )
 
 

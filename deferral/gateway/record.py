@@ -9,42 +9,33 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TypeVar
 
-from sqlalchemy import Connection, Select, select
 from sqlalchemy.exc import DataError as ValueRefused
 from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 
+from deferral.gateway.batch import Feedback, write_batch
 from deferral.gateway.database import (
     LOCK_S,
     STATEMENT_S,
     Replaced,
     connect,
-    durable,
     file_of,
     hang_up,
-    insert_rows,
-    prepare,
-    replacing,
     shared,
     still_there,
     wait_for,
-    writing,
 )
 from deferral.gateway.ledger import recorded
-from deferral.gateway.minutes import add_to_minutes
+from deferral.gateway.preparing import prepare
 from deferral.gateway.retention import Retention
-from deferral.gateway.rows import DecisionRow, cascade_values, plain, values
-from deferral.gateway.schema import cascades, decisions, feedback, texts
+from deferral.gateway.rows import DecisionRow, plain
 
 __all__ = ["WRITTEN_WITHIN", "Record"]
 
 _log = logging.getLogger("deferral.gateway.record")
-_T = TypeVar("_T")
 
 _BATCH = 200
 _LONGEST_WAIT = 0.05
@@ -54,20 +45,8 @@ _FIRST_RETRY, _LAST_RETRY = 0.05, 1.0
 # Seconds after a reply, its row is there.
 WRITTEN_WITHIN = 0.2
 _FEEDBACK_TIMEOUT = 10.0
-_READ_TIMEOUT = 5.0
-_READERS = 2
 # A writer that is at one thing for so long has no answer from its database.
 _LONGEST_SILENCE = 5.0
-_SAME_ID = 100
-
-
-@dataclass(frozen=True, slots=True)
-class _Feedback:
-    id: str
-    quality: float
-    key: str
-    time: float
-    answer: Callable[[bool], None]
 
 
 @dataclass(slots=True)
@@ -126,10 +105,9 @@ class Record:
         self.engine = connect(url, lock_s=LOCK_S, statement_s=STATEMENT_S)
         # For what reads or deletes much.
         self.patient = connect(url, lock_s=LOCK_S) if shared(self.engine) else self.engine
-        self._readers = ThreadPoolExecutor(_READERS, "record")
         self._file: tuple[int, int] | None = None
         self._retention = Retention(self.patient, text_days=retention_days, record_days=record_days, clock=clock)
-        self._waiting: deque[DecisionRow | _Feedback] = deque()
+        self._waiting: deque[DecisionRow | Feedback] = deque()
         self._characters = _Passed()
         self._something, self._urgent = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
@@ -165,7 +143,6 @@ class Record:
             if not wait_for(self._thread, self.engine, timeout + LOCK_S + 1):
                 _log.error("%d rows are lost: the database does not answer", len(self._waiting))
             self._thread, self.lost = None, len(self._waiting)
-        self._readers.shutdown(wait=False, cancel_futures=True)
         for engine in (self.engine, self.patient):
             engine.dispose()
             # Nobody waits any more for what has no answer by now, but the process would not end before it.
@@ -219,53 +196,10 @@ class Record:
         await asyncio.sleep(WRITTEN_WITHIN)
         return await self._ask(response_id, float(quality), source_key)
 
-    async def answered_by(self, reply_id: str, *, key: str) -> str | None:
-        """The expert whose reply to this key (or anybody, if it is "") had this id; None where there is none, or more than one.
-
-        SQLAlchemyError or TimeoutError where the database fails.
-        """
-        async with asyncio.timeout(_READ_TIMEOUT):
-            found = await self._read(self._answered_by, reply_id, key)
-            if found is None:
-                # A reply can be faster than its row.
-                await asyncio.sleep(WRITTEN_WITHIN)
-                found = await self._read(self._answered_by, reply_id, key)
-        return found
-
-    async def answered_others(self, reply_id: str, *, key: str) -> bool:
-        """Whether replies of this id went to other keys, and none to this one.
-
-        SQLAlchemyError or TimeoutError where the database fails.
-        """
-        async with asyncio.timeout(_READ_TIMEOUT):
-            return await self._read(self._answered_others, reply_id, key)
-
     def spent(self, key: str, since: float) -> float:
         """Dollars that the requests of a key have cost that arrived at `since` or later, as far as they are written."""
         with self.engine.connect() as connection:
             return recorded(connection, key, since)
-
-    async def _read(self, read: Callable[[str, str], _T], reply_id: str, key: str) -> _T:
-        """By threads of its own: others may have to wait for the database."""
-        return await asyncio.get_running_loop().run_in_executor(self._readers, read, reply_id, key)
-
-    def _answered_by(self, reply_id: str, key: str) -> str | None:
-        same = decisions.c.reply_id == plain(reply_id)[:200]
-        if key:
-            same &= decisions.c.key == key
-        with self.engine.connect() as connection:
-            # An upstream may give one id to all its replies.
-            found = set(connection.execute(select(decisions.c.expert).where(same).limit(_SAME_ID)).scalars())
-        return found.pop() if len(found) == 1 else None
-
-    def _answered_others(self, reply_id: str, key: str) -> bool:
-        same = decisions.c.reply_id == plain(reply_id)[:200]
-        with self.engine.connect() as connection:
-            own, any_at_all = (
-                connection.execute(select(decisions.c.id).where(of).limit(1)).first() is not None
-                for of in (same & (decisions.c.key == key), same)
-            )
-        return any_at_all and not own
 
     async def _ask(self, response_id: str, quality: float, key: str) -> bool:
         if self.full:
@@ -281,14 +215,14 @@ class Record:
             with suppress(RuntimeError):  # The loop may be closed by now.
                 loop.call_soon_threadsafe(resolve, known)
 
-        self._append(_Feedback(response_id, quality, key, self._clock(), answer))
+        self._append(Feedback(response_id, quality, key, self._clock(), answer))
         self._urgent.set()
         try:
             return await asyncio.wait_for(future, _FEEDBACK_TIMEOUT)
         except TimeoutError:
             raise TimeoutError(f"the feedback was not confirmed within {_FEEDBACK_TIMEOUT:.0f} s; send it again") from None
 
-    def _append(self, item: DecisionRow | _Feedback) -> None:
+    def _append(self, item: DecisionRow | Feedback) -> None:
         if self._closing:
             _log.error("a row came after the record was closed, and is lost")
         self._characters.entered += _characters(item)
@@ -333,7 +267,7 @@ class Record:
             if len(self._waiting) < _BATCH:
                 return True
 
-    def _write(self, batch: Sequence[DecisionRow | _Feedback]) -> bool:
+    def _write(self, batch: Sequence[DecisionRow | Feedback]) -> bool:
         """Commit a batch, however long that takes; a row that cannot be written is left out, alone."""
         wait = _FIRST_RETRY
         while True:
@@ -359,33 +293,16 @@ class Record:
                 half = len(batch) // 2
                 return self._write(batch[:half]) and self._write(batch[half:])
             _log.error("a row is left out, it cannot be written (or is there already): %s", _reason(fault))
-            answers = [(item, False) for item in batch if isinstance(item, _Feedback)]
+            answers = [(item, False) for item in batch if isinstance(item, Feedback)]
             break
         self._writing.ends(f"the database takes rows again; {len(self._waiting)} are waiting")
         for item, known in answers:
             item.answer(known)
         return True
 
-    def _transaction(self, batch: Sequence[DecisionRow | _Feedback]) -> list[tuple[_Feedback, bool]]:
-        rows = [item for item in batch if isinstance(item, DecisionRow)]
-        said = [item for item in batch if isinstance(item, _Feedback)]
+    def _transaction(self, batch: Sequence[DecisionRow | Feedback]) -> list[tuple[Feedback, bool]]:
         still_there(self.engine, self._file)
-        with self.engine.connect() as connection:
-            durable(connection, bool(said))
-            with writing(connection):
-                plain_rows = [values(row) for row in rows]
-                insert_rows(connection, decisions, plain_rows)
-                insert_rows(connection, cascades, [cascade_values(row) for row in rows if row.cascade is not None])
-                add_to_minutes(connection, plain_rows)
-                if self.store_text:
-                    insert_rows(connection, texts, list(self._texts(rows)))
-                return _kept(connection, said) if said else []
-
-    def _texts(self, rows: Sequence[DecisionRow]) -> Iterator[tuple]:
-        kept_for = 86400 * (self.retention_days or 0)
-        for row in rows:
-            if row.query is not None:
-                yield row.id, plain(row.query), row.time, row.time + kept_for
+        return write_batch(self.engine, batch, text_days=self.retention_days if self.store_text else None)
 
     def _clean(self) -> float:
         """Delete some of what is over its time.  -> seconds until there is more to do"""
@@ -407,42 +324,5 @@ def _reason(error: Exception) -> str:
     return f"{type(cause).__name__}: {cause}".splitlines()[0]
 
 
-def _characters(item: DecisionRow | _Feedback) -> int:
+def _characters(item: DecisionRow | Feedback) -> int:
     return len(item.query) if isinstance(item, DecisionRow) and item.query is not None else 0
-
-
-def _kept(connection: Connection, said: Sequence[_Feedback]) -> list[tuple[_Feedback, bool]]:
-    """Write feedback whose decision is there.  -> each, and whether it was"""
-    columns = _held(select(decisions.c.id, decisions.c.key))
-    by_id = {row.id: row.key for row in connection.execute(columns.where(decisions.c.id.in_({item.id for item in said})))}
-    answers, kept = [], {}
-    for item in said:
-        found = _meant(connection, item, by_id)
-        # An upstream that gives the same id to several replies leaves open which is meant.
-        if known := len(found) == 1:
-            kept[found[0], item.key] = item
-        answers.append((item, known))
-    if kept:
-        # In one order everywhere: two workers that wait for each other's rows would wait for ever.
-        ordered = sorted(kept.items())
-        rows = [{"decision": one, "key": by, "quality": item.quality, "time": item.time} for (one, by), item in ordered]
-        connection.execute(replacing(connection, feedback), rows)
-    return answers
-
-
-def _meant(connection: Connection, item: _Feedback, by_id: Mapping[str, str]) -> Sequence[str]:
-    """Decisions of this id, else those whose reply had it; two are as good as a million."""
-    if item.id in by_id:
-        return [item.id] if item.key in ("", by_id[item.id]) else []
-    if not item.id:
-        return []
-    same = decisions.c.reply_id == item.id
-    if item.key:
-        same &= decisions.c.key == item.key
-    return connection.execute(_held(select(decisions.c.id).where(same).limit(2))).scalars().all()
-
-
-def _held(wanted: Select) -> Select:
-    """Not to be deleted before the commit, and without those that are being deleted: feedback on them would stay for ever."""
-    # Skipped, not waited for: whoever deletes locks many in no order, and the two could wait for each other.
-    return wanted.with_for_update(read=True, key_share=True, skip_locked=True)

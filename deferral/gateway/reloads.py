@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from sqlalchemy import Engine, func, insert, select, update
 from sqlalchemy.exc import SQLAlchemyError
 
-from deferral.gateway.database import alone
+from deferral.gateway.dialects import alone
 from deferral.gateway.schema import reloads
 
 __all__ = ["Reloads"]

@@ -5,7 +5,8 @@ from collections.abc import Callable
 
 from sqlalchemy import ColumnElement, Connection, Engine, Table, delete, literal, select
 
-from deferral.gateway.database import durable, if_alone, scrub, writing
+from deferral.gateway.database import durable, scrub
+from deferral.gateway.dialects import if_alone, writing
 from deferral.gateway.forgetting import forget_some, old_costs
 from deferral.gateway.schema import decisions, feedback, forgotten, shadows, texts
 

@@ -26,15 +26,16 @@ from deferral.errors import DataError
 from deferral.gateway.access import must_have_key, no_key
 from deferral.gateway.aliases import read_experts_file
 from deferral.gateway.app import gateway
-from deferral.gateway.database import connect, look
+from deferral.gateway.database import connect
 from deferral.gateway.experts_file import Expert
 from deferral.gateway.generation import check_aliases
 from deferral.gateway.hysteresis import RULES
 from deferral.gateway.listening import BACKLOG, listening
 from deferral.gateway.logs import logging_to
 from deferral.gateway.opened import database_option, encoder_option
+from deferral.gateway.preparing import look
 from deferral.gateway.protocol import Protocol
-from deferral.gateway.proxying import LONGER
+from deferral.gateway.relaying import LONGER
 from deferral.gateway.settings import Settings, is_loopback
 from deferral.gateway.state import Gateway, load_router, stamps
 from deferral.gateway.worker_metrics import fold

@@ -13,8 +13,9 @@ from pathlib import Path
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from deferral.gateway.database import durable, insert_rows, wait_for, writing
-from deferral.gateway.deciding import Choice
+from deferral.gateway.choice import Choice
+from deferral.gateway.database import durable, wait_for
+from deferral.gateway.dialects import insert_rows, writing
 from deferral.gateway.rows import expected_json
 from deferral.gateway.schema import shadows
 from deferral.routing import Needs, Router

@@ -1,12 +1,20 @@
-"""What an expert is sent: a client's request, with the name that the model has there, and a chat in fields that it knows."""
+"""What an expert is sent: a client's request, with the model's name there, a chat in fields that it knows, and some headers."""
 
 import json
+import re
+from collections.abc import Mapping
+from hashlib import blake2b
 
+from deferral.gateway.answering import ONCE
 from deferral.gateway.experts_file import Expert
 from deferral.gateway.problems import Problem
-from deferral.gateway.requests import Kind, with_model
+from deferral.gateway.requests import Asked, Kind, with_model, with_stream_usage
+from deferral.gateway.upstream import FORWARDED
 
-__all__ = ["shaped"]
+__all__ = ["asks_for_usage", "forwarded", "sent_to", "shaped"]
+
+# A header that the upstream connection would not take must not look like a fault of the upstream.
+_PLAIN = re.compile(rb"[ -~]*")
 
 
 def shaped(body: bytes, expert: Expert, kind: Kind = "chat") -> bytes:
@@ -32,3 +40,23 @@ def shaped(body: bytes, expert: Expert, kind: Kind = "chat") -> bytes:
             f"the body: it holds a number beyond all bounds, or lists too deep, and {expert.name} takes requests in another form"
         )
         raise Problem(400, "invalid_json", message) from None
+
+
+def asks_for_usage(expert: Expert, asked: Asked, kind: Kind) -> bool:
+    """Whether a stream is to report what its client does not want to know."""
+    return expert.stream_usage and asked.stream and not asked.wants_usage and kind in ("chat", "completions")
+
+
+def sent_to(expert: Expert, asked: Asked, kind: Kind, body: bytes) -> bytes:
+    """The body as this expert takes it, asked for its usage where that is wanted."""
+    sent = shaped(body, expert, kind)
+    return with_stream_usage(sent, options_there=asked.stream_options) if asks_for_usage(expert, asked, kind) else sent
+
+
+def forwarded(headers: Mapping[bytes, bytes], key: str) -> dict[str, str]:
+    """The headers of a client with this key's id that go on to the expert."""
+    found = {name.decode(): value.decode() for name in FORWARDED & headers.keys() if _PLAIN.fullmatch(value := headers[name])}
+    if key and (once := found.get(ONCE)):
+        # To the expert all clients are one: what two of them name alike must not be one request.
+        found[ONCE] = blake2b(once.encode(), digest_size=16, key=key.encode()[:64]).hexdigest()
+    return found

@@ -24,6 +24,7 @@ from deferral.gateway.notices import Notices
 from deferral.gateway.problems import Problem
 from deferral.gateway.record import Record
 from deferral.gateway.reloads import Reloads
+from deferral.gateway.replies import Replies
 from deferral.gateway.settings import Settings
 from deferral.gateway.shadow import Shadow, load_shadow
 from deferral.gateway.shared_limits import limits_of
@@ -70,6 +71,7 @@ class Gateway:
             retention_days=settings.retention_days,
             record_days=settings.record_days,
         )
+        self.replies = Replies(self.record.engine)
         self.keys = Keys(settings.database, serving=True)
         self.limits = limits_of(self.record, settings)
         self.reloads = Reloads(self.record.engine)
@@ -133,6 +135,7 @@ class Gateway:
             pool.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(self.alarms.close)
         await asyncio.to_thread(self.limits.close)
+        self.replies.close()
         await self.record.close()
         await asyncio.to_thread(self.keys.close)
         if self.traces is not None:

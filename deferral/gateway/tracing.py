@@ -31,7 +31,7 @@ except ModuleNotFoundError as error:
     raise ValueError(f"traces: {error}; they need {installing('traces')}") from None
 
 if TYPE_CHECKING:
-    from deferral.gateway.deciding import Choice
+    from deferral.gateway.choice import Choice
     from deferral.gateway.upstream import Reply
 
 __all__ = ["Attempt", "Exchanged", "Tracing", "provider"]
