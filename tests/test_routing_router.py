@@ -8,6 +8,7 @@ import pytest
 
 from deferral.routing import Abilities, Log, Needs, Outcome, PriceModel, Router, list_prices, log_of_table
 from deferral.routing.policies import Clusters, Linear, Neighbours
+from deferral.routing.verdicts import report
 
 pytestmark = pytest.mark.ci_slow
 
@@ -128,7 +129,7 @@ def test_the_price_of_an_error_is_turned_at_serving_time() -> None:
 def test_the_report_is_of_the_price_of_an_error_that_was_asked_for() -> None:
     learned = router().fitted
     for error in (1e-5, 0.03, 0.0301, 1e4):
-        first, at, *more = learned.report(error).splitlines()
+        first, at, *more = report(learned, error).splitlines()
         assert first.startswith("Held-out cost over all trade-offs")
         assert at.startswith(f"At ${error:.3g} an error: routed ")
         alone = "saved 0.0000 ± 0.0000" in at
