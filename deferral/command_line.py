@@ -1,15 +1,19 @@
 """What the commands of all extras have in common."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 
-__all__ = ["Commands", "FiniteRange"]
+from deferral.errors import DataError
+
+__all__ = ["Command", "Commands", "FiniteRange", "callers_errors"]
 
 
-class _Command(click.Command):
+class Command(click.Command):
     """Where a path stands alone that belongs to an option, the error says to which."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -30,7 +34,7 @@ class _Command(click.Command):
 class Commands(click.Group):
     """Its help says of each command a whole sentence, which click would cut where the line ends."""
 
-    command_class = _Command
+    command_class = Command
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         commands = [(name, self.get_command(context, name)) for name in self.list_commands(context)]
@@ -46,3 +50,15 @@ class FiniteRange(click.FloatRange):
         if not math.isfinite(number):
             self.fail(f"expected a finite number, got {number:g}", param, ctx)
         return number
+
+
+@contextmanager
+def callers_errors() -> Iterator[None]:
+    """A setting that cannot be met is an error of the caller's: said in one line."""
+    try:
+        yield
+    except DataError:
+        # Said in one line anyway, by whoever runs the command.
+        raise
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error

@@ -132,7 +132,7 @@ def test_explain_says_whom_and_why(folder: Path) -> None:
 
 @pytest.mark.ci_slow
 def test_evaluate_judges_by_folds_and_a_router_on_other_queries(folder: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("deferral.routing.commands.Router", _quick_router())
+    monkeypatch.setattr("deferral.routing.judging_commands.Router", _quick_router())
     write_log(outcomes(150, 1), tmp_path / "log.jsonl")
     result = call("evaluate", tmp_path / "log.jsonl", "--by-tag", "--folds", 3, "--resamples", 100, "-o", tmp_path / "out")
     assert result.exit_code == 0, result.output
