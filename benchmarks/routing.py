@@ -73,13 +73,14 @@ from benchmarks.routers.data import (
 from benchmarks.routers.partial_logs import partial_logs
 from benchmarks.routers.pricing import MIX, RESAMPLES, priced_figures, settings
 from deferral.intervals import bootstrap, interval
-from deferral.routing.encoders import CachedEncoder, Vectors
+from deferral.routing.cached_encoder import CachedEncoder
 from deferral.routing.evaluation import Curve, apgr, best_expert, cpt, curve, static_curve
 from deferral.routing.held_out import POLICIES, taught
 from deferral.routing.judging import SHARES
 from deferral.routing.policies import Factors, Policy, Rejector, expert_means
 from deferral.routing.router import Router
 from deferral.routing.sentences import sentence_encoder
+from deferral.routing.vectors import Vectors
 
 RESULTS = Path(__file__).parent / "results"
 SENTENCES = "-sentences"  # in the names of results with a sentence encoder

@@ -10,8 +10,8 @@ import pytest
 
 from deferral.routing import Log, Needs, Outcome, PriceModel, Router, log_of_table, token_prices
 from deferral.routing.changes import with_prices
-from deferral.routing.outcomes import Table
 from deferral.routing.policies import Linear, Neighbours
+from deferral.routing.table import Table
 from deferral.routing.verdicts import verdict, why_not
 from tests.test_routing_router import EXPERTS, QUICK, SUBJECTS, queries, router, world
 

@@ -4,12 +4,13 @@ from dataclasses import replace
 
 import numpy as np
 
-from deferral.routing.encoders import Vectors
 from deferral.routing.fitted import Fitted
-from deferral.routing.outcomes import Table, check_text
+from deferral.routing.outcomes import check_text
 from deferral.routing.partial_logs import LEAST_PROPENSITY
 from deferral.routing.prices import PriceModel, fit_prices, repriced
 from deferral.routing.static import fingerprints
+from deferral.routing.table import Table
+from deferral.routing.vectors import Vectors
 from deferral.routing.verdicts import judged_again
 
 __all__ = ["with_description", "with_outcomes", "with_prices", "without"]

@@ -7,13 +7,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from deferral.routing.encoders import Vectors
 from deferral.routing.held_out import Judged
 from deferral.routing.held_rows import HeldRows, Search
 from deferral.routing.one_query import OneQuery
 from deferral.routing.policies import Neighbours, Policy
 from deferral.routing.policies.centres import nearest_centre
 from deferral.routing.prices import LEAST_SHARE, PriceModel
+from deferral.routing.vectors import Vectors
 
 __all__ = ["Estimates", "Fitted", "estimates_of_one"]
 

@@ -13,9 +13,9 @@ from math import inf
 import numpy as np
 
 from deferral.routing.decisions import Decision, why_learned
-from deferral.routing.encoders import Vectors
 from deferral.routing.policies import Neighbours, Policy
 from deferral.routing.prices import LEAST_SHARE, PriceModel
+from deferral.routing.vectors import Vectors
 
 __all__ = ["OneQuery"]
 

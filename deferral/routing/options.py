@@ -7,8 +7,8 @@ from typing import Any
 import click
 
 from deferral.command_line import FiniteRange
+from deferral.routing.cached_encoder import CachedEncoder
 from deferral.routing.constraints import Needs
-from deferral.routing.encoders import CachedEncoder
 from deferral.routing.sentences import sentence_encoder
 
 __all__ = [

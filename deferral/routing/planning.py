@@ -10,9 +10,9 @@ import numpy as np
 
 from deferral.routing.constraints import Needs
 from deferral.routing.fitted import Fitted
-from deferral.routing.outcomes import check_price_of_error
 from deferral.routing.promises import Witnesses, promised_error
 from deferral.routing.static import mix_at_error, mix_at_price, mix_at_quality
+from deferral.routing.table import check_price_of_error
 from deferral.routing.verdicts import why_not
 
 __all__ = ["Plan", "Planning", "Setting", "check_amount", "check_amounts"]

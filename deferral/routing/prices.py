@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from deferral.errors import DataError
-from deferral.routing.outcomes import Log, Table
+from deferral.routing.outcomes import Log
+from deferral.routing.table import Table
 
 __all__ = [
     "LEAST_SHARE",

@@ -14,18 +14,20 @@ from deferral.routing import changes, persistence, verdicts
 from deferral.routing.cascade import Cascade
 from deferral.routing.constraints import Abilities, Needs, able
 from deferral.routing.decisions import Decision, Decisions
-from deferral.routing.encoders import FunctionEncoder, NgramEncoder, Vectors
+from deferral.routing.encoders import FunctionEncoder, NgramEncoder
 from deferral.routing.fitted import Estimates, Fitted, estimates_of_one
 from deferral.routing.held_out import POLICIES
 from deferral.routing.learning import fitted
 from deferral.routing.many_queries import LEAST_TRUST, characters_of, decided, probabilities, weighed
-from deferral.routing.outcomes import Log, Table, check_price_of_error
+from deferral.routing.outcomes import Log
 from deferral.routing.planning import Plan, Planning, Setting, check_amount, check_amounts
 from deferral.routing.policies import Policy
 from deferral.routing.prices import PriceModel
 from deferral.routing.promises import Witnesses
 from deferral.routing.sentences import sentence_encoder
 from deferral.routing.static import fingerprints
+from deferral.routing.table import Table, check_certifying, check_price_of_error, check_values
+from deferral.routing.vectors import Vectors
 
 __all__ = ["Router"]
 
@@ -88,7 +90,7 @@ class Router:
                 f"log: expected a Log, got {type(log).__name__}; read_log(path) reads a file, Log(...) takes outcomes one by one"
             )
         table = log.table() if isinstance(log, Log) else log
-        _check_values(table)
+        check_values(table)
         if unknown := sorted(set(self.abilities) - set(table.experts)):
             raise ValueError(f"abilities: {unknown[0]!r} has no outcome; the log holds {', '.join(table.experts)}")
         if not 0 <= certify < 1:
@@ -97,7 +99,7 @@ class Router:
         if apart.all():
             raise ValueError(f"certify: of {len(apart)} queries it leaves none to learn from; ask for less than {certify:g}")
         if certify > 0:
-            _check_full(table)
+            check_certifying(table)
             if not apart.any():
                 raise ValueError(f"certify: of {len(apart)} queries it keeps none apart; ask for more than {certify:g}")
         everything, table = table, table.rows(np.flatnonzero(~apart)) if apart.any() else table
@@ -264,8 +266,8 @@ class Router:
         if sorted(table.experts) != sorted(self.experts):
             raise ValueError(f"certify: expected outcomes of {', '.join(self.experts)}, got those of {', '.join(table.experts)}")
         order = [table.experts.index(name) for name in self.experts]
-        _check_full(table)
-        _check_values(table)
+        check_certifying(table)
+        check_values(table)
         if (known := self.knows(table.queries)).any():
             raise ValueError(
                 f"certify: {int(known.sum())} of {len(known)} queries were in the log of the fit, the first is query "
@@ -296,7 +298,7 @@ class Router:
         if len(log.experts) != 1:
             raise ValueError(f"expected outcomes of one new expert, got those of {len(log.experts)}: {', '.join(log.experts)}")
         table = log.table() if isinstance(log, Log) else log
-        _check_values(table)
+        check_values(table)
         self._fitted = changes.with_outcomes(self.fitted, table, self.encoder(table.queries))
         # They prove nothing of a router that has learned from them.
         self._seen = np.union1d(self._seen, fingerprints(table.queries))
@@ -395,19 +397,3 @@ class Router:
         self._witnesses = self.cascade = None
         self._plans = {}
         return self
-
-
-def _check_values(table: Table) -> None:
-    with np.errstate(invalid="ignore"):
-        good = ~table.mask | ((table.quality >= 0) & (table.quality <= 1) & (table.price >= 0) & np.isfinite(table.price))
-    if not good.all():
-        row, column = np.argwhere(~good)[0]
-        raise ValueError(
-            f"query {row + 1}, {table.experts[column]}: expected a quality in [0, 1] and a price that is not negative, got "
-            f"{table.quality[row, column]:g} and {table.price[row, column]:g}"
-        )
-
-
-def _check_full(table: Table) -> None:
-    if gap := table.gap:
-        raise ValueError(f"certify: expected every expert's outcome on every query; {gap}")
