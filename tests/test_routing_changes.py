@@ -13,7 +13,7 @@ from deferral.routing.changes import with_prices
 from deferral.routing.policies import Linear, Neighbours
 from deferral.routing.table import Table
 from deferral.routing.verdicts import verdict, why_not
-from tests.test_routing_router import EXPERTS, QUICK, SUBJECTS, queries, router, world
+from tests.routing_world import EXPERTS, QUICK, SUBJECTS, queries, router, world
 
 pytestmark = pytest.mark.ci_slow
 
