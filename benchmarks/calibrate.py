@@ -28,7 +28,6 @@ independent draws were not there.
 
 import json
 import math
-import os
 import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -58,6 +57,7 @@ from deferral.certified import (
 from deferral.datasets import UCI, cifar10, cifar10h_counts, uci
 from deferral.demo.convnet import EPOCHS, predict, trained
 from deferral.experts import random_person
+from deferral.whole_files import written_whole
 
 RESULTS = Path(__file__).parent / "results"
 SEED = 0
@@ -154,9 +154,9 @@ def network(root: Path, work: Path, on_epoch: Callable[[int], None]) -> dict[str
 def cached(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     """What `make` returns, from the file where an earlier run left it."""
     if not path.exists():
-        partial = path.with_suffix(".partial.npz")
-        np.savez(partial, **{name: value.numpy() for name, value in make().items()})
-        os.replace(partial, path)
+        made = {name: value.numpy() for name, value in make().items()}
+        with written_whole(path) as partial, partial.open("wb") as file:
+            np.savez(file, **made)
     with np.load(path) as stored:
         return {name: torch.from_numpy(stored[name]) for name in stored.files}
 

@@ -5,38 +5,33 @@ trust in it, nor the verdict to use it.  Folds are random (seed 0) or whole subj
 are 95% bootstrap intervals over the test rows, or over subjects where whole subjects are held out: what they say of subjects to
 come.  Some queries stand in the data more than once; how many of them another fold holds too is printed under the table.
 
-How the design came about: features, penalties, the sizes of the estimators, how networks are trained, and what is done with
-queries unlike the log were compared by cross-validation on the rows outside the first random test fold of RouteLLM's and
-LLMRouter's data, with random folds and with folds of whole subjects (one early trial with other folds saw all rows of
-RouteLLM's).  Those rows are test rows of the other four folds, so the design as a whole is not blind to them; what is learned is.
-Many choices came after tables of test rows had been printed, because of what they showed (where nothing else is said they
-were then compared on the rows above, not on a table).  After LLMRouter's held-out tasks: that trust is learned from ten large
-clusters and not forty; later that an encoder refitted without them says how strange they are, that weights for new subjects
-are fitted apart and leave out the networks (for speed), and that only the lower end of a prediction interval of theirs is
-relied on (reasoned, and compared on no rows).  After RouteLLM's 1,500 rows: that blending weights are shrunk towards equal
-ones, that a single estimator replaces the blend only if it is cheaper with confidence, and that the verdict rests on the
-agreement of estimates and outcomes over all trade-offs and not on the gain at each price of an error (its last form,
-agreement and not skill, was not compared on other rows at all).  After the tables in which the rejector lost everywhere: that
-its scores take the prices by a formula.  After RouterBench's first table, which fell back at three settings in ten: one more
-reason for the new verdict.  MMLU-Pro was not looked at before its tables.  Set for speed: cross-fitting on at most 6,000 rows
-and 20 passes of the networks, compared on no rows; neighbours by the 64 leading numbers of a vector among 512 rows, compared
-on 1,000 random rows of RouteLLM's and LLMRouter's data, where nothing changed beyond noise.  After these two, all tables were
-run once more.  After MMLU-Pro's table had missed its target: that a price is foreseen from neighbours (against lines, ridge
-regression and clusters, on the rows outside the first random test fold of MMLU-Pro and RouterBench).  Heads that are the mean
-of four networks were better alone on those of RouteLLM and LLMRouter, no better in the blend, and up and down in the tables:
-dropped.  Which estimators leave the blend, formerly those below a tenth of all weight: by errors instead, compared on those
-rows of RouteLLM, LLMRouter and MMLU-Pro, with random folds and whole subjects; after RouteLLM's 1,500 rows had lost by it, of
-many rows alone, compared on 1,500 random ones of those rows, of RouteLLM and LLMRouter.
+What the design has seen.  It was chosen on the design rows: those outside the first random test fold of RouteLLM's and
+LLMRouter's data, in random folds and in folds of whole subjects (one early trial saw all of RouteLLM's).  They are test rows of
+the other folds: what is learned is blind to the test rows, the design as a whole is not.  MMLU-Pro was not looked at before its
+tables.
 
-With --encoder the vectors of a sentence encoder stand in place of the n-grams.  Both together, as one vector or with the linear
-estimator on both, were compared on those rows of RouteLLM, gained nothing, and are not offered.
+Changed because of what tables of test rows showed, and compared on the design rows, but where it says otherwise:
+- LLMRouter's held-out tasks: trust from ten large clusters, not forty, by an encoder refitted without them; weights for new
+  subjects apart, without networks (for speed); only the lower end of their interval is relied on (compared on no rows).
+- RouteLLM's 1,500 rows: weights shrink to equal ones; one estimator replaces the blend only if cheaper with confidence; the
+  verdict is by agreement over all trade-offs (RouterBench's first table asked for that, too; in its last form on no other rows).
+- The rejector, which lost everywhere: its scores take prices by a formula.
+- MMLU-Pro: prices are foreseen from neighbours (on the rows outside the first random test fold of it and RouterBench).
+- Heads of four networks each: no better in the blend, up and down in the tables; dropped.
+- Who leaves the blend: by errors (on such rows of MMLU-Pro, too); of many rows alone, as RouteLLM's 1,500 lost by it (on 1,500
+  random design rows).
+
+Set for speed: 6,000 cross-fitted rows and 20 passes of networks (compared on no rows); neighbours by 64 numbers among 512 rows
+(on 1,000 random rows of the two, no change beyond noise); then all tables were run once more.
+
+With --encoder a sentence encoder's vectors stand in place of the n-grams; both together gained nothing on RouteLLM's design
+rows.
 
 APGR: average performance gap recovered, the mean over the folds (pooled: of all rows at once).  Which subjects share a fold moves
 it by some .02: length alone scores .53 to .58 on four draws of them.  AIQ: average quality over the prices from the cheapest to
 the dearest expert.  saving: what is saved at the quality of the best single expert; reached: the share of resamples in which that
-quality is reached at all, its interval is of these.  routed: `Router` as it comes, with its
-fallback; learned: the same without fallback.  rejector: the network trained
-by the two-stage deferral loss; over rejector, over neighbours, over static: paired differences.
+quality is reached at all, its interval is of these.  routed: `Router` as it comes, with its fallback; learned: the same without.
+rejector: the network trained by the two-stage deferral loss; over rejector, over neighbours, over static: paired differences.
 """
 
 import json
@@ -73,13 +68,14 @@ from benchmarks.routers.data import (
 from benchmarks.routers.partial_logs import partial_logs
 from benchmarks.routers.pricing import MIX, RESAMPLES, priced_figures, settings
 from deferral.intervals import bootstrap, interval
-from deferral.routing.encoders import CachedEncoder, Vectors
+from deferral.routing.cached_encoder import CachedEncoder
 from deferral.routing.evaluation import Curve, apgr, best_expert, cpt, curve, static_curve
 from deferral.routing.held_out import POLICIES, taught
 from deferral.routing.judging import SHARES
 from deferral.routing.policies import Factors, Policy, Rejector, expert_means
 from deferral.routing.router import Router
 from deferral.routing.sentences import sentence_encoder
+from deferral.routing.vectors import Vectors
 
 RESULTS = Path(__file__).parent / "results"
 SENTENCES = "-sentences"  # in the names of results with a sentence encoder

@@ -1,12 +1,16 @@
 """What the commands of all extras have in common."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 
-__all__ = ["Command", "Commands", "FiniteRange"]
+from deferral.errors import DataError
+
+__all__ = ["Command", "Commands", "FiniteRange", "callers_errors"]
 
 
 class Command(click.Command):
@@ -46,3 +50,15 @@ class FiniteRange(click.FloatRange):
         if not math.isfinite(number):
             self.fail(f"expected a finite number, got {number:g}", param, ctx)
         return number
+
+
+@contextmanager
+def callers_errors() -> Iterator[None]:
+    """A setting that cannot be met is an error of the caller's: said in one line."""
+    try:
+        yield
+    except DataError:
+        # Said in one line anyway, by whoever runs the command.
+        raise
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error

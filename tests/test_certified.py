@@ -1,9 +1,5 @@
 """What is promised is kept: on laws whose risk is known at every threshold, over 700 calibrations each."""
 
-import math
-from collections.abc import Callable
-
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -12,66 +8,18 @@ pytest.importorskip("scipy")
 
 from scipy.stats import binom
 
-from deferral import decide, deferral_margin
 from deferral.certified import (
-    Certificate,
     DeferralRate,
     Risk,
     SelectiveRisk,
     SystemRisk,
     certify,
     certify_by_group,
-    conformal_risk_control,
-    conformal_risk_control_by_group,
-    decide_at,
     safest_first,
     threshold_grid,
 )
 from deferral.certified.learn_then_test import _p_values
-from deferral.certified.risks import checked_risks
-from deferral.certified.thresholds import level_edges
-
-DELTA = 0.1
-TRIALS = 1000
-ALLOWED = DELTA + 3 * math.sqrt(DELTA * (1 - DELTA) / TRIALS)
-# 0.4, 0.3, 0.6 and 0.7, where the laws below cross their levels, lie between two of these.
-GRID = torch.arange(0.125, 1.0, 0.01, dtype=torch.float64)
-
-
-# The law: the margin is uniform on (0, 1), the own answer is wrong with probability margin / 2, the expert with 5%, but with 60%
-# where the margin is above 0.8: the rows that look most like theirs are not, and the risk of the system is not monotone.
-
-
-def draw(rows: int, generator: torch.Generator, slope: Tensor | float = 0.5) -> tuple[Tensor, Tensor, Tensor]:
-    margin, own, expert = torch.rand(3, rows, generator=generator, dtype=torch.float64)
-    return margin, own < slope * margin, expert < torch.where(margin < 0.8, 0.05, 0.6)
-
-
-def selective_risk(threshold: float, slope: float = 0.5) -> float:
-    return slope * threshold / 2
-
-
-def system_risk(threshold: float, price: float = 0.0) -> float:
-    t = min(max(threshold, 0.0), 1.0)
-    asked = 0.05 * (0.8 - t) + 0.12 if t < 0.8 else 0.6 * (1 - t)
-    return t**2 / 4 + asked + price * (1 - t)
-
-
-def plug_in(certificate: Certificate, *levels: float, lowest: bool = False) -> float:
-    """The threshold that one would take without a certificate: the boldest whose plain means are within the levels."""
-    within = (certificate.estimates <= torch.tensor(levels)).all(-1)
-    passed = certificate.thresholds[within]
-    if len(passed) == 0:
-        return torch.nan
-    return float(passed.min() if lowest else passed.max())
-
-
-def violations(trial: Callable[[torch.Generator], tuple[bool, bool, bool]]) -> tuple[float, float, float]:
-    """The shares of trials in which the certified threshold broke its promise, the plain one did, and a promise was made."""
-    generator = torch.Generator().manual_seed(0)
-    certified, plain, promised = torch.tensor([trial(generator) for _ in range(TRIALS)]).double().mean(0).tolist()
-    return certified, plain, promised
-
+from tests.certified_laws import ALLOWED, DELTA, GRID, draw, plug_in, selective_risk, system_risk, violations
 
 METHODS = ["fixed_sequence", "bonferroni"]
 ROWS = {"fixed_sequence": 800, "bonferroni": 2000}  # one test in ninety at a time costs power
@@ -206,92 +154,6 @@ def test_many_thresholds_just_outside_of_the_level_find_no_lucky_one(method: str
     assert uncorrected > 0.2
 
 
-def test_conformal_risk_control_holds_in_expectation_and_wastes_little() -> None:
-    """Errors among the kept rows, over all rows: t^2 / 4.  With 24 rows and a level of 1/24 the plain rule lets one through."""
-    rows, level = 24, 1 / 24
-
-    def mean_risk(rule: Callable[[Tensor, Tensor], float]) -> tuple[float, float]:
-        generator = torch.Generator().manual_seed(0)
-        risks = []
-        for _ in range(TRIALS):
-            margin, wrong, _ = draw(rows, generator)
-            risks.append(min(max(rule(margin, wrong), 0.0), 1.0) ** 2 / 4)
-        values = torch.tensor(risks)
-        return float(values.mean()), float(values.std() / math.sqrt(TRIALS))
-
-    def conformal(margin: Tensor, wrong: Tensor) -> float:
-        threshold, holds = conformal_risk_control(margin, SystemRisk(wrong, torch.zeros_like(wrong), level))
-        assert holds
-        return threshold
-
-    def plain(margin: Tensor, wrong: Tensor) -> float:
-        errors = margin[wrong].sort().values
-        return float(errors[1]) if len(errors) > 1 else 1.0
-
-    mean, error = mean_risk(conformal)
-    assert 0.75 * level < mean <= level + 3 * error
-    mean, error = mean_risk(plain)
-    assert mean > level + 10 * error
-
-
-def test_conformal_risk_control_holds_in_every_group_and_the_pooled_one_does_not() -> None:
-    """Errors among the kept rows of a group, over its rows: slope t^2 / 2."""
-    rows, level, slopes = 40, 0.1, torch.tensor([0.3, 0.9], dtype=torch.float64)
-    generator = torch.Generator().manual_seed(0)
-    groups = torch.arange(2).repeat_interleave(rows)
-    by_group, pooled = [], []
-    for _ in range(400):
-        margin, wrong, _ = draw(2 * rows, generator, slopes[groups])
-        risk = SystemRisk(wrong, torch.zeros_like(wrong), level)
-        thresholds, holds = conformal_risk_control_by_group(margin, risk, groups, num_groups=3)
-        assert holds.tolist() == [True, True, False]
-        assert thresholds[2] == -torch.inf
-        by_group.append(slopes * thresholds[:2].clamp(0, 1) ** 2 / 2)
-        pooled.append(slopes * min(conformal_risk_control(margin, risk)[0], 1.0) ** 2 / 2)
-    means = torch.stack(by_group).mean(0)
-    errors = torch.stack(by_group).std(0) / math.sqrt(400)
-    assert (means <= level + 3 * errors).all()
-    assert (means > 0.7 * level).all()
-    assert torch.stack(pooled).mean(0)[1] > 1.3 * level
-    # Each group's threshold is the one of its rows alone.
-    alone = SystemRisk(risk.own_cost[rows:], risk.deferred_cost[rows:], level)
-    assert thresholds[1] == conformal_risk_control(margin[rows:], alone)[0]
-    rate, holds = conformal_risk_control_by_group(margin, DeferralRate(0.1), groups, num_groups=3)
-    assert holds.tolist() == [True, True, False]
-    assert rate[2] == torch.inf
-    assert ((margin >= rate[groups]).view(2, rows).sum(-1) == 3).all()  # (3 + 1) / (40 + 1) <= 0.1
-    for at_most, asked in ((4 / 41, 3), (4 / 41 - 1e-9, 2)):
-        rate, _ = conformal_risk_control_by_group(margin, DeferralRate(at_most), groups, num_groups=2)
-        assert ((margin >= rate[groups]).view(2, rows).sum(-1) == asked).all()
-
-
-def test_conformal_deferral_rate_is_a_conformal_quantile() -> None:
-    """Of 19 rows and a new one each is as likely to have the highest margin: 1 in 20."""
-    generator = torch.Generator().manual_seed(0)
-    deferred = []
-    for _ in range(TRIALS):
-        margin, _, _ = draw(19, generator)
-        threshold, holds = conformal_risk_control(margin, DeferralRate(0.1))
-        assert holds
-        assert int((margin >= threshold).sum()) == 1
-        deferred.append(1 - threshold)
-    mean = sum(deferred) / TRIALS
-    # Half way between the two highest margins: 1 - E[threshold] = (1/20 + 2/20) / 2.
-    assert mean == pytest.approx(0.075, abs=0.005)
-
-
-def test_conformal_risk_control_refuses_what_it_cannot_promise() -> None:
-    margin, own, expert = draw(200, torch.Generator().manual_seed(0))
-    with pytest.raises(ValueError, match=r"not monotone in the threshold.*use certify"):
-        conformal_risk_control(margin, SystemRisk(own, expert, 0.2))
-    with pytest.raises(TypeError, match="use certify"):
-        conformal_risk_control(margin, SelectiveRisk(own, 0.2))
-    nothing = torch.zeros_like(own)
-    assert conformal_risk_control(margin[:5], SystemRisk(own[:5], nothing[:5], 0.1)) == (-torch.inf, False)
-    assert conformal_risk_control(margin[:5], DeferralRate(0.1)) == (torch.inf, False)
-    assert conformal_risk_control(margin, SystemRisk(nothing, nothing, 0.1)) == (torch.inf, True)
-
-
 @pytest.mark.parametrize(("size", "level"), [(1, 0.3), (20, 0.05), (60, 0.5), (200, 0.11)])
 def test_p_values_of_binary_losses_are_those_of_the_binomial_and_never_too_small(size: int, level: float) -> None:
     """At the edge of the null P(p <= u) <= u for every u that p can take: summed over all outcomes, without simulation."""
@@ -365,128 +227,6 @@ def test_nothing_certified_is_no_promise_and_falls_back_to_the_safe_end() -> Non
         assert [c.holds for c in by_group] == [held, False, held, False]
 
 
-def tenths(rows: int, actions: int, generator: torch.Generator) -> Tensor:
-    """Shares of ten votes: their differences tie, but for their last digit."""
-    return torch.randint(0, 11, (rows, actions), generator=generator).double() / 10
-
-
-@pytest.mark.parametrize("num_own", [1, 3])
-@pytest.mark.parametrize("masked", [True, False])
-def test_the_rule_that_is_served_is_the_rule_that_was_certified(num_own: int, masked: bool) -> None:
-    generator = torch.Generator().manual_seed(0)
-    scores = tenths(500, num_own + 2, generator)
-    scores[:50, num_own:] = -torch.inf
-    scores[50:80, -1] = -torch.inf
-    mask = torch.rand(500, 2, generator=generator) < 0.7 if masked else None
-    margin = deferral_margin(scores, num_own=num_own, mask=mask)
-    open_experts = scores[:, num_own:] > -torch.inf
-    open_experts = open_experts if mask is None else open_experts & mask
-    own = decide(scores[:, :num_own])
-    grid = torch.cat([torch.arange(-10, 11) / 10.0, margin[margin.isfinite()], torch.tensor([-torch.inf, torch.inf])]).double()
-    found = certify(margin, DeferralRate(0.5), grid, method="bonferroni")
-    for threshold, coverage in zip(grid.tolist(), found.coverage.tolist(), strict=True):
-        actions = decide_at(scores, threshold, num_own=num_own, mask=mask)
-        kept = actions < num_own
-        assert kept.double().mean().item() == coverage
-        assert torch.equal(actions[kept], own[kept])
-        asked = actions[~kept] - num_own
-        assert open_experts[~kept].gather(-1, asked[:, None]).all()
-        best = scores[:, num_own:].where(open_experts, -torch.inf).amax(-1)[~kept]
-        assert torch.equal(scores[:, num_own:][~kept].gather(-1, asked[:, None]).squeeze(-1), best)
-    everybody = decide_at(scores, -torch.inf, num_own=num_own, mask=mask)
-    assert torch.equal(everybody >= num_own, open_experts.any(-1))
-    assert (decide_at(scores, torch.inf, num_own=num_own, mask=mask) < num_own).all()
-    assert torch.equal(decide_at(scores, 0.0, num_own=num_own, mask=mask), decide(scores, mask=mask))
-
-
-def test_rounding_moves_no_tied_population_to_the_other_side() -> None:
-    """Every row has the scores 0.1 and 0.5: 0.5 - 0.1 >= 0.4, but 0.5 - 0.4 < 0.1.  Kept, 40% of the rows are wrong."""
-    scores = torch.tensor([[0.1, 0.5]], dtype=torch.float64).expand(2000, 2)
-    wrong = torch.rand(2000, generator=torch.Generator().manual_seed(0)) < 0.4
-    risk = SystemRisk(wrong, torch.zeros_like(wrong), 0.1)
-    found = certify(deferral_margin(scores, num_own=1), risk, torch.tensor([0.4], dtype=torch.float64))
-    assert found.holds
-    actions = decide_at(scores, found.threshold, num_own=1)
-    assert wrong[actions == 0].sum() / 2000 <= 0.1
-
-
-def test_one_threshold_per_row_serves_groups() -> None:
-    generator = torch.Generator().manual_seed(0)
-    scores = torch.randn(300, 5, generator=generator).half()  # any dtype: the rule is in float64
-    groups = torch.randint(0, 3, (300,), generator=generator)
-    thresholds = torch.tensor([-torch.inf, 0.4, torch.inf], dtype=torch.float64)
-    actions = decide_at(scores, thresholds[groups], num_own=2)
-    for group, threshold in enumerate(thresholds.tolist()):
-        assert torch.equal(actions[groups == group], decide_at(scores[groups == group], threshold, num_own=2))
-    assert (actions[groups == 0] >= 2).all()
-    assert (actions[groups == 2] < 2).all()
-    with pytest.raises(ValueError, match="NaN"):
-        decide_at(scores, torch.nan, num_own=2)
-    with pytest.raises(TypeError, match=r"float64 tensor, got torch\.float32"):
-        decide_at(scores, thresholds[groups].float(), num_own=2)
-    with pytest.raises(TypeError, match="got ndarray"):
-        decide_at(scores, thresholds[groups].numpy(), num_own=2)
-    with pytest.raises(ValueError, match=r"one per row of shape \(300,\), got \(3,\)"):
-        decide_at(scores, thresholds, num_own=2)
-    with pytest.raises(TypeError, match="got ndarray"):
-        decide_at(scores.numpy(), 0.0, num_own=2)
-    with pytest.raises(ValueError, match="own action"):
-        decide_at(scores, 0.0, num_own=2, mask=torch.zeros(300, 5, dtype=torch.bool))
-
-
-def test_a_broken_predictor_defers_where_somebody_can_be_asked() -> None:
-    scores = torch.tensor([[torch.nan, 0.0, 1.0]]).repeat(2, 1)
-    mask = torch.tensor([[True, True], [False, False]])
-    assert decide_at(scores, 0.5, num_own=1, mask=mask).tolist() == [2, 0]
-    assert decide_at(scores, -torch.inf, num_own=1, mask=mask).tolist() == [2, 0]
-    closed = torch.tensor([[torch.nan, -torch.inf, -torch.inf], [-torch.inf] * 3])
-    for threshold in (-torch.inf, -1.0, 0.0, torch.inf):
-        assert decide_at(closed, threshold, num_own=1).tolist() == [0, 0]
-
-
-def test_a_mask_by_a_number_leaves_the_thresholds_of_the_others() -> None:
-    generator = torch.Generator().manual_seed(0)
-    margin = torch.rand(400, generator=generator, dtype=torch.float64)
-    masked = torch.rand(400, generator=generator) < 0.7
-    risk = SystemRisk((torch.rand(400, generator=generator) < margin / 3).double(), torch.zeros(400, dtype=torch.float64), 0.2)
-    closed = margin.masked_fill(masked, -torch.inf)
-    convention = margin.masked_fill(masked, torch.finfo(torch.float32).min)
-    assert torch.equal(threshold_grid(convention, 20, coverage=(0.75, 1.0)), threshold_grid(closed, 20, coverage=(0.75, 1.0)))
-    assert conformal_risk_control(convention, risk) == conformal_risk_control(closed, risk)
-
-
-def test_a_grid_keeps_the_shares_it_was_asked_for_and_hits_no_row() -> None:
-    margin = torch.rand(1000, dtype=torch.float64)
-    grid = threshold_grid(margin, 10)
-    kept = (margin < grid.unsqueeze(-1)).double().mean(-1)
-    torch.testing.assert_close(kept, torch.linspace(0.1, 1.0, 10, dtype=torch.float64))
-    assert not torch.isin(grid, margin).any()
-    assert grid[-1] == torch.inf
-    tied = torch.tensor([1.0, 1.0, 1.0, 2.0], dtype=torch.float64)
-    assert threshold_grid(tied, 50).tolist() == [1.5, torch.inf]
-    assert threshold_grid(tied[:1], 5).tolist() == [torch.inf]
-    votes = tenths(5000, 2, torch.Generator().manual_seed(0))
-    margin = deferral_margin(votes, num_own=1)
-    assert len(margin.unique()) > 21
-    expected = torch.cat([torch.arange(-19, 20, 2) / 20.0, torch.tensor([torch.inf])]).double()
-    torch.testing.assert_close(threshold_grid(margin, 5000, coverage=(1e-3, 1.0)), expected)
-
-
-def test_edges_between_levels_keep_exactly_the_levels_below() -> None:
-    generator = torch.Generator().manual_seed(0)
-    close = 1 + 2.0**-52 * 5 * torch.arange(40, dtype=torch.float64)  # five units in the last place apart
-    for margin in (
-        tenths(60, 1, generator).squeeze(-1) - 0.3,
-        close,
-        torch.nextafter(torch.zeros(2, dtype=torch.float64), torch.tensor([0.0, 1.0]).double()),
-        torch.cat([close, torch.full((3,), -torch.inf), torch.full((2,), torch.finfo(torch.float64).min, dtype=torch.float64)]),
-    ):
-        level, edges = level_edges(margin)
-        assert len(edges) == int(level.max()) + 2 > 2
-        for number, edge in enumerate(edges):
-            assert torch.equal((margin < edge) | margin.isneginf(), (level < number) | margin.isneginf())
-
-
 def test_bad_input() -> None:
     margin, wrong, expert = draw(10, torch.Generator().manual_seed(0))
     with pytest.raises(ValueError, match="margin"):
@@ -532,27 +272,6 @@ def test_bad_input() -> None:
     for coverage in ((0.0, 1.0), (0.5, 1.1)):
         with pytest.raises(ValueError, match="coverage"):
             threshold_grid(margin, 10, coverage=coverage)
-
-
-def test_the_conformal_promise_is_about_all_calibrations_not_those_that_hold() -> None:
-    """The own answer is always wrong, the expert with one chance: it holds iff the expert erred seldom, by luck or by skill."""
-    rows, level = 20, 0.1
-    held = [
-        conformal_risk_control(
-            torch.arange(rows).double(), SystemRisk(torch.ones(rows).bool(), torch.arange(rows) < wrong, at_most=level)
-        )[1]
-        for wrong in range(rows + 1)
-    ]
-    assert held[0]
-    for errs in np.linspace(0, 1, 51):
-        # Whenever it holds the risk is `errs`, be that above the level.
-        assert errs * binom.cdf(sum(held) - 1, rows, errs) <= level
-
-
-def test_a_row_that_nobody_can_be_asked_about_keeps_its_own_cost_beside_costs_of_another_dtype() -> None:
-    margin, own = torch.tensor([-torch.inf, 0.0], dtype=torch.float64), torch.tensor([1.5, 1.0])
-    (checked,) = checked_risks(margin, SystemRisk(own, torch.tensor([False, True]), at_most=1.0, ceiling=2.0))
-    assert checked.deferred_cost.tolist() == [1.5, 1.0]
 
 
 def test_no_more_is_promised_by_more_groups() -> None:

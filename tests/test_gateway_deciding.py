@@ -385,7 +385,7 @@ def test_a_budget_that_runs_low_goes_by_the_price_that_is_foreseen_and_not_by_th
     )
     decider = Decider(dear_proofs, {name: Expert(name, "http://127.0.0.1:1") for name in dear_proofs.experts}, deadline_s=5.0)
     texts, proof, _, _ = priced_answers(20, seed=1)
-    by_length = dear_proofs.fitted.prices_of_one(texts[0])[1]
+    by_length = dear_proofs.fitted.of_one.priced(texts[0])[1]
     # A proof of the talker costs about 0.02, a fact 0.002; by length both 0.011.
     for text, dear in zip(texts, proof, strict=True):
         rich, poor = choose(decider, asked(text)), choose(decider, asked(text), Limited(left=0.005 if not dear else 0.015))

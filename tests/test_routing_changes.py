@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from deferral.routing import Log, Needs, Outcome, PriceModel, Router, log_of_table, token_prices
-from deferral.routing.outcomes import Table
+from deferral.routing.changes import with_prices
 from deferral.routing.policies import Linear, Neighbours
-from tests.test_routing_router import EXPERTS, QUICK, SUBJECTS, queries, router, world
+from deferral.routing.table import Table
+from deferral.routing.verdicts import verdict, why_not
+from tests.routing_world import EXPERTS, QUICK, SUBJECTS, queries, router, world
 
 pytestmark = pytest.mark.ci_slow
 
@@ -195,7 +197,7 @@ def test_the_verdict_on_everybody_is_found_again_in_the_rows_that_were_held_out(
 
 def test_after_a_removal_and_at_other_prices_it_is_judged_anew(tmp_path: Path) -> None:
     router = copy.copy(twins())
-    left = router.fitted.verdict(np.array([False, False, True, True]))
+    left = verdict(router.fitted, np.array([False, False, True, True]))
     dear = PriceModel(np.full(4, 0.04), np.array([0.0, 0.0, 0.0, 1e-4]), ("small", "coder", "heads", "tails"))
     for name in ("small", "coder"):
         router.remove_expert(name)
@@ -218,8 +220,8 @@ def test_a_newcomer_is_not_judged_by_what_is_expected_of_it() -> None:
     router.describe_expert("new", quality=0.6, price=0.002)
     assert router.fitted.judged is before
     beside, without = np.array([False, False, True, True, True]), np.array([False, False, True, True, False])
-    np.testing.assert_array_equal(router.fitted.verdict(beside).gain, router.fitted.verdict(without).gain)
-    np.testing.assert_array_equal(router.fitted.verdict(without).gain, twins().fitted.verdict(without[:4]).gain)
+    np.testing.assert_array_equal(verdict(router.fitted, beside).gain, verdict(router.fitted, without).gain)
+    np.testing.assert_array_equal(verdict(router.fitted, without).gain, verdict(twins().fitted, without[:4]).gain)
 
 
 def test_the_same_prices_change_nothing_where_answers_cost_more_than_their_length_says() -> None:
@@ -231,11 +233,11 @@ def test_the_same_prices_change_nothing_where_answers_cost_more_than_their_lengt
     router = Router(0.1, policies=QUICK).fit(log_of_table(texts, ["small", "large"], quality, written * [0.001, 0.01]))
     fitted = router.fitted
     assert (fitted.held.dearness != 0).any(), "neighbours foresee what is paid"
-    same = fitted.with_prices(fitted.prices)
+    same = with_prices(fitted, fitted.prices)
     np.testing.assert_allclose(same.held.price, fitted.held.price)
     np.testing.assert_allclose(same.judged.gain, fitted.judged.gain, atol=1e-9)
     np.testing.assert_allclose(same.judged.half_width, fitted.judged.half_width, atol=1e-9)
-    twice = fitted.with_prices(PriceModel(2 * fitted.prices.base, 2 * fitted.prices.per_character))
+    twice = with_prices(fitted, PriceModel(2 * fitted.prices.base, 2 * fitted.prices.per_character))
     np.testing.assert_allclose(twice.judged.errors, 2 * fitted.judged.errors)
     np.testing.assert_allclose(twice.judged.gain, fitted.judged.gain, atol=1e-9)
 
@@ -255,8 +257,8 @@ def test_what_was_learned_of_nothing_is_not_proved_by_rounding() -> None:
     fitted = router.fitted
     flat = replace(fitted, held=replace(fitted.held, estimate=fitted.held.means[fitted.held.fold]))
     for mask in (np.array([True, True, False]), np.array([True, False, True])):
-        np.testing.assert_array_equal(flat.verdict(mask).overall, 0)
-        assert flat.why_not(0.1, mask)
+        np.testing.assert_array_equal(verdict(flat, mask).overall, 0)
+        assert why_not(flat, 0.1, mask)
 
 
 def test_where_means_are_close_and_prices_are_not_the_asked_price_itself_is_judged() -> None:
@@ -269,8 +271,8 @@ def test_where_means_are_close_and_prices_are_not_the_asked_price_itself_is_judg
     assert fitted.judged.errors[-1] < 1e-3
     for error in (0.1, 0.3):
         here = fitted.search.judged(np.ones(2, bool), np.array([error]))
-        assert (fitted.why_not(error) == "") == bool(here.better[0])
-        assert bool(here.better[0]) or f"at ${error:.3g} an error" in fitted.why_not(error)
+        assert (why_not(fitted, error) == "") == bool(here.better[0])
+        assert bool(here.better[0]) or f"at ${error:.3g} an error" in why_not(fitted, error)
 
 
 def test_the_report_speaks_of_those_who_are_left() -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from deferral.routing import Log, Outcome, PriceModel, Router, log_of_table
+from deferral.routing.changes import without
 from deferral.routing.encoders import FunctionEncoder
 from deferral.routing.held_out import random_folds
 from deferral.routing.partial_logs import observed
@@ -237,8 +238,8 @@ def test_only_experts_whose_prices_are_told_cost_no_less_below_the_shortest_quer
     assert fitted.fitted.floor[0] == 0
     assert fitted.fitted.floor[1] > 10
     assert fitted.route("war").price["terse"] == pytest.approx(3e-5, rel=1e-3)
-    alone = fitted.fitted.without("talker")
-    assert alone.prices_of_one("war", np.zeros(1)) == pytest.approx([3e-5], rel=1e-3)
+    alone = without(fitted.fitted, "talker")
+    assert alone.of_one.priced("war", np.zeros(1)) == pytest.approx([3e-5], rel=1e-3)
 
 
 def counts_encoder(texts: list[str]) -> FunctionEncoder:

@@ -6,8 +6,9 @@ import pytest
 from scipy.sparse import csr_matrix
 
 from deferral.routing import CachedEncoder
-from deferral.routing.encoders import FunctionEncoder, NgramEncoder, Wide, projection
+from deferral.routing.encoders import FunctionEncoder, NgramEncoder
 from deferral.routing.ngrams import BITS, hashed_ngrams, hashed_ngrams_of
+from deferral.routing.vectors import Wide, projection
 
 TEXTS = [
     "What is the capital of France?",

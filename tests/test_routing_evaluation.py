@@ -28,7 +28,7 @@ from deferral.routing.judging import evaluation, held
 from deferral.routing.prices import error_range
 from deferral.routing.showing import save_evaluation
 from deferral.routing.static import draws, mix_at_error, mix_at_price, mix_at_quality
-from tests.test_routing_router import EXPERTS, router, world
+from tests.routing_world import EXPERTS, router, world
 
 
 def tables(rows: int = 200, experts: int = 4) -> tuple[np.ndarray, np.ndarray]:

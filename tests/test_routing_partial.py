@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 
 from deferral.routing import Log, Outcome
-from deferral.routing.encoders import NgramEncoder, Vectors
+from deferral.routing.encoders import NgramEncoder
 from deferral.routing.evaluation import routability
 from deferral.routing.held_out import HeldOut, blend, judged, skill
-from deferral.routing.outcomes import Table
 from deferral.routing.partial_logs import OutcomeModel, doubly_robust, observed
 from deferral.routing.replay import events_of
 from deferral.routing.shift import familiarity, refitted, shifted_folds, shrinkage
+from deferral.routing.table import Table
+from deferral.routing.vectors import Vectors
 
 pytestmark = pytest.mark.ci_slow
 

@@ -2,10 +2,11 @@ import numpy as np
 import pytest
 import torch
 
-from deferral.routing.encoders import NgramEncoder, Vectors, Wide
+from deferral.routing.encoders import NgramEncoder
 from deferral.routing.held_out import held_out, judged
 from deferral.routing.policies import Clusters, Factors, Features, Heads, Linear, Neighbours, Rejector, expert_means
 from deferral.routing.policies.centres import nearest_centre, spherical_centres
+from deferral.routing.vectors import Vectors, Wide
 
 pytestmark = pytest.mark.ci_slow
 

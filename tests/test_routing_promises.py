@@ -7,7 +7,7 @@ from deferral.certified import p_value_of_mean
 from deferral.routing import Log, Outcome, Router, log_of_table
 from deferral.routing.promises import promised_error, shortfall_p_value
 from deferral.routing.replay import METHODS, as_logged, events_of, replay
-from tests.test_routing_router import EXPERTS, QUICK, world
+from tests.routing_world import EXPERTS, QUICK, world
 
 LAWS = {
     "bernoulli": lambda generator, shape: (generator.random(shape) < 0.3).astype(float),

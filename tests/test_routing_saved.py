@@ -15,7 +15,7 @@ from deferral.datasets import DataError
 from deferral.routing import Abilities, Router, log_of_table
 from deferral.routing.persistence import FORMAT, check_place
 from deferral.routing.policies import Linear, Neighbours
-from tests.test_routing_router import EXPERTS, QUICK, SUBJECTS, router, world
+from tests.routing_world import EXPERTS, QUICK, SUBJECTS, router, world
 
 pytestmark = pytest.mark.ci_slow
 

@@ -13,7 +13,7 @@ import pytest
 from deferral.datasets import DataError
 from deferral.routing import CachedEncoder, Router, log_of_table
 from deferral.routing.sentences import OnnxEncoder, TransformersEncoder, mean_pooled, sentence_encoder
-from tests.test_routing_router import EXPERTS, QUICK, world
+from tests.routing_world import EXPERTS, QUICK, world
 
 TEXTS = ["emperor treaty war", "return loop array pointer", "", "日本語 🎉", "\ud800", "integral " * 300]
 

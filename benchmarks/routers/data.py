@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from deferral.routing.outcomes import Table
+from deferral.routing.table import Table
 
 FOLDS, SEED = 5, 0
 

@@ -22,9 +22,9 @@ from benchmarks.routers.data import SEED, Data, llmrouter, random_folds
 from benchmarks.routers.pricing import MIX, RESAMPLES, priced_figures, settings
 from deferral.intervals import bootstrap, interval
 from deferral.routing.evaluation import Curve, best_expert
-from deferral.routing.outcomes import Table
 from deferral.routing.policies import Clusters, Features, Linear, Neighbours
 from deferral.routing.router import Router
+from deferral.routing.table import Table
 
 SHARE, BIAS, SOME = 0.25, 0.9, 3
 QUICK = (Linear, Neighbours, Clusters, Features)

@@ -114,8 +114,7 @@ def fit_router(folder: Path, fitting: Sequence[Question], addresses: Mapping[str
             replies = _ask(fitting, address, name, progress, f"asking the {name} model, for the router")
             for question, reply in zip(fitting, replies, strict=True):
                 outcomes.append(Outcome(question.text, name, float(is_right(reply.text, question)), reply.dollars))
-        with _put_in_place(log) as partial:
-            write_log(outcomes, partial)
+        write_log(outcomes, log)
         _remove(folder / "router")
     if not (folder / "router").is_dir():
         task = progress.add_task("fitting the router", total=1)
@@ -173,7 +172,7 @@ def _remove(path: Path) -> None:
 
 @contextmanager
 def _put_in_place(path: Path) -> Iterator[Path]:
-    """A place to write to; what is there at the end takes the path at once, so that nothing half-made is ever found."""
+    """A place for a folder; what is there at the end takes the path at once, so that nothing half-made is ever found."""
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=path.parent) as work:
         partial = Path(work) / path.name
         yield partial

@@ -1,12 +1,9 @@
 """Judge the outputs of any tool: methods with intervals and paired differences, baselines, areas, calibration of experts."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +23,7 @@ from deferral.curves import (
 from deferral.decision import decide, margin_levels, oracle
 from deferral.errors import DataError
 from deferral.evaluation.baselines import baselines
+from deferral.evaluation.belonging import check_files, rows_of
 from deferral.evaluation.comparison import GRID, MODEL, RESAMPLES, Comparison, Method, System
 from deferral.evaluation.outputs import Outputs, read_outputs
 from deferral.intervals import Interval, bootstrap, mean_interval, metric_interval
@@ -71,15 +69,9 @@ def evaluate(
     outputs = [read_outputs(path, regression=regression) for path in paths]
     first = outputs[0]
     prices = dict(prices or {})
-    _check(outputs, paths, prices, abstain_cost, calibration_share)
-    if abstain_cost is not None and abstain_cost > 1 and not regression:
-        raise DataError(f"the cost of abstaining, {abstain_cost:g}: expected at most 1, the cost of a wrong answer")
-    for output, path in zip(outputs, paths, strict=True):
-        _check_sizes(output, path)
-    for earlier, later in combinations(range(len(outputs)), 2):
-        _check_same_answers(outputs[later], paths[later], outputs[earlier], paths[earlier])
+    check_files(outputs, paths, prices, abstain_cost, calibration_share)
     rows = torch.randperm(len(first.targets), generator=torch.Generator().manual_seed(seed))
-    fitting, judging = rows.tensor_split([_rows_of(calibration_share, len(rows))])
+    fitting, judging = rows.tensor_split([rows_of(calibration_share, len(rows))])
     judging = judging.sort().values
     price_row = [prices.get(name, 0.0) for name in first.experts]
     files = _Files(outputs, [_costs(output, price_row, abstain_cost) for output in outputs], fitting, judging)
@@ -174,90 +166,6 @@ def _notes(output: Outputs, rows: int) -> list[str]:
     if rows < _FEW_ROWS:
         notes.append(f"{rows} rows are few: the intervals are too short.")
     return notes
-
-
-def _check(
-    outputs: list[Outputs],
-    paths: Sequence[Path],
-    prices: Mapping[str, float],
-    abstain_cost: float | None,
-    calibration_share: float,
-) -> None:
-    first = outputs[0]
-    names = [output.name for output in outputs]
-    if len(set(names)) < len(names):
-        raise DataError(f"files: expected different names, since a method is called like its file; got {', '.join(names)}")
-    for output, path in zip(outputs[1:], paths[1:], strict=True):
-        same = len(output.targets) == len(first.targets)
-        if not same or _named_targets(output) != _named_targets(first):
-            detail = "the targets differ" if same else f"{len(output.targets)} rows instead of {len(first.targets)}"
-            raise DataError(f"{path}: expected the rows of {paths[0]} in the same order, but {detail}")
-        if output.experts != first.experts:
-            raise DataError(
-                f"{path}: expected the experts of {paths[0]} ({', '.join(first.experts) or 'none'}), got "
-                f"{', '.join(output.experts) or 'none'}"
-            )
-        if output.abstains != first.abstains:
-            one, other = (path, paths[0]) if output.abstains else (paths[0], path)
-            raise DataError(f"{path}: in {one} rows may abstain, in {other} not; compare files with the same actions")
-    if strange := sorted(set(prices) - set(first.experts)):
-        raise DataError(f"price of {strange[0]!r}: there is no such expert; the file has {', '.join(first.experts) or 'none'}")
-    if any(not 0 <= price < float("inf") for price in prices.values()):
-        raise DataError(f"prices: expected numbers >= 0, got {dict(prices)}")
-    if abstain_cost is not None and not first.abstains:
-        raise DataError(
-            f"the cost of abstaining, {abstain_cost:g}, fits no file: {paths[0]} has no score_abstain and no row abstains"
-        )
-    if first.abstains and (abstain_cost is None or not 0 <= abstain_cost < float("inf")):
-        raise DataError(f"the file abstains: expected the cost of abstaining, a number >= 0, got {abstain_cost}")
-    if not 0 <= calibration_share < 1:
-        raise DataError(f"calibration share: expected a number in [0, 1), got {calibration_share}")
-    if calibration_share and _rows_of(calibration_share, len(first.targets)) < 1:
-        raise DataError(f"calibration share: {calibration_share} of {len(first.targets)} rows is less than one row")
-
-
-def _rows_of(share: float, rows: int) -> int:
-    # 0.29 * 100 is a little less than 29.
-    return math.floor(share * rows + 1e-9)
-
-
-def _check_same_answers(output: Outputs, path: Path, other: Outputs, other_path: Path) -> None:
-    """DataError where an expert's answer to a row differs between two files; it may be missing in either."""
-    experts = slice(1, 1 + len(output.experts))
-    known = (output.mask & other.mask)[:, experts].numpy()
-    one, two = _named_answers(output)[:, experts], _named_answers(other)[:, experts]
-    if len(differ := np.argwhere((one != two) & known)):
-        row, column = differ[0].tolist()
-        raise DataError(
-            f"{path}: row {row + 1}, column 'answer_{output.experts[column]}': expected {two[row, column].item()!r} as in "
-            f"{other_path}, got {one[row, column].item()!r}; an expert gives one answer to a row, or two experts are meant"
-        )
-
-
-def _named_answers(output: Outputs) -> np.ndarray:
-    """The answers as they are written; what is missing is anything.  (N, A)"""
-    return np.array(output.labels)[output.answers.numpy()] if output.labels else output.answers.numpy()
-
-
-def _check_sizes(output: Outputs, path: Path) -> None:
-    """DataError where squared errors are too large to be added up: often a number that stands for a missing one."""
-    if output.labels is not None:
-        return
-    asked = 1 + len(output.experts)
-    errors = (output.answers[:, :asked] - output.targets.unsqueeze(-1)).square().where(output.mask[:, :asked], 0.0)
-    # Of a resample, each of as many rows may be the largest.
-    if (large := (errors > torch.finfo(errors.dtype).max / len(errors)).nonzero()).numel():
-        row, column = large[0].tolist()
-        name = ["answer", *(f"answer_{name}" for name in output.experts)][column]
-        raise DataError(
-            f"{path}: row {row + 1}, column {name!r}: {float(output.answers[row, column]):g} for the target "
-            f"{float(output.targets[row]):g} is too far off to be squared; expected numbers of the data, and an empty cell where "
-            "an expert's answer is missing"
-        )
-
-
-def _named_targets(output: Outputs) -> list[str] | list[float]:
-    return [output.labels[index] for index in output.targets] if output.labels else output.targets.tolist()
 
 
 def _costs(output: Outputs, prices: list[float], abstain_cost: float | None) -> Tensor:

@@ -12,17 +12,18 @@ from deferral.errors import installing
 if missing := [name for name in ("scipy", "safetensors", "threadpoolctl") if find_spec(name) is None]:
     raise ImportError(f"the router needs {', '.join(missing)}: {installing('router')}")
 
+from deferral.routing.cached_encoder import CachedEncoder
 from deferral.routing.cascade import Cascade
 from deferral.routing.cascade_fitting import answers_in, fit_cascade
 from deferral.routing.confidence import Confidence, confidence_of, confidence_of_reply
 from deferral.routing.constraints import Abilities, Needs
 from deferral.routing.decisions import Decision, Decisions
-from deferral.routing.encoders import CachedEncoder
 from deferral.routing.log_files import read_log, write_log
-from deferral.routing.outcomes import Log, Outcome, Table, cost_table, log_of_table
+from deferral.routing.outcomes import Log, Outcome, log_of_table
 from deferral.routing.planning import Plan
 from deferral.routing.prices import PriceModel, list_prices, token_prices
 from deferral.routing.router import Router
+from deferral.routing.table import Table, cost_table
 
 __all__ = [
     "Abilities",

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from deferral.routing.confidence import Confidence
-from deferral.routing.encoders import Arrays
+from deferral.routing.vectors import Arrays
 
 __all__ = ["FEATURES", "Cascade", "Paid", "features", "logit", "network_input"]
 

@@ -9,15 +9,17 @@ import numpy as np
 
 from deferral.errors import DataError
 from deferral.routing.cascade import Cascade, Paid, features, logit, network_input
-from deferral.routing.encoders import Arrays, FunctionEncoder
+from deferral.routing.encoders import FunctionEncoder
 from deferral.routing.held_out import FOLDS, grid, mean_and_half, random_folds
-from deferral.routing.outcomes import Log, Table
+from deferral.routing.outcomes import Log
 from deferral.routing.partial_logs import LEAST_PROPENSITY, observed
 from deferral.routing.persistence import check_unchanged, written
 from deferral.routing.policies.networks import trained, two_layers
 from deferral.routing.policies.rejector import priced_loss
 from deferral.routing.prices import error_range, fit_prices, repriced
 from deferral.routing.router import Router
+from deferral.routing.table import Table
+from deferral.routing.vectors import Arrays
 from deferral.threads import one_thread
 
 __all__ = ["Answered", "add_cascade", "answers_in", "fit_cascade", "gain_over"]

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from deferral.routing.encoders import Vectors
-from deferral.routing.outcomes import Table
 from deferral.routing.partial_logs import OutcomeModel, doubly_robust
 from deferral.routing.policies import Beside, Clusters, Features, Heads, Linear, Neighbours, Policy, Rejector, expert_means
 from deferral.routing.prices import PriceModel, error_range
 from deferral.routing.shift import refitted
+from deferral.routing.table import Table
+from deferral.routing.vectors import Vectors
 
 __all__ = [
     "FOLDS",

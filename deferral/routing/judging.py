@@ -20,9 +20,10 @@ from deferral.routing.evaluation import (
     static_curve,
     trade_offs,
 )
-from deferral.routing.outcomes import Log, Table
+from deferral.routing.outcomes import Log
 from deferral.routing.router import Router
 from deferral.routing.shift import folds_of_groups
+from deferral.routing.table import Table
 
 __all__ = [
     "SHARES",

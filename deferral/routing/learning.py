@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from deferral.routing.encoders import Vectors
 from deferral.routing.evaluation import routability
 from deferral.routing.fitted import Fitted
 from deferral.routing.held_out import (
@@ -23,13 +22,14 @@ from deferral.routing.held_out import (
     taught,
 )
 from deferral.routing.held_rows import HeldRows
-from deferral.routing.outcomes import Table
 from deferral.routing.partial_logs import doubly_robust, observed
 from deferral.routing.policies import Beside, Heads, Neighbours, Policy, Rejector, expert_means
 from deferral.routing.policies.centres import nearest_centre, spherical_centres
 from deferral.routing.prices import PriceModel, dearness, fit_prices, paid_on_average, shortest
 from deferral.routing.shift import familiarity, refitted, shifted_folds, shrinkage
 from deferral.routing.static import fingerprints
+from deferral.routing.table import Table
+from deferral.routing.vectors import Vectors
 from deferral.threads import one_thread
 
 __all__ = ["fitted"]

@@ -4,26 +4,20 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from deferral.errors import DataError
 from deferral.routing.confidence import Confidence, check_confidence
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from deferral.routing.table import Table
 
 __all__ = [
     "NUMBERS",
     "Log",
     "Outcome",
-    "Table",
     "check_number",
-    "check_price_of_error",
     "check_tags",
     "check_text",
-    "cost_table",
     "log_of_table",
     "spelt_alike",
 ]
@@ -64,42 +58,6 @@ class Outcome:
     time: float = np.nan
     tags: str | tuple[str, ...] = ()
     confidence: Confidence | None = None
-
-
-@dataclass(frozen=True)
-class Table:
-    """A log with one row per query and one column per expert.  What was not observed is False in the mask, and 0.
-
-    `propensity` is NaN where it is not known.
-    """
-
-    queries: list[str]
-    experts: list[str]
-    quality: np.ndarray  # (N, E) float32
-    price: np.ndarray  # (N, E) float64, dollars
-    mask: np.ndarray  # (N, E) bool, True = observed
-    latency: np.ndarray  # (N, E) float32, seconds, NaN where not known
-    propensity: np.ndarray  # (N, E) float32
-    asked: np.ndarray | None = None  # (N, E) how often, where some expert was asked the same more than once
-
-    @property
-    def full(self) -> bool:
-        """True if every expert answered every query."""
-        return bool(self.mask.all())
-
-    @property
-    def gap(self) -> str:
-        """The first outcome that is missing, in words; "" where the table is full."""
-        if self.full:
-            return ""
-        row, column = np.argwhere(~self.mask)[0]
-        return f"{self.experts[column]} has none on query {row + 1}, {self.queries[row][:60]!r}"
-
-    def rows(self, rows: np.ndarray) -> "Table":
-        """The same table for some of the queries, by their indices."""
-        names = ("quality", "price", "mask", "latency", "propensity", "asked")
-        arrays = {name: array[rows] for name in names if (array := getattr(self, name)) is not None}
-        return Table([self.queries[row] for row in rows], self.experts, **arrays)
 
 
 class Log:
@@ -234,29 +192,6 @@ def log_of_table(
         Outcome(queries[row], experts[column], quality[row, column], price[row, column], propensity=chance[row, column])
         for row, column in zip(*np.nonzero(known), strict=True)
     )
-
-
-def cost_table(table: Table, price_of_error: float) -> "tuple[Tensor, Tensor]":
-    """(1 - quality) + price / price_of_error, in units of one error, and what of it is known.  -> (N, E), (N, E) bool
-
-    `price_of_error` is what one wrong answer is worth, in dollars.  An unknown cost is 0 and False in the mask, as the losses
-    of `deferral.losses` take it.
-    """
-    import torch
-
-    check_price_of_error(price_of_error)
-    costs = np.where(table.mask, 1 - table.quality + table.price / price_of_error, 0.0)
-    return torch.from_numpy(costs), torch.from_numpy(table.mask)
-
-
-_LEAST_ERROR = 1e-100
-
-
-def check_price_of_error(price_of_error: float) -> None:
-    known = isinstance(price_of_error, float | int | np.floating | np.integer) and not isinstance(price_of_error, bool)
-    # A price over the price of an error must stay a number.
-    if not known or not _LEAST_ERROR <= price_of_error < np.inf:
-        raise ValueError(f"price_of_error: expected what a wrong answer is worth, in dollars, above 0, got {price_of_error!r}")
 
 
 def check_number(row: int | str, name: str, value: object) -> float:

@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from deferral.routing.encoders import Vectors
-from deferral.routing.outcomes import Table
 from deferral.routing.policies import Linear, expert_means
+from deferral.routing.table import Table
+from deferral.routing.vectors import Vectors
 
 __all__ = ["LEAST_PROPENSITY", "OutcomeModel", "asked_together", "doubly_robust", "observed"]
 

@@ -19,7 +19,6 @@ import numpy as np
 from deferral.errors import DataError
 from deferral.routing.cascade import Cascade
 from deferral.routing.constraints import Abilities
-from deferral.routing.encoders import Arrays
 from deferral.routing.fitted import Estimates, Fitted
 from deferral.routing.held_out import Judged
 from deferral.routing.held_rows import HeldRows
@@ -27,6 +26,7 @@ from deferral.routing.policies import Clusters, Factors, Features, Heads, Linear
 from deferral.routing.policies.policy import Policy
 from deferral.routing.prices import PriceModel
 from deferral.routing.promises import Witnesses
+from deferral.routing.vectors import Arrays
 from deferral.whole_files import PARTIAL, written_whole
 
 __all__ = ["FORMAT", "Saved", "check_place", "check_unchanged", "keep_previous", "load", "previous_of", "save", "written"]

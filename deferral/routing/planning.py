@@ -4,18 +4,34 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from math import inf
+from typing import Any, TypedDict
 
 import numpy as np
 
+from deferral.routing.constraints import Needs
 from deferral.routing.fitted import Fitted
-from deferral.routing.outcomes import check_price_of_error
 from deferral.routing.promises import Witnesses, promised_error
 from deferral.routing.static import mix_at_error, mix_at_price, mix_at_quality
+from deferral.routing.table import check_price_of_error
+from deferral.routing.verdicts import why_not
 
-__all__ = ["Plan", "Planning"]
+__all__ = ["Plan", "Planning", "Setting", "check_amount", "check_amounts"]
 
 # Means that differ by less are equal.
 _ROUNDING = 1e-6
+
+
+class Setting(TypedDict, total=False):
+    """The trade-off of a query, and who may be asked: see `Router.plan`."""
+
+    price_of_error: float | None
+    budget: float | None
+    min_quality: float | None
+    max_latency: float | None
+    needs: Needs | None
+    learned: bool | None
+    certified_quality: float | None
+    confidence: float
 
 
 @dataclass(frozen=True)
@@ -125,4 +141,21 @@ class Planning:
         return (wanted - self.explore * float(values[self.mask].mean())) / (1 - self.explore)
 
     def _why_fallback(self, error: float) -> str:
-        return self.fitted.why_not(error, self.mask) if self.learned is None else "" if self.learned else "asked for"
+        return why_not(self.fitted, error, self.mask) if self.learned is None else "" if self.learned else "asked for"
+
+
+def check_amounts(confidence: float, **trade_off: float | None) -> None:
+    """TypeError for what is no number; ValueError where more than one way of setting the trade-off is given."""
+    for name, value in {**trade_off, "confidence": confidence}.items():
+        if value is not None:
+            check_amount(name, value)
+    if sum(value is not None for value in trade_off.values()) > 1:
+        raise ValueError(
+            "expected one of price_of_error, budget, min_quality and certified_quality; each of them sets the same trade-off"
+        )
+
+
+def check_amount(name: str, value: Any) -> None:
+    """TypeError for what is no number."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        raise TypeError(f"{name}: expected a number, got {value!r}")

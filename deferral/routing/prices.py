@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from deferral.errors import DataError
-from deferral.routing.outcomes import Log, Table
+from deferral.routing.outcomes import Log
+from deferral.routing.table import Table
 
 __all__ = [
+    "LEAST_SHARE",
     "PriceModel",
     "dearness",
     "error_range",
@@ -26,6 +28,8 @@ __all__ = [
 
 # A rule of thumb of English text in today's tokenizers.
 CHARACTERS_PER_TOKEN = 4.0
+# Of the price that its length says, a query costs this share at least.
+LEAST_SHARE = 0.1
 # Differences below this share of a mean price are rounding.
 _SAME = 1e-5
 # The share of a log's queries that are too short to tell what their length costs.

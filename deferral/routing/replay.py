@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from deferral.intervals import Interval, bootstrap, interval
-from deferral.routing.outcomes import Log, check_price_of_error
+from deferral.routing.outcomes import Log
 from deferral.routing.partial_logs import asked_together
+from deferral.routing.table import check_price_of_error
 
 __all__ = ["METHODS", "Events", "Replay", "as_logged", "events_of", "replay"]
 

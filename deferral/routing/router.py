@@ -4,46 +4,34 @@ import copy
 import secrets
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from math import inf
 from operator import index
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, Unpack
 
 import numpy as np
 
-from deferral.routing import persistence
+from deferral.routing import changes, persistence, verdicts
 from deferral.routing.cascade import Cascade
 from deferral.routing.constraints import Abilities, Needs, able
-from deferral.routing.decisions import Decision, Decisions, why_learned
-from deferral.routing.encoders import FunctionEncoder, NgramEncoder, Vectors
-from deferral.routing.fitted import Estimates, Fitted
+from deferral.routing.decisions import Decision, Decisions
+from deferral.routing.encoders import FunctionEncoder, NgramEncoder
+from deferral.routing.fitted import Estimates, Fitted, estimates_of_one
 from deferral.routing.held_out import POLICIES
 from deferral.routing.learning import fitted
-from deferral.routing.outcomes import Log, Table, check_price_of_error
-from deferral.routing.planning import Plan, Planning
+from deferral.routing.many_queries import LEAST_TRUST, characters_of, decided, probabilities, weighed
+from deferral.routing.outcomes import Log
+from deferral.routing.planning import Plan, Planning, Setting, check_amount, check_amounts
 from deferral.routing.policies import Policy
 from deferral.routing.prices import PriceModel
 from deferral.routing.promises import Witnesses
 from deferral.routing.sentences import sentence_encoder
-from deferral.routing.static import chances, drawn_from, explored, fingerprints
+from deferral.routing.static import fingerprints
+from deferral.routing.table import Table, check_certifying, check_price_of_error, check_values
+from deferral.routing.vectors import Vectors
 
-__all__ = ["Router", "Setting"]
+__all__ = ["Router"]
 
-_LEAST_TRUST = 0.1
 _PLANS = 256
-
-
-class Setting(TypedDict, total=False):
-    """The trade-off of a query, and who may be asked: see `Router.plan`."""
-
-    price_of_error: float | None
-    budget: float | None
-    min_quality: float | None
-    max_latency: float | None
-    needs: Needs | None
-    learned: bool | None
-    certified_quality: float | None
-    confidence: float
 
 
 class Router:
@@ -102,7 +90,7 @@ class Router:
                 f"log: expected a Log, got {type(log).__name__}; read_log(path) reads a file, Log(...) takes outcomes one by one"
             )
         table = log.table() if isinstance(log, Log) else log
-        _check_values(table)
+        check_values(table)
         if unknown := sorted(set(self.abilities) - set(table.experts)):
             raise ValueError(f"abilities: {unknown[0]!r} has no outcome; the log holds {', '.join(table.experts)}")
         if not 0 <= certify < 1:
@@ -111,7 +99,7 @@ class Router:
         if apart.all():
             raise ValueError(f"certify: of {len(apart)} queries it leaves none to learn from; ask for less than {certify:g}")
         if certify > 0:
-            _check_full(table)
+            check_certifying(table)
             if not apart.any():
                 raise ValueError(f"certify: of {len(apart)} queries it keeps none apart; ask for more than {certify:g}")
         everything, table = table, table.rows(np.flatnonzero(~apart)) if apart.any() else table
@@ -138,7 +126,7 @@ class Router:
     @property
     def report(self) -> str:
         """What was held out, what won, and where the static mix is used instead."""
-        return self.fitted.report(self.price_of_error)
+        return verdicts.report(self.fitted, self.price_of_error)
 
     def route(self, query: str, **setting: Unpack[Setting]) -> Decision:
         """Whom to ask.  Takes the settings of `plan`: price_of_error, budget, min_quality, certified_quality ..."""
@@ -162,56 +150,21 @@ class Router:
         return replace(decisions, kinds=self.fitted.kinds_of(vectors))
 
     def decide_one(self, plan: Plan, vectors: Vectors, query: str) -> Decision:
-        """`decide(plan, vectors, [query])[0]`, without the arrays, which take longer than a few sums."""
-        state, error = self.fitted, plan.price_of_error
-        estimate, similarity, trust, dearness = state.estimate_one(vectors)
-        if self.explore > 0 or plan.why_fallback or trust < _LEAST_TRUST:
-            above = np.zeros(len(estimate), np.float32) if dearness is None else dearness
-            estimated = Estimates(estimate[None], np.array([similarity], np.float32), np.array([trust]), above[None])
-            return replace(self.decide_estimated(plan, estimated, [query]), kinds=state.kinds_of(vectors))[0]
-        quality = estimate.tolist()
-        price = state.prices_of_one(query, dearness)
-        cost = [1 - value + dollars / error for value, dollars in zip(quality, price, strict=True)]
-        for place in plan.closed_places:
-            cost[place] = inf
-        # Ties go to the cheaper expert.
-        best = min(state.cheapest_places, key=cost.__getitem__)
-        if min(quality) < 0 or max(quality) > 1:
-            quality = [min(max(value, 0.0), 1.0) for value in quality]
-        names = state.experts
-        return Decision(
-            names[best],
-            dict(zip(names, quality, strict=True)),
-            dict(zip(names, price, strict=True)),
-            dict(zip(names, cost, strict=True)),
-            1.0,
-            False,
-            similarity,
-            why_learned(names[best], best, quality, price, cost, error),
-            state.kind_of_one(vectors),
-        )
+        """`decide(plan, vectors, [query])[0]`, but quicker: see `one_query`."""
+        state = self.fitted
+        known = state.of_one.estimate(vectors)
+        if self.explore > 0 or plan.why_fallback or known[2] < LEAST_TRUST:
+            decisions = self.decide_estimated(plan, estimates_of_one(*known), [query])
+            return replace(decisions, kinds=state.kinds_of(vectors))[0]
+        return state.of_one.decision(query, vectors, known, price_of_error=plan.price_of_error, closed=plan.closed_places)
 
     def decide_estimated(self, plan: Plan, estimated: Estimates, queries: Sequence[str]) -> Decisions:
         """Decisions from what `Fitted.estimate` says of the queries: many settings of the trade-off at once, say."""
-        price, cost, best, fallback = self._weighed(plan, estimated, _characters(queries))
-        actions, propensity, drawn = best, np.ones(len(queries)), None
-        some = bool(np.logical_or.reduce(fallback))
-        if some:
-            actions = np.where(fallback, drawn_from(plan.mix, queries, self.salt), best)
-        if self.explore > 0:
-            usual, drawn = actions, explored(plan.mask, self.explore, queries, self.salt)
-            actions = np.where(drawn >= 0, drawn, usual)
-            drawn = np.where(drawn == usual, -1, drawn)
-        if self.explore > 0 or some:
-            propensity = self._chances(plan, best, fallback)[np.arange(len(queries)), actions]
-        return Decisions(
-            list(self.fitted.experts), actions, estimated.quality, price, cost, propensity, fallback, estimated.similarity,
-            plan.price_of_error, plan.why_fallback, drawn=drawn,
-        )  # fmt: skip
+        return decided(self.fitted, plan, estimated, queries, explore=self.explore, salt=self.salt)
 
     def cheapest(self, plan: Plan, estimated: Estimates, queries: Sequence[str]) -> np.ndarray:
         """Whom the estimates alone would have asked: no fallback, no exploration.  -> (N,)"""
-        return self._weighed(plan, estimated, _characters(queries))[2]
+        return weighed(self.fitted, plan, estimated, characters_of(queries))[2]
 
     def chances(self, queries: Sequence[str], **setting: Unpack[Setting]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The probability that each expert is asked, and its expected quality and price, by the settings of `plan`.
@@ -220,25 +173,8 @@ class Router:
         """
         plan = self.plan(**setting)
         estimated = self.fitted.estimate(self.encoder(queries))
-        price, _, best, fallback = self._weighed(plan, estimated, _characters(queries))
-        return self._chances(plan, best, fallback), np.clip(estimated.quality, 0, 1), price
-
-    def _weighed(
-        self, plan: Plan, estimated: Estimates, characters: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Price and cost of every expert, the cheapest, and whether the static mix decides.  -> (N, E), (N, E), (N,), (N,)"""
-        price = self.fitted.priced(characters, estimated.dearness)
-        cost = 1 - estimated.quality.astype(np.float64) + price / plan.price_of_error
-        if plan.closed is not None:
-            cost[:, plan.closed] = np.inf
-        # Ties go to the cheaper expert.
-        order = self.fitted.cheapest_first
-        best = order.take(cost.take(order, axis=1).argmin(1))
-        return price, cost, best, np.ones(len(cost), bool) if plan.why_fallback else estimated.trust < _LEAST_TRUST
-
-    def _chances(self, plan: Plan, best: np.ndarray, fallback: np.ndarray) -> np.ndarray:
-        usual = np.where(fallback[:, None], plan.mix, np.eye(len(plan.mix))[best])
-        return chances(usual, plan.mask, self.explore)
+        price, _, best, fallback = weighed(self.fitted, plan, estimated, characters_of(queries))
+        return probabilities(plan, best, fallback, self.explore), np.clip(estimated.quality, 0, 1), price
 
     def plan(
         self,
@@ -284,7 +220,7 @@ class Router:
 
     def _mask(self, needs: Needs | None, max_latency: float | None) -> np.ndarray:
         if max_latency is not None:
-            _check_number("max_latency", max_latency)
+            check_amount("max_latency", max_latency)
         mask = able(self.experts, self.abilities, needs or Needs())
         return mask if max_latency is None else self.fitted.quick_enough(mask, max_latency)
 
@@ -298,17 +234,13 @@ class Router:
         certified_quality: float | None,
         confidence: float,
     ) -> Plan:
-        numbers = {
-            "price_of_error": price_of_error, "budget": budget, "min_quality": min_quality,
-            "certified_quality": certified_quality, "confidence": confidence,
-        }  # fmt: skip
-        for name, value in numbers.items():
-            if value is not None:
-                _check_number(name, value)
-        if sum(value is not None for value in (price_of_error, budget, min_quality, certified_quality)) > 1:
-            raise ValueError(
-                "expected one of price_of_error, budget, min_quality and certified_quality; each of them sets the same trade-off"
-            )
+        check_amounts(
+            confidence,
+            price_of_error=price_of_error,
+            budget=budget,
+            min_quality=min_quality,
+            certified_quality=certified_quality,
+        )
         planning = Planning(self.fitted, mask, self.explore, learned)
         if budget is not None:
             return planning.within_budget(budget)
@@ -322,8 +254,8 @@ class Router:
         """The quality that each row which certifies gets under a plan.  -> (N,)"""
         rows = self._witnesses
         assert rows is not None
-        _, _, best, fallback = self._weighed(plan, rows.estimated, rows.characters)
-        return (self._chances(plan, best, fallback) * rows.quality).sum(1)
+        _, _, best, fallback = weighed(self.fitted, plan, rows.estimated, rows.characters)
+        return (probabilities(plan, best, fallback, self.explore) * rows.quality).sum(1)
 
     def certify(self, log: Log | Table) -> "Router":
         """Take these rows as the proof of `certified_quality`: every expert's outcome on queries that were not in the fit.
@@ -334,8 +266,8 @@ class Router:
         if sorted(table.experts) != sorted(self.experts):
             raise ValueError(f"certify: expected outcomes of {', '.join(self.experts)}, got those of {', '.join(table.experts)}")
         order = [table.experts.index(name) for name in self.experts]
-        _check_full(table)
-        _check_values(table)
+        check_certifying(table)
+        check_values(table)
         if (known := self.knows(table.queries)).any():
             raise ValueError(
                 f"certify: {int(known.sum())} of {len(known)} queries were in the log of the fit, the first is query "
@@ -345,7 +277,7 @@ class Router:
         rows = np.random.default_rng(self.seed).permutation(len(table.queries))
         quality, similarity, trust, dearness = self.fitted.estimate(self.encoder(table.queries))
         estimated = Estimates(quality[rows], similarity[rows], trust[rows], dearness[rows])
-        self._witnesses = Witnesses(table.quality[rows][:, order], estimated, _characters(table.queries)[rows])
+        self._witnesses = Witnesses(table.quality[rows][:, order], estimated, characters_of(table.queries)[rows])
         self._plans = {}
         return self
 
@@ -366,8 +298,8 @@ class Router:
         if len(log.experts) != 1:
             raise ValueError(f"expected outcomes of one new expert, got those of {len(log.experts)}: {', '.join(log.experts)}")
         table = log.table() if isinstance(log, Log) else log
-        _check_values(table)
-        self._fitted = self.fitted.with_outcomes(table, self.encoder(table.queries))
+        check_values(table)
+        self._fitted = changes.with_outcomes(self.fitted, table, self.encoder(table.queries))
         # They prove nothing of a router that has learned from them.
         self._seen = np.union1d(self._seen, fingerprints(table.queries))
         return self._described(table.experts[0], abilities)
@@ -379,13 +311,13 @@ class Router:
 
         It is taken to be good at what the experts on the whole are good at.
         """
-        self._fitted = self.fitted.with_description(name, quality, price, per_character)
+        self._fitted = changes.with_description(self.fitted, name, quality, price, per_character)
         return self._described(name, abilities)
 
     def remove_expert(self, name: str) -> "Router":
         """Never ask this expert again."""
         kept = np.array([expert != name for expert in self.experts])
-        self._fitted = self.fitted.without(name)
+        self._fitted = changes.without(self.fitted, name)
         if self._witnesses is not None:
             self._witnesses = self._witnesses.columns(kept)
         self.abilities = {other: can for other, can in self.abilities.items() if other != name}
@@ -398,7 +330,7 @@ class Router:
 
         Prices that name their experts may have any order, others that of `experts`.
         """
-        self._fitted, self.cascade = self.fitted.with_prices(prices.of(self.experts)), None
+        self._fitted, self.cascade = changes.with_prices(self.fitted, prices.of(self.experts)), None
         self._plans = {}
         return self
 
@@ -465,28 +397,3 @@ class Router:
         self._witnesses = self.cascade = None
         self._plans = {}
         return self
-
-
-def _check_number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
-        raise TypeError(f"{name}: expected a number, got {value!r}")
-
-
-def _characters(queries: Sequence[str]) -> np.ndarray:
-    return np.array([len(query) for query in queries], float)
-
-
-def _check_values(table: Table) -> None:
-    with np.errstate(invalid="ignore"):
-        good = ~table.mask | ((table.quality >= 0) & (table.quality <= 1) & (table.price >= 0) & np.isfinite(table.price))
-    if not good.all():
-        row, column = np.argwhere(~good)[0]
-        raise ValueError(
-            f"query {row + 1}, {table.experts[column]}: expected a quality in [0, 1] and a price that is not negative, got "
-            f"{table.quality[row, column]:g} and {table.price[row, column]:g}"
-        )
-
-
-def _check_full(table: Table) -> None:
-    if gap := table.gap:
-        raise ValueError(f"certify: expected every expert's outcome on every query; {gap}")

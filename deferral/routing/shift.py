@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from deferral.routing.encoders import Vectors, projection, reduced
 from deferral.routing.policies.centres import nearest_centre, spherical_centres
+from deferral.routing.vectors import Vectors, projection, reduced
 
 __all__ = ["familiarity", "folds_of_groups", "refitted", "shifted_folds", "shrinkage"]
 

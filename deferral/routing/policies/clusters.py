@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from deferral.routing.encoders import Arrays, Vectors
 from deferral.routing.policies.centres import nearest_centre, spherical_centres
 from deferral.routing.policies.policy import Folded, centred
+from deferral.routing.vectors import Arrays, Vectors
 
 __all__ = ["Clusters"]
 

@@ -4,8 +4,8 @@ from functools import cache
 
 import numpy as np
 
-from deferral.routing.encoders import Arrays, Vectors
 from deferral.routing.policies.policy import Folded, centred
+from deferral.routing.vectors import Arrays, Vectors
 
 __all__ = ["Features"]
 

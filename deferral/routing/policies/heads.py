@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from deferral.routing.encoders import Arrays, Vectors
 from deferral.routing.policies.networks import DROPOUT, above_mean, layers, trained, two_layers
 from deferral.routing.policies.policy import Folded
+from deferral.routing.vectors import Arrays, Vectors
 
 __all__ = ["Factors", "Heads"]
 

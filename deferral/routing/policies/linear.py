@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from deferral.routing.encoders import Arrays, Vectors
 from deferral.routing.policies.policy import Folded, centred
+from deferral.routing.vectors import Arrays, Vectors
 
 __all__ = ["Linear"]
 

@@ -5,9 +5,9 @@ from math import sqrt
 
 import numpy as np
 
-from deferral.routing.encoders import Arrays, Vectors
 from deferral.routing.policies.centres import nearest_centre, spherical_centres
 from deferral.routing.policies.policy import centred
+from deferral.routing.vectors import Arrays, Vectors
 
 __all__ = ["Beside", "Neighbours"]
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from deferral.routing.encoders import Arrays, Vectors
+from deferral.routing.vectors import Arrays, Vectors
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

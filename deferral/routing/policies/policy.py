@@ -5,7 +5,7 @@ from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
-from deferral.routing.encoders import Arrays, Vectors
+from deferral.routing.vectors import Arrays, Vectors
 
 __all__ = ["Folded", "Policy", "centred", "expert_means"]
 

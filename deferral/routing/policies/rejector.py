@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from deferral.routing.encoders import Arrays, Vectors
 from deferral.routing.policies.networks import DROPOUT, above_mean, layers, trained, two_layers
 from deferral.routing.policies.policy import Folded
 from deferral.routing.prices import error_range
+from deferral.routing.vectors import Arrays, Vectors
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -1,0 +1,87 @@
+"""A log as a table: a row for each query, a column for each expert."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Table", "check_certifying", "check_price_of_error", "check_values", "cost_table"]
+
+_LEAST_ERROR = 1e-100
+
+
+@dataclass(frozen=True)
+class Table:
+    """A log with one row per query and one column per expert.  What was not observed is False in the mask, and 0.
+
+    `propensity` is NaN where it is not known.
+    """
+
+    queries: list[str]
+    experts: list[str]
+    quality: np.ndarray  # (N, E) float32
+    price: np.ndarray  # (N, E) float64, dollars
+    mask: np.ndarray  # (N, E) bool, True = observed
+    latency: np.ndarray  # (N, E) float32, seconds, NaN where not known
+    propensity: np.ndarray  # (N, E) float32
+    asked: np.ndarray | None = None  # (N, E) how often, where some expert was asked the same more than once
+
+    @property
+    def full(self) -> bool:
+        """True if every expert answered every query."""
+        return bool(self.mask.all())
+
+    @property
+    def gap(self) -> str:
+        """The first outcome that is missing, in words; "" where the table is full."""
+        if self.full:
+            return ""
+        row, column = np.argwhere(~self.mask)[0]
+        return f"{self.experts[column]} has none on query {row + 1}, {self.queries[row][:60]!r}"
+
+    def rows(self, rows: np.ndarray) -> "Table":
+        """The same table for some of the queries, by their indices."""
+        names = ("quality", "price", "mask", "latency", "propensity", "asked")
+        arrays = {name: array[rows] for name in names if (array := getattr(self, name)) is not None}
+        return Table([self.queries[row] for row in rows], self.experts, **arrays)
+
+
+def cost_table(table: Table, price_of_error: float) -> "tuple[Tensor, Tensor]":
+    """(1 - quality) + price / price_of_error, in units of one error, and what of it is known.  -> (N, E), (N, E) bool
+
+    `price_of_error` is what one wrong answer is worth, in dollars.  An unknown cost is 0 and False in the mask, as the losses
+    of `deferral.losses` take it.
+    """
+    import torch
+
+    check_price_of_error(price_of_error)
+    costs = np.where(table.mask, 1 - table.quality + table.price / price_of_error, 0.0)
+    return torch.from_numpy(costs), torch.from_numpy(table.mask)
+
+
+def check_price_of_error(price_of_error: float) -> None:
+    known = isinstance(price_of_error, float | int | np.floating | np.integer) and not isinstance(price_of_error, bool)
+    # A price over the price of an error must stay a number.
+    if not known or not _LEAST_ERROR <= price_of_error < np.inf:
+        raise ValueError(f"price_of_error: expected what a wrong answer is worth, in dollars, above 0, got {price_of_error!r}")
+
+
+def check_values(table: Table) -> None:
+    """ValueError for a quality outside [0, 1], or for what is no price."""
+    with np.errstate(invalid="ignore"):
+        good = ~table.mask | ((table.quality >= 0) & (table.quality <= 1) & (table.price >= 0) & np.isfinite(table.price))
+    if not good.all():
+        row, column = np.argwhere(~good)[0]
+        raise ValueError(
+            f"query {row + 1}, {table.experts[column]}: expected a quality in [0, 1] and a price that is not negative, got "
+            f"{table.quality[row, column]:g} and {table.price[row, column]:g}"
+        )
+
+
+def check_certifying(table: Table) -> None:
+    """ValueError where an outcome is missing: such rows prove nothing."""
+    if gap := table.gap:
+        raise ValueError(f"certify: expected every expert's outcome on every query; {gap}")
