@@ -14,18 +14,23 @@ from starlette.testclient import TestClient
 
 from deferral.cli import main
 from deferral.gateway import forgetting as module
+from deferral.gateway import ledger, state
 from deferral.gateway import retention as retention_module
 from deferral.gateway.admin import routes
+from deferral.gateway.app import gateway
 from deferral.gateway.database import connect
 from deferral.gateway.endpoints import error_handlers
+from deferral.gateway.experts_file import Expert
 from deferral.gateway.forgetting import Forgotten, forget
 from deferral.gateway.keys import Key, Keys
 from deferral.gateway.ledger import recorded
 from deferral.gateway.limits import Limits
 from deferral.gateway.record import Record
 from deferral.gateway.schema import decisions, feedback, forgotten, texts
+from deferral.gateway.settings import Settings
 from deferral.gateway.windows import span, time_zone
 from tests.gateway_rows import row
+from tests.running_gateway import small_router
 
 NOW = time.time()
 
@@ -44,6 +49,13 @@ def filled(database: str, count: int = 20) -> Record:
 
     asyncio.run(judge())
     return made
+
+
+def gateway_of(record: Record, **more: Any) -> Any:
+    async def forgotten_by(**which: Any) -> Forgotten:
+        return await asyncio.to_thread(forget, record.engine, **which)
+
+    return SimpleNamespace(record=record, query=asyncio.to_thread, forget=forgotten_by, **more)
 
 
 def counts(record: Record) -> list[int]:
@@ -77,7 +89,7 @@ def test_an_empty_id_is_not_that_of_all_who_have_none(database: str, capsys: pyt
     with pytest.raises(ValueError, match="got an empty one"):
         forget(record.engine, response="")
     store.start()
-    gateway: Any = SimpleNamespace(record=record, keys=store, query=asyncio.to_thread)
+    gateway = gateway_of(record, keys=store)
     app = Starlette(routes=routes(gateway), exception_handlers=error_handlers())
     with TestClient(app) as client:
         for path in ("/responses/", "/keys/dk-/record"):
@@ -118,6 +130,42 @@ def test_what_moves_while_it_is_counted_counts_once(database: str) -> None:
     record.stop()
 
 
+def test_the_sums_of_many_keys_are_those_of_each(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger, "_AT_ONCE", 2)
+    record = filled(database)
+    forget(record.engine, response="id-0")
+    for since in (0.0, NOW, NOW + 900):
+        assert record.spent_by_key(["a", "nobody", "b"], since) == {
+            name: record.spent(name, since) for name in ("a", "nobody", "b")
+        }
+    assert record.spent_by_key(["a"], 0.0) == {"a": 2.5}
+    gate, key = Limits(record), Key("a", "a", budget=3.0, window="month")
+    monkeypatch.setattr(record, "spent", lambda *_: pytest.fail("it was read with those of the others"))
+    gate.load([key, Key("c", "c", budget=1.0, window="hour"), Key("d", "d")])
+    assert gate.left(key) == 0.5
+    record.stop()
+
+
+def test_a_deletion_goes_on_as_long_as_it_takes_and_ends_with_the_gateway(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_AT_ONCE", 1)
+    monkeypatch.setattr(state, "_LONGEST_QUERY", 0.01)
+    filled(str(tmp_path / "g.db")).stop()
+    experts = {name: Expert(name, "http://127.0.0.1:9/v1") for name in ("small", "large")}
+    key = "an-admin-key-of-some-length"
+    app = gateway(small_router(), experts, settings=Settings(database=str(tmp_path / "g.db"), admin_key=key))
+    with TestClient(app, headers={"authorization": f"Bearer {key}"}) as client:
+        gone = client.delete("/admin/keys/a/record")
+        assert gone.json() == {"deleted": {"decisions": 10, "feedback": 2, "texts": 10}}
+        app.state.gateway._ends.set()
+        ended = client.delete("/admin/keys/b/record")
+        assert (ended.status_code, ended.json()["error"]["code"]) == (503, "server_ends")
+        assert (
+            "1 decisions, 1 judgements and 1 texts are deleted, and the same request goes on" in ended.json()["error"]["message"]
+        )
+
+
 def test_an_id_that_several_replies_had_is_not_forgotten_for_all(database: str, capsys: pytest.CaptureFixture[str]) -> None:
     record = filled(database)
     for number in (50, 51):
@@ -127,7 +175,7 @@ def test_an_id_that_several_replies_had_is_not_forgotten_for_all(database: str, 
     before = counts(record)
     with pytest.raises(ValueError, match="'same' is the id of several replies; say which by its x-deferral-id: id-50, id-51"):
         forget(record.engine, response="same")
-    gateway: Any = SimpleNamespace(record=record, query=asyncio.to_thread)
+    gateway = gateway_of(record)
     app = Starlette(routes=routes(gateway), exception_handlers=error_handlers())
     with TestClient(app) as client:
         answer = client.delete("/responses/same")
@@ -262,7 +310,7 @@ def test_texts_whose_time_is_over_go_in_batches(database: str, monkeypatch: pyte
 def test_an_operator_deletes_by_endpoint_and_by_command(database: str, capsys: pytest.CaptureFixture[str]) -> None:
     record, store = filled(database), Keys(database)
     store.start()
-    gateway: Any = SimpleNamespace(record=record, keys=store, query=asyncio.to_thread)
+    gateway = gateway_of(record, keys=store)
     app = Starlette(routes=routes(gateway), exception_handlers=error_handlers())
     with TestClient(app) as client:
         assert client.delete("/responses/reply-1").json() == {"deleted": {"decisions": 1, "feedback": 1, "texts": 1}}

@@ -1,4 +1,5 @@
 import threading
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,6 +34,9 @@ class NothingSpent:
 
     def spent(self, key: str, since: float) -> float:
         return 0.0
+
+    def spent_by_key(self, keys: Sequence[str], since: float) -> dict[str, float]:
+        return dict.fromkeys(keys, 0.0)
 
 
 def limits(clock: Clock) -> Limits:
@@ -303,6 +307,9 @@ class Spent:
 
     def spent(self, key: str, since: float) -> float:
         return sum(dollars for time, dollars in self.rows if time >= since)
+
+    def spent_by_key(self, keys: Sequence[str], since: float) -> dict[str, float]:
+        return dict.fromkeys(keys, self.spent("", since))
 
 
 @pytest.fixture

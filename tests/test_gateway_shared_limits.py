@@ -135,6 +135,15 @@ def test_most_requests_need_no_database(worker: Workers, monkeypatch: pytest.Mon
     assert len(exchanges) < 152, "who is refused must not reach the database each time"
 
 
+def test_at_the_start_nothing_is_asked_of_the_ledger(worker: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = worker()
+    with monkeypatch.context() as patched:
+        patched.setattr(gate.ledger, "exchange", lambda *_, **__: pytest.fail("thousands of keys may have a budget"))
+        gate.load([KEY])
+    gate.hold(KEY, 0.5).settle(0.5)
+    assert gate.left(KEY) == 0.5
+
+
 def test_what_was_spent_before_and_by_those_that_ended_counts(worker: Workers, database: str) -> None:
     before = Record(database)
     before.start()

@@ -146,6 +146,14 @@ def test_a_connection_that_ended_while_it_was_idle_is_replaced_and_no_other_is()
     assert (nobody.status, nobody.attempts, requests) == (502, 1, 1)
 
 
+def test_a_connection_that_is_old_ends_with_its_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name that leads to another address by now is looked up again, though requests come all the time."""
+    monkeypatch.setattr("deferral.gateway.upstream._LONGEST_KEPT_S", 0.0)
+    answers, requests = asked([[whole(), b""], [whole()]], times=2)
+    assert [call.attempts for call in answers if isinstance(call, Call)] == [1, 1]
+    assert requests == 2, "of a connection that is kept the second request is the third"
+
+
 async def drips(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     """A stream without an end, an event every 20 ms."""
     await reader.readuntil(b"\r\n\r\n")

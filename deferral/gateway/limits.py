@@ -13,7 +13,6 @@ from types import TracebackType
 from sqlalchemy.exc import SQLAlchemyError
 
 from deferral.gateway.keys import Key
-from deferral.gateway.ledger import recorded_by_key
 from deferral.gateway.record import WRITTEN_WITHIN, Record
 from deferral.gateway.windows import Span, span, time_zone
 
@@ -153,12 +152,11 @@ class Limits:
         for key, window in self._noted(keys):
             windows.setdefault(window, []).append(key)
         try:
-            with self._record.engine.connect() as connection:
-                for window, some in windows.items():
-                    spent = recorded_by_key(connection, [key.id for key in some], window.start)
-                    for key in some:
-                        assert key.budget is not None
-                        self._opened(key, Account(window, spent[key.id], key.budget))
+            for window, some in windows.items():
+                spent = self._record.spent_by_key([key.id for key in some], window.start)
+                for key in some:
+                    assert key.budget is not None
+                    self._opened(key, Account(window, spent[key.id], key.budget))
         except SQLAlchemyError as error:
             _log.warning("what keys have spent is read with their first requests, the database fails: %s", type(error).__name__)
 

@@ -28,7 +28,7 @@ from deferral.gateway.database import (
     still_there,
     wait_for,
 )
-from deferral.gateway.ledger import recorded
+from deferral.gateway.ledger import recorded, recorded_by_key
 from deferral.gateway.preparing import prepare
 from deferral.gateway.retention import Retention
 from deferral.gateway.rows import DecisionRow, plain
@@ -200,6 +200,11 @@ class Record:
         """Dollars that the requests of a key have cost that arrived at `since` or later, as far as they are written."""
         with self.engine.connect() as connection:
             return recorded(connection, key, since)
+
+    def spent_by_key(self, keys: Sequence[str], since: float) -> dict[str, float]:
+        """`spent` of many keys at once."""
+        with self.engine.connect() as connection:
+            return recorded_by_key(connection, keys, since)
 
     async def _ask(self, response_id: str, quality: float, key: str) -> bool:
         if self.full:
