@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 __all__ = [
     "KNEE",
@@ -61,8 +62,8 @@ def log_add_exp(a: Tensor, b: Tensor) -> Tensor:
 
 
 def transformed() -> bool:
-    """Whether `torch.func` is at work: vmap, grad or one of their relatives."""
-    return torch._C._are_functorch_transforms_active()
+    """Whether `torch.func` is at work, vmap, grad or one of their relatives, or derivatives are taken forwards."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def readable(tensor: Tensor) -> bool:

@@ -127,6 +127,14 @@ def test_frames_pipelines_sparse_tables_and_text() -> None:
     sparse = AbstainingClassifier(LogisticRegression()).fit(csr_array(X), y)
     assert sparse.cost_model_.mean.shape == (4,)  # log-odds, margin, two probabilities
     np.testing.assert_allclose(sparse.predict_proba(csr_array(X)), sparse.predict_proba(X))
+    by_default = AbstainingClassifier().fit(csr_array(X), y)
+    np.testing.assert_allclose(
+        by_default.predict_proba(csr_array(X)), AbstainingClassifier().fit(X, y).predict_proba(X), atol=1e-4
+    )
+    numbers = DeferralRegressor(price=0.1).fit(csr_array(X), X[:, 0], expert_answers=X[:, [0]])
+    np.testing.assert_allclose(
+        numbers.estimator_.predict(csr_array(X)), DeferralRegressor().fit(X, X[:, 0], X[:, [0]]).estimator_.predict(X)
+    )
     unmarked = np.where(np.arange(450).reshape(X.shape) % 7 == 0, np.nan, X)
     gaps = AbstainingClassifier(HistGradientBoostingClassifier(max_iter=5), l2=10.0).fit(unmarked, y)
     assert np.isfinite(gaps.expected_cost(unmarked)).all()

@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet
@@ -249,6 +250,21 @@ def test_a_file_of_selective_prediction_needs_a_score_only(tmp_path: Path) -> No
     evaluation = evaluate([write(tmp_path / "ours.csv", table)])
     assert evaluation.areas["ours"]["AURC"].estimate == pytest.approx(1 / 16)
     assert evaluation.areas["ours"]["excess AURC"].estimate == pytest.approx(0)
+
+
+def test_who_answered_a_row_says_nothing_of_how_sure_the_model_is(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    score = generator.random(300)
+    table = {
+        "target": ["a"] * 300, "answer": np.where(generator.random(300) < score, "a", "b").tolist(),
+        "answer_Ann": ["a"] * 300, "score": score.tolist(), "score_Ann": [0.8] * 300,
+    }  # fmt: skip
+    some = table | {"answer_Ann": ["a" if known else "" for known in generator.random(300) < 0.7]}
+    alone = {name: cells for name, cells in table.items() if not name.endswith("Ann")}
+    areas = [evaluate([write(tmp_path / "ours.csv", each)]).areas["ours"] for each in (table, some, alone)]
+    for name in ("AURC", "excess AURC", "AUGRC"):
+        assert len({each[name].estimate for each in areas}) == 1, name
+    assert areas[0]["system AURC"].estimate < areas[1]["system AURC"].estimate
 
 
 def test_abstaining_costs_what_it_is_said_to_cost(tmp_path: Path) -> None:

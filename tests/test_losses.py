@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from deferral import Criterion, losses, single_stage_costs
 from deferral.losses import (
@@ -455,3 +456,19 @@ def test_class_weights_have_the_digits_of_the_scores() -> None:
     table = single_stage_costs(labels, costs, 3)
     single, two = single_stage_deferral(scores, labels, costs, ceiling=1.3), two_stage_deferral(scores, table, ceiling=1.3)
     torch.testing.assert_close(single, two, rtol=1e-12, atol=1e-12)
+
+
+def test_derivatives_are_taken_forwards_too() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores, tangent = (torch.randn(5, 6, generator=generator, dtype=torch.float64) for _ in range(2))
+    labels, right = torch.arange(5) % 4, torch.arange(10).view(5, 2) % 3 == 0
+    for loss in (
+        lambda s: single_stage_deferral(s, labels, 1 - right.double()),
+        lambda s: one_vs_all(s, labels, right),
+        lambda s: realizable_deferral(s[:, :5], labels, (~right[:, 0]).double()),
+    ):
+        with forward_ad.dual_level():
+            found = forward_ad.unpack_dual(loss(forward_ad.make_dual(scores, tangent))).tangent
+        leaf = scores.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(loss(leaf).sum(), leaf)
+        torch.testing.assert_close(found, (gradient * tangent).sum(-1))

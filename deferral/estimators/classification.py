@@ -26,7 +26,7 @@ __all__ = ["AbstainingClassifier", "DeferralClassifier"]
 
 
 def _gives_probabilities(self: "_Classification") -> bool:
-    base = self._default() if self.estimator is None else self.estimator
+    base = self._default(sparse=True) if self.estimator is None else self.estimator
     return isinstance(base, nn.Module) or hasattr(base, "predict_proba")
 
 
@@ -50,8 +50,8 @@ class _Classification(ClassifierMixin, TwoStage):
         # Some keep the order in which classes were named.
         return table if np.array_equal(own, self.classes_) else table[:, np.argsort(own)]
 
-    def _default(self) -> Any:
-        return make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+    def _default(self, *, sparse: bool) -> Any:
+        return make_pipeline(StandardScaler(with_mean=not sparse), LogisticRegression(max_iter=1000))
 
     def _read_targets(self, y: Any) -> np.ndarray:
         labels = column_or_1d(check_array(y, ensure_2d=False, dtype=None, input_name="y"), warn=True)

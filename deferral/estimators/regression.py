@@ -32,8 +32,8 @@ class _Regression(RegressorMixin, TwoStage):
     # Errors grow towards both ends of the data.
     _squares = True
 
-    def _default(self) -> Any:
-        return make_pipeline(StandardScaler(), Ridge())
+    def _default(self, *, sparse: bool) -> Any:
+        return make_pipeline(StandardScaler(with_mean=not sparse), Ridge())
 
     def _read_targets(self, y: Any) -> np.ndarray:
         return column_or_1d(check_array(y, ensure_2d=False, dtype=np.float64, input_name="y"), warn=True)

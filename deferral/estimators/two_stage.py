@@ -7,6 +7,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from scipy.sparse import issparse
 from sklearn.base import BaseEstimator
 from sklearn.model_selection import KFold, StratifiedKFold, check_cv
 from sklearn.utils import _safe_indexing, get_tags, indexable
@@ -37,7 +38,8 @@ class TwoStage(BaseEstimator):
     _stratified = False
 
     # What classification and regression define.
-    def _default(self) -> Any:
+    def _default(self, *, sparse: bool) -> Any:
+        """The predictor where none is given; a sparse table is scaled without being centred."""
         raise NotImplementedError
 
     def _read_targets(self, y: Any) -> np.ndarray:
@@ -118,7 +120,7 @@ class TwoStage(BaseEstimator):
         self, X: Any, y: np.ndarray, sample_weight: np.ndarray | None, groups: Any
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Fit the predictor; its answers (N,) and outputs (N, D) where it was not fitted, and the fold of every row (N,)."""
-        base = self._default() if self.estimator is None else self.estimator
+        base = self._default(sparse=issparse(X)) if self.estimator is None else self.estimator
         frozen = is_frozen(base)
         self.estimator_ = base if frozen else fit_clone(base, X, y, sample_weight)
         parts, fold = [], np.full(len(y), -1)
@@ -217,7 +219,7 @@ class TwoStage(BaseEstimator):
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
         if not isinstance(self.estimator, nn.Module):
-            base = get_tags(self._default() if self.estimator is None else self.estimator)
+            base = get_tags(self._default(sparse=True) if self.estimator is None else self.estimator)
             tags.input_tags.sparse = base.input_tags.sparse
             tags.input_tags.allow_nan = base.input_tags.allow_nan
         return tags

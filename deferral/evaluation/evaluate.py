@@ -20,7 +20,7 @@ from deferral.curves import (
     risk_coverage_curve,
     system_aurc,
 )
-from deferral.decision import decide, margin_levels, oracle
+from deferral.decision import decide, deferral_margin, margin_levels, oracle
 from deferral.errors import DataError
 from deferral.evaluation.baselines import baselines
 from deferral.evaluation.belonging import check_files, rows_of
@@ -189,11 +189,15 @@ def _judged_curves(
     deferring = scores.shape[-1] > 1
     if deferring:
         margin, own, asked = own_and_asked(scores, system.costs, mask=system.mask, num_own=1)
+        # Who answered a row says nothing of how sure the model is there.
+        doubt = deferral_margin(scores.double(), num_own=1)
+        doubt = -scores[:, 0] if bool(doubt.isneginf().any()) else doubt
     else:
-        margin, own, asked = -scores[:, 0], system.costs[:, 0], system.costs[:, 0]
+        margin = doubt = -scores[:, 0]
+        own = asked = system.costs[:, 0]
 
     # Ranks, so that margins that rounding alone tells apart are ties here too.
-    confidence = margin_levels(margin).double()
+    confidence = margin_levels(doubt).double()
 
     def figure(metric: Callable[[Tensor], Tensor]) -> Interval:
         return metric_interval(metric, len(own), resamples=RESAMPLES)

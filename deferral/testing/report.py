@@ -57,7 +57,8 @@ def check_loss(loss: Loss, setting: Setting, *, properties: Sequence[Property] |
 
     `loss(scores, rows)` takes packed scores (..., width) and rows (`draw_rows`), and returns one value per row (...,).  In
     SINGLE_STAGE, for one, `lambda s, rows: my_loss(s, rows["targets"], rows["expert_costs"])`.  `properties` defaults to
-    PROPERTIES, all of them; a loss that makes no claim of consistency leaves `bayes` out.
+    PROPERTIES, all of them; a loss that makes no claim of consistency leaves `bayes` out, one that detaches a part of itself on
+    purpose `gradient`.
 
     The suite hands over no mask, no ignored rows and no targets that are probabilities: what a loss makes of them is for its own
     tests.  `bayes` looks for minimisers of scores of about unit size: divide those of a temperature far from 1 by it.  It judges
