@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,11 +17,20 @@ PARTIAL = ".{}.{}.{}.partial"
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A path beside this one to write to: what is there at the end takes its place; where writing fails nothing is left."""
+def written_whole(path: Path, *, private: bool = False) -> Iterator[Path]:
+    """A path to write to: what is there at the end takes the place of this one; where writing fails nothing is left.
+
+    A link leads where it led.  A file that is replaced can be read by those who could read it; a new one, where it is `private`,
+    by its owner alone.
+    """
+    path = path.resolve()
     partial = path.with_name(PARTIAL.format(path.name, os.getpid(), secrets.token_hex(4)))
+    mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else None
+    os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600 if private or mode is not None else 0o666))
     try:
         yield partial
+        if mode is not None:
+            partial.chmod(mode)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -62,13 +62,14 @@ def export(
     """Write the log to a file that ends in .jsonl or .parquet, for `deferral.routing.read_log`.
 
     Times are those of arrival, in seconds since 1970: since <= time < until.  `assumed_quality` stands in where there was no
-    feedback; such rows have the tag "assumed".  DataError where no row is left.
+    feedback; such rows have the tag "assumed".  A new file can be read by its owner alone.  DataError where no row is left.
     """
     left_out: Counter[str] = Counter()
     log = Log(row.outcome for row in logged(engine, left_out, since=since, until=until, assumed_quality=assumed_quality))
     if len(log) == 0:
         raise DataError(nothing_left(left_out))
-    write_log(log, path)
+    # As the database, which holds the same texts.
+    write_log(log, path, private=True)
     assumed = sum(bool(log.tag_sets[code]) for code in log.column("tags").tolist())
     return Exported(len(log), dict(left_out.most_common()), assumed)
 

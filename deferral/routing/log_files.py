@@ -53,13 +53,16 @@ def read_log(path: str | Path, *, on_rows: Callable[[int], None] = lambda rows: 
     return log
 
 
-def write_log(log: Log, path: str | Path) -> None:
-    """Write a log to a file that ends in .jsonl, .ndjson or .parquet; a file that is there is replaced when all is written."""
+def write_log(log: Log, path: str | Path, *, private: bool = False) -> None:
+    """Write a log to a file that ends in .jsonl, .ndjson or .parquet; a file that is there is replaced when all is written.
+
+    A new one can be read by its owner alone where it is `private`.
+    """
     path = Path(path)
     write = _write_parquet if _is_parquet(path) else _write_jsonl
     if not path.parent.is_dir():
         raise DataError(f"{path.parent}: expected the folder for {path.name}, there is none; make it first")
-    with written_whole(path) as partial:
+    with written_whole(path, private=private) as partial:
         write(log, partial)
 
 

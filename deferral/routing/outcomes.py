@@ -9,7 +9,7 @@ import numpy as np
 
 from deferral.errors import DataError
 from deferral.routing.confidence import Confidence, check_confidence
-from deferral.routing.table import Table
+from deferral.routing.table import Table, decided_again
 
 __all__ = [
     "NUMBERS",
@@ -157,6 +157,7 @@ class Log:
             self.column(name)[kept].astype(float) for name in ("quality", "price", "latency_s", "propensity")
         )
         mask = (count > 0).reshape(shape)
+        again = decided_again(self.column("query")[kept], self.column("time")[kept].astype(float), propensity, shape[0])
         table = Table(
             # The log may grow.
             list(self.queries),
@@ -167,7 +168,8 @@ class Log:
             mean(latency).astype(np.float32),
             # The harmonic mean, since outcomes weigh by the inverse.
             (1 / mean(1 / np.maximum(propensity, 1e-6))).astype(np.float32),
-            count.reshape(shape).astype(np.int32) if count.max() > 1 else None,
+            count.reshape(shape).astype(np.int32) if count.max() > 1 or again.any() else None,
+            again if again.any() else None,
         )
         answered = mask.any(1)
         return table if answered.all() else table.rows(np.flatnonzero(answered))

@@ -17,7 +17,7 @@ from torch import Tensor
 from deferral.intervals import Interval, bootstrap, interval
 from deferral.routing.outcomes import Log
 from deferral.routing.partial_logs import asked_together
-from deferral.routing.table import check_price_of_error
+from deferral.routing.table import check_price_of_error, decided_again
 
 __all__ = ["METHODS", "Events", "Replay", "as_logged", "events_of", "replay"]
 
@@ -69,7 +69,8 @@ def events_of(log: Log, experts: Sequence[str], *, kept: np.ndarray | None = Non
     counts = np.bincount(query * len(names) + number, minlength=int(kept.sum()) * len(names)).reshape(-1, len(names))
     logged = np.full(counts.size, np.nan)
     logged[query * len(names) + number] = propensity
-    if asked_together(counts, logged.reshape(counts.shape)):
+    again = decided_again(query, log.column("time")[rows].astype(float), propensity, int(kept.sum()))
+    if asked_together(counts, logged.reshape(counts.shape), again):
         raise ValueError(
             "propensity: expected those of single decisions, which add up to 1 over the experts of a query; most queries with "
             "several outcomes here have more, as if their experts were asked at once: keep of each query one outcome, drawn by "

@@ -8,9 +8,10 @@ import numpy as np
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Table", "check_certifying", "check_price_of_error", "check_values", "cost_table"]
+__all__ = ["Table", "check_certifying", "check_price_of_error", "check_values", "cost_table", "decided_again"]
 
 _LEAST_ERROR = 1e-100
+_AT_ONCE_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class Table:
     mask: np.ndarray  # (N, E) bool, True = observed
     latency: np.ndarray  # (N, E) float32, seconds, NaN where not known
     propensity: np.ndarray  # (N, E) float32
-    asked: np.ndarray | None = None  # (N, E) how often, where some expert was asked the same more than once
+    asked: np.ndarray | None = None  # (N, E) how often, where some query was asked again
+    again: np.ndarray | None = None  # (N,) bool, which by their times were decided again: see `decided_again`
 
     @property
     def full(self) -> bool:
@@ -44,9 +46,23 @@ class Table:
 
     def rows(self, rows: np.ndarray) -> "Table":
         """The same table for some of the queries, by their indices."""
-        names = ("quality", "price", "mask", "latency", "propensity", "asked")
+        names = ("quality", "price", "mask", "latency", "propensity", "asked", "again")
         arrays = {name: array[rows] for name in names if (array := getattr(self, name)) is not None}
         return Table([self.queries[row] for row in rows], self.experts, **arrays)
+
+
+def decided_again(query: np.ndarray, time: np.ndarray, propensity: np.ndarray, count: int) -> np.ndarray:
+    """Which queries were decided more than once: all their outcomes were drawn, more than a minute apart.  (n,) thrice -> (count,)
+
+    `query` are numbers below `count`.  Where a router changes in between, the propensities of its decisions add up to more than 1.
+    """
+    first, last, drawn = np.full(count, np.inf), np.full(count, -np.inf), np.zeros(count, bool)
+    known = ~np.isnan(time)
+    np.minimum.at(first, query[known], time[known])
+    np.maximum.at(last, query[known], time[known])
+    drawn[query[propensity < 1]] = True
+    drawn[query[np.isnan(propensity)]] = False
+    return drawn & (last - first > _AT_ONCE_S)
 
 
 def cost_table(table: Table, price_of_error: float) -> "tuple[Tensor, Tensor]":
