@@ -1,7 +1,7 @@
 """The path of one query, beside that of arrays in `fitted` and `many_queries`: the same answers without the arrays.
 
 A gateway decides query by query, in some tenths of a millisecond.  An array of a few numbers takes longer to make than they take
-to be added up, so what the arrays say is written a second time here, on plain numbers.
+to be added up, so what the arrays say is written a second time here, on plain numbers; a test holds the two together.
 """
 
 from bisect import bisect_right
