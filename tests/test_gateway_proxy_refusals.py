@@ -3,14 +3,17 @@
 import contextlib
 import json
 import socket
+import time
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from deferral.gateway import state
 from deferral.gateway.keys import Key
 from deferral.gateway.limits import Hold, Refused
+from deferral.gateway.state import descriptor_left
 from tests.running_gateway import EASY, HARD
 from tests.whole_gateway import ADMIN_KEY, calm, rows
 
@@ -192,3 +195,38 @@ def test_bytes_that_are_no_http_and_paths_that_are_none(running: Any) -> None:
         status, _, said = running.gateway.ask(method, path, key=running.key)
         assert status in (404, 405)
         assert set(json.loads(said)["error"]) == {"message", "type", "param", "code"}
+
+
+def test_what_says_two_things_is_refused(running: Any) -> None:
+    body = json.dumps({"model": "small", "messages": [{"role": "user", "content": EASY}]}).encode()
+    head = (
+        b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer %b\r\nconnection: close\r\n"
+        % running.key.encode()
+    )
+    length = b"content-length: %d\r\n" % len(body)
+    chunk = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+    for more, sent, status in (
+        (length + b"accept: a\r\naccept: b\r\n", body, b" 200 "),
+        (length + b"x-deferral-budget: 1\r\nx-deferral-budget: 2\r\n", body, b" 400 "),
+        (length + b"authorization: Bearer another\r\n", body, b" 400 "),
+        (b"transfer-encoding: chunked\r\n", chunk, b" 200 "),
+        (b"transfer-encoding: gzip, chunked\r\n", chunk, b" 501 "),
+    ):
+        with socket.create_connection(("127.0.0.1", running.gateway.port), timeout=10) as client:
+            client.sendall(head + more + b"\r\n" + sent)
+            assert status in client.recv(1000).partition(b"\r\n")[0] + b" ", more
+
+
+def test_without_a_file_descriptor_it_says_so(running: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert descriptor_left()
+    monkeypatch.setattr(state, "descriptor_left", lambda: False)
+    end = time.monotonic() + 10
+    while (found := running.gateway.ask("GET", "/ready"))[0] == 200:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    assert (found[0], b"no file descriptor is left" in found[2]) == (503, True)
+    monkeypatch.undo()
+    while running.gateway.ask("GET", "/ready")[0] == 503:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    assert running.log.getvalue().count("no file descriptor is left: new connections are dropped") == 1

@@ -12,7 +12,7 @@ from deferral.gateway.problems import Problem
 from deferral.gateway.requests import parse
 from deferral.routing.log_files import JSON_LINES
 
-__all__ = ["Question", "answers_held", "check_same", "line_of", "read_answers", "read_questions", "up_to_date"]
+__all__ = ["Question", "answers_held", "check_same", "is_answered", "line_of", "read_answers", "read_questions", "up_to_date"]
 
 _KNOWN = ("query", "messages", "reference", "tags")
 # Of a line of answers.

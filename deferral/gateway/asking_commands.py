@@ -16,8 +16,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from deferral.command_line import FiniteRange
-from deferral.errors import DataError
+from deferral.command_line import Command, FiniteRange, callers_errors
 from deferral.gateway.answer_files import read_questions
 from deferral.gateway.asking import Result, ask_all
 from deferral.gateway.experts_file import Expert, read_experts
@@ -76,7 +75,7 @@ def _asking_options(command: Callable) -> Callable:
     return command
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("questions", type=_FILE)
 @click.argument("answers", type=_NEW)
 @click.option("--experts", "file", type=_FILE, required=True, help="The experts file, as for `deferral serve`.")
@@ -100,13 +99,14 @@ def ask(
         raise click.UsageError(f"{answers} holds the questions; name another file for the answers")
     experts = _chosen(read_experts(file), only)
     asked = read_questions(questions)
-    with _progress(f"asking {', '.join(each.name for each in experts)}", len(asked) * len(experts)) as on_answer:
-        result = _asked(lambda: ask_all(asked, experts, answers, on_answer=on_answer, **how))
+    title = f"asking {', '.join(each.name for each in experts)}"
+    with _progress(title, len(asked) * len(experts)) as on_answer, callers_errors():
+        result = ask_all(asked, experts, answers, on_answer=on_answer, **how)
     click.echo(f"{answers}: {result.answers:,} answers, ${result.dollars:.4g}; {result.asked:,} of them from this run")
     _say_missing(result)
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("answers", type=_FILE)
 @click.argument("log", type=_NEW)
 @click.option(
@@ -148,8 +148,8 @@ def grade(
     if judge is not None and file is not None:
         [expert] = _chosen(read_experts(file), (judge,))
         verdicts = log.with_name(f"{log.name}.{re.sub(r'[^A-Za-z0-9.]+', '-', judge)}.jsonl")
-        with _progress(f"{judge} is grading", None) as on_answer:
-            graded, result = _asked(lambda: by_judge(answers, expert, verdicts, on_answer=on_answer, **how))
+        with _progress(f"{judge} is grading", None) as on_answer, callers_errors():
+            graded, result = by_judge(answers, expert, verdicts, on_answer=on_answer, **how)
     elif rule == _QUALITY:
         graded = by_field(answers)
     else:
@@ -172,16 +172,6 @@ def _chosen(experts: dict[str, Expert], only: tuple[str, ...]) -> list[Expert]:
     if not chosen:
         raise click.UsageError("every expert has route = false; name those to ask with --only")
     return chosen
-
-
-def _asked(work: Callable[[], Any]) -> Any:
-    """A setting that cannot be met is an error of the caller's."""
-    try:
-        return work()
-    except DataError:
-        raise
-    except ValueError as error:
-        raise click.ClickException(str(error)) from error
 
 
 def _say_missing(result: Result) -> None:

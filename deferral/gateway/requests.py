@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
@@ -12,7 +12,7 @@ from deferral.gateway.experts_file import AUTO
 from deferral.gateway.problems import Problem, number
 from deferral.gateway.turns import BYTES_PER_TOKEN, MOST, TooMany, Turn, bytes_in, conversation, messages_of, text_of
 
-__all__ = ["NO_HINTS", "Asked", "Hints", "Kind", "hints", "parse", "with_model", "with_stream_usage"]
+__all__ = ["NO_HINTS", "Asked", "Hints", "Kind", "hints", "parse", "refuse_repeated", "with_model", "with_stream_usage"]
 
 Kind = Literal["chat", "completions", "embeddings", "responses"]
 
@@ -167,6 +167,16 @@ def with_stream_usage(body: bytes, *, options_there: bool) -> bytes:
 @lru_cache(1024)
 def _quoted(model: str) -> bytes:
     return json.dumps(model).encode()
+
+
+def refuse_repeated(headers: Iterable[tuple[bytes, bytes]]) -> None:
+    """Problem 400 where a hint, or a key, is there twice: one of them would hold, and nobody has said which."""
+    seen: set[bytes] = set()
+    for name, _ in headers:
+        if name in seen and (name.startswith(b"x-deferral-") or name == b"authorization"):
+            shown = name[:60].decode("ascii", "replace")
+            raise Problem(400, "repeated_header", f"{shown}: expected it once, got it twice", param=shown)
+        seen.add(name)
 
 
 def hints(headers: Mapping[bytes, bytes]) -> Hints:

@@ -21,7 +21,7 @@ import click
 import uvicorn
 from threadpoolctl import threadpool_limits
 
-from deferral.command_line import FiniteRange
+from deferral.command_line import Command, FiniteRange
 from deferral.errors import DataError
 from deferral.gateway.access import must_have_key, no_key
 from deferral.gateway.aliases import read_experts_file
@@ -46,7 +46,7 @@ __all__ = ["run", "serve", "settings_of"]
 _log = logging.getLogger("deferral.gateway")
 # Clients keep connections for later; one that the server closes first may lose a request on its way.
 _KEEP_ALIVE = 75
-_CONNECTIONS = 65_536
+_CONNECTIONS, _FEW_CONNECTIONS = 65_536, 4_096
 # The exit status where rows could not be written.
 _LOST = 1
 _OBJECTS_PER_COLLECTION = 5_000
@@ -97,7 +97,6 @@ def _serve(settings: Settings, log_level: str, listener: socket.socket) -> None:
     read = stamps(settings)
     router = load_router(settings)
     experts, aliases = read_experts_file(settings.experts_file)
-    _allow_many_connections()
     # A product of one query takes less time than it takes to wake another thread.
     threadpool_limits(1, user_api="blas")
     # Until uvicorn listens to signals, one of these is kept for it.  When all is done, it raises the one that ended it once more.
@@ -105,6 +104,7 @@ def _serve(settings: Settings, log_level: str, listener: socket.socket) -> None:
     for ending in (signal.SIGTERM, signal.SIGINT):
         signal.signal(ending, lambda *_: ended_early.set())
     with logging_to(level=log_level):
+        _allow_many_connections()
         app = gateway(router, experts, aliases=aliases, settings=settings, read=read)
         config = uvicorn.Config(
             app,
@@ -169,9 +169,11 @@ def _allow_many_connections() -> None:
     wanted = _CONNECTIONS if hard == resource.RLIM_INFINITY else min(hard, _CONNECTIONS)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    if wanted < _FEW_CONNECTIONS:
+        _log.warning("%d files and connections may be open at a time, two a request: raise the limit (ulimit -Hn)", wanted)
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("router", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option(
     "--experts",

@@ -1,7 +1,9 @@
 """What the requests of a gateway share, from its start to its end."""
 
 import asyncio
+import errno
 import logging
+import os
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -36,7 +38,7 @@ from deferral.routing.router import Router
 if TYPE_CHECKING:
     from deferral.gateway.tracing import Tracing
 
-__all__ = ["Gateway", "Stamps", "load_router", "stamps"]
+__all__ = ["Gateway", "Stamps", "descriptor_left", "load_router", "stamps"]
 
 _log = logging.getLogger("deferral.gateway")
 
@@ -85,6 +87,7 @@ class Gateway:
         shared = self.settings.metrics_folder
         self.worker_metrics = None if shared is None else WorkerMetrics(self.metrics, shared)
         self._following: list[asyncio.Task] = []
+        self._crowded = False
         self._queries = ThreadPoolExecutor(_QUERIES, "queries")
         self._deletions, self._ends = ThreadPoolExecutor(1, "deletions"), threading.Event()
 
@@ -93,6 +96,8 @@ class Gateway:
         """Why no request should be sent here; "" if there is no reason."""
         if self.record.full:
             return "the record cannot be written; the log has the reason"
+        if self._crowded:
+            return "no file descriptor is left; the log says what to do"
         down = self.answerers.down()
         return "all experts are down" if all(name in down for name in self.current.experts) else ""
 
@@ -115,7 +120,7 @@ class Gateway:
         self._following = [
             asyncio.create_task(self.reloads.follow(self.reload_or_say)),
             asyncio.create_task(self.alarms.follow(lambda: self.current.decider.expected)),
-            asyncio.create_task(self._look_at_the_record()),
+            asyncio.create_task(self._look_after_itself()),
         ]
         if self.worker_metrics is not None:
             self._following.append(asyncio.create_task(self.worker_metrics.follow()))
@@ -167,9 +172,13 @@ class Gateway:
         work = partial(forget, self.record.patient, key=key, response=response, progress=go_on)
         return await asyncio.get_running_loop().run_in_executor(self._deletions, work)
 
-    async def _look_at_the_record(self) -> None:
+    async def _look_after_itself(self) -> None:
         while True:
             self.record.look()
+            crowded = not descriptor_left()
+            if crowded and not self._crowded:
+                _log.error("no file descriptor is left: new connections are dropped; raise the limit of open files (ulimit -n)")
+            self._crowded = crowded
             await asyncio.sleep(_LOOK)
 
     async def reload(self) -> str:
@@ -248,6 +257,15 @@ def stamps(settings: Settings) -> Stamps:
                 status = path.stat()
                 found.append((status.st_ino, status.st_mtime_ns))
     return tuple(found)
+
+
+def descriptor_left() -> bool:
+    """Whether this process can open one more file, or take one more connection."""
+    try:
+        os.close(os.open(os.curdir, os.O_RDONLY))
+    except OSError as error:
+        return error.errno not in (errno.EMFILE, errno.ENFILE)
+    return True
 
 
 def load_router(settings: Settings, encode: Callable[[list[str]], Any] | None = None) -> Router:

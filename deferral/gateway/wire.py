@@ -27,6 +27,8 @@ async def read_body(receive: Receive, headers: Mapping[bytes, bytes], most: int)
         raise _too_long(most)
     if headers.get(b"content-encoding", b"identity").lower() != b"identity":
         raise Problem(415, "unsupported_encoding", "content-encoding: expected a body that is not compressed")
+    if headers.get(b"transfer-encoding", b"chunked").lower() != b"chunked":
+        raise Problem(501, "unsupported_encoding", "transfer-encoding: expected chunked alone")
     message = await receive()
     if message["type"] == "http.disconnect":
         raise Left

@@ -52,9 +52,9 @@ class Table:
 
 
 def decided_again(query: np.ndarray, time: np.ndarray, propensity: np.ndarray, count: int) -> np.ndarray:
-    """Which queries were decided more than once: all their outcomes were drawn, more than a minute apart.  (n,) thrice -> (count,)
+    """Which queries were decided again: all their outcomes were drawn, and more than a minute apart.  (n,) thrice -> (count,)
 
-    `query` are numbers below `count`.  Where a router changes in between, the propensities of its decisions add up to more than 1.
+    `query` are numbers below `count`.  Where a router changes in between, propensities of its decisions add up to more than 1.
     """
     first, last, drawn = np.full(count, np.inf), np.full(count, -np.inf), np.zeros(count, bool)
     known = ~np.isnan(time)
