@@ -416,6 +416,14 @@ def test_what_is_paid_for_and_no_answer_counts_and_is_given_up(questions: Path, 
         expert = server.expert()
         result = ask_all(read_questions(questions), [expert], tmp_path / "a.jsonl", concurrent=1, most_dollars=7.0)
         assert (result.dollars, len(server.asked)) == (8.0, 4)
+        again = ask_all(read_questions(questions), [expert], tmp_path / "a.jsonl", concurrent=1, most_dollars=7.0)
+        assert (again.dollars, again.answers, len(server.asked)) == (8.0, 0, 4), "the next run knows what was paid"
+        assert list(read_answers(tmp_path / "a.jsonl")) == []
+        server.answer = lambda text: (200, _says("yes"))
+        last = ask_all(read_questions(questions), [expert], tmp_path / "a.jsonl")
+        assert (last.dollars, last.answers, last.left) == (46.0, 19, {"one": {}})
+        assert len(list(read_answers(tmp_path / "a.jsonl"))) == 19
+        server.answer = lambda text: (200, _says("x") | {"choices": [], "note": "no\x1b[2J choice"})
         server.asked.clear()
         result = ask_all(read_questions(questions), [expert], tmp_path / "b.jsonl", concurrent=1)
         assert len(server.asked) == 10

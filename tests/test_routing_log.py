@@ -35,6 +35,19 @@ def same(one: Outcome, other: Outcome) -> bool:
     )
 
 
+def test_who_may_read_a_file_and_where_a_link_leads_stay(tmp_path: Path) -> None:
+    (tmp_path / "far").mkdir()
+    (tmp_path / "log.jsonl").symlink_to(tmp_path / "far" / "log.jsonl")
+    write_log(some_log(), tmp_path / "log.jsonl", private=True)
+    kept = tmp_path / "far" / "log.jsonl"
+    assert kept.stat().st_mode & 0o777 == 0o600
+    for mode in (0o640, 0o600):
+        kept.chmod(mode)
+        write_log(some_log(), tmp_path / "log.jsonl")
+        assert ((tmp_path / "log.jsonl").is_symlink(), kept.stat().st_mode & 0o777) == (True, mode)
+    assert [path.name for path in kept.parent.iterdir()] == ["log.jsonl"]
+
+
 @pytest.mark.parametrize("name", ["log.jsonl", "log.parquet"])
 def test_a_log_comes_back_from_a_file(tmp_path: Path, name: str) -> None:
     log = some_log()
