@@ -74,8 +74,8 @@ def test_the_record_keeps_both_prices_and_no_text_is_needed_to_learn_from_it(dat
     answers = answers_on_record(engine, ["small", "large"], "small", left_out)
     assert answers.mask.tolist() == [[True, False], [False, True], [True, False], [False, False]]
     np.testing.assert_allclose(answers.price, [[1e-4, 1e-3]] * 4)
-    # Two of the small expert's three answers are judged, and all of the large one's.
-    np.testing.assert_allclose(answers.propensity, [[0.6, 1], [1, 0.1], [0.6, 1], [1, 1]])
+    # Two of the small expert's three answers are judged, and of the two draws of the large one, of which one failed, one.
+    np.testing.assert_allclose(answers.propensity, [[0.6, 1], [1, 0.05], [0.6, 1], [1, 1]])
     np.testing.assert_allclose(answers.estimate, [[0.5, 0.9]] * 4)
     np.testing.assert_allclose(answers.confidence[0], features([confidence_of([-0.5, -0.1])])[0])  # type: ignore[list-item]
     assert sum(left_out.values()) == 3
