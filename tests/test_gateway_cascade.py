@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 from deferral.gateway import cascading
+from deferral.gateway.accounts import Hold
 from deferral.gateway.answering import Unanswered
 from deferral.gateway.cascading import AskingFirst, Silence, asking_first
 from deferral.gateway.choice import Choice
 from deferral.gateway.experts_file import Expert
-from deferral.gateway.limits import Hold
 from deferral.gateway.problems import Problem
 from deferral.gateway.requests import Hints, parse
 from deferral.gateway.upstream import Reply

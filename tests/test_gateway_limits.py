@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy.exc import SQLAlchemyError
 
+from deferral.gateway.accounts import Refused
 from deferral.gateway.checking import _who_may_ask as who_may_ask
 from deferral.gateway.keys import ANYONE, Key, Keys
-from deferral.gateway.limits import Limits, Refused
+from deferral.gateway.limits import Limits
 from deferral.gateway.record import Record
 from deferral.gateway.settings import Settings
 from deferral.gateway.status import status

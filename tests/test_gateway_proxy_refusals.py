@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from deferral.gateway import state
+from deferral.gateway.accounts import Hold, Refused
 from deferral.gateway.keys import Key
-from deferral.gateway.limits import Hold, Refused
 from deferral.gateway.state import descriptor_left
 from tests.running_gateway import EASY, HARD
 from tests.whole_gateway import ADMIN_KEY, calm, rows

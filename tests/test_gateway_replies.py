@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import pytest
 
 from deferral.gateway.answering import Call, Unanswered
+from deferral.gateway.failures import Failure
 from deferral.gateway.streams import StreamMeter
-from deferral.gateway.upstream import Failure
 from deferral.gateway.usage import error_of, id_in
 from tests.scripted_expert import ANSWER, CHUNK, asked, begun, streamed, whole
 

@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 
 from deferral.gateway import ledger as ledger_module
+from deferral.gateway.accounts import Refused
 from deferral.gateway.dialects import insert_rows
 from deferral.gateway.keys import Key
 from deferral.gateway.ledger import LIFE, SILENT, Ledger, Part, recorded
-from deferral.gateway.limits import Refused
 from deferral.gateway.rows import values
 from deferral.gateway.schema import decisions
 from deferral.gateway.shared_limits import SharedLimits

@@ -9,8 +9,9 @@ import pytest
 from sqlalchemy import select, update
 
 from deferral.gateway import shared_limits as module
+from deferral.gateway.accounts import Refused
 from deferral.gateway.keys import ANYONE, Key
-from deferral.gateway.limits import Limits, Refused
+from deferral.gateway.limits import Limits
 from deferral.gateway.record import Record
 from deferral.gateway.schema import grants
 from deferral.gateway.settings import Settings

@@ -14,9 +14,10 @@ import pytest
 from deferral.gateway.answering import Answerers, Call, Standing, Unanswered, _nobody
 from deferral.gateway.breaker import Breaker
 from deferral.gateway.experts_file import Expert
+from deferral.gateway.failures import Failure, refused_with, retry_after_of, unanswered
 from deferral.gateway.metrics import Metrics
 from deferral.gateway.requests import parse
-from deferral.gateway.upstream import Failure, Reply, Upstream, _refused, _retry_after, _unanswered
+from deferral.gateway.upstream import Reply, Upstream
 from deferral.gateway.usage import Usage
 from tests.scripted_expert import CHAT, CHUNK, asked, streamed, whole
 
@@ -38,7 +39,7 @@ from tests.scripted_expert import CHAT, CHUNK, asked, streamed, whole
     ],
 )
 def test_what_a_status_means(status: int, path: str, retry_after: float | None, expected: tuple) -> None:
-    failure = _refused(status, path, retry_after)
+    failure = refused_with(status, path, retry_after)
     assert (failure.status, failure.code, failure.again, failure.blame, failure.rest) == expected
 
 
@@ -57,7 +58,7 @@ def test_what_an_exception_means() -> None:
         (aiohttp.ClientPayloadError("400, message='Can not decode content-encoding: br'"), 502, False),
     ):
         for reused in (False, True):
-            failure = _unanswered(error, reused=reused)
+            failure = unanswered(error, reused=reused)
             assert (failure.status, failure.again, failure.blame) == (status, again, True), error
             disconnected = isinstance(error, aiohttp.ServerDisconnectedError) or type(error) is aiohttp.ClientOSError
             assert failure.stale is (disconnected and reused)
@@ -65,14 +66,14 @@ def test_what_an_exception_means() -> None:
 
 
 def test_retry_after_is_a_number_or_a_date() -> None:
-    assert _retry_after("7") == 7
-    assert _retry_after("0.5") == 0.5
-    assert _retry_after("9" * 400) == 86_400
+    assert retry_after_of("7") == 7
+    assert retry_after_of("0.5") == 0.5
+    assert retry_after_of("9" * 400) == 86_400
     soon = datetime.now(UTC) + timedelta(seconds=30)
-    assert _retry_after(format_datetime(soon, usegmt=True)) == pytest.approx(30, abs=2)
-    assert _retry_after(formatdate(0, usegmt=True)) == 0
+    assert retry_after_of(format_datetime(soon, usegmt=True)) == pytest.approx(30, abs=2)
+    assert retry_after_of(formatdate(0, usegmt=True)) == 0
     for text in (None, "", "soon", "-1", "²", "nan", "Wed, 99 Foo 2026 00:00:00 GMT"):
-        assert _retry_after(text) is None
+        assert retry_after_of(text) is None
 
 
 def test_an_expert_that_asks_for_rest_is_left_alone_whether_blamed_or_not() -> None:
@@ -91,9 +92,9 @@ def test_an_expert_that_asks_for_rest_is_left_alone_whether_blamed_or_not() -> N
 
 
 def test_what_no_request_can_bring_about_is_no_keys_doing() -> None:
-    unreachable = _unanswered(aiohttp.ConnectionTimeoutError(), reused=False)
+    unreachable = unanswered(aiohttp.ConnectionTimeoutError(), reused=False)
     assert (unreachable.code, unreachable.of_server) == ("upstream_timeout", True)
-    for failure, opens in ((unreachable, True), (_refused(401, CHAT, None), True), (_refused(403, CHAT, None), False)):
+    for failure, opens in ((unreachable, True), (refused_with(401, CHAT, None), True), (refused_with(403, CHAT, None), False)):
         standing = Standing(Expert("small", "http://127.0.0.1:1"))
         for number in range(12):
             ticket = standing.breaker.enter()
@@ -121,7 +122,7 @@ def test_who_is_tried_again_with_a_path_that_it_does_not_know_is_tried_once_more
     ticket = standing.breaker.enter()
     assert ticket is not None
     assert standing.breaker.down, "one request tries it"
-    standing.blame(_refused(404, path, None), ticket, "small")
+    standing.blame(refused_with(404, path, None), ticket, "small")
     assert standing.breaker.state == "half-open"
     assert not standing.breaker.down
     assert standing.breaker.enter() is not None
@@ -148,7 +149,7 @@ def test_a_connection_that_ended_while_it_was_idle_is_replaced_and_no_other_is()
 
 def test_a_connection_that_is_old_ends_with_its_request(monkeypatch: pytest.MonkeyPatch) -> None:
     """A name that leads to another address by now is looked up again, though requests come all the time."""
-    monkeypatch.setattr("deferral.gateway.upstream._LONGEST_KEPT_S", 0.0)
+    monkeypatch.setattr("deferral.gateway.connecting._LONGEST_KEPT_S", 0.0)
     answers, requests = asked([[whole(), b""], [whole()]], times=2)
     assert [call.attempts for call in answers if isinstance(call, Call)] == [1, 1]
     assert requests == 2, "of a connection that is kept the second request is the third"

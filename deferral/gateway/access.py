@@ -5,8 +5,8 @@ from collections.abc import Mapping
 
 from starlette.types import Scope
 
+from deferral.gateway.accounts import Refused
 from deferral.gateway.keys import ANYONE, Key, Keys
-from deferral.gateway.limits import Refused
 from deferral.gateway.problems import Problem
 from deferral.gateway.settings import Settings, is_loopback
 

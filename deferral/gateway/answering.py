@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 
 from deferral.gateway.breaker import Breaker
 from deferral.gateway.experts_file import Expert
+from deferral.gateway.failures import Failure
 from deferral.gateway.metrics import Metrics
 from deferral.gateway.problems import Problem
 from deferral.gateway.requests import Asked
 from deferral.gateway.retries import RetryBudget, backoff
 from deferral.gateway.slots import Full, Slots
-from deferral.gateway.upstream import Failure, Reply, Upstream
+from deferral.gateway.upstream import Reply, Upstream
 
 if TYPE_CHECKING:
     from deferral.gateway.tracing import Attempt, Tracing

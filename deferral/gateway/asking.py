@@ -20,10 +20,11 @@ from typing import Any, BinaryIO
 from deferral.gateway.answer_files import Question, answers_held, check_same, is_answered, line_of, up_to_date
 from deferral.gateway.cascading import ALTERNATIVES
 from deferral.gateway.experts_file import Expert
+from deferral.gateway.failures import Failure
 from deferral.gateway.problems import Problem
 from deferral.gateway.requests import parse
 from deferral.gateway.shaping import shaped
-from deferral.gateway.upstream import Failure, Reply, Upstream
+from deferral.gateway.upstream import Reply, Upstream
 from deferral.routing.confidence import confidence_of_reply
 from deferral.whole_files import claim, written_whole
 

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from deferral.gateway.accounts import Hold
 from deferral.gateway.answering import Call, Unanswered
 from deferral.gateway.choice import Choice, set_aside
 from deferral.gateway.experts_file import Expert
 from deferral.gateway.generation import Generation
-from deferral.gateway.limits import Hold
 from deferral.gateway.requests import Asked, Hints
 from deferral.gateway.rows import CascadeRow
 from deferral.gateway.shaping import shaped

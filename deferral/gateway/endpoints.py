@@ -14,8 +14,8 @@ from starlette.types import Message, Receive, Scope, Send
 
 from deferral.errors import DataError
 from deferral.gateway.access import problem_of
+from deferral.gateway.accounts import Refused
 from deferral.gateway.keys import Key
-from deferral.gateway.limits import Refused
 from deferral.gateway.metrics import CONTENT_TYPE
 from deferral.gateway.problems import Problem
 from deferral.gateway.rows import plain

@@ -10,6 +10,7 @@ from time import perf_counter
 from starlette.types import Receive, Scope, Send
 
 from deferral.gateway.access import problem_of
+from deferral.gateway.accounts import Hold, Refused
 from deferral.gateway.addressing import answered_before, check_previous, decided
 from deferral.gateway.aliases import applied
 from deferral.gateway.answering import ONCE, Call, Unanswered
@@ -17,7 +18,6 @@ from deferral.gateway.cascading import asking_first
 from deferral.gateway.choice import set_aside
 from deferral.gateway.exchange import Exchange
 from deferral.gateway.experts_file import AUTO, Expert
-from deferral.gateway.limits import Hold, Refused
 from deferral.gateway.problems import Problem
 from deferral.gateway.relaying import hand_on, refuse
 from deferral.gateway.requests import Kind, hints, parse, refuse_repeated

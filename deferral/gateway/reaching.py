@@ -9,9 +9,10 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from deferral.gateway.experts_file import Expert
+from deferral.gateway.failures import Failure
 from deferral.gateway.requests import Kind, parse
 from deferral.gateway.shaping import shaped
-from deferral.gateway.upstream import Failure, Reply, Upstream
+from deferral.gateway.upstream import Reply, Upstream
 
 __all__ = ["Reached", "reach"]
 

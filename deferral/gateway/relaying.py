@@ -4,15 +4,15 @@ import asyncio
 import logging
 from time import perf_counter
 
+from deferral.gateway.accounts import Hold
 from deferral.gateway.answering import Call, Unanswered
 from deferral.gateway.choice import Choice
 from deferral.gateway.exchange import Exchange
-from deferral.gateway.limits import Hold
+from deferral.gateway.failures import Failure
 from deferral.gateway.problems import Problem, error_body
 from deferral.gateway.requests import Asked
 from deferral.gateway.shaping import asks_for_usage
 from deferral.gateway.streams import METERS, StreamMeter, WithoutUsage, error_event
-from deferral.gateway.upstream import Failure
 from deferral.gateway.usage import Usage
 from deferral.gateway.wire import send_problem, send_whole
 

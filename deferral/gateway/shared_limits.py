@@ -10,10 +10,11 @@ from contextlib import asynccontextmanager
 
 from sqlalchemy.exc import SQLAlchemyError
 
+from deferral.gateway.accounts import Account, Hold, Refused, too_often, unreadable
 from deferral.gateway.database import shared, wait_for
 from deferral.gateway.keys import Key
 from deferral.gateway.ledger import LIFE, SILENT, Ledger
-from deferral.gateway.limits import Account, Hold, Limits, Refused, too_often, unreadable
+from deferral.gateway.limits import Limits
 from deferral.gateway.record import Record
 from deferral.gateway.settings import Settings
 from deferral.gateway.windows import Span

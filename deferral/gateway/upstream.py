@@ -5,22 +5,20 @@ import math
 import re
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import suppress
-from contextvars import ContextVar
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
-from time import monotonic, time
-from typing import Any
-from weakref import WeakKeyDictionary
+from time import monotonic
 
 import aiohttp
 from yarl import URL
 
+from deferral.gateway.connecting import connected, opened, session
 from deferral.gateway.experts_file import Expert
+from deferral.gateway.failures import Failure, check_error, is_failure, refused_with, retry_after_of, unanswered
 from deferral.gateway.masking import MaskedStream, masked
 from deferral.gateway.requests import Asked
-from deferral.gateway.usage import Usage, error_of, usage_of
+from deferral.gateway.usage import Usage, usage_of
 
-__all__ = ["FORWARDED", "Failure", "Reply", "Upstream"]
+__all__ = ["FORWARDED", "Reply", "Upstream"]
 
 # Of a request: everything else, cookies and the client's own key above all, stays here.
 FORWARDED = frozenset({b"openai-beta", b"idempotency-key", b"user-agent", b"x-request-id", b"traceparent", b"tracestate"})
@@ -36,48 +34,14 @@ _OWN = frozenset(
 _KEEP_ALIVE = 4.0
 # By aiohttp, before anybody looks at a reply.
 _DECODED = frozenset({b"identity", b"gzip", b"deflate", b"br", b"zstd"})
-_MISCONFIGURED = frozenset({401, 402, 403, 404, 405})
-_OVERLOADED = frozenset({408, 425, 429})
 # A connection that was closed while it was idle is found to be so by the first answer of the other end's machine.
 _STALE_S = 1.0
 _SAYS = re.compile(rb"(?:^|[\r\n])data:[^\r\n]*[\r\n]")
 _ANY_DATA = re.compile(rb"(?:^|[\r\n])data:")
 _HELD_BACK_S = 1.0
 _LONGEST_EVENT = 1 << 16
-_LONGEST_HEADER = 1 << 16
-# Of a connection, in seconds; whoever moves a name waits as long for the last of its traffic.
-_LONGEST_KEPT_S = 300.0
-_opened: ContextVar[bool] = ContextVar("opened")
-_connected: ContextVar[Callable[[], None]] = ContextVar("connected", default=lambda: None)
 # Of a header that came; the parser of replies is not as strict.
 _FIT = re.compile(rb"[\t -~\x80-\xff]*")
-
-
-class Failure(Exception):
-    """An attempt that gave the client nothing.
-
-    `again`: the same expert may be asked once more; `blame`: the breaker counts it; `rest`: seconds for which the expert wants
-    to be left alone; `stale`: the connection had been closed while it was idle, it seems, and a new one is due; `of_server`: no
-    request could have brought it about.  `status` and `code` are for the client, if nobody else answers, `came` is the status
-    that refused the gateway.  The message never quotes the upstream, which may repeat a key.
-    """
-
-    def __init__(
-        self,
-        status: int,
-        code: str,
-        message: str,
-        *,
-        again: bool = False,
-        blame: bool = True,
-        rest: float | None = None,
-        stale: bool = False,
-        came: int | None = None,
-        of_server: bool = False,
-    ) -> None:
-        super().__init__(message)
-        self.status, self.code, self.message, self.came = status, code, message, came
-        self.again, self.blame, self.rest, self.stale, self.of_server = again, blame, rest, stale, of_server
 
 
 @dataclass(slots=True)
@@ -132,9 +96,9 @@ class Upstream:
 
     def __init__(self, *, max_reply_bytes: int) -> None:
         self._most = max_reply_bytes
-        self._session = _session(keepalive_timeout=_KEEP_ALIVE)
+        self._session = session(keepalive_timeout=_KEEP_ALIVE)
         # Never a connection that was there before.
-        self._fresh = _session(force_close=True)
+        self._fresh = session(force_close=True)
         self._prepared: dict[tuple[str, str], _Prepared] = {}
 
     async def close(self) -> None:
@@ -158,8 +122,8 @@ class Upstream:
             prepared = self._prepared[expert.name, path] = _prepared(expert, path)
         sent = {**headers, **prepared.headers} if headers else prepared.headers
         began = monotonic()
-        _opened.set(False)
-        _connected.set(on_connected)
+        opened.set(False)
+        connected.set(on_connected)
         try:
             # aiohttp's own limit would hold for a stream as well, and go on while a client does not read.
             async with asyncio.timeout(expert.total_s):
@@ -169,8 +133,8 @@ class Upstream:
                         prepared.url, data=body, headers=sent, timeout=prepared.timeout, allow_redirects=False
                     )
                 except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
-                    reused = not _opened.get() and monotonic() - began < _STALE_S
-                    raise _unanswered(error, reused=reused) from error
+                    reused = not opened.get() and monotonic() - began < _STALE_S
+                    raise unanswered(error, reused=reused) from error
                 try:
                     reply = await self._reply(response, asked, path, prepared.secret)
                 except BaseException:
@@ -189,12 +153,12 @@ class Upstream:
             async with self._fresh.get(prepared.url, headers=prepared.headers, timeout=timeout, allow_redirects=False) as reply:
                 return reply.status, await self._whole(reply)
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
-            raise _unanswered(error, reused=False) from error
+            raise unanswered(error, reused=False) from error
 
     async def _reply(self, response: aiohttp.ClientResponse, asked: Asked, path: str, secret: bytes) -> Reply:
         status = response.status
-        if _is_failure(status):
-            raise _refused(status, path, _retry_after(response.headers.get("Retry-After")))
+        if is_failure(status):
+            raise refused_with(status, path, retry_after_of(response.headers.get("Retry-After")))
         kind = response.headers.get("Content-Type", "").lower()
         events = kind.startswith("text/event-stream")
         if status < 300 and not (kind.startswith("application/json") or (events and asked.stream)):
@@ -212,7 +176,7 @@ class Upstream:
                 first = await _beginning(response.content)
                 if not first:
                     raise Failure(502, "upstream_bad_reply", "ended its stream before the first byte", again=True)
-                _check_error(first, path)
+                check_error(first, path)
                 mask = MaskedStream(secret)
                 return Reply(status, headers, mask.part(first), unknown, response, mask)
             body = await self._whole(response)
@@ -226,7 +190,7 @@ class Upstream:
         usage = usage_of(body, asked.tokens, echoes=path == "/responses")
         if usage is None:
             raise Failure(502, "upstream_bad_reply", "answered with JSON that cannot be read")
-        _check_error(body, path)
+        check_error(body, path)
         return Reply(status, headers, body, usage)
 
     async def _whole(self, response: aiohttp.ClientResponse) -> bytes:
@@ -272,10 +236,6 @@ def _handed_on(name: bytes, value: bytes) -> bool:
     return name not in _OWN and not name.startswith(b"x-deferral-") and _FIT.fullmatch(value) is not None
 
 
-def _is_failure(status: int) -> bool:
-    return status in _MISCONFIGURED or status >= 500 or status in _OVERLOADED or 300 <= status < 400 or status < 200
-
-
 async def _beginning(content: aiohttp.StreamReader) -> bytes:
     """The first bytes of a stream, as far as its first event: what comes before it is no answer, and an error may follow.
 
@@ -291,91 +251,6 @@ async def _beginning(content: aiohttp.StreamReader) -> bytes:
                         return first if _ANY_DATA.search(first) else b""
                     first += part
     return first
-
-
-def _check_error(beginning: bytes, path: str) -> None:
-    """Failure where a reply that calls itself an answer is an error, and one that is not the client's own fault."""
-    status = error_of(beginning)
-    if status is not None and _is_failure(status):
-        raise _refused(status, path, None)
-
-
-class _Connector(aiohttp.TCPConnector):
-    """Tells whoever asks that the request has a connection, and whether it was opened for it.
-
-    A connection that is old ends with the request that it has: a name may lead to another address by now, and would never be
-    looked up again while requests come.
-    """
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self._since: WeakKeyDictionary[Any, float] = WeakKeyDictionary()
-
-    async def connect(self, *request: Any, **options: Any) -> Any:
-        connection = await super().connect(*request, **options)
-        if (protocol := connection.protocol) is not None and monotonic() - self._since[protocol] > _LONGEST_KEPT_S:
-            protocol.force_close()
-        _connected.get()()
-        return connection
-
-    async def _create_connection(self, *request: Any) -> Any:
-        _opened.set(True)
-        protocol = await super()._create_connection(*request)
-        self._since[protocol] = monotonic()
-        return protocol
-
-
-def _session(**connections: Any) -> aiohttp.ClientSession:
-    # How many requests an expert gets at a time is decided before this.
-    connector = _Connector(limit=0, ttl_dns_cache=30, **connections)
-    return aiohttp.ClientSession(
-        connector=connector, cookie_jar=aiohttp.DummyCookieJar(), max_line_size=_LONGEST_HEADER, max_field_size=_LONGEST_HEADER
-    )
-
-
-def _unanswered(error: Exception, *, reused: bool) -> Failure:
-    """Nothing of a reply has come; `reused`: the connection was there before, and it ended at once."""
-    if isinstance(error, aiohttp.ConnectionTimeoutError):
-        return Failure(504, "upstream_timeout", "could not be reached in time", of_server=True)
-    if isinstance(error, TimeoutError | asyncio.TimeoutError):
-        return Failure(504, "upstream_timeout", "did not answer in time")
-    if isinstance(error, aiohttp.ClientSSLError | aiohttp.ServerFingerprintMismatch):
-        return Failure(502, "upstream_unreachable", "has no certificate that can be trusted", of_server=True)
-    if isinstance(error, aiohttp.ClientConnectorError):
-        return Failure(502, "upstream_unreachable", "cannot be reached", again=True, of_server=True)
-    if isinstance(error, aiohttp.ServerDisconnectedError | aiohttp.ClientOSError | ConnectionError):
-        return Failure(502, "upstream_bad_reply", "closed the connection before it answered", again=True, stale=reused)
-    if "content-encoding" in str(error).lower():
-        return Failure(502, "upstream_bad_reply", "compressed its reply, though it was asked not to, in a way that is not known")
-    return Failure(502, "upstream_bad_reply", "answered something that is no HTTP")
-
-
-def _refused(status: int, path: str, retry_after: float | None) -> Failure:
-    if path == "/responses" and status in (404, 405):
-        return Failure(404, "not_found", f"has no /responses, or not what the request names (status {status})", blame=False)
-    if status in _MISCONFIGURED:
-        message = f"refused the gateway with status {status}; its key, model or address is wrong"
-        # Many servers chat, and know no other path: whoever asks them for one must not take them from those who chat.
-        unknown_path = status in (404, 405) and path != "/chat/completions"
-        return Failure(502, "upstream_misconfigured", message, blame=not unknown_path, came=status, of_server=status == 401)
-    if status == 429:
-        rest = 1.0 if retry_after is None else retry_after
-        return Failure(429, "upstream_rate_limited", "asks for fewer requests", blame=False, rest=rest)
-    if status >= 500 or status in _OVERLOADED:
-        return Failure(502, "upstream_error", f"failed with status {status}", again=not retry_after, rest=retry_after)
-    return Failure(502, "upstream_bad_reply", f"answered with status {status}")
-
-
-def _retry_after(text: str | None) -> float | None:
-    """Seconds of a Retry-After header: a number, or a date."""
-    if not text:
-        return None
-    try:
-        if text.replace(".", "", 1).isdigit():
-            return min(float(text), 86_400.0)
-        return max(parsedate_to_datetime(text).timestamp() - time(), 0.0)
-    except (ValueError, OverflowError):
-        return None
 
 
 def _shown(kind: str) -> str:

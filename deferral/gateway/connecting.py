@@ -1,0 +1,52 @@
+"""Connections to experts: who waits is told of them, and none is kept for ever."""
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from time import monotonic
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import aiohttp
+
+__all__ = ["connected", "opened", "session"]
+
+_LONGEST_HEADER = 1 << 16
+# Of a connection, in seconds; whoever moves a name waits as long for the last of its traffic.
+_LONGEST_KEPT_S = 300.0
+# Of the request that asks: whether a connection was opened for it, and whom to tell that it has one.
+opened: ContextVar[bool] = ContextVar("opened")
+connected: ContextVar[Callable[[], None]] = ContextVar("connected", default=lambda: None)
+
+
+def session(**connections: Any) -> aiohttp.ClientSession:
+    """For the life of an app, to be made in its event loop."""
+    # How many requests an expert gets at a time is decided before this.
+    connector = _Connector(limit=0, ttl_dns_cache=30, **connections)
+    return aiohttp.ClientSession(
+        connector=connector, cookie_jar=aiohttp.DummyCookieJar(), max_line_size=_LONGEST_HEADER, max_field_size=_LONGEST_HEADER
+    )
+
+
+class _Connector(aiohttp.TCPConnector):
+    """Tells whoever asks that the request has a connection, and whether it was opened for it.
+
+    A connection that is old ends with the request that it has: a name may lead to another address by now, and would never be
+    looked up again while requests come.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._since: WeakKeyDictionary[Any, float] = WeakKeyDictionary()
+
+    async def connect(self, *request: Any, **options: Any) -> Any:
+        connection = await super().connect(*request, **options)
+        if (protocol := connection.protocol) is not None and monotonic() - self._since[protocol] > _LONGEST_KEPT_S:
+            protocol.force_close()
+        connected.get()()
+        return connection
+
+    async def _create_connection(self, *request: Any) -> Any:
+        opened.set(True)
+        protocol = await super()._create_connection(*request)
+        self._since[protocol] = monotonic()
+        return protocol
