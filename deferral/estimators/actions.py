@@ -45,7 +45,7 @@ class Abstaining(TwoStage):
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
         """1 - the mean cost of the actions taken: an error (squared and standardised in regression), or `cost`.
 
-        Compare settings of the predictor by it, not values of `cost`.
+        Compare settings of the predictor by it, not values of `cost`; `scoring="accuracy"` would count abstentions as errors.
         """
         own, expected = self._judge(X)
         targets = self._read_targets(y)

@@ -34,7 +34,7 @@ _OTHERWISE = {
 
 
 class Criterion(nn.Module):
-    """Mean of a per-example loss over the rows that are not ignored, with its options fixed.
+    """Mean of a per-example loss over the rows that are not ignored, NaN where all are, with its options fixed.
 
     `Criterion(score_based_abstention, cost=0.05)(scores, targets)`.  With `validate=True` the values are read at every call:
     NaN scores, labels outside 0..K-1, costs outside [0, ceiling], fractions where an expert is right or wrong, and masked own
