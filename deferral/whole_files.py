@@ -23,7 +23,10 @@ def written_whole(path: Path, *, private: bool = False) -> Iterator[Path]:
     A link leads where it led.  A file that is replaced can be read by those who could read it; a new one, where it is `private`,
     by its owner alone.
     """
-    path = path.resolve()
+    try:
+        path = path.resolve()
+    except (RuntimeError, OSError) as error:
+        raise DataError(f"{path}: a link that leads nowhere, {error}") from None
     partial = path.with_name(PARTIAL.format(path.name, os.getpid(), secrets.token_hex(4)))
     mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else None
     os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600 if private or mode is not None else 0o666))

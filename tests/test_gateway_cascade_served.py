@@ -22,6 +22,7 @@ import uvicorn
 
 from deferral.cli import main
 from deferral.errors import DataError
+from deferral.gateway import cascade_answers
 from deferral.gateway.cascade_answers import answers_on_record
 from deferral.gateway.database import connect
 from deferral.gateway.experts_file import Expert
@@ -72,13 +73,13 @@ def test_the_record_keeps_both_prices_and_no_text_is_needed_to_learn_from_it(dat
     engine = connect(database)
     left_out: Counter[str] = Counter()
     answers = answers_on_record(engine, ["small", "large"], "small", left_out)
-    assert answers.mask.tolist() == [[True, False], [False, True], [True, False], [False, False]]
-    np.testing.assert_allclose(answers.price, [[1e-4, 1e-3]] * 4)
+    assert answers.mask.tolist() == [[True, False], [False, True], [True, False], [False, False], [False, False]]
+    np.testing.assert_allclose(answers.price, [[1e-4, 1e-3]] * 5)
     # Two of the small expert's three answers are judged, and of the two draws of the large one, of which one failed, one.
-    np.testing.assert_allclose(answers.propensity, [[0.6, 1], [1, 0.05], [0.6, 1], [1, 1]])
-    np.testing.assert_allclose(answers.estimate, [[0.5, 0.9]] * 4)
+    np.testing.assert_allclose(answers.propensity, [[0.6, 1], [1, 0.05], [0.6, 1], [1, 1], [1, 1]])
+    np.testing.assert_allclose(answers.estimate, [[0.5, 0.9]] * 5)
     np.testing.assert_allclose(answers.confidence[0], features([confidence_of([-0.5, -0.1])])[0])  # type: ignore[list-item]
-    assert sum(left_out.values()) == 3
+    assert left_out == dict.fromkeys((cascade_answers.CERTAIN, cascade_answers.IN_VAIN, cascade_answers.NO_QUALITY), 1)
     left_out.clear()
     outcomes = [one.outcome for one in logged(engine, left_out)]
     assert [outcome.price for outcome in outcomes] == pytest.approx([1e-4, 1e-3, 1e-4])

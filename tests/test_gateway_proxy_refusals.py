@@ -211,6 +211,7 @@ def test_what_says_two_things_is_refused(running: Any) -> None:
         (length + b"authorization: Bearer another\r\n", body, b" 400 "),
         (b"transfer-encoding: chunked\r\n", chunk, b" 200 "),
         (b"transfer-encoding: gzip, chunked\r\n", chunk, b" 501 "),
+        (b"transfer-encoding: gzip\r\ntransfer-encoding: chunked\r\n", chunk, b" 400 "),
     ):
         with socket.create_connection(("127.0.0.1", running.gateway.port), timeout=10) as client:
             client.sendall(head + more + b"\r\n" + sent)

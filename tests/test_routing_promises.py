@@ -180,16 +180,16 @@ def test_propensities_are_those_of_the_decisions_that_are_replayed() -> None:
 
 
 def test_decisions_between_which_the_router_changed_are_single_ones_by_their_times() -> None:
-    """Of every query one decision of either router: they add up to 1.9, as if both experts had been asked at once."""
-    for apart, alone in ((86_400.0, True), (5.0, False), (np.nan, False)):
-        log = Log()
+    """Of most queries one decision of either router: they add up to 1.9, as if both experts had been asked at once."""
+    for apart, twice, alone in ((86_400.0, 10, True), (86_400.0, 0, False), (5.0, 2, False), (np.nan, 2, False)):
+        log = Log(Outcome(f"to one {number // 2}", "a", 1.0, 0.0, propensity=0.95) for number in range(2 * twice))
         for number in range(60):
             for place, name in enumerate(("a", "b")):
                 log.append(Outcome(f"q{number}", name, 1.0 - place, 0.0, propensity=0.95, time=1000.0 + number + place * apart))
         table = log.table()
-        assert (table.again is not None and bool(table.again.all())) == alone
+        assert (table.again is not None) == (apart > 60)
         if alone:
-            nothing, always = np.zeros((60, 2)), np.tile([1.0, 0.0], (60, 1))
+            nothing, always = np.zeros((len(log.queries), 2)), np.tile([1.0, 0.0], (len(log.queries), 1))
             worth = replay(events_of(log, ["a", "b"]), always, 1.0, quality=nothing, price=nothing)
             assert worth.quality["self-normalised"].estimate == pytest.approx(1.0)
         else:

@@ -20,7 +20,7 @@ from deferral.curves import (
     risk_coverage_curve,
     system_aurc,
 )
-from deferral.decision import decide, deferral_margin, margin_levels, oracle
+from deferral.decision import decide, margin_levels, oracle
 from deferral.errors import DataError
 from deferral.evaluation.baselines import baselines
 from deferral.evaluation.belonging import check_files, rows_of
@@ -182,6 +182,17 @@ def _costs(output: Outputs, prices: list[float], abstain_cost: float | None) -> 
     return costs
 
 
+def _doubt(scores: Tensor) -> Tensor:
+    """The best expert's score less the own one: who answered a row says nothing of how sure the model is there.  (N, A) -> (N,)
+
+    Where no expert has a score, the median of the others' best stands for it.
+    """
+    best = scores[:, 1:].amax(-1)
+    scored = best.isfinite()
+    stand_in = best[scored].median() if bool(scored.any()) else best.new_zeros(())
+    return best.where(scored, stand_in) - scores[:, 0]
+
+
 def _judged_curves(
     scores: Tensor, system: System
 ) -> tuple[dict[str, Interval], tuple[Curve, Tensor, Tensor], tuple[Tensor, Tensor] | None]:
@@ -189,9 +200,7 @@ def _judged_curves(
     deferring = scores.shape[-1] > 1
     if deferring:
         margin, own, asked = own_and_asked(scores, system.costs, mask=system.mask, num_own=1)
-        # Who answered a row says nothing of how sure the model is there.
-        doubt = deferral_margin(scores.double(), num_own=1)
-        doubt = -scores[:, 0] if bool(doubt.isneginf().any()) else doubt
+        doubt = _doubt(scores.double())
     else:
         margin = doubt = -scores[:, 0]
         own = asked = system.costs[:, 0]

@@ -8,6 +8,7 @@ from starlette.types import Scope
 from deferral.gateway.accounts import Refused
 from deferral.gateway.keys import ANYONE, Key, Keys
 from deferral.gateway.problems import Problem
+from deferral.gateway.requests import refuse_repeated
 from deferral.gateway.settings import Settings, is_loopback
 
 __all__ = ["Access", "must_have_key", "no_key", "problem_of"]
@@ -40,7 +41,9 @@ class Access:
         return self._open
 
     def client(self, scope: Scope, headers: Mapping[bytes, bytes]) -> Key:
-        """Problem 401 without a valid key, 403 with a key for the admin endpoints."""
+        """Problem 401 without a valid key, 403 with a key for the admin endpoints, 400 with headers that say two things."""
+        if len(headers) < len(scope["headers"]):
+            refuse_repeated(scope["headers"])
         peer = scope.get("client")
         # An app that is served otherwise may be bound to more than its settings say.
         if self.open and (peer is None or is_loopback(peer[0])):

@@ -19,9 +19,10 @@ __all__ = ["answers_on_record"]
 _PAGE = 500
 
 # In the order in which a row is looked at.
-NO_ANSWER = "there was no whole answer, or not by whom it was to be"
+NO_ANSWER = "there was no whole answer"
 CERTAIN = "it was kept or deferred with certainty: nothing can be said of the other (explore was 0)"
 OTHERS = "not every expert of the router might have been asked"
+IN_VAIN = "there was no whole answer by whom it was to be"
 NO_QUALITY = "nobody said how good the answer was"
 
 
@@ -29,9 +30,9 @@ def answers_on_record(engine: Engine, experts: Sequence[str], first: str, left_o
     """First answers that were kept or not by a draw, and the quality of what was given.
 
     What was expected of every expert is what the router said before the answer.  `left_out` counts the rows that nothing can be
-    learned from, by reason.  Those that lack an opinion alone are rows nevertheless, with nothing known, and the propensity of
-    the others includes the share of the expert's draws that are answered and judged: who is judged more often, or fails less
-    often, must not count for more.
+    learned from, by reason.  Those that lack an answer, or an opinion on it, alone are rows nevertheless, with nothing known, and
+    the propensity of the others includes the share of the expert's draws that are answered and judged: who is judged more often,
+    or fails less often, must not count for more.
     DataError where nothing is known.
     """
     place = list(experts).index(first)
@@ -56,12 +57,10 @@ def answers_on_record(engine: Engine, experts: Sequence[str], first: str, left_o
             expected = json.loads(row.expected)
             if reason := _why_not(row, expected, experts, row.id in said):
                 left_out[reason] += 1
-            if reason in ("", NO_QUALITY):
-                found.append(_known(row, expected, experts, place, said.get(row.id)))
+            if reason in ("", NO_QUALITY, IN_VAIN):
+                found.append(_known(row, expected, experts, place, said.get(row.id) if not reason else None, reason != IN_VAIN))
                 drawn.append(row.draw)
-                given[row.expert].append(row.id in said)
-            elif reason == NO_ANSWER and row.chosen in given and in_vain(row, row):
-                given[row.chosen].append(False)
+                given[row.chosen].append(not reason)
         if len(page) < _PAGE:
             break
         last = page[-1].id
@@ -80,22 +79,28 @@ def answers_on_record(engine: Engine, experts: Sequence[str], first: str, left_o
 
 
 def _why_not(row: Row, expected: dict, experts: Sequence[str], judged: bool) -> str:
-    if row.outcome != "ok" or row.expert != row.chosen or row.confidence is None:
+    whole = row.outcome == "ok" and row.expert == row.chosen
+    # Without log-probabilities the router drew, and not the cascade.
+    if row.confidence is None or not (whole or in_vain(row, row)):
         return NO_ANSWER
     if row.propensity is None or not 0 < row.propensity < 1:
         return CERTAIN
     if set(expected) != set(experts) or any(None in numbers for numbers in expected.values()):
         return OTHERS
+    if not whole:
+        return IN_VAIN
     return "" if judged else NO_QUALITY
 
 
-def _known(row: Row, expected: dict, experts: Sequence[str], place: int, quality: float | None) -> tuple:
+def _known(row: Row, expected: dict, experts: Sequence[str], place: int, quality: float | None, whole: bool) -> tuple:
     """A row of each array of `Answered`; `quality` is None where nobody said."""
-    given, judged = list(experts).index(row.expert), quality is not None
+    given, judged = list(experts).index(row.chosen), quality is not None
     estimate = [min(max(expected[name][0], 0.0), 1.0) for name in experts]
     prices = [expected[name][1] for name in experts]
     paid, good, mask, propensity = list(prices), [0.0] * len(experts), [False] * len(experts), [1.0] * len(experts)
-    paid[given], good[given], mask[given], propensity[given] = row.price - row.extra, quality or 0.0, judged, row.propensity
+    good[given], mask[given], propensity[given] = quality or 0.0, judged, row.propensity
+    if whole:
+        paid[given] = row.price - row.extra
     if given != place:
         paid[place] = row.extra
     return confidence_in(row), estimate, prices, good, paid, mask, propensity

@@ -20,7 +20,7 @@ from deferral.gateway.exchange import Exchange
 from deferral.gateway.experts_file import AUTO, Expert
 from deferral.gateway.problems import Problem
 from deferral.gateway.relaying import hand_on, refuse
-from deferral.gateway.requests import Kind, hints, parse, refuse_repeated
+from deferral.gateway.requests import Kind, hints, parse
 from deferral.gateway.shaping import forwarded, sent_to
 from deferral.gateway.state import Gateway
 from deferral.gateway.usage import Usage
@@ -63,8 +63,6 @@ class Proxy:
         timer: asyncio.TimerHandle | None = None
         try:
             try:
-                if len(headers) < len(scope["headers"]):
-                    refuse_repeated(scope["headers"])
                 exchange.key = gateway.access.client(scope, headers)
                 await gateway.limits.admitted(exchange.key)
                 body = await read_body(exchange.receive, headers, gateway.settings.max_request_bytes)

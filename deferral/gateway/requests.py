@@ -87,6 +87,7 @@ _HINTS = {
 }
 _REGIONS, _CONVERSATION = b"x-deferral-regions", b"x-deferral-conversation"
 _KNOWN = frozenset((*_HINTS, _REGIONS, _CONVERSATION))
+_ONCE = frozenset({b"authorization", b"transfer-encoding", b"content-encoding"})
 
 
 def parse(kind: Kind, body: bytes, routed: Collection[str] = AUTO) -> Asked:
@@ -170,10 +171,10 @@ def _quoted(model: str) -> bytes:
 
 
 def refuse_repeated(headers: Iterable[tuple[bytes, bytes]]) -> None:
-    """Problem 400 where a hint, or a key, is there twice: one of them would hold, and nobody has said which."""
+    """Problem 400 where a hint, a key or a coding is there twice: one of them would hold, and nobody has said which."""
     seen: set[bytes] = set()
     for name, _ in headers:
-        if name in seen and (name.startswith(b"x-deferral-") or name == b"authorization"):
+        if name in seen and (name in _ONCE or name.startswith(b"x-deferral-")):
             shown = name[:60].decode("ascii", "replace")
             raise Problem(400, "repeated_header", f"{shown}: expected it once, got it twice", param=shown)
         seen.add(name)

@@ -151,6 +151,7 @@ class _Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """What is under way ends by itself, within the time of the experts as they are now."""
         self.config.timeout_graceful_shutdown = _longest(self._state.current.experts.values())
+        self._state.ends()
         await super().shutdown(sockets)
 
 

@@ -125,6 +125,10 @@ class Gateway:
         if self.worker_metrics is not None:
             self._following.append(asyncio.create_task(self.worker_metrics.follow()))
 
+    def ends(self) -> None:
+        """No deletion goes on; what else is under way does."""
+        self._ends.set()
+
     async def stop(self) -> None:
         """Everything is written before this returns."""
         for task in self._following:
@@ -135,7 +139,7 @@ class Gateway:
         self.current.decider.close()
         if self.shadow is not None:
             await asyncio.to_thread(self.shadow.close)
-        self._ends.set()
+        self.ends()
         for pool in (self._queries, self._deletions):
             pool.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(self.alarms.close)

@@ -86,6 +86,8 @@ def what_if(engine: Engine, *, since: float, until: float, present: float) -> Wh
         # An answer that was kept by its log-probabilities, with certainty, says nothing of those that were not.
         .where(or_(through.decision.is_(None), through.ending.not_in(("kept", "deferred")), d.propensity < 1))
         .where(d.time >= since, d.time < until, d.requested == "auto", d.propensity > 0, d.price_of_error > 0)
+        # What a client did wrong is neither an answer nor a failure, and there may be thousands of it.
+        .where(or_(d.outcome == "ok", d.expert != d.chosen, d.outcome.in_(("truncated", "cancelled"))), d.outcome != "refused")
         .order_by(d.time.desc())
         .limit(_ROWS)
     )

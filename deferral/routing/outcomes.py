@@ -168,7 +168,7 @@ class Log:
             mean(latency).astype(np.float32),
             # The harmonic mean, since outcomes weigh by the inverse.
             (1 / mean(1 / np.maximum(propensity, 1e-6))).astype(np.float32),
-            count.reshape(shape).astype(np.int32) if count.max() > 1 or again.any() else None,
+            count.reshape(shape).astype(np.int32) if count.max() > 1 else None,
             again if again.any() else None,
         )
         answered = mask.any(1)

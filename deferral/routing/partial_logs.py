@@ -21,9 +21,9 @@ def observed(table: Table) -> np.ndarray:
     """The weight of every cell: 1 if the table is full, else the inverse of its propensity, 0 where nothing is known.  (N, E)
 
     Queries that every expert answered, as often as the others, were asked of all with certainty, unless propensities say
-    otherwise.  Elsewhere, once some query was asked again, every outcome is one decision: of the k about a query, an expert that
-    was asked n times has the weight n / (k * propensity), which is 1 on average however often a query comes.  A log whose experts
-    are `asked_together` is no such log, and a line that stands in it twice counts once.
+    otherwise.  Elsewhere, once some expert was asked the same query twice, every outcome is one decision: of the k about a query,
+    an expert that was asked n times has the weight n / (k * propensity), which is 1 on average however often a query comes.  A
+    log whose experts are `asked_together` is no such log, and a line that stands in it twice counts once.
 
     Where no propensity is logged, the assumption is that who was asked did not depend on the query, and the propensity is the
     expert's share of such queries.  Weights are divided by their mean over the known cells.
@@ -50,14 +50,18 @@ def asked_together(asked: np.ndarray, propensity: np.ndarray, again: np.ndarray 
     """Whether the experts of a query were asked at once, each with its own chance, and not one after the other.  (N, E), (N, E)
 
     One decision has propensities that add up to 1.  Experts of whom none was asked twice, and whose propensities add up to more,
-    were asked at once; queries that come again to one expert, or by their times (`again`, (N,) bool), were decided again.  What
-    more queries say holds for the log, if it is one in twenty at least; those without all their propensities say nothing, nor
-    those that everyone was asked with certainty.
+    were asked at once; queries that come again to one expert were decided again, and, where of those with several outcomes one
+    in twenty does, those that came again by their times (`again`, (N,) bool), too: the router changed between them.  What more
+    queries say holds for the log, if it is one in twenty at least; those without all their propensities say nothing, nor those
+    that everyone was asked with certainty.
     """
     logged = ((asked == 0) | ~np.isnan(propensity)).all(1)
     everyone = (asked > 0).all(1) & (asked == asked[:, :1]).all(1) & (propensity >= 1).all(1)
     telling = logged & ~everyone
-    twice = (asked > 1).any(1) if again is None else (asked > 1).any(1) | again
+    twice = (asked > 1).any(1)
+    if again is not None and 20 * (telling & twice).sum() >= (telling & (asked.sum(1) > 1)).sum():
+        # Experts that were asked one after the other, each with a chance of its own, never come twice.
+        twice = twice | again
     chance = np.where(asked > 0, propensity, 0.0).sum(1)
     together = int((telling & ~twice & (chance > 1 + _ROUNDING)).sum())
     return together > max(int((telling & twice).sum()), telling.sum() / 20)

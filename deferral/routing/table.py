@@ -28,7 +28,7 @@ class Table:
     mask: np.ndarray  # (N, E) bool, True = observed
     latency: np.ndarray  # (N, E) float32, seconds, NaN where not known
     propensity: np.ndarray  # (N, E) float32
-    asked: np.ndarray | None = None  # (N, E) how often, where some query was asked again
+    asked: np.ndarray | None = None  # (N, E) how often, where some expert was asked the same more than once
     again: np.ndarray | None = None  # (N,) bool, which by their times were decided again: see `decided_again`
 
     @property
@@ -60,8 +60,8 @@ def decided_again(query: np.ndarray, time: np.ndarray, propensity: np.ndarray, c
     known = ~np.isnan(time)
     np.minimum.at(first, query[known], time[known])
     np.maximum.at(last, query[known], time[known])
-    drawn[query[propensity < 1]] = True
-    drawn[query[np.isnan(propensity)]] = False
+    drawn[query] = True
+    drawn[query[~(propensity < 1)]] = False
     return drawn & (last - first > _AT_ONCE_S)
 
 
