@@ -3,6 +3,7 @@
 import ast
 import importlib
 import sys
+from difflib import get_close_matches
 from pathlib import Path
 
 NAMES = sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py"))
@@ -22,13 +23,20 @@ def about(name: str) -> str:
 
 def main() -> None:
     """Hand over to the named script's `main`."""
-    name = sys.argv[1].replace("-", "_") if len(sys.argv) > 1 else ""
-    if name in ("__help", "_h"):
+    said = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    name = said.replace("-", "_")
+    if said in ("--help", "-h"):
         print(usage())
         return
     if name not in NAMES:
-        sys.exit(usage())
-    importlib.import_module(f"benchmarks.{name}").main(sys.argv[2:])
+        near = [f"did you mean {one.replace('_', '-')}?" for one in get_close_matches(name, NAMES, 1)]
+        print(f"Error: there is no benchmark {said!r}; {near[0] if near else 'python -m benchmarks lists them'}", file=sys.stderr)
+        sys.exit(2)
+    try:
+        script = importlib.import_module(f"benchmarks.{name}")
+    except ImportError as error:
+        sys.exit(f"Error: {error}")
+    script.main(["--help" if word == "-h" else word for word in sys.argv[2:]])
 
 
 main()

@@ -162,8 +162,12 @@ def page(results: Results) -> str:
         raise DataError(f"{results.folder}: expected cells, found none; name the folder that was the --out of a script")
     overview = []
     for table, (name, known, as_published) in OVERVIEW.items():
+        shown = next(section.entries for section in SECTIONS if section.table == table)
         counts = Counter(record["cell"]["preset"] for record in records[table])
-        presets = ", ".join(f"`{preset}` ({count} cells)" for preset, count in counts.most_common())
+        presets = ", ".join(
+            f"`{preset}` ({count} cells{'' if preset in shown else ', not shown: it proves nothing'})"
+            for preset, count in counts.most_common()
+        )
         overview.append(f"| {name} | {known} | {presets or 'not run'} | {as_published} |")
     folder = "benchmarks/results" if results.folder == RESULTS else results.folder
     introduction = INTRODUCTION.format(folder=folder, overview="\n".join(overview), resamples=f"{RESAMPLES:,}")
@@ -220,7 +224,8 @@ def _section(section: Section, records: Sequence[Record]) -> list[str]:
     lines = [f"## {section.title}", "", "```text", section.about.strip(), "```", ""]
     left_out = Counter("`{preset}` on {data}".format(**record["cell"]) for record in records if not section.shows(record))
     if left_out:
-        lines += [f"Left out here: {'; '.join(f'{count} cells of {what}' for what, count in left_out.items())}.", ""]
+        what = "; ".join(f"{count} cells of {what}" for what, count in left_out.items())
+        lines += [f"Left out here, since this page has no place for them: {what}.", ""]
     records = [record for record in records if section.shows(record)]
     for preset, entries in section.entries.items():
         mine = [record for record in records if record["cell"]["preset"] == preset]

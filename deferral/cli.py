@@ -54,6 +54,7 @@ class _Commands(click.Group):
 
 # A seed is also multiplied by a thousand, and torch's generators end at 64 bits.
 _SEED = click.IntRange(0, 2**32 - 1)
+_OF_A_CLONE = ("benchmarks/__main__.py", "deferral/__init__.py")
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -119,6 +120,8 @@ def demo(
     from deferral.evaluation.report import save, show
 
     target = _device(device)
+    if root is not None and not root.is_dir():
+        raise click.UsageError(f"--root: there is no folder {root}")
     if data == "cifar10" and root is None:
         raise click.UsageError("--data cifar10 needs --root, the folder that holds cifar-10-batches-py (or DEFERRAL_DATA)")
     if data == "cifar10" and useless_expert:
@@ -174,7 +177,7 @@ def demo_gateway(count: int, seed: int, out: Path | None, stay: bool, port: int)
 @commands.command()
 @click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--price", "prices", multiple=True, metavar="NAME=COST", help="What asking the expert NAME costs, in errors.")
-@click.option("--abstain-cost", type=float, help="What abstaining costs, in errors.")
+@click.option("--abstain-cost", type=float, help="What abstaining costs, in errors; needed where rows may abstain, in all files.")
 @click.option(
     "--calibrate",
     type=click.FloatRange(0, 1, max_open=True),
@@ -243,11 +246,13 @@ def bench(arguments: tuple[str, ...]) -> None:
 
     Without a name it lists them; `deferral bench NAME --help` has the options of one.
     """
-    checkout = Path(deferral.__file__).parent.parent
-    if not (checkout / "benchmarks" / "__main__.py").is_file():
+    # An installed package has none beside it; the caller may stand in a clone.
+    folders = Path(deferral.__file__).parent.parent, Path.cwd()
+    checkout = next((one for one in folders if all((one / path).is_file() for path in _OF_A_CLONE)), None)
+    if checkout is None:
         raise click.UsageError(
-            "the benchmarks are scripts of the repository and not part of the installed package; clone it, and run "
-            "`python -m benchmarks NAME` there"
+            "the benchmarks are scripts of the repository and not part of the installed package; clone it, and run the same "
+            "command there"
         )
     # The caller's folder stays the working one: paths in the arguments are relative to it.
     path = os.pathsep.join([str(checkout), *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -44,7 +44,7 @@ def test_a_file_that_is_no_cell_or_another_cell_is_told(tmp_path: Path) -> None:
     whole = results.path(CELL).read_text()
     for damaged in ("", '{"cell":', "[]", whole.replace('"parts"', '"figures"'), whole.replace('"seed"', '"s"')):
         results.path(CELL).write_text(damaged)
-        with pytest.raises(DataError, match=r"seed3\.json: expected the JSON of a finished cell .*; delete it to run it again"):
+        with pytest.raises(DataError, match=r"seed3\.json: no finished cell; run the experiment again, which replaces it"):
             results.read_all("abstention")
         # A run makes it anew.
         assert not results.finished(CELL)

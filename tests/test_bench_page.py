@@ -76,7 +76,8 @@ def test_cells_that_have_no_place_on_the_page_are_named(tmp_path: Path) -> None:
         for data, preset in (("cifar10", "laptop"), ("svhn", "laptop"), ("cifar10", "tiny"))
     )
     page = report.page(written(tmp_path, shown, *others))
-    assert "Left out here: 1 cells of `laptop` on svhn; 1 cells of `tiny` on cifar10." in page
+    left_out = "1 cells of `laptop` on svhn; 1 cells of `tiny` on cifar10"
+    assert f"Left out here, since this page has no place for them: {left_out}." in page
     assert "Left out" not in report.page(Results(RESULTS))
     # Every preset of a script but those of tests and of choices.
     for section in report.SECTIONS[:3]:

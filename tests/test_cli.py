@@ -87,8 +87,11 @@ def test_stopped_it_promises_a_checkpoint_only_where_there_may_be_one(
 
 def test_bench_runs_the_scripts_of_the_checkout_from_any_folder(tmp_path: Path) -> None:
     listed = deferral("bench")
-    assert listed.returncode == 1
-    assert "predictor-rejector" in listed.stderr
+    assert listed.returncode == 0
+    assert "predictor-rejector" in listed.stdout
+    wrong = deferral("bench", "predictor-rejecter")
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert "did you mean predictor-rejector?" in wrong.stderr
     elsewhere = subprocess.run(
         [sys.executable, "-m", "deferral.cli", "bench", "record", "--help"], capture_output=True, text=True, cwd=tmp_path
     )
@@ -101,6 +104,13 @@ def test_bench_outside_of_a_checkout_says_where_the_scripts_are(tmp_path: Path) 
     done = subprocess.run([sys.executable, "-m", "deferral.cli", "bench", "losses"], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2
     assert "clone it" in done.stderr
+    # Of an installed package in a clone, the clone is meant.
+    (tmp_path / "clone" / "benchmarks").mkdir(parents=True)
+    (tmp_path / "clone" / "benchmarks" / "__main__.py").write_text("print('the clone runs')")
+    (tmp_path / "clone" / "deferral").symlink_to(tmp_path / "deferral")
+    code = "import sys; sys.path[0] = '..'; from deferral.cli import main; main(['bench', 'losses'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path / "clone")
+    assert (done.returncode, done.stdout) == (0, "the clone runs\n"), done.stderr
 
 
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -92,13 +92,19 @@ class Results:
 
         DataError for a file that is not whole, or lies where another cell belongs.
         """
-        records = []
+        records, unreadable = [], []
         for path in sorted((self.folder / table).glob("*/*.json")):
-            record = _read(path)
+            try:
+                record = _read(path)
+            except DataError:
+                unreadable.append(str(path))
+                continue
             cell = Cell(**record["cell"])
             if self.path(cell) != path:
                 raise DataError(f"{path}: expected the figures of the cell that it is named after, found those of {cell}")
             records.append(record)
+        if unreadable:
+            raise DataError(f"{', '.join(unreadable)}: no finished cell; run the experiment again, which replaces it")
         return records
 
     def samples(self, cell: Cell) -> dict[str, np.ndarray]:
@@ -132,7 +138,7 @@ def _read(path: Path) -> dict[str, Any]:
         if not [part["cost"] for part in record["parts"]]:
             raise ValueError("it has no figures")
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: expected the JSON of a finished cell ({error!r}); delete it to run it again") from error
+        raise DataError(f"{path}: no finished cell; run the experiment again, which replaces it") from error
     return record
 
 

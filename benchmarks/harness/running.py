@@ -36,6 +36,13 @@ __all__ = [
 
 RESULTS = Path(__file__).parent.parent / "results"
 _PATIENCE = 0.2  # seconds between two looks at a lock
+_FOR = {
+    "laptop": "two CPU cores",
+    "fast": "a small network on a GPU",
+    "paper": "networks and schedules as published, on a GPU",
+    "tiny": "for tests, proves nothing",
+    "inner": "settings were chosen on it",
+}
 
 
 class Busy(Exception):
@@ -246,7 +253,8 @@ def options(
             about = "A torch device: cpu, cuda, cuda:1; with torchrun cpu or cuda."
             shared.append(click.option("--device", default="cpu", show_default=True, help=about))
         names = click.Choice(presets)
-        shared.append(click.option("--preset", "preset_name", type=names, default=presets[0], show_default=True))
+        about = "; ".join(f"{name}: {_FOR[name]}" for name in presets if name in _FOR) + "."
+        shared.append(click.option("--preset", "preset_name", type=names, default=presets[0], show_default=True, help=about))
         for option in reversed(shared):
             function = option(function)
         return function

@@ -42,13 +42,15 @@ def check_files(
     if strange := sorted(set(prices) - set(first.experts)):
         raise DataError(f"price of {strange[0]!r}: there is no such expert; the file has {', '.join(first.experts) or 'none'}")
     if any(not 0 <= price < float("inf") for price in prices.values()):
-        raise DataError(f"prices: expected numbers >= 0, got {dict(prices)}")
+        raise DataError(f"prices (--price): expected numbers >= 0, got {dict(prices)}")
     if abstain_cost is not None and not first.abstains:
         raise DataError(
             f"the cost of abstaining, {abstain_cost:g}, fits no file: {paths[0]} has no score_abstain and no row abstains"
         )
     if first.abstains and (abstain_cost is None or not 0 <= abstain_cost < float("inf")):
-        raise DataError(f"the file abstains: expected the cost of abstaining, a number >= 0, got {abstain_cost}")
+        raise DataError(
+            f"{paths[0]} abstains: expected the cost of abstaining (--abstain-cost), a number >= 0, got {abstain_cost}"
+        )
     if not 0 <= calibration_share < 1:
         raise DataError(f"calibration share: expected a number in [0, 1), got {calibration_share}")
     if calibration_share and rows_of(calibration_share, len(first.targets)) < 1:

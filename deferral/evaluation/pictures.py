@@ -70,10 +70,11 @@ def draw_evaluation(evaluation: "Evaluation", folder: Path) -> list[Path]:
         paths.append(_save(figure, folder, comparison, "risk-coverage"))
     figure, axes = new_figure(height=1.5 + 0.35 * len(comparison.methods))
     costs = {_plain(name): figures.cost for name, figures in comparison.figures.items()}
-    methods_side_by_side(axes, costs, "cost per row", reference=costs[_plain(comparison.reference)].estimate)
+    label = f"cost per row; the line is {_plain(comparison.reference)}"
+    methods_side_by_side(axes, costs, label, reference=costs[_plain(comparison.reference)].estimate)
     paths.append(_save(figure, folder, comparison, "methods"))
     if comparison.experts:
-        figure, axes = new_figure(height=1.5 + 0.35 * len(comparison.experts))
+        figure, axes = new_figure(width=2.5 + 0.9 * len(comparison.experts))
         loads = comparison.figures[comparison.reference].loads
         expert_load(axes, dict(zip(map(_plain, comparison.experts), loads, strict=True)))
         paths.append(_save(figure, folder, comparison, "load"))

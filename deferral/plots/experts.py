@@ -77,8 +77,8 @@ def reliability(
                 fontsize="xx-small",
                 color=look["color"],
             )
-    axes.set_xlabel("predicted probability that the expert is right")
-    axes.set_ylabel("share of rows on which the expert is right")
+    axes.set_xlabel("predicted probability of a right answer")
+    axes.set_ylabel("share of right answers")
     axes.set_xlim(-0.05, 1.05)
     axes.set_ylim(-0.05, 1.05)
     axes.set_aspect("equal")
@@ -104,6 +104,7 @@ def expert_load(axes: "Axes", loads: Mapping[str, Interval], *, capacity: Mappin
         axes.plot([], [], color="black", linestyle="--", linewidth=2, label="capacity")
         legend(axes)
     axes.set_xticks(range(len(loads)), list(loads))
+    axes.set_xlim(-0.75, len(loads) - 0.25)
     axes.set_ylim(bottom=0)
     axes.set_ylabel("share of rows that the expert is asked")
     return axes

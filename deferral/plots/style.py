@@ -13,6 +13,11 @@ if TYPE_CHECKING:
 
 __all__ = ["HATCHES", "finite", "legend", "new_figure", "save_figure", "style", "whisker"]
 
+# The ten of Matplotlib, then ten that are darker or paler: fifteen methods are no rarity.
+_COLOURS = (
+    *(f"C{number}" for number in range(10)),
+    "#0b3c5d", "#8c4a00", "#0e5c2f", "#7a0c0c", "#3d2170", "#5ab4e6", "#e6ac00", "#8fce5a", "#ff8fa3", "#b9a3e3",
+)  # fmt: skip
 _LINES = ("-", "--", ":", "-.", (0, (8, 2)), (0, (4, 1, 1, 1, 1, 1)))
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p", "d", "h", "8")
 HATCHES = ("", "///", "...", "xxx", "\\\\\\", "ooo", "---", "+++", "|||", "**", "//..", "xx--")
@@ -37,7 +42,7 @@ def save_figure(figure: "Figure", path: Path) -> Path:
 
 def style(number: int, colour: str | None = None) -> dict[str, Any]:
     """Colour, line and marker of a name; hollow markers once the filled ones are used up."""
-    colour = colour or f"C{number % 10}"
+    colour = colour or _COLOURS[number % len(_COLOURS)]
     hollow = number // len(_MARKERS) % 2
     return {
         "color": colour,

@@ -78,7 +78,7 @@ def fit(
     prices: Path | None,
     seed: int,
 ) -> None:
-    """Learn a router from LOG (.jsonl, .ndjson or .parquet), and report what it is worth on held-out queries."""
+    """Learn a router from LOG (.jsonl, .ndjson, .parquet or .csv), and report what it is worth on held-out queries."""
     # Before the work, not after it.
     check_place(out)
     before, previous = written(out), previous_of(out)
