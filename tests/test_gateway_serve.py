@@ -68,27 +68,27 @@ def test_without_keys_only_this_machine_is_let_in_however_the_app_is_bound(tmp_p
     access = Access(keys, settings)
     access.started()
     for peer in (("127.0.0.1", 1), ("::1", 1), None):
-        assert access.client({"client": peer}, {}) == ANYONE
+        assert access.client({"client": peer, "headers": []}, {}) == ANYONE
     with pytest.raises(Problem, match="expected a key"):
-        access.client({"client": ("10.0.0.7", 1)}, {})
+        access.client({"client": ("10.0.0.7", 1), "headers": []}, {})
     with pytest.raises(Problem, match="web pages"):
-        access.client({"client": ("127.0.0.1", 1)}, {b"origin": b"https://example.com"})
+        access.client({"client": ("127.0.0.1", 1), "headers": []}, {b"origin": b"https://example.com"})
     for header in (b"x-forwarded-for", b"forwarded", b"x-real-ip"):
         with pytest.raises(Problem, match="a proxy passes on; make a key") as refused:
-            access.client({"client": ("127.0.0.1", 1)}, {b"host": b"localhost", header: b"203.0.113.5"})
+            access.client({"client": ("127.0.0.1", 1), "headers": []}, {b"host": b"localhost", header: b"203.0.113.5"})
         assert refused.value.status == 403
     # A key for the admin endpoints is none for clients.
     keys.create("operator", admin=True)
     access.started()
-    assert access.client({"client": ("127.0.0.1", 1)}, {b"host": b"localhost"}) is ANYONE
+    assert access.client({"client": ("127.0.0.1", 1), "headers": []}, {b"host": b"localhost"}) is ANYONE
     # Once there was a key, nobody is let in without one, also when the last is revoked.
     token, key = keys.create("client")
-    assert access.client({}, {b"authorization": b"bearer " + token.encode(), b"x-real-ip": b"203.0.113.5"}) == key
+    assert access.client({"headers": []}, {b"authorization": b"bearer " + token.encode(), b"x-real-ip": b"203.0.113.5"}) == key
     keys.revoke(key.id)
     for again in (access, Access(keys, settings)):
         again.started()
         with pytest.raises(Problem) as caught:
-            again.client({"client": ("127.0.0.1", 1)}, {b"authorization": b"Bearer " + token.encode()})
+            again.client({"client": ("127.0.0.1", 1), "headers": []}, {b"authorization": b"Bearer " + token.encode()})
         assert caught.value.status == 401
     keys.close()
 
