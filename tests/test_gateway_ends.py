@@ -203,7 +203,7 @@ def test_a_budget_is_not_overspent_by_more_than_the_requests_in_flight_and_holds
 def test_what_is_under_way_has_the_time_of_the_slowest_expert_as_it_is_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(uvicorn.Server, "shutdown", AsyncMock())
     experts = {"small": Expert("small", "http://127.0.0.1:1"), "large": Expert("large", "http://127.0.0.1:1", total_s=0.5)}
-    state: Any = SimpleNamespace(current=SimpleNamespace(experts=experts))
+    state: Any = SimpleNamespace(current=SimpleNamespace(experts=experts), ends=lambda: None)
     server = _Server(uvicorn.Config("none"), "", state, threading.Event())
     for slowest in (
         Expert("large", "http://127.0.0.1:1", total_s=900.0),
@@ -237,7 +237,7 @@ def test_a_signal_that_comes_while_it_starts_ends_it_in_good_order(early: bool) 
     if early:
         ended.set()
     experts = {"small": Expert("small", "http://127.0.0.1:1", total_s=0.5)}
-    state: Any = SimpleNamespace(current=SimpleNamespace(experts=experts))
+    state: Any = SimpleNamespace(current=SimpleNamespace(experts=experts), ends=lambda: None)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = _Server(uvicorn.Config(Starlette(lifespan=lifespan), log_config=None), "", state, ended)
 

@@ -175,7 +175,9 @@ class TwoStage(BaseEstimator):
         """The own answers (N,) and the expected costs (N, A), from one pass of the predictor."""
         self._require_same_columns(X)
         own, outputs = self._outputs(self.estimator_, X)
-        return own, self._costs(self.cost_model_(self._with_inputs(outputs, X)))
+        # Fitted on a sparse table, it has seen what the predictor says alone.
+        alone = len(self.cost_model_.mean) == outputs.shape[-1]
+        return own, self._costs(self.cost_model_(self._with_inputs(outputs, None if alone else X)))
 
     def _require_same_columns(self, X: Any) -> None:
         check_is_fitted(self)
@@ -189,7 +191,7 @@ class TwoStage(BaseEstimator):
     def _with_inputs(self, outputs: np.ndarray, X: Any) -> np.ndarray:
         if not np.isfinite(outputs).all():
             raise ValueError("the predictor's outputs hold NaN or infinity; check the predictor and its input")
-        inputs = table_of_numbers(X)
+        inputs = None if X is None else table_of_numbers(X)
         return outputs if inputs is None else np.column_stack([outputs, inputs])
 
     def _own_errors(self, answers: np.ndarray, y: np.ndarray) -> np.ndarray:
