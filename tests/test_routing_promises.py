@@ -187,7 +187,7 @@ def test_decisions_between_which_the_router_changed_are_single_ones_by_their_tim
             for place, name in enumerate(("a", "b")):
                 log.append(Outcome(f"q{number}", name, 1.0 - place, 0.0, propensity=0.95, time=1000.0 + number + place * apart))
         table = log.table()
-        assert (table.again is not None) == (apart > 60)
+        assert (table.again is not None and bool(table.again.any())) == (apart > 60 and twice > 0)
         if alone:
             nothing, always = np.zeros((len(log.queries), 2)), np.tile([1.0, 0.0], (len(log.queries), 1))
             worth = replay(events_of(log, ["a", "b"]), always, 1.0, quality=nothing, price=nothing)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from sqlalchemy import Engine, Row, func, select
 
-from deferral.gateway.export import in_vain
+from deferral.gateway.export import in_vain, whole
 from deferral.gateway.off_policy import (
     FEWEST_SEEN,
     Draws,
@@ -158,10 +158,10 @@ def _gain(rows: Sequence[Row], expected: list[dict], live: list[str]) -> tuple[G
         and (row.propensity < 1 or not _by_answer(row))
         and {row.chosen, row.other, live[place]} <= one.keys()
     ]  # fmt: skip
-    whole = [place for place in drawn_among if rows[place].outcome == "ok" and rows[place].expert == rows[place].chosen]
-    asked = Counter(rows[place].chosen for place in whole)
+    answered = [place for place in drawn_among if whole(rows[place])]
+    asked = Counter(rows[place].chosen for place in answered)
     asked.update(rows[place].chosen for place in drawn_among if in_vain(rows[place], rows[place]))
-    usable = [place for place in whole if rows[place].quality is not None]
+    usable = [place for place in answered if rows[place].quality is not None]
     if not usable:
         return None, "none of its answers was judged: send feedback"
     judged = Counter(rows[place].chosen for place in usable)

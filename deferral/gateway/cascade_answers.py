@@ -8,7 +8,7 @@ import numpy as np
 from sqlalchemy import Engine, Row, select
 
 from deferral.errors import DataError
-from deferral.gateway.export import confidence_in, in_vain, latest
+from deferral.gateway.export import confidence_in, in_vain, latest, whole
 from deferral.gateway.off_policy import alike
 from deferral.gateway.schema import cascades, decisions
 from deferral.routing.cascade import features
@@ -32,8 +32,7 @@ def answers_on_record(engine: Engine, experts: Sequence[str], first: str, left_o
     What was expected of every expert is what the router said before the answer.  `left_out` counts the rows that nothing can be
     learned from, by reason.  Those that lack an answer, or an opinion on it, alone are rows nevertheless, with nothing known, and
     the propensity of the others includes the share of the expert's draws that are answered and judged: who is judged more often,
-    or fails less often, must not count for more.
-    DataError where nothing is known.
+    or fails less often, must not count for more.  DataError where nothing is known.
     """
     place = list(experts).index(first)
     columns = (
@@ -58,7 +57,7 @@ def answers_on_record(engine: Engine, experts: Sequence[str], first: str, left_o
             if reason := _why_not(row, expected, experts, row.id in said):
                 left_out[reason] += 1
             if reason in ("", NO_QUALITY, IN_VAIN):
-                found.append(_known(row, expected, experts, place, said.get(row.id) if not reason else None, reason != IN_VAIN))
+                found.append(_known(row, expected, experts, place, said.get(row.id) if not reason else None))
                 drawn.append(row.draw)
                 given[row.chosen].append(not reason)
         if len(page) < _PAGE:
@@ -79,27 +78,26 @@ def answers_on_record(engine: Engine, experts: Sequence[str], first: str, left_o
 
 
 def _why_not(row: Row, expected: dict, experts: Sequence[str], judged: bool) -> str:
-    whole = row.outcome == "ok" and row.expert == row.chosen
     # Without log-probabilities the router drew, and not the cascade.
-    if row.confidence is None or not (whole or in_vain(row, row)):
+    if row.confidence is None or not (whole(row) or in_vain(row, row)):
         return NO_ANSWER
     if row.propensity is None or not 0 < row.propensity < 1:
         return CERTAIN
     if set(expected) != set(experts) or any(None in numbers for numbers in expected.values()):
         return OTHERS
-    if not whole:
+    if not whole(row):
         return IN_VAIN
     return "" if judged else NO_QUALITY
 
 
-def _known(row: Row, expected: dict, experts: Sequence[str], place: int, quality: float | None, whole: bool) -> tuple:
+def _known(row: Row, expected: dict, experts: Sequence[str], place: int, quality: float | None) -> tuple:
     """A row of each array of `Answered`; `quality` is None where nobody said."""
     given, judged = list(experts).index(row.chosen), quality is not None
     estimate = [min(max(expected[name][0], 0.0), 1.0) for name in experts]
     prices = [expected[name][1] for name in experts]
     paid, good, mask, propensity = list(prices), [0.0] * len(experts), [False] * len(experts), [1.0] * len(experts)
     good[given], mask[given], propensity[given] = quality or 0.0, judged, row.propensity
-    if whole:
+    if whole(row):
         paid[given] = row.price - row.extra
     if given != place:
         paid[place] = row.extra

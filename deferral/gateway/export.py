@@ -13,7 +13,7 @@ from deferral.errors import DataError
 from deferral.gateway.schema import cascades, decisions, feedback, texts
 from deferral.routing import Confidence, Log, Outcome, write_log
 
-__all__ = ["Exported", "Logged", "confidence_in", "export", "in_vain", "latest", "logged", "nothing_left"]
+__all__ = ["Exported", "Logged", "confidence_in", "export", "in_vain", "latest", "logged", "nothing_left", "whole"]
 
 _PAGE = 2000
 _AUTO = "auto"
@@ -134,6 +134,11 @@ def latest(connection: Connection, ids: list[str]) -> dict[str, float]:
     """The quality of each answer; of two opinions the later."""
     found = select(feedback.c.decision, feedback.c.quality).where(feedback.c.decision.in_(ids)).order_by(feedback.c.time)
     return dict(connection.execute(found).all())
+
+
+def whole(row: Row) -> bool:
+    """Whether who was drawn has answered, to the end."""
+    return bool(row.outcome == "ok" and row.expert == row.chosen)
 
 
 def in_vain(row: Row, cascade: Row | None) -> bool:

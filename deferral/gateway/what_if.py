@@ -5,9 +5,9 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from sqlalchemy import Engine, Row, func, or_, select
+from sqlalchemy import Engine, func, or_, select
 
-from deferral.gateway.export import in_vain
+from deferral.gateway.export import in_vain, whole
 from deferral.gateway.off_policy import FEWEST_SEEN, Draws, alike, doubly_robust, interval_of_mean, one_more
 from deferral.gateway.schema import cascades, decisions, feedback, own_price
 from deferral.routing.decisions import AT_RANDOM
@@ -92,7 +92,7 @@ def what_if(engine: Engine, *, since: float, until: float, present: float) -> Wh
         .limit(_ROWS)
     )
     with engine.connect() as connection:
-        rows = [row for row in connection.execute(wanted) if _whole(row) or in_vain(row, row)]
+        rows = [row for row in connection.execute(wanted) if whole(row) or in_vain(row, row)]
     if not rows:
         return WhatIf(0, 0, 0, present, [], {})
     expected = [json.loads(row.expected) for row in rows]
@@ -104,15 +104,15 @@ def what_if(engine: Engine, *, since: float, until: float, present: float) -> Wh
                 quality[place, experts.index(name)], price[place, experts.index(name)] = _number(good), _number(dollars)
     drawn = np.array([experts.index(row.chosen) if row.chosen in experts else -1 for row in rows])
     usable = (drawn >= 0) & ~np.isnan(quality[np.arange(len(rows)), drawn]) & ~np.isnan(price[np.arange(len(rows)), drawn])
-    if not any(_whole(row) for row, kept in zip(rows, usable, strict=True) if kept):
+    if not any(whole(row) for row, kept in zip(rows, usable, strict=True) if kept):
         return WhatIf(0, 0, 0, present, [], {})
     rows = [row for row, kept in zip(rows, usable, strict=True) if kept]
     quality, price, drawn = quality[usable], price[usable], drawn[usable]
     propensity, asked_at = np.array([(row.propensity, row.price_of_error) for row in rows]).T
     best = np.nanargmin(1 - quality + price / asked_at[:, None], axis=1)
     paid = np.array([row.price for row in rows])
-    whole = np.array([_whole(row) for row in rows])
-    said = np.array([row.quality if _whole(row) and row.quality is not None else math.nan for row in rows])
+    answered = np.array([whole(row) for row in rows])
+    said = np.array([row.quality if whole(row) and row.quality is not None else math.nan for row in rows])
     judged = ~np.isnan(said)
     group = alike([row.draw for row in rows])
 
@@ -122,7 +122,7 @@ def what_if(engine: Engine, *, since: float, until: float, present: float) -> Wh
         chance = np.where(told, propensity * share[drawn], 1.0)
         return Draws(np.where(told, drawn, _NOBODY), chance, cost, estimate, group)
 
-    priced, judgements = draws_of(whole, paid, price), draws_of(judged, said, quality)
+    priced, judgements = draws_of(answered, paid, price), draws_of(judged, said, quality)
     points = []
     for error in _settings(quality, price, present):
         actions = np.nanargmin(1 - quality + price / error, axis=1)
@@ -138,17 +138,13 @@ def what_if(engine: Engine, *, since: float, until: float, present: float) -> Wh
         points.append(Point(float(error), cost, halves[0], few[0], quality_then, halves[1], few[1], by_name))
     own = {name: said[judged & (drawn == place)] for place, name in enumerate(experts)}
     return WhatIf(
-        rows=int(whole.sum()),
+        rows=int(answered.sum()),
         judged=int(judged.sum()),
-        explored=int((whole & (drawn != best) & np.array([AT_RANDOM in row.reason for row in rows])).sum()),
+        explored=int((answered & (drawn != best) & np.array([AT_RANDOM in row.reason for row in rows])).sum()),
         present=present,
         points=points,
         qualities={name: (len(each), float(each.mean())) for name, each in own.items() if len(each)},
     )
-
-
-def _whole(row: Row) -> bool:
-    return row.outcome == "ok" and row.expert == row.chosen
 
 
 def _settings(quality: np.ndarray, price: np.ndarray, present: float) -> np.ndarray:

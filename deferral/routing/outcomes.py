@@ -157,7 +157,9 @@ class Log:
             self.column(name)[kept].astype(float) for name in ("quality", "price", "latency_s", "propensity")
         )
         mask = (count > 0).reshape(shape)
-        again = decided_again(self.column("query")[kept], self.column("time")[kept].astype(float), propensity, shape[0])
+        asked = count.reshape(shape).astype(np.int32) if count.max() > 1 else None
+        times = self.column("query")[kept], self.column("time")[kept].astype(float)
+        again = None if asked is None else decided_again(*times, propensity, shape[0])
         table = Table(
             # The log may grow.
             list(self.queries),
@@ -168,8 +170,8 @@ class Log:
             mean(latency).astype(np.float32),
             # The harmonic mean, since outcomes weigh by the inverse.
             (1 / mean(1 / np.maximum(propensity, 1e-6))).astype(np.float32),
-            count.reshape(shape).astype(np.int32) if count.max() > 1 else None,
-            again if again.any() else None,
+            asked,
+            again,
         )
         answered = mask.any(1)
         return table if answered.all() else table.rows(np.flatnonzero(answered))

@@ -29,7 +29,7 @@ class Table:
     latency: np.ndarray  # (N, E) float32, seconds, NaN where not known
     propensity: np.ndarray  # (N, E) float32
     asked: np.ndarray | None = None  # (N, E) how often, where some expert was asked the same more than once
-    again: np.ndarray | None = None  # (N,) bool, which by their times were decided again: see `decided_again`
+    again: np.ndarray | None = None  # (N,) bool, beside `asked`: which by their times were decided again, see `decided_again`
 
     @property
     def full(self) -> bool:
