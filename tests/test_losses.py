@@ -338,6 +338,20 @@ def test_costs_in_half_precision_are_lifted_before_they_are_taken_from_anything(
     assert regression_deferral(torch.full((B,), 3e4).to(dtype), router, torch.full((B, E), 3e4).to(dtype)).isfinite().all()
 
 
+def test_costs_in_double_precision_do_not_widen_the_loss(batch) -> None:
+    """Costs from numpy are float64; a loss of float32 scores stays float32."""
+    scores, targets, costs = (part.float() if part.is_floating_point() else part for part in batch)
+    r, wrong = scores[:, 0], (costs[:, 1] < 0.5).float()
+    for loss in (
+        lambda c: single_stage_deferral(scores, targets, c),
+        lambda c: predictor_rejector_abstention(scores[:, :K], r, targets, c[:, 0]),
+        lambda c: two_stage_abstention(r, wrong.to(c.dtype), c[:, 0]),
+        lambda c: realizable_deferral(scores[:, : K + 1], targets, c[:, 0]),
+        lambda c: madras(scores[:, :K], r, targets, c[:, 0]),
+    ):
+        torch.testing.assert_close(loss(costs.double()), loss(costs))
+
+
 def test_ignored_rows_cost_nothing_and_pull_nothing(batch) -> None:
     scores, targets, costs = batch
     ignored = targets.index_fill(0, torch.tensor([1, 3]), -100)

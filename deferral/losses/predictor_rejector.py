@@ -23,7 +23,7 @@ from deferral.losses.margin import (
     rho_margin,
     sigmoid,
 )
-from deferral.numerics import lift
+from deferral.numerics import cast_like, lift
 from deferral.validation import require_cost, require_floating, require_rejector, require_targets, require_tensor
 
 __all__ = [
@@ -115,6 +115,8 @@ def predictor_rejector_formula(
     """
     require_floating("rejector", rejector)
     rejector = lift(rejector)
+    if isinstance(transformed_cost, Tensor):
+        transformed_cost = cast_like(transformed_cost, rejector)
     return predictor_loss * phi(-alpha * rejector) + transformed_cost * phi(beta * rejector)
 
 
@@ -129,7 +131,10 @@ def two_stage_abstention(rejector: Tensor, wrong: Tensor, cost: Tensor | float, 
     require_tensor("wrong", wrong)
     require_rejector(rejector, wrong.shape)
     require_cost("rejector", rejector.shape, cost)
-    return wrong * phi(-rejector) + cost * phi(rejector)
+    rejector = lift(rejector)
+    if isinstance(cost, Tensor):
+        cost = cast_like(cost, rejector)
+    return cast_like(wrong, rejector) * phi(-rejector) + cost * phi(rejector)
 
 
 def _at_targets(losses: Callable[..., Tensor], scores: Tensor, targets: Tensor, phi: Margin) -> Tensor:

@@ -229,7 +229,7 @@ def madras(
     require_floating("expert_cost", expert_cost)
     require_batch("scores", scores.shape[:-1], "expert_cost", expert_cost.shape)
     targets, counts = without_ignored(targets, ignore_index)
-    expert_cost = costs_that_count(expert_cost, counts, per_expert=False)
+    expert_cost = cast_like(costs_that_count(expert_cost, counts, per_expert=False), scores)
     gate = torch.sigmoid(lift(rejector))
     if mask is not None:
         require_mask(mask)

@@ -22,7 +22,7 @@ from deferral.losses.probabilities import (
     log_probabilities,
     log_probabilities_at,
 )
-from deferral.numerics import PRECISE, lift, log_add_exp, readable
+from deferral.numerics import PRECISE, cast_like, log_add_exp, readable
 from deferral.validation import (
     action_mask,
     one_expert_mask,
@@ -68,7 +68,7 @@ def realizable_deferral(
         expert_cost = expert_cost.where(mask[..., -1], 1.0)
     classes, expert = log_probabilities_at(scores, targets, scores.shape[-1] - 1, mask)
     together = _psi(log_add_exp(classes, expert), q)
-    cost = lift(expert_cost).unsqueeze(-1)
+    cost = cast_like(expert_cost, scores).unsqueeze(-1)
     # A class at -inf is all lost alone, at q = 0 without bound; where the expert costs nothing that counts for nothing.
     alone = _psi(classes.where((cost != 0) | (classes > -torch.inf), 0.0), q)
     return counted(expected_loss(cost * alone + (1 - cost) * together, targets), counts)
