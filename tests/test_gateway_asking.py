@@ -163,7 +163,7 @@ def test_a_failing_expert_holds_nobody_up_and_is_asked_again(questions: Path, tm
         assert {name: dict(reasons) for name, reasons in result.left.items()} == {
             "good": {},
             "status-500": {"failed with status 500": 4},
-            "status-401": {"refused the gateway with status 401; its key, model or address is wrong": 4},
+            "status-401": {"refused the gateway with status 401; its key, model, address or proxy is wrong": 4},
             "not-able": {"refused with status 400, too long, as asked": 4},
         }
         # Asked at once, they are refused at once; nobody is asked who would be refused as well.

@@ -1,14 +1,18 @@
-"""Connections to experts: who waits is told of them, and none is kept for ever."""
+"""Connections to experts: who waits is told of them, none is kept for ever, and proxies are those of the environment."""
 
 from collections.abc import Callable
 from contextvars import ContextVar
 from time import monotonic
 from typing import Any
+from urllib.request import getproxies, proxy_bypass
 from weakref import WeakKeyDictionary
 
 import aiohttp
+from yarl import URL
 
-__all__ = ["connected", "opened", "session"]
+from deferral.gateway.settings import is_loopback
+
+__all__ = ["connected", "opened", "proxy_of", "session"]
 
 _LONGEST_HEADER = 1 << 16
 # Of a connection, in seconds; whoever moves a name waits as long for the last of its traffic.
@@ -25,6 +29,16 @@ def session(**connections: Any) -> aiohttp.ClientSession:
     return aiohttp.ClientSession(
         connector=connector, cookie_jar=aiohttp.DummyCookieJar(), max_line_size=_LONGEST_HEADER, max_field_size=_LONGEST_HEADER
     )
+
+
+def proxy_of(url: URL) -> str | None:
+    """What HTTPS_PROXY, HTTP_PROXY and NO_PROXY say of a URL; on this machine no proxy is ever asked.
+
+    aiohttp would look them up anew for each request, in a thread.
+    """
+    if url.host is None or is_loopback(url.host) or proxy_bypass(url.host_port_subcomponent or url.host):
+        return None
+    return getproxies().get(url.scheme)
 
 
 class _Connector(aiohttp.TCPConnector):

@@ -10,7 +10,7 @@ from deferral.gateway.usage import error_of
 
 __all__ = ["Failure", "check_error", "is_failure", "refused_with", "retry_after_of", "unanswered"]
 
-_MISCONFIGURED = frozenset({401, 402, 403, 404, 405})
+_MISCONFIGURED = frozenset({401, 402, 403, 404, 405, 407})
 _OVERLOADED = frozenset({408, 425, 429})
 
 
@@ -58,6 +58,14 @@ def unanswered(error: Exception, *, reused: bool) -> Failure:
         return Failure(504, "upstream_timeout", "could not be reached in time", of_server=True)
     if isinstance(error, TimeoutError | asyncio.TimeoutError):
         return Failure(504, "upstream_timeout", "did not answer in time")
+    if isinstance(error, aiohttp.ClientProxyConnectionError):
+        return Failure(502, "upstream_unreachable", "cannot be reached: its proxy does not answer", again=True, of_server=True)
+    if isinstance(error, aiohttp.ClientHttpProxyError):
+        return Failure(
+            502, "upstream_unreachable", f"cannot be reached: its proxy refuses with status {error.status}", of_server=True
+        )
+    if isinstance(error, aiohttp.InvalidURL):
+        return Failure(502, "upstream_unreachable", "cannot be reached: the environment names a proxy by no URL", of_server=True)
     if isinstance(error, aiohttp.ClientSSLError | aiohttp.ServerFingerprintMismatch):
         return Failure(502, "upstream_unreachable", "has no certificate that can be trusted", of_server=True)
     if isinstance(error, aiohttp.ClientConnectorError):
@@ -73,7 +81,7 @@ def refused_with(status: int, path: str, retry_after: float | None) -> Failure:
     if path == "/responses" and status in (404, 405):
         return Failure(404, "not_found", f"has no /responses, or not what the request names (status {status})", blame=False)
     if status in _MISCONFIGURED:
-        message = f"refused the gateway with status {status}; its key, model or address is wrong"
+        message = f"refused the gateway with status {status}; its key, model, address or proxy is wrong"
         # Many servers chat, and know no other path: whoever asks them for one must not take them from those who chat.
         unknown_path = status in (404, 405) and path != "/chat/completions"
         return Failure(502, "upstream_misconfigured", message, blame=not unknown_path, came=status, of_server=status == 401)

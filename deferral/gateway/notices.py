@@ -14,7 +14,9 @@ from typing import Any
 
 import aiohttp
 from sqlalchemy import Connection, Engine, Row, delete, insert, select, update
+from yarl import URL
 
+from deferral.gateway.connecting import proxy_of
 from deferral.gateway.database import durable
 from deferral.gateway.dialects import alone, clock
 from deferral.gateway.retries import backoff
@@ -66,7 +68,9 @@ class Notices:
                     await asyncio.sleep(backoff(attempt))
                 try:
                     # A redirect would take the token to another place.
-                    async with session.post(self._url, data=body.encode(), allow_redirects=False) as reply:
+                    async with session.post(
+                        self._url, data=body.encode(), allow_redirects=False, proxy=proxy_of(URL(self._url))
+                    ) as reply:
                         if reply.status < 300:
                             return ""
                         trouble = f"the receiver answered with status {reply.status}"

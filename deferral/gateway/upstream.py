@@ -11,7 +11,7 @@ from time import monotonic
 import aiohttp
 from yarl import URL
 
-from deferral.gateway.connecting import connected, opened, session
+from deferral.gateway.connecting import connected, opened, proxy_of, session
 from deferral.gateway.experts_file import Expert
 from deferral.gateway.failures import Failure, check_error, is_failure, refused_with, retry_after_of, unanswered
 from deferral.gateway.masking import MaskedStream, masked
@@ -130,7 +130,12 @@ class Upstream:
                 try:
                     # A redirect would take the key to another place.
                     response = await (self._fresh if fresh else self._session).post(
-                        prepared.url, data=body, headers=sent, timeout=prepared.timeout, allow_redirects=False
+                        prepared.url,
+                        data=body,
+                        headers=sent,
+                        timeout=prepared.timeout,
+                        allow_redirects=False,
+                        proxy=prepared.proxy,
                     )
                 except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
                     reused = not opened.get() and monotonic() - began < _STALE_S
@@ -150,7 +155,9 @@ class Upstream:
         prepared = _prepared(expert, path)
         timeout = aiohttp.ClientTimeout(total=timeout_s, connect=expert.connect_s)
         try:
-            async with self._fresh.get(prepared.url, headers=prepared.headers, timeout=timeout, allow_redirects=False) as reply:
+            async with self._fresh.get(
+                prepared.url, headers=prepared.headers, timeout=timeout, allow_redirects=False, proxy=prepared.proxy
+            ) as reply:
                 return reply.status, await self._whole(reply)
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
             raise unanswered(error, reused=False) from error
@@ -213,6 +220,7 @@ class _Prepared:
     headers: dict[str, str]
     timeout: aiohttp.ClientTimeout
     secret: bytes  # the key
+    proxy: str | None
 
 
 def _prepared(expert: Expert, path: str) -> _Prepared:
@@ -221,13 +229,8 @@ def _prepared(expert: Expert, path: str) -> _Prepared:
     if expert.key is not None:
         headers[expert.key_header] = f"Bearer {expert.key}" if expert.key_header == "authorization" else expert.key
     timeout = aiohttp.ClientTimeout(connect=expert.connect_s, sock_read=expert.first_byte_s)
-    return _Prepared(
-        expert,
-        URL(f"{expert.base_url}{path}{'?' if expert.query else ''}{expert.query}"),
-        headers,
-        timeout,
-        (expert.key or "").encode(),
-    )
+    url = URL(f"{expert.base_url}{path}{'?' if expert.query else ''}{expert.query}")
+    return _Prepared(expert, url, headers, timeout, (expert.key or "").encode(), proxy_of(url))
 
 
 def _handed_on(name: bytes, value: bytes) -> bool:

@@ -1,0 +1,101 @@
+"""The way out, through a real proxy that the environment names."""
+
+import asyncio
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from yarl import URL
+
+from deferral.gateway.connecting import proxy_of
+from deferral.gateway.experts_file import Expert
+from deferral.gateway.failures import Failure
+from deferral.gateway.requests import parse
+from deferral.gateway.upstream import Reply, Upstream
+from tests.scripted_expert import CHAT, whole
+
+
+def test_the_environment_names_the_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", "http://proxy:3128")
+    monkeypatch.setenv("NO_PROXY", "inside.example,10.0.0.7,special.example:8443")
+    monkeypatch.delenv("HTTP_PROXY", raising=False)
+    monkeypatch.delenv("http_proxy", raising=False)
+    assert proxy_of(URL("https://api.example.com/v1")) == "http://proxy:3128"
+    for direct in (
+        "http://api.example.com/v1", "https://inside.example/v1", "https://gpu.inside.example/v1", "https://10.0.0.7:8000/v1",
+        "https://localhost:8000/v1", "https://127.0.0.1:8000/v1", "https://[::1]:8000/v1", "https://special.example:8443/v1",
+    ):  # fmt: skip
+        assert proxy_of(URL(direct)) is None, direct
+    assert proxy_of(URL("https://special.example/v1")) == "http://proxy:3128"
+
+
+@pytest.mark.ci_slow
+def test_experts_are_reached_through_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """0.0.0.0 is this machine too, and no address of its own that would be reached directly."""
+    with _proxy(tmp_path, "user:secret") as port:
+        monkeypatch.delenv("NO_PROXY", raising=False)
+        monkeypatch.delenv("no_proxy", raising=False)
+
+        def ask(proxy: str, scheme: str = "http") -> tuple[Reply | Failure, int]:
+            for name in ("http_proxy", "https_proxy"):
+                monkeypatch.setenv(name, proxy)
+            return asyncio.run(_asked(scheme))
+
+        reply, connections = ask(f"http://user:secret@127.0.0.1:{port}")
+        assert isinstance(reply, Reply)
+        assert (reply.status, reply.usage.output_tokens, connections) == (200, 3, 1)
+        for scheme, proxy, message in (
+            ("http", f"http://127.0.0.1:{port}", "refused the gateway with status 407"),
+            ("https", f"http://127.0.0.1:{port}", "cannot be reached: its proxy refuses with status 407"),
+            ("http", "http://127.0.0.1:1", "cannot be reached: its proxy does not answer"),
+            ("http", "no proxy", "cannot be reached: the environment names a proxy by no URL"),
+        ):
+            failure, connections = ask(proxy, scheme)
+            assert isinstance(failure, Failure)
+            assert failure.message.startswith(message)
+            assert connections == 0
+
+
+async def _asked(scheme: str) -> tuple[Reply | Failure, int]:
+    """-> what came, and how many connections the expert had"""
+    connections = 0
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(whole())
+        await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    expert = Expert("small", f"{scheme}://0.0.0.0:{server.sockets[0].getsockname()[1]}/v1")
+    upstream = Upstream(max_reply_bytes=1 << 20)
+    body = b'{"model": "small", "messages": []}'
+    try:
+        return await upstream.ask(expert, CHAT, body, {}, parse("chat", body)), connections
+    except Failure as failure:
+        return failure, connections
+    finally:
+        await upstream.close()
+        server.close()
+
+
+@contextmanager
+def _proxy(folder: Path, credentials: str) -> Iterator[int]:
+    """The port of a forward proxy that asks for credentials."""
+    ports = folder / "ports"
+    command = [sys.executable, "-m", "proxy", "--hostname", "127.0.0.1", "--port", "0", "--port-file", str(ports)]
+    command += ["--num-workers", "1", "--num-acceptors", "1", "--basic-auth", credentials, "--data-dir", str(folder)]
+    with (folder / "log").open("w") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
+        try:
+            while not (ports.is_file() and ports.read_text().strip()):
+                assert process.poll() is None, (folder / "log").read_text()
+                time.sleep(0.05)
+            yield int(ports.read_text())
+        finally:
+            process.terminate()
