@@ -94,7 +94,7 @@ def on_rows(metric: Callable[..., Any], *columns: Any) -> Callable[[Tensor], Ten
     tables = [column if isinstance(column, Tensor) else np.asanyarray(column) for column in columns]
 
     def weighted(weights: Tensor) -> Tensor:
-        every = torch.arange(weights.shape[-1])
+        every = torch.arange(weights.shape[-1], device=weights.device)
         samples = [every.repeat_interleave(counts.long()) for counts in weights]
         figures = [metric(*(table[rows if isinstance(table, Tensor) else rows.numpy()] for table in tables)) for rows in samples]
         return torch.tensor([float(figure) for figure in figures], dtype=torch.float64)

@@ -36,8 +36,8 @@ def correct(answers: Tensor, targets: Tensor, actions: Tensor, *, mask: Tensor |
     if targets.shape != actions.shape:
         raise ValueError(f"one target per row: actions {tuple(actions.shape)}, targets {tuple(targets.shape)}")
     answer = pick(answers, actions.clamp(min=0))
-    # As int64: 255 is a class of uint8 answers, and -1 is not.
-    given = (answer.long() != -1) & ~answer.isnan()
+    # Whole numbers as int64: 255 is a class of uint8 answers, and -1 is not.
+    given = ((answer if answer.is_floating_point() else answer.long()) != -1) & ~answer.isnan()
     right = (answer == targets).to(torch.get_default_dtype()).where(given, torch.nan)
     return _known(right, answers, actions, mask)
 

@@ -39,7 +39,8 @@ def cast_like(value: Tensor | float, scores: Tensor) -> Tensor:
     """The value in the dtype of the lifted scores.  One number comes to their device as well, as in torch's own operations."""
     dtype = torch.float32 if scores.dtype in _HALF else scores.dtype
     if not isinstance(value, Tensor):
-        return torch.full((), value, dtype=dtype, device=scores.device)
+        # Added, and not filled in: a compiler would take every new number for a new program.
+        return torch.zeros((), dtype=dtype, device=scores.device) + value
     return value.to(dtype) if value.dim() else value.to(scores.device, dtype)
 
 

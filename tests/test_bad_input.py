@@ -370,6 +370,12 @@ def test_checks_of_values() -> None:
     check_mask(torch.tensor([[True, False]]), 1, 2)
 
 
+def test_criterion_refuses_a_loss_whose_rows_it_would_not_know() -> None:
+    for loss in (torch.nn.functional.cross_entropy, torch.nn.CrossEntropyLoss()):
+        with pytest.raises(TypeError, match="expected a loss of scores and targets, by these names"):
+            Criterion(loss)
+
+
 def test_criterion_on_nothing_and_on_weights_and_losses_of_any_options() -> None:
     none = torch.zeros(0, 5), torch.zeros(0, dtype=torch.int64)
     for loss in (one_vs_all, single_stage_deferral):

@@ -331,8 +331,11 @@ BAD = {
     "column 'answer': expected labels like those of the target (false, true), got 0, 1": (
         "target,answer,score\ntrue,1,1\nfalse,0,1\n"
     ),
-    "column 'answer_A': expected labels like those of the target (cat, dog), got Cat, Dog": (
-        "target,answer,answer_A,score,score_A\n" + "cat,cat,Cat,0,1\ndog,cat,Dog,0,1\n" * 5
+    "column 'answer_A': expected labels like those of the target (cat, dog), got chat, chien": (
+        "target,answer,answer_A,score,score_A\n" + "cat,cat,chat,0,1\ndog,cat,chien,0,1\n" * 5
+    ),
+    "row 2, column 'answer_A': expected 'cat', as the target spells it (the answer would count as wrong), got 'Cat'": (
+        "target,answer,answer_A,score,score_A\n" + "dog,cat,dog,0,1\ncat,cat,Cat,0,1\n" * 5
     ),
     "separate the cells by commas": "target;answer;score\na;a;1\n",
     "two methods would be called 'oracle'": "",

@@ -177,6 +177,48 @@ def test_compiled_with_at_most_one_recompilation(backend: str) -> None:
     assert counter.frame_count <= 2
 
 
+@pytest.mark.ci_slow
+def test_compiled_once_for_all_numbers() -> None:
+    """Costs, ceilings and rewards are swept; after the first two, no number needs a program of its own."""
+    scores, targets, costs = torch.randn(6, 5, requires_grad=True), torch.tensor([0, 1, 2, 3, 0, 1]), torch.rand(6, 5)
+    for loss in (
+        lambda s, number: losses.score_based_abstention(s, targets, number),
+        lambda s, number: losses.predictor_rejector_abstention(s, s[:, 0], targets, number),
+        lambda s, number: losses.regression_abstention(costs[:, 0], s[:, 0], number),
+        lambda s, number: two_stage_deferral(s, costs, ceiling=1 + number),
+        lambda s, number: losses.deep_gamblers(s, targets, reward=2 + number),
+    ):
+        torch._dynamo.reset()
+        counter = torch._dynamo.testing.CompileCounter()
+        compiled = torch.compile(loss, fullgraph=True, backend=counter)
+        for number in (0.1, 0.2, 0.35, 0.4):
+            torch.testing.assert_close(compiled(scores, number), loss(scores, number))
+        assert counter.frame_count <= 2
+
+
+@pytest.mark.skipif(not hasattr(torch.compiler, "is_exporting"), reason="exports with gradients need torch 2.7")
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(c, id=repr(c), marks=pytest.mark.ci_slow if c.function is two_stage_deferral else pytest.mark.slow)
+        for c in FIRST_OF_FUNCTION
+    ],
+)
+def test_an_exported_loss_keeps_its_gradient(case: Case) -> None:
+    class Step(torch.nn.Module):
+        def forward(self, scores: Tensor) -> Tensor:
+            return case.loss(scores, rows)
+
+    scores, rows = example(case.setting, dtype=torch.float32)
+    scores.requires_grad_()
+    for strict in (False, True):
+        exported = torch.export.export(Step(), (scores,), strict=strict).module()
+        value, expected = exported(scores), case.loss(scores, rows)
+        torch.testing.assert_close(value, expected)
+        gradients = [torch.autograd.grad(each.sum(), scores)[0] for each in (value, expected)]
+        torch.testing.assert_close(*gradients)
+
+
 @pytest.mark.parametrize("case", [c for c in CASES if c.bound is not None], ids=repr)
 def test_the_surrogate_bounds_the_deferral_loss(case: Case) -> None:
     """loss / bound >= cost of the decision + a constant of the row.

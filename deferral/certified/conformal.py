@@ -66,9 +66,9 @@ def _controlled(margin: Tensor, risk: Risk) -> tuple[float, bool]:
         own, deferred = risk.own_cost.double(), risk.deferred_cost.double()
     else:
         ceiling, safe_end = 1.0, torch.inf
-        own, deferred = torch.zeros(len(margin), dtype=torch.float64), (~margin.cpu().isneginf()).double()
-    kept, asked = (torch.zeros(len(edges) - 1, dtype=torch.float64).index_add(0, level, cost) for cost in (own, deferred))
-    zero = torch.zeros(1, dtype=torch.float64)
+        own, deferred = edges.new_zeros(len(margin)), (~margin.cpu().isneginf()).double()
+    kept, asked = (edges.new_zeros(len(edges) - 1).index_add(0, level, cost) for cost in (own, deferred))
+    zero = edges.new_zeros(1)
     total = torch.cat([zero, kept.cumsum(0)]) + torch.cat([asked.flip(0).cumsum(0).flip(0), zero])
     passed = edges[(total + ceiling) / (len(margin) + 1) <= risk.at_most]
     if len(passed) == 0:

@@ -41,7 +41,7 @@ def threshold_grid(margin: Tensor, size: int, *, coverage: tuple[float, float] =
         raise ValueError(f"expected size >= 1 and 0 < lowest <= highest coverage <= 1, got {size} and {coverage}")
     level, edges = level_edges(margin)
     keeps = level.bincount().cumsum(0).double() / len(margin)
-    wanted = torch.linspace(*coverage, size, dtype=torch.float64)
+    wanted = torch.linspace(*coverage, size, dtype=torch.float64, device=edges.device)
     return edges[1:][torch.searchsorted(keeps, wanted - 1e-9)].unique()
 
 

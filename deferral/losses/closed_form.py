@@ -29,9 +29,15 @@ Block = Callable[..., Tensor | None]
 
 def has_closed_form(*constants: Tensor | float | None, compiled: bool = False) -> bool:
     """Whether the scores alone are differentiated, once, by eager autograd, or by a compiler that is welcome."""
-    if transformed() or (torch.compiler.is_compiling() and not compiled):
+    if transformed() or (torch.compiler.is_compiling() and not compiled) or _exporting():
         return False
     return not any(isinstance(constant, Tensor) and constant.requires_grad for constant in constants)
+
+
+def _exporting() -> bool:
+    """An exported program keeps no backward pass that is not autograd's own."""
+    # Of torch 2.7 and newer.
+    return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()
 
 
 def refuse_second_derivatives() -> None:

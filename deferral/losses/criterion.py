@@ -23,6 +23,7 @@ _RIGHT_OR_WRONG = {
     realizable_experts: "expert_correct",
     realizable_router: "costs",
 }
+_SCORES = ("scores", "rejector", "gate", "predictor_loss", "estimate", "selection")
 _WITHOUT_CEILING = {
     "cost": "a cost in [0, 1], in units of one error; above 1 nobody abstains",
     "wrong": "1 where the predictor is wrong and 0 where it is right",
@@ -47,6 +48,11 @@ class Criterion(nn.Module):
         self.validate = validate
         self.options = options
         self._signature = inspect.signature(loss)
+        if not set(_SCORES) & set(self._signature.parameters):
+            raise TypeError(
+                f"{self._name}: expected a loss of scores and targets, by these names, so that they can be checked and ignored rows "
+                f"left out of the mean; it takes {', '.join(self._signature.parameters)}: wrap it in a function"
+            )
         unknown = set(options) - set(self._signature.parameters)
         if unknown and not any(one.kind is one.VAR_KEYWORD for one in self._signature.parameters.values()):
             raise TypeError(
@@ -79,7 +85,7 @@ class Criterion(nn.Module):
         return getattr(self.loss, "func", self.loss)
 
     def _check_labels(self, given: dict[str, Any]) -> None:
-        for name in ("scores", "rejector", "gate", "predictor_loss", "estimate", "selection"):
+        for name in _SCORES:
             if name in given:
                 check_scores(given[name], name=name)
         targets = given.get("targets")

@@ -6,7 +6,6 @@ ask who is right.  `mask`, of the same shape, True = known: an expert whose answ
 is `ignore_index` give 0.
 """
 
-import math
 from functools import partial
 
 import torch
@@ -287,7 +286,7 @@ def deep_gamblers(scores: Tensor, targets: Tensor, *, reward: float, ignore_inde
         raise ValueError(f"reward: expected a number above 1 and at most the {num_classes} classes, got {reward}")
     targets, counts = without_ignored(targets, ignore_index)
     classes, in_hand = log_probabilities_at(scores, targets, num_classes)
-    gains = log_add_exp(math.log(reward) + classes, in_hand)
+    gains = log_add_exp(cast_like(reward, scores).log() + classes, in_hand)
     return counted(-expected_loss(gains, targets), counts)
 
 
