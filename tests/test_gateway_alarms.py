@@ -310,9 +310,9 @@ def test_gauges_and_the_page_show_what_the_database_says(tmp_path: Path) -> None
     filled(database, 800, price=3.0)
     alarms, metrics = Alarms(connect(database)), Metrics()
     metrics.watch_alarms(lambda: alarms.now)
-    assert b"deferral_alarm{" not in metrics.text()
+    assert b"deferral_alarm{" not in asyncio.run(metrics.text())
     alarms.look(EXPECTED, NOW)
-    text = metrics.text().decode()
+    text = asyncio.run(metrics.text()).decode()
     assert 'deferral_alarm{alarm="price",expert="large"} 1.0' in text
     assert 'deferral_alarm{alarm="price",expert="small"} 0.0' in text
     [share] = [line for line in text.splitlines() if line.startswith('deferral_drift{alarm="unlike"')]

@@ -1,19 +1,23 @@
-"""The way out, through a real proxy that the environment names."""
+"""The ways out of this machine: through a real proxy that the environment names, and not to whoever else is on the way."""
 
 import asyncio
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from yarl import URL
 
+from deferral.errors import DataError
 from deferral.gateway.connecting import proxy_of
 from deferral.gateway.experts_file import Expert
 from deferral.gateway.failures import Failure
+from deferral.gateway.probe import probe
 from deferral.gateway.requests import parse
 from deferral.gateway.upstream import Reply, Upstream
 from tests.scripted_expert import CHAT, whole
@@ -99,3 +103,59 @@ def _proxy(folder: Path, credentials: str) -> Iterator[int]:
             yield int(ports.read_text())
         finally:
             process.terminate()
+
+
+def test_the_admin_key_is_for_the_gateway_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for a proxy on the way to this machine, nor for whom a reply leads to, nor for another server at the address."""
+    with _listening({}) as elsewhere, _listening({"/ready": (200, '{"status": "ready"}')}) as gateway:
+        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{elsewhere.port}")
+        monkeypatch.delenv("no_proxy", raising=False)
+        gateway.replies["/metrics"] = (200, "# TYPE x gauge\nx 1\n")
+        assert probe(gateway.url, "secret") == {"ready": "ready", "metrics": {"x": 1.0}}
+        gateway.replies["/metrics"] = (302, elsewhere.url)
+        assert probe(gateway.url, "secret") == {"ready": "ready", "metrics": {}}
+        assert elsewhere.asked == []
+        gateway.replies["/metrics"] = (200, '{"no": "metrics"}')
+        with pytest.raises(DataError, match="/metrics does not answer as a gateway does"):
+            probe(gateway.url, "secret")
+        with pytest.raises(DataError, match="/ready does not answer as a gateway does"):
+            probe(elsewhere.url, "secret")
+        assert elsewhere.asked == [("/ready", None)]
+
+
+class _Listening:
+    """A server that answers what it is told to, and tells what it was asked, with which key."""
+
+    def __init__(self, replies: dict[str, tuple[int, str]]) -> None:
+        self.replies, self.asked = replies, []
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                outer.asked.append((self.path, self.headers["authorization"]))
+                status, said = outer.replies.get(self.path, (404, "nothing here"))
+                self.send_response(status)
+                if status == 302:
+                    self.send_header("location", said)
+                self.end_headers()
+                self.wfile.write(said.encode())
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.port = self.server.server_address[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+
+
+@contextmanager
+def _listening(replies: dict[str, tuple[int, str]]) -> Iterator[_Listening]:
+    one = _Listening(replies)
+    thread = threading.Thread(target=one.server.serve_forever)
+    thread.start()
+    try:
+        yield one
+    finally:
+        one.server.shutdown()
+        one.server.server_close()
+        thread.join()

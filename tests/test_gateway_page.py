@@ -5,10 +5,12 @@ import math
 import re
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from importlib.resources import files
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -27,10 +29,14 @@ from deferral.gateway.record import Record
 from deferral.gateway.rows import CascadeRow, cascade_values, values
 from deferral.gateway.schema import cascades, decisions, feedback, minutes, tables
 from deferral.gateway.settings import Settings
+from deferral.gateway.status import dollars
 from deferral.gateway.what_if import what_if
 from deferral.routing.decisions import AT_RANDOM
 from tests.gateway_rows import row
 from tests.running_gateway import RunningGateway, small_router
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page, Request, Route
 
 ADMIN = "an-admin-key-of-some-length"
 # What the experts really are like, which the router's estimates miss by a tenth.
@@ -287,78 +293,169 @@ def test_texts_and_lines_stand_out_from_what_is_behind_them() -> None:
         assert len(found) == 16
 
 
-@pytest.mark.ci_slow
-def test_in_a_browser(served: RunningGateway, tmp_path: Path) -> None:
+@pytest.fixture
+def browser() -> "Iterator[Browser]":
     program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if program is None:
         pytest.skip("needs Chromium: install the package chromium")
-    from playwright.sync_api import Route, expect, sync_playwright
+    from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1200, "height": 900})
-        complaints: list[str] = []
-        asked: set[str] = set()
-        page.on("console", lambda message: complaints.append(message.text))
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("request", lambda request: asked.add(request.url))
-        page.goto(f"http://127.0.0.1:{served.port}/dashboard")
-        # By keyboard alone: the field has the focus.
-        page.keyboard.type("no key of this gateway")
-        page.keyboard.press("Enter")
-        expect(page.locator("#refused")).to_contain_text("no spaces")
-        token, key = served.state.keys.create("the page", admin=True)
-        page.keyboard.type(token)
-        page.keyboard.press("Enter")
-        expect(page.locator("#sums")).to_contain_text("400 routed")
-        expect(page.locator("#door")).to_be_hidden()
-        expect(page.locator("#state")).to_have_text("in service")
-        expect(page.locator("#experts tr")).to_have_count(2)
-        expect(page.locator("#decisions tr")).to_have_count(50)
-        expect(page.locator("#firsts")).to_be_hidden()
-        # What comes from outside is text, whatever is in it.
-        strange = "<img src=x onerror=alert(1)>\u202e" + "W" * 150
-        served.state.record.add(
-            row(9000, time=time.time(), requested=strange, reason=strange, cascade=CascadeRow("small", "deferred", 0.5))
-        )
-        expect(page.locator("#decisions tr").first).to_contain_text("<img src=x onerror=alert(1)>")
-        expect(page.locator("#decisions img")).to_have_count(0)
-        # An answer that comes late does not take the place of what was asked for after it.
-        late: list[Route] = []
-        page.route("**/history?hours=1", lambda route: late.append(route))
-        page.select_option("#hours", "1")
-        served.state.alarms.look(served.state.current.decider.expected, time.time() + 601)
-        page.select_option("#hours", "168")
-        expect(page.locator("#alarms tr")).to_have_count(5)
-        expect(page.locator("#alarms tr").first).to_contain_text("Queries unlike the log")
-        expect(page.locator("#first-answers tr")).to_have_text(re.compile(r"small.*1 \(100\.0%\).*\$0\.5"))
-        expect(page.locator("#sums")).to_contain_text("requests401")
-        late.pop().fulfill(json={})
-        before = page.inner_text("#said")
-        assert "(now $0.05)" in before
-        page.focus("#setting")
-        page.keyboard.press("End")
-        expect(page.locator("#said")).to_contain_text("large 100.0%")
-        assert page.inner_text("#said").startswith(page.get_attribute("#setting", "aria-valuetext"))
-        assert page.inner_text("#said") != before
-        for width in (390, 320):
-            page.set_viewport_size({"width": width, "height": 800})
-            assert page.evaluate("document.documentElement.scrollWidth") <= width
-            cells = "[...document.querySelectorAll('td')].map((each) => each.getBoundingClientRect().right)"
-            assert page.evaluate(f"Math.max(...{cells})") <= width
-        page.emulate_media(color_scheme="dark")
-        assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(20, 23, 26)"
-        assert complaints == []
-        assert page.evaluate("sessionStorage.length + localStorage.length") == 1
-        # Away, it says so, and what is there stays; when it is back, it is asked again: for a key that is none any more.
-        page.context.set_offline(True)
-        expect(page.locator("#state")).to_contain_text("what is shown is of then")
-        expect(page.locator("#decisions tr")).to_have_count(50)
-        served.state.keys.revoke(key.id)
-        page.context.set_offline(False)
-        expect(page.locator("#refused")).to_have_text("the key is no admin key of this gateway")
-        expect(page.locator("#page")).to_be_hidden()
-        assert page.evaluate("document.querySelectorAll('#page td').length + sessionStorage.length") == 0
-        assert {urlsplit(url).netloc for url in asked if not url.startswith("data:")} == {f"127.0.0.1:{served.port}"}
-        assert not any(secret in url for url in asked for secret in (token, ADMIN))
+        yield browser
         browser.close()
+
+
+def opened(page: "Page", gateway: RunningGateway) -> None:
+    page.goto(f"http://127.0.0.1:{gateway.port}/dashboard")
+    page.keyboard.type(ADMIN)
+    page.keyboard.press("Enter")
+
+
+@pytest.mark.ci_slow
+def test_in_a_browser(served: RunningGateway, browser: "Browser") -> None:
+    from playwright.sync_api import expect
+
+    page = browser.new_page(viewport={"width": 1200, "height": 900})
+    complaints: list[str] = []
+    asked: set[str] = set()
+    page.on("console", lambda message: complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("request", lambda request: asked.add(request.url))
+    page.goto(f"http://127.0.0.1:{served.port}/dashboard")
+    # By keyboard alone: the field has the focus.
+    page.keyboard.type("no key of this gateway")
+    page.keyboard.press("Enter")
+    expect(page.locator("#refused")).to_contain_text("no spaces")
+    token, key = served.state.keys.create("the page", admin=True)
+    page.keyboard.type(token)
+    page.keyboard.press("Enter")
+    expect(page.locator("#sums")).to_contain_text("400 routed")
+    expect(page.locator("#door")).to_be_hidden()
+    expect(page.locator("#state")).to_have_text("in service")
+    expect(page.locator("#experts tr")).to_have_count(2)
+    expect(page.locator("#decisions tr")).to_have_count(50)
+    expect(page.locator("#firsts")).to_be_hidden()
+    # What comes from outside is text, whatever is in it.
+    strange = "<img src=x onerror=alert(1)>\u202e" + "W" * 150
+    served.state.record.add(
+        row(9000, time=time.time(), requested=strange, reason=strange, cascade=CascadeRow("small", "deferred", 0.5))
+    )
+    expect(page.locator("#decisions tr").first).to_contain_text("<img src=x onerror=alert(1)>")
+    expect(page.locator("#decisions img")).to_have_count(0)
+    # An answer that comes late does not take the place of what was asked for after it.
+    late: list[Route] = []
+    page.route("**/history?hours=1", lambda route: late.append(route))
+    page.select_option("#hours", "1")
+    served.state.alarms.look(served.state.current.decider.expected, time.time() + 601)
+    page.select_option("#hours", "168")
+    expect(page.locator("#alarms tr")).to_have_count(5)
+    expect(page.locator("#alarms tr").first).to_contain_text("Queries unlike the log")
+    expect(page.locator("#first-answers tr")).to_have_text(re.compile(r"small.*1 \(100\.0%\).*\$0\.5"))
+    expect(page.locator("#sums")).to_contain_text("requests401")
+    late.pop().fulfill(json={})
+    before = page.inner_text("#said")
+    assert "(now $0.05)" in before
+    page.focus("#setting")
+    page.keyboard.press("End")
+    expect(page.locator("#said")).to_contain_text("large 100.0%")
+    assert page.inner_text("#said").startswith(page.get_attribute("#setting", "aria-valuetext"))
+    assert page.inner_text("#said") != before
+    for width in (390, 320):
+        page.set_viewport_size({"width": width, "height": 800})
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        cells = "[...document.querySelectorAll('td')].map((each) => each.getBoundingClientRect().right)"
+        assert page.evaluate(f"Math.max(...{cells})") <= width
+    page.emulate_media(color_scheme="dark")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(20, 23, 26)"
+    assert complaints == []
+    assert page.evaluate("sessionStorage.length + localStorage.length") == 1
+    # Away, it says so, and what is there stays; when it is back, it is asked again: for a key that is none any more.
+    page.context.set_offline(True)
+    expect(page.locator("#state")).to_contain_text("what is shown is of then")
+    expect(page.locator("#decisions tr")).to_have_count(50)
+    served.state.keys.revoke(key.id)
+    page.context.set_offline(False)
+    expect(page.locator("#refused")).to_have_text("the key is no admin key of this gateway")
+    expect(page.locator("#page")).to_be_hidden()
+    assert page.evaluate("document.querySelectorAll('#page td').length + sessionStorage.length") == 0
+    assert {urlsplit(url).netloc for url in asked if not url.startswith("data:")} == {f"127.0.0.1:{served.port}"}
+    assert not any(secret in url for url in asked for secret in (token, ADMIN))
+
+
+@pytest.mark.ci_slow
+def test_a_part_that_does_not_answer_keeps_no_other_waiting(served: RunningGateway, browser: "Browser") -> None:
+    from playwright.sync_api import expect
+
+    page = browser.new_page()
+    # Ten times as fast.
+    page.add_init_script("""
+        const [timeout, wait] = [AbortSignal.timeout.bind(AbortSignal), setTimeout];
+        AbortSignal.timeout = (time) => timeout(time / 10);
+        window.setTimeout = (work, time, ...more) => wait(work, time / 10, ...more);
+    """)
+    asked: Counter[str] = Counter()
+    under_way: Counter[str] = Counter()
+    most: Counter[str] = Counter()  # under way at once
+    held: list[Route] = []
+
+    def part(request: "Request") -> str:
+        return urlsplit(request.url).path.rpartition("/admin/")[2]
+
+    def begins(request: "Request") -> None:
+        asked[part(request)] += 1
+        under_way[part(request)] += 1
+        most[part(request)] = max(most[part(request)], under_way[part(request)])
+
+    def ends(request: "Request") -> None:
+        under_way[part(request)] -= 1
+
+    page.on("request", begins)
+    page.on("requestfinished", ends)
+    page.on("requestfailed", ends)
+    page.route("**/admin/what-if*", lambda route: held.append(route))
+    opened(page, served)
+    expect(page.locator("#sums")).to_contain_text("routed")
+    expect(page.locator("#state")).to_have_text("in service; what-if: no answer within 30 s", timeout=20_000)
+    while len(held) < 2:
+        page.wait_for_timeout(50)
+    expect(page.locator("#decisions tr")).to_have_count(50)
+    assert asked["decisions"] > 5
+    assert min(asked[name] for name in ("history", "experts", "alarms", "first-answers", "shadow")) > 1
+    assert most["what-if"] == 1
+    held.pop().continue_()
+    expect(page.locator("#said")).to_contain_text("per 1,000 queries")
+    expect(page.locator("#state")).to_have_text("in service")
+
+
+@pytest.mark.ci_slow
+def test_a_thousand_experts_of_which_half_are_not_asked(served: RunningGateway, browser: "Browser") -> None:
+    from playwright.sync_api import expect
+
+    names = [f"provider-{number}" for number in range(1000)]
+    page = browser.new_page(viewport={"width": 360, "height": 700})
+    standings = [{"name": name, "breaker": ("closed", "open")[place % 2], "queued": 0} for place, name in enumerate(names)]
+    page.route("**/admin/experts", lambda route: route.fulfill(json={"data": standings, "trouble": "", "record": ""}))
+    opened(page, served)
+    five = "provider-1, provider-3, provider-5, provider-7, provider-9"
+    expect(page.locator("#state")).to_have_text(f"in service; not asked at present: {five} and 495 more")
+    expect(page.locator("#experts tr")).to_have_count(1002)
+    assert page.evaluate("document.documentElement.scrollHeight") < 6000
+    tables = "[...document.querySelectorAll('.scroll')].map((each) => each.clientHeight)"
+    assert 100 < page.evaluate(f"Math.max(...{tables})") < 700
+
+
+@pytest.mark.ci_slow
+def test_dollars_end_where_those_of_the_terminal_do_and_without_scripts_it_is_named(
+    served: RunningGateway, browser: "Browser"
+) -> None:
+    page = browser.new_page()
+    page.goto(f"http://127.0.0.1:{served.port}/dashboard")
+    sizes = [0.0, 1.7e-16, 4.9e-10, 1.2345e-8, 0.000123456, 0.05, 0.5, 0.9996]
+    texts = page.evaluate("async (sizes) => sizes.map((await import('./dashboard/texts.js')).dollars)", sizes)
+    read = [float(text.removeprefix("$")) for text in texts]
+    assert read == [float(dollars(value).removeprefix("$")) for value in sizes]
+    page = browser.new_page(java_script_enabled=False)
+    page.goto(f"http://127.0.0.1:{served.port}/dashboard")
+    assert "deferral gateway status" in page.inner_text("body")
+    assert not page.is_visible("#key")

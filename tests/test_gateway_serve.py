@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from dataclasses import fields
 from pathlib import Path
 
@@ -192,22 +193,31 @@ def test_an_alarm_url_with_a_password_beside_a_token_is_refused() -> None:
 
 
 def test_logs_are_json_lines_without_keys() -> None:
-    stream = io.StringIO()
+    # A terminal without UTF-8 gets lines that can be read as well.
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="backslashreplace")
     with logging_to(stream, "info"):
         log = logging.getLogger("deferral.gateway")
         log.info("a key %s and\na line", "sk-proj-abcdefghijklmnop")
         log.warning("Authorization: Bearer dk-abcdefgh-0123456789abcdef")
         log.debug("not this")
+        log.info("é 😀")
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warnings.warn("of a library", stacklevel=1)
         try:
             raise ValueError("dk-abcdefgh-0123456789abcdef")
         except ValueError:
             log.exception("it failed")
-    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
-    assert [line["level"] for line in lines] == ["info", "warning", "error"]
+    stream.flush()
+    written = stream.buffer.getvalue().decode("ascii")
+    lines = [json.loads(line) for line in written.splitlines()]
+    assert [line["level"] for line in lines] == ["info", "warning", "info", "warning", "error"]
+    assert lines[2]["message"] == "é 😀"
+    assert "of a library" in lines[3]["message"]
     assert lines[0]["message"] == "a key sk-*** and\na line"
-    assert "ValueError" in lines[2]["error"]
-    assert "0123456789" not in stream.getvalue()
-    assert "abcdefghijkl" not in stream.getvalue()
+    assert "ValueError" in lines[4]["error"]
+    assert "0123456789" not in written
+    assert "abcdefghijkl" not in written
 
 
 def test_the_guide_shows_files_and_commands_that_exist(tmp_path: Path) -> None:

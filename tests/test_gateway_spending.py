@@ -10,11 +10,13 @@ import pytest
 from sqlalchemy import event, insert
 
 from deferral.cli import main
+from deferral.gateway.history import history
 from deferral.gateway.keys import Keys
 from deferral.gateway.record import Record
 from deferral.gateway.rows import CascadeRow
 from deferral.gateway.schema import forgotten
 from deferral.gateway.spending import DELETED, spending
+from deferral.gateway.status import status
 from tests.gateway_rows import row
 
 BEGIN = datetime(2026, 10, 24, 21, 50, tzinfo=UTC).timestamp()  # in Berlin ten minutes before midnight, a day before winter
@@ -57,6 +59,16 @@ def test_the_sums_are_those_of_the_rows(written) -> None:
     assert prices(written, "key", "expert")["alice", "large"] == 2.0
     assert sum(prices(written, "month").values()) == 31.0
     assert prices(written, "key", since=BEGIN + 86400, until=BEGIN + 86401) == {"bob": 4.0}
+
+
+def test_status_and_history_put_it_on_the_same_experts(written) -> None:
+    store = Keys(written[0])
+    try:
+        shares = {share.expert: share.price for share in status(store.engine, [], since=BEGIN).shares}
+        totals = history(store.engine, since=BEGIN, until=BEGIN + 3 * 86400).totals
+    finally:
+        store.close()
+    assert shares == {name: total.price for name, total in totals.items()} == {"small": 8.0, "large": 7.0, "": 0.0}
 
 
 def test_days_are_those_of_the_zone(written) -> None:

@@ -1,9 +1,12 @@
 """What Prometheus and Grafana are told to look at is in the metrics of a real gateway, and alerts rise when they should."""
 
+import asyncio
 import json
 import re
 import shutil
 import subprocess
+import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +15,13 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from deferral.gateway.experts_file import Expert
+from deferral.gateway.history import history
 from deferral.gateway.metrics import Metrics
 from deferral.gateway.settings import Settings
+from deferral.gateway.status import status
 from tests.faulty_upstream import Upstream
 from tests.handmade_cascade import GUESS, unsure_router
-from tests.running_gateway import EASY, HARD, RunningGateway
+from tests.running_gateway import EASY, HARD, RunningGateway, small_router
 
 ROOT = Path(__file__).parent.parent
 ALERTS = ROOT / "deploy" / "watch" / "alerts.yaml"
@@ -87,15 +92,33 @@ def test_what_is_counted_begins_at_nothing_so_that_a_scraper_sees_the_first_of_i
     )  # fmt: skip
     # As after a reload: what was counted stays.
     metrics.expect(["small", "large"])
-    text = metrics.text().decode()
+    text = asyncio.run(metrics.text()).decode()
     for line in (
         'deferral_price_dollars_total{expert="small"} 0.5',
         'deferral_price_dollars_total{expert="large"} 0.0',
         'deferral_answers_total{expert="large",outcome="truncated"} 0.0',
         'deferral_tokens_total{direction="input",expert="large"} 0.0',
         'deferral_requests_total{path="chat",status="503"} 0.0',
+        'deferral_requests_total{path="responses",status="500"} 0.0',
     ):
         assert line in text
+
+
+@pytest.mark.ci_slow
+def test_metrics_page_and_status_tell_of_the_same_outage(tmp_path: Path) -> None:
+    dead = {name: Expert(name, "http://127.0.0.1:1/v1", input_price=1.0, output_price=1.0) for name in ("small", "large")}
+    settings = Settings(database=str(tmp_path / "gateway.db"), admin_key=ADMIN)
+    with RunningGateway(small_router(), dead, settings) as gateway:
+        statuses = Counter(gateway.chat(EASY)[0] for _ in range(20))
+        assert set(statuses) == {502, 503}, "at first they do not answer, then they are not asked any more"
+        text = gateway.ask("GET", "/metrics", key=ADMIN)[2].decode()
+        for code, count in statuses.items():
+            assert f'deferral_requests_total{{path="chat",status="{code}"}} {count:.1f}' in text
+        gateway.state.record.stop()
+        shares = status(gateway.state.record.engine, []).shares
+        assert [(share.expert, share.requests, share.failed) for share in shares] == [("", 20, 20)]
+        totals = history(gateway.state.record.engine, since=time.time() - 3600, until=time.time() + 60).totals
+        assert (totals[""].requests, totals[""].failed) == (20, 20)
 
 
 @pytest.mark.ci_slow

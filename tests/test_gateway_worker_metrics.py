@@ -48,14 +48,14 @@ def leave(folder: Path) -> None:
 
 def test_one_worker_alone_says_what_it_counted(tmp_path: Path) -> None:
     metrics = counted(3, "half-open", flying=1)
-    assert told(WorkerMetrics(metrics, tmp_path)) == samples(metrics.text())
+    assert told(WorkerMetrics(metrics, tmp_path)) == samples(asyncio.run(metrics.text()))
 
 
 def test_a_first_answer_counts_against_the_saving_where_the_best_price_is_known() -> None:
     metrics = Metrics()
     metrics.asked_first("small", "deferred", 0.25, compared=True)
     metrics.asked_first("small", "deferred", 0.5, compared=False)
-    found = samples(metrics.text())
+    found = samples(asyncio.run(metrics.text()))
     assert found["deferral_saving_dollars",] == -0.25
     assert found["deferral_price_dollars_total", "small"] == 0.75
 
@@ -87,7 +87,7 @@ def test_of_many_budgets_those_are_shown_that_are_nearest_to_their_end() -> None
     metrics = Metrics()
     keys = [Key(f"k{number}", "many", budget=float(number + 1)) for number in range(1000)]
     metrics.watch_budgets(lambda: [(key, 0.5) for key in keys])
-    shown = {labels[0] for name, *labels in samples(metrics.text()) if name == "deferral_budget_spent_dollars"}
+    shown = {labels[0] for name, *labels in samples(asyncio.run(metrics.text())) if name == "deferral_budget_spent_dollars"}
     assert shown == {key.id for key in keys[:100]}
 
 

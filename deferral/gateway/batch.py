@@ -36,8 +36,9 @@ def write_batch(
         with writing(connection):
             plain_rows = [values(row) for row in rows]
             insert_rows(connection, decisions, plain_rows)
-            insert_rows(connection, cascades, [cascade_values(row) for row in rows if row.cascade is not None])
-            add_to_minutes(connection, plain_rows)
+            firsts = [cascade_values(row) for row in rows if row.cascade is not None]
+            insert_rows(connection, cascades, firsts)
+            add_to_minutes(connection, plain_rows, firsts)
             if text_days is not None:
                 insert_rows(connection, texts, list(_texts(rows, text_days)))
             return _kept(connection, said) if said else []

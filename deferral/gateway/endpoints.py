@@ -83,8 +83,8 @@ def routes(gateway: Gateway) -> list[Route]:
             gateway.access.client(request.scope, headers)
         else:
             gateway.access.admin(headers)
-        shown = gateway.metrics.text() if gateway.worker_metrics is None else await gateway.worker_metrics.text()
-        return Response(shown, headers={"content-type": CONTENT_TYPE})
+        shown = await (gateway.metrics if gateway.worker_metrics is None else gateway.worker_metrics).text()
+        return Response(shown, headers={"content-type": CONTENT_TYPE, "cache-control": "no-store"})
 
     return [
         Route("/v1/models", models),

@@ -30,7 +30,7 @@ class JsonLines(logging.Formatter):
         }
         if record.exc_info:
             line["error"] = self.formatException(record.exc_info)
-        return _KEY.sub(r"\1***", json.dumps(line, ensure_ascii=False))
+        return _KEY.sub(r"\1***", json.dumps(line))
 
 
 @contextmanager
@@ -45,11 +45,13 @@ def logging_to(stream: TextIO = sys.stderr, level: str = "info") -> Iterator[Non
     before = root.level, root.handlers[:]
     root.handlers[:] = [sender]
     root.setLevel(level.upper())
+    logging.captureWarnings(True)
     listener.start()
     try:
         yield
     finally:
         listener.stop()
+        logging.captureWarnings(False)
         root.setLevel(before[0])
         root.handlers[:] = before[1]
 

@@ -1,17 +1,20 @@
 """What Prometheus is told.  Plain numbers, written in the event loop only: locks and labels would cost more than the counting."""
 
+import asyncio
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from heapq import nlargest
+from typing import get_args
 
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry, Metric, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
 from deferral.gateway.alarms import Alarm
 from deferral.gateway.keys import Key
 from deferral.gateway.record import Record
+from deferral.gateway.requests import Kind
 from deferral.gateway.shadow import Shadow
 
 __all__ = ["CONTENT_TYPE", "Metrics"]
@@ -111,8 +114,9 @@ class Metrics(Collector):
                 self._tokens.values[name, direction] += 0
             for outcome in ("ok", "truncated"):
                 self._answers.values[name, outcome] += 0
-        for status in ("200", "502", "503", "504"):
-            self._requests.values["chat", status] += 0
+        for path in get_args(Kind):
+            for status in ("200", "500", "502", "503", "504"):
+                self._requests.values[path, status] += 0
 
     def watch_alarms(self, alarms: Callable[[], Sequence[Alarm]]) -> None:
         """Also show what was seen of drift, which all gateways on a database know."""
@@ -236,6 +240,14 @@ class Metrics(Collector):
             spent.add_metric(whose, dollars)
         return budgets, spent
 
-    def text(self) -> bytes:
-        """All of it, in the format of Prometheus."""
-        return generate_latest(self.registry)
+    async def text(self) -> bytes:
+        """All of it, in the format of Prometheus; of the numbers as they are, and in a thread, for it takes a while."""
+        return await asyncio.to_thread(generate_latest, _Collected(list(self.collect())))
+
+
+class _Collected(Collector):
+    def __init__(self, families: Sequence[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> Sequence[Metric]:
+        return self._families

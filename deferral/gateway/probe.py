@@ -3,14 +3,16 @@
 import json
 from typing import Any
 from urllib.error import HTTPError, URLError
-from urllib.request import Request, urlopen
+from urllib.parse import urlsplit
+from urllib.request import HTTPRedirectHandler, OpenerDirector, ProxyHandler, Request, build_opener
 
 from deferral.errors import DataError
+from deferral.gateway.settings import is_loopback
 
 __all__ = ["probe"]
 
 _TIMEOUT = 5.0
-_MOST_BYTES = 1 << 22
+_MOST_BYTES = 1 << 26
 
 
 def probe(url: str, admin_key: str | None = None) -> dict[str, Any]:
@@ -21,18 +23,35 @@ def probe(url: str, admin_key: str | None = None) -> dict[str, Any]:
     if not url.startswith(("http://", "https://")):
         raise DataError(f"{url}: expected the address of a gateway, http://127.0.0.1:8080 say")
     _, ready = _get(f"{url.rstrip('/')}/ready", None)
-    status, text = _get(f"{url.rstrip('/')}/metrics", admin_key)
     try:
         said = json.loads(ready)["status"]
     except (ValueError, KeyError, TypeError):
+        # Whoever is there does not get the key.
         raise DataError(f"{url}: /ready does not answer as a gateway does, {ready[:100]!r}") from None
-    return {"ready": said, "metrics": _samples(text) if status == 200 else {}}
+    status, text = _get(f"{url.rstrip('/')}/metrics", admin_key)
+    if status != 200:
+        return {"ready": said, "metrics": {}}
+    try:
+        return {"ready": said, "metrics": _samples(text)}
+    except ValueError as error:
+        raise DataError(f"{url}: /metrics does not answer as a gateway does, {str(error)[:100]}") from error
+
+
+def _opener(url: str) -> OpenerDirector:
+    """The key is for this address alone: no redirects, and no proxy to this machine itself."""
+    here = is_loopback(urlsplit(url).hostname or "")
+    return build_opener(_Unredirected(), *([ProxyHandler({})] if here else []))
+
+
+class _Unredirected(HTTPRedirectHandler):
+    def redirect_request(self, *_: Any) -> None:
+        return None
 
 
 def _get(url: str, key: str | None) -> tuple[int, str]:
     try:
         request = Request(url, headers={"authorization": f"Bearer {key}"} if key else {})
-        with urlopen(request, timeout=_TIMEOUT) as reply:
+        with _opener(url).open(request, timeout=_TIMEOUT) as reply:
             return reply.status, reply.read(_MOST_BYTES).decode("utf-8", "replace")
     except HTTPError as error:
         with error:

@@ -98,9 +98,10 @@ async def refuse(exchange: Exchange, problem: Problem) -> None:
     attempts = problem.attempts if isinstance(problem, Unanswered) else 0
     if exchange.first:
         attempts += exchange.first.attempts
-    outcome = "error" if attempts or problem.status == 500 else "refused"
-    if outcome == "refused":
+    if not attempts and problem.status != 500:
         exchange.gateway.metrics.refused(problem.code)
+    # That nobody is there to be asked is no fault of the client's.
+    outcome = "error" if attempts or problem.status >= 500 else "refused"
     exchange.keep("", Usage(0, 0, True, ""), outcome, attempts=attempts, refused=problem.message)
     if not exchange.started:
         exchange.started = True

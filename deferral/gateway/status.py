@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from sqlalchemy import Connection, Engine, case, distinct, func, select
 from deferral.gateway.alarms import MEANINGS
 from deferral.gateway.keys import Key
 from deferral.gateway.ledger import recorded_by_key
-from deferral.gateway.schema import alarms, decisions, feedback
+from deferral.gateway.schema import alarms, cascades, decisions, feedback
 from deferral.gateway.windows import Span, minute_of, span, time_zone
 
 if TYPE_CHECKING:
@@ -106,7 +107,8 @@ class Status:
         from rich.table import Table
 
         experts = Table("expert", "share", "requests", "failed", "price", "latency", "judged", "quality")
-        experts.columns[4].overflow = "fold"  # a price that is cut off is another one
+        # A name that is cut off may be another's, and so may a price.
+        experts.columns[0].overflow, experts.columns[4].no_wrap = "fold", True
         for share in self.shares:
             experts.add_row(
                 escape(share.expert) or "(nobody)",
@@ -130,7 +132,7 @@ class Status:
 def status(engine: Engine, keys: Iterable[Key], *, since: float = 0.0, now: float | None = None) -> Status:
     """Read it from the record."""
     now = time.time() if now is None else now
-    d, recent = decisions.c, decisions.c.time >= since
+    d, c, recent = decisions.c, cascades.c, decisions.c.time >= since
     paired = (d.requested == "auto") & (d.outcome == "ok") & d.best_price.is_not(None)
     ones = func.count()
     failed = func.sum(case((d.outcome.in_(("error", "truncated")), 1), else_=0))
@@ -155,6 +157,13 @@ def status(engine: Engine, keys: Iterable[Key], *, since: float = 0.0, now: floa
             .group_by(d.expert)
             .order_by(ones.desc(), d.expert)
         ).all()
+        # A first answer that was not given is on the bill of whoever gave it.
+        moved = connection.execute(
+            select(d.expert, c.first, func.sum(c.extra))
+            .join(cascades, c.decision == d.id)
+            .where(recent, c.extra > 0)
+            .group_by(d.expert, c.first)
+        ).all()
         # The mean of a decision's opinions, then the mean over decisions.
         opinion = (
             select(feedback.c.decision, func.avg(feedback.c.quality).label("quality")).group_by(feedback.c.decision).subquery()
@@ -169,13 +178,18 @@ def status(engine: Engine, keys: Iterable[Key], *, since: float = 0.0, now: floa
         ringing = connection.execute(select(alarms).where(alarms.c.ringing).order_by(alarms.c.since)).all()
     quality = {expert: (count, float(summed)) for expert, count, summed in judged}
     judgements = sum(count for count, _ in quality.values())
+    extra: defaultdict[str, float] = defaultdict(float)
+    for answered, first, price in moved:
+        extra[first] += price
+        extra[answered] -= price
+    silent = [(expert, 0, 0.0, 0, None) for expert in sorted(extra.keys() - {expert for expert, *_ in experts})]
     return Status(
         since=since,
         **total._mapping,
         outcomes=dict(outcomes),
         shares=tuple(
-            Share(expert, count, float(price), int(bad), latency, *_judged(quality.get(expert)))
-            for expert, count, price, bad, latency in experts
+            Share(expert, count, float(price) + extra.get(expert, 0.0), int(bad), latency, *_judged(quality.get(expert)))
+            for expert, count, price, bad, latency in [*experts, *silent]
         ),
         judged=judgements,
         mean_quality=sum(summed for _, summed in quality.values()) / judgements if judgements else None,

@@ -3,9 +3,10 @@
 import json
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
-from sqlalchemy import Engine, func, or_, select
+from sqlalchemy import Engine, Select, func, or_, select
 
 from deferral.gateway.export import in_vain, whole
 from deferral.gateway.off_policy import FEWEST_SEEN, Draws, alike, doubly_robust, interval_of_mean, one_more
@@ -14,7 +15,9 @@ from deferral.routing.decisions import AT_RANDOM
 
 __all__ = ["Point", "WhatIf", "what_if"]
 
-_ROWS = 5000
+_ROWS, _AT_A_TIME = 5000, 500
+# Expectations that are looked at: of 100 experts, those of 5,000 rows.
+_NUMBERS = 500_000
 _POINTS = 25
 # A share of the queries, below which few answers are no reason to warn.
 _WORTH_MENTIONING = 0.02
@@ -91,28 +94,21 @@ def what_if(engine: Engine, *, since: float, until: float, present: float) -> Wh
         .order_by(d.time.desc())
         .limit(_ROWS)
     )
-    with engine.connect() as connection:
-        rows = [row for row in connection.execute(wanted) if whole(row) or in_vain(row, row)]
-    if not rows:
+    rows, experts = _read(engine, wanted)
+    if not any(row.answered for row in rows):
         return WhatIf(0, 0, 0, present, [], {})
-    expected = [json.loads(row.expected) for row in rows]
-    experts = sorted({name for one in expected for name in one})
     quality, price = np.full((2, len(rows), len(experts)), np.nan)
-    for place, (row, one) in enumerate(zip(rows, expected, strict=True)):
-        for name, (good, dollars, cost) in one.items():
-            if cost is not None or name == row.chosen:
-                quality[place, experts.index(name)], price[place, experts.index(name)] = _number(good), _number(dollars)
-    drawn = np.array([experts.index(row.chosen) if row.chosen in experts else -1 for row in rows])
-    usable = (drawn >= 0) & ~np.isnan(quality[np.arange(len(rows)), drawn]) & ~np.isnan(price[np.arange(len(rows)), drawn])
-    if not any(whole(row) for row, kept in zip(rows, usable, strict=True) if kept):
-        return WhatIf(0, 0, 0, present, [], {})
-    rows = [row for row, kept in zip(rows, usable, strict=True) if kept]
-    quality, price, drawn = quality[usable], price[usable], drawn[usable]
+    for number, row in enumerate(rows):
+        quality[number, row.places], price[number, row.places] = row.expected
+    # By name, whoever came first: that breaks ties.
+    order = np.argsort(experts)
+    experts, quality, price = sorted(experts), quality[:, order], price[:, order]
+    drawn = np.argsort(order)[[row.drawn for row in rows]]
     propensity, asked_at = np.array([(row.propensity, row.price_of_error) for row in rows]).T
     best = np.nanargmin(1 - quality + price / asked_at[:, None], axis=1)
     paid = np.array([row.price for row in rows])
-    answered = np.array([whole(row) for row in rows])
-    said = np.array([row.quality if whole(row) and row.quality is not None else math.nan for row in rows])
+    answered = np.array([row.answered for row in rows])
+    said = np.array([row.quality for row in rows])
     judged = ~np.isnan(said)
     group = alike([row.draw for row in rows])
 
@@ -140,11 +136,56 @@ def what_if(engine: Engine, *, since: float, until: float, present: float) -> Wh
     return WhatIf(
         rows=int(answered.sum()),
         judged=int(judged.sum()),
-        explored=int((answered & (drawn != best) & np.array([AT_RANDOM in row.reason for row in rows])).sum()),
+        explored=int((answered & (drawn != best) & np.array([row.at_random for row in rows])).sum()),
         present=present,
         points=points,
         qualities={name: (len(each), float(each.mean())) for name, each in own.items() if len(each)},
     )
+
+
+class _Seen(NamedTuple):
+    """A decision as far as it is looked at here; `expected` (2, n) has qualities and prices of the experts at `places`."""
+
+    drawn: int
+    places: np.ndarray
+    expected: np.ndarray
+    propensity: float
+    price_of_error: float
+    price: float
+    answered: bool
+    quality: float  # NaN without feedback
+    at_random: bool
+    draw: float | None
+
+
+def _read(engine: Engine, wanted: Select) -> tuple[list[_Seen], list[str]]:
+    """The rows that say what came of a draw, and the experts; of as many experts as may be, no more than fits into memory."""
+    place: dict[str, int] = {}
+    found, numbers = [], 0
+    with engine.connect() as connection:
+        for row in connection.execution_options(yield_per=_AT_A_TIME).execute(wanted):
+            answered = whole(row)
+            if not (answered or in_vain(row, row)):
+                continue
+            asked = {
+                name: (_number(good), _number(dollars))
+                for name, (good, dollars, cost) in json.loads(row.expected).items()
+                if cost is not None or name == row.chosen
+            }
+            if np.isnan(asked.get(row.chosen, math.nan)).any():
+                continue
+            places = np.array([place.setdefault(name, len(place)) for name in asked])
+            quality = row.quality if answered and row.quality is not None else math.nan
+            found.append(
+                _Seen(
+                    place[row.chosen], places, np.array([*asked.values()]).T, row.propensity, row.price_of_error, row.price,
+                    answered, quality, AT_RANDOM in row.reason, row.draw,
+                )
+            )  # fmt: skip
+            numbers += len(asked)
+            if numbers >= _NUMBERS:
+                break
+    return found, list(place)
 
 
 def _settings(quality: np.ndarray, price: np.ndarray, present: float) -> np.ndarray:

@@ -1,13 +1,15 @@
 // What each part of the page shows of what the gateway answered.
 
-import { $, dollars, element, empty, fill, fixed, half, known, moment, named, number, seconds, share, short, sum, ticks, whole, write } from "./texts.js";
+import { $, dollars, element, empty, few, fill, fixed, half, known, moment, named, number, seconds, share, short, sum, ticks, whole, write } from "./texts.js";
 
 const LINES = 8; // that a chart can tell apart
 const EDGE = { class: "edge", stroke: "transparent", points: { show: false } }; // of an interval
 const HOURS = { space: 75, values: (_, times, axis, space, step) => ticks(times, step) };
 const TIME = { label: "time", value: (_, time) => (known(time) ? moment(time) : "") };
 const charts = {};
-let shown = null; // the history, and the experts as they are
+let history = null;
+let experts = null; // as they are at present
+let alarms = [];
 let settings = null;
 let wish = null; // the price of an error that the slider was moved to
 
@@ -77,7 +79,7 @@ function drawMoney(found) {
   }, [times, ...[0, 1, 2, 3].map((column) => sums.map((each) => each[column]))]);
 }
 
-function drawSums(history) {
+function drawSums() {
   const requests = sum(history.requests);
   const failed = sum(Object.values(history.totals).map((each) => each.failed));
   const saved = sum(history.saving);
@@ -99,13 +101,15 @@ function drawSums(history) {
 }
 
 function drawExperts() {
-  const [history, experts] = shown;
-  const requests = sum(history.requests);
-  const names = Object.keys(history.totals).sort((one, other) => history.totals[other].requests - history.totals[one].requests);
-  const idle = experts.map((each) => each.name).filter((name) => !Object.hasOwn(history.totals, name));
+  const totals = history?.totals ?? {};
+  const none = history ? { requests: 0, failed: 0, price: 0 } : {}; // or not known yet
+  const requests = history ? sum(history.requests) : 0;
+  const present = new Map(experts?.data.map((each) => [each.name, each]));
+  const names = Object.keys(totals).sort((one, other) => totals[other].requests - totals[one].requests);
+  const idle = [...present.keys()].filter((name) => !Object.hasOwn(totals, name));
   fill("experts", [...names, ...idle].map((name) => {
-    const each = Object.hasOwn(history.totals, name) ? history.totals[name] : { requests: 0, failed: 0, price: 0, latency_s: null };
-    const at = experts.find((one) => one.name === name);
+    const each = Object.hasOwn(totals, name) ? totals[name] : none;
+    const at = present.get(name);
     const quality = settings && Object.hasOwn(settings.qualities, name) ? settings.qualities[name] : null;
     return [
       [named(name)], [whole(each.requests), "number"], [requests ? share(each.requests / requests) : "", "number"],
@@ -122,8 +126,9 @@ const units = { // of what an alarm looks at
   price: (value) => `×${fixed(value, 2)}`,
 };
 
-function drawAlarms(found) {
-  fill("alarms", found.map((each) => {
+export function drawAlarms(found) {
+  alarms = found.data;
+  fill("alarms", alarms.map((each) => {
     const text = units[each.name] ?? String;
     const seen = each.found == null ? ["too few", ""] : [text(each.found), `${text(each.low)} to ${text(each.high)}`];
     const since = new Date(1000 * each.since).toLocaleString([], { dateStyle: "short", timeStyle: "short" });
@@ -133,23 +138,31 @@ function drawAlarms(found) {
       [whole(each.rows), "number"], [each.meaning, "long"],
     ];
   }));
-  write("watched", found.length
+  write("watched", alarms.length
     ? "Looked for every ten minutes.  What to do is in the runbook, docs/operating.md, in the section of an alarm's name."
     : "Not looked for yet: that is done a few seconds after the start, and then every ten minutes.");
 }
 
-// -> how the gateway stands
-export function drawNow(history, experts, alarms) {
-  shown = [history, experts.data];
-  drawSums(history);
-  drawShares(history);
-  drawMoney(history);
+export function drawHistory(found) {
+  history = found;
+  drawSums();
+  drawShares(found);
+  drawMoney(found);
   drawExperts();
-  drawAlarms(alarms.data);
+}
+
+export function drawStandings(found) {
+  experts = found;
+  drawExperts();
+}
+
+// How the gateway stands.
+export function standing() {
+  if (!experts) return { text: "connecting", bad: false };
   const open = experts.data.filter((each) => each.breaker !== "closed").map((each) => each.name);
-  const ringing = alarms.data.filter((each) => each.ringing).length;
+  const ringing = alarms.filter((each) => each.ringing).length;
   const troubles = [
-    experts.trouble || experts.record, open.length ? `not asked at present: ${open.join(", ")}` : "",
+    experts.trouble || experts.record, open.length ? `not asked at present: ${few(open)}` : "",
     ringing ? `alarms of drift: ${ringing}` : "",
   ].filter(Boolean);
   return { text: [...(experts.trouble ? [] : ["in service"]), ...troubles].join("; "), bad: troubles.length > 0 };
@@ -284,7 +297,8 @@ export function fit() {
 }
 
 export function clear() {
-  shown = settings = wish = null;
+  history = experts = settings = wish = null;
+  alarms = [];
   for (const place of Object.keys(charts)) {
     charts[place].plot.destroy();
     delete charts[place];

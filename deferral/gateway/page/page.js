@@ -1,98 +1,100 @@
 // The operator's page: its key, and when it asks the gateway's admin endpoints for what.
 
-import { clear, drawDecisions, drawFirsts, drawNow, drawSettings, drawShadow, fit, moveSetting } from "./drawing.js";
+import {
+  clear, drawAlarms, drawDecisions, drawFirsts, drawHistory, drawSettings, drawShadow, drawStandings, fit, moveSetting, standing,
+} from "./drawing.js";
 import { $, moment, write } from "./texts.js";
 
-const EVERY = 2000; // milliseconds between two looks at the newest decisions
-const SLOWLY = 5; // of those looks, the fifth reads all the rest anew
+const OFTEN = 2000; // milliseconds between two looks at the newest decisions
+const SLOWLY = 10000; // and at all the rest
 const PATIENCE = 30000; // milliseconds until an answer is given up
-const ALL = "gateway"; // beside the paths of its parts, in `faults`
+const NEWEST = "decisions"; // asked for so often that it tells first that nobody is there
 const STORED = "deferral-admin-key";
 let key = sessionStorage.getItem(STORED);
 let run = new AbortController(); // of the looks since something was chosen: what they still wait for is not to be shown
-let timer = null;
-let looks = 0;
 let heard = null; // when it answered last
+let answers = 0;
+let away = ""; // why nobody is there
 const faults = new Map(); // of parts, until they answer again
-let standing = { text: "", bad: false };
 
 class Refused extends Error {}
-class Failed extends Error {}
+
+// Each is asked for, shown and waited for by itself, so that none keeps the others waiting.
+const parts = (hours) => [
+  [NEWEST, drawDecisions, OFTEN], ["experts", drawStandings, SLOWLY], ["alarms", drawAlarms, SLOWLY],
+  [`history?hours=${hours}`, drawHistory, SLOWLY], [`what-if?hours=${hours}`, drawSettings, SLOWLY],
+  [`first-answers?hours=${hours}`, drawFirsts, SLOWLY], [`shadow?hours=${hours}`, drawShadow, SLOWLY],
+];
 
 async function ask(path, signal) {
   const reply = await fetch(`admin/${path}`, {
     headers: { authorization: `Bearer ${key}` }, cache: "no-store", signal: AbortSignal.any([signal, AbortSignal.timeout(PATIENCE)]),
   });
+  heard = Date.now();
+  answers += 1;
   if (reply.ok) return reply.json();
   // Others on the way may refuse as well, for reasons that have nothing to do with the key.
   const said = (await reply.json().catch(() => null))?.error;
   if (said?.code === "missing_admin_key" || said?.code === "invalid_admin_key") throw new Refused(said.message);
-  throw new Failed(`${path}: ${said?.message ?? `status ${reply.status}`}`);
+  throw new Error(said?.message ?? `status ${reply.status}`);
 }
 
-function enter(...found) {
-  $("page").hidden = false; // first, for the width of the charts
+function enter() {
+  if ($("door").hidden) return;
+  $("door").hidden = true;
+  $("page").hidden = false;
   $("leave").hidden = false;
-  const standing = drawNow(...found);
-  if (!$("door").hidden) {
-    $("door").hidden = true;
-    $("page").focus({ preventScroll: true });
-  }
-  return standing;
+  $("page").focus({ preventScroll: true });
 }
 
-async function look(mine) {
-  const hours = $("hours").value;
-  const parts = [[["decisions"], drawDecisions]];
-  if (looks % SLOWLY === 0) {
-    parts.unshift([[`history?hours=${hours}`, "experts", "alarms"], enter]);
-    parts.push([[`what-if?hours=${hours}`], drawSettings], [[`first-answers?hours=${hours}`], drawFirsts]);
-    parts.push([[`shadow?hours=${hours}`], drawShadow]);
+async function look(path, show, signal) {
+  const part = path.split("?")[0];
+  const before = answers;
+  let why = "";
+  try {
+    const found = await ask(path, signal);
+    enter(); // first, for the width of the charts
+    show(found);
+  } catch (error) {
+    if (signal.aborted) return;
+    if (error instanceof Refused) return leave(error.message);
+    why = error.name === "TimeoutError" ? `no answer within ${PATIENCE / 1000} s` : error.message;
   }
-  looks += 1;
-  for (const [paths, show] of parts) {
-    let fault = "";
-    try {
-      standing = show(...await Promise.all(paths.map((path) => ask(path, mine.signal)))) ?? standing;
-    } catch (error) {
-      if (mine.signal.aborted) return;
-      if (error instanceof Refused) return leave(error.message);
-      fault = error.message;
-      if (!(error instanceof Failed)) {
-        // Nobody is there, and when somebody is again, all is new.
-        tell(ALL, fault);
-        looks = 0;
-        break;
-      }
-    }
-    tell(ALL, "");
-    tell(paths[0], fault);
-  }
-  timer = setTimeout(look, EVERY, mine);
+  // Where another part was answered meanwhile, somebody is there.
+  if (answers > before) away = "";
+  else if (part === NEWEST) away = why;
+  if (why) faults.set(part, `${part}: ${why}`);
+  else faults.delete(part);
+  if (away) faults.clear(); // nobody is there to have them
+  tell();
 }
 
-function tell(part, fault) {
-  faults.delete(part);
-  if (fault) faults.set(part, fault);
-  const away = faults.get(ALL);
-  if (!away) heard = Date.now();
+async function watch(path, show, every, signal) {
+  while (!signal.aborted) {
+    await look(path, show, signal);
+    await new Promise((done) => setTimeout(done, away ? OFTEN : every)); // when somebody is there again, all is new
+  }
+}
+
+function tell() {
+  const { text, bad } = standing();
   write("state", away
     ? `no answer${heard ? ` since ${moment(heard / 1000)}, what is shown is of then` : ""}: ${away}`
-    : [standing.text, ...faults.values()].filter(Boolean).join("; "));
-  $("state").classList.toggle("bad", faults.size > 0 || standing.bad);
+    : [text, ...faults.values()].join("; "));
+  $("state").classList.toggle("bad", Boolean(away) || faults.size > 0 || bad);
 }
 
 function halt() {
-  clearTimeout(timer);
   run.abort();
   run = new AbortController();
-  looks = 0;
+  away = "";
   faults.clear();
 }
 
 function again() {
   halt();
-  if (key) look(run);
+  if (!key) return;
+  for (const part of parts($("hours").value)) watch(...part, run.signal);
 }
 
 function leave(why) {
@@ -131,5 +133,6 @@ $("hours").addEventListener("change", again);
 $("setting").addEventListener("input", moveSetting);
 for (const query of ["(prefers-color-scheme: dark)", "(forced-colors: active)"]) matchMedia(query).addEventListener("change", again);
 addEventListener("resize", fit);
+$("door").hidden = false; // it does nothing without this script
 if (key) again();
 else $("key").focus();

@@ -43,12 +43,20 @@ export const known = (value) => typeof value === "number" && Number.isFinite(val
 export const number = (value, options) => (known(value) ? new Intl.NumberFormat("en", options).format(value) : "not known");
 export const whole = (value) => number(value, { maximumFractionDigits: 0 });
 export const fixed = (value, digits) => number(value, { minimumFractionDigits: digits, maximumFractionDigits: digits });
-export const size = (value) => `$${number(value, Math.abs(value) < 999.5 ? { maximumSignificantDigits: 3 } : { maximumFractionDigits: 0 })}`;
-export const dollars = (value) => (!known(value) ? "not known" : value < 0 ? `−${size(-value)}` : size(value));
+// Three digits, and of what is less than a billionth none, as in `deferral gateway status`: that is what sums of floats leave over.
+const SMALL = { maximumSignificantDigits: 3, maximumFractionDigits: 9, roundingPriority: "lessPrecision" };
+const size = (value) => `$${number(value, Math.abs(value) < 999.5 ? SMALL : { maximumFractionDigits: 0 })}`;
+export function dollars(value) {
+  if (!known(value)) return "not known";
+  const text = size(Math.abs(value));
+  return value < 0 && text !== "$0" ? `−${text}` : text;
+}
 export const share = (value) => (known(value) ? `${fixed(100 * value, 1)}%` : "not known");
 export const seconds = (value) => (known(value) ? `${fixed(value, 2)} s` : "");
 export const half = (value, text) => (known(value) ? ` ± ${text(value)}` : "");
 export const named = (expert) => expert || "(nobody)";
+const FEW = 5;
+export const few = (names) => names.slice(0, FEW).join(", ") + (names.length > FEW ? ` and ${whole(names.length - FEW)} more` : "");
 export const short = (text) => (text.length > 60 ? `${text.slice(0, 59)}…` : text);
 export const sum = (values) => values.reduce((total, value) => total + value, 0);
 
