@@ -1,6 +1,5 @@
 """The `deferral` command: parses and prints, decides nothing."""
 
-import importlib
 import os
 import signal
 import subprocess
@@ -9,7 +8,7 @@ import threading
 from contextlib import suppress
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import deferral
 from deferral.errors import DataError, installing
@@ -19,6 +18,8 @@ try:
     from click.core import ParameterSource
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from deferral.command_line import Commands
 except ModuleNotFoundError as error:
     sys.exit(f"the command line needs {error.name}: {installing('cli')}")
 
@@ -27,37 +28,17 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-
-class _Commands(click.Group):
-    """Commands of the extras are imported when they are called: `deferral --help` must not need a web server."""
-
-    later: ClassVar = {
-        "gateway": ("deferral.gateway.commands", "A gateway's first log, checks, API keys, record, retraining and status."),
-        "route": ("deferral.routing.commands", "Learn from a log which language model should answer."),
-        "serve": ("deferral.gateway.serve", "An OpenAI-compatible gateway around a router."),
-    }
-
-    def list_commands(self, context: click.Context) -> list[str]:
-        return sorted([*super().list_commands(context), *self.later])
-
-    def get_command(self, context: click.Context, name: str) -> click.Command | None:
-        if name in self.later:
-            return getattr(importlib.import_module(self.later[name][0]), name)
-        return super().get_command(context, name)
-
-    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
-        helps = {name: command.get_short_help_str(200) for name, command in self.commands.items()}
-        helps |= {name: text for name, (_, text) in self.later.items()}
-        with formatter.section("Commands"):
-            formatter.write_dl(sorted(helps.items()))
-
-
+_ELSEWHERE = {
+    "gateway": ("deferral.gateway.commands", "A gateway's first log, checks, API keys, record, retraining and status."),
+    "route": ("deferral.routing.commands", "Learn from a log which language model should answer."),
+    "serve": ("deferral.gateway.serve", "An OpenAI-compatible gateway around a router."),
+}
 # A seed is also multiplied by a thousand, and torch's generators end at 64 bits.
 _SEED = click.IntRange(0, 2**32 - 1)
 _OF_A_CLONE = ("benchmarks/__main__.py", "deferral/__init__.py")
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands, elsewhere=_ELSEWHERE, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(deferral.__version__, prog_name="deferral")
 def commands() -> None:
     """Systems that know when not to answer: abstain at a known cost, or defer to experts."""

@@ -1,8 +1,9 @@
 """What the commands of all extras have in common."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +33,32 @@ class Command(click.Command):
 
 
 class Commands(click.Group):
-    """Its help says of each command a whole sentence, which click would cut where the line ends."""
+    """Its help says of each command a whole sentence, which click would cut where the line ends.
+
+    `elsewhere` has the module and that sentence of each command that is imported when it is called: the others and the help
+    need neither wait for what it needs nor have it installed.
+    """
 
     command_class = Command
 
+    def __init__(self, *given: Any, elsewhere: Mapping[str, tuple[str, str]], **settings: Any) -> None:
+        super().__init__(*given, **settings)
+        self.elsewhere = elsewhere
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return sorted([*super().list_commands(context), *self.elsewhere])
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        if name in self.elsewhere:
+            module, _ = self.elsewhere[name]
+            return getattr(import_module(module), name)
+        return super().get_command(context, name)
+
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
-        commands = [(name, self.get_command(context, name)) for name in self.list_commands(context)]
+        said = {name: command.get_short_help_str(200) for name, command in self.commands.items()}
+        said |= {name: sentence for name, (_, sentence) in self.elsewhere.items()}
         with formatter.section("Commands"):
-            formatter.write_dl([(name, one.get_short_help_str(200)) for name, one in commands if one is not None])
+            formatter.write_dl(sorted(said.items()))
 
 
 class FiniteRange(click.FloatRange):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 
 from deferral.cli import commands, main
@@ -118,6 +119,14 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert "demo" in capsys.readouterr().out
     main(["--version"])
     assert capsys.readouterr().out.startswith("deferral, version 0")
+
+
+@pytest.mark.parametrize("group", ["gateway", "route"])
+def test_what_the_help_says_of_commands_elsewhere_is_what_they_say_themselves(group: str) -> None:
+    context = click.Context(commands)
+    found = commands.get_command(context, group)
+    for name, (_, sentence) in found.elsewhere.items():
+        assert found.get_command(context, name).get_short_help_str(200) == sentence
 
 
 def test_the_package_runs_as_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

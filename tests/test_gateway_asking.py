@@ -269,6 +269,22 @@ def test_files_and_options_that_cannot_be(adders: dict[str, Expert], questions: 
     assert not (tmp_path / "log.jsonl").exists()
 
 
+def test_a_row_that_is_wrong_is_named_by_its_line_though_those_before_it_have_no_grade(tmp_path: Path) -> None:
+    line = {"row": 1, "query": "x", "expert": "small", "answer": "y", "price": 0.1}
+    for more, said in (
+        ({"price": -1}, "row 3, price: expected a number"),
+        ({"quality": 7}, "row 3, quality: expected a number in [0, 1], got 7"),
+        ({"tags": 5}, "row 3, tags: expected a text or a list of texts, got 5"),
+        ({"confidence": 5}, "row 3, confidence: expected the numbers"),
+    ):
+        lines = [line, line, line | {"quality": 1} | more]
+        answers = _written(tmp_path / "answers.jsonl", "".join(f"{json.dumps(one)}\n" for one in lines))
+        with pytest.raises(DataError, match=re.escape(f"{answers}: {said}")):
+            by_field(answers)
+    graded = by_field(_written(answers, json.dumps(line | {"quality": 1, "tags": "low"}) + "\n"))
+    assert graded.log[0].tags == ("low",)
+
+
 @pytest.mark.ci_slow
 def test_stopped_it_keeps_what_it_has_and_goes_on(questions: Path, tmp_path: Path) -> None:
     answers = tmp_path / "answers.jsonl"

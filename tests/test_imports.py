@@ -54,6 +54,12 @@ def test_whoever_only_routes_holds_neither_torch_nor_scikit_learn_in_memory() ->
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
+def test_the_commands_that_need_no_torch_do_not_load_it() -> None:
+    called = "from deferral.cli import main; [main(['route', *of, '--help']) for of in ([], ['batch'], ['export-encoder'])]"
+    program = f"import sys; {called}; sys.exit(' '.join({{'torch'}} & set(sys.modules)) or None)"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
 def test_every_public_name_is_there_when_asked_for() -> None:
     named = [name for names in deferral._HOMES.values() for name in names]
     assert sorted(named) == deferral.__all__

@@ -171,7 +171,9 @@ def test_without_its_extra_the_command_names_it() -> None:
 
 
 def test_help_shows_every_default_and_says_what_similarity_is() -> None:
-    for command in commands.route.commands.values():
+    context = click.Context(commands.route)
+    for name in commands.route.list_commands(context):
+        command = commands.route.get_command(context, name)
         for option in command.params:
             if isinstance(option, click.Option) and type(option.default) in (int, float):
                 assert option.show_default, f"{command.name} {option.opts[0]}"

@@ -1,7 +1,5 @@
 """The command `deferral gateway`: it parses and prints, and decides nothing."""
 
-from importlib import import_module
-
 import click
 
 from deferral.command_line import Commands
@@ -12,26 +10,24 @@ from deferral.gateway.report_commands import decisions, shadow, spending, status
 
 __all__ = ["gateway"]
 
+# What speaks HTTP.
 _ELSEWHERE = {
-    "ask": "deferral.gateway.asking_commands",
-    "check": "deferral.gateway.check_command",
-    "grade": "deferral.gateway.asking_commands",
+    "ask": (
+        "deferral.gateway.asking_commands",
+        "Ask every expert every question in QUESTIONS, and add the answers to ANSWERS (.jsonl); `grade` makes a log of them.",
+    ),
+    "check": (
+        "deferral.gateway.check_command",
+        "Look at all that `deferral serve` needs with the same options, before it goes live, and change nothing.",
+    ),
+    "grade": (
+        "deferral.gateway.asking_commands",
+        "Say how good each answer is, and write the log that `deferral route fit` learns from (.jsonl, .ndjson or .parquet).",
+    ),
 }
 
 
-class _Commands(Commands):
-    """Some import all that speaks HTTP; the other commands need not wait for that."""
-
-    def list_commands(self, context: click.Context) -> list[str]:
-        return sorted([*super().list_commands(context), *_ELSEWHERE])
-
-    def get_command(self, context: click.Context, name: str) -> click.Command | None:
-        if name in _ELSEWHERE:
-            return getattr(import_module(_ELSEWHERE[name]), name)
-        return super().get_command(context, name)
-
-
-@click.group(cls=_Commands)
+@click.group(cls=Commands, elsewhere=_ELSEWHERE)
 def gateway() -> None:
     """A gateway's first log, checks, API keys, record, retraining and status."""
 

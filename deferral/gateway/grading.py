@@ -3,7 +3,7 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,13 @@ from deferral.errors import DataError
 from deferral.gateway.answer_files import Question, read_answers
 from deferral.gateway.asking import Result, ask_all
 from deferral.gateway.experts_file import Expert
-from deferral.routing.confidence import check_confidence
 from deferral.routing.grades import RULES
-from deferral.routing.outcomes import Log, Outcome, check_number
+from deferral.routing.outcomes import Log
 
 __all__ = ["Graded", "by_field", "by_judge", "by_rule"]
 
+# What an answer and its outcome both have.
+_REPEATED = ("query", "expert", "price", "input_tokens", "output_tokens", "latency_s", "time", "tags", "confidence")
 _BEST = 10.0
 _OUT_OF = re.compile(r"(?<![\d.])(-?\d+(?:\.\d+)?) ?(?:/|out of) ?(\d+)(?![\d.])")
 _NAMED = re.compile(
@@ -71,12 +72,7 @@ def by_field(answers: Path) -> Graded:
     """By the field quality, from 0 to 1, that a program of the user's has added.  Where it is null or missing, the answer is left
     out.
     """
-
-    def quality(row: int, answer: dict[str, Any]) -> float | None:
-        given = answer.get("quality")
-        return None if given is None else check_number(row, "quality", given)
-
-    return _graded(answers, quality)
+    return _graded(answers, lambda _, answer: answer.get("quality"))
 
 
 def by_judge(
@@ -113,23 +109,16 @@ def by_judge(
 
 
 def _graded(answers: Path, quality: Callable[[int, dict[str, Any]], float | None]) -> Graded:
-    left_out: Counter[str] = Counter()
-
-    def outcomes() -> Iterator[Outcome]:
-        for row, answer in read_answers(answers):
-            good = quality(row, answer)
-            if good is None:
-                left_out[answer["expert"]] += 1
-                continue
-            numbers = {name: answer.get(name, math.nan) for name in ("input_tokens", "output_tokens", "latency_s", "time")}
-            sure = check_confidence(row, answer.get("confidence"))
-            tags = tuple(answer.get("tags", ()))
-            yield Outcome(answer["query"], answer["expert"], good, answer["price"], **numbers, tags=tags, confidence=sure)
-
-    try:
-        log = Log(outcomes())
-    except (DataError, TypeError) as error:
-        raise error if str(error).startswith(str(answers)) else DataError(f"{answers}: {error}") from None
+    log, left_out = Log(), Counter[str]()
+    for row, answer in read_answers(answers):
+        good = quality(row, answer)
+        if good is None:
+            left_out[answer["expert"]] += 1
+            continue
+        try:
+            log.add_row(row, {**{name: answer.get(name) for name in _REPEATED}, "quality": good})
+        except DataError as error:
+            raise DataError(f"{answers}: {error}") from None
     if not len(log):
         raise DataError(f"{answers}: nobody says of any answer how good it is; the log would be empty")
     return Graded(log, left_out)

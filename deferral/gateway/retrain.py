@@ -16,6 +16,7 @@ from deferral.gateway.export import Logged, logged, nothing_left
 from deferral.gateway.off_policy import FEWEST_SEEN, Comparison, Draws, compare, of_no_use, stakes
 from deferral.routing import Log, Needs, Outcome, Router
 from deferral.routing.persistence import check_unchanged, keep_previous, written
+from deferral.routing.prices import characters_of
 
 __all__ = ["Verdict", "choices", "draws_of", "learned", "promote", "retrain"]
 
@@ -178,7 +179,7 @@ def draws_of(model: Router, rows: Sequence[Logged], heard: Mapping[str, float]) 
     quality = np.array([row.outcome.quality for row in rows])
     price = np.array([row.outcome.price for row in rows])
     expected = model.fitted.estimate(model.encoder(queries))
-    prices = model.fitted.priced(np.array([len(query) for query in queries], float), expected.dearness)
+    prices = model.fitted.priced(characters_of(queries), expected.dearness)
     _, group = np.unique(queries, return_inverse=True)
     action = np.array([experts.index(row.outcome.expert) for row in rows])
     return Draws(

@@ -50,8 +50,8 @@ class Criterion(nn.Module):
         self._signature = inspect.signature(loss)
         if not set(_SCORES) & set(self._signature.parameters):
             raise TypeError(
-                f"{self._name}: expected a loss of scores and targets, by these names, so that they can be checked and ignored rows "
-                f"left out of the mean; it takes {', '.join(self._signature.parameters)}: wrap it in a function"
+                f"{self._name}: expected a loss of scores and targets, by these names, so that they can be checked and ignored "
+                f"rows left out of the mean; it takes {', '.join(self._signature.parameters)}: wrap it in a function"
             )
         unknown = set(options) - set(self._signature.parameters)
         if unknown and not any(one.kind is one.VAR_KEYWORD for one in self._signature.parameters.values()):

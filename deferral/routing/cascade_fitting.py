@@ -16,7 +16,7 @@ from deferral.routing.partial_logs import LEAST_PROPENSITY, observed
 from deferral.routing.persistence import check_unchanged, written
 from deferral.routing.policies.networks import trained, two_layers
 from deferral.routing.policies.rejector import priced_loss
-from deferral.routing.prices import error_range, fit_prices, repriced
+from deferral.routing.prices import characters_of, error_range, fit_prices, repriced
 from deferral.routing.router import Router
 from deferral.routing.table import Table
 from deferral.routing.vectors import Arrays
@@ -92,7 +92,7 @@ def answers_in(
     # This very answer, and not the mean of several.
     quality[:, place], paid[:, place], mask[:, place] = log.column("quality")[rows], log.column("price")[rows], True
     # The router's prices may be others than those of the log.
-    characters = np.array([len(table.queries[row]) for row in query], float)
+    characters = characters_of(table.queries)[query]
     before = fit_prices(table, observed(table))(characters)
     paid = np.maximum(repriced(paid, before, router.fitted.prices(characters)), 0)
     price = np.where(mask, paid, expected[query])
@@ -182,7 +182,7 @@ def _cross_fitted(
 
 def _foreseen(table: Table, router: Router, seed: int, on_fold: Callable[[int, int], None]) -> tuple[np.ndarray, np.ndarray]:
     """Expected quality and price of every query, by routers that did not see it.  -> (N, E), (N, E)"""
-    characters = np.array([len(text) for text in table.queries], float)
+    characters = characters_of(table.queries)
     if not router.knows(table.queries).any():
         known = router.fitted.estimate(router.encoder(table.queries))
         return np.clip(known.quality, 0, 1).astype(float), router.fitted.priced(characters, known.dearness)

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 
 from deferral.routing.fitted import Fitted
+from deferral.routing.held_rows import beside
 from deferral.routing.outcomes import check_text
 from deferral.routing.partial_logs import LEAST_PROPENSITY
 from deferral.routing.prices import PriceModel, fit_prices, repriced
@@ -100,21 +101,17 @@ def _columns(state: Fitted, kept: np.ndarray) -> Fitted:
 
 def _with(state: Fitted, name: str, mean: float, prices: PriceModel, latency: float, combination: np.ndarray) -> Fitted:
     mean_price = prices.base + prices.per_character * state.mean_length
-
-    def widened(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-        return np.concatenate([left, right], axis=-1).astype(left.dtype)
-
     return replace(
         state,
         experts=(*state.experts, name),
-        means=widened(state.means, np.array([mean])),
-        prices=PriceModel(widened(state.prices.base, prices.base), widened(state.prices.per_character, prices.per_character)),
-        mean_price=widened(state.mean_price, mean_price),
-        latency=widened(state.latency, np.array([latency])),
-        extension=widened(state.extension, combination[:, None]),
+        means=beside(state.means, np.array([mean])),
+        prices=PriceModel(beside(state.prices.base, prices.base), beside(state.prices.per_character, prices.per_character)),
+        mean_price=beside(state.mean_price, mean_price),
+        latency=beside(state.latency, np.array([latency])),
+        extension=beside(state.extension, combination[:, None]),
         held=state.held.widened(mean, combination, prices(state.held.length)),
-        floor=widened(state.floor, np.zeros(1)),
-        places=widened(state.places, np.array([-1])),
+        floor=beside(state.floor, np.zeros(1)),
+        places=beside(state.places, np.array([-1])),
     )
 
 

@@ -11,8 +11,6 @@ import numpy as np
 from deferral.command_line import Commands, FiniteRange, callers_errors
 from deferral.routing.batches import route_file
 from deferral.routing.cascade_fitting import add_cascade
-from deferral.routing.judging_commands import evaluate, simulate
-from deferral.routing.onnx_export import export
 from deferral.routing.options import FILE, FOLDER, NEW, POSITIVE, encoder_of, encoder_options, setting_of, setting_options
 from deferral.routing.outcomes import Log
 from deferral.routing.persistence import check_place, check_unchanged, keep_previous, previous_of, written
@@ -23,6 +21,17 @@ from deferral.routing.showing import show_explanation
 
 __all__ = ["route"]
 
+# Judging needs torch, for which the other commands must not wait.
+_ELSEWHERE = {
+    "evaluate": (
+        "deferral.routing.judging_commands",
+        "Judge routing on a LOG in which every expert answered every query.",
+    ),
+    "simulate": (
+        "deferral.routing.judging_commands",
+        "Replay LOG under the router, and under each expert alone: what would it have cost, by three off-policy estimates?",
+    ),
+}
 _RARE = 20  # outcomes of an expert
 
 
@@ -32,13 +41,9 @@ class _Route(Commands):
             return super().invoke(context)
 
 
-@click.group(cls=_Route)
+@click.group(cls=_Route, elsewhere=_ELSEWHERE)
 def route() -> None:
     """Learn from a log which language model should answer, and prove what that saves."""
-
-
-route.add_command(evaluate)
-route.add_command(simulate)
 
 
 @route.command()
@@ -218,6 +223,9 @@ def turn(folder: Path, price_of_error: float, encoder: Path | None) -> None:
 )
 def export_encoder(source: Path, out: Path, int8: bool, max_tokens: int | None) -> None:
     """Make OUT, an encoder for --encoder, from SOURCE, a local folder of a BERT-like model of the transformers library."""
+    # Imported here: it needs torch.
+    from deferral.routing.onnx_export import export
+
     with working("exporting and comparing with torch"):
         least = export(source, out, int8=int8, max_tokens=max_tokens)
     click.echo(f"wrote {out}; least cosine with torch {least:.5f}")

@@ -40,12 +40,10 @@ class NgramEncoder:
             usable = np.sort(usable[np.argsort(-frequency[usable], kind="stable")[:_COLUMNS]])
         weights = np.log((1 + len(queries)) / (1 + frequency[usable])) + 1
         features = _features(queries)
-        spread = features.std(0)
         self.arrays = {
             "buckets": usable.astype(np.int32),
             "weights": weights.astype(np.float32),
-            "center": features.mean(0),
-            "scale": (1 / np.where(spread > 1e-6, spread, 1.0)).astype(np.float32),
+            **_centre_and_scale(features),
         }
         self._index()
         wide = self._wide(buckets, starts)
@@ -119,11 +117,9 @@ class FunctionEncoder:
         """The vectors of the queries, from now on around their mean."""
         vectors = self._encoded(queries)
         features = _features(queries)
-        spread = features.std(0)
         self.arrays = {
             "mean": vectors.mean(0),
-            "center": features.mean(0),
-            "scale": (1 / np.where(spread > 1e-6, spread, 1.0)).astype(np.float32),
+            **_centre_and_scale(features),
         }
         return self._vectors(vectors, features)
 
@@ -153,6 +149,12 @@ class FunctionEncoder:
             row = int((~np.isfinite(vectors)).any(1).argmax())
             raise ValueError(f"encoder: expected finite numbers, got NaN or infinity for query {row + 1}: {queries[row][:60]!r}")
         return vectors
+
+
+def _centre_and_scale(features: np.ndarray) -> Arrays:
+    """What features are standardised by, under its names on disk.  (N, F) -> (F,), (F,)"""
+    spread = features.std(0)
+    return {"center": features.mean(0), "scale": (1 / np.where(spread > 1e-6, spread, 1.0)).astype(np.float32)}
 
 
 def _standardised(features: np.ndarray, arrays: Arrays) -> np.ndarray:

@@ -11,7 +11,7 @@ import numpy as np
 
 from deferral.routing.partial_logs import OutcomeModel, doubly_robust
 from deferral.routing.policies import Beside, Clusters, Features, Heads, Linear, Neighbours, Policy, Rejector, expert_means
-from deferral.routing.prices import PriceModel, error_range
+from deferral.routing.prices import PriceModel, characters_of, error_range
 from deferral.routing.shift import refitted
 from deferral.routing.table import Table
 from deferral.routing.vectors import Vectors
@@ -150,8 +150,8 @@ def taught(
     return policy.fit(vectors, quality, ones, means, seed=seed)
 
 
-def random_folds(rows: int, *, seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).permutation(rows) % FOLDS
+def random_folds(rows: int, folds: int = FOLDS, *, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).permutation(rows) % folds
 
 
 def blend(held: HeldOut, mass: np.ndarray | None = None) -> dict[str, float]:
@@ -304,5 +304,4 @@ def full_price(table: Table, prices: PriceModel) -> np.ndarray:
     """The logged price, or the model's where none was logged.  -> (N, E)"""
     if table.full:
         return table.price
-    characters = np.array([len(query) for query in table.queries], float)
-    return np.where(table.mask, table.price, prices(characters))
+    return np.where(table.mask, table.price, prices(characters_of(table.queries)))

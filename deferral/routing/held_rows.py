@@ -10,7 +10,7 @@ from deferral.routing.evaluation import Routability, routability
 from deferral.routing.held_out import Judged, grid, judged
 from deferral.routing.prices import error_range
 
-__all__ = ["HeldRows", "Search"]
+__all__ = ["HeldRows", "Search", "beside"]
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,11 @@ class HeldRows:
         expected = (mean + self.deviation @ combination)[:, None]
         return replace(
             self,
-            quality=_beside(self.quality, expected),
-            estimate=_beside(self.estimate, expected),
-            price=_beside(self.price, price),
-            dearness=_beside(self.dearness, np.zeros((len(self), 1))),
-            means=_beside(self.means, np.full((len(self.means), 1), mean)),
+            quality=beside(self.quality, expected),
+            estimate=beside(self.estimate, expected),
+            price=beside(self.price, price),
+            dearness=beside(self.dearness, np.zeros((len(self), 1))),
+            means=beside(self.means, np.full((len(self.means), 1), mean)),
         )
 
     def deviations_of(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -180,5 +180,6 @@ def _explored(usual: Any, at_random: float, explore: float) -> Any:
     return (1 - explore) * usual + explore * at_random
 
 
-def _beside(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+def beside(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """The columns of both, in the type of the left ones.  (..., E), (..., F) -> (..., E + F)"""
     return np.concatenate([left, right], axis=-1).astype(left.dtype)

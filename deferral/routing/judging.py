@@ -20,6 +20,7 @@ from deferral.routing.evaluation import (
     static_curve,
     trade_offs,
 )
+from deferral.routing.held_out import random_folds
 from deferral.routing.outcomes import Log
 from deferral.routing.router import Router
 from deferral.routing.shift import folds_of_groups
@@ -42,7 +43,7 @@ __all__ = [
 ]
 
 SHARES = (1.0, 0.98, 0.95)
-FOLDS = 5
+_USUAL_FOLDS = 5
 
 
 @dataclass(frozen=True)
@@ -162,16 +163,16 @@ def bill(rows: Held, *, group: np.ndarray | None = None, resamples: int = 1000, 
 
 def query_folds(table: Table, folds: int | None = None, *, seed: int = 0) -> np.ndarray:
     """Folds of queries at random, 5 where nothing is said.  -> (N,)"""
-    folds = folds or FOLDS
+    folds = folds or _USUAL_FOLDS
     if len(table.queries) < folds:
         raise ValueError(f"expected at least {folds} queries, one per fold, got {len(table.queries)}")
-    return np.random.default_rng(seed).permutation(len(table.queries)) % folds
+    return random_folds(len(table.queries), folds, seed=seed)
 
 
 def tag_folds(log: Log, table: Table, folds: int | None = None) -> np.ndarray:
     """Folds of whole subjects, the largest into the emptiest fold; 5, or one a subject where there are fewer.  -> (N,)"""
     subject, member = subjects(log, table)
-    folds = folds or max(min(FOLDS, len(subject)), 2)
+    folds = folds or max(min(_USUAL_FOLDS, len(subject)), 2)
     if len(subject) < folds:
         raise ValueError(
             f"tags: expected at least {folds} subjects, one per fold, got {len(subject)}: {', '.join(subject)}; "

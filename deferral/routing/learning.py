@@ -25,7 +25,7 @@ from deferral.routing.held_rows import HeldRows
 from deferral.routing.partial_logs import doubly_robust, observed
 from deferral.routing.policies import Beside, Heads, Neighbours, Policy, Rejector, expert_means
 from deferral.routing.policies.centres import nearest_centre, spherical_centres
-from deferral.routing.prices import PriceModel, dearness, fit_prices, paid_on_average, shortest
+from deferral.routing.prices import PriceModel, characters_of, dearness, fit_prices, paid_on_average, shortest
 from deferral.routing.shift import familiarity, refitted, shifted_folds, shrinkage
 from deferral.routing.static import fingerprints
 from deferral.routing.table import Table
@@ -58,7 +58,7 @@ def fitted(
     ones = np.ones_like(outcomes)
     means = expert_means(outcomes, ones)
     model = fit_prices(table, weights) if prices is None else prices
-    length = np.array([len(text) for text in table.queries], float)
+    length = characters_of(table.queries)
     price = full_price(table, model) if prices is None else model(length)
     rows, experts = quality.shape
     above = dearness(table, weights)

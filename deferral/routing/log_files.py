@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from deferral.errors import DataError, installing
-from deferral.routing.confidence import Confidence, check_confidence
-from deferral.routing.outcomes import NUMBERS, Log, Outcome, check_number, check_tags, check_text
+from deferral.routing.confidence import Confidence
+from deferral.routing.outcomes import FIELDS, NUMBERS, Log, Outcome
 from deferral.whole_files import written_whole
 
 __all__ = ["JSON_LINES", "check_log_name", "read_log", "write_log"]
@@ -23,7 +23,6 @@ __all__ = ["JSON_LINES", "check_log_name", "read_log", "write_log"]
 # Endings of files that hold one object a line.
 JSON_LINES = (".jsonl", ".ndjson")
 
-_FIELDS = ("query", "expert", *NUMBERS, "tags", "confidence")
 _REQUIRED = ("query", "expert", "quality", "price")
 # The index of pandas in CSV, in CSV that was read and written again, and in Parquet.
 _INDEX = {"", "Unnamed: 0", "__index_level_0__"}
@@ -43,7 +42,8 @@ def read_log(path: str | Path, *, on_rows: Callable[[int], None] = lambda rows: 
     log = Log()
     for number, row in enumerate(rows(path), start=1):
         try:
-            _add(log, number, row)
+            _check_names(number, row)
+            log.add_row(number, row)
         except DataError as error:
             raise DataError(f"{path}: {error}") from None
         if number % _CHUNK == 0:
@@ -80,18 +80,14 @@ def _is_parquet(path: Path) -> bool:
     return path.suffix.lower() == ".parquet"
 
 
-def _add(log: Log, number: int, row: dict) -> None:
-    strange, known = [str(name) for name in row if name not in _FIELDS], f"the fields are {', '.join(_FIELDS)}"
+def _check_names(number: int, row: dict) -> None:
+    strange, known = [str(name) for name in row if name not in FIELDS], f"the fields are {', '.join(FIELDS)}"
     for name in _REQUIRED:
         if row.get(name) is None:
             beside = f"; not known: {', '.join(strange)}"[:200] if strange else ""
             raise DataError(f"row {number}, {name}: it is missing{beside}; {known}")
     if strange:
         raise DataError(f"row {number}, {strange[0]}: it is not known; {known}")
-    tags = check_tags(number, row.get("tags"))
-    numbers = {name: check_number(number, name, row.get(name)) for name in NUMBERS}
-    sure = check_confidence(number, row.get("confidence"))
-    log._add(check_text(number, "query", row["query"]), check_text(number, "expert", row["expert"]), numbers, tags, sure)
 
 
 def _read_jsonl(path: Path) -> Iterator[dict]:
@@ -116,7 +112,7 @@ def _read_jsonl(path: Path) -> Iterator[dict]:
 
 
 def _read_csv(path: Path) -> Iterator[dict]:
-    fields = [name for name in _FIELDS if name != "confidence"]
+    fields = [name for name in FIELDS if name != "confidence"]
     # A spreadsheet's cell may hold a long query with line ends, and its file begins with a mark.
     csv.field_size_limit(1 << 27)
     with path.open(encoding="utf-8-sig", newline="") as lines:
@@ -163,8 +159,8 @@ def _read_parquet(path: Path) -> Iterator[dict]:
     pa = _pyarrow()
     try:
         with pa.parquet.ParquetFile(path) as file:
-            if wrong := _wrong_head(file.schema_arrow.names, _FIELDS):
-                raise DataError(f"{path}: expected columns among {', '.join(_FIELDS)}; {wrong}")
+            if wrong := _wrong_head(file.schema_arrow.names, FIELDS):
+                raise DataError(f"{path}: expected columns among {', '.join(FIELDS)}; {wrong}")
             for batch in file.iter_batches(batch_size=_CHUNK):
                 yield from batch.to_pylist()
     except FileNotFoundError:

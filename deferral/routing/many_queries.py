@@ -10,9 +10,10 @@ import numpy as np
 from deferral.routing.decisions import Decisions
 from deferral.routing.fitted import Estimates, Fitted
 from deferral.routing.planning import Plan
+from deferral.routing.prices import characters_of
 from deferral.routing.static import chances, drawn_from, explored
 
-__all__ = ["LEAST_TRUST", "characters_of", "decided", "probabilities", "weighed"]
+__all__ = ["LEAST_TRUST", "decided", "probabilities", "weighed"]
 
 # A query that is trusted less is given to the static mix.
 LEAST_TRUST = 0.1
@@ -55,8 +56,3 @@ def decided(state: Fitted, plan: Plan, estimated: Estimates, queries: Sequence[s
         list(state.experts), actions, estimated.quality, price, cost, propensity, fallback, estimated.similarity,
         plan.price_of_error, plan.why_fallback, drawn=drawn,
     )  # fmt: skip
-
-
-def characters_of(queries: Sequence[str]) -> np.ndarray:
-    """The length of each query.  N -> (N,)"""
-    return np.array([len(query) for query in queries], float)

@@ -1,9 +1,10 @@
 """What happened: which expert was asked what, how good the answer was, and what it cost."""
 
 import unicodedata
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from decimal import Decimal
+from typing import Any
 
 import numpy as np
 
@@ -12,11 +13,10 @@ from deferral.routing.confidence import Confidence, check_confidence
 from deferral.routing.table import Table, decided_again
 
 __all__ = [
+    "FIELDS",
     "NUMBERS",
     "Log",
     "Outcome",
-    "check_number",
-    "check_tags",
     "check_text",
     "log_of_table",
     "spelt_alike",
@@ -60,8 +60,11 @@ class Outcome:
     confidence: Confidence | None = None
 
 
+FIELDS = tuple(field.name for field in fields(Outcome))
+
+
 class Log:
-    """Outcomes in columns: texts are kept once, a row is some 60 bytes beside them.  Grows by `append` and `extend`."""
+    """Outcomes in columns: texts are kept once, a row is some 60 bytes beside them.  Grows by `append`, `extend`, `add_row`."""
 
     def __init__(self, outcomes: Iterable[Outcome] = ()) -> None:
         self.queries: list[str] = []
@@ -89,25 +92,22 @@ class Log:
                     f"row {row}: expected an Outcome, got {type(outcome).__name__}; Outcome(**fields) makes one, and "
                     'Log(Outcome(**row) for row in frame.to_dict("records")) a log of a pandas frame'
                 )
-            numbers = {name: check_number(row, name, getattr(outcome, name)) for name in NUMBERS}
-            sure = None if _is_empty(outcome.confidence) else check_confidence(row, outcome.confidence)
-            tags = check_tags(row, outcome.tags)
-            self._add(check_text(row, "query", outcome.query), check_text(row, "expert", outcome.expert), numbers, tags, sure)
+            self.add_row(row, {name: getattr(outcome, name) for name in FIELDS})
 
-    def _add(
-        self,
-        query: str,
-        expert: str,
-        numbers: dict[str, float],
-        tags: tuple[str, ...] = (),
-        confidence: Confidence | None = None,
-    ) -> None:
-        if confidence is not None:
-            self.confidences[len(self)] = confidence
+    def add_row(self, number: int, values: Mapping[str, Any]) -> None:
+        """Add one outcome, its values by the names of its fields; DataError names the row, by this number, and the field."""
+        tags = _tags_in(number, values.get("tags"))
+        numbers = {name: _number_in(number, name, values.get(name)) for name in NUMBERS}
+        sure = values.get("confidence")
+        sure = None if _is_empty(sure) else check_confidence(number, sure)
+        query = check_text(number, "query", values.get("query"))
+        expert = check_text(number, "expert", values.get("expert"))
+        if sure is not None:
+            self.confidences[len(self)] = sure
         by_query, by_expert, by_tags = self._codes
         self._query.add(_code(by_query, self.queries, query))
         self._expert.add(_code(by_expert, self.experts, expert))
-        self._tags.add(_code(by_tags, self.tag_sets, tuple(tags)))
+        self._tags.add(_code(by_tags, self.tag_sets, tags))
         for name, column in self._numbers.items():
             column.add(numbers[name])
 
@@ -198,20 +198,18 @@ def log_of_table(
     )
 
 
-def check_number(row: int | str, name: str, value: object) -> float:
+def _number_in(row: int, name: str, value: object) -> float:
     """The value as a float; DataError with the row and field where it is not a number in range."""
     low, high = NUMBERS[name]
     required = name in ("quality", "price")
     if value is None and not required:
         return np.nan
-    bounds = f" in [{low:g}, {high:g}]" if np.isfinite(high) else " that is finite and not negative" if low == 0 else ""
-    unit = " of seconds since 1970" if name == "time" else ""
     if name == "quality" and isinstance(value, bool | np.bool_):
         # Right or wrong.
         return float(value)
     # Dollars in Parquet are often decimals.
     if not isinstance(value, int | float | Decimal | np.integer | np.floating) or isinstance(value, bool):
-        raise DataError(f"row {row}, {name}: expected a number{unit}{bounds}, got {value!r}")
+        raise DataError(f"row {row}, {name}: expected {_expected(name)}, got {value!r}")
     try:
         number = float(value)
     except OverflowError:
@@ -219,7 +217,7 @@ def check_number(row: int | str, name: str, value: object) -> float:
     if np.isnan(number) and not required:
         return number
     if not low <= number <= high or np.isinf(number):
-        raise DataError(f"row {row}, {name}: expected a number{unit}{bounds}, got {number:g}")
+        raise DataError(f"row {row}, {name}: expected {_expected(name)}, got {number:g}")
     if name == "price" and number > _DEAREST:
         raise DataError(f"row {row}, price: expected dollars up to {_DEAREST:.0e}, got {number:g}")
     if number > _MOST and name not in _DOUBLE:
@@ -229,6 +227,13 @@ def check_number(row: int | str, name: str, value: object) -> float:
             f"row {row}, propensity: expected a probability above 0, got {number:g}; what cannot happen did not happen"
         )
     return number
+
+
+def _expected(name: str) -> str:
+    low, high = NUMBERS[name]
+    if name == "time":
+        return "a number of seconds since 1970"
+    return f"a number in [{low:g}, {high:g}]" if np.isfinite(high) else "a number that is finite and not negative"
 
 
 def spelt_alike(names: Iterable[str]) -> list[list[str]]:
@@ -250,7 +255,7 @@ def check_text(row: int | str, name: str, value: object) -> str:
     return value
 
 
-def check_tags(row: int | str, tags: object) -> tuple[str, ...]:
+def _tags_in(row: int, tags: object) -> tuple[str, ...]:
     if isinstance(tags, str):
         return (tags,) if tags else ()
     if _is_empty(tags):

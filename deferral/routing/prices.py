@@ -14,6 +14,7 @@ from deferral.routing.table import Table
 __all__ = [
     "LEAST_SHARE",
     "PriceModel",
+    "characters_of",
     "dearness",
     "error_range",
     "fit_prices",
@@ -72,6 +73,11 @@ class PriceModel:
         return self.base + characters[:, None] * self.per_character
 
 
+def characters_of(queries: Sequence[str]) -> np.ndarray:
+    """The length of each query.  N -> (N,)"""
+    return np.array([len(query) for query in queries], float)
+
+
 def list_prices(
     per_million_input: Sequence[float] | np.ndarray,
     per_million_output: Sequence[float] | np.ndarray,
@@ -95,8 +101,7 @@ def fit_prices(table: Table, weights: np.ndarray) -> PriceModel:
     `weights` (N, E) are those of the known cells, 0 elsewhere: an expert that is mostly asked what is dear to answer is not as
     dear as its log.
     """
-    characters = np.array([len(query) for query in table.queries], float)
-    return PriceModel(*_lines(characters, table.price, weights))
+    return PriceModel(*_lines(characters_of(table.queries), table.price, weights))
 
 
 def dearness(table: Table, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
@@ -104,7 +109,7 @@ def dearness(table: Table, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 
     -> (N, E) float32, (N, E) bool, or None where length says it all.  `weights` (N, E) as for `fit_prices`.
     """
-    characters, line = np.array([len(query) for query in table.queries], float), fit_prices(table, weights)
+    characters, line = characters_of(table.queries), fit_prices(table, weights)
     mean = _weighted_mean(np.where(table.mask, table.price, 0), weights)
 
     def beyond(length: np.ndarray) -> np.ndarray:
@@ -153,7 +158,7 @@ def token_prices(log: Log, per_million: Mapping[str, tuple[float, float]]) -> Pr
             raise ValueError(f"{name}: expected dollars per million tokens of input and of output, not negative, got {one}")
     if missing := [name for name in log.experts if name not in per_million]:
         raise ValueError(f"{missing[0]}: it has no price; expected one for each of {', '.join(log.experts)}")
-    characters = np.array([len(query) for query in log.queries], float)[log.column("query")]
+    characters = characters_of(log.queries)[log.column("query")]
     own = log.column("expert")[:, None] == np.arange(len(log.experts))
     read, read_known = _token_lines(log, "input_tokens", characters, own)
     written, written_known = _token_lines(log, "output_tokens", characters, own)

@@ -18,11 +18,11 @@ from deferral.routing.encoders import FunctionEncoder, NgramEncoder
 from deferral.routing.fitted import Estimates, Fitted, estimates_of_one
 from deferral.routing.held_out import POLICIES
 from deferral.routing.learning import fitted
-from deferral.routing.many_queries import LEAST_TRUST, characters_of, decided, probabilities, weighed
+from deferral.routing.many_queries import LEAST_TRUST, decided, probabilities, weighed
 from deferral.routing.outcomes import Log
 from deferral.routing.planning import Plan, Planning, Setting, check_amount, check_amounts
 from deferral.routing.policies import Policy
-from deferral.routing.prices import PriceModel
+from deferral.routing.prices import PriceModel, characters_of
 from deferral.routing.promises import Witnesses
 from deferral.routing.sentences import sentence_encoder
 from deferral.routing.static import fingerprints

@@ -4,23 +4,26 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as Printed
 
-from deferral.intervals import Interval
 from deferral.routing.decisions import Decision
-from deferral.routing.judging import Evaluation
-from deferral.routing.replay import METHODS, Replay
 from deferral.strict_json import as_json
+
+if TYPE_CHECKING:
+    from deferral.intervals import Interval
+    from deferral.routing.judging import Evaluation
+    from deferral.routing.replay import Replay
 
 __all__ = ["draw_evaluation", "save_evaluation", "show_bill", "show_evaluation", "show_explanation", "show_replays"]
 
 _COLOURS = {"routed": "C0", "learned, without fallback": "C1", "static mix of the fit": "C7", "static mix of these rows": "k"}
 
 
-def show_evaluation(found: Evaluation) -> None:
+def show_evaluation(found: "Evaluation") -> None:
     """Figures by policy with intervals, the gain over the static mix, and what always asking one expert gives."""
     columns = list(dict.fromkeys(name for values in found.figures.values() for name in values))
     figures = [name for name in columns if name not in ("quality", "price")]
@@ -50,7 +53,7 @@ def show_evaluation(found: Evaluation) -> None:
     )
 
 
-def show_bill(found: Mapping[str, Mapping[str, Interval]], error: float) -> None:
+def show_bill(found: "Mapping[str, Mapping[str, Interval]]", error: float) -> None:
     """What each policy costs and is worth at one price of an error."""
     table = _table(
         f"\nat ${error:g} an error, estimate [95% interval]",
@@ -62,7 +65,7 @@ def show_bill(found: Mapping[str, Mapping[str, Interval]], error: float) -> None
     _print(table)
 
 
-def save_evaluation(found: Evaluation, path: Path, *, bill: Mapping[str, Mapping[str, Interval]] | None = None) -> None:
+def save_evaluation(found: "Evaluation", path: Path, *, bill: "Mapping[str, Mapping[str, Interval]] | None" = None) -> None:
     """All figures, the points of the curves and the corners of their hulls, as JSON; null for a figure that does not exist."""
     priced = {policy: {name: asdict(one) for name, one in values.items()} for policy, values in (bill or {}).items()}
     content = {
@@ -74,7 +77,7 @@ def save_evaluation(found: Evaluation, path: Path, *, bill: Mapping[str, Mapping
     path.write_text(as_json(content), encoding="utf-8")
 
 
-def draw_evaluation(found: Evaluation, path: Path) -> bool:
+def draw_evaluation(found: "Evaluation", path: Path) -> bool:
     """The cost-quality curves with their hulls as a picture; False where matplotlib is not installed."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -112,8 +115,11 @@ def show_explanation(decision: Decision, nearest: list[tuple[str, float]]) -> No
     Console().print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
 
 
-def show_replays(logged: Mapping[str, Interval], replays: Mapping[str, Replay], assumed: float) -> None:
+def show_replays(logged: "Mapping[str, Interval]", replays: "Mapping[str, Replay]", assumed: float) -> None:
     """The worth of each policy on the log by every method, and how much the log has to say about it."""
+    # Imported here: whoever explains a decision must not wait for torch.
+    from deferral.routing.replay import METHODS
+
     table = _table(
         "cost in errors, estimate [95% interval]",
         *("policy", *METHODS, "quality, doubly robust", "dollars, doubly robust", "effective decisions", "largest weight"),
@@ -147,13 +153,13 @@ def _print(table: Printed) -> None:
     Console(width=max(console.width, console.measure(table, options=console.options.update(width=400)).maximum)).print(table)
 
 
-def _figure(found: Evaluation, name: str, value: Interval | None) -> str:
+def _figure(found: "Evaluation", name: str, value: "Interval | None") -> str:
     if value is None or not name.startswith("saving") or not math.isnan(value.estimate):
         return _ends(value)
     return "never reached" if found.figures[f"always {found.best}"]["price"].estimate > 0 else "nothing to save"
 
 
-def _ends(value: Interval | None) -> str:
+def _ends(value: "Interval | None") -> str:
     if value is None:
         return ""
     # What differs by rounding alone is no difference.
