@@ -89,9 +89,11 @@ def _on_hangup(state: Gateway) -> Callable[[], None]:
     before = signal.getsignal(hangup)
 
     def begin() -> None:
-        task = loop.create_task(state.reload_or_say())
-        tasks.add(task)
-        task.add_done_callback(tasks.discard)
+        # One that has not begun reads what is there by then.
+        if len(tasks) < 2:
+            task = loop.create_task(state.reload_or_say())
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
 
     def remove() -> None:
         loop.remove_signal_handler(hangup)

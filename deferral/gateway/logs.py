@@ -6,12 +6,15 @@ import logging.handlers
 import queue
 import re
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
-__all__ = ["JsonLines", "logging_to"]
+__all__ = ["Ending", "JsonLines", "logging_to"]
+
+_MOST_WAITING, _LAST_S = 10_000, 5.0
 
 # Whatever looks like a key: of this gateway, of the usual services, or behind the word Bearer.
 _KEY = re.compile(r"\b(dk-[a-z2-7]+-|sk-|Bearer\s+)[\w\-.~+/=]{8,}")
@@ -33,13 +36,22 @@ class JsonLines(logging.Formatter):
         return _KEY.sub(r"\1***", json.dumps(line))
 
 
+class Ending:
+    """How the log ended.  `stuck`: nobody read it, and the thread that writes it waits for ever; nor would the process end."""
+
+    stuck = False
+
+
 @contextmanager
-def logging_to(stream: TextIO = sys.stderr, level: str = "info") -> Iterator[None]:
-    """While this lasts, everything logged goes to a stream as JSON lines; a slow terminal holds up nobody but the log."""
-    lines: queue.SimpleQueue = queue.SimpleQueue()
+def logging_to(stream: TextIO = sys.stderr, level: str = "info") -> Iterator[Ending]:
+    """While this lasts, everything logged goes to a stream as JSON lines; a slow terminal holds up nobody but the log.
+
+    Of what nobody reads the newest lines are lost, and counted; at the end it is waited for five seconds.
+    """
+    lines: queue.Queue = queue.Queue(_MOST_WAITING)
     handler = logging.StreamHandler(stream)
     handler.setFormatter(JsonLines())
-    listener = logging.handlers.QueueListener(lines, handler)
+    listener, ending = _Listener(lines, handler), Ending()
     sender = _Sender(lines)
     root = logging.getLogger()
     before = root.level, root.handlers[:]
@@ -48,15 +60,35 @@ def logging_to(stream: TextIO = sys.stderr, level: str = "info") -> Iterator[Non
     logging.captureWarnings(True)
     listener.start()
     try:
-        yield
+        yield ending
     finally:
-        listener.stop()
+        last = threading.Thread(target=listener.stop, name="the last of the log", daemon=True)
+        last.start()
+        last.join(_LAST_S)
+        ending.stuck = last.is_alive()
         logging.captureWarnings(False)
         root.setLevel(before[0])
         root.handlers[:] = before[1]
 
 
+class _Listener(logging.handlers.QueueListener):
+    def enqueue_sentinel(self) -> None:
+        # However full it is: there is a thread to wait.
+        self.queue.put(None)  # type: ignore[attr-defined]
+
+
 class _Sender(logging.handlers.QueueHandler):
+    _lost = 0
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        try:
+            self.queue.put_nowait(record)
+            if self._lost:
+                lost, self._lost = self._lost, 0
+                logging.getLogger(__name__).warning("%d lines are lost: the log was not read", lost)
+        except queue.Full:
+            self._lost += 1
+
     def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
         # The listener is in the same process: the record goes as it is, and is made a text there.
         return record

@@ -1,6 +1,9 @@
 """HTTP as clients speak it: what uvicorn leaves open is bounded, and the head of a reply leaves with what follows it."""
 
 import asyncio
+import logging
+import sys
+from contextlib import suppress
 from typing import Any, cast
 
 import httptools
@@ -9,11 +12,19 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from deferral.gateway.problems import error_body
 
+if sys.platform == "linux":
+    from fcntl import ioctl
+    from termios import TIOCOUTQ
+
 __all__ = ["Protocol"]
+
+_log = logging.getLogger("deferral.gateway")
 
 _AT_ONCE = 1 << 16
 _LONGEST_HEAD = 1 << 16
 _TOO_LONG = f"expected a head of at most {_LONGEST_HEAD} bytes"
+# Requests that wait for the reply to another on their connection; one read may bring thousands.
+_MOST_AHEAD = 100
 # Nobody ends while a request is under way: who sends half of one must not hold that up.  Nobody has been asked for it yet, so
 # that it can be sent again.
 _LONGEST_UPLOAD_S, _LAST_UPLOAD_S = 120.0, 5.0
@@ -25,6 +36,16 @@ class _LongHead(Exception):
     """A head that has ended, and is too long."""
 
 
+class _TooManyAhead(Exception):
+    """Requests that were sent before the replies to others came."""
+
+
+_REFUSED: dict[type | None, str] = {
+    _LongHead: _TOO_LONG,
+    _TooManyAhead: f"expected at most {_MOST_AHEAD} requests ahead of their replies",
+}
+
+
 class Protocol(HttpToolsProtocol):
     """uvicorn's HTTP, on a transport that gathers what is written in one turn of the event loop.
 
@@ -32,6 +53,7 @@ class Protocol(HttpToolsProtocol):
     client has with every first request, is not granted, and its request is answered like any other.  A stream to a client of
     HTTP/1.0, which knows no chunks, goes on until the connection ends.  Who has sent half of a request, were it one byte, has two
     minutes for the rest, or five seconds once the server is to end.  Who takes nothing of a reply for a minute loses the rest.
+    Nothing more is read while requests wait for the replies to others, and of these there may be a hundred.
     """
 
     # Bytes since the last that were the end of a head, or a part of a body; and how many a head can have that ends now.
@@ -68,7 +90,7 @@ class Protocol(HttpToolsProtocol):
         except httptools.HttpParserUpgrade as wish:
             self._not_upgraded(data[wish.args[0] :])
         except httptools.HttpParserError as error:
-            self._refuse(_TOO_LONG if isinstance(error.__context__, _LongHead) else "this is no HTTP/1.1")
+            self._refuse(_REFUSED.get(type(error.__context__), "this is no HTTP/1.1"))
         else:
             if self._unfinished > _LONGEST_HEAD:
                 self._refuse(_TOO_LONG)
@@ -89,6 +111,8 @@ class Protocol(HttpToolsProtocol):
         if not self.parser.should_upgrade():
             super().on_headers_complete()
             self.headers = []
+            if len(self.pipeline) > _MOST_AHEAD:
+                raise _TooManyAhead
             if self._ending:
                 self.cycle.keep_alive = False
 
@@ -113,6 +137,9 @@ class Protocol(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         """The end of a reply; a request that waited for it may begin, and half of one is waited for."""
         super().on_response_complete()
+        if self.pipeline:
+            # uvicorn reads on after every reply, and so takes in more than it answers.
+            self.flow.pause_reading()
         self._wait_for_the_rest()
 
     def pause_writing(self) -> None:
@@ -269,13 +296,25 @@ class Gathering:
             self._reader = None
 
     def _look_again(self) -> None:
-        self._reader = self._call_later(_LONGEST_PAUSE_S, self._look, self._transport.get_write_buffer_size())
+        self._reader = self._call_later(_LONGEST_PAUSE_S, self._look, self._unread())
 
-    def _look(self, unsent: int) -> None:
-        if self._transport.get_write_buffer_size() < unsent:
+    def _look(self, unread: int) -> None:
+        if self._unread() < unread:
             self._look_again()
         else:
+            _log.info("a client took nothing of its reply for %.0f s: it does not get the rest", _LONGEST_PAUSE_S)
             self._transport.abort()
+
+    def _unread(self) -> int:
+        """Bytes here and, of megabytes that a slow client takes minutes for, in the system's buffer, where it says."""
+        here = self._transport.get_write_buffer_size()
+        if sys.platform != "linux":
+            return here
+        with suppress(OSError, AttributeError):
+            return here + int.from_bytes(
+                ioctl(self._transport.get_extra_info("socket").fileno(), TIOCOUTQ, bytes(4)), sys.byteorder
+            )
+        return here
 
     def _flush(self) -> None:
         parts, self._parts, self._size = self._parts, [], 0

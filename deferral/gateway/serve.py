@@ -10,7 +10,8 @@ import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -72,7 +73,7 @@ def run(settings: Settings, *, log_level: str = "info") -> None:
             import_module("deferral.gateway.tracing")
         # Here a mistake in the files is an error of one command, and not of each worker.
         check_aliases(load_router(settings), *read_experts_file(settings.experts_file))
-        with logging_to(level=log_level):
+        with _until_the_end(log_level):
             _log.info("%d workers at %s:%d", settings.workers, *listener.getsockname()[:2])
             with tempfile.TemporaryDirectory(prefix="deferral-metrics-") as folder:
                 shared = replace(settings, metrics_folder=Path(folder))
@@ -103,7 +104,9 @@ def _serve(settings: Settings, log_level: str, listener: socket.socket) -> None:
     ended_early = threading.Event()
     for ending in (signal.SIGTERM, signal.SIGINT):
         signal.signal(ending, lambda *_: ended_early.set())
-    with logging_to(level=log_level):
+    # By libuv, for the names of experts and for every new connection: a few names that do not answer would fill its four threads.
+    os.environ.setdefault("UV_THREADPOOL_SIZE", "128")
+    with _until_the_end(log_level):
         _allow_many_connections()
         app = gateway(router, experts, aliases=aliases, settings=settings, read=read)
         config = uvicorn.Config(
@@ -128,6 +131,19 @@ def _serve(settings: Settings, log_level: str, listener: socket.socket) -> None:
         _Server(config, greeting, app.state.gateway, ended_early).run([listener])
         if app.state.gateway.record.lost:
             sys.exit(_LOST)
+
+
+@contextmanager
+def _until_the_end(log_level: str) -> Iterator[None]:
+    """Log while this lasts; a process whose log nobody reads ends with it."""
+    log = None
+    try:
+        with logging_to(level=log_level) as log:
+            yield
+    finally:
+        if log is not None and log.stuck:
+            error = sys.exc_info()[1]
+            os._exit(0 if error is None else int(getattr(error, "code", 1)))
 
 
 class _Server(uvicorn.Server):
