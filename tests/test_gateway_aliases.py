@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from deferral.errors import DataError
-from deferral.gateway.aliases import Alias, applied, read_aliases, read_experts_file
+from deferral.gateway.aliases import Alias, applied, read_experts_file
 from deferral.gateway.checking import check
 from deferral.gateway.experts_file import Expert, read_experts
 from deferral.gateway.generation import check_aliases
@@ -151,9 +151,9 @@ def test_an_alias_that_is_none(aliases: str, line: int | None, said: str, tmp_pa
     path = experts_file(tmp_path, aliases)
     if line is None:
         path.write_text(aliases + path.read_text().replace(aliases, ""))
-    experts = read_experts(path)
+    read_experts(path)
     with pytest.raises(DataError, match=re.escape(said)) as raised:
-        read_aliases(path, experts)
+        read_experts_file(path)
     assert f"{path}:{line or 1}: " in str(raised.value)
 
 
@@ -211,6 +211,14 @@ def test_only_the_name_is_changed_in_what_is_sent(running: Any) -> None:
     assert json.loads(seen.body) == {"model": "small", "messages": [{"role": "user", "content": EASY}], "seed": 77}
 
 
-def test_an_expert_of_an_alias_is_no_expert_of_the_file_alone(tmp_path: Path) -> None:
-    experts = {"small": Expert("small", "http://127.0.0.1:9/v1")}
-    assert read_aliases(experts_file(tmp_path, "[aliases.a]\nexpert = 'small'\n"), experts)["a"] == Alias("a", "small")
+def test_experts_and_aliases_are_of_one_version_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, read = experts_file(tmp_path, "[aliases.a]\nexpert = 'small'\n"), Path.read_text
+
+    def read_and_replaced(file: Path, **options: Any) -> str:
+        text = read(file, **options)
+        path.write_text(text.replace("small", "tiny"))
+        return text
+
+    monkeypatch.setattr(Path, "read_text", read_and_replaced)
+    experts, aliases = read_experts_file(path)
+    assert (list(experts), aliases) == (["small", "large", "other"], {"a": Alias("a", "small")})

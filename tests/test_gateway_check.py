@@ -263,7 +263,7 @@ def test_a_database_that_is_none(router: Path, tmp_path: Path, upstream: Upstrea
     for database, words in {
         "nonsense://user:secret@host": "expected the path of a file",
         str(tmp_path / "nowhere" / "gateway.db"): "create it first",
-        str(tmp_path / "text"): "cannot be used, file is not a database",
+        str(tmp_path / "text"): "cannot be used, DatabaseError: file is not a database",
         "postgresql://user:secret@127.0.0.1:1/name": "cannot be used",
     }.items():
         [fault] = found(settings_for(router, tmp_path, file_of(upstream.url, "small"), database=database), "fault")

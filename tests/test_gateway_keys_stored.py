@@ -98,7 +98,7 @@ def test_keys_of_another_file_are_nobodys(
     while not caplog.records and time.monotonic() < until:
         time.sleep(0.01)
     time.sleep(0.05)
-    assert [record.message for record in caplog.records] == [f"the keys cannot be read again: sqlite:///{path}: {GONE}"]
+    assert [record.message for record in caplog.records] == [f"the keys cannot be read again: Replaced: sqlite:///{path}: {GONE}"]
     assert (serving.find(token), serving.find(strange)) == (key, None)
     serving.close()
     other.close()

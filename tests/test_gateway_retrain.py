@@ -395,7 +395,7 @@ def test_what_was_learned_is_said_where_the_gateways_cannot_be_told(
         assert ended.value.code == 1
         said = capsys.readouterr()
         assert "promoted: it saves much" in said.out
-        assert "is replaced, but the gateways could not be told: the disk is full; send SIGHUP" in said.err
+        assert "is replaced, but the gateways could not be told: Exception: the disk is full; send SIGHUP" in said.err
 
 
 @pytest.mark.ci_slow
@@ -421,8 +421,30 @@ def test_retraining_from_the_command_line(tmp_path: Path, old_router: Router, ca
     with pytest.raises(SystemExit) as ended:
         main(["gateway", "retrain", str(tmp_path / "own"), "--database", database])
     assert ended.value.code == 2
-    assert "this router needs" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "this router needs" in said
+    assert "in Python, deferral.gateway.retrain.retrain accepts one" in said
     with pytest.raises(SystemExit) as ended:
         main(["gateway", "cascade", str(tmp_path / "own"), "--database", database])
     assert ended.value.code == 2
-    assert "this router needs" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "this router needs" in said
+    assert "in Python, deferral.gateway.cascade_retrain.retrain_cascade accepts one" in said
+
+
+def test_only_what_is_wrong_with_the_encoder_is_told_as_such(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_, **__) -> None:
+        raise ValueError("expected finite numbers")
+
+    database = str(tmp_path / "gateway.db")
+    unsure_router().save(tmp_path / "router")
+    prepare(connect(database))
+    monkeypatch.setattr("deferral.gateway.retrain.retrain", refused)
+    monkeypatch.setattr("deferral.gateway.cascade_retrain.retrain_cascade", refused)
+    for command in ("retrain", "cascade"):
+        with pytest.raises(SystemExit) as ended:
+            main(["gateway", command, str(tmp_path / "router"), "--database", database])
+        assert ended.value.code == 1
+        assert capsys.readouterr().err == "Error: expected finite numbers\n"

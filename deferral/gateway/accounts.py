@@ -1,4 +1,4 @@
-"""What a key has spent, set aside and asked for of late, and how it is told that this is all it may."""
+"""What a key has spent, reserved and requested lately, and the refusals when a limit is reached."""
 
 import math
 import threading
@@ -68,7 +68,7 @@ class Hold:
 class Account:
     """What a key has spent and set aside in one window, and may: a request belongs to the window that it was held in.
 
-    `granted` is what this process may spend, `free` what it may hope to be granted beyond that.
+    `granted`: dollars that this process may spend, `free`: dollars not yet granted to any worker.
     """
 
     __slots__ = ("flying", "free", "granted", "held", "span", "spent")

@@ -10,15 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from deferral.errors import DataError
-from deferral.gateway.experts_file import AUTO, Expert, name_fault, place_in, read_experts, tables
-from deferral.gateway.requests import NO_HINTS, Asked, Hints
+from deferral.gateway.experts_file import AUTO, Expert, experts_in, name_fault, place_in, tables
+from deferral.gateway.requests import NO_HINTS, SETTING, TRADE_OFFS, Asked, Hints
 
-__all__ = ["Alias", "applied", "read_aliases", "read_experts_file"]
+__all__ = ["Alias", "aliases_in", "applied", "read_experts_file"]
 
-_SETTING = ("price_of_error", "budget", "min_quality", "max_latency")
-# Of these one alone makes sense: each says where on the curve of cost and quality to be.
-_TRADE_OFFS = _SETTING[:3]
-_FIELDS = ("expert", "experts", *_SETTING, "regions")
+_FIELDS = ("expert", "experts", *SETTING, "regions")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,14 +39,15 @@ class Alias:
 
 def read_experts_file(path: str | Path) -> tuple[dict[str, Expert], dict[str, Alias]]:
     """All that an experts file holds; DataError names the line."""
-    experts = read_experts(path)
-    return experts, read_aliases(path, experts)
-
-
-def read_aliases(path: str | Path, experts: Mapping[str, Expert]) -> dict[str, Alias]:
-    """The aliases of an experts file, {} where there are none; DataError names the line."""
     path = Path(path)
+    # Read once: in between, the file may be replaced by another.
     text, found = tables(path)
+    experts = experts_in(path, text, found)
+    return experts, aliases_in(path, text, found, experts)
+
+
+def aliases_in(path: Path, text: str, found: Mapping[str, Any], experts: Mapping[str, Expert]) -> dict[str, Alias]:
+    """The aliases of an experts file whose `tables` are read already, {} where there are none; DataError names the line."""
     given = found.get("aliases", {})
     if not isinstance(given, dict):
         raise DataError(f"{place_in(path, text, 'aliases')}: expected tables [aliases.NAME], got {type(given).__name__}")
@@ -68,8 +66,8 @@ def applied(alias: Alias, asked: Asked, hints: Hints) -> tuple[Asked, Hints]:
         return asked._replace(model=alias.expert), hints
     own = alias.hints
     values: dict[str, Any] = {"experts": own.experts}
-    if all(getattr(hints, name) is None for name in _TRADE_OFFS):
-        values |= {name: getattr(own, name) for name in _TRADE_OFFS}
+    if all(getattr(hints, name) is None for name in TRADE_OFFS):
+        values |= {name: getattr(own, name) for name in TRADE_OFFS}
     values |= {name: getattr(own, name) for name in ("max_latency", "regions") if getattr(hints, name) is None}
     return asked._replace(model="auto"), replace(hints, **values)
 
@@ -77,7 +75,7 @@ def applied(alias: Alias, asked: Asked, hints: Hints) -> tuple[Asked, Hints]:
 def _alias(name: str, table: Mapping[str, Any]) -> Alias:
     if "expert" in table:
         return Alias(name, table["expert"])
-    values: dict[str, Any] = {key: float(table[key]) for key in _SETTING if key in table}
+    values: dict[str, Any] = {key: float(table[key]) for key in SETTING if key in table}
     values |= {key: frozenset(table[key]) for key in ("experts", "regions") if key in table}
     return Alias(name, "", Hints(**values))
 
@@ -104,7 +102,7 @@ def _fault(name: str, table: Any, experts: Mapping[str, Expert]) -> str:
 
 
 def _setting_fault(table: Mapping[str, Any]) -> str:
-    for key in (key for key in _SETTING if key in table):
+    for key in (key for key in SETTING if key in table):
         value = table[key]
         number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         if key == "min_quality":
@@ -112,7 +110,7 @@ def _setting_fault(table: Mapping[str, Any]) -> str:
                 return f"{key}: expected a number from 0 to 1, got {value!r}"
         elif not number or value <= 0:
             return f"{key}: expected a number above 0, got {value!r}"
-    several = [key for key in _TRADE_OFFS if key in table]
+    several = [key for key in TRADE_OFFS if key in table]
     return f"{several[1]}: expected one trade-off, got {several[0]} as well" if len(several) > 1 else ""
 
 

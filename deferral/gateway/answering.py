@@ -21,7 +21,7 @@ from deferral.gateway.upstream import Reply, Upstream
 if TYPE_CHECKING:
     from deferral.gateway.tracing import Attempt, Tracing
 
-__all__ = ["ONCE", "Answerers", "Call", "Unanswered"]
+__all__ = ["ONCE", "Answerers", "Call", "Unanswered", "once_of"]
 
 ONCE = "idempotency-key"
 
@@ -226,11 +226,16 @@ def _access(expert: Expert) -> tuple[str | None, str, str]:
     return expert.key, expert.key_header, expert.query
 
 
+def once_of(name: str, once: str) -> str:
+    """What stands for a client's idempotency key, another one under each name: of the client's key, or of an expert."""
+    return blake2b(once.encode(), digest_size=16, key=name.encode()[:64]).hexdigest()
+
+
 def _addressed(headers: Mapping[str, str], expert: Expert) -> Mapping[str, str]:
     """The headers for an expert: another one, at the same provider perhaps, must not be told that this is the same request."""
     if (once := headers.get(ONCE)) is None:
         return headers
-    return {**headers, ONCE: blake2b(once.encode(), digest_size=16, key=expert.name.encode()[:64]).hexdigest()}
+    return {**headers, ONCE: once_of(expert.name, once)}
 
 
 async def _entered(standing: Standing, expert: Expert) -> int:

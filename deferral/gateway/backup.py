@@ -9,7 +9,7 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
 
 from deferral.errors import DataError
-from deferral.gateway.database import check_file, shared
+from deferral.gateway.database import check_file, reason_of, shared
 
 __all__ = ["copy"]
 
@@ -34,7 +34,7 @@ def copy(engine: Engine, path: Path) -> None:
             target.execute("PRAGMA journal_mode = DELETE")
         os.replace(partial, path)
     except (sqlite3.Error, DBAPIError, OSError) as error:
-        raise DataError(f"{path}: the copy cannot be made, {getattr(error, 'orig', None) or error}") from error
+        raise DataError(f"{path}: the copy cannot be made, {reason_of(error)}") from error
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)

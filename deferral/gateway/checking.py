@@ -6,16 +6,16 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from sqlalchemy import Engine, select
 from sqlalchemy.exc import SQLAlchemyError
 
 from deferral.errors import DataError
 from deferral.gateway.access import no_key
-from deferral.gateway.aliases import Alias, read_aliases
-from deferral.gateway.database import shown
-from deferral.gateway.experts_file import Expert, read_experts
+from deferral.gateway.aliases import Alias, aliases_in
+from deferral.gateway.database import reason_of, shown
+from deferral.gateway.experts_file import Expert, experts_in, tables
 from deferral.gateway.generation import check_aliases, out_of_service
 from deferral.gateway.keys import Key, key_of
 from deferral.gateway.listening import listening
@@ -93,9 +93,14 @@ def check(settings: Settings, *, ask: bool, on_stage: Callable[[str], None] = la
     findings: list[Finding] = []
     assert settings.router_folder is not None
     assert settings.experts_file is not None
+    path = settings.experts_file
     router = _tried(findings, "router", lambda: load_router(settings))
-    experts = _tried(findings, "experts file", lambda: read_experts(settings.experts_file or Path()))
-    findings += _files(settings, router, experts)
+    read = _tried(findings, "experts file", lambda: tables(path))
+    experts = None if read is None else _tried(findings, "experts file", lambda: experts_in(path, *read))
+    if router is not None and read is not None and experts is not None:
+        findings += _together(router, experts)
+        findings += _aliases(path, *read, router, experts)
+    findings += _beside(settings)
     on_stage("looking at the database and the address")
     findings += _database(settings, experts)
     findings += _address(settings)
@@ -119,11 +124,9 @@ def _tried(findings: list[Finding], part: str, read: Callable[[], T]) -> T | Non
         return None
 
 
-def _files(settings: Settings, router: Router | None, experts: Mapping[str, Expert] | None) -> list[Finding]:
+def _beside(settings: Settings) -> list[Finding]:
+    """The candidate and the traces, where there are to be any."""
     found: list[Finding] = []
-    if router is not None and experts is not None:
-        found += _together(router, experts)
-        found += _aliases(settings, router, experts)
     if settings.shadow_folder is not None:
         candidate = settings.shadow_folder
         unread: list[Finding] = []
@@ -135,13 +138,11 @@ def _files(settings: Settings, router: Router | None, experts: Mapping[str, Expe
     return found
 
 
-def _aliases(settings: Settings, router: Router, experts: Mapping[str, Expert]) -> list[Finding]:
+def _aliases(path: Path, text: str, read: Mapping[str, Any], router: Router, experts: Mapping[str, Expert]) -> list[Finding]:
     found: list[Finding] = []
-    assert settings.experts_file is not None
-    path = settings.experts_file
 
     def looked_at() -> dict[str, Alias]:
-        aliases = read_aliases(path, experts)
+        aliases = aliases_in(path, text, read, experts)
         check_aliases(router, experts, aliases)
         return aliases
 
@@ -205,7 +206,7 @@ def _database(settings: Settings, experts: Mapping[str, Expert] | None) -> list[
             return found
         issued = _issued(record.engine) if version else []
     except SQLAlchemyError as error:
-        return [Finding("fault", "database", f"its keys cannot be read, {getattr(error, 'orig', None) or error}")]
+        return [Finding("fault", "database", f"its keys cannot be read, {reason_of(error)}")]
     finally:
         record.engine.dispose()
     name = shown(record.engine)

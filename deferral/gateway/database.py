@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary, WeakSet
 
 from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, OperationalError, SQLAlchemyError
 
 from deferral.errors import DataError, installing
 
@@ -24,6 +24,7 @@ __all__ = [
     "durable",
     "file_of",
     "hang_up",
+    "reason_of",
     "scrub",
     "shared",
     "shown",
@@ -103,6 +104,12 @@ def connect(url: str, *, lock_s: float = 0.0, statement_s: float = 0.0) -> Engin
     return engine
 
 
+def reason_of(error: Exception) -> str:
+    """Why the database fails; its first line alone, since others may quote what was to be written."""
+    cause = error.orig if isinstance(error, DBAPIError) else error
+    return f"{type(cause).__name__}: {cause}".splitlines()[0]
+
+
 def shown(engine: Engine) -> str:
     """Its address for messages, without passwords."""
     url = engine.url
@@ -111,7 +118,7 @@ def shown(engine: Engine) -> str:
 
 
 def shared(engine: Engine) -> bool:
-    """Whether gateways on other machines may have the same database."""
+    """True for a server database, which several machines may use."""
     return engine.dialect.name != "sqlite"
 
 

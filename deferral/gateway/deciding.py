@@ -13,7 +13,7 @@ import numpy as np
 from deferral.gateway.choice import Choice, set_aside
 from deferral.gateway.conversations import Conversations
 from deferral.gateway.drift import Expected
-from deferral.gateway.eligible import Limited, eligible, experts_down, merged, those_up
+from deferral.gateway.eligible import Limited, eligible, experts_down, merged, served, those_up
 from deferral.gateway.experts_file import Expert
 from deferral.gateway.hysteresis import RULES, Rules
 from deferral.gateway.plans import UNMET, Plans
@@ -52,7 +52,7 @@ class Decider:
 
     def __init__(self, router: Router, experts: Mapping[str, Expert], *, deadline_s: float, rules: Rules | None = RULES) -> None:
         self.router, self.deadline_s = router, deadline_s
-        names = [name for name in router.experts if name in experts and experts[name].route]
+        names = served(router, experts)
         self.experts = {name: merged(experts[name], router.abilities.get(name)) for name in names}
         self.expected = Expected(names, router.fitted.kind_names, router.fitted.kinds[1])
         self.conversations = None if rules is None else Conversations(router, self.experts, rules)
@@ -118,7 +118,7 @@ class Decider:
         query = asked.query
         if self._at_once:
             return await self._in_turn(plan, query, crowded=crowded)
-        decided = await self._in_worker(lambda: self._decided(plan, [query]), self.deadline_s)
+        decided = await self._in_worker(lambda: self._decided(plan, [query]))
         decision = decided[0] if decided else self._by_mix(plan, query)[0]
         return self._choice(decision, plan, self._draw(query), fast=decided is None)
 
@@ -133,7 +133,7 @@ class Decider:
             asyncio.get_running_loop().call_soon(self._one_of_few.release)
             found = decided()
         else:
-            found = await self._in_worker(decided, self.deadline_s)
+            found = await self._in_worker(decided)
             if found is None:
                 return self._choice(self._by_mix(plan, asked.query)[0], plan, self._draw(asked.query), fast=True)
         decisions, said, draw = found
@@ -178,14 +178,14 @@ class Decider:
                     if not future.done():
                         future.set_exception(error)
 
-    async def _in_worker(self, work: Callable[[], Any], deadline: float | None) -> Any:
+    async def _in_worker(self, work: Callable[[], Any]) -> Any:
         """The result; None where the worker is too busy or the deadline passed."""
         if self._waiting >= _MOST_WAITING:
             return None
         self._waiting += 1
         future = asyncio.get_running_loop().run_in_executor(self._worker, work)
         future.add_done_callback(self._done)
-        done, _ = await asyncio.wait([future], timeout=deadline)
+        done, _ = await asyncio.wait([future], timeout=self.deadline_s)
         if not done:
             # What has not begun never will.
             future.cancel()

@@ -8,8 +8,9 @@ from deferral.gateway.experts_file import Expert
 from deferral.gateway.problems import Problem
 from deferral.gateway.requests import Asked, Hints
 from deferral.routing.constraints import Abilities
+from deferral.routing.router import Router
 
-__all__ = ["Limited", "eligible", "experts_down", "merged", "refusal", "those_up"]
+__all__ = ["Limited", "eligible", "experts_down", "merged", "refusal", "served", "those_up"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +24,11 @@ class Limited:
     thrift: float = 1.0
     down: Mapping[str, float] = dataclasses.field(default_factory=dict)
     key: str = ""
+
+
+def served(router: Router, experts: Mapping[str, Expert]) -> list[str]:
+    """Those of a router's experts among whom it chooses: an experts file has them, and not with route = false."""
+    return [name for name in router.experts if name in experts and experts[name].route]
 
 
 def eligible(experts: Mapping[str, Expert], asked: Asked, hints: Hints, limited: Limited) -> frozenset[str]:

@@ -15,7 +15,7 @@ from yarl import URL
 
 from deferral.errors import DataError
 
-__all__ = ["AUTO", "Expert", "expert_names", "name_fault", "place_in", "read_experts", "tables"]
+__all__ = ["AUTO", "Expert", "expert_names", "experts_in", "name_fault", "place_in", "read_experts", "tables"]
 
 # Names of a model that ask the router.
 AUTO = frozenset({"auto", "deferral/auto"})
@@ -110,9 +110,13 @@ def read_experts(path: str | Path, environ: Mapping[str, str] = os.environ) -> d
     beside the experts file where it is no absolute path.
     """
     path = Path(path)
-    text, experts = _experts_in(path)
+    return experts_in(path, *tables(path), environ)
+
+
+def experts_in(path: Path, text: str, found: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> dict[str, Expert]:
+    """`read_experts` of a file whose `tables` are read already."""
     result = {}
-    for name, table in experts.items():
+    for name, table in _expert_tables(path, found).items():
         if not isinstance(table, dict):
             raise DataError(f"{place_in(path, text, name)}: expected a table [experts.{name}], got {type(table).__name__}")
         try:
@@ -124,7 +128,9 @@ def read_experts(path: str | Path, environ: Mapping[str, str] = os.environ) -> d
 
 def expert_names(path: str | Path) -> list[str]:
     """The names alone, for whoever does not have the keys; DataError where the file cannot be read."""
-    return list(_experts_in(Path(path))[1])
+    path = Path(path)
+    _, found = tables(path)
+    return list(_expert_tables(path, found))
 
 
 def tables(path: Path) -> tuple[str, dict[str, Any]]:
@@ -144,12 +150,11 @@ def tables(path: Path) -> tuple[str, dict[str, Any]]:
     return text, found
 
 
-def _experts_in(path: Path) -> tuple[str, dict[str, Any]]:
-    text, found = tables(path)
+def _expert_tables(path: Path, found: Mapping[str, Any]) -> dict[str, Any]:
     experts = found.get("experts")
     if not isinstance(experts, dict) or not experts:
         raise DataError(f"{path}: expected at least one table [experts.NAME] with a base_url")
-    return text, experts
+    return experts
 
 
 def _expert(name: str, table: dict[str, Any], environ: Mapping[str, str], folder: Path) -> Expert:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from deferral.gateway.aliases import Alias
 from deferral.gateway.deciding import Decider
+from deferral.gateway.eligible import served
 from deferral.gateway.experts_file import AUTO, Expert
 from deferral.gateway.settings import Settings
 from deferral.routing.constraints import Needs
@@ -44,7 +45,7 @@ def generation(
 
 def check_aliases(router: Router, experts: Mapping[str, Expert], aliases: Mapping[str, Alias]) -> None:
     """ValueError where an alias sets what the router cannot meet among its experts."""
-    served = frozenset(name for name in router.experts if name in experts and experts[name].route)
+    everyone = frozenset(served(router, experts))
 
     def place(expert: str) -> str | None:
         can = router.abilities.get(expert)
@@ -53,7 +54,7 @@ def check_aliases(router: Router, experts: Mapping[str, Expert], aliases: Mappin
     for name, alias in aliases.items():
         if not alias.routed:
             continue
-        among = served if alias.hints.experts is None else served & alias.hints.experts
+        among = everyone if alias.hints.experts is None else everyone & alias.hints.experts
         regions = alias.hints.regions
         if regions is not None:
             among = frozenset(one for one in among if place(one) in regions)
@@ -74,7 +75,7 @@ def out_of_service(router: Router, experts: Mapping[str, Expert]) -> list[str]:
             f"experts: the router does not know {unknown[0]!r}, it knows {', '.join(router.experts)}; correct the name, or say "
             "route = false for an expert that is reached by its name only"
         )
-    served = [name for name in router.experts if name in experts and experts[name].route]
-    if not served:
+    left = served(router, experts)
+    if not left:
         raise ValueError(f"experts: none of the router's is there; expected at least one of {', '.join(router.experts)}")
-    return sorted(known - set(served))
+    return sorted(known - set(left))

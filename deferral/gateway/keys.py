@@ -17,7 +17,7 @@ from typing import Any
 from sqlalchemy import Connection, Row, insert, select, update
 from sqlalchemy.exc import SQLAlchemyError
 
-from deferral.gateway.database import LOCK_S, STATEMENT_S, connect, file_of, still_there, wait_for
+from deferral.gateway.database import LOCK_S, STATEMENT_S, connect, file_of, reason_of, still_there, wait_for
 from deferral.gateway.dialects import clock, writing
 from deferral.gateway.preparing import prepare
 from deferral.gateway.rows import plain
@@ -256,7 +256,7 @@ class Keys:
             except (SQLAlchemyError, ValueError) as error:
                 # The keys of before stay valid: a database that is away for a moment must not lock everybody out.
                 if not failing:
-                    _log.error("the keys cannot be read again: %s", error)
+                    _log.error("the keys cannot be read again: %s", reason_of(error))
                 failing = True
 
 

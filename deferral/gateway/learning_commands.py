@@ -4,15 +4,20 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from deferral.command_line import Command
+from deferral.command_line import Command, callers_errors
 from deferral.errors import DataError
+from deferral.gateway.database import reason_of
 from deferral.gateway.opened import assumed_option, database_option, encoder_option, opened
+
+if TYPE_CHECKING:
+    from deferral.routing import Router
 
 __all__ = ["cascade", "retrain"]
 
@@ -45,11 +50,11 @@ def retrain(
     Exit status 0 if it is better, 3 if not.  Gateways on this database load it within a second or two.
     """
     from deferral.gateway.retrain import retrain as learn
-    from deferral.routing import Router, read_log
+    from deferral.routing import read_log
 
     old_log = None if log is None else read_log(log)
     with opened(database) as store:
-        with _stages() as on_stage, _encoder_of_ones_own("deferral.gateway.retrain.retrain"):
+        with _stages() as on_stage, callers_errors():
             verdict = learn(
                 store.engine,
                 router,
@@ -57,7 +62,7 @@ def retrain(
                 assumed_quality=assume_quality,
                 drop_cascade=drop_cascade,
                 dry_run=dry_run,
-                load=lambda folder: Router.load(folder, encoder=encoder),
+                load=_load(encoder, "deferral.gateway.retrain.retrain"),
                 seed=seed,
                 on_stage=on_stage,
             )
@@ -82,15 +87,14 @@ def cascade(router: Path, encoder: Path | None, dry_run: bool, seed: int, databa
     Exit status 0 if it is better, 3 if not.  Gateways on this database load it within a second or two.
     """
     from deferral.gateway.cascade_retrain import retrain_cascade
-    from deferral.routing import Router
 
     with opened(database) as store:
-        with _stages() as on_stage, _encoder_of_ones_own("deferral.gateway.cascade_retrain.retrain_cascade"):
+        with _stages() as on_stage, callers_errors():
             verdict = retrain_cascade(
                 store.engine,
                 router,
                 dry_run=dry_run,
-                load=lambda folder: Router.load(folder, encoder=encoder),
+                load=_load(encoder, "deferral.gateway.cascade_retrain.retrain_cascade"),
                 seed=seed,
                 on_stage=on_stage,
             )
@@ -106,15 +110,19 @@ def cascade(router: Path, encoder: Path | None, dry_run: bool, seed: int, databa
         click.echo(f"{router} has the new cascade; gateways on this database load it in a second")
 
 
-@contextmanager
-def _encoder_of_ones_own(function: str) -> Iterator[None]:
+def _load(encoder: Path | None, function: str) -> "Callable[[Path], Router]":
     """A usage error where the router wants another encoder; one that is a function cannot be named here."""
-    try:
-        yield
-    except DataError:
-        raise
-    except ValueError as error:
-        raise click.UsageError(f"{error}; in Python, {function} accepts one") from None
+    from deferral.routing import Router
+
+    def load(folder: Path) -> Router:
+        try:
+            return Router.load(folder, encoder=encoder)
+        except DataError:
+            raise
+        except ValueError as error:
+            raise click.UsageError(f"{error}; in Python, {function} accepts one") from None
+
+    return load
 
 
 def _announce(engine: Engine, router: Path) -> None:
@@ -125,8 +133,8 @@ def _announce(engine: Engine, router: Path) -> None:
         Reloads(engine).announce()
     except SQLAlchemyError as error:
         raise DataError(
-            f"{router} is replaced, but the gateways could not be told: {getattr(error, 'orig', None) or error}; send SIGHUP to "
-            "each, or POST /admin/reload"
+            f"{router} is replaced, but the gateways could not be told: {reason_of(error)}; send SIGHUP to each, or POST "
+            "/admin/reload"
         ) from error
 
 

@@ -9,6 +9,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from deferral.command_line import FiniteRange
 from deferral.errors import DataError
+from deferral.gateway.database import reason_of
 from deferral.gateway.keys import Keys
 from deferral.gateway.preparing import prepare
 from deferral.gateway.settings import Settings
@@ -48,6 +49,6 @@ def opened(database: str, *, create: bool = False) -> Iterator[Keys]:
         store.refresh()
         yield store
     except SQLAlchemyError as error:
-        raise DataError(f"the database fails: {getattr(error, 'orig', None) or error}") from error
+        raise DataError(f"the database fails: {reason_of(error)}") from error
     finally:
         store.close()

@@ -43,7 +43,7 @@ class Plans:
         if plan is not None:
             return plan
         try:
-            if allow in self._judged and hints.setting[1:] == NO_HINTS.setting[1:]:
+            if allow in self._judged and not hints.bounded:
                 plan = self._planned(allow, hints, factor)
                 self._keep(key, plan, hints)
             else:

@@ -10,7 +10,7 @@ from sqlalchemy import Connection, Engine, false, insert, inspect, select
 from sqlalchemy.exc import DBAPIError, OperationalError
 
 from deferral.errors import DataError
-from deferral.gateway.database import check_file, shared, shown
+from deferral.gateway.database import check_file, reason_of, shared, shown
 from deferral.gateway.dialects import alone
 from deferral.gateway.migrations import migrate
 from deferral.gateway.schema import VERSION, decisions, tables, version
@@ -38,7 +38,7 @@ def prepare(engine: Engine, *, create: bool = True) -> None:
         except DBAPIError as error:
             # An SQLite file may be in the middle of becoming one with a journal.
             if not tries_left or (shared(engine) and isinstance(error, OperationalError)):
-                raise DataError(f"{name}: the database cannot be opened, {error.orig}") from error
+                raise DataError(f"{name}: the database cannot be opened, {reason_of(error)}") from error
             time.sleep(0.02)
     if found > VERSION:
         raise _newer(name, found)
@@ -66,7 +66,7 @@ def look(engine: Engine) -> int:
                 nothing = select(decisions.c.id).where(false())
                 connection.execute(insert(decisions).from_select(["id"], nothing, include_defaults=False))
     except DBAPIError as error:
-        raise DataError(f"{name}: the database cannot be used, {error.orig}") from error
+        raise DataError(f"{name}: the database cannot be used, {reason_of(error)}") from error
     if found > VERSION:
         raise _newer(name, found)
     return found

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from sqlalchemy.exc import DataError as ValueRefused
-from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from deferral.gateway.batch import Feedback, write_batch
 from deferral.gateway.database import (
@@ -24,6 +24,7 @@ from deferral.gateway.database import (
     connect,
     file_of,
     hang_up,
+    reason_of,
     shared,
     still_there,
     wait_for,
@@ -284,7 +285,7 @@ class Record:
             except (SQLAlchemyError, MemoryError) as error:
                 if not isinstance(error, IntegrityError | ValueRefused):
                     self._since = None
-                    self._writing.begins(_reason(error), len(self._waiting))
+                    self._writing.begins(reason_of(error), len(self._waiting))
                     if time.monotonic() > self._give_up_at:
                         return False
                     time.sleep(wait)
@@ -297,7 +298,7 @@ class Record:
             if len(batch) > 1:
                 half = len(batch) // 2
                 return self._write(batch[:half]) and self._write(batch[half:])
-            _log.error("a row is left out, it cannot be written (or is there already): %s", _reason(fault))
+            _log.error("a row is left out, it cannot be written (or is there already): %s", reason_of(fault))
             answers = [(item, False) for item in batch if isinstance(item, Feedback)]
             break
         self._writing.ends(f"the database takes rows again; {len(self._waiting)} are waiting")
@@ -315,18 +316,12 @@ class Record:
         try:
             wait = self._retention.step()
         except SQLAlchemyError as error:
-            self._deleting.begins(f"what is over its time cannot be deleted, {_reason(error)}", len(self._waiting))
+            self._deleting.begins(f"what is over its time cannot be deleted, {reason_of(error)}", len(self._waiting))
             return _LAST_RETRY
         finally:
             self._since = None
         self._deleting.ends("what is over its time can be deleted again")
         return wait
-
-
-def _reason(error: Exception) -> str:
-    """The first line alone: others may quote what was to be written."""
-    cause = error.orig if isinstance(error, DBAPIError) else error
-    return f"{type(cause).__name__}: {cause}".splitlines()[0]
 
 
 def _characters(item: DecisionRow | Feedback) -> int:

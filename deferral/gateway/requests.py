@@ -12,7 +12,19 @@ from deferral.gateway.experts_file import AUTO
 from deferral.gateway.problems import Problem, number
 from deferral.gateway.turns import BYTES_PER_TOKEN, MOST, TooMany, Turn, bytes_in, conversation, messages_of, text_of
 
-__all__ = ["NO_HINTS", "Asked", "Hints", "Kind", "hints", "parse", "refuse_repeated", "with_model", "with_stream_usage"]
+__all__ = [
+    "NO_HINTS",
+    "SETTING",
+    "TRADE_OFFS",
+    "Asked",
+    "Hints",
+    "Kind",
+    "hints",
+    "parse",
+    "refuse_repeated",
+    "with_model",
+    "with_stream_usage",
+]
 
 Kind = Literal["chat", "completions", "embeddings", "responses"]
 
@@ -24,6 +36,9 @@ _ELSEWHERE = ("conversation", "prompt")
 _MODEL = re.compile(rb'"model"\s*:\s*("[^"\\]*(?:\\.[^"\\]*)*")', re.DOTALL)
 _SPACE, _COLON, _COMMA = (re.compile(rf"[ \t\n\r]*{sign}[ \t\n\r]*") for sign in ("", ":", ",?"))
 _DECODER = json.JSONDecoder()
+# Of these one alone makes sense: each says where on the curve of cost and quality to be.
+TRADE_OFFS = ("price_of_error", "budget", "min_quality")
+SETTING = (*TRADE_OFFS, "max_latency")
 # Of these every expert must understand what the gateway does.
 _MEANT = frozenset({"model", "stream", "stream_options"})
 
@@ -68,16 +83,20 @@ class Hints:
 
     @property
     def setting(self) -> tuple[float | None, float | None, float | None, float | None]:
-        """price_of_error, budget, max_latency, min_quality."""
-        return (self.price_of_error, self.budget, self.max_latency, self.min_quality)
+        """The values of `SETTING`."""
+        return (self.price_of_error, self.budget, self.min_quality, self.max_latency)
+
+    @property
+    def bounded(self) -> bool:
+        """Whether more is set than the price of an error."""
+        return (self.budget, self.min_quality, self.max_latency) != (None, None, None)
 
     @property
     def setting_by_name(self) -> dict[str, Any]:
         """As `Router.plan` takes it."""
-        return dict(zip(_SETTING, self.setting, strict=True))
+        return dict(zip(SETTING, self.setting, strict=True))
 
 
-_SETTING = ("price_of_error", "budget", "max_latency", "min_quality")
 NO_HINTS = Hints()
 _HINTS = {
     b"x-deferral-price-of-error": "price_of_error",

@@ -13,7 +13,7 @@ _MOST_TOKENS = 2**53
 
 @dataclass(frozen=True, slots=True)
 class CascadeRow:
-    """That one expert answered first, and what became of its answer.
+    """The first expert's answer in a cascade, and its outcome.
 
     `ending`: "kept"; "deferred" to another expert; "failed", that other one, so that the first answer was given; "silent", the
     first answer had no log-probabilities, so that the router's own choice holds; "unanswered", there was no first answer.

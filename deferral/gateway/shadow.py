@@ -50,22 +50,29 @@ class Shadow:
         self.router, self.mark, self._engine = router, mark, engine
         # What would have been drawn at random says nothing of the router.
         router.explore = 0.0
-        self.scored = self.dropped = 0
+        self.scored = 0
+        # Each is counted by one thread: by that of the requests, and by its own.
+        self._turned_away = self._undecided = 0
         self._queue: queue.Queue[_Item | None] = queue.Queue(_MOST_WAITING)
         self._closing = False
         self._warned = False
         self._thread = threading.Thread(target=self._run, name="shadow", daemon=True)
         self._thread.start()
 
+    @property
+    def dropped(self) -> int:
+        """Requests that the candidate has not decided and will not."""
+        return self._turned_away + self._undecided
+
     def offer(self, identity: str, time: float, query: str, choice: Choice) -> None:
         """A request that the live router has decided.  Never blocks, never fails."""
         if len(query) > _MOST_CHARACTERS:
-            self.dropped += 1
+            self._turned_away += 1
             return
         try:
             self._queue.put_nowait(_Item(identity, time, query, frozenset(choice.cost), choice.price_of_error))
         except queue.Full:
-            self.dropped += 1
+            self._turned_away += 1
 
     def close(self) -> None:
         """What is waiting is given up."""
@@ -85,10 +92,10 @@ class Shadow:
                 with self._engine.connect() as connection:
                     _write(connection, rows)
                 self.scored += len(rows)
-                self.dropped += len(batch) - len(rows)
+                self._undecided += len(batch) - len(rows)
             except Exception as error:
                 # A candidate that cannot decide, or a database that is away, is nothing to those who ask.
-                self.dropped += len(batch)
+                self._undecided += len(batch)
                 if not self._warned:
                     self._warned = True
                     kind = type(error).__name__

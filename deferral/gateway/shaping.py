@@ -3,9 +3,8 @@
 import json
 import re
 from collections.abc import Mapping
-from hashlib import blake2b
 
-from deferral.gateway.answering import ONCE
+from deferral.gateway.answering import ONCE, once_of
 from deferral.gateway.experts_file import Expert
 from deferral.gateway.problems import Problem
 from deferral.gateway.requests import Asked, Kind, with_model, with_stream_usage
@@ -58,5 +57,5 @@ def forwarded(headers: Mapping[bytes, bytes], key: str) -> dict[str, str]:
     found = {name.decode(): value.decode() for name in FORWARDED & headers.keys() if _PLAIN.fullmatch(value := headers[name])}
     if key and (once := found.get(ONCE)):
         # To the expert all clients are one: what two of them name alike must not be one request.
-        found[ONCE] = blake2b(once.encode(), digest_size=16, key=key.encode()[:64]).hexdigest()
+        found[ONCE] = once_of(key, once)
     return found

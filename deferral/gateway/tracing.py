@@ -96,7 +96,8 @@ class Tracing:
 
     def attempt(self, expert: Expert, path: str, number: int) -> "Attempt":
         """One attempt at an expert, from the request to the last byte of its reply."""
-        operation = {"/completions": "text_completion", "/embeddings": "embeddings"}.get(path, "chat")
+        # The first part of a path is the kind.
+        operation = _OPERATIONS[path.split("/")[1]]
         url = URL(expert.base_url)
         attributes: dict[str, Any] = {
             "gen_ai.operation.name": operation, "gen_ai.request.model": expert.model, "server.address": url.host or "",
