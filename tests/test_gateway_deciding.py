@@ -230,7 +230,8 @@ def test_all_who_come_with_a_new_setting_wait_for_one_plan_and_not_for_each_othe
 
 
 def test_settings_of_clients_neither_drive_out_nor_hold_up_the_usual_plans(router: Router) -> None:
-    decider, planned = Decider(router, EXPERTS, deadline_s=1.0), Router.plan
+    of_an_alias = Hints(budget=99.0)
+    decider, planned = Decider(router, EXPERTS, deadline_s=1.0, settings=[of_an_alias.setting]), Router.plan
 
     def slowly(**setting):
         if setting.get("budget") is not None:
@@ -240,13 +241,16 @@ def test_settings_of_clients_neither_drive_out_nor_hold_up_the_usual_plans(route
     async def run() -> None:
         for number in range(300):
             await decider.choose(asked(EASY), Hints(price_of_error=0.05 + number / 1e6), Limited())
-        flood = [asyncio.create_task(decider.choose(asked(EASY), Hints(budget=5.0 + k), Limited())) for k in range(20)]
+        flood = [asyncio.create_task(decider.choose(asked(EASY), Hints(budget=5.0 + k), Limited())) for k in range(40)]
         await asyncio.sleep(0.01)
         await decider.choose(asked(EASY), Hints(), Limited())
         # One is down, and a plan without it is new.
         await decider.choose(asked(EASY), Hints(), Limited(down={"small": 5.0}))
-        assert sum(one.done() for one in flood) < 10
-        await asyncio.gather(*flood)
+        await decider.choose(asked(EASY), of_an_alias, Limited())
+        waiting = [one for one in flood if not one.done()]
+        assert len(waiting) > 20
+        turned_away = await asyncio.gather(*flood, return_exceptions=True)
+        assert sum(isinstance(one, Problem) and one.code == "busy" for one in turned_away) == 8
 
     choose(decider, asked(EASY))
     usual = dict(decider._plans._usual)

@@ -339,6 +339,20 @@ def test_another_budget_holds_for_what_was_spent_already() -> None:
     assert gate.left(higher) == 0.0
 
 
+def test_of_keys_that_are_gone_nothing_is_kept_but_for_requests_under_way() -> None:
+    keys = [Key(name, name, budget=1.0, requests_per_minute=5) for name in ("done", "flying", "stays")]
+    gate = limits(Clock())
+    gate.load(keys)
+    for key in keys:
+        gate.admit(key)
+    flying = gate.hold(keys[1], 0.25)
+    gate.follow(keys[2:])
+    assert gate._keys.keys() == gate._minutes.keys() == gate._accounts.keys() == {"flying", "stays"}
+    flying.settle(0.5)
+    gate.follow(keys[2:])
+    assert gate._keys.keys() == gate._minutes.keys() == gate._accounts.keys() == {"stays"}
+
+
 def test_another_window_counts_from_the_record(no_wait: None) -> None:
     """An account of a day, with a request in flight, goes to a month and back, and so to another time zone."""
     clock = Clock()

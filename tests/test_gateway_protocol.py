@@ -357,6 +357,13 @@ def test_a_connection_is_idle_after_what_was_refused_is_whole_and_not_while_a_re
     assert len(replies_to(WHOLE + late[:20], late[20:], app=slow, patience=0.05)) == 2
 
 
+def test_requests_may_be_sent_ahead_of_their_replies_but_not_thousands() -> None:
+    """One read may bring thousands, each of which would be a request in memory until its turn comes."""
+    one = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
+    assert said_to(tell, 99 * one + END).count(b"HTTP/1.1 200") == 100
+    assert said_to(tell, 5000 * one).count(b"HTTP/1.1 200") <= 101
+
+
 async def much(scope: Any, receive: Any, send: Any) -> None:
     """An app whose reply is longer than any buffer takes."""
     await read_body(receive, header_map(scope), 1 << 20)

@@ -220,6 +220,28 @@ def test_logs_are_json_lines_without_keys() -> None:
     assert "abcdefghijkl" not in written
 
 
+def test_a_log_that_nobody_reads_holds_up_no_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deferral.gateway.logs._LAST_S", 0.2)
+    monkeypatch.setattr("deferral.gateway.logs._MOST_WAITING", 5)
+    reading, writing = os.pipe()
+    with open(writing, "w") as stream:
+        os.set_blocking(writing, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(writing, bytes(4096))
+        os.set_blocking(writing, True)
+        with logging_to(stream, "info") as log:
+            for number in range(20):
+                logging.getLogger("deferral.gateway").info("line %d", number)
+        assert log.stuck
+        with open(reading, "rb") as reader:
+            text = b""
+            while b"line 5" not in text:
+                text += reader.read1(1 << 20).lstrip(b"\0")
+    lines = [json.loads(line)["message"] for line in text.splitlines()]
+    assert lines[:5] == [f"line {number}" for number in range(5)], "the oldest are kept"
+
+
 def test_the_guide_shows_files_and_commands_that_exist(tmp_path: Path) -> None:
     guide = (Path(__file__).parent.parent / "docs" / "gateway.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```(\w+)\n(.*?)```", guide, flags=re.DOTALL)

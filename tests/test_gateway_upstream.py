@@ -1,6 +1,7 @@
 """What each kind of failure means: asked again, blamed, left alone, and what the client is told."""
 
 import asyncio
+import logging
 import ssl
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime, formatdate
@@ -270,7 +271,7 @@ def test_who_is_asked_is_told_once_there_is_a_connection_and_no_more_when_that_i
 def test_an_expert_that_was_left_out_for_a_while_is_still_as_busy_as_it_was() -> None:
     async def run() -> None:
         expert = Expert("small", "http://127.0.0.1:1", max_concurrent=2)
-        answerers = Answerers(SimpleNamespace(), Metrics(), retry_share=0.0)  # type: ignore[arg-type]
+        answerers = Answerers(SimpleNamespace(forget_all_but=set), Metrics(), retry_share=0.0)  # type: ignore[arg-type]
         answerers.update({"small": expert})
         standing = answerers.standings["small"]
         await standing.slots.take(1.0)
@@ -289,7 +290,7 @@ def test_an_expert_that_was_left_out_for_a_while_is_still_as_busy_as_it_was() ->
 def test_a_stream_that_has_begun_lets_others_ask_whoever_was_left_alone() -> None:
     async def run() -> None:
         begun = Reply(200, [], b"data: {}", Usage(0, 0, True, ""), SimpleNamespace(close=lambda: None))  # type: ignore[arg-type]
-        upstream: Any = SimpleNamespace(ask=AsyncMock(return_value=begun))
+        upstream: Any = SimpleNamespace(forget_all_but=set, ask=AsyncMock(return_value=begun))
         expert, body = Expert("small", "http://127.0.0.1:1"), b'{"model": "small", "messages": []}'
         answerers = Answerers(upstream, Metrics(), retry_share=0.0)
         answerers.update({"small": expert})
@@ -304,3 +305,16 @@ def test_a_stream_that_has_begun_lets_others_ask_whoever_was_left_alone() -> Non
         assert list(breaker._calls) == [False], "and how it ended is told all the same"
 
     asyncio.run(run())
+
+
+def test_failures_that_no_breaker_ends_are_told_once_in_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("deferral.gateway.answering.monotonic", lambda: now)
+    standing = Standing(Expert("small", "http://127.0.0.1:1/v1"))
+    limited, unknown, broken = (refused_with(*of) for of in ((429, CHAT, 0.0), (404, "/embeddings", None), (500, CHAT, None)))
+    assert limited.rest == 1.0, "right away, for ever, is no rest"
+    told = [standing.level_of(failure) for failure in (limited, limited, unknown, broken, broken)]
+    now += 31
+    told += [standing.level_of(failure) for failure in (limited, unknown, unknown)]
+    quiet, loud = logging.DEBUG, logging.WARNING
+    assert told == [loud, quiet, loud, loud, loud, loud, loud, quiet]

@@ -29,6 +29,7 @@ _log = logging.getLogger("deferral.gateway")
 
 # An expert that asks for more patience than this is not waited for.
 _PATIENCE = 2.0
+_TOLD_ONCE_IN = 30.0
 
 
 class Standing:
@@ -39,6 +40,20 @@ class Standing:
         self.access = _access(expert)
         self.breaker = Breaker()
         self.slots = Slots(expert.max_concurrent, expert.max_waiting)
+        # Until when failures of each code are told no more.
+        self._told: dict[str, float] = {}
+
+    def level_of(self, failure: Failure) -> int:
+        """How loudly the log is told: what a breaker ends is told each time, anything else may come with every request."""
+        # That an expert is down or full is told once by whoever found it so, and not again for each request.
+        if failure.stale or failure.code in ("experts_down", "queue_full"):
+            return logging.DEBUG
+        if not failure.blame:
+            now = monotonic()
+            if now < self._told.get(failure.code, 0.0):
+                return logging.DEBUG
+            self._told[failure.code] = now + _TOLD_ONCE_IN
+        return logging.WARNING
 
     def blame(self, error: BaseException, ticket: int, name: str, key: str = "") -> None:
         """What an attempt for a key that ended with an error says of the expert."""
@@ -125,6 +140,7 @@ class Answerers:
             standing.slots.resize(expert.max_concurrent, expert.max_waiting)
             self.standings[name] = standing
         self._leaving = {name: each for name, each in before.items() if name not in experts and each.slots.taken}
+        self.upstream.forget_all_but(experts)
 
     def down(self) -> dict[str, float]:
         """The experts that may not be asked now, and for how many seconds."""
@@ -175,7 +191,7 @@ class Answerers:
                     failures.append((expert, failure))
                     if not failure.stale:
                         self.metrics.failed(expert.name, failure.code)
-                    _log.log(_level(failure), "%s %s (%s)", expert.name, failure.message, failure.code)
+                    _log.log(standing.level_of(failure), "%s %s (%s)", expert.name, failure.message, failure.code)
                     if not again or not self._worth_again(failure):
                         break
                     if not failure.stale:
@@ -249,11 +265,6 @@ async def _entered(standing: Standing, expert: Expert) -> int:
         standing.slots.give_back(0.0)
         raise Failure(503, "experts_down", "is down", blame=False, rest=standing.breaker.wait)
     return ticket
-
-
-def _level(failure: Failure) -> int:
-    # That an expert is down or full is told once by whoever found it so, and not again for each request.
-    return logging.DEBUG if failure.stale or failure.code in ("experts_down", "queue_full") else logging.WARNING
 
 
 def _nobody(failures: Sequence[tuple[Expert, Failure]], attempts: int) -> Unanswered:

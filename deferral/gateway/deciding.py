@@ -3,7 +3,7 @@
 import asyncio
 import math
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
 from typing import Any
@@ -18,7 +18,7 @@ from deferral.gateway.experts_file import Expert
 from deferral.gateway.hysteresis import RULES, Rules
 from deferral.gateway.plans import UNMET, Plans
 from deferral.gateway.problems import Problem
-from deferral.gateway.requests import Asked, Hints
+from deferral.gateway.requests import Asked, Hints, Setting
 from deferral.routing.constraints import Needs
 from deferral.routing.decisions import Decision, Decisions
 from deferral.routing.encoders import NgramEncoder
@@ -47,10 +47,18 @@ class Decider:
     compete for the same interpreter lock.  Those of one turn of the event loop are decided together, and where many requests are
     under way a turn waits some milliseconds for company.
     Any other encoder runs in one worker thread, and after `deadline_s` the static mix decides instead.  With `rules=None` every
-    request of a conversation is decided by itself.
+    request of a conversation is decided by itself.  `settings` are the operator's own, which no client's keep waiting.
     """
 
-    def __init__(self, router: Router, experts: Mapping[str, Expert], *, deadline_s: float, rules: Rules | None = RULES) -> None:
+    def __init__(
+        self,
+        router: Router,
+        experts: Mapping[str, Expert],
+        *,
+        deadline_s: float,
+        rules: Rules | None = RULES,
+        settings: Iterable[Setting] = (),
+    ) -> None:
         self.router, self.deadline_s = router, deadline_s
         names = served(router, experts)
         self.experts = {name: merged(experts[name], router.abilities.get(name)) for name in names}
@@ -59,7 +67,7 @@ class Decider:
         self._place = {name: place for place, name in enumerate(router.experts)}
         self._best = max(names, key=lambda name: router.fitted.means[self._place[name]])
         self._at_once = isinstance(router.encoder, NgramEncoder)
-        self._plans = Plans(router)
+        self._plans = Plans(router, settings)
         self._together: deque[tuple[Plan, str, asyncio.Future[Choice]]] = deque()
         self._last_turn = -math.inf
         self._one_of_few = asyncio.Semaphore(_CONVERSATIONS)

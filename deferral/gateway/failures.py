@@ -86,7 +86,8 @@ def refused_with(status: int, path: str, retry_after: float | None) -> Failure:
         unknown_path = status in (404, 405) and path != "/chat/completions"
         return Failure(502, "upstream_misconfigured", message, blame=not unknown_path, came=status, of_server=status == 401)
     if status == 429:
-        rest = 1.0 if retry_after is None else retry_after
+        # Right away, for ever, is no rest.
+        rest = retry_after or 1.0
         return Failure(429, "upstream_rate_limited", "asks for fewer requests", blame=False, rest=rest)
     if status >= 500 or status in _OVERLOADED:
         return Failure(502, "upstream_error", f"failed with status {status}", again=not retry_after, rest=retry_after)

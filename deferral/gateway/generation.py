@@ -38,7 +38,8 @@ def generation(
         router.explore = settings.explore
     aliases = dict(aliases or {})
     check_aliases(router, experts, aliases)
-    decider = Decider(router, experts, deadline_s=settings.deadline_s, rules=settings.conversations)
+    own = [alias.hints.setting for alias in aliases.values()]
+    decider = Decider(router, experts, deadline_s=settings.deadline_s, rules=settings.conversations, settings=own)
     routed = AUTO | {name for name, alias in aliases.items() if alias.routed}
     return Generation(router, dict(experts), decider, aliases, routed)
 

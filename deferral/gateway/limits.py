@@ -4,7 +4,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from contextlib import suppress
 from datetime import UTC, datetime
 
@@ -73,6 +73,8 @@ class Limits:
 
         Another budget holds for what was spent already.  What was spent in another window is read from the record.
         """
+        keys = list(keys)
+        self._forget_all_but({key.id for key in keys})
         changed = [(self._keys.setdefault(key.id, key), key) for key in keys]
         changed = [(before, key) for before, key in changed if before != key]
         moving = {key.id: account for before, key in changed if (account := self._to_move(before, key)) is not None}
@@ -98,6 +100,15 @@ class Limits:
                 if self._said.get(key.id) != str(error):
                     _log.error("the key %s keeps its earlier limits for the moment: %s", key.id, error)
                 self._said[key.id] = str(error)
+
+    def _forget_all_but(self, ids: Set[str]) -> None:
+        """Of keys that are revoked nothing is kept, but for those with a request under way."""
+        with self._lock:
+            for name in (self._keys.keys() | self._minutes.keys() | self._accounts.keys()) - ids:
+                account = self._accounts.get(name)
+                if account is None or not account.flying:
+                    for kept in (self._keys, self._minutes, self._accounts, self._furthest, self._said):
+                        kept.pop(name, None)
 
     def close(self) -> None:
         """No request comes any more."""

@@ -1,12 +1,12 @@
 """Plans of a router, each made once for a set of experts and a setting, and never on the time of others."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from deferral.gateway.problems import Problem
-from deferral.gateway.requests import NO_HINTS, Hints
+from deferral.gateway.requests import NO_HINTS, Hints, Setting
 from deferral.routing.constraints import Needs
 from deferral.routing.planning import Plan
 from deferral.routing.router import Router
@@ -24,8 +24,9 @@ UNMET = "setting_cannot_be_met"
 class Plans:
     """They go through the held-out rows once for each set of experts, in threads that `close` ends."""
 
-    def __init__(self, router: Router) -> None:
-        self._router = router
+    def __init__(self, router: Router, settings: Iterable[Setting] = ()) -> None:
+        """`settings` are the operator's own, by aliases."""
+        self._router, self._settings = router, {NO_HINTS.setting, *settings}
         # What clients set is as much as they like, and must not drive out, nor hold up, what all others are decided by.
         self._others: dict[Any, Plan] = {}
         self._usual: dict[Any, Plan] = {}
@@ -58,9 +59,9 @@ class Plans:
         planning = self._planning.get(key)
         if planning is None:
             # Of outages there are few, of settings as many as clients like.
-            if len(self._planning) >= _MOST_PLANNED and hints.setting != NO_HINTS.setting:
+            if len(self._planning) >= _MOST_PLANNED and hints.setting not in self._settings:
                 raise Problem(503, "busy", "too many new settings at the same time; send it again", retry_after=1)
-            planner = self._usual_planner if hints.setting == NO_HINTS.setting else self._planner
+            planner = self._usual_planner if hints.setting in self._settings else self._planner
             planning = self._planning[key] = asyncio.get_running_loop().run_in_executor(planner, work)
             planning.add_done_callback(lambda done: self._has_planned(key, done, hints))
         return await asyncio.shield(planning)
@@ -74,7 +75,7 @@ class Plans:
             self._keep(key, done.result(), hints)
 
     def _kept_for(self, hints: Hints) -> dict[Any, Plan]:
-        return self._usual if hints.setting == NO_HINTS.setting else self._others
+        return self._usual if hints.setting in self._settings else self._others
 
     def _keep(self, key: Any, plan: Plan, hints: Hints) -> None:
         plans = self._kept_for(hints)

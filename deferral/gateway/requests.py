@@ -19,6 +19,7 @@ __all__ = [
     "Asked",
     "Hints",
     "Kind",
+    "Setting",
     "hints",
     "parse",
     "refuse_repeated",
@@ -27,6 +28,7 @@ __all__ = [
 ]
 
 Kind = Literal["chat", "completions", "embeddings", "responses"]
+Setting = tuple[float | None, float | None, float | None, float | None]
 
 _MOST_FIELDS = 1000
 # Of a picture, a sound or a file.
@@ -82,7 +84,7 @@ class Hints:
     experts: frozenset[str] | None = None  # by an alias, and no header
 
     @property
-    def setting(self) -> tuple[float | None, float | None, float | None, float | None]:
+    def setting(self) -> Setting:
         """The values of `SETTING`."""
         return (self.price_of_error, self.budget, self.min_quality, self.max_latency)
 

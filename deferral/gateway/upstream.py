@@ -3,7 +3,7 @@
 import asyncio
 import math
 import re
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from time import monotonic
@@ -100,6 +100,10 @@ class Upstream:
         # Never a connection that was there before.
         self._fresh = session(force_close=True)
         self._prepared: dict[tuple[str, str], _Prepared] = {}
+
+    def forget_all_but(self, experts: Collection[str]) -> None:
+        """Whoever is gone leaves no key behind."""
+        self._prepared = {of: each for of, each in self._prepared.items() if of[0] in experts}
 
     async def close(self) -> None:
         await self._session.close()
