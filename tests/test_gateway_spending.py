@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+import time
 from datetime import UTC, datetime
 from zoneinfo import ZoneInfo
 
@@ -69,6 +70,19 @@ def test_status_and_history_put_it_on_the_same_experts(written) -> None:
     finally:
         store.close()
     assert shares == {name: total.price for name, total in totals.items()} == {"small": 8.0, "large": 7.0, "": 0.0}
+
+
+def test_status_cuts_no_name(database: str, capsys: pytest.CaptureFixture[str]) -> None:
+    names = [f"meta-llama/Meta-Llama-3.1-{size}B-Instruct-of-the-second-region" for size in (8, 70)]
+    record = Record(database)
+    record.start()
+    for number, name in enumerate(names):
+        record.add(row(number, time=time.time(), expert=name, price=0.000369))
+    record.stop()
+    main(["gateway", "status", "--database", database])
+    said = capsys.readouterr().out
+    assert all(name in said for name in names)
+    assert said.count("$0.000369") == 2
 
 
 def test_days_are_those_of_the_zone(written) -> None:

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from deferral.demo.questions import Question, is_right
 from deferral.intervals import Interval, mean_interval, paired_difference
+from deferral.printed import print_whole
 
 __all__ = ["PRICES", "PRICE_OF_ERROR", "Method", "Reply", "Result", "how_to_call", "judged", "show"]
 
@@ -101,8 +102,8 @@ def show(result: Result) -> None:
         if method is not routed:
             gaps = zip(routed.minus(method), scales, strict=True)
             differences.add_row(method.name, *(_difference(gap, *scale) for gap, scale in gaps))
-    _print(figures)
-    _print(differences)
+    print_whole(figures)
+    print_whole(differences)
     sizes = ", ".join(f"{name} {number / 1e6:.2f} million" for name, number in result.parameters.items())
     prices = ", ".join(f"{name} ${into:g} and ${out:g}" for name, (into, out) in PRICES.items())
     console = Console()
@@ -112,7 +113,7 @@ def show(result: Result) -> None:
         "have theirs in brackets, paired over the questions; a cost below 0 means that routing is cheaper than the row.",
     ):
         console.print(note, highlight=False, soft_wrap=True)
-    _print(_by_kind(result))
+    print_whole(_by_kind(result))
     saved = 1 - routed.dollars.sum() / result["always large"].dollars.sum()
     share = np.mean([name == "large" for name in result.asked])
     console.print(
@@ -156,13 +157,6 @@ def _table(title: str, *headings: str) -> Table:
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     return table
-
-
-def _print(table: Table) -> None:
-    # A pipe or a narrow terminal must not break rows.
-    console = Console()
-    widest = console.measure(table, options=console.options.update(width=400)).maximum
-    Console(width=max(console.width, widest)).print(table)
 
 
 def _plus_minus(interval: Interval, digits: int, scale: float = 1) -> str:

@@ -15,6 +15,7 @@ from rich.table import Table
 import deferral
 from deferral.evaluation.comparison import ABSTAIN, OWN, RESAMPLES, Comparison
 from deferral.intervals import Interval
+from deferral.printed import print_whole
 from deferral.strict_json import as_json
 from deferral.whole_files import written_whole
 
@@ -38,7 +39,7 @@ def show(comparison: Comparison) -> None:
         mark = "" if gap.excludes_zero() else "  tie"
         versus = "" if name == comparison.reference else f"{gap.estimate:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]{mark:5}"
         table.add_row(escape(name), *cells, versus, style="bold" if name == comparison.reference else None)
-    _print(table)
+    print_whole(table)
     units = "units of one error.  accuracy: of the rows that get an answer" if comparison.classes else "squared errors"
     legend = (
         f"cost: per row, prices included, in {units}.  ±: half the 95%",
@@ -61,7 +62,7 @@ def show_evaluation(evaluation: "Evaluation") -> None:
             table.add_column(escape(heading), justify="right", no_wrap=True)
         for name, figures in rows.items():
             table.add_row(escape(name), *(_plus_minus(figures.get(heading), digits=4) for heading in headings))
-        _print(table)
+        print_whole(table)
 
 
 def save(comparison: Comparison, folder: Path) -> Path:
@@ -112,13 +113,6 @@ def _record(comparison: Comparison) -> dict[str, Any]:
 def _write(record: dict[str, Any], path: Path) -> Path:
     path.write_text(as_json(record), encoding="utf-8")
     return path
-
-
-def _print(table: Table) -> None:
-    # A pipe or a narrow terminal must not break rows: the table's own width is the least.
-    console = Console()
-    console = Console(width=max(console.width, console.measure(table, options=console.options.update(width=400)).maximum))
-    console.print(table)
 
 
 def _plus_minus(interval: Interval | None, *, digits: int, scale: float = 1) -> str:

@@ -10,13 +10,13 @@ from dataclasses import asdict, astuple
 from datetime import datetime
 
 import click
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from deferral.command_line import Command, FiniteRange
 from deferral.gateway.opened import database_option, opened
 from deferral.gateway.status import dollars
+from deferral.printed import print_whole
 
 __all__ = ["decisions", "shadow", "spending", "status"]
 
@@ -65,7 +65,7 @@ def spending(by: tuple[str, ...], since: datetime | None, until: datetime | None
     for group, spent in found.items():
         *counts, price = astuple(spent)
         table.add_row(*map(escape, group), *(f"{count:,}" for count in counts), dollars(price))
-    Console().print(table)
+    print_whole(table)
     click.echo(f"{dollars(sum(spent.price for spent in found.values()))} in all")
 
 
@@ -89,9 +89,8 @@ def status(hours: float, as_json: bool, url: str | None, admin_key: str | None, 
     if as_json:
         click.echo(json.dumps({**asdict(found), **({} if running is None else {"running": running})}))
         return
-    console = Console()
     for table in found.tables():
-        console.print(table)
+        print_whole(table)
     click.echo(found.summary(hours))
     if running is not None:
         click.echo(f"{url}: {running['ready']}")

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as Printed
 
+from deferral.printed import print_whole
 from deferral.routing.decisions import Decision
 from deferral.strict_json import as_json
 
@@ -36,14 +37,14 @@ def show_evaluation(found: "Evaluation") -> None:
         if not policy.startswith("always "):
             row = [_figure(found, name, values.get(name)) for name in figures]
             table.add_row(escape(policy), *row, _ends(found.over_static.get(policy)))
-    _print(table)
+    print_whole(table)
     table = _table("\nalways one expert", "expert", "quality", "dollars a query")
     for policy, values in found.figures.items():
         if policy.startswith("always "):
             name = policy.removeprefix("always ")
             mark = "  (best)" if name == found.best else ""
             table.add_row(escape(name) + mark, _ends(values["quality"]), _ends(values["price"]))
-    _print(table)
+    print_whole(table)
     Console().print(
         f"\nThe static mix decided {100 * found.fallback:.1f}% of the queries, over all trade-offs.  AIQ: mean quality of the "
         "hull over the prices from the cheapest to the dearest expert.  saving: of the price of the best expert, at that share "
@@ -62,7 +63,7 @@ def show_bill(found: "Mapping[str, Mapping[str, Interval]]", error: float) -> No
     for policy, values in found.items():
         less = "" if policy == "routed" else _ends(values["routed less this"])
         table.add_row(escape(policy), *(_ends(values[name]) for name in ("quality", "dollars per 1,000", "cost")), less)
-    _print(table)
+    print_whole(table)
 
 
 def save_evaluation(found: "Evaluation", path: Path, *, bill: "Mapping[str, Mapping[str, Interval]] | None" = None) -> None:
@@ -108,7 +109,7 @@ def show_explanation(decision: Decision, nearest: list[tuple[str, float]]) -> No
         cost = f"{decision.cost[name]:.3f}" if decision.cost[name] < float("inf") else "may not be asked"
         style = "bold" if name == decision.expert else None
         table.add_row(escape(name), f"{decision.quality[name]:.3f}", f"{decision.price[name]:.3g}", cost, style=style)
-    _print(table)
+    print_whole(table)
     lines = [f"\n{decision.why}", f"propensity {decision.propensity:.3g}, similarity to the log {decision.similarity:.2f}"]
     lines += ["\nnearest logged queries:"] if nearest else []
     lines += [f"  {similarity:.2f}  {' '.join(text.split())[:100] or '(its text is not kept)'}" for text, similarity in nearest]
@@ -130,7 +131,7 @@ def show_replays(logged: "Mapping[str, Interval]", replays: "Mapping[str, Replay
         robust = METHODS[-1]
         size = (f"{one.effective:,.0f}", f"{one.largest_weight:.3g}")
         table.add_row(escape(name), *found, _ends(one.quality[robust]), _ends(one.price[robust]), *size)
-    _print(table)
+    print_whole(table)
     if assumed > 0:
         Console().print(
             f"\n{100 * assumed:.0f}% of the outcomes have no propensity: who was asked there is taken not to have depended on "
@@ -145,12 +146,6 @@ def _table(title: str, *headings: str) -> Printed:
     for place, heading in enumerate(headings):
         table.add_column(heading, justify="right" if place else "left", no_wrap=place == 0)
     return table
-
-
-def _print(table: Printed) -> None:
-    # A narrow terminal or a pipe must not cut figures: the table's own width is the least.
-    console = Console()
-    Console(width=max(console.width, console.measure(table, options=console.options.update(width=400)).maximum)).print(table)
 
 
 def _figure(found: "Evaluation", name: str, value: "Interval | None") -> str:
