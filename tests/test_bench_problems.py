@@ -115,7 +115,7 @@ def test_what_a_training_row_is_answered_does_not_depend_on_its_own_target() -> 
     assert (before != after).float().mean() > 0.7  # four of five predictors have learned from it
 
 
-@pytest.mark.ci_slow
+@pytest.mark.slow
 def test_regression_on_a_set_whose_halves_belong_to_two_people(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(240, 2, generator=generator, dtype=torch.float64) * torch.tensor([3.0, 1.0])
@@ -153,7 +153,7 @@ def tasks_of_two_halves(experts: int) -> Task:
     return Task(asked(500), asked(300), asked(500), 0.05, 4, seed=0, steps=200)
 
 
-@pytest.mark.parametrize("experts", [1, pytest.param(3, marks=pytest.mark.ci_slow)])
+@pytest.mark.parametrize("experts", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_every_method_learns_whom_to_ask_where_the_inputs_tell(experts: int) -> None:
     task = tasks_of_two_halves(experts)
     baselines = task.baselines()

@@ -233,7 +233,7 @@ def test_the_gradient_taken_from_the_scores_once_more_equals_the_one_that_is_kep
         torch.testing.assert_close(with_gradient(recomputed, scores, costs), with_gradient(kept, scores, costs))
 
 
-@pytest.mark.ci_slow
+@pytest.mark.slow
 def test_entries_of_a_compiled_row_have_the_gradient_of_a_gather(batch) -> None:
     scores, weights = batch
     torch._dynamo.reset()

@@ -292,6 +292,7 @@ def test_the_regressor_asks_where_the_expert_errs_less() -> None:
     assert model.score(fresh, truth) == pytest.approx(model.score(fresh, truth, answers), abs=0.02)
 
 
+@pytest.mark.slow
 def test_prices_turned_after_fit_are_those_of_a_refit() -> None:
     """The threshold too: fitted at .45, it has an offset that at .1 would abstain on every row."""
     X, y, answers = half_known(600, seed=0)
@@ -329,6 +330,7 @@ def test_prices_are_checked_after_fit_too() -> None:
                     ask(X)
 
 
+@pytest.mark.slow
 def test_a_row_of_weight_two_is_two_rows() -> None:
     X, y, answers = half_known(150, seed=0)
     generator = np.random.default_rng(0)

@@ -55,6 +55,7 @@ def steep(rows: int, noise: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return X, X[:, 0] + noise * generator.normal(size=rows)
 
 
+@pytest.mark.slow
 def test_rows_look_seen_by_what_a_clone_would_make_of_them() -> None:
     """A forest halves its error on rows it has seen without coming near 0; a linear model may come near 0 on fresh ones."""
     forest = RandomForestRegressor(20, random_state=0)

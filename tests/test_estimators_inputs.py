@@ -78,7 +78,7 @@ def test_an_answer_outside_the_classes_is_wrong() -> None:
     assert (model.decision(X) == 0).all()
 
 
-@pytest.mark.ci_slow
+@pytest.mark.slow
 def test_a_search_slices_the_answers_with_the_rows() -> None:
     X, y, answers = half_known(300, seed=0)
     grid = {"estimator__logisticregression__C": [1e-4, 1.0]}
@@ -103,6 +103,7 @@ def test_a_search_slices_the_answers_with_the_rows() -> None:
     assert unrouted.best_estimator_.n_experts_ == 2
 
 
+@pytest.mark.slow
 def test_frames_pipelines_sparse_tables_and_text() -> None:
     X, y, answers = half_known(150, seed=0)
     base = DeferralClassifier(LogisticRegression()).fit(X, y, answers)

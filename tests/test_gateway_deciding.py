@@ -235,7 +235,7 @@ def test_settings_of_clients_neither_drive_out_nor_hold_up_the_usual_plans(route
 
     def slowly(**setting):
         if setting.get("budget") is not None:
-            time.sleep(0.05)
+            time.sleep(0.03)
         return planned(router, **setting)
 
     async def run() -> None:

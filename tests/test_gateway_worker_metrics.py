@@ -60,6 +60,7 @@ def test_a_first_answer_counts_against_the_saving_where_the_best_price_is_known(
     assert found["deferral_price_dollars_total", "small"] == 0.75
 
 
+@pytest.mark.slow
 def test_others_are_added_and_the_ended_stay_in_the_counters_alone(tmp_path: Path) -> None:
     # A process that lives: the one that runs this test.
     WorkerMetrics(counted(2, "half-open", flying=1), tmp_path).leave()

@@ -249,7 +249,7 @@ def counts_encoder(texts: list[str]) -> FunctionEncoder:
     return encoder
 
 
-@pytest.mark.parametrize("proofs_to_talker", [0.1, 0.9])
+@pytest.mark.parametrize("proofs_to_talker", [0.1, pytest.param(0.9, marks=pytest.mark.slow)])
 def test_what_an_expert_costs_is_not_what_it_cost_on_the_queries_it_was_mostly_asked(proofs_to_talker: float) -> None:
     log = single_answers(1500, proofs_to_talker=proofs_to_talker)
     learned = Router(0.02, encoder=counts, policies=QUICK).fit(log)
