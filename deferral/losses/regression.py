@@ -69,7 +69,7 @@ def regression_abstention(predictor_loss: Tensor, rejector: Tensor, cost: Tensor
     """
     require_floating("predictor_loss", predictor_loss)
     require_rejector(rejector, predictor_loss.shape)
-    if not isinstance(cost, int | float | Tensor) and hasattr(cost, "__len__"):
+    if not isinstance(cost, (int, float, Tensor)) and hasattr(cost, "__len__"):
         require_tensor("cost", cost)
     if isinstance(cost, Tensor):
         require_batch("rejector", rejector.shape, "cost", cost.shape)
