@@ -30,10 +30,12 @@ def streamed(*events: bytes) -> bytes:
     return b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ncontent-length: %d\r\n\r\n" % len(data) + data
 
 
-def asked(connections: Sequence[Sequence[bytes]], times: int = 1, key: str | None = None) -> tuple[list[Call | Exception], int]:
+def asked(
+    connections: Sequence[Sequence[bytes]], times: int = 1, key: str | None = None, address: str = "http://127.0.0.1"
+) -> tuple[list[Call | Exception], int]:
     """Calls of an expert, one after another, that may never be retried; one list of replies for each connection, b"" ends it.
 
-    -> what came of each, and how many requests the expert got
+    `address` is what it is called by, without its port.  -> what came of each, and how many requests the expert got
     """
     served: list[bytes] = []
 
@@ -49,7 +51,7 @@ def asked(connections: Sequence[Sequence[bytes]], times: int = 1, key: str | Non
 
     async def run() -> list[Call | Exception]:
         server = await asyncio.start_server(serve, "127.0.0.1", 0)
-        expert = Expert("small", f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1", key=key)
+        expert = Expert("small", f"{address}:{server.sockets[0].getsockname()[1]}/v1", key=key)
         upstream = Upstream(max_reply_bytes=1 << 20)
         answerers = Answerers(upstream, Metrics(), retry_share=0.0)
         answerers.update({"small": expert})

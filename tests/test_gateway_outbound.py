@@ -1,6 +1,5 @@
 """The ways out of this machine: through a real proxy that the environment names, and not to whoever else is on the way."""
 
-import asyncio
 import subprocess
 import sys
 import threading
@@ -14,20 +13,17 @@ import pytest
 from yarl import URL
 
 from deferral.errors import DataError
+from deferral.gateway.answering import Call, Unanswered
 from deferral.gateway.connecting import proxy_of
-from deferral.gateway.experts_file import Expert
-from deferral.gateway.failures import Failure
 from deferral.gateway.probe import probe
-from deferral.gateway.requests import parse
-from deferral.gateway.upstream import Reply, Upstream
-from tests.scripted_expert import CHAT, whole
+from tests.scripted_expert import asked, whole
 
 
 def test_the_environment_names_the_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTPS_PROXY", "http://proxy:3128")
     monkeypatch.setenv("NO_PROXY", "inside.example,10.0.0.7,special.example:8443")
-    monkeypatch.delenv("HTTP_PROXY", raising=False)
-    monkeypatch.delenv("http_proxy", raising=False)
+    for name in ("HTTP_PROXY", "http_proxy", "https_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
     assert proxy_of(URL("https://api.example.com/v1")) == "http://proxy:3128"
     for direct in (
         "http://api.example.com/v1", "https://inside.example/v1", "https://gpu.inside.example/v1", "https://10.0.0.7:8000/v1",
@@ -44,49 +40,25 @@ def test_experts_are_reached_through_it(tmp_path: Path, monkeypatch: pytest.Monk
         monkeypatch.delenv("NO_PROXY", raising=False)
         monkeypatch.delenv("no_proxy", raising=False)
 
-        def ask(proxy: str, scheme: str = "http") -> tuple[Reply | Failure, int]:
+        def ask(proxy: str, scheme: str = "http") -> tuple[Call | Exception, int]:
             for name in ("http_proxy", "https_proxy"):
                 monkeypatch.setenv(name, proxy)
-            return asyncio.run(_asked(scheme))
+            (found,), requests = asked([[whole()]], address=f"{scheme}://0.0.0.0")
+            return found, requests
 
-        reply, connections = ask(f"http://user:secret@127.0.0.1:{port}")
-        assert isinstance(reply, Reply)
-        assert (reply.status, reply.usage.output_tokens, connections) == (200, 3, 1)
+        call, requests = ask(f"http://user:secret@127.0.0.1:{port}")
+        assert isinstance(call, Call)
+        assert (call.reply.status, call.reply.usage.output_tokens, requests) == (200, 3, 1)
         for scheme, proxy, message in (
             ("http", f"http://127.0.0.1:{port}", "refused the gateway with status 407"),
             ("https", f"http://127.0.0.1:{port}", "cannot be reached: its proxy refuses with status 407"),
             ("http", "http://127.0.0.1:1", "cannot be reached: its proxy does not answer"),
             ("http", "no proxy", "cannot be reached: the environment names a proxy by no URL"),
         ):
-            failure, connections = ask(proxy, scheme)
-            assert isinstance(failure, Failure)
-            assert failure.message.startswith(message)
-            assert connections == 0
-
-
-async def _asked(scheme: str) -> tuple[Reply | Failure, int]:
-    """-> what came, and how many connections the expert had"""
-    connections = 0
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        nonlocal connections
-        connections += 1
-        await reader.readuntil(b"\r\n\r\n")
-        writer.write(whole())
-        await writer.drain()
-        writer.close()
-
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    expert = Expert("small", f"{scheme}://0.0.0.0:{server.sockets[0].getsockname()[1]}/v1")
-    upstream = Upstream(max_reply_bytes=1 << 20)
-    body = b'{"model": "small", "messages": []}'
-    try:
-        return await upstream.ask(expert, CHAT, body, {}, parse("chat", body)), connections
-    except Failure as failure:
-        return failure, connections
-    finally:
-        await upstream.close()
-        server.close()
+            failure, requests = ask(proxy, scheme)
+            assert isinstance(failure, Unanswered)
+            assert failure.message.startswith(f"small {message}")
+            assert requests == 0
 
 
 @contextmanager

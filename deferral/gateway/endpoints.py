@@ -15,6 +15,7 @@ from starlette.types import Message, Receive, Scope, Send
 from deferral.errors import DataError
 from deferral.gateway.access import problem_of
 from deferral.gateway.accounts import Refused
+from deferral.gateway.database import reason_of
 from deferral.gateway.keys import Key
 from deferral.gateway.metrics import CONTENT_TYPE
 from deferral.gateway.problems import Problem
@@ -146,7 +147,7 @@ def error_handlers() -> dict[Any, Callable[[Request, Any], Awaitable[Response]]]
         return await problem(request, Problem(shown.status, shown.code, shown.message, headers=error.headers))
 
     async def unavailable(request: Request, error: SQLAlchemyError) -> Response:
-        _log.error("%s %s: the database fails: %s", request.method, request.url.path[:100], getattr(error, "orig", None) or error)
+        _log.error("%s %s: the database fails: %s", request.method, request.url.path[:100], reason_of(error))
         return await problem(request, Problem(503, "record_unavailable", "the database fails at present", retry_after=1))
 
     async def unexpected(request: Request, error: Exception) -> Response:

@@ -107,8 +107,6 @@ class Status:
         from rich.table import Table
 
         experts = Table("expert", "share", "requests", "failed", "price", "latency", "judged", "quality")
-        # A name that is cut off may be another's, and so may a price.
-        experts.columns[0].overflow, experts.columns[4].no_wrap = "fold", True
         for share in self.shares:
             experts.add_row(
                 escape(share.expert) or "(nobody)",
