@@ -102,6 +102,16 @@ def test_backward_twice_and_the_callers_tensors_stay_as_they_are(batch) -> None:
         assert torch.equal(costs, batch[1])
 
 
+@every_loss
+def test_batched_gradients_are_those_of_one_after_the_other(loss: Loss, batch) -> None:
+    scores, costs = batch[0].clone().requires_grad_(), batch[1]
+    value = loss(scores, costs)
+    upstream = torch.eye(value.numel(), dtype=value.dtype).reshape(-1, *value.shape)
+    one_by_one = [torch.autograd.grad(value, scores, one, retain_graph=True)[0] for one in upstream]
+    (together,) = torch.autograd.grad(value, scores, upstream, is_grads_batched=True)
+    torch.testing.assert_close(together, torch.stack(one_by_one))
+
+
 def test_a_batch_without_rows_gives_no_losses() -> None:
     scores, costs = torch.zeros(0, A, requires_grad=True), torch.zeros(0, A)
     for loss in (losses.two_stage_deferral, losses.sum_margin, losses.max_margin):

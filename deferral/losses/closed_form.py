@@ -40,6 +40,13 @@ def _exporting() -> bool:
     return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()
 
 
+def _is_last(gradient: Tensor) -> bool:
+    """Whether the graph is freed after this backward pass, which is eager and of one gradient, not of a batch of them."""
+    if torch.compiler.is_compiling() or transformed() or torch._C._functorch.is_legacy_batchedtensor(gradient):
+        return False
+    return not torch._C._autograd._get_current_graph_task_keep_graph()
+
+
 def refuse_second_derivatives() -> None:
     """RuntimeError where a backward pass is asked for a graph of its own, which it would not record."""
     if torch.is_grad_enabled():
@@ -116,4 +123,8 @@ class _ClosedForm(torch.autograd.Function):
         refuse_second_derivatives()
         descent, scale = ctx.saved_tensors
         down = -gradient
-        return None, None, descent * (down if scale is None else down.mul_(scale)), *repeat(None, ctx.others)
+        if scale is not None:
+            down.mul_(scale)
+        # Nobody asks for it again: a second table would be memory to find and to fill.
+        product = descent.mul_(down) if _is_last(gradient) else descent * down
+        return None, None, product, *repeat(None, ctx.others)

@@ -1,6 +1,7 @@
 """Values and gradients of comp-sum losses at once, some rows at a time, in two ways to the same numbers.
 
-By torch's own softmax, which is the fastest on a CPU; and by its parts, whatever the numbers are and without a look at them.
+By torch's own softmax or log-softmax, the fastest on a CPU; and by its parts, whatever the numbers are and without a look at
+them.
 """
 
 import math
@@ -46,7 +47,12 @@ def comp_sum_block(
         _fill(scores, weights, targets, ceiling, descent, losses, mu)
         return None
     if targets is None:
-        if not _fill_by_softmax(scores, weights, ceiling, descent, losses, mu):
+        filled = (
+            _fill_by_log_softmax(scores, weights, ceiling, descent, losses)
+            if mu == 1
+            else _fill_by_softmax(scores, weights, ceiling, descent, losses, mu)
+        )
+        if not filled:
             _fill(scores, weights, None, ceiling, descent, losses, mu)
         return None
     scale = _fill_targets_by_softmax(scores, weights, targets, descent, losses, mu)
@@ -56,40 +62,46 @@ def comp_sum_block(
     return scale
 
 
+def _fill_by_log_softmax(scores: Tensor, weights: Tensor, ceiling: Tensor | None, descent: Tensor, losses: Tensor) -> bool:
+    """What `comp_sum_block` fills for mu = 1 by torch's own log-softmax and its gradient; False where they are not finite."""
+    torch.log_softmax(scores, dim=-1, out=descent)
+    spare = None if ceiling is None else ceiling - weights
+    product = torch.mul(descent, weights if spare is None else spare, out=spare)
+    torch.sum(product, dim=-1, keepdim=True, out=losses).neg_()
+    if not _all_finite(losses):
+        return False
+    # Once more, rather than a third table kept.
+    pull = weights if ceiling is None else torch.sub(ceiling, weights, out=product)
+    # pull - p * sum(pull), every row in one go.
+    torch.ops.aten._log_softmax_backward_data.out(pull, descent, -1, descent.dtype, out=descent)
+    return True
+
+
 def _fill_by_softmax(scores: Tensor, weights: Tensor, ceiling: Tensor | None, descent: Tensor, losses: Tensor, mu: float) -> bool:
-    """What `comp_sum_block` fills by torch's own softmax, on a CPU faster than its parts; False where its numbers do not suffice.
+    """What `comp_sum_block` fills for mu != 1 by torch's own softmax; False where its numbers do not suffice.
 
     log p_a = s_a - s_0 + log p_0, exact unless action 0 is very unlikely.
     """
-    first = scores[:, :1]
     spare = None
     if ceiling is not None:
         weights = spare = ceiling - weights
-    if mu == 1:
-        # In the table that the softmax is about to fill, so that one more is enough.
-        relative = torch.sub(scores, first, out=descent).mul_(weights).sum(dim=-1, keepdim=True)
     torch.softmax(scores, dim=-1, out=descent)
+    first = scores[:, :1]
     log_p_first = descent[:, :1].log()
     if not log_p_first.amin().item() >= _LOG_PRECISE:
         return False
-    if mu == 1:
-        pull, total = weights, weights.sum(dim=-1, keepdim=True)
-        torch.addcmul(relative, log_p_first, total, out=losses).neg_()
-    else:
-        found, pull = _losses_and_pull_of(descent, scores, first, log_p_first, weights, mu, spare)
-        losses.copy_(found)
-        total = pull.sum(dim=-1, keepdim=True)
-    # 0 * inf is NaN where an impossible action counts nothing.
-    if not math.isfinite(losses.sum().item()):
+    found, pull = _losses_and_pull_of(descent, scores, first, log_p_first, weights, mu, spare)
+    losses.copy_(found)
+    if not _all_finite(losses):
         return False
-    torch.addcmul(pull, descent, total, value=-1, out=descent)
+    torch.addcmul(pull, descent, pull.sum(dim=-1, keepdim=True), value=-1, out=descent)
     return True
 
 
 def _fill_targets_by_softmax(
     scores: Tensor, weights: Tensor, targets: Tensor, descent: Tensor, losses: Tensor, mu: float
 ) -> Tensor | None:
-    """`_fill_by_softmax` with the target in place of action 0; None where its numbers do not suffice.
+    """`_fill_by_softmax`, for any mu, with the target in place of action 0; None where its numbers do not suffice.
 
     Minus the sum of v is the scale, so that columns without a weight keep what the softmax wrote.
     """
@@ -109,7 +121,7 @@ def _fill_targets_by_softmax(
         target_pull = slope(log_p_target, mu)
         total = pull.sum(dim=-1, keepdim=True).add_(target_pull)
     # Negative weights may cancel.
-    if not (math.isfinite(losses.sum().item()) and total.amin().item() >= PRECISE):
+    if not (_all_finite(losses) and total.amin().item() >= PRECISE):
         return None
     scale = total.neg_()
     share = scale.reciprocal()
@@ -187,6 +199,11 @@ def _losses_and_pull(exponent: Tensor, weights: Tensor, mu: float) -> tuple[Tens
     if beyond is not None:
         losses.sub_(_sum_of_numbers(beyond.mul_(pull)))
     return losses.div_(mu - 1), pull
+
+
+def _all_finite(losses: Tensor) -> bool:
+    """False for NaN, which 0 * inf is where an impossible action counts nothing."""
+    return math.isfinite(losses.sum().item())
 
 
 def _sum_of_numbers(products: Tensor) -> Tensor:
