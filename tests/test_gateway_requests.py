@@ -234,6 +234,9 @@ def test_output_that_is_not_reported_is_what_the_total_leaves_or_an_estimate() -
         ({"prompt_tokens": 10, "total_tokens": 300}, (10, 290, False, "", 0)),
         ({"prompt_tokens": 10}, (10, 100, True, "", 0)),
         ({"prompt_tokens": 10, "completion_tokens": None}, (10, 100, True, "", 0)),
+        ({"prompt_tokens": 10, "completion_tokens": 20, "total_tokens": 530}, (10, 520, False, "", 0)),  # thoughts in the total
+        ({"prompt_tokens": 10, "completion_tokens": 20, "total_tokens": 5}, (10, 20, False, "", 0)),
+        ({"input_tokens": 10, "output_tokens": 0, "total_tokens": 70}, (10, 60, False, "", 0)),
         ({"prompt_tokens": 10, "total_tokens": 3}, (99, 100, True, "", 0)),
     ):
         assert usage_of(json.dumps({**answer, "usage": usage}).encode(), 99) == expected

@@ -154,7 +154,8 @@ def _tokens(usage: Any) -> tuple[int, int | None] | None:
         return None
     into = usage.get("prompt_tokens", usage.get("input_tokens"))
     out, total = usage.get("completion_tokens", usage.get("output_tokens")), usage.get("total_tokens")
-    if out is None and _is_count(into) and _is_count(total):
+    if _is_count(into) and _is_count(total) and (out is None or (_is_count(out) and into + out < total)):
+        # Thoughts that are not shown are paid for like the rest; some count them in the total alone.
         out = total - into
     return (into, out) if _is_count(into) and (out is None or _is_count(out)) else None
 
