@@ -163,6 +163,21 @@ def test_rest_is_no_failure_and_ends(clock: Clock) -> None:
     assert breaker.wait == 300, "nobody rests for ever"
 
 
+def test_it_is_busy_as_long_as_nothing_is_wrong_but_a_limit(clock: Clock) -> None:
+    for rests, busy in (([True], True), ([True, True], True), ([False], False), ([True, False], False), ([False, True], False)):
+        breaker = Breaker(clock)
+        tickets = [breaker.enter() or 0 for _ in rests]
+        for ticket, limited in zip(tickets, rests, strict=True):
+            breaker.rest(10, ticket, limited=limited)
+        assert (breaker.down, breaker.busy) == (True, busy)
+        clock.now += 10
+        assert (breaker.down, breaker.busy) == (False, False)
+    fail(breaker, 5)
+    clock.now += 10
+    breaker.rest(20, breaker.enter() or 0, limited=True)
+    assert (breaker.down, breaker.busy) == (True, False), "it had failed before"
+
+
 def test_failures_do_not_shorten_a_rest_that_was_asked_for(clock: Clock) -> None:
     breaker = Breaker(clock)
     tickets = [ticket for ticket in (breaker.enter() for _ in range(6)) if ticket is not None]

@@ -112,6 +112,13 @@ def test_who_is_down_is_not_asked_and_if_all_are_the_client_is_told_when_to_come
     assert (caught.value.status, caught.value.headers["retry-after"]) == (503, "4")
 
 
+def test_a_limit_of_all_who_are_left_is_told_as_a_limit_and_not_as_an_outage(decider: Decider) -> None:
+    for busy, status, code in (({"small", "large"}, 429, "experts_busy"), ({"small"}, 503, "experts_down")):
+        with pytest.raises(Problem) as caught:
+            choose(decider, asked(EASY), Limited(down={"small": 9.0, "large": 3.2}, busy=frozenset(busy)))
+        assert (caught.value.status, caught.value.code, caught.value.headers["retry-after"]) == (status, code, "4")
+
+
 def test_a_setting_that_only_those_who_are_down_can_meet_is_worth_coming_back_for(decider: Decider) -> None:
     for down, hints, query in (
         ({"large": 3.2}, {"min_quality": 0.9}, HARD),

@@ -57,6 +57,15 @@ def test_an_error_in_place_of_an_answer_is_a_failure_whatever_its_status_says(re
     assert isinstance(call, Call), "the client's own fault is told to the client"
 
 
+def test_who_comes_after_a_429_gets_one_too_and_nobody_is_asked() -> None:
+    [first, second], requests = asked([[whole({}, head=b"retry-after: 7\r\n", status=429)]], times=2)
+    assert isinstance(first, Unanswered)
+    assert isinstance(second, Unanswered)
+    assert (first.status, first.code, first.headers["retry-after"]) == (429, "upstream_rate_limited", "7")
+    assert (second.status, second.code, second.headers["retry-after"]) == (429, "experts_busy", "7")
+    assert (requests, second.attempts) == (1, 0)
+
+
 def test_what_is_an_error_and_what_is_an_answer() -> None:
     assert error_of(b'{"error": {"code": 429}}') == 429
     assert error_of(b'{"error": {"code": "overloaded"}}') == error_of(b'{"error": "no"}') == 502

@@ -20,7 +20,7 @@ _PREVIOUS = "previous_response_id"
 
 
 async def decided(exchange: Exchange, now: Generation, asked: Asked, wanted: Hints) -> Choice:
-    """Who is asked; Problem 4xx where nobody may be, 503 where those who may are down."""
+    """Who is asked; Problem 4xx where nobody may be, 503 or 429 where those who may are down."""
     if exchange.traced is None:
         return await _choose(exchange, now, asked, wanted)
     with exchange.traced.deciding() as tell:
@@ -37,8 +37,9 @@ async def _choose(exchange: Exchange, now: Generation, asked: Asked, wanted: Hin
             raise Problem(400, "auto_not_possible", message, param="model")
         limits, budgeted = exchange.gateway.limits, key.budget is not None
         left, thrift = (limits.left(key), limits.thrift(key)) if budgeted else (None, 1.0)
-        down = exchange.gateway.answerers.down()
-        limited = Limited(key.experts, left, thrift, down, key.id)
+        answerers = exchange.gateway.answerers
+        down = answerers.down()
+        limited = Limited(key.experts, left, thrift, down, key.id, answerers.busy() if down else frozenset())
         return await now.decider.choose(asked, wanted, limited, under_way=exchange.gateway.metrics.under_way)
     expert = now.experts.get(asked.model)
     if expert is None or (key.experts is not None and expert.name not in key.experts):

@@ -46,7 +46,7 @@ class Standing:
     def level_of(self, failure: Failure) -> int:
         """How loudly the log is told: what a breaker ends is told each time, anything else may come with every request."""
         # That an expert is down or full is told once by whoever found it so, and not again for each request.
-        if failure.stale or failure.code in ("experts_down", "queue_full"):
+        if failure.stale or failure.code in ("experts_down", "experts_busy", "queue_full"):
             return logging.DEBUG
         if not failure.blame:
             now = monotonic()
@@ -67,7 +67,7 @@ class Standing:
         else:
             breaker.leave(ticket)
         if error.rest is not None:
-            breaker.rest(error.rest, ticket)
+            breaker.rest(error.rest, ticket, limited=error.status == 429)
         if breaker.state != was:
             _log.warning("%s is left alone for %.0f s", name, breaker.wait)
 
@@ -145,6 +145,10 @@ class Answerers:
     def down(self) -> dict[str, float]:
         """The experts that may not be asked now, and for how many seconds."""
         return {name: each.breaker.wait for name, each in self.standings.items() if each.breaker.down}
+
+    def busy(self) -> frozenset[str]:
+        """Those of them that only asked for fewer requests."""
+        return frozenset(name for name, each in self.standings.items() if each.breaker.busy)
 
     async def answer(
         self,
@@ -263,7 +267,10 @@ async def _entered(standing: Standing, expert: Expert) -> int:
     ticket = standing.breaker.enter()
     if ticket is None:
         standing.slots.give_back(0.0)
-        raise Failure(503, "experts_down", "is down", blame=False, rest=standing.breaker.wait)
+        wait = standing.breaker.wait
+        if standing.breaker.busy:
+            raise Failure(429, "experts_busy", "asks for fewer requests", blame=False, rest=wait)
+        raise Failure(503, "experts_down", "is down", blame=False, rest=wait)
     return ticket
 
 

@@ -31,7 +31,7 @@ class Breaker:
         self._pause = _FIRST_PAUSE
         self._open = False
         self._probing = False
-        self._resting = False
+        self._resting = self._limited = False
         self._epoch = 0
 
     @property
@@ -45,6 +45,11 @@ class Breaker:
     def down(self) -> bool:
         """Whether a call would be refused now."""
         return self._probing or (self._until > 0 and self._clock() < self._until)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a call would be refused now only because the expert asked for fewer."""
+        return self._limited and not self._open and self.down
 
     @property
     def wait(self) -> float:
@@ -96,16 +101,17 @@ class Breaker:
         if ticket == self._epoch:
             self._probing = False
 
-    def rest(self, seconds: float, ticket: int) -> None:
-        """The expert asked to be left alone for a while (429 with Retry-After)."""
+    def rest(self, seconds: float, ticket: int, *, limited: bool = False) -> None:
+        """The expert asked to be left alone for a while (Retry-After), by a 429 if `limited`."""
         self.leave(ticket)
+        self._limited = limited and (self._limited or not self.down)
         self._resting = (self._resting and self.down) or seconds >= _WORTH_SAYING
         self._until = max(self._until, self._clock() + min(seconds, _LONGEST_REST))
 
     def begin_anew(self) -> None:
         """What was seen so far is of another key, say, and calls under way decide nothing."""
         self._change(opened=False)
-        self._until, self._pause, self._resting = 0.0, _FIRST_PAUSE, False
+        self._until, self._pause, self._resting, self._limited = 0.0, _FIRST_PAUSE, False, False
 
     def _own_doing(self, key: str) -> bool:
         """Whether enough of a key's failures have been counted, and another's call has gone well since the first of them."""

@@ -81,7 +81,7 @@ class Decider:
         return asked if self.conversations is None else self.conversations.read(asked)
 
     async def choose(self, asked: Asked, hints: Hints, limited: Limited, *, under_way: int = 1) -> Choice:
-        """Problem 4xx where a constraint leaves nobody or a hint cannot be met, 503 where those who could answer are down.
+        """Problem 4xx where a constraint leaves nobody or a hint cannot be met, 503 or 429 where those who could answer are down.
 
         Where what is left of a budget does not do, the choice is of one whom it does not cover.
         `under_way` counts the requests that the gateway has not done with, this one among them.

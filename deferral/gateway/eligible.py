@@ -15,8 +15,8 @@ __all__ = ["Limited", "eligible", "experts_down", "merged", "refusal", "served",
 
 @dataclass(frozen=True, slots=True)
 class Limited:
-    """What the key and the state of the experts leave open.  `left` in dollars; `down` has the seconds to wait for each; `key` is
-    the key's id.
+    """What the key and the state of the experts leave open.  `left` in dollars; `down` has the seconds to wait for each, `busy`
+    are those of them that only asked for fewer requests; `key` is the key's id.
     """
 
     allow: Collection[str] | None = None
@@ -24,6 +24,7 @@ class Limited:
     thrift: float = 1.0
     down: Mapping[str, float] = dataclasses.field(default_factory=dict)
     key: str = ""
+    busy: frozenset[str] = frozenset()
 
 
 def served(router: Router, experts: Mapping[str, Expert]) -> list[str]:
@@ -43,7 +44,7 @@ def eligible(experts: Mapping[str, Expert], asked: Asked, hints: Hints, limited:
 
 
 def those_up(experts: Mapping[str, Expert], names: frozenset[str], limited: Limited) -> frozenset[str]:
-    """Those of them that are up; Problem 503 where none is."""
+    """Those of them that are up; Problem 503 where none is, or 429 where all of them are busy."""
     if not limited.down:
         return names
     up = frozenset(name for name in names if name not in limited.down)
@@ -56,6 +57,8 @@ def experts_down(experts: Mapping[str, Expert], names: frozenset[str], limited: 
     """What is told where these are missed: when the first of them may be up again."""
     shown = ", ".join(name for name in experts if name in names)
     wait = min(limited.down[name] for name in names)
+    if names <= limited.busy:
+        return Problem(429, "experts_busy", f"asking for fewer requests: {shown}; {why}", retry_after=wait)
     return Problem(503, "experts_down", f"down for the moment: {shown}; {why}", retry_after=wait)
 
 
