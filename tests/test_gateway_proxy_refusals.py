@@ -195,6 +195,10 @@ def test_bytes_that_are_no_http_and_paths_that_are_none(running: Any) -> None:
         status, _, said = running.gateway.ask(method, path, key=running.key)
         assert status in (404, 405)
         assert set(json.loads(said)["error"]) == {"message", "type", "param", "code"}
+        assert b"base URL" not in said
+    status, _, said = running.gateway.ask("POST", "/chat/completions", {}, key=running.key)
+    assert status == 404
+    assert json.loads(said)["error"]["message"].endswith("begin with /v1, and so ends the base URL that a client is given")
 
 
 def test_what_says_two_things_is_refused(running: Any) -> None:

@@ -140,10 +140,11 @@ def error_handlers() -> dict[Any, Callable[[Request, Any], Awaitable[Response]]]
         return await problem(request, problem_of(error))
 
     async def http(request: Request, error: HTTPException) -> Response:
-        what = f"{request.method} {request.url.path[:100]}"
-        shown = Problem(
-            error.status_code, "not_found" if error.status_code == 404 else "invalid_request", f"{what}: {error.detail}"
-        )
+        path = request.url.path
+        what, none = f"{request.method} {path[:100]}: {error.detail}", error.status_code == 404
+        if none and not path.startswith(("/v1/", "/admin/")):
+            what += "; the paths of OpenAI's API begin with /v1, and so ends the base URL that a client is given"
+        shown = Problem(error.status_code, "not_found" if none else "invalid_request", what)
         return await problem(request, Problem(shown.status, shown.code, shown.message, headers=error.headers))
 
     async def unavailable(request: Request, error: SQLAlchemyError) -> Response:
