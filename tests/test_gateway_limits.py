@@ -153,6 +153,8 @@ def test_a_budget_is_held_then_settled_then_refused_until_its_window_ends() -> N
         gate.hold(key, 0.7)
     assert (refused.value.status, refused.value.code) == (429, "insufficient_quota")
     assert refused.value.retry_after == 12 * 3600
+    with pytest.raises(Refused, match=r"budget of \$0.5 an hour does not cover this request; the next hour begins"):
+        gate.hold(Key("h", "h", budget=0.5, window="hour"), 0.7)
     first.settle(0.875)
     assert gate.left(key) == 0.125
     with pytest.raises(RuntimeError, match="settled once"):

@@ -15,7 +15,7 @@ from deferral.command_line import FiniteRange
 from deferral.gateway.experts_file import expert_names
 from deferral.gateway.keys import Issued, Key, UnknownKey
 from deferral.gateway.opened import database_option, opened
-from deferral.gateway.windows import WINDOWS, minute_of
+from deferral.gateway.windows import WINDOWS, minute_of, with_article
 
 __all__ = ["keys"]
 
@@ -222,7 +222,7 @@ def _cells(issued: Issued) -> list[str]:
         escape(key.name) + (" (admin)" if key.admin else ""),
         escape(_shown(key, "experts")),
         "" if key.requests_per_minute is None else str(key.requests_per_minute),
-        "" if key.budget is None else f"${key.budget:g} a {key.window}, {key.zone}",
+        "" if key.budget is None else f"${key.budget:g} {with_article(key.window)}, {key.zone}",
         minute_of(issued.created)[:10],
         "" if issued.revoked is None else minute_of(issued.revoked)[:10],
     ]

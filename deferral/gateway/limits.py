@@ -13,7 +13,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from deferral.gateway.accounts import MINUTE, Account, Hold, LastMinute, Refused, too_often, unreadable
 from deferral.gateway.keys import Key
 from deferral.gateway.record import WRITTEN_WITHIN, Record
-from deferral.gateway.windows import Span, span, time_zone
+from deferral.gateway.windows import Span, span, time_zone, with_article
 
 __all__ = ["Limits"]
 
@@ -234,9 +234,8 @@ class Limits:
     def _spent(self, key: Key, account: Account) -> Refused:
         window = account.span
         again = datetime.fromtimestamp(window.end, UTC).strftime("%Y-%m-%d %H:%M UTC")
-        message = (
-            f"the budget of ${key.budget:g} a {key.window} does not cover this request; the next {key.window} begins {again}"
-        )
+        budget = f"${key.budget:g} {with_article(key.window)}"
+        message = f"the budget of {budget} does not cover this request; the next {key.window} begins {again}"
         return Refused(429, "insufficient_quota", message, max(window.end - self._clock(), 0.0))
 
     def _account(self, key: Key) -> Account:

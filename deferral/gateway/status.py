@@ -13,7 +13,7 @@ from deferral.gateway.alarms import MEANINGS
 from deferral.gateway.keys import Key
 from deferral.gateway.ledger import recorded_by_key
 from deferral.gateway.schema import alarms, cascades, decisions, feedback
-from deferral.gateway.windows import Span, minute_of, span, time_zone
+from deferral.gateway.windows import Span, minute_of, span, time_zone, with_article
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -120,7 +120,7 @@ class Status:
             )
         budgets = Table("key", "name", "spent", "budget", "window ends")
         for budget in self.budgets:
-            wanted = f"${budget.budget:g} a {budget.window}"
+            wanted = f"${budget.budget:g} {with_article(budget.window)}"
             spent = "time zone not known here" if budget.spent is None else dollars(budget.spent)
             ends = "" if budget.ends is None else minute_of(budget.ends)
             budgets.add_row(budget.key, escape(budget.name), spent, wanted, ends)

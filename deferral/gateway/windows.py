@@ -5,7 +5,7 @@ from datetime import UTC, datetime, timedelta, tzinfo
 from typing import Literal, get_args
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-__all__ = ["QUARTER", "WINDOWS", "Span", "WindowName", "minute_of", "span", "time_zone"]
+__all__ = ["QUARTER", "WINDOWS", "Span", "WindowName", "minute_of", "span", "time_zone", "with_article"]
 
 WindowName = Literal["hour", "day", "week", "month"]
 WINDOWS: tuple[WindowName, ...] = get_args(WindowName)
@@ -61,6 +61,11 @@ def time_zone(name: str) -> tzinfo:
             f"time zone: expected a name such as UTC or Europe/Berlin, got {name!r}; a system without time zones needs "
             "`pip install tzdata`"
         ) from error
+
+
+def with_article(window: str) -> str:
+    """As a budget is named: so much an hour, or a day."""
+    return f"{'an' if window == 'hour' else 'a'} {window}"
 
 
 def minute_of(time: float) -> str:
