@@ -74,7 +74,7 @@ CLAIMS = {
     "max_margin": ("any weights over A actions", "Bayes for the rho-margin; not for the hinge nor the exponential", AWASTHI),
     "realizable_deferral": (
         "deferral to one expert, single stage",
-        "realizable; Bayes for every cost at q = 1, for q < 1 only where the expert's answer is a function of x",
+        "realizable; Bayes for every cost at q = 1, not for q < 1",
         REALIZABLE,
     ),
     "realizable_experts": (
@@ -92,10 +92,10 @@ CLAIMS = {
     "asymmetric_softmax": ("deferral to one expert", "Bayes", "Cao et al., NeurIPS 2023"),
     "realizable_surrogate": (
         "deferral to one expert",
-        "realizable at alpha = 1; Bayes only where the expert's answer is a function of x",
+        "realizable at alpha = 1; not Bayes, but for 0 < alpha < 1 where the expert's answer is a function of x",
         "Mozannar et al., AISTATS 2023",
     ),
-    "picce": ("deferral to E experts", "not Bayes for E >= 3; for E <= 2 no counterexample is known", "arXiv 2602.17144, 2026"),
+    "picce": ("deferral to E experts", "Bayes for E <= 2, not for more", "arXiv 2602.17144, 2026"),
     "madras": ("deferral to one expert", "not Bayes", "Madras, Pitassi, Zemel, NeurIPS 2018"),
     "mixture_of_experts": ("deferral to E experts", "not Bayes", "Hemmer et al., IJCAI 2022"),
     "cost_sensitive_abstention": (

@@ -58,10 +58,27 @@ def test_the_minimiser_is_the_bayes_decision_where_that_is_claimed(case: Case) -
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.bayes_with_deterministic_experts], ids=repr)
-def test_with_experts_that_are_a_function_of_x_the_realizable_family_is_consistent(case: Case) -> None:
+def test_with_an_expert_that_is_a_function_of_x_some_are_consistent(case: Case) -> None:
     wrong, judged = bayes_errors(case.loss, case.setting, deterministic_experts=True, steps=STEPS)
-    assert judged > 30
+    assert judged > 50
     assert wrong == 0
+
+
+@pytest.mark.parametrize(("q", "law"), [(0.0, (0.65, 0.33, 0.02)), (0.7, (0.52, 0.47, 0.01)), (1.0, (0.52, 0.47, 0.01))])
+def test_the_certificate_that_only_q_1_is_consistent_with_an_expert_that_is_a_function_of_x(q: float, law) -> None:
+    """It answers the likeliest class, whose mass that class and asking may share: for q < 1 a dearer class then has more."""
+    p, wrong = torch.tensor(law, dtype=torch.float64), torch.tensor([0.0, 1.0, 1.0])
+
+    def risk(shares: Tensor) -> Tensor:
+        return (p * losses.realizable_deferral(shares.log().expand(3, -1), torch.arange(3), wrong, q=q)).sum()
+
+    best = (p.log() / (1 - q) if q < 1 else 1e3 * p.log()).softmax(-1)
+    shared, answering = (torch.cat([best[:1] * (1 - share), best[1:], best[:1] * share]) for share in (0.5, 0.01))
+    torch.testing.assert_close(risk(shared), risk(answering))
+    generator = torch.Generator().manual_seed(0)
+    others = torch.randn(1000, 4, generator=generator, dtype=torch.float64).softmax(-1)
+    assert risk(shared) <= min(risk(other) for other in others)
+    assert (shared.argmax(), answering.argmax()) == (1 if q < 1 else 0, 0)
 
 
 @pytest.mark.parametrize(

@@ -163,8 +163,10 @@ def realizable_surrogate(
 ) -> Tensor:
     """-2 alpha log(p_y + m p_K) + (1 - alpha) CE over the K classes.  (..., K+1), (...,) or (..., K), (...,) -> (...,)
 
-    Realizable H-consistent at alpha = 1; Bayes-consistent only for an expert whose answer is a function of x, at no alpha in
-    general: fit the threshold, as its authors do.
+    Realizable H-consistent at alpha = 1; Bayes-consistent at no alpha: fit the threshold, as its authors do.  Where the expert's
+    answer is a function of x, 0 < alpha < 1 answers the likeliest class, as Bayes does; at alpha = 1 that class and asking may
+    share their mass, and another class be answered (`realizable_deferral`).
+
     Mozannar, Lang, Wei, Sattigeri, Das, Sontag, "Who Should Predict? Exact Algorithms for Learning to Defer to Humans"
     (AISTATS 2023), section 6, eq. 14.
     """
@@ -295,9 +297,10 @@ def picce(
 ) -> Tensor:
     """-log p_y - 1[an expert is right] max_{j right} log p_{K+j}.  (..., K+E), (...,) or (..., K), (..., E) -> (...,)
 
-    Only the most likely of the right experts is pulled up, so that many experts do not drown the classes.  Not Bayes-consistent
-    from three experts on: where two others are right wherever the best one is, each on a part of that, the best one gets nothing.
-    For one or two experts no counterexample is known.
+    Only the most likely of the right experts is pulled up, so that many experts do not drown the classes.  Bayes-consistent for
+    one or two experts: of two the better one gets all that both are right on, as the more unequal weights have the lower risk.
+    Not from three on: where two others are right wherever the best one is, each on a part of that, the best one gets nothing.
+
     "PiCCE" (arXiv 2602.17144, 2026).
     """
     num_classes = require_experts(scores, targets, "expert_correct", expert_correct)

@@ -48,10 +48,12 @@ def realizable_deferral(
     """c Psi_q(p_y) + (1 - c) Psi_q(p_y + p_K), one expert.  (..., K+1), (...,) or (..., K), (...,) -> (...,)
 
     p = softmax(s), Psi_q(t) = (1 - t^q) / q, and -log t for q = 0; c in [0, 1] is the expert's cost, 1[expert wrong] or with a
-    price.  Realizable H-consistent for q in [0, 1].  Bayes-consistent for every cost only at q = 1, where it equals
-    single-stage deferral at mu = 2 minus (1 - c); for q < 1 only where the expert's answer is a function of x: with an expert
-    that is right at random, p = (.5062, .4938) and accuracy .6174, q = 0 predicts where Bayes defers.  So fit the threshold
-    (`fit_offsets`) when q < 1.  q = 0 times 2 is Mozannar et al. 2023's RealizableSurrogate at binary cost.
+    price.  Realizable H-consistent for q in [0, 1].  Bayes-consistent at q = 1 alone, for every cost; there it equals
+    single-stage deferral at mu = 2 minus (1 - c).  When q < 1, fit the threshold (`fit_offsets`): with an expert that is right
+    at random, p = (.5062, .4938) and accuracy .6174, q = 0 predicts where Bayes defers.  With one whose answer is a function of
+    x and likeliest, nothing tells how its class and asking share their mass: at p = (.65, .33, .02) the risk at q = 0 is least
+    also where either has .325, and then the second class is answered.  q = 0 times 2 is Mozannar et al. 2023's
+    RealizableSurrogate at binary cost.
 
     `mask` (...,), True = known: a missing answer leaves the row.  Rows whose target is `ignore_index` give 0.
 

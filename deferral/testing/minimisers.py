@@ -11,7 +11,7 @@ from deferral.testing.settings import E, K, Loss, Rows, Setting, draw_rows
 __all__ = ["PROBLEMS", "bayes", "bayes_errors", "minimiser", "random_problems", "wrong_decisions"]
 
 PROBLEMS = 60
-_CLEAR = 0.02  # by which the cheapest action is cheaper than the next, where a decision is judged
+_CLEAR = 0.02  # by which a wrong decision is dearer than the cheapest action
 
 
 def random_problems(setting: Setting, *, deterministic_experts: bool = False) -> tuple[Tensor, Rows]:
@@ -55,10 +55,14 @@ def minimiser(risk: Callable[[Tensor], Tensor], problems: int, width: int, *, st
 
 
 def wrong_decisions(actions: Tensor, expected_costs: Tensor) -> tuple[int, int]:
-    """(wrong, judged): among the problems whose cheapest action is cheaper by 0.02, those decided otherwise."""
-    cheapest = expected_costs.sort(dim=-1)
-    clear = cheapest.values[:, 1] - cheapest.values[:, 0] > _CLEAR
-    return int((actions != cheapest.indices[:, 0])[clear].sum()), int(clear.sum())
+    """(wrong, judged): among the problems with an action that is dearer than the cheapest by 0.02, those that take such a one.
+
+    Action -1 is wrong where one action alone is cheapest by 0.02.
+    """
+    dearer = expected_costs - expected_costs.amin(dim=-1, keepdim=True) > _CLEAR
+    taken = dearer.gather(-1, actions.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    wrong = taken.where(actions >= 0, (~dearer).sum(dim=-1) == 1)
+    return int(wrong.sum()), int(dearer.any(dim=-1).sum())
 
 
 def bayes_errors(

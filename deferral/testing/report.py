@@ -62,8 +62,8 @@ def check_loss(loss: Loss, setting: Setting, *, properties: Sequence[Property] |
 
     The suite hands over no mask, no ignored rows and no targets that are probabilities: what a loss makes of them is for its own
     tests.  `bayes` looks for minimisers of scores of about unit size: divide those of a temperature far from 1 by it.  It judges
-    60 random problems of 3 classes and 2 experts, where the best action is better by 0.02 at least: a loss that errs by less,
-    or with more experts only, passes.
+    60 random problems of 3 classes and 2 experts, and a decision is wrong where it is dearer than the best by more than 0.02: a
+    loss that errs by less, or with more experts only, passes.
     """
     if properties is not None and not properties:
         raise ValueError("properties: expected at least one, got none; leave them out for all")
