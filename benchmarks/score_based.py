@@ -10,9 +10,10 @@ generalised cross-entropy (Cao et al. 2022).  Published (Mao, Mohri, Zhong, AIST
 
 `--preset paper` has the networks, schedule and costs of their first stage and of the single-stage methods.  What differs: 5,000
 training images are kept for second stage and thresholds, which the papers do not say, so that stage 1 learns from 45,000 and a
-single stage from 48,000; a gradient longer than 5 is cut, without which the exponential loss of the pair may diverge; on CUDA
-it is computed in bfloat16 unless `--precision float32` is given; and the second stage is a layer of 64 hidden units on the frozen
-features, the log-odds of the top class (Chow's own signal) and the five highest log-probabilities, 600 steps of AdamW.
+single stage from 48,000, also on SVHN, which has 73,257; a gradient longer than 5 is cut, without which the exponential loss of
+the pair may diverge; on CUDA it is computed in bfloat16 unless `--precision float32` is given; and the second stage is a layer of
+64 hidden units on the frozen features, the log-odds of the top class (Chow's own signal) and the five highest log-probabilities,
+600 steps of AdamW.
 
 `--preset fast` has the same costs and a small network for one GPU; its learning rate, and that weights are not averaged, were
 chosen on 5,000 training images held out, after a first run had shown errors of 16% on the test images.  `--preset laptop` has
