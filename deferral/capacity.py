@@ -74,7 +74,7 @@ def fit_capacities(
     asked = torch.from_numpy(expert >= 0)
     actions = (torch.from_numpy(expert) + num_own).where(asked, actions)
     # A price below the rounding of the scores would be none.
-    least = 1e-9 * float(best_own.abs().max()) or 1.0
+    least = 1e-9 * float(best_own.abs().max())
     prices = _prices(gain, expert, limits, least)
     offsets = _rule(known, gain, limits, prices, least)
     return Assignment(*(part.to(scores.device) for part in (actions, torch.from_numpy(prices), offsets)))
@@ -171,7 +171,7 @@ def _prices(gain: np.ndarray, expert: np.ndarray, limits: np.ndarray, least: flo
         loss[node] = (here[at == node] - worth[at == node]).min(axis=0)
     np.fill_diagonal(loss, np.inf)
 
-    unit = max(np.abs(gain[np.isfinite(gain)]).max(initial=0.0), least) / _LARGEST_GAIN
+    unit = max(np.abs(gain[np.isfinite(gain)]).max(initial=0.0), least) / _LARGEST_GAIN or 1.0
     of, to = np.nonzero(np.isfinite(loss))
     differences = np.zeros((len(of), nodes + 1))
     differences[np.arange(len(of)), of] += 1

@@ -151,6 +151,18 @@ def test_the_units_of_the_scores_do_not_matter(size: float) -> None:
     plain, scaled = (fit_capacities(unit * scores, [30, 40], num_own=1) for unit in (1.0, size))
     assert torch.equal(scaled.actions, plain.actions)
     torch.testing.assert_close(scaled.prices / size, plain.prices, rtol=1e-6, atol=0.0)
+    # Three rows gain 2 and three gain 1: with room for five, a rule asks about the first three.
+    tied = size * torch.tensor([[0.0, 2.0], [0.0, 1.0]], dtype=torch.float64).repeat(3, 1)
+    assert decide(tied, fit_capacities(tied, [5], num_own=1).offsets).tolist() == [1, 0] * 3
+
+
+@pytest.mark.parametrize("size", [1e9, -1e9])
+def test_a_price_is_never_lost_in_the_rounding_of_the_scores(size: float) -> None:
+    own = torch.full((6,), size, dtype=torch.float64)
+    scores = torch.stack([own, own.nextafter(torch.full_like(own, torch.inf))], -1)
+    found = fit_capacities(scores, [3], num_own=1)
+    assert int(found.actions.sum()) == 3
+    assert not decide(scores, found.offsets).any()
 
 
 def test_a_share_is_rounded_down_and_a_tenth_is_a_tenth_in_float32() -> None:
@@ -164,7 +176,7 @@ def test_bad_input() -> None:
     with pytest.raises(ValueError, match="one number for each of 2 experts"):
         fit_capacities(scores, [3], num_own=1)
     with pytest.raises(TypeError, match="got both in"):
-        fit_capacities(scores, [3, 0.5], num_own=1)
+        fit_capacities(scores, (3, 0.5), num_own=1)
     with pytest.raises(TypeError, match=r"got torch\.bfloat16, which rounds them too far"):
         fit_capacities(scores, torch.tensor([0.1, 0.1], dtype=torch.bfloat16), num_own=1)
     with pytest.raises(ValueError, match="shares of the rows"):
