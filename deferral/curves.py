@@ -260,7 +260,7 @@ def own_and_asked(scores: Tensor, costs: Tensor, *, num_own: int, mask: Tensor |
     """
     require_actions(scores, costs)
     margin = deferral_margin(scores.double(), num_own=num_own, mask=mask)
-    experts = None if mask is None else action_mask(scores, mask, num_own).expand(scores.shape)[..., num_own:]
+    experts = None if mask is None else action_mask(scores, mask, num_own)[..., num_own:]
     asked = decide(scores[..., num_own:], mask=experts)
     own_cost = pick(costs, decide(scores[..., :num_own]))
     deferred_cost = pick(costs, asked.clamp(min=0) + num_own).where(~margin.isneginf(), torch.nan)

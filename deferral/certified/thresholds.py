@@ -25,7 +25,7 @@ def decide_at(scores: Tensor, threshold: float | Tensor, *, num_own: int, mask: 
     if mask is not None:
         mask = action_mask(scores, mask, num_own)
         check_mask(mask, num_own, scores.shape[-1])
-        experts = mask.expand(scores.shape)[..., num_own:]
+        experts = mask[..., num_own:]
     deferred = (margin >= _checked_threshold(threshold, margin)) & ~margin.isneginf()
     return (decide(scores[..., num_own:], mask=experts) + num_own).where(deferred, decide(scores[..., :num_own]))
 

@@ -44,8 +44,7 @@ def regression_deferral(
         )
     require_batch("scores", scores.shape[:-1], "expert_costs", expert_costs.shape[:-1])
     predictor_loss, expert_costs = lift(predictor_loss), lift(expert_costs)
-    batch = torch.broadcast_shapes(predictor_loss.shape, expert_costs.shape[:-1])
-    costs = torch.cat([predictor_loss.expand(batch).unsqueeze(-1), expert_costs.expand(*batch, expert_costs.shape[-1])], dim=-1)
+    costs = torch.cat([predictor_loss.unsqueeze(-1), expert_costs.expand(*predictor_loss.shape, -1)], dim=-1)
     num_experts: Tensor | int = expert_costs.shape[-1]
     if mask is not None:
         known = action_mask(scores, mask, 1)
