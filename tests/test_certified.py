@@ -1,5 +1,8 @@
 """What is promised is kept: on laws whose risk is known at every threshold, over 700 calibrations each."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -170,6 +173,20 @@ def test_p_values_of_binary_losses_are_those_of_the_binomial_and_never_too_small
     assert _p_values(errors[:1], sizes[:1], level, exact=False)[0] == pytest.approx((1 - level) ** size)
 
 
+def test_p_values_of_other_losses_are_the_smaller_of_hoeffding_and_bentkus() -> None:
+    level, size = 0.3, 40
+    smaller = set()
+    for total in (0.0, 0.4, 3.0, 7.5, 9.2, 11.0):
+        mean = total / size
+        divergence = (mean * math.log(mean / level) if mean else 0.0) + (1 - mean) * math.log((1 - mean) / (1 - level))
+        hoeffding, bentkus = math.exp(-size * divergence), math.e * binom.cdf(math.ceil(total), size, level)
+        (found,) = _p_values(np.array([total]), np.array([size]), level, exact=False)
+        assert found == pytest.approx(min(hoeffding, bentkus, 1.0))
+        smaller.add(hoeffding < bentkus)
+    assert smaller == {False, True}
+    assert _p_values(np.array([30.0, 0.0]), np.array([size, 0]), level, exact=False).tolist() == [1.0, 1.0]
+
+
 def test_everything_that_is_counted_against_its_definition() -> None:
     generator = torch.Generator().manual_seed(0)
     margin = torch.randint(0, 6, (50,), generator=generator).double()  # ties, on thresholds too
@@ -227,6 +244,20 @@ def test_nothing_certified_is_no_promise_and_falls_back_to_the_safe_end() -> Non
         assert [c.holds for c in by_group] == [held, False, held, False]
 
 
+def test_unless_told_otherwise_a_certificate_is_wrong_at_most_once_in_twenty() -> None:
+    """Where every second answer is wrong, four are all right once in 16 draws, and five once in 32."""
+    for rows, held in ((4, False), (5, True)):
+        margin, risk = torch.zeros(rows, dtype=torch.float64), SelectiveRisk(torch.zeros(rows, dtype=torch.bool), 0.5)
+        always = torch.tensor([torch.inf], dtype=torch.float64)
+        (of_group,) = certify_by_group(margin, risk, always, torch.zeros(rows).long(), num_groups=1)
+        assert certify(margin, risk, always).holds == of_group.holds == held
+
+
+def test_one_kept_row_has_a_mean() -> None:
+    margin, always = torch.zeros(1, dtype=torch.float64), torch.tensor([torch.inf], dtype=torch.float64)
+    assert certify(margin, SelectiveRisk(torch.tensor([True]), 0.5), always).estimates.tolist() == [[1.0]]
+
+
 def test_bad_input() -> None:
     margin, wrong, expert = draw(10, torch.Generator().manual_seed(0))
     with pytest.raises(ValueError, match="margin"):
@@ -243,6 +274,8 @@ def test_bad_input() -> None:
         certify(margin, SelectiveRisk(wrong.numpy(), 0.1), GRID)
     with pytest.raises(ValueError, match="thresholds"):
         certify(margin, DeferralRate(0.1), torch.tensor([0.1, torch.nan]))
+    with pytest.raises(ValueError, match="thresholds: expected at least one"):
+        certify(margin, DeferralRate(0.1), GRID[:0])
     with pytest.raises(ValueError, match="delta"):
         certify(margin, DeferralRate(0.1), GRID, delta=1.0)
     with pytest.raises(ValueError, match="method"):
@@ -269,6 +302,9 @@ def test_bad_input() -> None:
         certify_by_group(margin, DeferralRate(0.1), GRID, torch.arange(10).numpy(), num_groups=10)
     with pytest.raises(ValueError, match="one for each of 1"):
         certify_by_group(margin, DeferralRate(0.1), [GRID, GRID], torch.zeros(10).long(), num_groups=1)
+    with pytest.raises(ValueError, match="size >= 1"):
+        threshold_grid(margin, 0)
+    assert len(threshold_grid(margin, 1)) == 1
     for coverage in ((0.0, 1.0), (0.5, 1.1)):
         with pytest.raises(ValueError, match="coverage"):
             threshold_grid(margin, 10, coverage=coverage)
