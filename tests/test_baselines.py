@@ -78,6 +78,10 @@ def test_half_precision_does_not_round_the_price() -> None:
     torch.testing.assert_close(compare_confidence(p, q, price=0.2003), expected, rtol=0, atol=1e-6)
 
 
+def test_asking_may_cost_more_than_an_error() -> None:
+    assert compare_confidence(torch.tensor([[0.5]]), torch.tensor([[0.75]]), price=2.0).tolist() == [[0.5, -1.25]]
+
+
 @pytest.mark.parametrize(
     ("call", "said"),
     [
@@ -86,6 +90,8 @@ def test_half_precision_does_not_round_the_price() -> None:
         (lambda: compare_confidence(torch.rand(3, 2), torch.rand(3, 2), price=torch.rand(3)), r"one per expert \(2\)"),
         (lambda: selective_prediction(torch.rand(3, 2), torch.rand(3, 1)), r"one number per expert \(E,\)"),
         (lambda: deferral_gains(torch.rand(3, 1)), "one per expert"),
+        (lambda: deferral_gains(torch.ones(3, 2).long()), "costs: expected a floating dtype"),
+        (lambda: selective_prediction(torch.rand(3, 2), torch.ones(2).long()), "expected_costs: expected a floating dtype"),
         (lambda: selective_prediction(torch.ones(3, 2, dtype=torch.long), torch.rand(2)), "probabilities: expected a floating"),
         (lambda: selective_prediction(10 * torch.ones(3, 2), torch.rand(2)), "are they raw scores"),
         (lambda: compare_confidence(-torch.ones(3, 2), torch.rand(3, 1)), "are they raw scores"),

@@ -36,9 +36,32 @@ def test_squared_costs_and_missing_numbers() -> None:
     assert targets.grad.tolist() == [-4.0, -2.0]
 
 
+def test_a_number_that_stands_for_no_answer_is_masked_too() -> None:
+    costs, mask = squared_costs(torch.tensor([[1.0, -1.0]]), torch.tensor([0.0]), alpha=2.0, price=3.0, missing=-1.0)
+    assert (costs.tolist(), mask.tolist()) == ([[5.0, 0.0]], [[True, False]])
+
+
+def test_an_error_may_weigh_more_than_one_and_asking_may_cost_more() -> None:
+    costs = error_costs(ANSWERS[:, :2], TARGETS, alpha=[2.0, 1.0], price=[0.0, 3.0], ceiling=4.0)
+    assert costs.tolist() == [[0.0, 4.0], [0.0, 3.0]]
+    each_row = torch.tensor([[0.0, 0.5], [0.0, 0.25], [0.0, 0.0]])
+    right = torch.ones(3, 2, dtype=torch.long)
+    assert torch.equal(error_costs(right, right[:, 0], price=each_row, ceiling=1.5), each_row)
+
+
+def test_no_rows_have_no_costs() -> None:
+    none = torch.empty(0, 2, dtype=torch.long)
+    for targets in (none[:, 0], torch.empty(0, 3)):
+        assert error_costs(none, targets).shape == (0, 2)
+        assert error_costs(none, targets, missing=-1)[1].shape == (0, 2)
+    assert pick(torch.empty(0, 2), none[:, 0]).shape == (0,)
+
+
 def test_the_single_stage_table() -> None:
     table = single_stage_costs(TARGETS, torch.tensor([[0.1], [0.2]]), 3)
     torch.testing.assert_close(table, torch.tensor([[0, 1, 1, 0.1], [1, 0, 1, 0.2]]))
+    law = torch.tensor([[0.75, 0.25, 0.0]])
+    assert single_stage_costs(law, torch.tensor([[0.5]]), 3).tolist() == [[0.25, 0.75, 1.0, 0.5]]
 
 
 def test_pick() -> None:
@@ -66,6 +89,11 @@ def test_pick() -> None:
         (lambda: error_costs(ANSWERS, TARGETS - 100), ValueError, "targets: expected class indices, got -100"),
         (lambda: single_stage_costs(TARGETS - 100, torch.ones(2, 1), 3), ValueError, r"class indices in 0\.\.2"),
         (lambda: squared_costs(torch.tensor([[torch.nan]]), torch.ones(1)), ValueError, "NaN"),
+        (lambda: error_costs(ANSWERS[:, :2], [0, 1]), TypeError, "targets: expected a torch tensor"),
+        (lambda: squared_costs(torch.ones(3), torch.ones(3)), ValueError, "answers: expected shape"),
+        (lambda: squared_costs(torch.ones(3, 1), torch.ones(3), price=-0.1), ValueError, "price: expected non-negative"),
+        (lambda: squared_costs(torch.ones(3, 1), torch.ones(3), alpha=-0.1), ValueError, "alpha: expected non-negative"),
+        (lambda: squared_costs(torch.ones(3, 2), torch.ones(3), alpha=[1.0] * 3), ValueError, "alpha: expected one number"),
     ],
 )
 def test_bad_input(call, error: type[Exception], said: str) -> None:
@@ -117,6 +145,8 @@ def test_answers_that_are_integers_lose_nothing_beside_targets_of_half_precision
         for dtype in (torch.bfloat16, torch.float16, torch.float64):
             found = squared_costs(torch.tensor([[answer]]), torch.tensor([target], dtype=dtype))
             assert found.item() == squared
+    # One more than float32 can count to.
+    assert squared_costs(torch.tensor([[2**24 + 1]]), torch.tensor([2.0**24], dtype=torch.float64)).item() == 1.0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
