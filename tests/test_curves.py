@@ -294,8 +294,12 @@ def test_a_weight_is_a_number_of_copies_where_some_are_never_answered(seed: int)
     deferred[torch.rand(12, generator=generator) < 0.5] = torch.nan
     if seed == 0:
         deferred[:] = torch.nan
-    repeated = (values.repeat_interleave(copies) for values in (margin, own, deferred))
-    torch.testing.assert_close(system_aurc(margin, own, deferred, copies.double()), system_aurc(*repeated))
+    repeated = [values.repeat_interleave(copies) for values in (margin, own, deferred)]
+    area, curve = system_aurc(*repeated), cost_coverage_curve(*repeated)
+    torch.testing.assert_close(area, torch.trapezoid(curve.value, curve.coverage))
+    weights = torch.stack([copies, torch.ones_like(copies)]).double()
+    areas = system_aurc(margin, own, deferred, weights)
+    torch.testing.assert_close(areas, torch.stack([area, system_aurc(margin, own, deferred)]))
 
 
 def test_a_budget_pays_for_all_that_is_free() -> None:
@@ -305,6 +309,28 @@ def test_a_budget_pays_for_all_that_is_free() -> None:
     assert curve.at(0.1).item() == pytest.approx(1 / 6)
     assert curve.at(9.0) == 0
     assert budget_curve(torch.tensor([3.0, 2.0, 1.0]), *costs, torch.zeros(3)).at(0.0) == 0
+
+
+def test_in_a_budget_too_a_weight_is_a_number_of_copies() -> None:
+    columns = torch.rand(5, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    margin, own, deferred, price, own_price = columns
+    price = price + own_price
+    copies = torch.tensor([[1, 2, 0, 1, 3, 1, 0, 1], [1] * 8])
+    batch = budget_curve(margin, own, deferred, price, own_price=own_price, weights=copies.double())
+    budgets = torch.tensor([0.7, 0.9, 1.1])
+    for row, counts in enumerate(copies):
+        margins, *others, own_prices = (column.repeat_interleave(counts) for column in (margin, own, deferred, price, own_price))
+        curve = budget_curve(margins, *others, own_price=own_prices)
+        torch.testing.assert_close(batch.spend[row, [0, -1]], curve.spend[[0, -1]])
+        torch.testing.assert_close(batch.at(budgets)[row], curve.at(budgets))
+        torch.testing.assert_close(batch.at(0.9)[row], curve.at(0.9))
+    assert budget_curve(margin, own, deferred, price).at(0.0) == own.mean()
+
+
+def test_margins_of_scores_in_single_precision_are_in_double() -> None:
+    scores = torch.tensor([[1.0, 1e-8], [1.0, 0.0]])
+    margin, *_ = own_and_asked(scores, torch.ones(2, 2), num_own=1)
+    assert margin[0] > margin[1]
 
 
 def test_a_budget_that_rounding_parts_from_its_point_pays_for_the_free_rows_too() -> None:
