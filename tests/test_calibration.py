@@ -377,6 +377,8 @@ def test_scores_without_a_best_temperature_are_refused() -> None:
         fit_temperature(lambda s: s.sum(-1), scores[:0])
     with pytest.raises(ValueError, match="finite numbers at every temperature"):
         fit_temperature(lambda s: s.sum(-1) * torch.nan, scores)
+    with pytest.raises(ValueError, match="scores: expected finite numbers, got inf"):
+        fit_temperature(lambda s: s.sum(-1), torch.tensor([[torch.inf, 0.0]]))
 
 
 def test_bad_input() -> None:
@@ -388,6 +390,8 @@ def test_bad_input() -> None:
         coverage_offsets(torch.randn(0, 2), 0.5, num_own=1)
     with pytest.raises(ValueError, match="one price per action"):
         budget_offsets(torch.randn(3, 2), torch.rand(1), 0.5, num_own=1)
+    with pytest.raises(ValueError, match="prices: expected non-negative"):
+        budget_offsets(torch.randn(3, 2), torch.tensor([0.0, -0.1]), 0.5, num_own=1)
     with pytest.raises(ValueError, match="own action"):
         coverage_offsets(torch.randn(3, 2), 0.5, mask=torch.zeros(3, 2, dtype=torch.bool), num_own=1)
     with pytest.raises(ValueError, match="at least one row"):

@@ -28,6 +28,7 @@ def test_offsets_masks_and_nan() -> None:
     assert decide(scores, torch.tensor([0.0, 5.0, 0.0]), mask=known).tolist() == [1, 0, 2]
     assert oracle(torch.tensor([[0.1, torch.nan], [torch.nan, 0.1]])).tolist() == [0, 1]
     assert decide(scores, mask=torch.zeros(3, 3, dtype=torch.bool)).tolist() == [-1, -1, -1]
+    assert oracle(torch.tensor([[0.5, torch.nan]]), mask=torch.tensor([[False, True]])).tolist() == [1]
     assert oracle(torch.tensor([[0.5, 0.0, 0.1]]), mask=torch.tensor([[False, True]])).tolist() == [2]
     assert oracle(torch.tensor([[0.5, 0.0], [0.5, 0.0]]), mask=torch.tensor([[False, False], [True, False]])).tolist() == [-1, 0]
 
@@ -54,6 +55,11 @@ def test_the_margin_defers_iff_it_is_not_negative() -> None:
         # With every expert closed there is nobody to defer to, whatever the own scores are.
         odd[3:6, own:], odd[0, :own] = -torch.inf, torch.nan
         assert deferral_margin(odd, num_own=own)[:6].isneginf().all()
+    nobody, somebody = torch.tensor([[False, False], [False, True]])
+    for broken in (torch.nan, -torch.inf):
+        scores = torch.tensor([[broken, 0.0, -torch.inf], [broken, 0.0, 0.0]])
+        assert deferral_margin(scores, num_own=1, mask=nobody).tolist() == [-torch.inf, -torch.inf]
+        assert deferral_margin(scores, num_own=1, mask=somebody).tolist() == [-torch.inf, torch.inf]
 
 
 def test_chow_abstains_iff_the_top_probability_is_at_most_one_minus_cost() -> None:
@@ -68,7 +74,7 @@ def test_chow_abstains_iff_the_top_probability_is_at_most_one_minus_cost() -> No
         (lambda: chow_scores(torch.tensor([[1, 0]]), 0.1), "probabilities: expected a floating"),
         (lambda: chow_scores(torch.ones(3, 1), torch.rand(4)), "probabilities and cost differ in rows"),
         (lambda: chow_scores(torch.ones(3, 1), torch.tensor([0.1, torch.nan, 0.2])), r"numbers in \[0, 1\].*got nan"),
-        (lambda: chow_scores(torch.ones(3, 1), torch.tensor([0.1, 0.1, 5.0])), r"numbers in \[0, 1\].*got 5"),
+        (lambda: chow_scores(torch.ones(3, 1), torch.tensor([0.1, 0.1, 1.5])), r"numbers in \[0, 1\].*got 1.5"),
         (lambda: chow_scores(torch.ones(3, 1), -1.0), r"cost: expected a number in \[0, 1\], in units of one error, got -1"),
         (lambda: decide_pair(torch.randn(3, 2), torch.randn(2)), "one rejector value per row"),
         (lambda: deferral_margin(torch.randn(3, 2), num_own=2), r"expected 1\.\.1"),
