@@ -59,7 +59,8 @@ def test_an_action_without_a_column_is_named(action: int) -> None:
 @pytest.mark.parametrize(
     ("call", "error", "said"),
     [
-        (lambda: brier(np.array([3.0, 0.5]), np.array([0, 1])), ValueError, "probability: expected numbers in"),
+        (lambda: brier(np.array([1.1, 0.5]), np.array([0, 1])), ValueError, "probability: expected numbers in"),
+        (lambda: brier(np.array([-0.1, 0.5]), np.array([0, 1])), ValueError, "probability: expected numbers in"),
         (lambda: brier(np.array([0.3, 0.5]), np.array([0, 2])), ValueError, "outcome: expected numbers in"),
         (lambda: p_value_of_mean(np.zeros(3), 0.1, delta=0.0), ValueError, "delta: expected a probability"),
         (lambda: p_value_of_mean(np.zeros(3), 0.1, delta=2.0), ValueError, "delta: expected a probability"),

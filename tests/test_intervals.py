@@ -49,6 +49,19 @@ def test_the_same_seed_gives_the_same_interval() -> None:
     values = torch.rand(100)
     assert mean_interval(values, seed=3) == mean_interval(values, seed=3)
     assert mean_interval(values, seed=3) != mean_interval(values, seed=4)
+    means = bootstrap_means(values, resamples=50)
+    torch.testing.assert_close(bootstrap(lambda weights: average(values, weights), rows=100, resamples=50), means)
+    assert not torch.equal(bootstrap_means(values, resamples=50, seed=1), means)
+
+
+def test_a_lower_level_is_a_shorter_interval_and_one_row_a_point() -> None:
+    values, zeros = torch.rand(100, dtype=torch.float64), torch.zeros(100)
+    wide = mean_interval(values, resamples=300)
+    for narrow in (mean_interval(values, level=0.5, resamples=300), paired_difference(values, zeros, level=0.5, resamples=300)):
+        assert wide.low < narrow.low < narrow.estimate < narrow.high < wide.high
+    assert over_seeds(values, level=0.5).high < over_seeds(values).high
+    alone = mean_interval(torch.tensor([2.0]), resamples=3)
+    assert (alone.low, alone.estimate, alone.high) == (2.0, 2.0, 2.0)
 
 
 def test_paired_differences_are_narrower_where_rows_agree() -> None:
@@ -56,6 +69,7 @@ def test_paired_differences_are_narrower_where_rows_agree() -> None:
     better = rows - 0.01
     gap = paired_difference(better, rows)
     assert gap.excludes_zero()
+    assert gap.high - gap.half_width == pytest.approx((gap.low + gap.high) / 2)
     assert paired_difference(rows, better).excludes_zero()
     assert not paired_difference(rows, rows).excludes_zero()
     assert gap.high < 0
@@ -134,8 +148,11 @@ def test_bad_input() -> None:
         mean_interval(torch.rand(3, 2))
     with pytest.raises(ValueError, match="same rows"):
         paired_difference(torch.rand(3), torch.rand(4))
-    with pytest.raises(ValueError, match="level"):
-        interval(0.0, torch.rand(10), level=95)
+    for level in (0.0, 1.0, 95):
+        with pytest.raises(ValueError, match="level"):
+            interval(0.0, torch.rand(10), level=level)
+        with pytest.raises(ValueError, match="level"):
+            over_seeds(torch.rand(3), level=level)
     with pytest.raises(ValueError, match="one figure per sample"):
         metric_interval(lambda weights: weights[:, :2], rows=3)
     with pytest.raises(ValueError, match="rows"):

@@ -124,6 +124,8 @@ def test_bad_input() -> None:
         pick(torch.rand(3, 2), torch.zeros(4, dtype=torch.long))
     with pytest.raises(ValueError, match="at least one row"):
         average(torch.rand(0))
+    with pytest.raises(ValueError, match="at least one row"):
+        average(torch.tensor(1.0))
     with pytest.raises(ValueError, match="got infinity"):
         average(torch.tensor([1.0, torch.inf]))
     with pytest.raises(ValueError, match="two vectors of one length"):

@@ -59,6 +59,10 @@ def test_the_debiased_error_by_hand_leaves_a_row_alone_in_its_bin_out() -> None:
     probability, happened = torch.tensor([0.1, 0.75, 0.75, 0.75, 0.75]), torch.tensor([1, 1, 1, 0, 0])
     by_hand = (0.5 - 0.75) ** 2 - 0.5 * 0.5 / 3
     assert float(debiased_calibration_error(probability, happened, bins=2)) == pytest.approx(by_hand)
+    weights = torch.tensor([[1.0, 1.0, 1.0, 1.0, 1.0], [2.0, 0.0, 1.0, 0.0, 0.0]])
+    # Twice the first row alone: its residual without any variance.
+    found = debiased_calibration_error(probability, happened, weights, bins=2)
+    torch.testing.assert_close(found, torch.tensor([by_hand, 0.81]).double())
 
 
 def test_the_debiased_error_of_perfect_probabilities_that_differ_within_a_bin_is_zero() -> None:
@@ -86,6 +90,15 @@ def test_masks_weights_and_the_bootstrap_agree() -> None:
     assert bool(errors.isfinite().all())
 
 
+def test_one_row_has_a_bin_and_fifteen_bins_are_usual() -> None:
+    table = reliability(torch.tensor([0.25]), torch.tensor([1]))
+    assert (table.predicted.tolist(), table.observed.tolist(), table.count.tolist()) == ([0.25], [1.0], [1.0])
+    probability, happened = torch.rand(200), torch.rand(200) < 0.5
+    for figure in (calibration_error, debiased_calibration_error):
+        assert figure(probability, happened) == figure(probability, happened, bins=15)
+    assert len(reliability(torch.arange(30) / 30, torch.ones(30)).count) == 15
+
+
 def test_numpy_in_numpy_out() -> None:
     table = reliability(np.array([0.2, 0.8, 1.0, 0.0]), np.array([False, True, True, False]), bins=2)
     assert isinstance(table.count, np.ndarray)
@@ -96,8 +109,13 @@ def test_bad_input() -> None:
     half = torch.full((4,), 0.5)
     with pytest.raises(ValueError, match="one length"):
         reliability(half, torch.ones(3))
+    with pytest.raises(ValueError, match="two non-empty vectors"):
+        reliability(half[:0], half[:0])
     with pytest.raises(ValueError, match=r"in \[0, 1\]"):
         calibration_error(half + 1, torch.ones(4))
+    for outside in (-0.1, 1.1):
+        with pytest.raises(ValueError, match=r"in \[0, 1\]"):
+            calibration_error(torch.tensor([0.5, outside]), torch.ones(2))
     with pytest.raises(ValueError, match=r"in \[0, 1\]"):
         calibration_error(torch.full((4,), torch.nan), torch.ones(4))
     with pytest.raises(ValueError, match="0 or 1"):
