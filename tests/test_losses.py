@@ -175,6 +175,27 @@ def test_base_surrogates_equal_their_definitions_by_loop() -> None:
     torch.testing.assert_close(max_margin(scores, weights), max_)
 
 
+def test_predictor_rejector_abstention_by_hand() -> None:
+    """Probabilities 0.2, 0.3 and 0.5, the label the second class; r = ln 2."""
+    scores, label = torch.tensor([[0.2, 0.3, 0.5]], dtype=torch.float64).log(), torch.tensor([1])
+    rejector, cost = torch.tensor([2.0], dtype=torch.float64).log(), 0.1
+    centred = scores - scores.mean(-1, keepdim=True)
+    hinges = float((1 + centred[:, [0, 2]]).clamp(min=0).sum())
+    for base, loss, psi in (
+        (mae, 0.7, 1),
+        (double_mae, 1.4, 2),
+        (max_rho_margin, 1.0, 1),
+        (constrained_rho_hinge, hinges, 3),
+    ):
+        assert float(base(scores, label)) == pytest.approx(loss)
+        found = predictor_rejector_abstention(scores, rejector, label, cost, base=base)
+        assert float(found) == pytest.approx(loss * 2 + psi * cost / 2)
+        found = predictor_rejector_abstention(scores, rejector, label, cost, base=base, alpha=2.0)
+        assert float(found) == pytest.approx(loss * 4 + 2 * psi * cost / 2)
+    ahead = scores.flip(-1).cumsum(-1) / 8
+    assert float(max_rho_margin(ahead, torch.tensor([0]))) == pytest.approx(1 - float(ahead[0, 0] - ahead[0, 1]))
+
+
 def test_the_constrained_base_holds_the_cost_sensitive_one() -> None:
     scores, costs = torch.randn(B, 4, dtype=torch.float64), torch.rand(B, 4, dtype=torch.float64)
     expected = (costs * exponential(scores.mean(-1, keepdim=True) - scores)).sum(-1)
