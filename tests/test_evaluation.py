@@ -89,13 +89,18 @@ def test_baselines_appear_where_the_file_has_probabilities(tmp_path: Path) -> No
     table = columns(missing=0.3) | {
         "probability": torch.rand(ROWS).tolist(),
         "probability_Ann": [0.7] * ROWS,
-        "probability_Bob": [0.6] * ROWS,
+        "probability_Bob": [0.9] * ROWS,
     }
     evaluation = evaluate([write(tmp_path / "ours.csv", table)], prices=PRICES, calibration_share=0.4)
     assert {"compare-confidence", "selective prediction", "post-hoc deferral"} <= set(evaluation.comparison.figures)
     assert set(evaluation.calibration) == {"the model", "Ann", "Bob"}
     share_right = evaluation.probabilities["Ann"][1].mean()
     assert evaluation.calibration["Ann"]["ECE"].estimate == pytest.approx(abs(float(share_right) - 0.7))
+    # Bob is the surest, and is not asked where he gave no answer.
+    methods = evaluate([tmp_path / "ours.csv"], prices=PRICES).comparison.methods
+    (surest,) = [method for method in methods if method.name == "compare-confidence"]
+    assert surest.load[:, 1].any()
+    assert not surest.cost.isnan().any()
 
 
 def test_labels_that_a_missing_answer_made_into_decimals_are_the_same_labels(tmp_path: Path) -> None:
