@@ -89,3 +89,10 @@ def test_bad_input(batch) -> None:
         regression_abstention(loss, scores[:, 0], -0.2, phi=exponential)
     with pytest.raises(TypeError, match="floating"):
         regression_deferral(loss.long(), scores, c)
+
+
+def test_experts_who_cost_the_same_everywhere_are_one_row() -> None:
+    loss, scores, costs = torch.rand(6), torch.randn(6, 3), torch.tensor([0.2, 0.5])
+    expected = regression_deferral(loss, scores, costs.expand(6, 2))
+    for row in (costs, costs.unsqueeze(0)):
+        torch.testing.assert_close(regression_deferral(loss, scores, row), expected)
