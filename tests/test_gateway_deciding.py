@@ -12,7 +12,7 @@ import pytest
 
 from deferral.gateway.choice import Choice
 from deferral.gateway.deciding import Decider
-from deferral.gateway.eligible import Limited, refusal
+from deferral.gateway.eligible import Limited, merged, refusal
 from deferral.gateway.experts_file import Expert
 from deferral.gateway.problems import Problem
 from deferral.gateway.requests import Asked, Hints, parse
@@ -79,6 +79,14 @@ def test_what_router_and_file_say_of_an_expert_holds_together(router: Router) ->
     assert refusal(decider.experts["large"], asked(tokens=51), Hints(), None), "nor by its name"
     with pytest.raises(Problem, match="exceed its window of 50"):
         choose(decider, asked(tokens=51, tools=True))
+
+
+def test_an_expert_can_do_what_both_router_and_file_say_that_it_can() -> None:
+    both = merged(Expert("one", "http://127.0.0.1:1", context_tokens=100, tools=False), Abilities(200, images=False, region="eu"))
+    assert (both.context_tokens, both.tools, both.images, both.region) == (100, False, False, "eu")
+    one = Expert("one", "http://127.0.0.1:1", images=False, region="us")
+    other = merged(one, Abilities(tools=False, region="eu"))
+    assert (other.context_tokens, other.tools, other.images, other.region) == (None, False, False, "us")
 
 
 def test_an_expert_that_is_nowhere_answers_for_no_region(router: Router) -> None:

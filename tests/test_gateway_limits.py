@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy.exc import SQLAlchemyError
 
-from deferral.gateway.accounts import Refused
+from deferral.gateway.accounts import LastMinute, Refused
 from deferral.gateway.checking import _who_may_ask as who_may_ask
 from deferral.gateway.keys import ANYONE, Key, Keys
 from deferral.gateway.limits import Limits
@@ -123,6 +123,34 @@ def test_in_any_minute_at_most_so_many_requests() -> None:
     clock.now = NOON - 3600
     gate.admit(key)  # a clock that was set back locks nobody out
     gate.admit(ANYONE)
+
+
+def test_a_clock_that_is_set_back_a_little_lets_nobody_ask_more_often() -> None:
+    clock = Clock()
+    gate, key = limits(clock), Key("k", "k", requests_per_minute=1)
+    gate.admit(key)
+    clock.now -= 30
+    with pytest.raises(Refused):
+        gate.admit(key)
+    clock.now += 90
+    gate.admit(key)  # a minute later, not a moment more
+
+
+def test_of_the_requests_of_a_key_no_more_than_those_of_a_minute_are_remembered() -> None:
+    minute = LastMinute()
+    for second in range(1000):
+        minute.move_to(second)
+        minute.append(second)
+    assert len(minute) == 60
+    assert len(minute._times) <= 121
+
+
+def test_a_request_that_fails_has_cost_what_it_had_spent_by_then() -> None:
+    gate, key = limits(Clock()), Key("k", "k", budget=1.0)
+    with pytest.raises(OSError, match="gone"), gate.hold(key, 0.5) as hold:
+        hold.spent = 0.25
+        raise OSError("gone")
+    assert gate.left(key) == 0.75
 
 
 def test_no_request_is_taken_whose_row_could_not_be_kept() -> None:
@@ -358,28 +386,56 @@ def test_of_keys_that_are_gone_nothing_is_kept_but_for_requests_under_way() -> N
 def test_another_window_counts_from_the_record(no_wait: None) -> None:
     """An account of a day, with a request in flight, goes to a month and back, and so to another time zone."""
     clock = Clock()
-    record = Spent((NOON - 48 * 3600, 0.5), (NOON - 3600, 0.125))
+    record = Spent((NOON - 48 * 3600, 0.5), (NOON - 3 * 3600, 0.0625), (NOON - 3600, 0.125))
     gate, day = Limits(record, clock), Key("k", "k", budget=2.0, window="day")  # type: ignore[arg-type]
     gate.load([day])
     gate.hold(day, 0.25).settle(0.25)
     record.rows.append((NOON, 0.25))
     flying = gate.hold(day, 0.5)
-    assert gate.left(day) == 2.0 - 0.375 - 0.5
+    assert gate.left(day) == 2.0 - 0.4375 - 0.5
     month = replace(day, window="month")
     gate.follow([month])
-    assert gate.left(month) == 2.0 - 0.875 - 0.5
+    assert gate.left(month) == 2.0 - 0.9375 - 0.5
     assert gate.left(day) == gate.left(month), "a request that began before must not turn it back"
     flying.settle(0.25)
     record.rows.append((NOON, 0.25))
-    assert gate.left(month) == 2.0 - 0.875 - 0.25
+    assert gate.left(month) == 2.0 - 0.9375 - 0.25
     gate.follow([day])
-    assert gate.left(day) == 2.0 - 0.375 - 0.25
-    # In Kiribati it is two in the morning of the next day.
+    assert gate.left(day) == 2.0 - 0.4375 - 0.25
+    # In Kiribati it is two in the morning of the next day, and nine o'clock was yesterday.
     kiribati = replace(day, zone="Pacific/Kiritimati")
     gate.follow([kiribati])
     assert gate.left(kiribati) == 2.0 - 0.125 - 0.25 - 0.25
     clock.now = span("day", NOON, time_zone("Pacific/Kiritimati")).end
     assert gate.left(kiribati) == 2.0
+
+
+def test_what_is_spent_while_an_account_moves_to_another_window_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, day = Limits(Spent(), Clock()), Key("k", "k", budget=2.0, window="day")  # type: ignore[arg-type]
+    gate.load([day])
+    # Not on record yet when that is read.
+    monkeypatch.setattr("deferral.gateway.limits.time.sleep", lambda seconds: gate.hold(day, 0.25).settle(0.25))
+    month = replace(day, window="month")
+    gate.follow([month])
+    assert gate.left(month) == 1.75
+
+
+def test_a_request_that_began_before_its_key_was_changed_opens_no_window_with_the_earlier_budget() -> None:
+    clock, key = Clock(), Key("k", "k", budget=1.0, window="hour")
+    gate, lower = limits(clock), replace(key, budget=0.25)
+    gate.load([key])
+    gate.follow([lower])
+    clock.now += 3600
+    with pytest.raises(Refused, match="does not cover this request"):
+        gate.hold(key, 0.5)
+
+
+def test_with_nothing_in_flight_nothing_is_held() -> None:
+    gate, key = limits(Clock()), Key("k", "k", budget=1.0)
+    flying = [gate.hold(key, dollars) for dollars in (0.1, 0.2)]
+    for hold in flying:
+        hold.settle(0.0)
+    assert gate._accounts["k"].held == 0.0
 
 
 def test_what_was_spent_without_a_budget_counts_when_there_is_one_again(no_wait: None) -> None:

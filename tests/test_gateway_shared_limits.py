@@ -11,6 +11,7 @@ from sqlalchemy import select, update
 from deferral.gateway import shared_limits as module
 from deferral.gateway.accounts import Refused
 from deferral.gateway.keys import ANYONE, Key
+from deferral.gateway.ledger import Ledger
 from deferral.gateway.limits import Limits
 from deferral.gateway.record import Record
 from deferral.gateway.schema import grants
@@ -161,6 +162,15 @@ def test_what_was_spent_before_and_by_those_that_ended_counts(worker: Workers, d
     assert (kept.worker, kept.granted, kept.spent) == ("", 0.75, 0.75)
 
 
+def test_what_those_that_ended_have_spent_counts_once_however_long_ago_that_was(worker: Workers) -> None:
+    one = worker()
+    one.hold(KEY, 0.25).settle(0.25)
+    one.close()
+    with one.ledger.engine.begin() as connection:
+        connection.execute(update(grants).values(seen=time.time() - 31))
+    assert worker().left(KEY) == pytest.approx(0.75)
+
+
 def test_a_worker_that_dies_has_spent_what_is_on_record(worker: Workers) -> None:
     dead, heir = worker(), worker()
     heir.hold(KEY, 0.001).settle(0.001)
@@ -192,6 +202,85 @@ def test_a_worker_that_was_taken_for_dead_spends_nothing_twice(worker: Workers) 
         gate.tell()
     assert granted(two) == pytest.approx(0.021, abs=0.0101)
     assert granted(two) >= 0.021 - 1e-9
+
+
+def test_what_a_worker_told_before_it_was_taken_for_dead_counts_once(worker: Workers) -> None:
+    one, two = worker(), worker()
+    one.hold(KEY, 0.25).settle(0.25)
+    one.tell()
+    one._record.add(row(1, key="k", time=time.time(), price=0.25))
+    one._record.stop()
+    with one.ledger.engine.begin() as connection:
+        connection.execute(update(grants).where(grants.c.worker == one.ledger.worker).values(seen=time.time() - 31))
+    two.hold(KEY, 0.0).settle(0.0)
+    one.hold(KEY, 0.125).settle(0.125)
+    for gate in (one, two, one, two):
+        gate.tell()
+    assert granted(two) == pytest.approx(0.375)
+    one.close()
+    assert granted(two) == pytest.approx(0.375)
+
+
+def test_a_worker_with_a_request_under_way_is_alive(worker: Workers) -> None:
+    gate = worker()
+    with gate.hold(KEY, 0.01):
+        gate.tell()
+        with gate.ledger.engine.begin() as connection:
+            connection.execute(update(grants).values(seen=0.0))
+        gate.tell()
+        with gate.ledger.engine.connect() as connection:
+            seen = dict(connection.execute(select(grants.c.worker, grants.c.seen)).all())
+    assert seen[gate.ledger.worker] == pytest.approx(time.time(), abs=20)
+
+
+def aged(gate: SharedLimits, *ledgers: Ledger) -> None:
+    """These were not heard of for longer than a worker that lives."""
+    with gate.ledger.engine.begin() as connection:
+        for ledger in ledgers:
+            connection.execute(update(grants).where(grants.c.worker == ledger.worker).values(seen=time.time() - 31))
+
+
+def spend_unshared(gate: SharedLimits, dollars: float) -> None:
+    gate._record.add(row(9, key="k", time=time.time(), price=dollars))
+    gate._record.stop()
+
+
+def test_whoever_comes_when_all_others_are_dead_believes_the_record(worker: Workers) -> None:
+    gate = worker()
+    dead, heir = gate.ledger, Ledger(gate.ledger.engine)
+    dead.exchange("k", 0.0, 1.0, granted=0.05, spent=0.01, known=False)
+    spend_unshared(gate, 0.5)
+    aged(gate, dead)
+    assert heir.exchange("k", 0.0, 1.0, granted=0.0, spent=0.0, known=False).free == 0.5
+
+
+def test_a_worker_that_dies_has_not_spent_what_another_has(worker: Workers) -> None:
+    gate = worker()
+    dead, heir = gate.ledger, Ledger(gate.ledger.engine)
+    heir.exchange("k", 0.0, 1.0, granted=0.25, spent=0.0, known=False)
+    dead.exchange("k", 0.0, 1.0, granted=0.125, spent=0.0, known=False)
+    # It is the heir's, who has not told of it yet.
+    spend_unshared(gate, 0.25)
+    aged(gate, dead)
+    assert heir.exchange("k", 0.0, 1.0, granted=0.25, spent=0.0, known=True).free == 0.625
+    # Should it live after all, what it has spent is not counted a second time at its end.
+    dead.retire("k", 0.0, 0.125)
+    assert heir.exchange("k", 0.0, 1.0, granted=0.25, spent=0.0, known=True).free == 0.625
+
+
+def test_whoever_joins_has_spent_what_it_says_beside_what_is_on_record(worker: Workers) -> None:
+    gate = worker()
+    one, other = gate.ledger, Ledger(gate.ledger.engine)
+    other.exchange("k", 0.0, 1.0, granted=0.0, spent=0.0, known=False)
+    spend_unshared(gate, 0.5)
+    assert one.exchange("k", 0.0, 1.0, granted=0.25, spent=0.25, known=False, joins=True).free == 0.25
+
+
+def test_of_an_admission_what_was_used_counts_and_the_rest_comes_back(worker: Workers) -> None:
+    ledger = worker().ledger
+    first = ledger.admit("k", 10, 4, None)
+    assert ledger.admit("k", 10, 10, (first.id, 3)).count == 7
+    assert ledger.admit("k", 10, 1, None).count == 0
 
 
 def test_a_part_that_was_not_confirmed_for_long_is_not_spent(worker: Workers, monkeypatch: pytest.MonkeyPatch) -> None:

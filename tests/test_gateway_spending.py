@@ -55,6 +55,7 @@ def prices(written: tuple[str, dict[str, str]], *by: str, since: float = 0.0, un
 
 def test_the_sums_are_those_of_the_rows(written) -> None:
     assert prices(written, "key") == {"alice": 19.0, "(no key)": 8.0, "bob": 4.0}
+    assert set(prices((written[0], {}), "key")) == {*written[1], "(no key)"}, "a key that has no name any more goes by its id"
     # Of the last row, large took 5 and small, who answered first and in vain, 3.
     assert prices(written, "expert") == {DELETED: 16.0, "small": 8.0, "large": 7.0, "(nobody)": 0.0}
     assert prices(written, "key", "expert")["alice", "large"] == 2.0

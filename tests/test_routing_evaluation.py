@@ -27,7 +27,7 @@ from deferral.routing.evaluation import (
 from deferral.routing.judging import evaluation, held
 from deferral.routing.prices import error_range
 from deferral.routing.showing import save_evaluation
-from deferral.routing.static import draws, mix_at_error, mix_at_price, mix_at_quality
+from deferral.routing.static import chances, draw_of, draws, explored, mix_at_error, mix_at_price, mix_at_quality
 from tests.routing_world import EXPERTS, router, world
 
 
@@ -184,6 +184,25 @@ def test_the_static_mix_is_optimal_among_mixes() -> None:
         assert single.argmax() == np.argmin(np.where(mask, 1 - quality + price / 0.5, np.inf))
     with pytest.raises(ValueError, match="the cheapest expert costs"):
         mix_at_price(np.ones(2), np.ones(2), np.ones(2, bool), 0.5)
+    # What is the same but for rounding is no cheaper.
+    assert mix_at_price(np.ones(2), np.array([0.3, 1.0]), np.ones(2, bool), 0.1 * 3 - 1e-12).tolist() == [1.0, 0.0]
+
+
+def test_a_draw_is_below_one_whatever_the_query(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deferral.routing.static._digest", lambda query, key: b"\xff" * 8)
+    assert draws(["q"], "s").tolist() == [draw_of("q", "s")]
+    assert draw_of("q", "s") < 1
+
+
+def test_who_is_explored_does_not_hang_on_what_the_mix_draws() -> None:
+    queries = [f"q{number}" for number in range(400)]
+    by_chance = explored(np.ones(2, bool), 0.5, queries, "salt") >= 0
+    assert (by_chance == (draws(queries, "salt") < 0.5)).mean() == pytest.approx(0.5, abs=0.1)
+
+
+def test_who_may_not_be_asked_is_not_drawn_at_random_and_the_chances_add_up_to_one() -> None:
+    found = chances(np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]), np.array([True, True, False]), 0.2)
+    np.testing.assert_allclose(found, [[0.9, 0.1, 0.0], [0.1, 0.9, 0.0]])
 
 
 def test_draws_are_uniform_and_the_same_for_the_same_query_and_salt() -> None:
@@ -236,6 +255,7 @@ def test_prices_that_hardly_differ_are_one_price() -> None:
     assert error_range(price) == pytest.approx(error_range(price[:, [0, 2]]), rel=1e-4)
     assert error_range(price) == pytest.approx((0.038, 0.95), rel=1e-4)
     assert trade_offs(price)[-1] > 1e-9
+    assert error_range(np.array([[1.0, 2.0, 10.0]])) == pytest.approx((2.0, 450.0))
     assert error_range(np.array([[0.001, 0.0011]]))[0] == pytest.approx(0.0002)
     # Of two there is no other price to choose by; lengths may tell them apart.
     assert error_range(price[:, :2])[0] == pytest.approx(2e-8)

@@ -13,7 +13,7 @@ import torch
 from deferral.datasets import DataError
 from deferral.routing import Log, Outcome, cost_table, list_prices, log_of_table, read_log, token_prices, write_log
 from deferral.routing.outcomes import spelt_alike
-from deferral.routing.prices import fit_prices
+from deferral.routing.prices import PriceModel, fit_prices
 
 
 def some_log() -> Log:
@@ -280,6 +280,12 @@ def test_fitted_prices_are_never_negative_nor_falling() -> None:
     model = fit_prices(log_of_table(queries, ["falling", "steep"], np.zeros((3, 2)), price).table(), np.ones((3, 2)))
     assert model.per_character[0] == 0
     assert (model(np.array([0.0, 1.0, 1000.0])) >= 0).all()
+    np.testing.assert_allclose(model(np.array([1.0, 50.0, 100.0])).mean(0), price.mean(0))
+
+
+def test_prices_are_found_by_the_names_of_their_experts() -> None:
+    model = PriceModel(np.array([1.0, 2.0, 3.0]), np.array([0.1, 0.2, 0.3]), ("a", "b", "c")).of(["c", "a"])
+    assert (model.base.tolist(), model.per_character.tolist()) == ([3.0, 1.0], [0.3, 0.1])
 
 
 def test_list_prices_count_tokens_of_four_characters() -> None:
@@ -350,6 +356,10 @@ def test_right_or_wrong_is_a_quality_and_a_blank_line_at_the_end_is_none(tmp_pat
 def test_what_would_be_taken_for_something_else(field: dict, said: str) -> None:
     with pytest.raises(DataError, match=said):
         Log([Outcome(**({"query": "q", "expert": "a", "quality": 1.0, "price": 1.0} | field))])
+
+
+def test_a_query_is_kept_with_the_space_around_it() -> None:
+    assert Log([Outcome(" a query\n", "a", 1.0, 1.0)]).queries == [" a query\n"]
 
 
 def test_a_frame_becomes_a_log_by_its_records_and_empty_cells_are_unknown(tmp_path: Path) -> None:

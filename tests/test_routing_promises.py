@@ -39,6 +39,19 @@ def test_losses_that_vary_little_prove_more_than_their_mean_alone() -> None:
         p_value_of_mean(np.ones(3), 1.0)
 
 
+def test_what_comes_after_the_first_that_fails_is_promised_to_nobody() -> None:
+    reached = {3.0: 0.5, 2.0: 0.0, 1.0: 0.5}
+    found = promised_error(lambda error: np.full(400, reached[error]), np.full((400, 1), 0.5), reached, share=0.8, confidence=0.9)
+    assert found == 3.0
+
+
+def test_a_policy_that_takes_half_of_the_draws_is_worth_half_of_them() -> None:
+    log = Log(Outcome(f"q{number}", "ab"[number % 2], 1.0, 0.0, propensity=0.5) for number in range(40))
+    events, half = events_of(log, ["a", "b"]), np.full((40, 2), 0.5)
+    found = replay(events, np.tile([1.0, 0.0], (40, 1)), 1.0, quality=half, price=half, resamples=2)
+    assert (found.effective, found.largest_weight) == (20.0, 2.0)
+
+
 def test_a_promise_is_broken_at_most_as_often_as_it_says() -> None:
     """400 calibrations of a family whose bolder members fall below the floor, the truth known exactly."""
     chance = np.array([0.9, 0.6])  # two experts
