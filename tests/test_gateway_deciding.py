@@ -10,13 +10,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from deferral.gateway.choice import Choice
+from deferral.gateway.choice import Choice, set_aside
 from deferral.gateway.deciding import Decider
-from deferral.gateway.eligible import Limited, merged, refusal
+from deferral.gateway.eligible import Limited, merged, refusal, served
 from deferral.gateway.experts_file import Expert
 from deferral.gateway.problems import Problem
 from deferral.gateway.requests import Asked, Hints, parse
-from deferral.routing import Abilities, Router, log_of_table
+from deferral.routing import Abilities, Needs, Router, log_of_table
 from deferral.routing.policies import Neighbours
 from tests.running_gateway import EASY, HARD, small_router
 from tests.test_routing_dearness import asked as priced_answers
@@ -175,6 +175,32 @@ def test_who_is_too_dear_is_told_by_all_that_is_sent(router: Router) -> None:
     assert choose(decider, asked(HARD), Limited(left=0.1)).ranking[0] == "large"
     assert choose(decider, long, Limited(left=0.0)).ranking == ("small",), "the budget itself refuses"
     decider.close()
+
+
+def test_the_static_mix_of_a_late_decision_says_how_probable_it_was_and_whom_nobody_may_ask(
+    decider: Decider, router: Router
+) -> None:
+    plan = replace(router.plan(needs=Needs.of(allow=["small"])), mix=np.array([0.25, 0.75]))
+    found = decider._by_mix(plan, "a query")
+    assert found.propensity.tolist() == [0.25 if found.names == ["small"] else 0.75]
+    assert np.isfinite(found.cost).tolist() == [[True, False]]
+
+
+def test_an_expert_that_is_not_to_be_chosen_is_not(router: Router) -> None:
+    assert served(router, {**EXPERTS, "large": replace(EXPERTS["large"], route=False)}) == ["small"]
+
+
+def test_what_is_left_of_a_budget_may_be_spent_to_the_last(decider: Decider) -> None:
+    choice = choose(decider, asked(HARD))
+    dollars = set_aside(EXPERTS["large"], choice, asked(HARD))
+    assert choose(decider, asked(HARD), Limited(left=dollars)).ranking == ("large", "small")
+    assert choose(decider, asked(HARD), Limited(left=0.999 * dollars)).ranking == ("small",)
+
+
+def test_a_cap_on_the_time_holds_where_a_budget_runs_low(decider: Decider) -> None:
+    low = Limited(thrift=0.9)
+    assert choose(decider, asked(HARD), low).ranking[0] == "large"
+    assert choose(decider, asked(HARD), low, max_latency=0.5).ranking == ("small",)
 
 
 def test_past_the_deadline_the_static_mix_decides_and_says_so() -> None:

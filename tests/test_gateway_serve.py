@@ -95,6 +95,25 @@ def test_without_keys_only_this_machine_is_let_in_however_the_app_is_bound(tmp_p
     keys.close()
 
 
+def test_a_key_for_the_admin_endpoints_is_none_for_clients_nor_the_other_way_round(tmp_path: Path) -> None:
+    keys = Keys(str(tmp_path / "gateway.db"))
+    keys.start()
+    access = Access(keys, Settings(database=str(tmp_path / "gateway.db"), admin_key="0123456789abcdef"))
+    client, operator = (
+        {b"authorization": f"Bearer {keys.create(name, admin=name == 'op')[0]}".encode()} for name in ("me", "op")
+    )
+    with pytest.raises(Problem, match="for the admin endpoints") as refused:
+        access.client({"headers": []}, operator)
+    assert refused.value.status == 403
+    for headers, status in ((client, 403), ({}, 401), ({b"authorization": b"Bearer 0123456789abcdeg"}, 403)):
+        with pytest.raises(Problem) as refused:
+            access.admin(headers)
+        assert refused.value.status == status
+    access.admin(operator)
+    access.admin({b"authorization": b"Bearer 0123456789abcdef"})
+    keys.close()
+
+
 def test_a_taken_port_is_named_before_anything_is_served(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small_router().save(tmp_path / "router")
     (tmp_path / "experts.toml").write_text('[experts.small]\nbase_url = "http://127.0.0.1:1"\n', encoding="utf-8")

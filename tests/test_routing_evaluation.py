@@ -24,6 +24,7 @@ from deferral.routing.evaluation import (
     static_curve,
     trade_offs,
 )
+from deferral.routing.held_rows import HeldRows, Search
 from deferral.routing.judging import evaluation, held
 from deferral.routing.prices import error_range
 from deferral.routing.showing import save_evaluation
@@ -186,6 +187,51 @@ def test_the_static_mix_is_optimal_among_mixes() -> None:
         mix_at_price(np.ones(2), np.ones(2), np.ones(2, bool), 0.5)
     # What is the same but for rounding is no cheaper.
     assert mix_at_price(np.ones(2), np.array([0.3, 1.0]), np.ones(2, bool), 0.1 * 3 - 1e-12).tolist() == [1.0, 0.0]
+
+
+def test_what_is_dearer_and_no_better_is_no_corner() -> None:
+    assert hull(np.array([[2.0, 0.5], [1.0, 0.5]])).tolist() == [[1.0, 0.5]]
+
+
+def test_the_least_share_of_calls_is_that_at_which_the_gap_is_first_recovered() -> None:
+    score, gain = np.array([3.0, 2.0, 1.0]), np.array([1.0, 0.0, 1.0])
+    assert [float(cpt(score, gain, share)) for share in (0.5, 1.0)] == pytest.approx([1 / 3, 1.0])
+
+
+def test_decisions_go_by_expected_prices_and_pay_what_was_asked() -> None:
+    one = np.ones((1, 2))
+    found = curve(one, np.array([[1.0, 0.0]]), one, np.array([1.0]), expected=np.array([[0.0, 1.0]]))
+    assert found.points().tolist() == [[1.0, 1.0]]
+
+
+def test_the_room_is_over_the_mean_prices_of_the_experts() -> None:
+    generator = np.random.default_rng(0)
+    price, quality = generator.random((50, 2)) + np.array([0.5, 2.0]), generator.random((50, 2)) * [0.5, 1.0]
+    means = price.mean(0)
+    expected = aiq(static_curve(price, quality).points(), means[0], means[1])
+    assert routability(quality, price, quality).static_mix == pytest.approx(expected)
+
+
+def test_a_figure_that_a_third_of_the_samples_do_not_define_has_no_interval() -> None:
+    def figures(weights: np.ndarray) -> np.ndarray:
+        return np.array([1.0, 1.0 if weights[0] else np.nan])
+
+    sure, unsure = intervals_of(figures, 3, resamples=100)
+    assert (sure.low, sure.high, unsure.estimate) == (1.0, 1.0, 1.0)
+    assert np.isnan([unsure.low, unsure.high]).all()
+
+
+def test_a_budget_and_a_floor_are_looked_for_among_those_who_may_be_asked() -> None:
+    good, price = np.tile([0.0, 1.0], (4, 1)), np.tile([1.0, 10.0], (4, 1))
+    rows = replace(HeldRows.none(2), quality=good, estimate=good, price=price)
+    search, cheap = Search(rows, price, good[0], price[0]), np.array([True, False])
+    dearest, quality = search.error_at_price(cheap, 1.0)
+    assert (dearest, quality) == (pytest.approx(450e3), 0.0), "a budget that is just enough is enough"
+    assert search.error_at_price(np.ones(2, bool), 10.0)[1] == 1.0
+    with pytest.raises(ValueError, match=r"at most 0\.000 was reached"):
+        search.error_at_quality(cheap, 0.5)
+    # Half the queries go to whoever is drawn.
+    assert search.of_mix(np.array([1.0, 0.0]), np.ones(2, bool), 0.5) == (3.25, 0.25)
 
 
 def test_a_draw_is_below_one_whatever_the_query(monkeypatch: pytest.MonkeyPatch) -> None:

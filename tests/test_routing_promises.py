@@ -52,6 +52,12 @@ def test_a_policy_that_takes_half_of_the_draws_is_worth_half_of_them() -> None:
     assert (found.effective, found.largest_weight) == (20.0, 2.0)
 
 
+def test_of_a_query_that_everyone_answered_the_logged_propensities_count_beside_other_decisions() -> None:
+    drawn = (("q", "a", 0.75), ("q", "b", 0.25), ("r", "a", 0.125))
+    log = Log(Outcome(query, expert, 1.0, 0.0, propensity=propensity) for query, expert, propensity in drawn)
+    assert events_of(log, ["a", "b"]).propensity.tolist() == [0.75, 0.25, 0.125]
+
+
 def test_a_promise_is_broken_at_most_as_often_as_it_says() -> None:
     """400 calibrations of a family whose bolder members fall below the floor, the truth known exactly."""
     chance = np.array([0.9, 0.6])  # two experts

@@ -7,6 +7,7 @@ import pytest
 
 from deferral.routing import Log, Needs, Outcome, Router, list_prices, log_of_table
 from deferral.routing.policies import Linear
+from deferral.routing.prices import LEAST_SHARE
 from deferral.routing.verdicts import report
 from tests.routing_world import EXPERTS, QUICK, router, world
 
@@ -250,3 +251,8 @@ def test_wrong_arguments() -> None:
         router().route_batch("text")
     with pytest.raises(TypeError, match="row 2"):
         router().route_batch(["a", None])
+
+
+def test_no_query_costs_less_than_a_tenth_of_what_its_length_says() -> None:
+    state, length = router().fitted, np.array([100.0])
+    np.testing.assert_allclose(state.priced(length, np.full((1, 3), -5.0)), LEAST_SHARE * state.by_length(length))
