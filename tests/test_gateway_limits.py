@@ -145,6 +145,13 @@ def test_of_the_requests_of_a_key_no_more_than_those_of_a_minute_are_remembered(
     assert len(minute._times) <= 121
 
 
+def test_a_budget_that_is_spent_refuses_what_is_expected_to_cost_nothing_too() -> None:
+    gate, key = limits(Clock()), Key("k", "k", budget=1.0)
+    gate.hold(key, 1.0).settle(1.0)
+    with pytest.raises(Refused, match="does not cover this request"):
+        gate.hold(key, 0.0)
+
+
 def test_a_request_that_nobody_settles_has_cost_what_it_had_spent_by_then() -> None:
     gate, key = limits(Clock()), Key("k", "k", budget=1.0)
     with gate.hold(key, 0.5) as hold:
