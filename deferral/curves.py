@@ -7,6 +7,7 @@ rows, as in `deferral.metrics`; leading dimensions of the weights become leading
 `deferral.intervals.bootstrap` quick.  All are O(N log N), in float64, NumPy or torch in and out.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +29,7 @@ __all__ = [
     "aurc",
     "budget_curve",
     "cost_coverage_curve",
+    "coverage_at_risk",
     "excess_aurc",
     "excess_system_aurc",
     "generalized_risk_coverage_curve",
@@ -173,6 +175,23 @@ def excess_aurc(confidence: Tensor, loss: Tensor, weights: Tensor | None = None)
     Geifman, Uziel, El-Yaniv (ICLR 2019), section 2.
     """
     return aurc(confidence, loss, weights) - aurc(-loss.double(), loss, weights)
+
+
+@numpy_or_torch
+def coverage_at_risk(confidence: Tensor, loss: Tensor, at_most: float, weights: Tensor | None = None) -> Tensor:
+    """The largest coverage of a threshold whose selective risk is `at_most` or less; 0 where there is none.  -> (...)
+
+    A threshold keeps rows of equal confidence together or not at all.  The best threshold is chosen on the rows that it is
+    judged on: to serve one that keeps its risk on others, see `deferral.certified`.
+    C@R of Whitehead et al., "Reliable Visual Question Answering: Abstain Rather Than Answer Incorrectly" (ECCV 2022).
+    """
+    if not math.isfinite(at_most):
+        raise ValueError(f"at_most: expected a finite risk, in the unit of the loss, got {at_most}")
+    _, mass, (total,) = _groups(-_row("confidence", confidence), weights, loss=loss)
+    rows, losses = _cumulative(mass), _cumulative(total)
+    # 29 errors in 100 are a risk of .29, which times 100 is a little less than 29.
+    within = losses <= at_most * rows + 1e-12 * rows[..., -1:]
+    return (rows / rows[..., -1:]).where(within, 0.0).amax(dim=-1)
 
 
 @numpy_or_torch

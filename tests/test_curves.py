@@ -18,6 +18,7 @@ from deferral.curves import (
     aurc,
     budget_curve,
     cost_coverage_curve,
+    coverage_at_risk,
     excess_aurc,
     excess_system_aurc,
     generalized_risk_coverage_curve,
@@ -64,6 +65,27 @@ def test_curves_of_abstention_equal_their_definition_under_ties(seed: int) -> No
 
 
 @pytest.mark.parametrize("seed", range(5))
+def test_the_coverage_at_a_risk_is_the_best_of_all_thresholds(seed: int) -> None:
+    confidence, loss, _, _ = draw(seed)
+    for at_most in [-0.1, 0.0, float(loss.mean()), *torch.linspace(0.2, 1.0, 9).tolist()]:
+        kept = [confidence >= threshold for threshold in confidence.unique()]
+        reached = [float(keep.double().mean()) for keep in kept if loss[keep].mean() <= at_most + 1e-12]
+        assert float(coverage_at_risk(confidence, loss, at_most)) == pytest.approx(max(reached, default=0.0))
+        counts = torch.tensor([[1, 2, 0, 1, 3, 1], [0, 0, 1, 0, 2, 0]])
+        copies = [coverage_at_risk(confidence.repeat_interleave(n), loss.repeat_interleave(n), at_most) for n in counts]
+        torch.testing.assert_close(coverage_at_risk(confidence, loss, at_most, counts.double()), torch.stack(copies))
+
+
+def test_the_coverage_at_a_risk_that_is_met_exactly() -> None:
+    for errors in range(101):
+        wrong = torch.arange(100) < errors
+        assert coverage_at_risk(torch.ones(100), wrong, errors / 100) == 1
+        assert errors == 0 or coverage_at_risk(torch.ones(100), wrong, errors / 100 - 1e-6) == 0
+    with pytest.raises(ValueError, match="at_most: expected a finite risk"):
+        coverage_at_risk(torch.ones(2), torch.ones(2), float("nan"))
+
+
+@pytest.mark.parametrize("seed", range(5))
 def test_curves_of_the_system_equal_their_definition_under_ties(seed: int) -> None:
     margin, own, deferred, price = draw(seed)
 
@@ -96,12 +118,14 @@ def test_no_figure_depends_on_the_order_of_the_rows(seed: int) -> None:
         (aurc, (own,)),
         (excess_aurc, (own,)),
         (augrc, (own,)),
+        (coverage_at_risk, (own, 0.5)),
         (system_aurc, (own, deferred)),
         (excess_system_aurc, (own, deferred)),
         (system_augrc, (own, deferred)),
     ]:
         here = figure(order, *columns, weights)
-        there = figure(order[shuffled], *(column[shuffled] for column in columns), weights[shuffled])
+        moved = (column[shuffled] if isinstance(column, Tensor) else column for column in columns)
+        there = figure(order[shuffled], *moved, weights[shuffled])
         torch.testing.assert_close(here, there, msg=str(figure))
 
 
