@@ -258,6 +258,19 @@ def test_one_kept_row_has_a_mean() -> None:
     assert certify(margin, SelectiveRisk(torch.tensor([True]), 0.5), always).estimates.tolist() == [[1.0]]
 
 
+def test_a_selective_risk_of_numbers_is_promised_in_their_own_unit() -> None:
+    generator = torch.Generator().manual_seed(0)
+    margin, loss = torch.rand(2, 200, generator=generator, dtype=torch.float64)
+    inner = certify(margin, SelectiveRisk(loss, 0.6), GRID)
+    outer = certify(margin, SelectiveRisk(4 * loss, 2.4, ceiling=4.0), GRID)
+    torch.testing.assert_close(outer.p_values, inner.p_values)
+    torch.testing.assert_close(outer.estimates, 4 * inner.estimates)
+    with pytest.raises(ValueError, match=r"above ceiling=1; .* not the largest of these rows"):
+        certify(margin, SelectiveRisk(4 * loss, 0.6), GRID)
+    with pytest.raises(ValueError, match="between 0 and the largest possible, 4"):
+        certify(margin, SelectiveRisk(4 * loss, 4.0, ceiling=4.0), GRID)
+
+
 def test_bad_input() -> None:
     margin, wrong, expert = draw(10, torch.Generator().manual_seed(0))
     with pytest.raises(ValueError, match="margin"):

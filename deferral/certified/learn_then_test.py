@@ -157,7 +157,9 @@ def _tested(margin: Tensor, risks: list[Risk], thresholds: Tensor) -> tuple[np.n
         if isinstance(risk, DeferralRate):
             total, size, ceiling, exact = rows - kept, np.full_like(kept, rows), 1.0, True
         elif isinstance(risk, SelectiveRisk):
-            total, size, ceiling, exact = sums(risk.loss)[kept], kept, 1.0, risk.loss.dtype == torch.bool
+            ceiling = risk.ceiling
+            total, size = sums(risk.loss)[kept] / ceiling, kept
+            exact = risk.loss.dtype == torch.bool and ceiling == 1.0
         else:
             own, deferred = sums(risk.own_cost), sums(risk.deferred_cost)
             ceiling = risk.ceiling

@@ -13,13 +13,15 @@ __all__ = ["DeferralRate", "Risk", "SelectiveRisk", "SystemRisk", "check_groups"
 
 @dataclass(frozen=True)
 class SelectiveRisk:
-    """E[loss | kept] <= at_most: the mean loss of the own answers that are kept.  (N,), in [0, 1]
+    """E[loss | kept] <= at_most: the mean loss of the own answers that are kept, in [0, ceiling].  (N,)
 
-    A bool loss (`answers != targets`) is tested by the exact binomial tail, a floating one by Hoeffding-Bentkus.
+    A bool loss (`answers != targets`) is tested by the exact binomial tail, a floating one by Hoeffding-Bentkus.  `ceiling` is
+    the largest loss that any row can have; a squared error has none, and is promised when it is clipped at one.
     """
 
     loss: Tensor
     at_most: float
+    ceiling: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -57,12 +59,12 @@ def checked_risks(margin: Tensor, risks: Risk | Sequence[Risk]) -> list[Risk]:
     for risk in given:
         if not isinstance(risk, Risk):
             raise TypeError(f"risks: expected SelectiveRisk, SystemRisk or DeferralRate, got {type(risk).__name__}")
-        ceiling = risk.ceiling if isinstance(risk, SystemRisk) else 1.0
+        ceiling = 1.0 if isinstance(risk, DeferralRate) else risk.ceiling
         if not 0.0 < risk.at_most < ceiling:
             raise ValueError(f"at_most: expected a level between 0 and the largest possible, {ceiling:g}, got {risk.at_most}")
         if isinstance(risk, SelectiveRisk):
             require_tensor("loss", risk.loss)
-            risk = replace(risk, loss=_checked_losses("loss", risk.loss, margin, 1.0))
+            risk = replace(risk, loss=_checked_losses("loss", risk.loss, margin, ceiling))
         elif isinstance(risk, SystemRisk):
             require_tensor("own_cost", risk.own_cost)
             require_tensor("deferred_cost", risk.deferred_cost)
@@ -123,6 +125,12 @@ def _checked_losses(name: str, values: Tensor, margin: Tensor, ceiling: float) -
             raise TypeError(f"{name}: expected bool or a floating dtype, got {values.dtype}; {advice}")
         if bool(values.isnan().any()):
             raise ValueError(f"{name}: expected a number for each row, got NaN; leave these rows out, of the margin too")
-        check_costs(values, ceiling=ceiling, name=name)
+        check_costs(values, ceiling=None, name=name)
+        # One part in 10^5: a float32 sum of error and price may lie above its own ceiling by a rounding.
+        if (highest := float(values.max())) > ceiling * (1 + 1e-5):
+            raise ValueError(
+                f"{name}: the largest is {highest:g}, above ceiling={ceiling:g}; pass as ceiling, to the risk, the largest that "
+                f"any row can have, not the largest of these rows, or clip at one: {name}.clamp(max={ceiling:g})"
+            )
         values = values.double().clamp(max=ceiling)
     return values
