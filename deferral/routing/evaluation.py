@@ -113,7 +113,12 @@ def aiq(points: np.ndarray, low: float, high: float) -> float:
         return float(corners[-1, 1])
     inside = corners[(corners[:, 0] > low) & (corners[:, 0] < high), 0]
     prices = np.concatenate([[low], inside, [high]])
-    return float(np.trapezoid(np.interp(prices, corners[:, 0], corners[:, 1]), prices) / (high - low))
+    return float(_area(np.interp(prices, corners[:, 0], corners[:, 1]), prices) / (high - low))
+
+
+def _area(y: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """By trapezoids, as numpy has it from 2.0 on.  (..., N), (..., N) -> (...)"""
+    return ((y[..., 1:] + y[..., :-1]) / 2 * np.diff(x)).sum(axis=-1)
 
 
 def saving(points: np.ndarray, quality: float, price: float, share: float = 1.0) -> float:
@@ -137,7 +142,7 @@ def apgr(score: np.ndarray, gain: np.ndarray, weights: np.ndarray | None = None)
     Ong et al., "RouteLLM" (2024), section 3.
     """
     called, recovered = _recovered(score, gain, weights)
-    return np.trapezoid(recovered, called, axis=-1)
+    return _area(recovered, called)
 
 
 def cpt(score: np.ndarray, gain: np.ndarray, share: float, weights: np.ndarray | None = None) -> np.ndarray:
