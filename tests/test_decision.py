@@ -67,6 +67,13 @@ def test_chow_abstains_iff_the_top_probability_is_at_most_one_minus_cost() -> No
     assert decide(chow_scores(p, 0.25)).tolist() == [2, 2, 0]
 
 
+def test_where_errors_differ_the_action_of_least_expected_cost_is_taken() -> None:
+    harm = torch.tensor([[0.0, 9.0], [1.0, 0.0]])  # the label 0 must not be called 1
+    p = torch.tensor([[0.02, 0.98], [0.2, 0.8], [0.5, 0.5], [0.9, 0.1]])
+    scores = -torch.cat([p @ harm, torch.full((4, 1), 0.4)], dim=-1)
+    assert decide(scores).tolist() == [1, 2, 2, 0]  # expected costs: .18 of 1; .8 and 1.8; .5 and 4.5; .1 of 0
+
+
 @pytest.mark.parametrize(
     ("call", "said"),
     [

@@ -22,7 +22,7 @@ def run(page: str, count: int) -> dict:
 
 
 def test_the_guide_runs_and_does_what_it_says(capsys) -> None:
-    session = run("docs/judging.md", 6)
+    session = run("docs/judging.md", 7)
     rows, test, y = session["scores"][session["calibration"]], session["test"], session["y"]
     assert (decide(rows, session["at_coverage"]) == 0).double().mean() >= 0.8
     assert (decide(rows, session["at_rate"]) == 1).double().mean() <= 0.1
@@ -31,6 +31,8 @@ def test_the_guide_runs_and_does_what_it_says(capsys) -> None:
     kept = session["promised"] == 0
     assert (session["answers"][test, 0] != y[test])[kept].double().mean() <= 0.1
     assert session["temperature"] > 0
+    assert (decide(session["ranked"][:600], session["offsets"]) == 0).double().mean() >= 0.9
+    assert 0.85 < session["answered"].double().mean() < 1
     who = torch.from_numpy(session["who"])
     expected = session["answers"][test].gather(-1, who.unsqueeze(-1)).squeeze(-1)
     assert (torch.from_numpy(session["final"])[who == 1] == expected[who == 1]).all()
