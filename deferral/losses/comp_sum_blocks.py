@@ -63,15 +63,15 @@ def comp_sum_block(
 
 
 def _fill_by_log_softmax(scores: Tensor, weights: Tensor, ceiling: Tensor | None, descent: Tensor, losses: Tensor) -> bool:
-    """What `comp_sum_block` fills for mu = 1 by torch's own log-softmax and its gradient; False where they are not finite."""
+    """`_fill_by_softmax` for mu = 1: by torch's own log-softmax and its gradient."""
+    pull, first = weights if ceiling is None else ceiling - weights, scores[:, :1]
+    # In the table that the log-softmax is about to fill, so that one more is enough.
+    relative = torch.sub(scores, first, out=descent).mul_(pull).sum(dim=-1, keepdim=True)
     torch.log_softmax(scores, dim=-1, out=descent)
-    spare = None if ceiling is None else ceiling - weights
-    product = torch.mul(descent, weights if spare is None else spare, out=spare)
-    torch.sum(product, dim=-1, keepdim=True, out=losses).neg_()
-    if not _all_finite(losses):
+    log_p_first = descent[:, :1]
+    torch.addcmul(relative, log_p_first, pull.sum(dim=-1, keepdim=True), out=losses).neg_()
+    if not (_precise(log_p_first) and _all_finite(losses)):
         return False
-    # Once more, rather than a third table kept.
-    pull = weights if ceiling is None else torch.sub(ceiling, weights, out=product)
     # pull - p * sum(pull), every row in one go.
     torch.ops.aten._log_softmax_backward_data.out(pull, descent, -1, descent.dtype, out=descent)
     return True
@@ -85,10 +85,10 @@ def _fill_by_softmax(scores: Tensor, weights: Tensor, ceiling: Tensor | None, de
     spare = None
     if ceiling is not None:
         weights = spare = ceiling - weights
-    torch.softmax(scores, dim=-1, out=descent)
     first = scores[:, :1]
+    torch.softmax(scores, dim=-1, out=descent)
     log_p_first = descent[:, :1].log()
-    if not log_p_first.amin().item() >= _LOG_PRECISE:
+    if not _precise(log_p_first):
         return False
     found, pull = _losses_and_pull_of(descent, scores, first, log_p_first, weights, mu, spare)
     losses.copy_(found)
@@ -109,7 +109,7 @@ def _fill_targets_by_softmax(
     own = scores.shape[-1] - columns
     torch.softmax(scores, dim=-1, out=descent)
     log_p_target = descent.narrow(1, 0, own).gather(-1, targets).log_()
-    if not log_p_target.amin().item() >= _LOG_PRECISE:
+    if not _precise(log_p_target):
         return None
     p, weighed, target_score = descent.narrow(1, own, columns), scores.narrow(1, own, columns), scores.gather(-1, targets)
     if mu == 1:
@@ -199,6 +199,11 @@ def _losses_and_pull(exponent: Tensor, weights: Tensor, mu: float) -> tuple[Tens
     if beyond is not None:
         losses.sub_(_sum_of_numbers(beyond.mul_(pull)))
     return losses.div_(mu - 1), pull
+
+
+def _precise(log_p: Tensor) -> bool:
+    """Whether all these probabilities have their digits; not where one is NaN."""
+    return bool(log_p.amin().item() >= _LOG_PRECISE)
 
 
 def _all_finite(losses: Tensor) -> bool:
