@@ -23,7 +23,6 @@ __all__ = [
     "require_ceiling",
     "require_cost",
     "require_cost_range",
-    "require_expert_columns",
     "require_experts",
     "require_floating",
     "require_mask",
@@ -134,7 +133,7 @@ def require_mask(mask: Tensor) -> None:
         raise TypeError(f"mask: expected a bool tensor (True = known), got {came}; convert with mask.bool()")
 
 
-def require_expert_columns(scores: Tensor, name: str, table: Tensor) -> None:
+def _require_expert_columns(scores: Tensor, name: str, table: Tensor) -> None:
     """ValueError for a table without the rows: one number per row would be read as that many experts."""
     if table.dim() < scores.dim():
         raise ValueError(
@@ -148,7 +147,7 @@ def require_experts(scores: Tensor, targets: Tensor, name: str, table: Tensor) -
     """Shapes of a loss over K classes and E experts: scores (..., K+E), targets, one column of the table per expert.  -> K"""
     require_floating("scores", scores)
     require_tensor(name, table)
-    require_expert_columns(scores, name, table)
+    _require_expert_columns(scores, name, table)
     num_classes = scores.shape[-1] - table.shape[-1]
     require_targets(scores, targets, num_classes)
     require_batch("scores", scores.shape[:-1], name, table.shape[:-1])

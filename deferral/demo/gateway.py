@@ -31,7 +31,7 @@ from deferral.demo.routed import PRICE_OF_ERROR, PRICES, Reply, Result, judged
 from deferral.errors import DataError
 from deferral.routing import Log, Outcome, Router, read_log, write_log
 
-__all__ = ["cache_folder", "fit_router", "made_models", "running"]
+__all__ = ["cache_folder", "made_models", "running"]
 
 TRAINING, FITTING = 20_000, 1_000  # questions that the models and the router learn from
 MOST_QUESTIONS = 1_000  # that are asked through the gateway
@@ -63,7 +63,7 @@ def running(folder: Path, count: int, seed: int, progress: Progress, *, port: in
         starting = {name: processes.enter_context(endpoint(folder / name)) for name in PRICES}
         addresses = {name: first_line(process) for name, process in starting.items()}
         progress.advance(task)
-        fit_router(folder, fitting, addresses, progress)
+        _fit_router(folder, fitting, addresses, progress)
         work = Path(processes.enter_context(tempfile.TemporaryDirectory(prefix="deferral-demo-")))
         (work / "experts.toml").write_text(_experts(addresses), encoding="utf-8")
         database = work / "gateway.db"
@@ -105,7 +105,7 @@ def made_models(folder: Path, seed: int, progress: Progress, *, unseen: Sequence
     return {name: LanguageModel.load(folder / name).parameters for name in PRICES}
 
 
-def fit_router(folder: Path, fitting: Sequence[Question], addresses: Mapping[str, str], progress: Progress) -> None:
+def _fit_router(folder: Path, fitting: Sequence[Question], addresses: Mapping[str, str], progress: Progress) -> None:
     """Learn a router from both models' answers, unless the folder has one."""
     log = folder / "outcomes.jsonl"
     if not log.is_file():

@@ -19,7 +19,7 @@ from deferral.gateway.state import Gateway
 from deferral.gateway.status import status
 from deferral.gateway.wire import header_map, read_body
 
-__all__ = ["change_key", "create_key", "hours_of", "rotate_key", "routes", "shown"]
+__all__ = ["hours_of", "routes", "shown"]
 
 _MOST_BYTES = 1 << 16
 
@@ -32,20 +32,20 @@ def routes(gateway: Gateway) -> list[Route]:
             issued = await gateway.query(gateway.keys.list)
             return JSONResponse({"object": "list", "data": [shown(one) for one in issued]})
         body = await read_body(request.receive, header_map(request.scope), _MOST_BYTES)
-        return JSONResponse(await gateway.query(create_key, gateway.keys, body), 201)
+        return JSONResponse(await gateway.query(_create_key, gateway.keys, body), 201)
 
     async def key(request: Request) -> Response:
         identity = request.path_params["id"]
         if request.method == "PATCH":
             body = await read_body(request.receive, header_map(request.scope), _MOST_BYTES)
-            return JSONResponse(await gateway.query(change_key, gateway.keys, identity, body))
+            return JSONResponse(await gateway.query(_change_key, gateway.keys, identity, body))
         if not await gateway.query(gateway.keys.revoke, identity):
             raise Problem(404, "key_not_found", f"{identity[:100]!r} is no valid key")
         return JSONResponse({"id": identity, "object": "key", "revoked": True})
 
     async def token(request: Request) -> Response:
         body = await read_body(request.receive, header_map(request.scope), _MOST_BYTES)
-        return JSONResponse(await gateway.query(rotate_key, gateway.keys, request.path_params["id"], body), 201)
+        return JSONResponse(await gateway.query(_rotate_key, gateway.keys, request.path_params["id"], body), 201)
 
     async def forget_key(request: Request) -> Response:
         return await deleted(key=request.path_params["id"].removeprefix(PREFIX))
@@ -85,7 +85,7 @@ def routes(gateway: Gateway) -> list[Route]:
     ]
 
 
-def create_key(keys: Keys, body: bytes) -> dict[str, Any]:
+def _create_key(keys: Keys, body: bytes) -> dict[str, Any]:
     """A key from the JSON of its settings.  -> it, and its token, which is shown this once"""
     wanted = _wanted(body, (*SETTINGS, "admin"))
     if "name" not in wanted:
@@ -95,7 +95,7 @@ def create_key(keys: Keys, body: bytes) -> dict[str, Any]:
     return {**_settings(key), "object": "key", "token": token}
 
 
-def change_key(keys: Keys, id: str, body: bytes) -> dict[str, Any]:
+def _change_key(keys: Keys, id: str, body: bytes) -> dict[str, Any]:
     """Other settings for a key, from their JSON; null lifts a restriction.  -> the key as it is now"""
     wanted = _wanted(body, SETTINGS)
     with _problems():
@@ -103,7 +103,7 @@ def change_key(keys: Keys, id: str, body: bytes) -> dict[str, Any]:
     return {**_settings(key), "object": "key"}
 
 
-def rotate_key(keys: Keys, id: str, body: bytes) -> dict[str, Any]:
+def _rotate_key(keys: Keys, id: str, body: bytes) -> dict[str, Any]:
     """A new token for a key; {"grace_hours": 24} is how long the one of before stays valid.  -> it, shown this once"""
     wanted = _wanted(body or b"{}", ("grace_hours",))
     with _problems():

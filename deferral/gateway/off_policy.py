@@ -30,7 +30,6 @@ __all__ = [
     "interval_of_mean",
     "of_no_use",
     "one_more",
-    "self_normalised",
     "stakes",
 ]
 
@@ -88,7 +87,7 @@ def compare(draws: Draws, old: np.ndarray, new: np.ndarray, *, seed: int = 0) ->
         old=_mean(draws, before, seed),
         new=_mean(draws, after, seed),
         gain=_mean(draws, before - after, seed),
-        gain_weighted=self_normalised(draws, old, new, seed=seed),
+        gain_weighted=_self_normalised(draws, old, new, seed=seed),
         cautious=cautious_gain(draws, old, new),
     )
 
@@ -135,7 +134,7 @@ def doubly_robust(draws: Draws, actions: np.ndarray) -> np.ndarray:
     return expected + draws.weight(actions) * np.where(actions == draws.action, draws.cost - expected, 0.0)
 
 
-def self_normalised(draws: Draws, old: np.ndarray, new: np.ndarray, *, seed: int = 0) -> "Interval":
+def _self_normalised(draws: Draws, old: np.ndarray, new: np.ndarray, *, seed: int = 0) -> "Interval":
     """The gain old - new where weights are divided by their sum.  Draws, (N,), (N,) -> Interval
 
     On rows on which the two agree it is 0, so only the others are weighted: share of those * (mean cost of old - of new).
