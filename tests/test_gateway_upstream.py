@@ -67,14 +67,16 @@ def test_what_an_exception_means() -> None:
 
 
 def test_retry_after_is_a_number_or_a_date() -> None:
-    assert retry_after_of("7") == 7
-    assert retry_after_of("0.5") == 0.5
-    assert retry_after_of("9" * 400) == 86_400
+    assert retry_after_of({"Retry-After": "7"}) == 7
+    assert retry_after_of({"Retry-After": "0.5"}) == 0.5
+    assert retry_after_of({"Retry-After": "1", "retry-after-ms": "250"}) == 0.25
+    assert retry_after_of({"Retry-After": "7", "retry-after-ms": "soon"}) == 7
+    assert retry_after_of({"Retry-After": "9" * 400}) == 86_400
     soon = datetime.now(UTC) + timedelta(seconds=30)
-    assert retry_after_of(format_datetime(soon, usegmt=True)) == pytest.approx(30, abs=2)
-    assert retry_after_of(formatdate(0, usegmt=True)) == 0
+    assert retry_after_of({"Retry-After": format_datetime(soon, usegmt=True)}) == pytest.approx(30, abs=2)
+    assert retry_after_of({"Retry-After": formatdate(0, usegmt=True)}) == 0
     for text in (None, "", "soon", "-1", "²", "nan", "Wed, 99 Foo 2026 00:00:00 GMT"):
-        assert retry_after_of(text) is None
+        assert retry_after_of({"Retry-After": text} if text is not None else {}) is None
 
 
 def test_an_expert_that_asks_for_rest_is_left_alone_whether_blamed_or_not() -> None:

@@ -1,6 +1,7 @@
 """What it means when an expert gives nothing that a client could use: whose fault it is, and who may be asked again."""
 
 import asyncio
+from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
 from time import time
 
@@ -94,13 +95,16 @@ def refused_with(status: int, path: str, retry_after: float | None) -> Failure:
     return Failure(502, "upstream_bad_reply", f"answered with status {status}")
 
 
-def retry_after_of(text: str | None) -> float | None:
-    """Seconds of a Retry-After header: a number, or a date."""
-    if not text:
-        return None
+def retry_after_of(headers: Mapping[str, str]) -> float | None:
+    """Seconds to wait by Retry-After, a number or a date; more exact where OpenAI's `retry-after-ms` is there as well."""
+    milliseconds, text = headers.get("retry-after-ms", ""), headers.get("Retry-After", "")
     try:
+        if milliseconds.replace(".", "", 1).isdigit():
+            return min(float(milliseconds) / 1000, 86_400.0)
         if text.replace(".", "", 1).isdigit():
             return min(float(text), 86_400.0)
+        if not text:
+            return None
         return max(parsedate_to_datetime(text).timestamp() - time(), 0.0)
     except (ValueError, OverflowError):
         return None

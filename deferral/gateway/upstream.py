@@ -169,7 +169,7 @@ class Upstream:
     async def _reply(self, response: aiohttp.ClientResponse, asked: Asked, path: str, secret: bytes) -> Reply:
         status = response.status
         if is_failure(status):
-            raise refused_with(status, path, retry_after_of(response.headers.get("Retry-After")))
+            raise refused_with(status, path, retry_after_of(response.headers))
         kind = response.headers.get("Content-Type", "").lower()
         events = kind.startswith("text/event-stream")
         if status < 300 and not (kind.startswith("application/json") or (events and asked.stream)):
