@@ -1,7 +1,6 @@
 """Values and gradients of comp-sum losses at once, some rows at a time, in two ways to the same numbers.
 
-By torch's own softmax or log-softmax, the fastest on a CPU; and by its parts, whatever the numbers are and without a look at
-them.
+By torch's own softmax, which is the fastest on a CPU; and by its parts, whatever the numbers are and without a look at them.
 """
 
 import math
@@ -48,7 +47,7 @@ def comp_sum_block(
         return None
     if targets is None:
         filled = (
-            _fill_by_log_softmax(scores, weights, ceiling, descent, losses)
+            _fill_logistic(scores, weights, ceiling, descent, losses)
             if mu == 1
             else _fill_by_softmax(scores, weights, ceiling, descent, losses, mu)
         )
@@ -62,18 +61,24 @@ def comp_sum_block(
     return scale
 
 
-def _fill_by_log_softmax(scores: Tensor, weights: Tensor, ceiling: Tensor | None, descent: Tensor, losses: Tensor) -> bool:
-    """`_fill_by_softmax` for mu = 1: by torch's own log-softmax and its gradient."""
-    pull, first = weights if ceiling is None else ceiling - weights, scores[:, :1]
-    # In the table that the log-softmax is about to fill, so that one more is enough.
-    relative = torch.sub(scores, first, out=descent).mul_(pull).sum(dim=-1, keepdim=True)
-    torch.log_softmax(scores, dim=-1, out=descent)
-    log_p_first = descent[:, :1]
-    torch.addcmul(relative, log_p_first, pull.sum(dim=-1, keepdim=True), out=losses).neg_()
+def _fill_logistic(scores: Tensor, weights: Tensor, ceiling: Tensor | None, descent: Tensor, losses: Tensor) -> bool:
+    """`_fill_by_softmax` for mu = 1, without a table beside `descent`: that of ceiling - weights is never made."""
+    relative = torch.sub(scores, scores[:, :1], out=descent)
+    total = weights.sum(dim=-1, keepdim=True)
+    if ceiling is None:
+        pulled = relative.mul_(weights).sum(dim=-1, keepdim=True)
+    else:
+        total = torch.sub(weights.shape[-1] * ceiling, total)
+        pulled = relative.sum(dim=-1, keepdim=True).mul_(ceiling).sub_(relative.mul_(weights).sum(dim=-1, keepdim=True))
+    torch.softmax(scores, dim=-1, out=descent)
+    log_p_first = descent[:, :1].log()
+    torch.addcmul(pulled, log_p_first, total, out=losses).neg_()
     if not (_precise(log_p_first) and _all_finite(losses)):
         return False
-    # pull - p * sum(pull), every row in one go.
-    torch.ops.aten._log_softmax_backward_data.out(pull, descent, -1, descent.dtype, out=descent)
+    if ceiling is None:
+        torch.addcmul(weights, descent, total, value=-1, out=descent)
+    else:
+        torch.sub(ceiling, torch.addcmul(weights, descent, total, out=descent), out=descent)
     return True
 
 
