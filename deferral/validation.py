@@ -9,6 +9,7 @@ from torch import Tensor
 
 __all__ = [
     "FEW_ANSWERS",
+    "above_ceiling",
     "action_mask",
     "check_costs",
     "check_mask",
@@ -277,6 +278,11 @@ def check_targets(targets: Tensor, num_classes: int) -> None:
         )
 
 
+def above_ceiling(highest: float, ceiling: float) -> bool:
+    """Whether a cost is too large.  A float32 sum of error and price may lie above its own ceiling by a rounding."""
+    return not highest <= ceiling * (1 + 1e-5)
+
+
 def check_costs(costs: Tensor, *, ceiling: float | Tensor | None = 1.0, mask: Tensor | None = None, name: str = "costs") -> None:
     """Known costs are numbers in [0, ceiling]; `ceiling=None` leaves the upper end open.  Reads the values."""
     require_floating(name, costs)
@@ -301,8 +307,7 @@ def check_costs(costs: Tensor, *, ceiling: float | Tensor | None = 1.0, mask: Te
     low, high = float(known.min()), float(known.max())
     if low < 0:
         raise ValueError(f"{name}: expected non-negative costs in units of one error, got {low:g}")
-    # One part in 10^5: a float32 sum of error and price may lie above its own ceiling by a rounding.
-    if ceiling is not None and not high <= ceiling * (1 + 1e-5):
+    if ceiling is not None and above_ceiling(high, ceiling):
         raise ValueError(
             f"{name}: the largest is {high:g}, above ceiling={ceiling:g}; the weight ceiling - cost would be negative and the "
             f"risk unbounded below.  Pass ceiling={high:g} (1 + the largest price), here and to the loss if it takes one, or "

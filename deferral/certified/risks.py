@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from deferral.validation import check_costs, require_floating, require_tensor
+from deferral.validation import above_ceiling, check_costs, require_floating, require_tensor
 
 __all__ = ["DeferralRate", "Risk", "SelectiveRisk", "SystemRisk", "check_groups", "check_margin", "checked_risks", "of_rows"]
 
@@ -126,8 +126,7 @@ def _checked_losses(name: str, values: Tensor, margin: Tensor, ceiling: float) -
         if bool(values.isnan().any()):
             raise ValueError(f"{name}: expected a number for each row, got NaN; leave these rows out, of the margin too")
         check_costs(values, ceiling=None, name=name)
-        # One part in 10^5: a float32 sum of error and price may lie above its own ceiling by a rounding.
-        if (highest := float(values.max())) > ceiling * (1 + 1e-5):
+        if above_ceiling(highest := float(values.max()), ceiling):
             raise ValueError(
                 f"{name}: the largest is {highest:g}, above ceiling={ceiling:g}; pass as ceiling, to the risk, the largest that "
                 f"any row can have, not the largest of these rows, or clip at one: {name}.clamp(max={ceiling:g})"
