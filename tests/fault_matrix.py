@@ -110,7 +110,7 @@ class Bench:
         }
         self.upstream.behave("small", "good" if fault in base else fault)
         state = self.gateway.state
-        state.answerers.standings.clear()
+        state.answerers.servers.clear()
         state.answerers.update(experts)
         state.current = generation(state.current.router, experts, state.settings)
 

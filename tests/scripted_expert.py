@@ -64,7 +64,7 @@ def asked(
                 found.append(call)
             except Unanswered as nobody:
                 found.append(nobody)
-        assert answerers.standings["small"].slots.taken == 0
+        assert answerers.servers["small"].each[0].slots.taken == 0
         await upstream.close()
         server.close()
         return found

@@ -183,6 +183,16 @@ def test_what_fails_for_a_moment_is_asked_again(questions: Path, tmp_path: Path)
     assert (result.answers, result.missing) == (3, 0)
 
 
+def test_all_addresses_of_an_expert_are_asked_and_one_that_fails_costs_no_answer(questions: Path, tmp_path: Path) -> None:
+    asked = read_questions(questions)[:4]
+    with Upstream() as first, Upstream() as second:
+        both = Expert("small", first.url, other_urls=[second.url])
+        assert ask_all(asked, [both], tmp_path / "answers.jsonl").answers == 4
+        assert (len(first.seen), len(second.seen)) == (2, 2)
+        first.behave("small", "status-500")
+        assert ask_all(asked[:2], [both], tmp_path / "again.jsonl", concurrent=1).answers == 2
+
+
 def test_of_who_reports_log_probabilities_the_confidence_is_logged(tmp_path: Path) -> None:
     questions, answers = tmp_path / "questions.txt", tmp_path / "answers.jsonl"
     questions.write_text("surely\n\nperhaps\n")

@@ -230,8 +230,8 @@ def test_a_client_that_leaves_ends_both_and_has_paid_for_what_there_was(running:
         assert (left["ending"], left["price"], left["extra"]) == ("deferred", pytest.approx(price), pytest.approx(47e-6))
         assert (left["expert"], left["output_tokens"], left["estimated"]) == ("large", 0, 1)
         assert gateway.state.limits.left(key) == pytest.approx(1.0 - price)
-        assert gateway.state.answerers.standings["large"].slots.taken == 0
-        assert gateway.state.answerers.standings["small"].slots.taken == 0
+        assert gateway.state.answerers.servers["large"].each[0].slots.taken == 0
+        assert gateway.state.answerers.servers["small"].each[0].slots.taken == 0
     finally:
         upstream.behave("large", "good")
 

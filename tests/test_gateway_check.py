@@ -146,14 +146,18 @@ def test_who_cannot_be_asked(upstream: Upstream) -> None:
 
 
 def test_what_is_worth_a_note(upstream: Upstream) -> None:
-    [free, sure] = reached(Expert("small", upstream.url, "good"), Expert("large", upstream.url, "good", logprobs=True, **PRICES))
-    assert "input_price and output_price 0" in free.notes[0]
-    assert sure.notes == []
-    [vectors] = reached(Expert("vectors", upstream.url, "good", route=False, input_price=1.0))
-    assert vectors.notes == []
-    [sure] = reached(sure.expert, ask=True)
+    [sure] = reached(Expert("large", upstream.url, "good", logprobs=True, **PRICES), ask=True)
     assert sure.notes == []
     assert upstream.seen[-1].json["logprobs"] is True
+
+
+def test_every_address_is_looked_at(upstream: Upstream) -> None:
+    with closed_port() as nobody:
+        twice = Expert("small", upstream.url, "good", (f"http://127.0.0.1:{nobody}/v1",), **PRICES)
+        first, second = reached(twice, ask=True)
+    assert (first.shown, first.reachable, first.faults) == (f"small at {upstream.url}", "yes", [])
+    assert (second.shown, second.reachable) == (f"small at http://127.0.0.1:{nobody}/v1", "no")
+    assert "is its server running" in second.faults[0]
 
 
 def test_servers_differ() -> None:
@@ -216,8 +220,13 @@ def test_the_routers_experts_against_those_of_the_file(router: Path, tmp_path: P
     by_token = file_of(upstream.url, "small").replace("price = 1", "price = 1e-6").replace("price = 2", "price = 2e-6")
     notes = " ".join(found(settings_for(router, tmp_path, by_token), "note"))
     assert "are those dollars per million tokens" in notes
-    [by_itself] = reached(Expert("small", upstream.url, "good", input_price=1e-6, output_price=2.0))
-    assert by_itself.notes == ["input_price below $0.001 per million tokens: is it a price per token?"]
+    one_of_two = file_of(upstream.url, "small").replace("price = 1", "price = 1e-6")
+    notes = found(settings_for(router, tmp_path, one_of_two), "note")
+    assert "small: input_price below $0.001 per million tokens: is it a price per token?" in notes
+    free = file_of(upstream.url, "small").replace("put_price = 2", "put_price = 0")
+    vectors = f'[experts.vectors]\nbase_url = "{upstream.url}"\nmodel = "good"\ninput_price = 1\nroute = false\n'
+    about_prices = [note for note in found(settings_for(router, tmp_path, free + vectors), "note") if "_price" in note]
+    assert [note[:24] for note in about_prices] == ["small: output_price 0: r"]
     no_candidate = settings_for(router, tmp_path, file_of(upstream.url, "small"), shadow_folder=tmp_path / "nowhere")
     assert found(no_candidate, "fault") == [], "the gateway starts without it"
     assert any(note.startswith("candidate: ") for note in found(no_candidate, "note"))

@@ -224,7 +224,7 @@ def test_when_the_client_leaves_the_upstream_is_told(running: Any) -> None:
         assert (row["expert"], row["estimated"]) == ("narrow", 1)
         assert row["price"] == pytest.approx(row["input_tokens"] * 3.0 / 1e6)
         assert row["input_tokens"] > 10
-        assert running.gateway.state.answerers.standings["narrow"].slots.taken == 0
+        assert running.gateway.state.answerers.servers["narrow"].each[0].slots.taken == 0
 
 
 def test_a_client_that_reads_late_gets_all_of_a_stream_and_the_expert_is_not_blamed(running: Any) -> None:
@@ -242,7 +242,7 @@ def test_a_client_that_reads_late_gets_all_of_a_stream_and_the_expert_is_not_bla
     address = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
     gateway.state.current = replace(before, experts={**before.experts, "quick": Expert("quick", address, total_s=patience)})
     gateway.state.answerers.update(gateway.state.current.experts)
-    breaker = gateway.state.answerers.standings["quick"].breaker
+    breaker = gateway.state.answerers.servers["quick"].each[0].breaker
     request = b'{"model": "quick", "messages": [{"role": "user", "content": "x"}], "stream": true}'
     head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\nauthorization: Bearer %b\r\n"
     try:

@@ -47,9 +47,10 @@ def test_health_and_readiness(running: Any) -> None:
     gateway = running.gateway
     assert gateway.ask("GET", "/health")[0] == 200
     assert gateway.ask("GET", "/ready")[0] == 200
-    for standing in gateway.state.answerers.standings.values():
-        while not standing.breaker.down:
-            standing.breaker.failure(standing.breaker.enter())
+    for servers in gateway.state.answerers.servers.values():
+        for standing in servers.each:
+            while not standing.breaker.down:
+                standing.breaker.failure(standing.breaker.enter())
     try:
         status, _, said = gateway.ask("GET", "/ready")
         assert (status, json.loads(said)) == (503, {"status": "all experts are down"})

@@ -266,9 +266,11 @@ def test_a_log_that_nobody_reads_holds_up_no_end(monkeypatch: pytest.MonkeyPatch
 def test_the_guide_shows_files_and_commands_that_exist(tmp_path: Path) -> None:
     guide = (Path(__file__).parent.parent / "docs" / "gateway.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```(\w+)\n(.*?)```", guide, flags=re.DOTALL)
-    experts, aliases = (text for kind, text in blocks if kind == "toml")
+    experts, several, aliases = (text for kind, text in blocks if kind == "toml")
     (tmp_path / "experts.toml").write_text(experts, encoding="utf-8")
     assert list(read_experts(tmp_path / "experts.toml", {"LARGE_KEY": "a-key"})) == ["small", "large"]
+    (tmp_path / "several.toml").write_text(several, encoding="utf-8")
+    assert len(read_experts(tmp_path / "several.toml")["small"].servers) == 3
     three = "".join(f'[experts.{name}]\nbase_url = "http://127.0.0.1:1/v1"\n' for name in ("small", "medium", "large"))
     (tmp_path / "aliases.toml").write_text(three + aliases, encoding="utf-8")
     assert list(read_experts_file(tmp_path / "aliases.toml")[1]) == ["thrifty", "european", "gpt-4o"]

@@ -12,12 +12,13 @@ from unittest.mock import AsyncMock
 import aiohttp
 import pytest
 
-from deferral.gateway.answering import Answerers, Call, Standing, Unanswered, _nobody
+from deferral.gateway.answering import Answerers, Call, Unanswered, _nobody
 from deferral.gateway.breaker import Breaker
 from deferral.gateway.experts_file import Expert
 from deferral.gateway.failures import Failure, refused_with, retry_after_of, unanswered
 from deferral.gateway.metrics import Metrics
 from deferral.gateway.requests import parse
+from deferral.gateway.standing import Standing
 from deferral.gateway.upstream import Reply, Upstream
 from deferral.gateway.usage import Usage
 from tests.scripted_expert import CHAT, CHUNK, asked, streamed, whole
@@ -275,16 +276,16 @@ def test_an_expert_that_was_left_out_for_a_while_is_still_as_busy_as_it_was() ->
         expert = Expert("small", "http://127.0.0.1:1", max_concurrent=2)
         answerers = Answerers(SimpleNamespace(forget_all_but=set), Metrics(), retry_share=0.0)  # type: ignore[arg-type]
         answerers.update({"small": expert})
-        standing = answerers.standings["small"]
+        (standing,) = answerers.servers["small"].each
         await standing.slots.take(1.0)
         answerers.update({})
-        assert not answerers.standings
+        assert not answerers.servers
         answerers.update({"small": expert})
-        assert answerers.standings["small"] is standing
+        assert answerers.servers["small"].each == [standing]
         standing.slots.give_back(0.1)
         answerers.update({})
         answerers.update({"small": expert})
-        assert answerers.standings["small"] is not standing, "of whom nothing is under way, nothing is kept"
+        assert answerers.servers["small"].each != [standing], "of whom nothing is under way, nothing is kept"
 
     asyncio.run(run())
 
@@ -296,7 +297,7 @@ def test_a_stream_that_has_begun_lets_others_ask_whoever_was_left_alone() -> Non
         expert, body = Expert("small", "http://127.0.0.1:1"), b'{"model": "small", "messages": []}'
         answerers = Answerers(upstream, Metrics(), retry_share=0.0)
         answerers.update({"small": expert})
-        breaker = answerers.standings["small"].breaker
+        breaker = answerers.servers["small"].each[0].breaker
         for _ in range(5):
             breaker.failure(breaker.enter() or 0)
         breaker._until = 0.0
@@ -311,7 +312,7 @@ def test_a_stream_that_has_begun_lets_others_ask_whoever_was_left_alone() -> Non
 
 def test_failures_that_no_breaker_ends_are_told_once_in_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr("deferral.gateway.answering.monotonic", lambda: now)
+    monkeypatch.setattr("deferral.gateway.standing.monotonic", lambda: now)
     standing = Standing(Expert("small", "http://127.0.0.1:1/v1"))
     limited, unknown, broken = (refused_with(*of) for of in ((429, CHAT, 0.0), (404, "/embeddings", None), (500, CHAT, None)))
     assert limited.rest == 1.0, "right away, for ever, is no rest"

@@ -14,6 +14,7 @@ import pytest
 
 from deferral.gateway.experts_file import read_experts
 from deferral.gateway.logs import JsonLines
+from deferral.gateway.retries import RetryBudget
 from deferral.gateway.settings import Settings
 from tests.faulty_upstream import Upstream
 from tests.running_gateway import RunningGateway, small_router
@@ -85,7 +86,8 @@ route = false
 def calm(gateway: RunningGateway) -> None:
     """As if no expert had ever failed."""
     answerers = gateway.state.answerers
-    answerers.standings.clear()
+    answerers.servers.clear()
+    answerers.budget = RetryBudget(answerers.budget.share)
     answerers.update(gateway.state.current.experts)
 
 

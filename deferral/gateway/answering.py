@@ -8,14 +8,13 @@ from hashlib import blake2b
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from deferral.gateway.breaker import Breaker
 from deferral.gateway.experts_file import Expert
 from deferral.gateway.failures import Failure
 from deferral.gateway.metrics import Metrics
 from deferral.gateway.problems import Problem
 from deferral.gateway.requests import Asked
 from deferral.gateway.retries import RetryBudget, backoff
-from deferral.gateway.slots import Full, Slots
+from deferral.gateway.standing import Servers, Standing
 from deferral.gateway.upstream import Reply, Upstream
 
 if TYPE_CHECKING:
@@ -29,47 +28,6 @@ _log = logging.getLogger("deferral.gateway")
 
 # An expert that asks for more patience than this is not waited for.
 _PATIENCE = 2.0
-_TOLD_ONCE_IN = 30.0
-
-
-class Standing:
-    """How an expert is doing: its breaker, its slots and its queue."""
-
-    def __init__(self, expert: Expert) -> None:
-        self.address = (expert.base_url, expert.model)
-        self.access = _access(expert)
-        self.breaker = Breaker()
-        self.slots = Slots(expert.max_concurrent, expert.max_waiting)
-        # Until when failures of each code are told no more.
-        self._told: dict[str, float] = {}
-
-    def level_of(self, failure: Failure) -> int:
-        """How loudly the log is told: what a breaker ends is told each time, anything else may come with every request."""
-        # That an expert is down or full is told once by whoever found it so, and not again for each request.
-        if failure.stale or failure.code in ("experts_down", "experts_busy", "queue_full"):
-            return logging.DEBUG
-        if not failure.blame:
-            now = monotonic()
-            if now < self._told.get(failure.code, 0.0):
-                return logging.DEBUG
-            self._told[failure.code] = now + _TOLD_ONCE_IN
-        return logging.WARNING
-
-    def blame(self, error: BaseException, ticket: int, name: str, key: str = "") -> None:
-        """What an attempt for a key that ended with an error says of the expert."""
-        breaker = self.breaker
-        if not isinstance(error, Failure) or error.stale:
-            breaker.leave(ticket)
-            return
-        was = breaker.state
-        if error.blame:
-            breaker.failure(ticket, None if error.of_server else key)
-        else:
-            breaker.leave(ticket)
-        if error.rest is not None:
-            breaker.rest(error.rest, ticket, limited=error.status == 429)
-        if breaker.state != was:
-            _log.warning("%s is left alone for %.0f s", name, breaker.wait)
 
 
 class Call:
@@ -123,32 +81,23 @@ class Answerers:
     def __init__(self, upstream: Upstream, metrics: Metrics, *, retry_share: float, traces: "Tracing | None" = None) -> None:
         self.upstream, self.metrics, self.traces = upstream, metrics, traces
         self.budget = RetryBudget(retry_share)
-        self.standings: dict[str, Standing] = {}
-        self._leaving: dict[str, Standing] = {}
+        self.servers: dict[str, Servers] = {}
+        self._leaving: dict[str, Servers] = {}
 
     def update(self, experts: Mapping[str, Expert]) -> None:
         """Experts of another file.  One that is where it was goes on as it was, also if it was left out for a while."""
-        before, self.standings = {**self._leaving, **self.standings}, {}
-        for name, expert in experts.items():
-            standing = before.get(name)
-            if standing is None or standing.address != (expert.base_url, expert.model):
-                standing = Standing(expert)
-            elif standing.access != _access(expert):
-                # What its server refused was the key of before.
-                standing.breaker.begin_anew()
-                standing.access = _access(expert)
-            standing.slots.resize(expert.max_concurrent, expert.max_waiting)
-            self.standings[name] = standing
-        self._leaving = {name: each for name, each in before.items() if name not in experts and each.slots.taken}
-        self.upstream.forget_all_but(experts)
+        before = {**self._leaving, **self.servers}
+        self.servers = {name: Servers(expert, before.get(name)) for name, expert in experts.items()}
+        self._leaving = {name: each for name, each in before.items() if name not in experts and each.under_way}
+        self.upstream.forget_all_but([standing.server for each in self.servers.values() for standing in each.each])
 
     def down(self) -> dict[str, float]:
         """The experts that may not be asked now, and for how many seconds."""
-        return {name: each.breaker.wait for name, each in self.standings.items() if each.breaker.down}
+        return {name: each.wait for name, each in self.servers.items() if each.down}
 
     def busy(self) -> frozenset[str]:
         """Those of them that only asked for fewer requests."""
-        return frozenset(name for name, each in self.standings.items() if each.breaker.busy)
+        return frozenset(name for name, each in self.servers.items() if each.busy)
 
     async def answer(
         self,
@@ -168,16 +117,19 @@ class Answerers:
         failures: list[tuple[Expert, Failure]] = []
         attempts = 0
         for expert in ranking:
-            # Taken out of the experts file since the decision: what is under way goes on.
-            standing = self.standings.get(expert.name) or self._leaving.get(expert.name) or Standing(expert)
+            servers = self._servers_of(expert)
             body, addressed = body_for(expert), _addressed(headers, expert)
-            for again in (True, False):
+            standing, fresh = servers.next(), False
+            tried: list[Standing] = []
+            while standing is not None:
+                tried.append(standing)
                 try:
-                    ticket = await _entered(standing, expert)
+                    ticket = await standing.enter()
                     attempts += 1
                     call = await self._call(
                         expert,
                         standing,
+                        servers.shown(standing),
                         ticket,
                         path,
                         body,
@@ -185,7 +137,7 @@ class Answerers:
                         asked,
                         attempts,
                         key=key,
-                        fresh=not again,
+                        fresh=fresh,
                         on_connected=partial(asks, expert),
                     )
                     asks(None)
@@ -195,24 +147,38 @@ class Answerers:
                     failures.append((expert, failure))
                     if not failure.stale:
                         self.metrics.failed(expert.name, failure.code)
-                    _log.log(standing.level_of(failure), "%s %s (%s)", expert.name, failure.message, failure.code)
-                    if not again or not self._worth_again(failure):
-                        break
-                    if not failure.stale:
-                        self.metrics.retried(expert.name)
-                        await asyncio.sleep(max(backoff(1), failure.rest or 0.0))
+                    shown = servers.shown(standing)
+                    _log.log(standing.level_of(failure), "%s %s (%s)", shown, failure.message, failure.code)
+                    standing = await self._again(failure, servers, tried, fresh=fresh)
+                    fresh = standing is tried[-1]
         raise _nobody(failures, attempts)
 
-    def _worth_again(self, failure: Failure) -> bool:
-        if failure.stale:
+    def _servers_of(self, expert: Expert) -> Servers:
+        """Those that are known; of an expert that the file has no more, or by another model, as it was when it was chosen."""
+        known = self.servers.get(expert.name) or self._leaving.get(expert.name)
+        return Servers(expert) if known is None or known.expert.model != expert.model else known
+
+    async def _again(self, failure: Failure, servers: Servers, tried: Sequence[Standing], *, fresh: bool) -> Standing | None:
+        """Which server of the expert is asked after a failure: another one, or where it has no other the same one, once."""
+        last = tried[-1]
+        if failure.stale and not fresh:
             # Nobody is to blame, and nothing was begun: that is no retry to be counted.
-            return True
-        return failure.again and (failure.rest or 0.0) <= _PATIENCE and self.budget.take()
+            return last
+        # Whoever has a full queue had the shortest one.
+        other = None if failure.code == "queue_full" else servers.next(but=tried)
+        same = len(tried) == 1 and failure.again and (failure.rest or 0.0) <= _PATIENCE
+        if not (other or same) or not self.budget.take():
+            return None
+        self.metrics.retried(last.server.name)
+        if other is None:
+            await asyncio.sleep(max(backoff(1), failure.rest or 0.0))
+        return other or last
 
     async def _call(
         self,
         expert: Expert,
         standing: Standing,
+        shown: str,
         ticket: int,
         path: str,
         body: bytes,
@@ -225,25 +191,21 @@ class Answerers:
         on_connected: Callable[[], None],
     ) -> Call:
         began = monotonic()
-        traced = None if self.traces is None else self.traces.attempt(expert, path, attempts)
+        traced = None if self.traces is None else self.traces.attempt(standing.server, path, attempts)
         try:
             sent = headers if traced is None else traced.headers(headers)
-            reply = await self.upstream.ask(expert, path, body, sent, asked, fresh=fresh, on_connected=on_connected)
+            reply = await self.upstream.ask(standing.server, path, body, sent, asked, fresh=fresh, on_connected=on_connected)
             if traced is not None:
                 traced.began(reply)
         except BaseException as error:
             if traced is not None:
                 traced.failed(error)
-            standing.blame(error, ticket, expert.name, key)
+            standing.blame(error, ticket, shown, key)
             standing.slots.give_back(monotonic() - began)
             raise
         if reply.streamed:
             ticket = standing.breaker.begun(ticket)
         return Call(expert, reply, standing, ticket, began, attempts, key, traced)
-
-
-def _access(expert: Expert) -> tuple[str | None, str, str]:
-    return expert.key, expert.key_header, expert.query
 
 
 def once_of(name: str, once: str) -> str:
@@ -256,22 +218,6 @@ def _addressed(headers: Mapping[str, str], expert: Expert) -> Mapping[str, str]:
     if (once := headers.get(ONCE)) is None:
         return headers
     return {**headers, ONCE: once_of(expert.name, once)}
-
-
-async def _entered(standing: Standing, expert: Expert) -> int:
-    """A slot, and a ticket of the breaker."""
-    try:
-        await standing.slots.take(expert.first_byte_s)
-    except Full as full:
-        raise Failure(429, "queue_full", "has more requests waiting than it takes", blame=False, rest=full.retry_after) from None
-    ticket = standing.breaker.enter()
-    if ticket is None:
-        standing.slots.give_back(0.0)
-        wait = standing.breaker.wait
-        if standing.breaker.busy:
-            raise Failure(429, "experts_busy", "asks for fewer requests", blame=False, rest=wait)
-        raise Failure(503, "experts_down", "is down", blame=False, rest=wait)
-    return ticket
 
 
 def _nobody(failures: Sequence[tuple[Expert, Failure]], attempts: int) -> Unanswered:

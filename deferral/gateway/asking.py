@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
 from time import monotonic, time
 from typing import Any, BinaryIO
@@ -134,7 +135,7 @@ class _Run:
                 for expert in experts:
                     waiting = iter([question for question in questions if (question.row, expert.name) not in done])
                     one = _Asking(expert, waiting, upstream, self, heard=any(name == expert.name for _, name in done))
-                    for _ in range(min(concurrent, expert.max_concurrent)):
+                    for _ in range(min(concurrent, expert.max_concurrent * len(expert.servers))):
                         group.create_task(one.work())
         finally:
             await upstream.close()
@@ -196,6 +197,7 @@ class _Asking:
 
     def __init__(self, expert: Expert, waiting: Iterator[Question], upstream: Upstream, run: _Run, *, heard: bool) -> None:
         self.expert, self.waiting, self.upstream, self.run, self.heard = expert, waiting, upstream, run, heard
+        self.servers = cycle(expert.servers)
         self.given_up, self.failures, self.rests_until = "", 0, 0.0
         self.left = run.result.left[expert.name]
 
@@ -222,7 +224,8 @@ class _Asking:
                 return self.given_up
             began, start = time(), monotonic()
             try:
-                reply = await self.upstream.ask(self.expert, "/chat/completions", body, {}, asked, fresh=wait > _FIRST_WAIT)
+                server = next(self.servers)
+                reply = await self.upstream.ask(server, "/chat/completions", body, {}, asked, fresh=wait > _FIRST_WAIT)
             except Failure as failure:
                 if failure.came == 403 and self.heard:
                     # So do moderators refuse one question, of who has answered others.

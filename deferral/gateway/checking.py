@@ -38,6 +38,8 @@ __all__ = ["Checked", "Finding", "check"]
 T = TypeVar("T")
 # A query and an answer of so many tokens cost within so large a factor of what a router expects, if both are in dollars.
 _USUAL_TOKENS, _FAR_OFF = 500, 1000
+# Dollars per million tokens: below that a price was most likely meant per token.
+_CHEAP = 0.001
 
 
 @dataclass(frozen=True)
@@ -75,11 +77,13 @@ class Checked:
         for found in self.experts:
             expert = found.expert
             made.add_row(
-                escape(expert.name),
+                escape(found.shown),
                 found.reachable,
                 found.key or "none set",
                 f"{found.model} ({escape(expert.model)})",
-                f"{expert.input_price:g} in, {expert.output_price:g} out" if found.priced else "none given",
+                f"{expert.input_price:g} in, {expert.output_price:g} out"
+                if expert.input_price or expert.output_price
+                else "none given",
                 "" if found.seconds is None else f"{found.seconds:.2f} s",
             )
         return made
@@ -105,13 +109,13 @@ def check(settings: Settings, *, ask: bool, on_stage: Callable[[str], None] = la
     findings += _database(settings, experts)
     findings += _address(settings)
     reached: list[Reached] = []
-    findings += _streams(experts or {})
+    findings += _streams(experts or {}) + _prices(experts or {})
     if experts:
         on_stage(f"reaching {', '.join(experts)}")
         reached = asyncio.run(reach(experts.values(), ask=ask))
     for one in reached:
-        findings += [Finding("fault", one.expert.name, text) for text in one.faults]
-        findings += [Finding("note", one.expert.name, text) for text in one.notes]
+        findings += [Finding("fault", one.shown, text) for text in one.faults]
+        findings += [Finding("note", one.shown, text) for text in one.notes]
     return Checked(tuple(findings), tuple(reached))
 
 
@@ -158,6 +162,20 @@ def _streams(experts: Mapping[str, Expert]) -> list[Finding]:
         "stream_usage = true has them report it, thoughts that are not shown included"
     )
     return [Finding("note", "streams", text)] if guessed else []
+
+
+def _prices(experts: Mapping[str, Expert]) -> list[Finding]:
+    found: list[Finding] = []
+    for name, expert in experts.items():
+        # Vectors have no output to be paid for, and who serves nothing else is reached by name only.
+        prices = ("input_price", "output_price") if expert.route else ("input_price",)
+        if missing := [price for price in prices if getattr(expert, price) == 0]:
+            text = f"{' and '.join(missing)} 0: right for a server of your own, else budgets and savings count too little"
+            found.append(Finding("note", name, text))
+        if cheap := [price for price in prices if 0 < getattr(expert, price) < _CHEAP]:
+            text = f"{' and '.join(cheap)} below ${_CHEAP:g} per million tokens: is it a price per token?"
+            found.append(Finding("note", name, text))
+    return found
 
 
 def _together(router: Router, experts: Mapping[str, Expert]) -> list[Finding]:

@@ -89,13 +89,13 @@ def routes(gateway: Gateway) -> list[Route]:
         return JSONResponse({"data": await gateway.query(recent, gateway.record.patient, **wanted)})
 
     async def experts(request: Request) -> Response:
-        standings = gateway.answerers.standings
+        servers = gateway.answerers.servers
         found = [
             {
                 "name": name,
                 "routed": expert.route,
-                "breaker": standings[name].breaker.state,
-                "queued": standings[name].slots.queued,
+                "breaker": servers[name].state,
+                "queued": servers[name].queued,
             }
             for name, expert in gateway.current.experts.items()
         ]

@@ -6,7 +6,7 @@ import os
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -43,11 +43,12 @@ _LOOKS_LIKE_A_KEY = frozenset({"key", "api_key", "apikey", "token", "secret", "p
 
 @dataclass(frozen=True)
 class Expert:
-    """An OpenAI-compatible server.  Prices in dollars per million tokens, times in seconds.
+    """A model at an OpenAI-compatible server, or at several.  Prices in dollars per million tokens, times in seconds.
 
-    `model` is its name there; `key` comes from an environment variable or a file, is sent as `key_header` says, and never shown;
-    `query` follows every path of the address.  `cached_input_price` is that of input which the prompt cache holds, None where
-    there is no discount.  `context_tokens=None` is no limit, `region=None` is in none that is asked for.
+    `other_urls` are further addresses of the same model: they share its requests and stand in for each other, and limits hold for
+    each.  `model` is its name there; `key` comes from an environment variable or a file, is sent as `key_header` says, and never
+    shown; `query` follows every path of the address.  `cached_input_price` is that of input which the prompt cache holds, None
+    where there is no discount.  `context_tokens=None` is no limit, `region=None` is in none that is asked for.
     `first_byte_s` is the longest wait for the first byte, and between two.  Beyond `max_concurrent` requests wait, at most
     `max_waiting` of them.  With `route=False` it is reached by its name only.  `responses`: it has the Responses API.
     `logprobs`: it reports the log-probabilities of its answers where a chat asks for them, so that a cascade may ask it first.
@@ -59,6 +60,7 @@ class Expert:
     name: str
     base_url: str
     model: str = ""
+    other_urls: Sequence[str] = ()
     key: str | None = field(default=None, repr=False)
     key_header: str = "authorization"
     query: str = ""
@@ -83,11 +85,23 @@ class Expert:
     defaults: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        for check in (_check_name, _check_url, _check_key, _check_query, _check_numbers, _check_flags, _check_fields):
+        for check in (_check_name, _check_urls, _check_key, _check_query, _check_numbers, _check_flags, _check_fields):
             check(self)
         object.__setattr__(self, "base_url", self.base_url.rstrip("/"))
+        object.__setattr__(self, "other_urls", tuple(url.rstrip("/") for url in self.other_urls))
         object.__setattr__(self, "model", self.model or self.name)
         object.__setattr__(self, "drop", tuple(self.drop))
+
+    @property
+    def servers(self) -> "tuple[Expert, ...]":
+        """It at each of its addresses alone."""
+        if not self.other_urls:
+            return (self,)
+        return tuple(replace(self, base_url=url, other_urls=()) for url in (self.base_url, *self.other_urls))
+
+    def shown(self, server: "Expert") -> str:
+        """Its name, and where it has several servers the address of this one."""
+        return f"{self.name} at {server.base_url}" if self.other_urls else self.name
 
     def price(self, input_tokens: float, output_tokens: float, cached_tokens: float = 0) -> float:
         """Dollars, where the prompt cache held `cached_tokens` of the input."""
@@ -213,25 +227,36 @@ def _check_name(expert: Expert) -> None:
         raise _FieldError("region", f"expected a text, got {expert.region!r}")
 
 
-def _check_url(expert: Expert) -> None:
-    if not isinstance(expert.base_url, str):
-        raise _FieldError("base_url", f"expected a text, got {type(expert.base_url).__name__}")
+def _check_urls(expert: Expert) -> None:
+    if isinstance(expert.other_urls, str) or not isinstance(expert.other_urls, Sequence):
+        raise _FieldError("other_urls", f"expected a list of addresses, got {expert.other_urls!r}")
+    _check_url("base_url", expert.base_url)
+    seen = {expert.base_url.rstrip("/")}
+    for url in expert.other_urls:
+        _check_url("other_urls", url)
+        if url.rstrip("/") in seen:
+            raise _FieldError("other_urls", f"expected addresses that differ, and from base_url too; got {url!r} twice")
+        seen.add(url.rstrip("/"))
+
+
+def _check_url(field: str, url: object) -> None:
+    if not isinstance(url, str):
+        more = "; further addresses go into other_urls" if field == "base_url" and isinstance(url, list) else ""
+        raise _FieldError(field, f"expected a text, got {type(url).__name__}{more}")
     try:
-        parts = urlsplit(expert.base_url)
-        URL(expert.base_url)
+        parts = urlsplit(url)
+        URL(url)
         secret = bool(parts.username or parts.password or parts.query or parts.fragment)
         wrong = parts.scheme not in ("http", "https") or not parts.hostname or (parts.port == 0)
     except ValueError:
         secret, wrong = False, True
     if secret:
-        raise _FieldError(
-            "base_url", "expected no user, password, query or fragment; a key goes into key_env, a query into query"
-        )
-    if wrong or not _HEADER_VALUE.fullmatch(expert.base_url):
-        raise _FieldError("base_url", f"expected http:// or https:// with a host, got {expert.base_url!r}")
-    if (added := _ADDED.search(expert.base_url)) and added.end() == len(expert.base_url):
-        wanted = expert.base_url[: added.start()]
-        raise _FieldError("base_url", f"the gateway adds {added[1]} itself; write {wanted!r}, got {expert.base_url!r}")
+        raise _FieldError(field, "expected no user, password, query or fragment; a key goes into key_env, a query into query")
+    if wrong or not _HEADER_VALUE.fullmatch(url):
+        raise _FieldError(field, f"expected http:// or https:// with a host, got {url!r}")
+    if (added := _ADDED.search(url)) and added.end() == len(url):
+        wanted = url[: added.start()]
+        raise _FieldError(field, f"the gateway adds {added[1]} itself; write {wanted!r}, got {url!r}")
 
 
 def _check_key(expert: Expert) -> None:

@@ -19,20 +19,20 @@ __all__ = ["Reached", "reach"]
 _LOOK_S = 10.0
 _MOST_BYTES = 1 << 23
 _SHOWN = 5
-# Dollars per million tokens: below that a price was most likely meant per token.
-_CHEAP = 0.001
 _REFUSED = frozenset({401, 403})
 Answer = Literal["yes", "no", "?", ""]
 
 
 @dataclass
 class Reached:
-    """What is known of an expert: "yes", "no", or "?" where it did not say; `seconds` is how long its completion took.
+    """What is known of an expert at one of its addresses: "yes", "no", or "?" where it did not say.
 
-    `faults` would make requests fail; `notes` would not.  Both say what to do.
+    `shown` names it, and `seconds` is how long its completion took.  `faults` would make requests fail, `notes` would not; both
+    say what to do.
     """
 
     expert: Expert
+    shown: str
     reachable: Answer = "no"
     key: Answer = "?"
     model: Answer = "?"
@@ -40,34 +40,23 @@ class Reached:
     faults: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    @property
-    def priced(self) -> bool:
-        """Whether an answer costs anything, by the experts file."""
-        return self.expert.input_price > 0 or self.expert.output_price > 0
-
 
 async def reach(experts: Iterable[Expert], *, ask: bool) -> list[Reached]:
-    """All at once: GET /models, and with `ask` a completion of one token."""
+    """Every address of all of them, at once: GET /models, and with `ask` a completion of one token."""
     upstream = Upstream(max_reply_bytes=_MOST_BYTES)
     try:
-        return await asyncio.gather(*(_reach(upstream, expert, ask) for expert in experts))
+        return await asyncio.gather(
+            *(_reach(upstream, server, expert.shown(server), ask) for expert in experts for server in expert.servers)
+        )
     finally:
         await upstream.close()
 
 
-async def _reach(upstream: Upstream, expert: Expert, ask: bool) -> Reached:
-    found = Reached(expert, key="" if expert.key is None else "?")
+async def _reach(upstream: Upstream, expert: Expert, shown: str, ask: bool) -> Reached:
+    found = Reached(expert, shown, key="" if expert.key is None else "?")
     await _look(upstream, found)
     if ask and found.reachable == "yes":
         await _ask(upstream, found)
-    # Vectors have no output to be paid for, and who serves nothing else is reached by name only.
-    prices = ("input_price", "output_price") if expert.route else ("input_price",)
-    if missing := [name for name in prices if getattr(expert, name) == 0]:
-        found.notes.append(
-            f"{' and '.join(missing)} 0: right for a server of your own, else budgets and savings count too little"
-        )
-    if cheap := [name for name in prices if 0 < getattr(expert, name) < _CHEAP]:
-        found.notes.append(f"{' and '.join(cheap)} below ${_CHEAP:g} per million tokens: is it a price per token?")
     return found
 
 

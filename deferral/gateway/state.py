@@ -109,8 +109,8 @@ class Gateway:
         self.answerers.update(self.current.experts)
         self.metrics.expect(self.current.experts)
         self.metrics.watch(
-            lambda: {name: each.breaker.state for name, each in self.answerers.standings.items()},
-            lambda: {name: each.slots.queued for name, each in self.answerers.standings.items()},
+            lambda: {name: each.state for name, each in self.answerers.servers.items()},
+            lambda: {name: each.queued for name, each in self.answerers.servers.items()},
         )
         await self._new_shadow()
         self.metrics.watch_shadow(lambda: self.shadow)

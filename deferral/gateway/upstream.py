@@ -99,11 +99,12 @@ class Upstream:
         self._session = session(keepalive_timeout=_KEEP_ALIVE)
         # Never a connection that was there before.
         self._fresh = session(force_close=True)
-        self._prepared: dict[tuple[str, str], _Prepared] = {}
+        self._prepared: dict[tuple[str, str, str], _Prepared] = {}
 
-    def forget_all_but(self, experts: Collection[str]) -> None:
+    def forget_all_but(self, servers: Collection[Expert]) -> None:
         """Whoever is gone leaves no key behind."""
-        self._prepared = {of: each for of, each in self._prepared.items() if of[0] in experts}
+        stay = {(server.name, server.base_url) for server in servers}
+        self._prepared = {of: each for of, each in self._prepared.items() if of[:2] in stay}
 
     async def close(self) -> None:
         await self._session.close()
@@ -120,10 +121,10 @@ class Upstream:
         fresh: bool = False,
         on_connected: Callable[[], None] = lambda: None,
     ) -> Reply:
-        """One attempt, by a new connection if `fresh`; Failure if it gave nothing that a client could use."""
-        prepared = self._prepared.get((expert.name, path))
+        """One attempt at its `base_url`, by a new connection if `fresh`; Failure if it gave nothing that a client could use."""
+        prepared = self._prepared.get((expert.name, expert.base_url, path))
         if prepared is None or prepared.expert is not expert:
-            prepared = self._prepared[expert.name, path] = _prepared(expert, path)
+            prepared = self._prepared[expert.name, expert.base_url, path] = _prepared(expert, path)
         sent = {**headers, **prepared.headers} if headers else prepared.headers
         began = monotonic()
         opened.set(False)

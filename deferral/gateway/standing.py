@@ -1,0 +1,154 @@
+"""How the servers of an expert are doing, and which of them is asked next."""
+
+import logging
+from collections.abc import Collection
+from time import monotonic
+
+from deferral.gateway.breaker import Breaker
+from deferral.gateway.experts_file import Expert
+from deferral.gateway.failures import Failure
+from deferral.gateway.slots import Full, Slots
+
+__all__ = ["Servers", "Standing"]
+
+_log = logging.getLogger("deferral.gateway")
+
+_TOLD_ONCE_IN = 30.0
+# From the best to the worst.
+_STATES = ("closed", "half-open", "resting", "open")
+
+
+class Standing:
+    """How one server of an expert is doing: its breaker, its slots and its queue."""
+
+    def __init__(self, server: Expert) -> None:
+        self.server = server
+        self.breaker = Breaker()
+        self.slots = Slots(server.max_concurrent, server.max_waiting)
+        # Until when failures of each code are told no more.
+        self._told: dict[str, float] = {}
+
+    def update(self, server: Expert) -> None:
+        """The server as another experts file has it; what is under way goes on."""
+        if _access(server) != _access(self.server):
+            # What it refused was the key of before.
+            self.breaker.begin_anew()
+        self.slots.resize(server.max_concurrent, server.max_waiting)
+        self.server = server
+
+    @property
+    def load(self) -> int:
+        """Requests under way and waiting."""
+        return self.slots.taken + self.slots.queued
+
+    async def enter(self) -> int:
+        """A slot, and a ticket of the breaker; Failure where there is none."""
+        try:
+            await self.slots.take(self.server.first_byte_s)
+        except Full as full:
+            message = "has more requests waiting than it takes"
+            raise Failure(429, "queue_full", message, blame=False, rest=full.retry_after) from None
+        ticket = self.breaker.enter()
+        if ticket is None:
+            self.slots.give_back(0.0)
+            if self.breaker.busy:
+                raise Failure(429, "experts_busy", "asks for fewer requests", blame=False, rest=self.breaker.wait)
+            raise Failure(503, "experts_down", "is down", blame=False, rest=self.breaker.wait)
+        return ticket
+
+    def level_of(self, failure: Failure) -> int:
+        """How loudly the log is told: what a breaker ends is told each time, anything else may come with every request."""
+        # That a server is down or full is told once by whoever found it so, and not again for each request.
+        if failure.stale or failure.code in ("experts_down", "experts_busy", "queue_full"):
+            return logging.DEBUG
+        if not failure.blame:
+            now = monotonic()
+            if now < self._told.get(failure.code, 0.0):
+                return logging.DEBUG
+            self._told[failure.code] = now + _TOLD_ONCE_IN
+        return logging.WARNING
+
+    def blame(self, error: BaseException, ticket: int, name: str, key: str = "") -> None:
+        """What an attempt for a key that ended with an error says of the server."""
+        breaker = self.breaker
+        if not isinstance(error, Failure) or error.stale:
+            breaker.leave(ticket)
+            return
+        was = breaker.state
+        if error.blame:
+            breaker.failure(ticket, None if error.of_server else key)
+        else:
+            breaker.leave(ticket)
+        if error.rest is not None:
+            breaker.rest(error.rest, ticket, limited=error.status == 429)
+        if breaker.state != was:
+            _log.warning("%s is left alone for %.0f s", name, breaker.wait)
+
+
+class Servers:
+    """How an expert is doing at all of its addresses."""
+
+    def __init__(self, expert: Expert, before: "Servers | None" = None) -> None:
+        """As it was, where it was before: its standings go on."""
+        self.expert = expert
+        known = {} if before is None else {_place(each.server): each for each in before.each}
+        self.each: list[Standing] = []
+        for server in expert.servers:
+            standing = known.get(_place(server))
+            if standing is None:
+                standing = Standing(server)
+            else:
+                standing.update(server)
+            self.each.append(standing)
+
+    def next(self, but: Collection[Standing] = ()) -> Standing | None:
+        """The server with the fewest requests, the first of those, of who may be asked and is none of these.
+
+        Where nobody may be asked it is, with `but` none, whom that is soonest true of: what it says is then the reason.
+        """
+        others = [each for each in self.each if each not in but]
+        if up := [each for each in others if not each.breaker.down]:
+            return min(up, key=lambda each: each.load)
+        return None if but else min(others, key=lambda each: each.breaker.wait)
+
+    def shown(self, standing: Standing) -> str:
+        """The expert, and where it has several which of its servers."""
+        return self.expert.shown(standing.server)
+
+    @property
+    def state(self) -> str:
+        """Of the breaker that is best off."""
+        return min((each.breaker.state for each in self.each), key=_STATES.index)
+
+    @property
+    def down(self) -> bool:
+        """Whether nobody may be asked now."""
+        return all(each.breaker.down for each in self.each)
+
+    @property
+    def busy(self) -> bool:
+        """Whether nobody may be asked now only because all asked for fewer requests."""
+        return all(each.breaker.busy for each in self.each)
+
+    @property
+    def wait(self) -> float:
+        """Seconds until somebody may be asked."""
+        return min(each.breaker.wait for each in self.each)
+
+    @property
+    def queued(self) -> int:
+        """How many requests wait."""
+        return sum(each.slots.queued for each in self.each)
+
+    @property
+    def under_way(self) -> bool:
+        """Whether any request is."""
+        return any(each.slots.taken for each in self.each)
+
+
+def _place(server: Expert) -> tuple[str, str]:
+    return server.base_url, server.model
+
+
+def _access(server: Expert) -> tuple[str | None, str, str]:
+    return server.key, server.key_header, server.query
