@@ -68,6 +68,8 @@ def test_no_request_is_lost_with_one_of_two_addresses(running: Any, fault: str) 
     # A rest of a second, which this one asks for, is no state of its own.
     assert states(running) == ["closed" if fault == "status-429" else "open", "closed"]
     assert breaker_open(running).endswith(" 0.0"), "the expert is there"
+    _, _, said = running.gateway.ask("GET", "/metrics")
+    assert f'deferral_addresses_away{{expert="small"}} {float(fault != "status-429")}' in said.decode()
 
 
 def test_whoever_has_the_fewest_requests_is_asked_and_at_rest_the_first(running: Any) -> None:

@@ -435,11 +435,13 @@ def test_a_thousand_experts_of_which_half_are_not_asked(served: RunningGateway, 
     names = [f"provider-{number}" for number in range(1000)]
     page = browser.new_page(viewport={"width": 360, "height": 700})
     standings = [{"name": name, "breaker": ("closed", "open")[place % 2], "queued": 0} for place, name in enumerate(names)]
+    standings[0] |= {"addresses": 3, "away": 1}
     page.route("**/admin/experts", lambda route: route.fulfill(json={"data": standings, "trouble": "", "record": ""}))
     opened(page, served)
     five = "provider-1, provider-3, provider-5, provider-7, provider-9"
     expect(page.locator("#state")).to_have_text(f"in service; not asked at present: {five} and 495 more")
     expect(page.locator("#experts tr")).to_have_count(1002)
+    expect(page.locator("#experts")).to_contain_text("closed, 1 of 3 addresses not asked")
     assert page.evaluate("document.documentElement.scrollHeight") < 6000
     tables = "[...document.querySelectorAll('.scroll')].map((each) => each.clientHeight)"
     assert 100 < page.evaluate(f"Math.max(...{tables})") < 700

@@ -96,6 +96,8 @@ def routes(gateway: Gateway) -> list[Route]:
                 "routed": expert.route,
                 "breaker": servers[name].state,
                 "queued": servers[name].queued,
+                "addresses": len(servers[name].each),
+                "away": servers[name].away,
             }
             for name, expert in gateway.current.experts.items()
         ]

@@ -16,6 +16,7 @@ from deferral.gateway.keys import Key
 from deferral.gateway.record import Record
 from deferral.gateway.requests import Kind
 from deferral.gateway.shadow import Shadow
+from deferral.gateway.standing import Servers
 
 __all__ = ["CONTENT_TYPE", "Metrics"]
 
@@ -93,8 +94,7 @@ class Metrics(Collector):
         self._first = _Times("deferral_first_byte_seconds", "To the first byte.", ("expert",), _SECONDS)
         self._deciding = _Times("deferral_decision_seconds", "Time of a decision.", (), _DECIDING)
         self._flying = 0
-        self._states: Callable[[], Mapping[str, str]] = dict
-        self._queued: Callable[[], Mapping[str, int]] = dict
+        self._servers: Callable[[], Mapping[str, Servers]] = dict
         self._alarms: Callable[[], Sequence[Alarm]] = tuple
         self._shadow: Callable[[], Shadow | None] = lambda: None
         self._record: Record | None = None
@@ -102,9 +102,9 @@ class Metrics(Collector):
         self.registry = CollectorRegistry()
         self.registry.register(self)
 
-    def watch(self, states: Callable[[], Mapping[str, str]], queued: Callable[[], Mapping[str, int]]) -> None:
+    def watch(self, servers: Callable[[], Mapping[str, Servers]]) -> None:
         """Also show how the experts are doing whenever somebody looks."""
-        self._states, self._queued = states, queued
+        self._servers = servers
 
     def expect(self, experts: Iterable[str]) -> None:
         """Begin at 0 what will be counted of these: a scraper sees no increase in a series that was not there."""
@@ -199,11 +199,12 @@ class Metrics(Collector):
         yield GaugeMetricFamily("deferral_saving_dollars", "Saved against always asking the best expert.", saving)
         yield GaugeMetricFamily("deferral_requests_in_flight", "Requests under way.", self._flying)
         breakers = GaugeMetricFamily("deferral_breaker_open", "1: left alone, 0.5: on trial, 0: asked.", labels=["expert"])
-        for name, state in self._states().items():
-            breakers.add_metric([name], _STATES[state])
         queues = GaugeMetricFamily("deferral_queue_length", "Requests that wait for a slot of an expert.", labels=["expert"])
-        for name, length in self._queued().items():
-            queues.add_metric([name], length)
+        away = GaugeMetricFamily("deferral_addresses_away", "Addresses of an expert left alone or on trial.", labels=["expert"])
+        for name, servers in self._servers().items():
+            breakers.add_metric([name], _STATES[servers.state])
+            queues.add_metric([name], servers.queued)
+            away.add_metric([name], servers.away)
         labels = ["alarm", "expert"]
         ringing = GaugeMetricFamily("deferral_alarm", "1: the traffic has drifted from what the router learned.", labels=labels)
         drift = GaugeMetricFamily("deferral_drift", "What the alarm looks at, in its own units.", labels=labels)
@@ -212,7 +213,7 @@ class Metrics(Collector):
             ringing.add_metric([seen.name, seen.expert], float(alarm.ringing))
             if seen.found is not None:
                 drift.add_metric([seen.name, seen.expert], seen.found)
-        yield from (breakers, queues, ringing, drift)
+        yield from (breakers, queues, away, ringing, drift)
         if (shadow := self._shadow()) is not None:
             scored = CounterMetricFamily(
                 "deferral_shadow", "Requests that the candidate router decided, or had no time for.", labels=["what"]

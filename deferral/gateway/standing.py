@@ -136,6 +136,11 @@ class Servers:
         return min(each.breaker.wait for each in self.each)
 
     @property
+    def away(self) -> int:
+        """How many of the servers are left alone or on trial."""
+        return sum(each.breaker.state != "closed" for each in self.each)
+
+    @property
     def queued(self) -> int:
         """How many requests wait."""
         return sum(each.slots.queued for each in self.each)

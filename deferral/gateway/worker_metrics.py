@@ -29,8 +29,8 @@ _ENDED = "ended.json"
 # What each worker sees of the same thing; the others are shares of a sum.
 _SEEN_BY_ALL = frozenset(
     {
-        "deferral_breaker_open", "deferral_alarm", "deferral_drift", "deferral_record_failing", "deferral_budget_dollars",
-        "deferral_budget_spent_dollars",
+        "deferral_breaker_open", "deferral_addresses_away", "deferral_alarm", "deferral_drift", "deferral_record_failing",
+        "deferral_budget_dollars", "deferral_budget_spent_dollars",
     }
 )  # fmt: skip
 

@@ -115,9 +115,14 @@ function drawExperts() {
       [named(name)], [whole(each.requests), "number"], [requests ? share(each.requests / requests) : "", "number"],
       [whole(each.failed), "number", ...(each.failed ? ["bad"] : [])], [dollars(each.price), "number"],
       [seconds(each.latency_s), "number"], [quality ? `${fixed(quality[1], 3)} (${whole(quality[0])} judged)` : "", "number"],
-      [at ? at.breaker : "", ...(at && at.breaker !== "closed" ? ["bad"] : [])], [at ? whole(at.queued) : "", "number"],
+      [at ? breakers(at) : "", ...(at && (at.away || at.breaker !== "closed") ? ["bad"] : [])], [at ? whole(at.queued) : "", "number"],
     ];
   }));
+}
+
+// Of an expert with several addresses how many of them are not asked, too.
+function breakers(at) {
+  return at.addresses > 1 && at.away ? `${at.breaker}, ${whole(at.away)} of ${whole(at.addresses)} addresses not asked` : at.breaker;
 }
 
 const units = { // of what an alarm looks at
