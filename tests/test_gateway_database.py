@@ -72,7 +72,7 @@ def rows(engine: Engine, *tables: Table) -> dict[str, list]:
     found = {}
     with engine.connect() as connection:
         for table in tables or (decisions, feedback, keys, texts):
-            columns = [column for column in table.c if column.name not in ("kind", "draw", "former", "former_until")]
+            columns = [column for column in table.c if column.name not in ("kind", "draw", "former", "former_until", "ends")]
             found[table.name] = connection.execute(select(*columns).order_by(*table.primary_key)).all()
     return found
 
@@ -112,7 +112,7 @@ def test_version_2_with_rows_comes_to_the_version_of_today(first_version: Engine
         assert connection.execute(select(version.c.version)).scalars().all() == [VERSION]
         assert connection.execute(select(decisions.c.kind)).scalars().all() == [None, None]
         assert connection.execute(select(decisions.c.draw)).scalars().all() == [None, None]
-        assert connection.execute(select(keys.c.former, keys.c.former_until)).all() == [(None, None)]
+        assert connection.execute(select(keys.c.former, keys.c.former_until, keys.c.ends)).all() == [(None, None, None)]
         for table in (alarms, looks, notices, shadows):
             assert connection.execute(select(table)).all() == []
 

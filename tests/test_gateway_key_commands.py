@@ -88,6 +88,11 @@ def test_keys_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtur
     run("keys", "set", "bob [/red]", "--no-budget", "--any-rate", "--all-experts", "--name", "rob", "--zone", "UTC")
     keys.refresh()
     assert keys.find(token) == Key(key.id, "rob", window="week")
+    assert "ends" not in run("keys", "list")
+    assert "ends none -> 20" in run("keys", "set", "rob", "--days", "1.5")
+    assert next(one.key.ends for one in keys.list() if one.key.id == key.id) == pytest.approx(time.time() + 1.5 * 86400, abs=60)
+    assert "ends" in run("keys", "list")
+    assert "-> none" in run("keys", "set", "rob", "--no-end")
     other = run("keys", "rotate", "rob", "--grace-hours", "2").strip()
     keys.refresh()
     assert keys.find(token) == keys.find(other) == Key(key.id, "rob", window="week")
@@ -105,6 +110,7 @@ def test_keys_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtur
         "-3.0 is not in the range x>0": ("eve", "--budget", "-3"),
         "0 is not in the range": ("eve", "--requests-per-minute", "0"),
         "expected either --budget or --no-budget": ("eve", "--budget", "3", "--no-budget"),
+        "expected either --days or --no-end": ("eve", "--days", "3", "--no-end"),
         "expected either --expert or --all-experts": ("eve", "--expert", "small", "--all-experts"),
         "has no 'smal'; it has small": ("eve", "--expert", "smal", "--experts", str(tmp_path / "experts.toml")),
         "time zone: expected a name": ("eve", "--zone", "Mars/Olympus"),
@@ -155,12 +161,20 @@ def test_admin_endpoints_make_and_end_keys(tmp_path: Path) -> None:
         assert (listed["name"], listed["revoked"], "token" in listed) == ("bob", None, False)
         (budget,) = client.get("/status", params={"hours": 1}).json()["budgets"]
         assert (budget["key"], budget["spent"]) == (key.id, 0.0)
-        path, body = f"/keys/{key.id}", {"budget": 5, "experts": None, "window": "day"}
+        path, body = f"/keys/{key.id}", {"budget": 5, "experts": None, "window": "day", "ends": time.time() + 60}
         changed = client.patch(path, json=body)
         assert (changed.status_code, "token" in changed.json()) == (200, False)
         assert {name: changed.json()[name] for name in ("id", "name", *body)} == {"id": key.id, "name": "bob", **body}
-        assert store.find(made.json()["token"]) == replace(key, budget=5.0, experts=None, window="day")
-        for wrong in (b"{}", b'{"admin": true}', b'{"budget": -1}', b'{"zone": null}', b'{"experts": "a"}', HUGE):
+        assert store.find(made.json()["token"]) == replace(key, budget=5.0, experts=None, window="day", ends=body["ends"])
+        for wrong in (
+            b"{}",
+            b'{"admin": true}',
+            b'{"budget": -1}',
+            b'{"zone": null}',
+            b'{"ends": 60}',
+            b'{"experts": "a"}',
+            HUGE,
+        ):
             assert client.patch(path, content=wrong).status_code == 400, wrong
         assert client.patch("/keys/nobody", json=body).status_code == 404
         rotated = client.post(f"{path}/token", json={"grace_hours": 1})

@@ -114,6 +114,21 @@ def test_a_change_that_makes_no_sense_changes_nothing(keys: Keys) -> None:
     assert keys.change("twin", budget=9)[1].id == twins[1]
 
 
+def test_a_key_is_valid_until_its_end_and_may_be_given_another(shared_keys: Keys, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys, end = shared_keys, time.time() + 3600
+    token, key = keys.create("bob", ends=end)
+    rotated, _ = keys.rotate("bob", grace_hours=24)
+    assert (keys.find(token), keys.find(rotated)) == (key, key)
+    with monkeypatch.context() as later:
+        later.setattr("deferral.gateway.keys.time.time", lambda: end)
+        assert (keys.find(token), keys.find(rotated)) == (None, None)
+        assert len(keys) == 1, "a gateway with keys that have ended is not open"
+        _, changed = keys.change("bob", budget=5)
+        assert (changed.ends, keys.find(rotated)) == (end, None)
+        assert keys.find(rotated if keys.change("bob", ends=end + 60)[1].ends == end + 60 else "") is not None
+    assert keys.change("bob", ends=None)[1].ends is None
+
+
 def test_a_rotated_key_has_another_token_and_the_old_one_as_long_as_was_said(
     shared_keys: Keys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,6 +206,10 @@ WRONG = [
     ({"budget": float("inf")}, "budget: expected dollars above 0"),
     ({"budget": 10**400}, "budget: expected dollars above 0"),
     ({"window": "year"}, "window: expected one of hour, day, week, month"),
+    ({"ends": 1e9}, "ends: expected seconds since 1970, later than now"),
+    ({"ends": 1e12}, "ends: expected seconds since 1970, later than now"),
+    ({"ends": float("nan")}, "ends: expected seconds since 1970, later than now"),
+    ({"ends": "2030-01-01"}, "ends: expected seconds since 1970, later than now"),
     ({"zone": "Mars/Olympus"}, "time zone: expected a name"),
 ]
 

@@ -131,7 +131,7 @@ def test_sums_by_the_minute_are_those_of_the_decisions_also_after_a_migration(da
             connection.exec_driver_sql(f"DROP TABLE {table}")
         for column in ("kind", "draw"):
             connection.exec_driver_sql(f"ALTER TABLE decisions DROP COLUMN {column}")
-        for column in ("former", "former_until"):
+        for column in ("former", "former_until", "ends"):
             connection.exec_driver_sql(f"ALTER TABLE keys DROP COLUMN {column}")
         connection.exec_driver_sql("UPDATE schema_version SET version = 1")
     prepare(engine)

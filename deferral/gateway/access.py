@@ -64,7 +64,7 @@ class Access:
             raise Problem(401, "missing_api_key", "expected a key of this gateway: Authorization: Bearer KEY")
         key = self._keys.find(token)
         if key is None:
-            raise Problem(401, "invalid_api_key", "the API key is not one of this gateway, or it was revoked")
+            raise Problem(401, "invalid_api_key", "the API key is not one of this gateway, or it was revoked or has ended")
         if key.admin:
             raise Problem(403, "admin_key", "this key is for the admin endpoints; requests want another")
         return key

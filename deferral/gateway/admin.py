@@ -157,6 +157,7 @@ def _settings(key: Key) -> dict[str, Any]:
         "budget": key.budget,
         "window": key.window,
         "zone": key.zone,
+        "ends": key.ends,
         "admin": key.admin,
     }
 

@@ -26,6 +26,8 @@ _experts_file = click.option(
     help="The gateway's experts file, to check the names given with --expert.",
 )
 _rate, _budget = click.IntRange(min=1, max=1_000_000), FiniteRange(min=0, min_open=True)
+_days = click.option("--days", type=FiniteRange(0, 36500, min_open=True), help="The key ends so many days from now.")
+_DAY = 86400.0
 _SOON = "a running gateway applies it within two seconds"
 
 
@@ -42,6 +44,7 @@ def keys() -> None:
 @click.option("--budget", type=_budget, help="The most dollars in each window.")
 @click.option("--window", type=click.Choice(WINDOWS), help="The budget's calendar window.  [default: month]")
 @click.option("--zone", help="The time zone in which windows begin, such as Europe/Berlin.  [default: UTC]")
+@_days
 @click.option("--admin", is_flag=True, help="Make a key for the admin endpoints, and for nothing else.")
 @database_option
 def create(
@@ -50,6 +53,7 @@ def create(
     experts_file: Path | None,
     requests_per_minute: int | None,
     budget: float | None,
+    days: float | None,
     admin: bool,
     database: str,
     **windows: Any,
@@ -66,6 +70,7 @@ def create(
             experts=experts or None,
             requests_per_minute=requests_per_minute,
             budget=budget,
+            ends=_ends(days),
             admin=admin,
             **given,
         )
@@ -89,6 +94,8 @@ def create(
 @click.option("--no-budget", is_flag=True, help="Remove the budget.")
 @click.option("--window", type=click.Choice(WINDOWS), help="The budget's calendar window.")
 @click.option("--zone", help="The time zone in which windows begin, such as Europe/Berlin.")
+@_days
+@click.option("--no-end", is_flag=True, help="The key does not end.")
 @database_option
 def change(
     key: str,
@@ -99,6 +106,8 @@ def change(
     any_rate: bool,
     budget: float | None,
     no_budget: bool,
+    days: float | None,
+    no_end: bool,
     database: str,
     **others: str | None,
 ) -> None:
@@ -112,6 +121,7 @@ def change(
         ("experts", "--expert", experts or None, "--all-experts", all_experts),
         ("requests_per_minute", "--requests-per-minute", requests_per_minute, "--any-rate", any_rate),
         ("budget", "--budget", budget, "--no-budget", no_budget),
+        ("ends", "--days", _ends(days), "--no-end", no_end),
     ):
         if lifted and value is not None:
             raise click.UsageError(f"expected either {option} or {flag}")
@@ -158,15 +168,17 @@ def list_keys(database: str) -> None:
     """List all keys, revoked ones too."""
     with opened(database) as store:
         issued = store.list()
-    former = [_former(one, time.time()) for one in issued]
-    more = ["former token until"] if any(former) else []
-    table = Table("id", "name", "experts", "a minute", "budget", "created", "revoked", *more)
+    now = time.time()
+    former = [_former(one, now) for one in issued]
+    ends = ["" if one.key.ends is None else minute_of(one.key.ends) for one in issued]
+    more = [(title, cells) for title, cells in (("ends", ends), ("former token until", former)) if any(cells)]
+    table = Table("id", "name", "experts", "a minute", "budget", "created", "revoked", *(title for title, _ in more))
     for place in (0, 5, 6):  # what is cut off there cannot be guessed
         table.columns[place].no_wrap = True
     for column in table.columns:
         column.overflow = "fold"
-    for one, until in zip(issued, former, strict=True):
-        table.add_row(*_cells(one), *([until] if more else []))
+    for row, one in enumerate(issued):
+        table.add_row(*_cells(one), *(cells[row] for _, cells in more))
     Console().print(table)
 
 
@@ -182,6 +194,10 @@ def revoke(id: str, database: str) -> None:
         named = f"; it is a name, and keys are revoked by their id, {' or '.join(so_named)}" if so_named else ""
         raise click.BadParameter(f"{id!r} is not a valid key{named}; see `deferral gateway keys list`", param_hint="ID")
     click.echo(f"{id} is revoked")
+
+
+def _ends(days: float | None) -> float | None:
+    return None if days is None else time.time() + _DAY * days
 
 
 def _look_up(experts: tuple[str, ...], experts_file: Path | None) -> None:
@@ -212,7 +228,9 @@ def _shown(key: Key, setting: str) -> str:
     if setting == "experts":
         return "all" if key.experts is None else ", ".join(sorted(key.experts))
     value = getattr(key, setting)
-    return "none" if value is None else f"${value:g}" if setting == "budget" else str(value)
+    if value is None:
+        return "none"
+    return f"${value:g}" if setting == "budget" else minute_of(value) if setting == "ends" else str(value)
 
 
 def _cells(issued: Issued) -> list[str]:

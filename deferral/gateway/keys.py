@@ -33,16 +33,18 @@ _LONGEST_END = 5.0
 _MARK = "dk"
 PREFIX = f"{_MARK}-"
 # What may be changed of a key.
-SETTINGS = ("name", "experts", "requests_per_minute", "budget", "window", "zone")
+SETTINGS = ("name", "experts", "requests_per_minute", "budget", "window", "zone", "ends")
 _HOUR = 3600.0
 _LONGEST_GRACE = 8760.0
+_YEAR_9999 = 253_370_764_800.0
 
 
 @dataclass(frozen=True)
 class Key:
     """What the holder of a key may do; None is no restriction.
 
-    `budget` in dollars for each calendar `window` in the time zone `zone`.  A key with `admin` is for the admin endpoints.
+    `budget` in dollars for each calendar `window` in the time zone `zone`.  A key with `admin` is for the admin endpoints.  It is
+    valid before `ends`, in seconds since 1970.
     """
 
     id: str
@@ -53,6 +55,7 @@ class Key:
     window: WindowName = "month"
     zone: str = "UTC"
     admin: bool = False
+    ends: float | None = None
 
 
 ANYONE = Key("", "anyone")
@@ -134,15 +137,16 @@ class Keys:
         return iter([known.key for known in self._found.values() if known.key is not None])
 
     def find(self, token: str) -> Key | None:
-        """The key of a token, None if there is none or it is revoked."""
+        """The key of a token, None if there is none, or it is revoked or has ended."""
         digest = _digest(token)
         parts = token.split("-", 2)
         known = self._found.get(parts[1] if len(parts) == 3 else "", _NOBODY)
-        if hmac.compare_digest(digest, known.hash):
-            return known.key
-        if known.former and hmac.compare_digest(digest, known.former) and time.time() < known.former_until:
-            return known.key
-        return None
+        right = hmac.compare_digest(digest, known.hash)
+        if not right and known.former:
+            right = hmac.compare_digest(digest, known.former) and time.time() < known.former_until
+        if not right or known.key is None or (known.key.ends is not None and time.time() >= known.key.ends):
+            return None
+        return known.key
 
     def create(
         self,
@@ -153,16 +157,18 @@ class Keys:
         budget: float | None = None,
         window: WindowName = "month",
         zone: str = "UTC",
+        ends: float | None = None,
         admin: bool = False,
     ) -> tuple[str, Key]:
         """A new key and its token, which is shown this once and stored nowhere."""
-        _check(name, experts, requests_per_minute, budget, window)
+        _check(name, experts, requests_per_minute, budget, window, ends=ends)
         time_zone(zone)
         # Base32 has no sign that splits a token or a double click.
         identity = base64.b32encode(secrets.token_bytes(5)).decode().lower()
         token = _token(identity)
         allowed = None if experts is None else frozenset(experts)
-        key = Key(identity, name, allowed, requests_per_minute, None if budget is None else float(budget), window, zone, admin)
+        budget = None if budget is None else float(budget)
+        key = Key(identity, name, allowed, requests_per_minute, budget, window, zone, admin, ends)
         row = {
             "id": identity,
             "hash": _digest(token).hex(),
@@ -190,7 +196,9 @@ class Keys:
         with self.engine.connect() as connection, writing(connection):
             before = key_of(_named(connection, key))
             wanted = {name: getattr(before, name) for name in SETTINGS} | settings
-            _check(*(wanted[name] for name in SETTINGS if name != "zone"))
+            # That an end is over is no reason to refuse other settings.
+            checked = (wanted[name] for name in ("name", "experts", "requests_per_minute", "budget", "window"))
+            _check(*checked, ends=settings.get("ends"))
             if "zone" in settings or settings.get("budget") is not None:
                 # One that this machine does not know may be lifted here with its budget.
                 time_zone(wanted["zone"])
@@ -297,10 +305,12 @@ def _known(row: Row) -> _Known:
 def key_of(row: Row) -> Key:
     """The key of a row of the table."""
     experts = None if row.experts is None else frozenset(json.loads(row.experts))
-    return Key(row.id, row.name, experts, row.requests_per_minute, row.budget, row.window, row.zone, row.admin)
+    return Key(row.id, row.name, experts, row.requests_per_minute, row.budget, row.window, row.zone, row.admin, row.ends)
 
 
-def _check(name: str, experts: Collection[str] | None, rate: int | None, budget: float | None, window: str) -> None:
+def _check(
+    name: str, experts: Collection[str] | None, rate: int | None, budget: float | None, window: str, *, ends: float | None
+) -> None:
     if not isinstance(name, str) or not 0 < len(name.strip()) <= 200 or not name.isprintable():
         raise ValueError(f"name: expected up to 200 printable characters, got {name!r}")
     if isinstance(experts, str) or not all(isinstance(one, str) and one and one.isprintable() for one in experts or ()):
@@ -315,3 +325,6 @@ def _check(name: str, experts: Collection[str] | None, rate: int | None, budget:
         raise ValueError(f"budget: expected dollars above 0, got {budget!r}")
     if window not in WINDOWS:
         raise ValueError(f"window: expected one of {', '.join(WINDOWS)}, got {window!r}")
+    number = isinstance(ends, int | float) and not isinstance(ends, bool)
+    if ends is not None and (not number or not time.time() < ends < _YEAR_9999):
+        raise ValueError(f"ends: expected seconds since 1970, later than now ({time.time():.0f}), got {ends!r}")

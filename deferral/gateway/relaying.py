@@ -54,6 +54,7 @@ async def hand_on(exchange: Exchange, call: Call, asked: Asked, choice: Choice, 
         await exchange.send({"type": "http.response.body", "body": b"", "more_body": False})
     else:
         exchange.started = True
+        headers.append((b"x-deferral-price", b"%.6g" % (price + exchange.extra)))
         await send_whole(exchange.send, reply.status, headers, reply.body)
 
 

@@ -23,7 +23,7 @@ __all__ = [
     "version",
 ]
 
-VERSION = 5
+VERSION = 6
 
 tables = MetaData()
 decisions = Table(
@@ -104,6 +104,7 @@ keys = Table(
     Column("revoked", Float(53)),
     Column("former", String(64)),  # the hash of the token before, which is valid until then
     Column("former_until", Float(53)),
+    Column("ends", Float(53)),
 )
 # How much of a key's budget each worker may spend in a window, and has spent; worker "" stands for those that have ended.
 grants = Table(
