@@ -180,6 +180,7 @@ def test_through_a_gateway_answers_are_kept_or_deferred_charged_and_recorded(run
         pytest.approx(47e-6),
         pytest.approx(47e-4 + 47e-6),
     )
+    assert float(headers["x-deferral-price"]) == pytest.approx(47e-4 + 47e-6)
     assert gateway.state.limits.left(key) == pytest.approx(1.0 - 47e-4 - 2 * 47e-6)
     assert deferred_so_far() == before + 1
     del upstream.seen[:]

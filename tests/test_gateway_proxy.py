@@ -45,6 +45,7 @@ def test_the_official_client_is_routed(running: Any, client: openai.OpenAI) -> N
         assert (row["expert"], row["chosen"], row["outcome"], row["status"]) == (expert, expert, "ok", 200)
         assert (row["input_tokens"], row["output_tokens"], row["estimated"]) == (7, CHUNKS, 0)
         assert row["price"] == pytest.approx(running.experts[expert].price(7, CHUNKS))
+        assert float(raw.headers["x-deferral-price"]) == pytest.approx(row["price"], rel=1e-5)
         assert row["best_price"] == pytest.approx(running.experts["large"].price(7, CHUNKS)), "the same tokens, asked of the best"
         assert row["reply_id"] == answer.id
 
