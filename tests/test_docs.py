@@ -5,12 +5,17 @@ import re
 
 import pytest
 
+from benchmarks import api_page
 from benchmarks.loss_table import CLAIMS, PAGE, page
 from deferral import losses
 
 
 def test_the_table_of_losses_is_current() -> None:
     assert PAGE.read_text(encoding="utf-8") == page(), "run python -m benchmarks loss-table"
+
+
+def test_the_list_of_names_is_current() -> None:
+    assert api_page.PAGE.read_text(encoding="utf-8") == api_page.page(), "run python -m benchmarks api-page"
 
 
 def test_the_table_lists_every_loss() -> None:
