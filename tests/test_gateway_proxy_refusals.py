@@ -4,6 +4,7 @@ import contextlib
 import json
 import socket
 import time
+from datetime import UTC
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from deferral.gateway import state
 from deferral.gateway.accounts import Hold, Refused
 from deferral.gateway.keys import Key
 from deferral.gateway.state import descriptor_left
+from deferral.gateway.windows import span
 from tests.running_gateway import EASY, HARD
 from tests.whole_gateway import ADMIN_KEY, calm, rows
 
@@ -48,6 +50,9 @@ def test_who_may_do_what(running: Any) -> None:
 def test_a_budget_first_routes_cheaper_then_refuses(running: Any) -> None:
     gateway = running.gateway
     token, key = gateway.state.keys.create("poor", budget=0.012, window="month")
+    told = json.loads(gateway.ask("GET", "/v1/key", key=token)[2])
+    assert (told["id"], told["name"], told["budget"], told["left"], told["experts"]) == (key.id, "poor", 0.012, 0.012, None)
+    assert told["window_ends"] == span("month", time.time(), UTC).end
     experts = []
     for number in range(100):
         status, headers, said = gateway.chat(f"{HARD} {number}", key=token)
@@ -58,7 +63,11 @@ def test_a_budget_first_routes_cheaper_then_refuses(running: Any) -> None:
     assert (status, said["error"]["code"], said["error"]["type"]) == (429, "insufficient_quota", "insufficient_quota")
     assert experts[0] == "large"
     assert experts[-1] == "small"
-    assert sum(row["price"] for row in rows(running, f"key = '{key.id}'")) <= 0.012 + 1e-9
+    spent = sum(row["price"] for row in rows(running, f"key = '{key.id}'"))
+    assert spent <= 0.012 + 1e-9
+    assert json.loads(gateway.ask("GET", "/v1/key", key=token)[2])["left"] == pytest.approx(0.012 - spent, abs=1e-12)
+    assert json.loads(gateway.ask("GET", "/v1/key", key=running.key)[2])["left"] is None
+    assert gateway.ask("GET", "/v1/key", key="dk-nobody-x")[0] == 401
 
 
 def test_what_a_long_conversation_sends_is_set_aside(running: Any) -> None:

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from deferral.gateway.keys import PREFIX, SETTINGS, Issued, Key, Keys, UnknownKey
+from deferral.gateway.keys import PREFIX, SETTINGS, Issued, Keys, UnknownKey, settings_of
 from deferral.gateway.problems import Problem, number
 from deferral.gateway.record import WRITTEN_WITHIN
 from deferral.gateway.state import Gateway
@@ -92,7 +92,7 @@ def _create_key(keys: Keys, body: bytes) -> dict[str, Any]:
         raise Problem(400, "invalid_key", "expected at least a name", param="name")
     with _problems():
         token, key = keys.create(**wanted)
-    return {**_settings(key), "object": "key", "token": token}
+    return {**settings_of(key), "object": "key", "token": token}
 
 
 def _change_key(keys: Keys, id: str, body: bytes) -> dict[str, Any]:
@@ -100,7 +100,7 @@ def _change_key(keys: Keys, id: str, body: bytes) -> dict[str, Any]:
     wanted = _wanted(body, SETTINGS)
     with _problems():
         _, key = keys.change(id, **wanted)
-    return {**_settings(key), "object": "key"}
+    return {**settings_of(key), "object": "key"}
 
 
 def _rotate_key(keys: Keys, id: str, body: bytes) -> dict[str, Any]:
@@ -139,26 +139,12 @@ def _problems() -> Iterator[None]:
 def shown(issued: Issued) -> dict[str, Any]:
     """A key as it is listed: never its token."""
     return {
-        **_settings(issued.key),
+        **settings_of(issued.key),
         "object": "key",
         "prefix": issued.prefix,
         "created": issued.created,
         "revoked": issued.revoked,
         "former_until": issued.former_until,
-    }
-
-
-def _settings(key: Key) -> dict[str, Any]:
-    return {
-        "id": key.id,
-        "name": key.name,
-        "experts": None if key.experts is None else sorted(key.experts),
-        "requests_per_minute": key.requests_per_minute,
-        "budget": key.budget,
-        "window": key.window,
-        "zone": key.zone,
-        "ends": key.ends,
-        "admin": key.admin,
     }
 
 

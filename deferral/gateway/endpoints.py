@@ -2,6 +2,7 @@
 
 import json
 import logging
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
@@ -16,11 +17,12 @@ from deferral.errors import DataError
 from deferral.gateway.access import problem_of
 from deferral.gateway.accounts import Refused
 from deferral.gateway.database import reason_of
-from deferral.gateway.keys import Key
+from deferral.gateway.keys import Key, settings_of
 from deferral.gateway.metrics import CONTENT_TYPE
 from deferral.gateway.problems import Problem
 from deferral.gateway.rows import plain
 from deferral.gateway.state import Gateway
+from deferral.gateway.windows import span, time_zone
 from deferral.gateway.wire import Left, header_map, read_body, send_problem
 
 __all__ = ["Admin", "error_handlers", "routes"]
@@ -45,6 +47,13 @@ def routes(gateway: Gateway) -> list[Route]:
         if name not in _visible(gateway, gateway.access.client(request.scope, header_map(request.scope))):
             raise Problem(404, "model_not_found", f"{name[:100]!r} is no model that this key may ask", param="model")
         return JSONResponse(_model(name))
+
+    async def own_key(request: Request) -> Response:
+        key = gateway.access.client(request.scope, header_map(request.scope))
+        await gateway.limits.admitted(key)
+        left = gateway.limits.left(key)
+        again = None if left is None else span(key.window, time.time(), time_zone(key.zone)).end
+        return JSONResponse({"object": "key", **settings_of(key), "left": left, "window_ends": again})
 
     async def feedback(request: Request) -> Response:
         key = gateway.access.client(request.scope, header_map(request.scope))
@@ -91,6 +100,7 @@ def routes(gateway: Gateway) -> list[Route]:
         Route("/v1/models", models),
         Route("/v1/models/{name:path}", model),
         Route("/v1/responses/{rest:path}", kept_elsewhere, methods=["GET", "POST", "DELETE"]),
+        Route("/v1/key", own_key),
         Route("/v1/feedback", feedback, methods=["POST"]),
         Route("/health", health),
         Route("/ready", ready),

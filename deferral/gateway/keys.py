@@ -24,7 +24,7 @@ from deferral.gateway.rows import plain
 from deferral.gateway.schema import keys as table
 from deferral.gateway.windows import WINDOWS, WindowName, time_zone
 
-__all__ = ["ANYONE", "PREFIX", "SETTINGS", "Issued", "Key", "Keys", "UnknownKey", "key_of"]
+__all__ = ["ANYONE", "PREFIX", "SETTINGS", "Issued", "Key", "Keys", "UnknownKey", "key_of", "settings_of"]
 
 _log = logging.getLogger("deferral.gateway.keys")
 
@@ -306,6 +306,21 @@ def key_of(row: Row) -> Key:
     """The key of a row of the table."""
     experts = None if row.experts is None else frozenset(json.loads(row.experts))
     return Key(row.id, row.name, experts, row.requests_per_minute, row.budget, row.window, row.zone, row.admin, row.ends)
+
+
+def settings_of(key: Key) -> dict[str, Any]:
+    """As JSON has them."""
+    return {
+        "id": key.id,
+        "name": key.name,
+        "experts": None if key.experts is None else sorted(key.experts),
+        "requests_per_minute": key.requests_per_minute,
+        "budget": key.budget,
+        "window": key.window,
+        "zone": key.zone,
+        "ends": key.ends,
+        "admin": key.admin,
+    }
 
 
 def _check(
