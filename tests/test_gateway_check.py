@@ -3,6 +3,7 @@
 import asyncio
 import json
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -10,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from sqlalchemy import update
 
 from deferral.cli import main
 from deferral.gateway.checking import check
@@ -20,6 +22,7 @@ from deferral.gateway.listening import listening
 from deferral.gateway.preparing import prepare
 from deferral.gateway.reaching import Reached, reach
 from deferral.gateway.schema import VERSION
+from deferral.gateway.schema import keys as key_table
 from deferral.gateway.settings import Settings
 from tests.faulty_upstream import Upstream, closed_port
 from tests.running_gateway import small_router
@@ -296,6 +299,9 @@ def test_who_may_ask(router: Path, tmp_path: Path, upstream: Upstream) -> None:
         keys.change("alice", experts=["smal"])
         [fault] = found(settings, "fault")
         assert f"(alice) may only ask smal, which the experts file does not have; `deferral gateway keys set {key.id}" in fault
+        with keys.engine.begin() as connection:
+            connection.execute(update(key_table).values(ends=time.time() - 1))
+        assert "nobody may ask: there were keys" in found(settings, "fault")[0]
 
 
 def test_the_command(

@@ -1,6 +1,7 @@
 """What a gateway needs before it goes live: its files, its database, its address and its experts, looked at and not changed."""
 
 import asyncio
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -8,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from sqlalchemy import Engine, select
+from sqlalchemy import Engine, null, select
 from sqlalchemy.exc import SQLAlchemyError
 
 from deferral.errors import DataError
@@ -38,6 +39,8 @@ __all__ = ["Checked", "Finding", "check"]
 T = TypeVar("T")
 # A query and an answer of so many tokens cost within so large a factor of what a router expects, if both are in dollars.
 _USUAL_TOKENS, _FAR_OFF = 500, 1000
+# The first version of the tables in which a key may end.
+_KEYS_END = 6
 # Dollars per million tokens: below that a price was most likely meant per token.
 _CHEAP = 0.001
 
@@ -222,7 +225,7 @@ def _database(settings: Settings, experts: Mapping[str, Expert] | None) -> list[
         version = _tried(found, "database", lambda: look(record.engine))
         if version is None:
             return found
-        issued = _issued(record.engine) if version else []
+        issued = _issued(record.engine, version) if version else []
     except SQLAlchemyError as error:
         return [Finding("fault", "database", f"its keys cannot be read, {reason_of(error)}")]
     finally:
@@ -238,11 +241,13 @@ def _database(settings: Settings, experts: Mapping[str, Expert] | None) -> list[
     return found + _who_may_ask(settings, issued, experts)
 
 
-def _issued(engine: Engine) -> list[tuple[Key, bool]]:
+def _issued(engine: Engine, version: int) -> list[tuple[Key, bool]]:
     """Every key that ever was, and whether it is valid; in tables of any version."""
-    names = ("id", "name", "experts", "requests_per_minute", "budget", "window", "zone", "admin", "revoked")
+    names = ["id", "name", "experts", "requests_per_minute", "budget", "window", "zone", "admin", "revoked"]
+    ends = table.c.ends if version >= _KEYS_END else null().label("ends")
     with engine.connect() as connection:
-        return [(key_of(row), row.revoked is None) for row in connection.execute(select(*(table.c[name] for name in names)))]
+        rows = connection.execute(select(*(table.c[name] for name in names), ends)).all()
+    return [(key_of(row), row.revoked is None and (row.ends is None or time.time() < row.ends)) for row in rows]
 
 
 def _who_may_ask(settings: Settings, issued: list[tuple[Key, bool]], experts: Mapping[str, Expert] | None) -> list[Finding]:
