@@ -187,10 +187,10 @@ def coverage_at_risk(confidence: Tensor, loss: Tensor, at_most: float, weights: 
     """
     if not math.isfinite(at_most):
         raise ValueError(f"at_most: expected a finite risk, in the unit of the loss, got {at_most}")
-    _, mass, (total,) = _groups(-_row("confidence", confidence), weights, loss=loss)
+    _, mass, (total, size) = _groups(-_row("confidence", confidence), weights, loss=loss, size=loss.double().abs())
     rows, losses = _cumulative(mass), _cumulative(total)
     # 29 errors in 100 are a risk of .29, which times 100 is a little less than 29.
-    within = losses <= at_most * rows + 1e-12 * rows[..., -1:]
+    within = losses <= at_most * rows + 1e-12 * _cumulative(size)
     return (rows / rows[..., -1:]).where(within, 0.0).amax(dim=-1)
 
 

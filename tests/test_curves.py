@@ -85,6 +85,13 @@ def test_the_coverage_at_a_risk_that_is_met_exactly() -> None:
         coverage_at_risk(torch.ones(2), torch.ones(2), float("nan"))
 
 
+@pytest.mark.parametrize("unit", [2.0**-40, 2.0**40])
+def test_the_coverage_at_a_risk_does_not_depend_on_the_unit_of_the_loss(unit: float) -> None:
+    confidence, loss = torch.rand(2, 300, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for at_most in (0.0, 0.4, float(loss.mean()), 0.6):
+        assert coverage_at_risk(confidence, loss * unit, at_most * unit) == coverage_at_risk(confidence, loss, at_most)
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_curves_of_the_system_equal_their_definition_under_ties(seed: int) -> None:
     margin, own, deferred, price = draw(seed)
