@@ -305,6 +305,11 @@ def test_bad_input() -> None:
         certify(margin, SelectiveRisk(wrong.long(), 0.1), GRID)
     with pytest.raises(ValueError, match="ceiling"):
         certify(margin, SystemRisk(wrong.float(), expert + 0.1, 0.1), GRID)
+    with pytest.raises(ValueError, match=r"ceiling: expected .* a finite number > 0, got inf"):
+        certify(margin, SelectiveRisk(wrong.double(), 0.1, ceiling=math.inf), GRID)
+    for risk in (SelectiveRisk(~wrong & wrong, 0.1, ceiling=0.2), SystemRisk(wrong, 0.1 * expert, 0.1, ceiling=0.2)):
+        with pytest.raises(ValueError, match=r"of bool the largest loss is 1, above ceiling=0\.2"):
+            certify(margin, risk, GRID)
     with pytest.raises(ValueError, match="NaN"):
         certify(margin, SystemRisk(wrong.float(), expert * torch.nan, 0.1), GRID)
     with pytest.raises(ValueError, match="groups"):

@@ -60,6 +60,11 @@ def checked_risks(margin: Tensor, risks: Risk | Sequence[Risk]) -> list[Risk]:
         if not isinstance(risk, Risk):
             raise TypeError(f"risks: expected SelectiveRisk, SystemRisk or DeferralRate, got {type(risk).__name__}")
         ceiling = 1.0 if isinstance(risk, DeferralRate) else risk.ceiling
+        if not 0.0 < ceiling < float("inf"):
+            raise ValueError(
+                f"ceiling: expected the largest loss that any row can have, a finite number > 0, got {ceiling}; where there is "
+                "none, clip the losses at one"
+            )
         if not 0.0 < risk.at_most < ceiling:
             raise ValueError(f"at_most: expected a level between 0 and the largest possible, {ceiling:g}, got {risk.at_most}")
         if isinstance(risk, SelectiveRisk):
@@ -118,6 +123,11 @@ def _checked_losses(name: str, values: Tensor, margin: Tensor, ceiling: float) -
     if values.shape != margin.shape:
         raise ValueError(f"{name}: expected one number per row, shape {tuple(margin.shape)}, got {tuple(values.shape)}")
     values = values.detach().cpu()
+    if values.dtype == torch.bool and ceiling < 1.0:
+        raise ValueError(
+            f"{name}: of bool the largest loss is 1, above ceiling={ceiling:g}; leave ceiling out, or pass what an error counts, "
+            f"{name} * {ceiling:g}"
+        )
     if values.dtype != torch.bool:
         if not values.is_floating_point():
             zero_or_one = bool(((values == 0) | (values == 1)).all())
