@@ -82,8 +82,24 @@ def bootstrap(metric: Callable[[Tensor], Tensor], rows: int, *, resamples: int =
         drawn = generator.integers(0, rows, (size, rows), dtype=np.int32)
         drawn += (np.arange(size, dtype=np.int32) * rows)[:, None]
         counts = np.bincount(drawn.ravel(), minlength=size * rows).reshape(size, rows)
-        figures.append(metric(torch.from_numpy(counts).double()).detach().double().cpu())
+        figures.append(_figures(metric, torch.from_numpy(counts).double()))
     return torch.cat(figures)
+
+
+def _figures(metric: Callable[[Tensor], Tensor], weights: Tensor) -> Tensor:
+    """metric(weights), whether it gives NumPy or torch.  (R, N) -> (R, ...), float64, CPU"""
+    found = metric(weights)
+    figures = found if isinstance(found, Tensor) else np.asarray(found)
+    if isinstance(figures, np.ndarray):
+        if figures.dtype.kind not in "biuf":
+            raise TypeError(f"metric: expected one figure per sample, got {type(found).__name__}; of a curve take .at(coverage)")
+        figures = torch.from_numpy(figures)
+    if figures.shape[:1] != weights.shape[:1]:
+        raise ValueError(
+            f"metric: expected one figure per sample, weights (R, N) to (R, ...), got shape {tuple(figures.shape)} from weights "
+            f"{tuple(weights.shape)}; a metric of plain rows, without weights, is wrapped by on_rows"
+        )
+    return figures.detach().double().cpu()
 
 
 def on_rows(metric: Callable[..., Any], *columns: Any) -> Callable[[Tensor], Tensor]:
@@ -158,7 +174,7 @@ def metric_interval(
     centred: bool = False,
 ) -> Interval:
     """Any metric of weights (see `bootstrap`), on the rows as they are, with its `interval`.  -> Interval"""
-    estimate = metric(torch.ones(1, max(rows, 1), dtype=torch.float64)).reshape(-1)
+    estimate = _figures(metric, torch.ones(1, max(rows, 1), dtype=torch.float64)).reshape(-1)
     if len(estimate) != 1:
         raise ValueError(f"metric: expected one figure per sample, got {len(estimate)}; use bootstrap and interval for several")
     resampled = bootstrap(metric, rows, resamples=resamples, seed=seed).reshape(-1)

@@ -7,7 +7,7 @@ import torch
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from deferral.curves import aurc
+from deferral.curves import aurc, risk_coverage_curve
 from deferral.intervals import (
     bootstrap,
     bootstrap_means,
@@ -97,6 +97,12 @@ def test_any_metric_of_another_library() -> None:
     assert metric_interval(on_rows(roc_auc_score, *columns), rows=80, resamples=200) == figure
 
 
+def test_a_metric_may_give_numpy() -> None:
+    values = np.arange(5.0)
+    found = metric_interval(lambda weights: weights.numpy() @ values / 5, rows=5)
+    assert found == mean_interval(values)
+
+
 def test_the_same_seed_draws_the_same_rows_for_every_metric() -> None:
     values = torch.rand(50, dtype=torch.float64)
     figure = metric_interval(lambda weights: average(values, weights), rows=50, resamples=100)
@@ -155,6 +161,11 @@ def test_bad_input() -> None:
             over_seeds(torch.rand(3), level=level)
     with pytest.raises(ValueError, match="one figure per sample"):
         metric_interval(lambda weights: weights[:, :2], rows=3)
+    for figure in (0.5, np.float64(0.5), torch.tensor(0.5), torch.ones(5)):
+        with pytest.raises(ValueError, match=r"one figure per sample, .* wrapped by on_rows"):
+            metric_interval(lambda weights, figure=figure: figure, rows=3)
+    with pytest.raises(TypeError, match=r"got Curve; .* \.at\(coverage\)"):
+        metric_interval(lambda weights: risk_coverage_curve(torch.rand(3), torch.ones(3), weights), rows=3)
     with pytest.raises(ValueError, match="rows"):
         bootstrap(lambda weights: weights.sum(-1), rows=0)
     with pytest.raises(ValueError, match="one figure per seed"):
