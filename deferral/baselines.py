@@ -47,10 +47,10 @@ def compare_confidence(probabilities: Tensor, correctness: Tensor, *, price: Ten
     _require_rows("probabilities", probabilities)
     _require_rows("correctness", correctness)
     require_batch("probabilities", probabilities.shape[:-1], "correctness", correctness.shape[:-1])
-    if isinstance(price, Tensor) and price.shape not in ((), correctness.shape[-1:]):
-        raise ValueError(f"price: expected a number or one per expert ({correctness.shape[-1]}), got {tuple(price.shape)}")
     experts = lift(correctness)
     price = torch.as_tensor(price, dtype=experts.dtype, device=experts.device)
+    if price.shape not in ((), correctness.shape[-1:]):
+        raise ValueError(f"price: expected a number or one per expert ({correctness.shape[-1]}), got shape {tuple(price.shape)}")
     check_costs(price, ceiling=None, name="price")
     experts = experts - price
     return torch.cat([lift(probabilities), experts.expand(*probabilities.shape[:-1], -1)], dim=-1)

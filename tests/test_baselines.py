@@ -88,6 +88,7 @@ def test_asking_may_cost_more_than_an_error() -> None:
         (lambda: compare_confidence(torch.rand(3, 2), torch.ones(3, 1).long()), "correctness: expected a floating dtype"),
         (lambda: compare_confidence(torch.rand(3, 2), torch.rand(4, 1)), "differ in rows"),
         (lambda: compare_confidence(torch.rand(3, 2), torch.rand(3, 2), price=torch.rand(3)), r"one per expert \(2\)"),
+        (lambda: compare_confidence(torch.rand(3, 2), torch.rand(3, 2), price=[0.1, 0.2, 0.3]), r"one per expert \(2\)"),
         (lambda: selective_prediction(torch.rand(3, 2), torch.rand(3, 1)), r"one number per expert \(E,\)"),
         (lambda: deferral_gains(torch.rand(3, 1)), "one per expert"),
         (lambda: deferral_gains(torch.ones(3, 2).long()), "costs: expected a floating dtype"),
