@@ -67,10 +67,14 @@ def _in_bins(
     if not bool(known.any()):
         raise ValueError("mask: expected at least one known row, got none")
     predicted, happened = probability.double()[known], outcome.double()[known]
-    if not bool(((predicted >= 0) & (predicted <= 1)).all()):
-        raise ValueError("probability: expected numbers in [0, 1]; turn scores into probabilities first (expert_correctness)")
-    if not bool(((happened == 0) | (happened == 1)).all()):
-        raise ValueError("outcome: expected 0 or 1 (or bool), one per row")
+    # A sum of probabilities may be a rounding above 1.
+    if bool((outside := ~((predicted >= 0) & (predicted <= 1.001))).any()):
+        raise ValueError(
+            f"probability: expected numbers in [0, 1], got {float(predicted[outside][0]):g}; turn scores into probabilities "
+            "first (expert_correctness), and leave rows that have none out by a mask"
+        )
+    if bool((outside := ~((happened == 0) | (happened == 1))).any()):
+        raise ValueError(f"outcome: expected 0 or 1 (or bool), one per row, got {float(happened[outside][0]):g}")
     inner = torch.arange(1, bins, dtype=torch.float64, device=predicted.device) / bins
     # Rounded as the probabilities are: .7 in single precision lies in the bin that begins with .7.
     edges = inner.to(probability.dtype).double() if probability.is_floating_point() else inner
@@ -145,6 +149,6 @@ def brier(probability: Tensor, outcome: Tensor) -> Tensor:
         raise ValueError(f"one outcome per probability: {tuple(probability.shape)} and {tuple(outcome.shape)}")
     for name, values in (("probability", probability), ("outcome", outcome)):
         # A sum of probabilities may be a rounding above 1.
-        if bool(((values < 0) | (values > 1.001)).any()):
-            raise ValueError(f"{name}: expected numbers in [0, 1], or NaN where a row has none")
+        if bool((outside := (values < 0) | (values > 1.001)).any()):
+            raise ValueError(f"{name}: expected numbers in [0, 1], or NaN for a row without, got {float(values[outside][0]):g}")
     return (probability.double() - outcome.double()).square()

@@ -105,6 +105,13 @@ def test_numpy_in_numpy_out() -> None:
     assert table.count.tolist() == [2, 2]
 
 
+def test_a_sum_of_probabilities_may_be_a_rounding_above_one() -> None:
+    above = torch.tensor(1.0).nextafter(torch.tensor(2.0)).repeat(4)
+    right = torch.tensor([1.0, 1.0, 1.0, 0.0])
+    torch.testing.assert_close(calibration_error(above, right), calibration_error(torch.ones(4), right))
+    torch.testing.assert_close(debiased_calibration_error(above, right), debiased_calibration_error(torch.ones(4), right))
+
+
 def test_bad_input() -> None:
     half = torch.full((4,), 0.5)
     with pytest.raises(ValueError, match="one length"):
@@ -116,9 +123,9 @@ def test_bad_input() -> None:
     for outside in (-0.1, 1.1):
         with pytest.raises(ValueError, match=r"in \[0, 1\]"):
             calibration_error(torch.tensor([0.5, outside]), torch.ones(2))
-    with pytest.raises(ValueError, match=r"in \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"in \[0, 1\], got nan; .* by a mask"):
         calibration_error(torch.full((4,), torch.nan), torch.ones(4))
-    with pytest.raises(ValueError, match="0 or 1"):
+    with pytest.raises(ValueError, match=r"0 or 1 .* got 0\.5"):
         calibration_error(half, half)
     with pytest.raises(ValueError, match="at least one known row"):
         calibration_error(half, torch.ones(4), mask=torch.zeros(4, dtype=torch.bool))
