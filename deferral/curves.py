@@ -214,6 +214,8 @@ def augrc(confidence: Tensor, loss: Tensor, weights: Tensor | None = None) -> Te
     """Area under the generalized risk-coverage curve, by trapezoids.  -> (...)
 
     For a 0/1 loss of mean e it equals (1 - AUROC) e (1 - e) + e^2 / 2, with the AUROC of the confidence, right against wrong.
+    torch-uncertainty leaves the first trapezoid out, up to coverage 1/N, and divides by 1 - 1/N: on few rows another number.
+
     Traub et al. (NeurIPS 2024), section 3.
     """
     curve = generalized_risk_coverage_curve(confidence, loss, weights)
