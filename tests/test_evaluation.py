@@ -292,6 +292,18 @@ def test_regression_is_judged_by_squared_errors(tmp_path: Path, capsys: pytest.C
     assert "of one error" not in printed
 
 
+@pytest.mark.parametrize("unit", [1e-4, 1e8])
+def test_squared_errors_are_printed_with_their_digits_in_any_unit(
+    unit: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = {"target": [0.0] * 4, "answer": [3 * unit] * 4, "answer_A": [unit] * 4, "score": [0.0] * 4, "score_A": [1.0] * 4}
+    show_evaluation(evaluate([write(tmp_path / "ours.csv", table)], regression=True))
+    printed = capsys.readouterr().out
+    for cost in (unit**2, 9 * unit**2):
+        assert f"{cost:.4g} ±0" in printed
+    assert f"{-8 * unit**2:.4g} [{-8 * unit**2:.4g}, {-8 * unit**2:.4g}]" in printed
+
+
 def test_the_command_writes_figures_and_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(tmp_path / "ours.csv", columns() | {"probability_Ann": [0.5] * ROWS})
     cli.main(["evaluate", str(path), "--price", "Ann=0.1", "--calibrate", "0.3", "--out", str(tmp_path / "out")])

@@ -27,6 +27,7 @@ __all__ = ["save", "save_evaluation", "save_rows", "show", "show_evaluation"]
 
 def show(comparison: Comparison) -> None:
     """Print the table, the paired differences and the notes."""
+    cost_as = _cost_format(comparison, digits=3)
     table = Table(title=escape(comparison.title), title_justify="left", box=None, header_style="bold", pad_edge=False)
     table.add_column("method", no_wrap=True)
     shares = ("accuracy %", "coverage %", *(f"to {name} %" for name in comparison.experts))
@@ -34,11 +35,12 @@ def show(comparison: Comparison) -> None:
         table.add_column(escape(heading), justify="right", no_wrap=True)
     for name, figures in comparison.figures.items():
         percentages = (figures.accuracy, figures.coverage, *figures.loads)
-        cells = [_plus_minus(figures.cost, digits=3), *(_plus_minus(share, digits=1, scale=100) for share in percentages)]
+        cells = [_plus_minus(figures.cost, cost_as), *(_plus_minus(share, "z.1f", scale=100) for share in percentages)]
         gap = figures.difference
         mark = "" if gap.excludes_zero() else "  tie"
-        versus = "" if name == comparison.reference else f"{gap.estimate:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]{mark:5}"
-        table.add_row(escape(name), *cells, versus, style="bold" if name == comparison.reference else None)
+        versus = f"{gap.estimate:+{cost_as}} [{gap.low:+{cost_as}}, {gap.high:+{cost_as}}]{mark:5}"
+        reference = name == comparison.reference
+        table.add_row(escape(name), *cells, "" if reference else versus, style="bold" if reference else None)
     print_whole(table)
     units = "units of one error.  accuracy: of the rows that get an answer" if comparison.classes else "squared errors"
     legend = (
@@ -52,6 +54,7 @@ def show(comparison: Comparison) -> None:
 def show_evaluation(evaluation: "Evaluation") -> None:
     """Print the table of methods, the areas under their curves, and how far the probabilities can be believed."""
     show(evaluation.comparison)
+    figure_as = _cost_format(evaluation.comparison, digits=4)
     for title, rows in (("areas under the curves of the own loss", evaluation.areas), ("calibration", evaluation.calibration)):
         headings = list(dict.fromkeys(heading for figures in rows.values() for heading in figures))
         if not rows:
@@ -61,7 +64,7 @@ def show_evaluation(evaluation: "Evaluation") -> None:
         for heading in headings:
             table.add_column(escape(heading), justify="right", no_wrap=True)
         for name, figures in rows.items():
-            table.add_row(escape(name), *(_plus_minus(figures.get(heading), digits=4) for heading in headings))
+            table.add_row(escape(name), *(_plus_minus(figures.get(heading), figure_as) for heading in headings))
         print_whole(table)
 
 
@@ -115,9 +118,14 @@ def _write(record: dict[str, Any], path: Path) -> Path:
     return path
 
 
-def _plus_minus(interval: Interval | None, *, digits: int, scale: float = 1) -> str:
+def _cost_format(comparison: Comparison, *, digits: int) -> str:
+    """Errors have a unit; squared errors have that of the targets, of any size, and are written with significant digits."""
+    return f"z.{digits}f" if comparison.classes else "z.4g"
+
+
+def _plus_minus(interval: Interval | None, written: str, *, scale: float = 1) -> str:
     if interval is None:
         return "none"
     if math.isnan(interval.half_width):
-        return f"{scale * interval.estimate:.{digits}f}"
-    return f"{scale * interval.estimate:.{digits}f} ±{scale * interval.half_width:.{digits}f}"
+        return f"{scale * interval.estimate:{written}}"
+    return f"{scale * interval.estimate:{written}} ±{scale * interval.half_width:{written}}"
