@@ -24,9 +24,12 @@ class _Wire:
         self.sent: list[bytes] = []
         self.closed = False
 
-    def writelines(self, parts: list[bytes]) -> None:
+    def write(self, data: bytes) -> None:
         assert not self.closed
-        self.sent.append(b"".join(parts))
+        self.sent.append(data)
+
+    def writelines(self, parts: list[bytes]) -> None:
+        self.write(b"".join(parts))
 
     def is_closing(self) -> bool:
         return self.closed

@@ -21,6 +21,8 @@ __all__ = ["Protocol"]
 _log = logging.getLogger("deferral.gateway")
 
 _AT_ONCE = 1 << 16
+# Where asyncio tells nobody that a list which it was given waits to be read (CVE-2024-12254).
+_WRITES_TOO_MUCH = (3, 12) <= sys.version_info < (3, 12, 9) or (3, 13) <= sys.version_info < (3, 13, 2)
 _LONGEST_HEAD = 1 << 16
 _TOO_LONG = f"expected a head of at most {_LONGEST_HEAD} bytes"
 # Requests that wait for the reply to another on their connection; one read may bring thousands.
@@ -270,6 +272,9 @@ class Gathering:
 
     def write(self, data: bytes) -> None:
         """Bytes to be sent soon."""
+        if not data:
+            # From Python 3.12 on asyncio never comes to the end of a list that ends with nothing.
+            return
         if not self._parts:
             self._call_soon(self._flush)
         self._parts.append(data)
@@ -318,5 +323,9 @@ class Gathering:
 
     def _flush(self) -> None:
         parts, self._parts, self._size = self._parts, [], 0
-        if parts and not self.is_closing():
+        if not parts or self.is_closing():
+            return
+        if _WRITES_TOO_MUCH:
+            self._transport.write(b"".join(parts))
+        else:
             self._transport.writelines(parts)
