@@ -1,6 +1,7 @@
 import importlib.util
 import os
 import secrets
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 if TYPE_CHECKING:
     from openai import OpenAI
+    from sqlalchemy import Connection, Engine
 
     from deferral.gateway.keys import Keys
     from tests.several_workers import Workers
@@ -22,6 +24,33 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def engines() -> "Iterator[set[Engine]]":
+    """Those that are connected to a database, but for what `databases_closed` has closed."""
+    found: set[Engine] = set()
+    if "sqlalchemy" not in sys.modules:
+        yield found
+        return
+    import sqlalchemy.event
+
+    def note(connection: "Connection") -> None:
+        found.add(connection.engine)
+
+    sqlalchemy.event.listen(sqlalchemy.Engine, "engine_connect", note)
+    yield found
+    sqlalchemy.event.remove(sqlalchemy.Engine, "engine_connect", note)
+
+
+@pytest.fixture(autouse=True)
+def databases_closed(engines: "set[Engine]") -> Iterator[None]:
+    """From Python 3.13 on a connection to SQLite that is left to the garbage collector is a warning, and so an error here."""
+    of_others = set(engines)
+    yield
+    for engine in engines - of_others:
+        engine.dispose()
+    engines &= of_others
 
 
 @pytest.fixture(scope="session")
