@@ -160,9 +160,9 @@ def _claimed(pairs: Sequence[tuple[Record, Record]], key: str, scale: float) -> 
     values = [scale * (mine["parts"][-1][key]["estimate"] - theirs["parts"][-1][key]["estimate"]) for mine, theirs in pairs]
     figures, digits = over_seeds(torch.tensor(values, dtype=torch.float64)), _digits(scale)
     if len(values) == 1:
-        return f"{figures.mean:+.{digits}f} (one seed)"
+        return f"{_rounded(figures.mean):+.{digits}f} (one seed)"
     verdict = "cheaper" if figures.high < 0 else "dearer" if figures.low > 0 else "undecided"
-    return f"{figures.mean:+.{digits}f} [{figures.low:+.{digits}f}, {figures.high:+.{digits}f}], {verdict}"
+    return f"{_with_interval(figures.mean, figures.low, figures.high, digits)}, {verdict}"
 
 
 def _columns(section: Section) -> list[tuple[str, float]]:
@@ -186,7 +186,7 @@ def _over(cells: Sequence[Record], key: str, scale: float, *, part: int = 0) -> 
     spread = figures.deviation if len(values) > 1 else scale * (values[0]["high"] - values[0]["low"]) / 2
     # Where a seed keeps too little, the cost of what is kept has no interval.
     some = "" if len(values) == len(cells) else f" ({len(values)} of {len(cells)})"
-    return f"{figures.mean:.{_digits(scale)}f} ± {spread:.{_digits(scale)}f}{some}"
+    return f"{_rounded(figures.mean):.{_digits(scale)}f} ± {_rounded(spread):.{_digits(scale)}f}{some}"
 
 
 def _seeds(section: Section, cells: Sequence[Record]) -> str:
@@ -200,8 +200,7 @@ def _difference(cells: Sequence[Record], name: str, scale: float) -> str:
         return NOT_RUN if not cells else ""
     mean = sum(d["estimate"] for d in found) / len(found)
     low, high = min(d["low"] for d in found), max(d["high"] for d in found)
-    digits = _digits(scale)
-    return f"{scale * mean:+.{digits}f} [{scale * low:+.{digits}f}, {scale * high:+.{digits}f}]"
+    return _with_interval(scale * mean, scale * low, scale * high, _digits(scale))
 
 
 def _not_comparable(section: Section, own: Sequence[Record]) -> str:
@@ -229,7 +228,7 @@ def _against(cells: Sequence[Record], published: str | None, scale: float, prese
     if len(cells) > 1:
         low, high = min(low, figures.low), max(high, figures.high)
     verdict = "" if preset != "paper" else ", above" if low > 0 else ", below" if high < 0 else ", agrees"
-    return f"{figures.mean:+.2f} [{low:+.2f}, {high:+.2f}]{verdict}{' (one seed)' if len(cells) == 1 else ''}"
+    return f"{_with_interval(figures.mean, low, high, 2)}{verdict}{' (one seed)' if len(cells) == 1 else ''}"
 
 
 def _cheaper(cell: Record, name: str) -> bool:
@@ -239,6 +238,16 @@ def _cheaper(cell: Record, name: str) -> bool:
 
 def _points(cell: Record) -> list[str]:
     return [", ".join(f"{name}: {value:g}" for name, value in part["at"].items()) for part in cell["parts"]]
+
+
+def _with_interval(estimate: float, low: float, high: float, digits: int) -> str:
+    estimate, low, high = (_rounded(value) for value in (estimate, low, high))
+    return f"{estimate:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+
+
+def _rounded(value: float) -> float:
+    # Half of the last digit must not go up with one version of torch, and down with another.
+    return round(value, 9)
 
 
 def _digits(scale: float) -> int:

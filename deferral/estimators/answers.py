@@ -75,7 +75,7 @@ def _table(answers: Any) -> tuple[np.ndarray, np.ndarray]:
     if hasattr(answers, "isna"):
         known = ~np.asarray(answers.isna())
     elif values.dtype.kind == "O":
-        known = ~np.frompyfunc(_is_missing, 1, 1)(values).astype(bool)
+        known = np.array([not _is_missing(answer) for answer in values.flat], dtype=bool).reshape(values.shape)
     else:
         known = np.full(values.shape, True) if values.dtype.kind != "f" else ~np.isnan(values)
     known &= ~np.ma.getmaskarray(answers) if isinstance(answers, np.ma.MaskedArray) else True
