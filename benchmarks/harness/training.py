@@ -241,7 +241,7 @@ def _save(
     written = io.BytesIO()
     torch.save({**states, "generator": generator.get_state(), "identity": identity, "epoch": epoch, "seconds": seconds}, written)
     with write_whole(path) as partial:
-        partial.write_bytes(written.getbuffer())
+        partial.write_bytes(written.getvalue())
 
 
 def _fingerprint(data: Images) -> str:
