@@ -37,7 +37,7 @@ def test_a_key_is_not_lost_where_the_database_fails_right_after_it_was_made(keys
 
 
 def test_changes_at_the_same_time_are_all_kept(shared_keys: Keys) -> None:
-    _, key = shared_keys.create("bob")
+    _, key = shared_keys.create("bob", budget=1.0)
     settings = [{"budget": 5.0}, {"requests_per_minute": 7}, {"window": "day"}, {"experts": frozenset({"a"})}]
     with ThreadPoolExecutor(len(settings)) as pool:
         for made in [pool.submit(shared_keys.change, key.id, **setting) for setting in settings]:
