@@ -26,7 +26,7 @@ from deferral.gateway.asking import Result, ask_all
 from deferral.gateway.experts_file import Expert
 from deferral.gateway.grading import by_field, by_judge, by_rule
 from deferral.routing import Router, read_log
-from tests.faulty_upstream import Upstream
+from tests.faulty_upstream import Upstream, closed_port
 
 
 async def _sum(request: Request) -> JSONResponse:
@@ -170,6 +170,20 @@ def test_a_failing_expert_holds_nobody_up_and_is_asked_again(questions: Path, tm
         assert len(upstream.asked("status-401")) <= 4
         upstream.behave("status-500", "good")
         assert ask_all(asked, [good, bad], answers).asked == 4
+
+
+def test_an_address_that_refuses_is_asked_no_more_and_the_others_have_its_questions(questions: Path, tmp_path: Path) -> None:
+    asked = read_questions(questions)
+    with Upstream() as right, Upstream() as wrong, closed_port() as closed:
+        wrong.behave("small", "status-401")
+        result = ask_all(asked, [Expert("small", wrong.url, other_urls=[right.url])], tmp_path / "answers.jsonl", concurrent=4)
+        assert (result.answers, result.missing) == (len(asked), 0)
+        assert len(wrong.asked("small")) <= 4
+        refused = ask_all(asked, [Expert("small", wrong.url, other_urls=[f"{wrong.url}/v2"])], tmp_path / "refused.jsonl")
+        assert (refused.answers, refused.missing) == (0, len(asked))
+        half = Expert("small", right.url, other_urls=[f"http://127.0.0.1:{closed}/v1"])
+        result = ask_all(asked[:4], [half], tmp_path / "half.jsonl", patience=1.5, concurrent=4)
+        assert (result.answers, result.missing) == (4, 0), "who does not answer is not asked twice in a row"
 
 
 def test_what_fails_for_a_moment_is_asked_again(questions: Path, tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from itertools import cycle
 from pathlib import Path
 from time import monotonic, time
 from typing import Any, BinaryIO
@@ -197,7 +196,7 @@ class _Asking:
 
     def __init__(self, expert: Expert, waiting: Iterator[Question], upstream: Upstream, run: _Run, *, heard: bool) -> None:
         self.expert, self.waiting, self.upstream, self.run, self.heard = expert, waiting, upstream, run, heard
-        self.servers = cycle(expert.servers)
+        self.servers = list(expert.servers)
         self.given_up, self.failures, self.rests_until = "", 0, 0.0
         self.left = run.result.left[expert.name]
 
@@ -217,6 +216,7 @@ class _Asking:
         except Problem as problem:
             return problem.message
         until, wait = monotonic() + self.run.patience, _FIRST_WAIT
+        last: Expert | None = None
         while True:
             # All who wait for this expert wait as long.
             await asyncio.sleep(self.rests_until - monotonic())
@@ -224,7 +224,7 @@ class _Asking:
                 return self.given_up
             began, start = time(), monotonic()
             try:
-                server = next(self.servers)
+                server = last = self._in_turn(but=last)
                 reply = await self.upstream.ask(server, "/chat/completions", body, {}, asked, fresh=wait > _FIRST_WAIT)
             except Failure as failure:
                 if failure.came == 403 and self.heard:
@@ -232,6 +232,8 @@ class _Asking:
                     return self._failed("refused with status 403")
                 if failure.came is not None:
                     # Key, model or address are wrong, for every question.
+                    if self._left_with_others(server, failure.message):
+                        continue
                     return self._gives_up(failure.message)
                 if failure.rest is not None:
                     self.rests_until = max(self.rests_until, monotonic() + min(failure.rest, self.run.patience))
@@ -246,6 +248,21 @@ class _Asking:
                 return self._failed(why)
             self.failures, self.heard = 0, True
             return ""
+
+    def _in_turn(self, but: Expert | None) -> Expert:
+        """The server that is asked next: not the one that has just failed, where there are others."""
+        server = next((each for each in self.servers if each != but), self.servers[0])
+        self.servers.remove(server)
+        self.servers.append(server)
+        return server
+
+    def _left_with_others(self, server: Expert, why: str) -> bool:
+        """Ask this server no more.  -> whether there are others"""
+        if server in self.servers:
+            self.servers.remove(server)
+            if self.servers:
+                _log.warning("%s is not asked any more: it %s", self.expert.shown(server), why)
+        return bool(self.servers)
 
     def _failed(self, why: str) -> str:
         self.failures += 1
