@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -18,11 +18,13 @@ from deferral.gateway.failures import Failure
 from deferral.gateway.metrics import Metrics
 from deferral.gateway.requests import parse
 from deferral.gateway.settings import Settings
+from deferral.gateway.upstream import Reply
+from deferral.gateway.usage import Usage
 from tests.faulty_upstream import CHUNKS, Upstream
 from tests.running_gateway import EASY, RunningGateway, small_router
 from tests.whole_gateway import calm, rows
 
-BODY = b'{"model": "small", "messages": []}'
+BODY = b'{"model": "small", "messages": [{"role": "user", "content": "hi"}]}'
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +106,9 @@ def test_another_file_keeps_what_is_known_of_the_addresses_that_stay(running: An
     after = answerers.servers["small"].each
     assert after[0] is before[1]
     assert (len(after), after[1] in before) == (2, False)
-    assert running.gateway.chat(EASY, model="small")[0] == 200
+    call = running.gateway.call(answerers.answer([moved], "/chat/completions", lambda _: BODY, {}, parse("chat", BODY)))
+    call.end(True)
+    assert call.reply.status == 200
     assert running.first.asked("small") == []
 
 
@@ -132,3 +136,107 @@ def test_the_log_names_the_address(running: Any, caplog: pytest.LogCaptureFixtur
     told = [record.getMessage() for record in caplog.records if record.name == "deferral.gateway"]
     for upstream in (running.first, running.second):
         assert any(f"small at {upstream.url} failed" in line for line in told)
+
+
+SMALL = Expert("small", "http://a/v1", other_urls=["http://b/v1"], max_concurrent=2, region="eu")
+
+
+def answerers_of(ask: Callable[..., Any], *experts: Expert, retry_share: float = 0.2) -> Answerers:
+    made = Answerers(SimpleNamespace(forget_all_but=set, ask=ask), Metrics(), retry_share=retry_share)  # type: ignore[arg-type]
+    made.update({expert.name: expert for expert in experts})
+    return made
+
+
+async def outcome(answerers: Answerers, *ranking: Expert) -> str:
+    try:
+        call = await answerers.answer(ranking, "/chat/completions", lambda _: BODY, {}, parse("chat", BODY))
+    except Unanswered as nobody:
+        return nobody.code
+    call.end(True)
+    return "ok"
+
+
+def reply() -> Reply:
+    return Reply(200, [], b"{}", Usage(1, 1, False, ""))
+
+
+def test_who_waits_at_an_address_that_goes_down_is_answered_by_another_whatever_the_retries_are() -> None:
+    async def ask(server: Expert, *_: Any, **__: Any) -> Reply:
+        await asyncio.sleep(0)
+        if server.base_url == "http://a/v1":
+            raise Failure(502, "upstream_unreachable", "cannot be reached", again=True, of_server=True)
+        return reply()
+
+    async def run() -> list[str]:
+        answerers = answerers_of(ask, SMALL)
+        outcomes = await asyncio.gather(*(outcome(answerers, SMALL) for _ in range(100)))
+        assert [each.slots.taken for each in answerers.servers["small"].each] == [0, 0]
+        return outcomes
+
+    assert asyncio.run(run()) == ["ok"] * 100
+
+
+def test_who_has_waited_in_vain_at_one_address_goes_where_a_slot_is_free() -> None:
+    async def run() -> str:
+        impatient = replace(SMALL, first_byte_s=0.01)
+        answerers = answerers_of(AsyncMock(return_value=reply()), impatient, retry_share=0.0)
+        first, second = answerers.servers["small"].each
+        for each in (first, first, second, second):
+            await each.slots.take(1.0)
+        waiting = asyncio.create_task(outcome(answerers, impatient))
+        while not first.slots.queued:
+            await asyncio.sleep(0)
+        second.slots.give_back(0.0)
+        return await waiting
+
+    assert asyncio.run(run()) == "ok"
+
+
+def test_a_request_under_way_goes_where_its_expert_was_when_it_was_chosen() -> None:
+    asked, first = [], Expert("first", "http://c/v1")
+
+    async def ask(server: Expert, *_: Any, **__: Any) -> Reply:
+        asked.append((server.base_url, server.region))
+        if server.name == "first":
+            answerers.update({"first": first, "small": replace(SMALL, base_url="http://d/v1", other_urls=[], region="us")})
+            raise Failure(502, "upstream_error", "failed")
+        return reply()
+
+    answerers = answerers_of(ask, first, SMALL)
+    assert asyncio.run(outcome(answerers, first, SMALL)) == "ok"
+    assert asked == [("http://c/v1", None), ("http://a/v1", "eu")]
+
+
+def test_an_address_that_was_left_out_for_a_while_is_still_as_busy_as_it_was() -> None:
+    async def run() -> None:
+        answerers = answerers_of(AsyncMock(), SMALL)
+        standing = answerers.servers["small"].each[1]
+        await standing.slots.take(1.0)
+        answerers.update({"small": replace(SMALL, other_urls=[])})
+        answerers.update({})
+        answerers.update({"small": SMALL})
+        assert answerers.servers["small"].each[1] is standing
+
+    asyncio.run(run())
+
+
+def test_an_address_that_may_be_tried_again_gets_one_request_also_where_the_first_does_for_all() -> None:
+    asked = []
+
+    async def ask(server: Expert, *_: Any, **__: Any) -> Reply:
+        asked.append(server.base_url)
+        return reply()
+
+    async def run() -> None:
+        answerers = answerers_of(ask, SMALL)
+        second = answerers.servers["small"].each[1]
+        for _ in range(5):
+            second.breaker.failure(second.breaker.enter() or 0)
+        second.breaker._until = 0.0
+        assert second.due
+        for _ in range(3):
+            assert await outcome(answerers, SMALL) == "ok"
+        assert answerers.servers["small"].away == 0
+
+    asyncio.run(run())
+    assert asked == ["http://b/v1", "http://a/v1", "http://a/v1"]

@@ -14,7 +14,7 @@ from deferral.gateway.metrics import Metrics
 from deferral.gateway.problems import Problem
 from deferral.gateway.requests import Asked
 from deferral.gateway.retries import RetryBudget, backoff
-from deferral.gateway.standing import Servers, Standing
+from deferral.gateway.standing import UNASKED, Servers, Standing
 from deferral.gateway.upstream import Reply, Upstream
 
 if TYPE_CHECKING:
@@ -88,6 +88,8 @@ class Answerers:
         """Experts of another file.  One that is where it was goes on as it was, also if it was left out for a while."""
         before = {**self._leaving, **self.servers}
         self.servers = {name: Servers(expert, before.get(name)) for name, expert in experts.items()}
+        for servers in self.servers.values():
+            servers.update()
         self._leaving = {name: each for name, each in before.items() if name not in experts and each.under_way}
         self.upstream.forget_all_but([standing.server for each in self.servers.values() for standing in each.each])
 
@@ -154,9 +156,9 @@ class Answerers:
         raise _nobody(failures, attempts)
 
     def _servers_of(self, expert: Expert) -> Servers:
-        """Those that are known; of an expert that the file has no more, or by another model, as it was when it was chosen."""
+        """Where it was when it was chosen, also if another file has it elsewhere by now, or no more."""
         known = self.servers.get(expert.name) or self._leaving.get(expert.name)
-        return Servers(expert) if known is None or known.expert.model != expert.model else known
+        return known if known is not None and known.expert is expert else Servers(expert, known)
 
     async def _again(self, failure: Failure, servers: Servers, tried: Sequence[Standing], *, fresh: bool) -> Standing | None:
         """Which server of the expert is asked after a failure: another one, or where it has no other the same one, once."""
@@ -164,8 +166,10 @@ class Answerers:
         if failure.stale and not fresh:
             # Nobody is to blame, and nothing was begun: that is no retry to be counted.
             return last
-        # Whoever has a full queue had the shortest one.
-        other = None if failure.code == "queue_full" else servers.next(but=tried)
+        other = servers.next(but=tried)
+        if failure.code in UNASKED:
+            # Nothing was begun here either.  Whoever has a full queue had the shortest one: only a free slot is better.
+            return None if other is None or (failure.code == "queue_full" and not other.free) else other
         same = len(tried) == 1 and failure.again and (failure.rest or 0.0) <= _PATIENCE
         if not (other or same) or not self.budget.take():
             return None

@@ -9,11 +9,13 @@ from deferral.gateway.experts_file import Expert
 from deferral.gateway.failures import Failure
 from deferral.gateway.slots import Full, Slots
 
-__all__ = ["Servers", "Standing"]
+__all__ = ["UNASKED", "Servers", "Standing"]
 
 _log = logging.getLogger("deferral.gateway")
 
 _TOLD_ONCE_IN = 30.0
+# Failures of a request that never left.
+UNASKED = frozenset({"experts_down", "experts_busy", "queue_full"})
 # From the best to the worst.
 _STATES = ("closed", "half-open", "resting", "open")
 
@@ -41,6 +43,16 @@ class Standing:
         """Requests under way and waiting."""
         return self.slots.taken + self.slots.queued
 
+    @property
+    def free(self) -> bool:
+        """Whether a request has a slot without waiting."""
+        return self.load < self.slots.limit
+
+    @property
+    def due(self) -> bool:
+        """Whether one request is to show that it is back, and can do so now."""
+        return self.breaker.state == "half-open" and self.free
+
     async def enter(self) -> int:
         """A slot, and a ticket of the breaker; Failure where there is none."""
         try:
@@ -59,7 +71,7 @@ class Standing:
     def level_of(self, failure: Failure) -> int:
         """How loudly the log is told: what a breaker ends is told each time, anything else may come with every request."""
         # That a server is down or full is told once by whoever found it so, and not again for each request.
-        if failure.stale or failure.code in ("experts_down", "experts_busy", "queue_full"):
+        if failure.stale or failure.code in UNASKED:
             return logging.DEBUG
         if not failure.blame:
             now = monotonic()
@@ -91,24 +103,26 @@ class Servers:
     def __init__(self, expert: Expert, before: "Servers | None" = None) -> None:
         """As it was, where it was before: its standings go on."""
         self.expert = expert
-        known = {} if before is None else {_place(each.server): each for each in before.each}
-        self.each: list[Standing] = []
-        for server in expert.servers:
-            standing = known.get(_place(server))
-            if standing is None:
-                standing = Standing(server)
-            else:
-                standing.update(server)
-            self.each.append(standing)
+        known = {} if before is None else {_place(each.server): each for each in (*before.each, *before.leaving)}
+        self.each: list[Standing] = [known.get(_place(server)) or Standing(server) for server in expert.servers]
+        # Asked no more; should they come back, what is under way there still counts.
+        self.leaving: list[Standing] = [each for each in known.values() if each not in self.each and each.slots.taken]
+
+    def update(self) -> None:
+        """The expert is that of another experts file: its servers are now as it says."""
+        for standing, server in zip(self.each, self.expert.servers, strict=True):
+            standing.update(server)
 
     def next(self, but: Collection[Standing] = ()) -> Standing | None:
         """The server with the fewest requests, the first of those, of who may be asked and is none of these.
 
+        Whoever is due to be tried comes first, or else, with many requests or few, nobody might ever find that it is back; but
+        last for a request that has failed already.
         Where nobody may be asked it is, with `but` none, whom that is soonest true of: what it says is then the reason.
         """
         others = [each for each in self.each if each not in but]
         if up := [each for each in others if not each.breaker.down]:
-            return min(up, key=lambda each: each.load)
+            return min(up, key=lambda each: (each.due == bool(but), each.load))
         return None if but else min(others, key=lambda each: each.breaker.wait)
 
     def shown(self, standing: Standing) -> str:
@@ -148,7 +162,7 @@ class Servers:
     @property
     def under_way(self) -> bool:
         """Whether any request is."""
-        return any(each.slots.taken for each in self.each)
+        return any(each.slots.taken for each in (*self.each, *self.leaving))
 
 
 def _place(server: Expert) -> tuple[str, str]:
