@@ -95,6 +95,7 @@ def test_a_key_may_be_in_a_file_and_have_a_header_of_its_own(tmp_path: Path) -> 
         ("example.com/v1", "example.com/v1/completions/", 8, "write 'https://api.example.com/v1', got"),
         ("example.com/v1", "example.com/embeddings", 8, "write 'https://api.example.com', got"),
         ("tools = false", 'other_urls = "https://b.example.com/v1"', 12, "expected a list of addresses"),
+        ("tools = false", 'other_urls = "https://me:secret@b.example.com/v1"', 12, "a list of addresses, got str"),
         ("tools = false", 'other_urls = ["b.example.com/v1"]', 12, "expected http:// or https://"),
         ("tools = false", 'other_urls = ["https://api.example.com/v1/"]', 12, "addresses that differ"),
         ('base_url = "http://127.0.0.1:8001/v1/"', 'base_url = ["http://127.0.0.1:8001/v1"]', 3, "go into other_urls"),

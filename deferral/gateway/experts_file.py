@@ -229,7 +229,7 @@ def _check_name(expert: Expert) -> None:
 
 def _check_urls(expert: Expert) -> None:
     if isinstance(expert.other_urls, str) or not isinstance(expert.other_urls, Sequence):
-        raise _FieldError("other_urls", f"expected a list of addresses, got {expert.other_urls!r}")
+        raise _FieldError("other_urls", f"expected a list of addresses, got {type(expert.other_urls).__name__}")
     _check_url("base_url", expert.base_url)
     seen = {expert.base_url.rstrip("/")}
     for url in expert.other_urls:
