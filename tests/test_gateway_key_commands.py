@@ -145,6 +145,29 @@ def test_keys_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtur
 HUGE = b'{"budget": 1%s}' % (b"0" * 400)
 
 
+def test_what_is_said_of_a_key_that_has_ended(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = Keys(str(tmp_path / "gateway.db"))
+    keys.start()
+    _, key = keys.create("bob", ends=time.time() + 3600)
+    keys.close()
+
+    def said(*arguments: str) -> str:
+        main(["gateway", "keys", *arguments, "--database", str(tmp_path / "gateway.db")])
+        return " ".join("".join(capsys.readouterr()).split())
+
+    assert "the key has ended" not in said("rotate", "bob")
+    with monkeypatch.context() as later:
+        later.setattr("deferral.gateway.keys.time.time", lambda: key.ends)
+        assert "the key has ended: no token of it is valid" in said("rotate", "bob")
+        assert "stays valid" not in said("create", "bob")
+        assert "stays valid" in said("create", "bob")
+    # In one and the same minute, and still another end.
+    given = [said("set", key.id, "--days", days) for days in ("36500", "36499.9999999")]
+    assert " -> " in given[1]
+
+
 def test_admin_endpoints_make_and_end_keys(tmp_path: Path) -> None:
     record, store = Record(str(tmp_path / "gateway.db")), Keys(str(tmp_path / "gateway.db"))
     record.start()

@@ -125,6 +125,9 @@ def test_a_key_is_valid_until_its_end_and_may_be_given_another(shared_keys: Keys
         assert len(keys) == 1, "a gateway with keys that have ended is not open"
         _, changed = keys.change("bob", budget=5)
         assert (changed.ends, keys.find(rotated)) == (end, None)
+        _, heir = keys.create("bob")
+        assert keys.change("bob", budget=6)[0] == heir, "of two of a name the one that is valid"
+        keys.revoke(heir.id)
         assert keys.find(rotated if keys.change("bob", ends=end + 60)[1].ends == end + 60 else "") is not None
     assert keys.change("bob", ends=None)[1].ends is None
 

@@ -48,7 +48,7 @@ def test_what_is_loopback(host: str, expected: bool) -> None:
     assert is_loopback(host) is expected
 
 
-def test_a_gateway_without_a_key_is_bound_to_loopback_only(tmp_path: Path) -> None:
+def test_a_gateway_without_a_key_is_bound_to_loopback_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     database = str(tmp_path / "gateway.db")
     must_have_key(Settings(database=database))
     wide = Settings(database=database, host="0.0.0.0")
@@ -58,6 +58,13 @@ def test_a_gateway_without_a_key_is_bound_to_loopback_only(tmp_path: Path) -> No
     keys.create("operator", admin=True)
     with pytest.raises(ValueError, match="it has no key"):
         must_have_key(wide)
+    end = time.time() + 3600
+    keys.create("until then", ends=end)
+    must_have_key(wide)
+    with monkeypatch.context() as later:
+        later.setattr("deferral.gateway.keys.time.time", lambda: end)
+        with pytest.raises(ValueError, match="it has no key"):
+            must_have_key(wide)
     keys.create("client")
     keys.close()
     must_have_key(wide)

@@ -64,7 +64,7 @@ def create(
     if given and budget is None:
         raise click.UsageError(f"--{next(iter(given))} needs --budget")
     with opened(database, create=True) as store, _usage():
-        so_named = [key.id for key in store if key.name == name]
+        so_named = [key.id for key in store if key.name == name and not key.over]
         token, key = store.create(
             name,
             experts=experts or None,
@@ -136,7 +136,7 @@ def change(
         click.echo(f"key {after.id} for {after.name} already has these settings")
         return
     was, now = ({name: _shown(one, name) for name in settings} for one in (before, after))
-    changed = [f"{name} {was[name]} -> {now[name]}" for name in settings if was[name] != now[name]]
+    changed = [f"{name} {was[name]} -> {now[name]}" for name in settings if getattr(before, name) != getattr(after, name)]
     click.echo(f"key {after.id} for {after.name}: {'; '.join(changed)}; {_SOON}")
 
 
@@ -158,6 +158,8 @@ def rotate(key: str, grace_hours: float, database: str) -> None:
     with opened(database) as store, _usage():
         token, issued = store.rotate(key, grace_hours=grace_hours)
     ends = "ends now" if issued.former_until is None else f"is valid until {minute_of(issued.former_until)}"
+    if issued.key.over:
+        ends += f", but the key has ended: no token of it is valid before `deferral gateway keys set {issued.key.id} --days`"
     click.echo(f"key {issued.key.id} for {issued.key.name}: the previous token {ends}; {_SOON}; shown only this once:", err=True)
     click.echo(token)
 

@@ -57,6 +57,11 @@ class Key:
     admin: bool = False
     ends: float | None = None
 
+    @property
+    def over(self) -> bool:
+        """Whether it has ended."""
+        return self.ends is not None and time.time() >= self.ends
+
 
 ANYONE = Key("", "anyone")
 
@@ -144,7 +149,7 @@ class Keys:
         right = hmac.compare_digest(digest, known.hash)
         if not right and known.former:
             right = hmac.compare_digest(digest, known.former) and time.time() < known.former_until
-        if not right or known.key is None or (known.key.ends is not None and time.time() >= known.key.ends):
+        if not right or known.key is None or known.key.over:
             return None
         return known.key
 
@@ -282,7 +287,8 @@ def _named(connection: Connection, key: str) -> Row:
     named = (table.c.id == identity) | (table.c.name == key)
     # A database may refuse to look for a NUL.
     rows = connection.execute(select(table).where(named).with_for_update()).all() if key.isprintable() else []
-    found = [row for row in rows if row.id == identity] or [row for row in rows if row.revoked is None] or rows
+    left = [row for row in rows if row.revoked is None]
+    found = [row for row in rows if row.id == identity] or [row for row in left if not key_of(row).over] or left or rows
     if not found:
         raise UnknownKey(f"{key[:200]!r} is neither the id nor the name of a key")
     if found[0].revoked is not None:
