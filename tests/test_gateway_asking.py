@@ -449,6 +449,11 @@ def test_a_moderator_refuses_one_question_and_not_the_expert(questions: Path, tm
         first = _written(tmp_path / "first.txt", "1 and 5?\n1 and 6?\n")
         result = ask_all(read_questions(first), [server.expert()], tmp_path / "none.jsonl", concurrent=1)
         assert (result.answers, sum(result.left["one"].values())) == (0, 2)
+        # Where one of two servers forbids all, the other is heard.
+        with _Scripted(lambda text: (403, {"error": {"message": "forbidden"}})) as forbids:
+            both = replace(server.expert(), other_urls=[forbids.expert().base_url])
+            result = ask_all(read_questions(questions), [both], tmp_path / "both.jsonl", concurrent=1)
+        assert (result.answers, result.left) == (18, {"one": {"refused with status 403": 1}})
 
 
 def test_what_is_paid_for_and_no_answer_counts_and_is_given_up(questions: Path, tmp_path: Path) -> None:

@@ -217,6 +217,7 @@ class _Asking:
             return problem.message
         until, wait = monotonic() + self.run.patience, _FIRST_WAIT
         last: Expert | None = None
+        refused_by: set[str] = set()
         while True:
             # All who wait for this expert wait as long.
             await asyncio.sleep(self.rests_until - monotonic())
@@ -228,8 +229,11 @@ class _Asking:
                 reply = await self.upstream.ask(server, "/chat/completions", body, {}, asked, fresh=wait > _FIRST_WAIT)
             except Failure as failure:
                 if failure.came == 403 and self.heard:
-                    # So do moderators refuse one question, of who has answered others.
-                    return self._failed("refused with status 403")
+                    # So do moderators refuse one question, of who has answered others; or it is the key, at one of the servers.
+                    refused_by.add(server.base_url)
+                    if not any(each.base_url not in refused_by for each in self.servers):
+                        return self._failed("refused with status 403")
+                    continue
                 if failure.came is not None:
                     # Key, model or address are wrong, for every question.
                     if self._left_with_others(server, failure.message):
