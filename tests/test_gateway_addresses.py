@@ -126,7 +126,7 @@ def test_an_outage_of_all_addresses_is_multiplied_no_more_than_the_retries_allow
             attempts.append(nobody.value.attempts)
         return attempts
 
-    assert asyncio.run(run()) == [11, 1, 1]
+    assert asyncio.run(run()) == [12, 2, 2], "one other address, and ten retries"
 
 
 def test_the_log_names_the_address(running: Any, caplog: pytest.LogCaptureFixture) -> None:

@@ -171,7 +171,9 @@ class Answerers:
             # Nothing was begun here either.  Whoever has a full queue had the shortest one: only a free slot is better.
             return None if other is None or (failure.code == "queue_full" and not other.free) else other
         same = len(tried) == 1 and failure.again and (failure.rest or 0.0) <= _PATIENCE
-        if not (other or same) or not self.budget.take():
+        # One address may stand in for another as one expert does for another; breakers end what that multiplies.
+        stands_in = other is not None and len({*tried}) == 1
+        if not (other or same) or not (stands_in or self.budget.take()):
             return None
         self.metrics.retried(last.server.name)
         if other is None:
