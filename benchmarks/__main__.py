@@ -22,7 +22,7 @@ def about(name: str) -> str:
 
 
 def main() -> None:
-    """Hand over to the named script's `main`."""
+    """Hand over to the named script's `command`."""
     said = sys.argv[1] if len(sys.argv) > 1 else "--help"
     name = said.replace("-", "_")
     if said in ("--help", "-h"):
@@ -36,7 +36,8 @@ def main() -> None:
         script = importlib.import_module(f"benchmarks.{name}")
     except ImportError as error:
         sys.exit(f"Error: {error}")
-    script.main(["--help" if word == "-h" else word for word in sys.argv[2:]])
+    arguments = ["--help" if word == "-h" else word for word in sys.argv[2:]]
+    script.command.main(arguments, prog_name=f"python -m benchmarks {name.replace('_', '-')}")
 
 
 main()

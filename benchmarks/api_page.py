@@ -57,8 +57,3 @@ def command() -> None:
     """Write docs/api.md, every public name with what its docstring begins with."""
     PAGE.write_text(page(), encoding="utf-8")
     click.echo(f"wrote {PAGE}")
-
-
-def main(arguments: list[str]) -> None:
-    """The script."""
-    command.main(arguments, prog_name="python -m benchmarks api-page")

@@ -337,8 +337,3 @@ def command(root: Path | None, out: Path, work: Path, threads: int) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     click.echo(f"\nwrote {out}")
-
-
-def main(arguments: list[str]) -> None:
-    """Run from `python -m benchmarks`."""
-    command.main(arguments, prog_name="python -m benchmarks calibrate")

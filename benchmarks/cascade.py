@@ -171,12 +171,3 @@ def show(found: dict[str, Any]) -> None:
             table.add_row(*(f"{row[name]:g}" for name in names), *cells)
         if table.row_count:
             Console(width=150).print(table)
-
-
-def main(arguments: list[str]) -> None:
-    """For python -m benchmarks."""
-    command.main(arguments, prog_name="python -m benchmarks cascade")
-
-
-if __name__ == "__main__":
-    command()

@@ -365,8 +365,3 @@ def show(lines: list[dict], columns: list[str]) -> None:
     for line in lines:
         table.add_row(*(f"{line[column]:.4g}" if isinstance(line[column], float) else str(line[column]) for column in columns))
     Console(width=180).print(table)
-
-
-def main(arguments: list[str]) -> None:
-    """Run from `python -m benchmarks`."""
-    command.main(arguments, prog_name="python -m benchmarks conversations")

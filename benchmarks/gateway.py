@@ -440,11 +440,6 @@ def command(parts: tuple[str, ...], seconds: float, rounds: int, requests: int, 
         click.echo(f"wrote {out}")
 
 
-def main(arguments: list[str]) -> None:
-    """Run from `python -m benchmarks`."""
-    command.main(arguments, prog_name="python -m benchmarks gateway")
-
-
 def _fitted(policies: Sequence[Callable[[], Policy]]) -> Router:
     """A router without weights, from outcomes by the kind of question."""
     torch.set_num_threads(1)

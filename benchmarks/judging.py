@@ -80,8 +80,3 @@ def command(rounds: int) -> None:
 def _peak() -> float:
     # Linux counts in KiB.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def main(arguments: list[str]) -> None:
-    """Run the command."""
-    command.main(arguments, prog_name="python -m benchmarks judging")

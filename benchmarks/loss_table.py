@@ -207,8 +207,3 @@ def command() -> None:
     """Write docs/losses.md from docstrings and the figures in benchmarks/results."""
     PAGE.write_text(page(), encoding="utf-8")
     click.echo(f"wrote {PAGE.relative_to(ROOT)}")
-
-
-def main(arguments: list[str]) -> None:
-    """Run from `python -m benchmarks`."""
-    command.main(arguments, prog_name="python -m benchmarks loss-table")

@@ -312,8 +312,3 @@ def command(device: str, compiled: bool, rounds: int, out: Path | None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     click.echo(f"\nwrote {path}")
-
-
-def main(arguments: list[str]) -> None:
-    """Run from `python -m benchmarks`."""
-    command.main(arguments, prog_name="python -m benchmarks losses")

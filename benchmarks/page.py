@@ -247,8 +247,3 @@ def command(rows: int, rounds: int, draw: bool, out: Path) -> None:
         }
     out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     click.echo(json.dumps(record, indent=1))
-
-
-def main(arguments: list[str]) -> None:
-    """Run from `python -m benchmarks`."""
-    command.main(arguments, prog_name="python -m benchmarks page")

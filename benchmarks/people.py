@@ -196,11 +196,6 @@ def command(data: tuple[str, ...], **given) -> None:
         run_cells(run, data)
 
 
-def main(arguments: list[str]) -> None:
-    """Run from `python -m benchmarks`."""
-    command.main(arguments, prog_name="python -m benchmarks people")
-
-
 def _person(counts: Tensor, rows: Rows, seed: int) -> Asked:
     return Asked(rows, random_person(counts[rows.numbers], seed=seed).unsqueeze(-1))
 

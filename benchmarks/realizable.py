@@ -194,10 +194,5 @@ def command(**given) -> None:
         run_cells(run)
 
 
-def main(arguments: list[str]) -> None:
-    """Run from `python -m benchmarks`."""
-    command.main(arguments, prog_name="python -m benchmarks realizable")
-
-
 def _minimise(head: Head, loss: Callable[[Tensor], Tensor], rows: int, steps: int) -> None:
     fit([head], loss, 1, rows, steps=steps, seed=0, batch=1000, learning_rate=0.05)

@@ -97,11 +97,6 @@ def command(rows: int, rounds: int, folder: Path | None, out: Path) -> None:
     click.echo(f"wrote {out}")
 
 
-def main(arguments: list[str]) -> None:
-    """Run from `python -m benchmarks`."""
-    command.main(arguments, prog_name="python -m benchmarks record")
-
-
 def _version(programs: Path) -> str:
     return subprocess.run([programs / "postgres", "--version"], capture_output=True, text=True, check=True).stdout.split()[2]
 

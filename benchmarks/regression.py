@@ -325,11 +325,6 @@ def command(data: tuple[str, ...], **given) -> None:
         run_cells(run, data)
 
 
-def main(arguments: list[str]) -> None:
-    """Run from `python -m benchmarks`."""
-    command.main(arguments, prog_name="python -m benchmarks regression")
-
-
 def _squared(head: Head, rows: Columns, i: Tensor) -> Tensor:
     return (head(at(rows.x, i)).squeeze(-1) - at(rows.y, i)).square()
 

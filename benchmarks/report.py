@@ -215,11 +215,6 @@ def command(out: Path) -> None:
     click.echo("\n".join(f"wrote {written}" for written in [path, *paths]))
 
 
-def main(arguments: list[str]) -> None:
-    """Run from `python -m benchmarks`."""
-    command.main(arguments, prog_name="python -m benchmarks report")
-
-
 def _section(section: Section, records: Sequence[Record]) -> list[str]:
     lines = [f"## {section.title}", "", "```text", section.about.strip(), "```", ""]
     left_out = Counter("`{preset}` on {data}".format(**record["cell"]) for record in records if not section.shows(record))

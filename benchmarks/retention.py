@@ -98,11 +98,6 @@ def command(database: str, kind: str, rows: int, rate: float, after: float, out:
     click.echo(f"wrote {out}", err=True)
 
 
-def main(arguments: list[str]) -> None:
-    """Run from `python -m benchmarks`."""
-    command.main(arguments, prog_name="python -m benchmarks retention")
-
-
 def _fill_decisions(engine: Engine, rows: int) -> None:
     """A hundred a second, until 31 days ago; the keys of twenty clients."""
     first = time.time() - 31 * 86400 - rows / 100

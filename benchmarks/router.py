@@ -273,8 +273,3 @@ def show(title: str, lines: list[dict]) -> None:
     for line in lines:
         table.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in line.values()))
     Console(width=200).print(table)
-
-
-def main(arguments: list[str]) -> None:
-    """Run the command."""
-    command.main(arguments, prog_name="python -m benchmarks router")

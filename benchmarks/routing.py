@@ -446,8 +446,3 @@ def command(root: Path | None, only: tuple[str, ...], encoder: Path | None, summ
         path.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         click.echo(f"wrote {path.name}")
     show_targets(out)
-
-
-def main(arguments: list[str]) -> None:
-    """Run from `python -m benchmarks`."""
-    command.main(arguments, prog_name="python -m benchmarks routing")

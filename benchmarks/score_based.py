@@ -49,8 +49,3 @@ def command(data: tuple[str, ...], **given) -> None:
     """Score-based abstention on CIFAR-10, CIFAR-100 and, where its files are at hand, SVHN."""
     with running(**given, presets=ABSTENTION) as run:
         run_cells(run, METHODS, data)
-
-
-def main(arguments: list[str]) -> None:
-    """Run from `python -m benchmarks`."""
-    command.main(arguments, prog_name="python -m benchmarks score-based")

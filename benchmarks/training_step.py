@@ -64,11 +64,6 @@ def command(network: str, batch: int, device: str, threads: int, rounds: int, bf
         click.echo(f"{name:20} {1e3 * statistics.median(taken):8.2f} ms  {ratio:.3f} x plain")
 
 
-def main(arguments: list[str]) -> None:
-    """Run from `python -m benchmarks`."""
-    command.main(arguments, prog_name="python -m benchmarks training-step")
-
-
 def _seconds(step: Callable[[], None], device: str) -> float:
     if device.startswith("cuda"):
         torch.cuda.synchronize()

@@ -34,8 +34,3 @@ def command(data: tuple[str, ...], **given) -> None:
     """Two-stage deferral to several simulated experts."""
     with running(**given) as run:
         run_cells(run, METHODS, data)
-
-
-def main(arguments: list[str]) -> None:
-    """Run from `python -m benchmarks`."""
-    command.main(arguments, prog_name="python -m benchmarks two-stage")

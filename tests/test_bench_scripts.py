@@ -58,7 +58,7 @@ def test_a_bad_option_is_told_without_a_traceback(
     script, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
-        script.main(arguments)
+        script.command.main(arguments)
     assert ended.value.code == 2
     assert said in capsys.readouterr().err
 
@@ -66,7 +66,7 @@ def test_a_bad_option_is_told_without_a_traceback(
 def test_help_of_the_table_of_losses_writes_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(loss_table, "PAGE", tmp_path / "losses.md")
     with pytest.raises(SystemExit) as ended:
-        loss_table.main(["--help"])
+        loss_table.command.main(["--help"])
     assert ended.value.code == 0
     assert list(tmp_path.iterdir()) == []
 
