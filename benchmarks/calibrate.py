@@ -57,6 +57,7 @@ from deferral.certified import (
 from deferral.datasets import UCI, cifar10, cifar10h_counts, uci
 from deferral.demo.convnet import EPOCHS, predict, trained
 from deferral.experts import random_person
+from deferral.printed import print_whole
 from deferral.whole_files import written_whole
 
 RESULTS = Path(__file__).parent / "results"
@@ -281,10 +282,8 @@ def show(lines: list[dict]) -> None:
             f"{line['mean_risk_over_level']:.3f}",
         )
         before = case
-    console = Console()
-    console = Console(width=max(console.width, console.measure(table, options=console.options.update(width=400)).maximum))
-    console.print(table)
-    console.print(
+    print_whole(table)
+    Console().print(
         f"violated: splits whose promise was made and broken ({SPLITS} splits, delta = {DELTA}).  mean risk: what conformal risk "
         "control bounds by the level; 0 where nothing is kept.",
         highlight=False,

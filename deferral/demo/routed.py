@@ -10,7 +10,7 @@ from rich.table import Table
 
 from deferral.demo.questions import Question, is_right
 from deferral.intervals import Interval, mean_interval, paired_difference
-from deferral.printed import print_whole
+from deferral.printed import plus_minus, print_whole, table_of
 
 __all__ = ["PRICES", "PRICE_OF_ERROR", "Method", "Reply", "Result", "how_to_call", "judged", "show"]
 
@@ -93,11 +93,11 @@ def show(result: Result) -> None:
     """Print the table of methods, who answered what, and what was saved."""
     routed = result["routed"]
     scales = ((1, 100), (4, 1), (3, 1))
-    figures = _table(f"{len(result.questions)} questions through the gateway", "accuracy %", "$ per 1,000", "cost")
-    differences = _table("\nrouted minus it", "accuracy %", "$ per 1,000", "cost")
+    figures = table_of(f"{len(result.questions)} questions through the gateway", "", "accuracy %", "$ per 1,000", "cost")
+    differences = table_of("\nrouted minus it", "", "accuracy %", "$ per 1,000", "cost")
     for method in result.methods:
         own = (mean_interval(method.right), mean_interval(1000 * method.dollars), mean_interval(method.cost))
-        cells = (_plus_minus(value, *scale) for value, scale in zip(own, scales, strict=True))
+        cells = (plus_minus(value, f".{digits}f", scale=scale) for value, (digits, scale) in zip(own, scales, strict=True))
         figures.add_row(method.name, *cells, style="bold" if method is routed else None)
         if method is not routed:
             gaps = zip(routed.minus(method), scales, strict=True)
@@ -140,7 +140,7 @@ print(client.chat.completions.create(model="auto", messages=[{{"role": "user", "
 
 
 def _by_kind(result: Result) -> Table:
-    table = _table("\nby kind of question, %", "small right", "large right", "to the large", "routed right")
+    table = table_of("\nby kind of question, %", "", "small right", "large right", "to the large", "routed right")
     kinds = np.array([question.kind for question in result.questions])
     to_large = np.array([name == "large" for name in result.asked], float)
     for kind in dict.fromkeys(kinds):
@@ -149,18 +149,6 @@ def _by_kind(result: Result) -> Table:
         example = next(question.text for question in result.questions if question.kind == kind)
         table.add_row(f"{kind}: {example}", *(f"{100 * column[rows].mean():.0f}" for column in columns))
     return table
-
-
-def _table(title: str, *headings: str) -> Table:
-    table = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
-    table.add_column("", no_wrap=True)
-    for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
-    return table
-
-
-def _plus_minus(interval: Interval, digits: int, scale: float = 1) -> str:
-    return f"{scale * interval.estimate:.{digits}f} ±{scale * interval.half_width:.{digits}f}"
 
 
 def _difference(gap: Interval, digits: int, scale: float) -> str:

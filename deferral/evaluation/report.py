@@ -10,12 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 import deferral
 from deferral.evaluation.comparison import ABSTAIN, OWN, RESAMPLES, Comparison
-from deferral.intervals import Interval
-from deferral.printed import print_whole
+from deferral.printed import plus_minus, print_whole, table_of
 from deferral.strict_json import as_json
 from deferral.whole_files import written_whole
 
@@ -28,14 +26,11 @@ __all__ = ["save", "save_evaluation", "save_rows", "show", "show_evaluation"]
 def show(comparison: Comparison) -> None:
     """Print the table, the paired differences and the notes."""
     cost_as = _cost_format(comparison, digits=3)
-    table = Table(title=escape(comparison.title), title_justify="left", box=None, header_style="bold", pad_edge=False)
-    table.add_column("method", no_wrap=True)
     shares = ("accuracy %", "coverage %", *(f"to {name} %" for name in comparison.experts))
-    for heading in ("cost", *shares, f"cost of {comparison.reference} minus it"):
-        table.add_column(escape(heading), justify="right", no_wrap=True)
+    table = table_of(comparison.title, "method", "cost", *shares, f"cost of {comparison.reference} minus it")
     for name, figures in comparison.figures.items():
         percentages = (figures.accuracy, figures.coverage, *figures.loads)
-        cells = [_plus_minus(figures.cost, cost_as), *(_plus_minus(share, "z.1f", scale=100) for share in percentages)]
+        cells = [plus_minus(figures.cost, cost_as), *(plus_minus(share, "z.1f", scale=100) for share in percentages)]
         gap = figures.difference
         mark = "" if gap.excludes_zero() else "  tie"
         versus = f"{gap.estimate:+{cost_as}} [{gap.low:+{cost_as}}, {gap.high:+{cost_as}}]{mark:5}"
@@ -59,12 +54,9 @@ def show_evaluation(evaluation: "Evaluation") -> None:
         headings = list(dict.fromkeys(heading for figures in rows.values() for heading in figures))
         if not rows:
             continue
-        table = Table(title=f"\n{title}, ± half the 95% interval of {RESAMPLES} resamples", title_justify="left", box=None)
-        table.add_column("", no_wrap=True)
-        for heading in headings:
-            table.add_column(escape(heading), justify="right", no_wrap=True)
+        table = table_of(f"\n{title}, ± half the 95% interval of {RESAMPLES} resamples", "", *headings)
         for name, figures in rows.items():
-            table.add_row(escape(name), *(_plus_minus(figures.get(heading), figure_as) for heading in headings))
+            table.add_row(escape(name), *(plus_minus(figures.get(heading), figure_as) for heading in headings))
         print_whole(table)
 
 
@@ -121,11 +113,3 @@ def _write(record: dict[str, Any], path: Path) -> Path:
 def _cost_format(comparison: Comparison, *, digits: int) -> str:
     """Errors have a unit; squared errors have that of the targets, of any size, and are written with significant digits."""
     return f"z.{digits}f" if comparison.classes else "z.4g"
-
-
-def _plus_minus(interval: Interval | None, written: str, *, scale: float = 1) -> str:
-    if interval is None:
-        return "none"
-    if math.isnan(interval.half_width):
-        return f"{scale * interval.estimate:{written}}"
-    return f"{scale * interval.estimate:{written}} ±{scale * interval.half_width:{written}}"

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table as Printed
 
-from deferral.printed import print_whole
+from deferral.printed import print_whole, table_of
 from deferral.routing.decisions import Decision
 from deferral.strict_json import as_json
 
@@ -30,7 +29,7 @@ def show_evaluation(found: "Evaluation") -> None:
     figures = [name for name in columns if name not in ("quality", "price")]
     over = "" if found.groups is None else f" of {found.groups:,} subjects"
     interval = "95% interval" if found.groups is None else "95% interval over subjects"
-    table = _table(
+    table = table_of(
         f"{found.rows:,} queries{over}, estimate [{interval}]", "policy", *figures, "AIQ over the static mix of the fit"
     )
     for policy, values in found.figures.items():
@@ -38,7 +37,7 @@ def show_evaluation(found: "Evaluation") -> None:
             row = [_figure(found, name, values.get(name)) for name in figures]
             table.add_row(escape(policy), *row, _ends(found.over_static.get(policy)))
     print_whole(table)
-    table = _table("\nalways one expert", "expert", "quality", "dollars a query")
+    table = table_of("\nalways one expert", "expert", "quality", "dollars a query")
     for policy, values in found.figures.items():
         if policy.startswith("always "):
             name = policy.removeprefix("always ")
@@ -56,7 +55,7 @@ def show_evaluation(found: "Evaluation") -> None:
 
 def show_bill(found: "Mapping[str, Mapping[str, Interval]]", error: float) -> None:
     """What each policy costs and is worth at one price of an error."""
-    table = _table(
+    table = table_of(
         f"\nat ${error:g} an error, estimate [95% interval]",
         *("policy", "quality", "dollars per 1,000", "cost, errors a query", "routed less this, errors"),
     )
@@ -104,7 +103,7 @@ def draw_evaluation(found: "Evaluation", path: Path) -> bool:
 
 def show_explanation(decision: Decision, nearest: list[tuple[str, float]]) -> None:
     """What is expected of every expert, who is asked and why, and the logged queries that are nearest."""
-    table = _table("", "expert", "expected quality", "dollars", "cost in errors")
+    table = table_of("", "expert", "expected quality", "dollars", "cost in errors")
     for name in sorted(decision.cost, key=lambda name: decision.cost[name]):
         cost = f"{decision.cost[name]:.3f}" if decision.cost[name] < float("inf") else "may not be asked"
         style = "bold" if name == decision.expert else None
@@ -121,7 +120,7 @@ def show_replays(logged: "Mapping[str, Interval]", replays: "Mapping[str, Replay
     # Imported here: whoever explains a decision must not wait for torch.
     from deferral.routing.replay import METHODS
 
-    table = _table(
+    table = table_of(
         "cost in errors, estimate [95% interval]",
         *("policy", *METHODS, "quality, doubly robust", "dollars, doubly robust", "effective decisions", "largest weight"),
     )
@@ -139,13 +138,6 @@ def show_replays(logged: "Mapping[str, Interval]", replays: "Mapping[str, Replay
             highlight=False,
             markup=False,
         )
-
-
-def _table(title: str, *headings: str) -> Printed:
-    table = Printed(title=title or None, title_justify="left", box=None, header_style="bold", pad_edge=False)
-    for place, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if place else "left", no_wrap=place == 0)
-    return table
 
 
 def _figure(found: "Evaluation", name: str, value: "Interval | None") -> str:
