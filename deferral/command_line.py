@@ -72,12 +72,12 @@ class FiniteRange(click.FloatRange):
 
 
 @contextmanager
-def callers_errors() -> Iterator[None]:
-    """A setting that cannot be met is an error of the caller's: said in one line."""
+def callers_errors(kind: type[click.ClickException] = click.ClickException) -> Iterator[None]:
+    """A setting that cannot be met is an error of the caller's: said in one line, UsageError with the command's usage."""
     try:
         yield
     except DataError:
         # Said in one line anyway, by whoever runs the command.
         raise
     except ValueError as error:
-        raise click.ClickException(str(error)) from error
+        raise kind(str(error)) from error

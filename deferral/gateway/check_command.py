@@ -6,6 +6,7 @@ from typing import Any
 import click
 from rich.console import Console
 
+from deferral.command_line import callers_errors
 from deferral.gateway.checking import check as look
 from deferral.gateway.serve import serve, settings_of
 
@@ -19,10 +20,8 @@ def check(ask: bool, **options: Any) -> None:
 
     Exit status 1 where the gateway would not start, or requests would fail; each line says what to do.
     """
-    try:
+    with callers_errors(click.UsageError):
         settings = settings_of(**options)
-    except ValueError as error:
-        raise click.UsageError(str(error)) from None
     with Console(stderr=True).status("reading") as shown:
         found = look(settings, ask=ask, on_stage=shown.update)
     if found.experts:

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from deferral.command_line import Command
+from deferral.command_line import Command, callers_errors
 from deferral.errors import DataError
 from deferral.gateway.keys import PREFIX
 from deferral.gateway.opened import assumed_option, database_option, opened
@@ -67,16 +67,12 @@ def backup(file: Path, database: str) -> None:
     from deferral.gateway.backup import copy
     from deferral.gateway.database import connect
 
-    try:
+    with callers_errors(click.UsageError):
         # It may be of an older version, and stays so.
         engine = connect(database)
         with Console(stderr=True).status("copying"):
             copy(engine, file)
         engine.dispose()
-    except DataError:
-        raise
-    except ValueError as error:
-        raise click.UsageError(str(error)) from None
     click.echo(f"wrote {file}")
 
 

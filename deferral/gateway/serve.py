@@ -22,8 +22,7 @@ import click
 import uvicorn
 from threadpoolctl import threadpool_limits
 
-from deferral.command_line import Command, FiniteRange
-from deferral.errors import DataError
+from deferral.command_line import Command, FiniteRange, callers_errors
 from deferral.gateway.access import must_have_key, no_key
 from deferral.gateway.aliases import read_experts_file
 from deferral.gateway.app import gateway
@@ -269,12 +268,8 @@ def serve(log_level: str, **options: Any) -> None:
     The admin endpoints require the key in the environment variable DEFERRAL_ADMIN_KEY, or one made by `deferral gateway keys
     create --admin`.  What is posted to the alarm URL carries the token in DEFERRAL_ALARM_TOKEN, if there is one.
     """
-    try:
+    with callers_errors(click.UsageError):
         run(settings_of(**options), log_level=log_level)
-    except DataError:
-        raise
-    except ValueError as error:
-        raise click.UsageError(str(error)) from None
 
 
 def settings_of(
