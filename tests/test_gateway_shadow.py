@@ -205,13 +205,18 @@ def test_what_an_answer_decided_is_not_taken_for_a_choice_of_the_router(tmp_path
         row(number, expert="large", chosen="large", propensity=1.0, expected_cost=costs, cascade=CascadeRow("large", "kept"))
         for number in range(5000, 5100)
     ]
+    # Another was to answer instead, and did not.
+    kept += [
+        row(number, expert="small", chosen="large", propensity=1.0, expected_cost=costs, cascade=CascadeRow("small", "failed"))
+        for number in range(5100, 5150)
+    ]
     with engine.begin() as connection:
         insert_rows(connection, decisions, [values(one) for one in kept])
         insert_rows(connection, cascades, [cascade_values(one) for one in kept])
         insert_rows(connection, shadows, [(one.id, one.time, "c", "small", "{}") for one in kept])
         insert_rows(connection, feedback, [(one.id, "", 1.0, one.time) for one in kept])
     after = agreement(engine, since=0, until=1e6)
-    assert (after.rows, after.agree) == (2100, 1100), "the router is for the small one, whatever an answer said"
+    assert (after.rows, after.agree) == (2150, 1150), "the router is for the small one, whatever an answer said"
     assert after.gain == approximately(before.gain), "what was certain says nothing of the others"
     engine.dispose()
 

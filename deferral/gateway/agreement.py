@@ -21,6 +21,7 @@ from deferral.gateway.off_policy import (
     of_no_use,
     stakes,
 )
+from deferral.gateway.rows import BY_ANSWER
 from deferral.gateway.schema import cascades, decisions, feedback, own_price, shadows
 from deferral.routing.decisions import AT_RANDOM
 
@@ -146,7 +147,7 @@ def _live(row: Row, expected: dict[str, list]) -> str:
 
 def _by_answer(row: Row) -> bool:
     """Whether a first answer was kept or not by its log-probabilities."""
-    return row.ending in ("kept", "deferred")
+    return row.ending in BY_ANSWER
 
 
 def _gain(rows: Sequence[Row], expected: list[dict], live: list[str]) -> tuple[Gain | None, str]:

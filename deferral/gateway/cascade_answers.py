@@ -10,6 +10,7 @@ from sqlalchemy import Engine, Row, select
 from deferral.errors import DataError
 from deferral.gateway.export import confidence_in, in_vain, latest, whole
 from deferral.gateway.off_policy import alike
+from deferral.gateway.rows import BY_ANSWER
 from deferral.gateway.schema import cascades, decisions
 from deferral.routing.cascade import features
 from deferral.routing.cascade_fitting import Answered
@@ -43,7 +44,7 @@ def answers_on_record(engine: Engine, experts: Sequence[str], first: str, left_o
     wanted = (
         select(*columns)
         .join(cascades, cascades.c.decision == decisions.c.id)
-        .where(cascades.c.first == first, cascades.c.ending.in_(("kept", "deferred", "failed")))
+        .where(cascades.c.first == first, cascades.c.ending.in_(BY_ANSWER))
     )
     found, drawn, last = [], [], ""
     given: dict[str, list[bool]] = {name: [] for name in experts}

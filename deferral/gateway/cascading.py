@@ -21,7 +21,7 @@ from deferral.gateway.choice import Choice, set_aside
 from deferral.gateway.experts_file import Expert
 from deferral.gateway.generation import Generation
 from deferral.gateway.requests import Asked, Hints
-from deferral.gateway.rows import CascadeRow
+from deferral.gateway.rows import CascadeRow, Ending
 from deferral.gateway.shaping import shaped
 from deferral.routing.cascade import Cascade, features
 from deferral.routing.confidence import Confidence, confidence_of_reply
@@ -219,7 +219,7 @@ class AskingFirst:
             self.silence.missed(first, how)
         return found
 
-    def _says(self, ending: str, how: str) -> None:
+    def _says(self, ending: Ending, how: str) -> None:
         self.choice = self.choice._replace(reason=f"{self.first.name} was to answer first, {how}; {self.choice.reason}")
         self.row = CascadeRow(self.first.name, ending)
 

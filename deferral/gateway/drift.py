@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 from sqlalchemy import Column, Connection, Row, Select, exists, select
 
+from deferral.gateway.rows import BY_ANSWER, ROUTED
 from deferral.gateway.schema import cascades, decisions, feedback, own_price
 
 __all__ = ["ALLOWED", "EVERY", "Expected", "Seen", "confidence", "interval", "looked_at", "price", "quality", "rings", "unlike"]
@@ -125,12 +126,12 @@ def looked_at(connection: Connection, expected: Expected, now: float) -> list[Se
     d, experts = decisions.c, expected.experts
     level = confidence(len(experts))
     routed = select(d.expert, own_price, d.expected, d.outcome, d.kind).outerjoin(cascades, cascades.c.decision == d.id)
-    rows = _spread(connection, routed.where(d.requested == "auto"), d.time, now, slot=300.0, span=86400.0)
+    rows = _spread(connection, routed.where(d.requested == ROUTED), d.time, now, slot=300.0, span=86400.0)
     said = select(d.expert, feedback.c.quality, d.expected).join(decisions, d.id == feedback.c.decision)
     # An outer join would have PostgreSQL expect next to none without one, and read all decisions for each slot.
-    first_decided = exists().where(cascades.c.decision == d.id, cascades.c.ending.not_in(("silent", "unanswered")))
+    first_decided = exists().where(cascades.c.decision == d.id, cascades.c.ending.in_(BY_ANSWER))
     judged = _spread(
-        connection, said.where(d.requested == "auto", ~first_decided), feedback.c.time, now, slot=3600.0, span=604800.0
+        connection, said.where(d.requested == ROUTED, ~first_decided), feedback.c.time, now, slot=3600.0, span=604800.0
     )
     paid: dict[str, list[tuple[float, float]]] = {name: [] for name in experts}
     good: dict[str, list[tuple[float, float]]] = {name: [] for name in experts}

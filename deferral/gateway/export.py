@@ -10,13 +10,13 @@ from pathlib import Path
 from sqlalchemy import Connection, Engine, Row, and_, or_, select
 
 from deferral.errors import DataError
+from deferral.gateway.rows import BY_ANSWER, ROUTED
 from deferral.gateway.schema import cascades, decisions, feedback, texts
 from deferral.routing import Confidence, Log, Outcome, write_log
 
 __all__ = ["Exported", "Logged", "confidence_in", "export", "in_vain", "latest", "logged", "nothing_left", "whole"]
 
 _PAGE = 2000
-_AUTO = "auto"
 
 # In the order in which a row is looked at: each is counted under the first that holds.
 NAMED = "a client asked for the expert by name"
@@ -146,22 +146,22 @@ def in_vain(row: Row, cascade: Row | None) -> bool:
 
     1 / propensity makes up for what was not drawn, and not for this.  A client's mistake, which nobody answers, is none of it.
     """
-    drawn = row.requested == _AUTO and row.outcome != "refused" and row.propensity is not None and 0 < row.propensity <= 1
-    by_answer = cascade is not None and cascade.ending in ("kept", "deferred", "failed")
+    drawn = row.requested == ROUTED and row.outcome != "refused" and row.propensity is not None and 0 < row.propensity <= 1
+    by_answer = cascade is not None and cascade.ending in BY_ANSWER
     if not drawn or (by_answer and row.propensity == 1):
         return False
     return row.expert != row.chosen or row.outcome in ("truncated", "cancelled")
 
 
 def _why_not(row: Row, cascade: Row | None, query: str | None, quality: float | None, *, judged: bool) -> str:
-    if row.requested != _AUTO:
+    if row.requested != ROUTED:
         return NAMED
     # An answer that broke off is what its expert gave, and worth what somebody says; nobody's assumption.
     if not row.expert or (row.outcome != "ok" and not (row.outcome == "truncated" and judged)):
         return FAILED
     if row.expert != row.chosen:
         return FELL_BACK
-    if cascade is not None and cascade.ending in ("kept", "deferred") and row.propensity == 1:
+    if cascade is not None and cascade.ending in BY_ANSWER and row.propensity == 1:
         return CERTAIN
     if row.propensity is None or not 0 < row.propensity <= 1:
         return NO_CHANCE

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from sqlalchemy import Connection
 
 from deferral.gateway.dialects import adding
+from deferral.gateway.rows import ROUTED
 from deferral.gateway.schema import cascades, decisions, minutes
 
 __all__ = ["add_to_minutes"]
@@ -29,7 +30,7 @@ def add_to_minutes(connection: Connection, rows: Sequence[tuple], firsts: Iterab
 
     for values in rows:
         row = dict(zip(_NAMES, values, strict=True))
-        compared = row["requested"] == "auto" and row["outcome"] == "ok" and row["best_price"] is not None
+        compared = row["requested"] == ROUTED and row["outcome"] == "ok" and row["best_price"] is not None
         saved = row["best_price"] - row["price"] if compared else 0.0
         latency = row["latency_s"]
         # What nobody answered, or answered with an error, costs nothing; what a client left costs what was read.
@@ -38,7 +39,7 @@ def add_to_minutes(connection: Connection, rows: Sequence[tuple], firsts: Iterab
         # A first answer that was not given is on the bill of whoever gave it.
         who, extra = first.get(row["id"], ("", 0.0))
         one = (
-            1, row["requested"] == "auto", row["outcome"] in ("error", "truncated"), estimated,
+            1, row["requested"] == ROUTED, row["outcome"] in ("error", "truncated"), estimated,
             row["price"] - extra, compared, saved, saved * saved, latency is not None, latency or 0.0,
         )  # fmt: skip
         minute = math.floor(row["time"] / 60)

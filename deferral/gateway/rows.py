@@ -4,9 +4,16 @@ import json
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
-__all__ = ["CascadeRow", "DecisionRow", "cascade_values", "expected_json", "plain", "values"]
+__all__ = ["BY_ANSWER", "ROUTED", "CascadeRow", "DecisionRow", "Ending", "cascade_values", "expected_json", "plain", "values"]
+
+Ending = Literal["kept", "deferred", "failed", "silent", "unanswered"]
+
+# `DecisionRow.requested` where the router was to choose.
+ROUTED = "auto"
+# Endings of a cascade in which the log-probabilities of the first answer chose, and not the router.
+BY_ANSWER: tuple[Ending, ...] = ("kept", "deferred", "failed")
 
 _MOST_TOKENS = 2**53
 
@@ -20,7 +27,7 @@ class CascadeRow:
     """
 
     first: str
-    ending: str
+    ending: Ending
     extra: float = 0.0  # dollars, of the first answer where another was given
     quality: float = math.nan  # expected of the first answer, once it was there
     confidence: tuple[float, ...] | None = None  # the numbers of deferral.routing.Confidence
@@ -33,7 +40,7 @@ class DecisionRow:
     id: str
     time: float  # of arrival, since 1970
     key: str  # the key's id, "" without keys
-    requested: str  # "auto" or an expert's name
+    requested: str  # ROUTED or an expert's name
     expert: str  # who answered, "" if nobody
     chosen: str  # whom the decision named first
     reason: str

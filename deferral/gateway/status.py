@@ -12,6 +12,7 @@ from sqlalchemy import Connection, Engine, case, distinct, func, select
 from deferral.gateway.alarms import MEANINGS
 from deferral.gateway.keys import Key
 from deferral.gateway.ledger import recorded_by_key
+from deferral.gateway.rows import ROUTED
 from deferral.gateway.schema import alarms, cascades, decisions, feedback
 from deferral.gateway.windows import Span, minute_of, span, time_zone, with_article
 
@@ -131,14 +132,14 @@ def status(engine: Engine, keys: Iterable[Key], *, since: float = 0.0, now: floa
     """Read it from the record."""
     now = time.time() if now is None else now
     d, c, recent = decisions.c, cascades.c, decisions.c.time >= since
-    paired = (d.requested == "auto") & (d.outcome == "ok") & d.best_price.is_not(None)
+    paired = (d.requested == ROUTED) & (d.outcome == "ok") & d.best_price.is_not(None)
     ones = func.count()
     failed = func.sum(case((d.outcome.in_(("error", "truncated")), 1), else_=0))
     with engine.connect() as connection:
         total = connection.execute(
             select(
                 ones.label("requests"),
-                _count(d.requested == "auto").label("routed"),
+                _count(d.requested == ROUTED).label("routed"),
                 _count(d.streamed).label("streamed"),
                 # What nobody answered, or answered with an error, costs nothing; what a client left costs what was read.
                 _count(d.estimated & (d.expert != "") & ((d.status < 300) | (d.outcome == "cancelled"))).label("estimated"),

@@ -10,6 +10,7 @@ from sqlalchemy import Engine, Select, func, or_, select
 
 from deferral.gateway.export import in_vain, whole
 from deferral.gateway.off_policy import FEWEST_SEEN, Draws, alike, doubly_robust, interval_of_mean, one_more
+from deferral.gateway.rows import BY_ANSWER, ROUTED
 from deferral.gateway.schema import cascades, decisions, feedback, own_price
 from deferral.routing.decisions import AT_RANDOM
 
@@ -87,8 +88,8 @@ def what_if(engine: Engine, *, since: float, until: float, present: float) -> Wh
         )
         .outerjoin(cascades, through.decision == d.id)
         # An answer that was kept by its log-probabilities, with certainty, says nothing of those that were not.
-        .where(or_(through.decision.is_(None), through.ending.not_in(("kept", "deferred")), d.propensity < 1))
-        .where(d.time >= since, d.time < until, d.requested == "auto", d.propensity > 0, d.price_of_error > 0)
+        .where(or_(through.decision.is_(None), through.ending.not_in(BY_ANSWER), d.propensity < 1))
+        .where(d.time >= since, d.time < until, d.requested == ROUTED, d.propensity > 0, d.price_of_error > 0)
         # What a client did wrong is neither an answer nor a failure, and there may be thousands of it.
         .where(or_(d.outcome == "ok", d.expert != d.chosen, d.outcome.in_(("truncated", "cancelled"))), d.outcome != "refused")
         .order_by(d.time.desc())
