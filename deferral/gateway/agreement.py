@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from sqlalchemy import Engine, Row, func, select
+from sqlalchemy import Engine, Row, select
 
-from deferral.gateway.export import in_vain, whole
+from deferral.gateway.export import DRAWN, in_vain, whole
 from deferral.gateway.off_policy import (
     FEWEST_SEEN,
     Draws,
@@ -22,7 +22,7 @@ from deferral.gateway.off_policy import (
     stakes,
 )
 from deferral.gateway.rows import BY_ANSWER
-from deferral.gateway.schema import cascades, decisions, feedback, own_price, shadows
+from deferral.gateway.schema import cascades, decisions, shadows
 from deferral.routing.decisions import AT_RANDOM
 
 __all__ = ["Agreement", "Gain", "agreement"]
@@ -97,25 +97,10 @@ def agreement(engine: Engine, *, since: float, until: float) -> Agreement:
     """
     d, s, through = decisions.c, shadows.c, cascades.c
     within = (s.time >= since) & (s.time < until)
-    opinion = select(func.avg(feedback.c.quality)).where(feedback.c.decision == d.id).scalar_subquery().label("quality")
     with engine.connect() as connection:
         candidate = connection.execute(select(s.candidate).where(within).order_by(s.time.desc()).limit(1)).scalar()
         rows = connection.execute(
-            select(
-                s.chosen.label("other"),
-                d.chosen,
-                d.expert,
-                d.outcome,
-                d.requested,
-                d.reason,
-                d.propensity,
-                d.expected,
-                own_price,
-                d.price_of_error,
-                d.draw,
-                through.ending,
-                opinion,
-            )
+            select(s.chosen.label("other"), *DRAWN)
             .join(decisions, d.id == s.decision)
             .outerjoin(cascades, through.decision == d.id)
             .where(within, s.candidate == candidate)

@@ -7,16 +7,24 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from sqlalchemy import Connection, Engine, Row, and_, or_, select
+from sqlalchemy import Connection, Engine, Row, and_, func, or_, select
 
 from deferral.errors import DataError
 from deferral.gateway.rows import BY_ANSWER, ROUTED
-from deferral.gateway.schema import cascades, decisions, feedback, texts
+from deferral.gateway.schema import cascades, decisions, feedback, own_price, texts
 from deferral.routing import Confidence, Log, Outcome, write_log
 
-__all__ = ["Exported", "Logged", "confidence_in", "export", "in_vain", "latest", "logged", "nothing_left", "whole"]
+__all__ = ["DRAWN", "Exported", "Logged", "confidence_in", "export", "in_vain", "latest", "logged", "nothing_left", "whole"]
 
 _PAGE = 2000
+
+_judged = select(func.avg(feedback.c.quality)).where(feedback.c.decision == decisions.c.id).scalar_subquery()
+# Of a decision joined with its cascade: the draw, what came of it, and what is said of the answer on average.
+DRAWN = (
+    decisions.c.chosen, decisions.c.expert, decisions.c.requested, decisions.c.outcome, decisions.c.reason,
+    decisions.c.propensity, decisions.c.expected, own_price, decisions.c.price_of_error, decisions.c.draw, cascades.c.ending,
+    _judged.label("quality"),
+)  # fmt: skip
 
 # In the order in which a row is looked at: each is counted under the first that holds.
 NAMED = "a client asked for the expert by name"

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from sqlalchemy import Engine, Select, func, or_, select
+from sqlalchemy import Engine, Select, or_, select
 
-from deferral.gateway.export import in_vain, whole
+from deferral.gateway.export import DRAWN, in_vain, whole
 from deferral.gateway.off_policy import FEWEST_SEEN, Draws, alike, doubly_robust, interval_of_mean, one_more
 from deferral.gateway.rows import BY_ANSWER, ROUTED
-from deferral.gateway.schema import cascades, decisions, feedback, own_price
+from deferral.gateway.schema import cascades, decisions
 from deferral.routing.decisions import AT_RANDOM
 
 __all__ = ["Point", "WhatIf", "what_if"]
@@ -70,22 +70,8 @@ def what_if(engine: Engine, *, since: float, until: float, present: float) -> Wh
     depend on.  Dudík, Langford, Li, "Doubly Robust Policy Evaluation and Learning" (2011), eq. 2.
     """
     d, through = decisions.c, cascades.c
-    opinion = select(func.avg(feedback.c.quality)).where(feedback.c.decision == d.id).scalar_subquery().label("quality")
     wanted = (
-        select(
-            d.chosen,
-            d.expert,
-            d.requested,
-            d.outcome,
-            d.reason,
-            d.propensity,
-            d.expected,
-            own_price,
-            d.price_of_error,
-            d.draw,
-            through.ending,
-            opinion,
-        )
+        select(*DRAWN)
         .outerjoin(cascades, through.decision == d.id)
         # An answer that was kept by its log-probabilities, with certainty, says nothing of those that were not.
         .where(or_(through.decision.is_(None), through.ending.not_in(BY_ANSWER), d.propensity < 1))
