@@ -17,6 +17,7 @@ from deferral.gateway.experts_file import Expert
 from deferral.gateway.problems import Problem
 from deferral.gateway.requests import Asked, Hints, parse
 from deferral.routing import Abilities, Needs, Router, log_of_table
+from deferral.routing.one_query import price_of_one
 from deferral.routing.policies import Neighbours
 from tests.running_gateway import EASY, HARD, small_router
 from tests.test_routing_dearness import asked as priced_answers
@@ -430,7 +431,7 @@ def test_a_budget_that_runs_low_goes_by_the_price_that_is_foreseen_and_not_by_th
     )
     decider = Decider(dear_proofs, {name: Expert(name, "http://127.0.0.1:1") for name in dear_proofs.experts}, deadline_s=5.0)
     texts, proof, _, _ = priced_answers(20, seed=1)
-    by_length = dear_proofs.fitted.of_one.priced(texts[0])[1]
+    by_length = price_of_one(dear_proofs.fitted, texts[0])[1]
     # A proof of the talker costs about 0.02, a fact 0.002; by length both 0.011.
     for text, dear in zip(texts, proof, strict=True):
         rich, poor = choose(decider, asked(text)), choose(decider, asked(text), Limited(left=0.005 if not dear else 0.015))

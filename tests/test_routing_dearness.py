@@ -10,6 +10,7 @@ from deferral.routing import Log, Outcome, PriceModel, Router, log_of_table
 from deferral.routing.changes import without
 from deferral.routing.encoders import FunctionEncoder
 from deferral.routing.held_out import random_folds
+from deferral.routing.one_query import price_of_one
 from deferral.routing.partial_logs import observed
 from deferral.routing.policies import Clusters, Neighbours
 from deferral.routing.prices import dearness
@@ -239,7 +240,7 @@ def test_only_experts_whose_prices_are_told_cost_no_less_below_the_shortest_quer
     assert fitted.fitted.floor[1] > 10
     assert fitted.route("war").price["terse"] == pytest.approx(3e-5, rel=1e-3)
     alone = without(fitted.fitted, "talker")
-    assert alone.of_one.priced("war", np.zeros(1)) == pytest.approx([3e-5], rel=1e-3)
+    assert price_of_one(alone, "war", np.zeros(1)) == pytest.approx([3e-5], rel=1e-3)
 
 
 def counts_encoder(texts: list[str]) -> FunctionEncoder:

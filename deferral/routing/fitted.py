@@ -1,5 +1,9 @@
-"""What a router has learned, and what it expects of queries by that: of many in arrays, of one by `one_query`."""
+"""What a router has learned, and what it expects of queries by that.
 
+Of one query it is written a second time, on plain numbers: see `one_query`.
+"""
+
+from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
@@ -9,7 +13,6 @@ import numpy as np
 
 from deferral.routing.held_out import Judged
 from deferral.routing.held_rows import HeldRows, Search
-from deferral.routing.one_query import OneQuery
 from deferral.routing.policies import Neighbours, Policy
 from deferral.routing.policies.centres import nearest_centre
 from deferral.routing.prices import LEAST_SHARE, PriceModel
@@ -28,7 +31,7 @@ class Estimates(NamedTuple):
 
 
 def estimates_of_one(quality: np.ndarray, similarity: float, trust: float, dearness: np.ndarray | None) -> Estimates:
-    """What `OneQuery.estimate` returns, as arrays."""
+    """What `Fitted.estimate_one` returns, as arrays."""
     above = np.zeros(len(quality), np.float32) if dearness is None else dearness
     return Estimates(quality[None], np.array([similarity], np.float32), np.array([trust]), above[None])
 
@@ -65,6 +68,23 @@ class Fitted:
         """Experts by their mean price.  -> (E,)"""
         return np.argsort(self.mean_price, kind="stable")
 
+    # The same numbers without arrays, for `one_query`.
+
+    @cached_property
+    def cheapest_places(self) -> list[int]:
+        """`cheapest_first`."""
+        return self.cheapest_first.tolist()
+
+    @cached_property
+    def mean_prices(self) -> list[float]:
+        """`mean_price`."""
+        return self.mean_price.tolist()
+
+    @cached_property
+    def rates(self) -> list[tuple[float, float, float]]:
+        """Of each expert base, price per character, and floor."""
+        return list(zip(self.prices.base.tolist(), self.prices.per_character.tolist(), self.floor.tolist(), strict=True))
+
     def priced(self, characters: np.ndarray, dearness: np.ndarray) -> np.ndarray:
         """What queries will cost at each expert, in dollars: by their length, and by what queries like them cost above that.
 
@@ -85,17 +105,28 @@ class Fitted:
     def estimate(self, vectors: Vectors) -> Estimates:
         """What is expected of N queries.  Vectors -> Estimates"""
         if len(vectors) == 1:
-            return estimates_of_one(*self.of_one.estimate(vectors))
+            return estimates_of_one(*self.estimate_one(vectors))
         deviations, similarity, familiar, above = self.deviations(vectors)
         trust = familiar + (1 - familiar) * self.reliance
         quality = self.means + (deviations if self._as_learned else deviations @ self.extension)
         return Estimates(quality, similarity, trust, np.zeros_like(quality) if above is None else self._of_today(above))
+
+    def estimate_one(self, vectors: Vectors) -> tuple[np.ndarray, float, float, np.ndarray | None]:
+        """`estimate` of one query; no dearness where its length says what it costs.  -> (E,), number, number, (E,) or None"""
+        deviations, similarity, familiar, above = self.deviations_one(vectors)
+        trust = familiar + (1 - familiar) * self.reliance
+        quality = self.means + (deviations if self._as_learned else deviations @ self.extension)
+        return quality, similarity, trust, None if above is None else self._one_of_today(above)
 
     def _of_today(self, dearness: np.ndarray) -> np.ndarray:
         """Of the experts that were learned, those of the experts of today; of newcomers nothing is known.  (N, E0) -> (N, E)"""
         if self._as_learned:
             return dearness
         return np.concatenate([dearness, np.zeros((len(dearness), 1), dearness.dtype)], axis=1)[:, self.places]
+
+    def _one_of_today(self, dearness: np.ndarray) -> np.ndarray:
+        """`_of_today` of one query.  (E0,) -> (E,)"""
+        return dearness if self._as_learned else np.concatenate([dearness, np.zeros(1, dearness.dtype)])[self.places]
 
     @cached_property
     def _as_learned(self) -> bool:
@@ -104,7 +135,7 @@ class Fitted:
     def deviations(self, vectors: Vectors) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
         """Expected quality above the mean, likeness, chance to be like the log, dearness.  -> (N, E0), (N,), (N,), (N, E0)"""
         if len(vectors) == 1:
-            total, likeness, chance, dearness = self.of_one.deviations(vectors)
+            total, likeness, chance, dearness = self.deviations_one(vectors)
             return total[None], np.array([likeness], np.float32), np.array([chance]), None if dearness is None else dearness[None]
         nearby, above = np.zeros((len(vectors), len(self.extension)), np.float32), None
         if self.memory in self.policies or self.memory.beside:
@@ -121,28 +152,39 @@ class Fitted:
         weights = (near * self.weights + (1 - near) * self.abroad).astype(np.float32)
         return np.einsum("np,pne->ne", weights, found), similarity, familiar, above
 
+    def deviations_one(self, vectors: Vectors) -> tuple[np.ndarray, float, float, np.ndarray | None]:
+        """`deviations` of one query, less the estimators of no weight for it.  -> (E0,), number, number, (E0,) or None"""
+        above = None
+        if self.memory in self.policies or self.memory.beside:
+            nearby, similarity = self.memory.look_up_one(vectors)
+            if self.memory.beside:
+                learned = len(self.extension)
+                nearby, above = nearby[:, :learned], nearby[0, learned:]
+        else:
+            similarity = self.memory.likeness_of_one(vectors)
+        near = self._chance(similarity)
+        shares, found = [], []
+        for policy, weight, abroad in zip(self.policies, self.weights, self.abroad, strict=True):
+            share = near * weight + (1 - near) * abroad
+            if share > 0:
+                shares.append(share)
+                found.append(nearby if policy is self.memory else policy.deviations(vectors))
+        if not found:
+            return np.zeros(len(self.extension), np.float32), similarity, near, above
+        return np.array(shares, np.float32) @ np.concatenate(found), similarity, near, above
+
+    def _chance(self, similarity: float) -> float:
+        """np.interp(similarity, *familiar)."""
+        knots, chances = self._knots
+        place = bisect_right(knots, similarity)
+        if place in (0, len(knots)):
+            return chances[max(place - 1, 0)]
+        slope = (chances[place] - chances[place - 1]) / (knots[place] - knots[place - 1])
+        return slope * (similarity - knots[place - 1]) + chances[place - 1]
+
     @cached_property
-    def of_one(self) -> OneQuery:
-        """What is expected of one query at a time."""
-        return OneQuery(
-            experts=self.experts,
-            cheapest_places=self.cheapest_first.tolist(),
-            means=self.means,
-            prices=self.prices,
-            mean_price=self.mean_price,
-            floor=self.floor,
-            extension=self.extension,
-            as_learned=self._as_learned,
-            places=self.places,
-            policies=self.policies,
-            weights=self.weights,
-            abroad=self.abroad,
-            memory=self.memory,
-            familiar=self.familiar,
-            reliance=self.reliance,
-            centres=self.kinds[0],
-            kind_names=self.kind_names,
-        )
+    def _knots(self) -> tuple[list[float], list[float]]:
+        return self.familiar[0].tolist(), self.familiar[1].tolist()
 
     @cached_property
     def verdicts(self) -> dict[tuple[bytes, tuple[float, ...]], Judged]:

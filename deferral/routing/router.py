@@ -19,6 +19,7 @@ from deferral.routing.fitted import Estimates, Fitted, estimates_of_one
 from deferral.routing.held_out import POLICIES
 from deferral.routing.learning import fitted
 from deferral.routing.many_queries import LEAST_TRUST, decided, probabilities, weighed
+from deferral.routing.one_query import decision_of_one
 from deferral.routing.outcomes import Log
 from deferral.routing.planning import Plan, Planning, Setting, check_amount, check_amounts
 from deferral.routing.policies import Policy
@@ -152,11 +153,11 @@ class Router:
     def decide_one(self, plan: Plan, vectors: Vectors, query: str) -> Decision:
         """`decide(plan, vectors, [query])[0]`, but quicker: see `one_query`."""
         state = self.fitted
-        known = state.of_one.estimate(vectors)
+        known = state.estimate_one(vectors)
         if self.explore > 0 or plan.why_fallback or known[2] < LEAST_TRUST:
             decisions = self.decide_estimated(plan, estimates_of_one(*known), [query])
             return replace(decisions, kinds=state.kinds_of(vectors))[0]
-        return state.of_one.decision(query, vectors, known, price_of_error=plan.price_of_error, closed=plan.closed_places)
+        return decision_of_one(state, query, vectors, known, price_of_error=plan.price_of_error, closed=plan.closed_places)
 
     def decide_estimated(self, plan: Plan, estimated: Estimates, queries: Sequence[str]) -> Decisions:
         """Decisions from what `Fitted.estimate` says of the queries: many settings of the trade-off at once, say."""
