@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "FEW_ANSWERS",
     "above_ceiling",
     "action_mask",
     "check_costs",
@@ -33,10 +32,6 @@ __all__ = [
     "require_targets",
     "require_tensor",
 ]
-
-
-# Where as many answers as this hold no class of the data, they are spelt in another way; fewer may all be wrong by chance.
-FEW_ANSWERS = 10
 
 
 def _shape(tensor: Tensor) -> str:

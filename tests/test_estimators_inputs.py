@@ -263,6 +263,14 @@ def test_bad_input(call, said: str) -> None:
         call(X, y, answers)
 
 
+def test_where_case_tells_classes_apart_it_may_do_so_for_answers() -> None:
+    X, y, answers = half_known(60, seed=0)
+    given = np.where(answers == 1, "YES", "yes")
+    DeferralClassifier().fit(X, np.array(["yes", "Yes"])[y], given)
+    with pytest.raises(ValueError, match="which is the class 'yes' but for blanks or case"):
+        DeferralClassifier().fit(X, np.array(["no", "yes"])[y], given)
+
+
 class BySign:
     """Two folds by the sign of the first feature."""
 

@@ -20,7 +20,8 @@ from deferral.estimators.actions import Abstaining, Deferring
 from deferral.estimators.answers import as_labels, free_label
 from deferral.estimators.predictor import classes_of, is_frozen, log_scores, module_outputs
 from deferral.estimators.two_stage import TwoStage
-from deferral.validation import FEW_ANSWERS, require_cost_range
+from deferral.labels import FEW_ANSWERS, misspelt
+from deferral.validation import require_cost_range
 
 __all__ = ["AbstainingClassifier", "DeferralClassifier"]
 
@@ -81,22 +82,16 @@ class _Classification(ClassifierMixin, TwoStage):
     def _check_answers(self, answers: np.ndarray, known: np.ndarray) -> None:
         for column, (labels, given) in enumerate(zip(answers.T, known.T, strict=True)):
             strange = labels[given]
-            self._check_spelling(strange, column)
+            for text, meant in misspelt(_texts(strange), _texts(self.classes_)).items():
+                raise ValueError(
+                    f"expert_answers: {strange.tolist().count(text)} answers in column {column} are {text!r}, which is the class "
+                    f"{meant!r} but for blanks or case; spell them as in y"
+                )
             # Of a few answers every one may be wrong, and a label that no row has; of many hardly.
             if len(strange) >= FEW_ANSWERS and not np.isin(strange, self.classes_).any():
                 raise ValueError(
                     f"expert_answers: none of the {len(strange)} answers in column {column} is a class, such as "
                     f"{strange.tolist()[0]!r} beside {self.classes_[:3].tolist()}; spell them as in y, or drop the column"
-                )
-
-    def _check_spelling(self, labels: np.ndarray, column: int) -> None:
-        """ValueError for texts that are a class but for blanks or case: every such answer would count as wrong."""
-        known = {text.strip().casefold(): text for text in self.classes_.tolist() if isinstance(text, str)}
-        for text in sorted({text for text in labels.tolist() if isinstance(text, str)} - set(self.classes_.tolist())):
-            if (meant := known.get(text.strip().casefold())) is not None:
-                raise ValueError(
-                    f"expert_answers: {labels.tolist().count(text)} answers in column {column} are {text!r}, which is the class "
-                    f"{meant!r} but for blanks or case; spell them as in y"
                 )
 
     def _marked(self, own: np.ndarray, where: np.ndarray) -> np.ndarray:
@@ -190,6 +185,10 @@ class DeferralClassifier(Deferring, _Classification):
         self.cv = cv
         self.l2 = l2
         self.defer_label = defer_label
+
+
+def _texts(labels: np.ndarray) -> list[str]:
+    return [label for label in labels.tolist() if isinstance(label, str)]
 
 
 def _classes_of_columns(scores: np.ndarray, y: np.ndarray) -> np.ndarray:

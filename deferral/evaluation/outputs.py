@@ -23,7 +23,7 @@ from deferral.decision import decide
 from deferral.errors import DataError
 from deferral.evaluation.comparison import ABSTAIN, MODEL, OWN
 from deferral.evaluation.table import Table
-from deferral.validation import FEW_ANSWERS
+from deferral.labels import FEW_ANSWERS, misspelt
 
 __all__ = ["Outputs", "read_outputs"]
 
@@ -100,14 +100,10 @@ def _labels(table: Table, columns: list[str]) -> tuple[list[str], Tensor]:
         if "" in (column := cells[columns.index(name)]):
             raise table.bad(column.index(""), name, "a label (NA, nan, null and None are read as missing)")
     truth = set(cells[0])
-    spelt = {_folded(label): label for label in truth}
     for name, column in zip(columns[1:], cells[1:], strict=True):
         given = set(column) - {""}
-        # Where case tells labels of the target apart, it may do so for others.
-        strange = (label for label in sorted(given - truth) if _folded(label) in spelt and len(spelt) == len(truth))
-        if (label := next(strange, None)) is not None:
-            meant = f"{spelt[_folded(label)]!r}, as the target spells it (the answer would count as wrong)"
-            raise table.bad(column.index(label), name, meant)
+        for label, meant in misspelt(given, truth).items():
+            raise table.bad(column.index(label), name, f"{meant!r}, as the target spells it (the answer would count as wrong)")
         # 0 and 1 beside false and true, Cat beside cat: written by another hand, and all wrong if taken as they are.
         many = len(column) - column.count("") >= FEW_ANSWERS
         if given and not given & truth and (many or _numeric(given) != _numeric(truth)):
@@ -117,10 +113,6 @@ def _labels(table: Table, columns: list[str]) -> tuple[list[str], Tensor]:
     names = sorted({cell for column in cells for cell in column if cell}, key=_by_number)
     order = {name: index for index, name in enumerate(names)} | {"": -1}
     return names, torch.tensor([[order[cell] for cell in column] for column in cells]).T.contiguous()
-
-
-def _folded(label: str) -> str:
-    return label.strip().casefold()
 
 
 def _numeric(labels: set[str]) -> bool:
