@@ -12,6 +12,7 @@ from torch import Tensor
 from deferral.arrays import numpy_or_torch
 from deferral.errors import installing
 from deferral.metrics import average
+from deferral.validation import require_level
 
 __all__ = [
     "Interval",
@@ -146,8 +147,7 @@ def interval(estimate: Tensor | float, resampled: Tensor, *, level: float = 0.95
     off, such as `debiased_calibration_error`: resampling adds that noise a second time, and all resamples lie too high.  They
     also vary more than the figure where noise is most of it, so that the interval is too long there; see that function.
     """
-    if not 0 < level < 1:
-        raise ValueError(f"level: expected a number between 0 and 1, got {level}")
+    require_level(level)
     if resampled.dim() != 1 or len(resampled) == 0:
         raise ValueError(f"resampled: expected one figure per resample, shape (resamples,), got {tuple(resampled.shape)}")
     figures, tail = resampled.double(), (1 - level) / 2
@@ -223,8 +223,7 @@ def over_seeds(values: Tensor, *, level: float = 0.95) -> SeedFigures:
         raise ValueError(
             f"values: expected a finite figure of every seed, got {values.tolist()}; leave out the seeds that failed"
         )
-    if not 0 < level < 1:
-        raise ValueError(f"level: expected a number between 0 and 1, got {level}")
+    require_level(level)
     figures, count = values.double(), len(values)
     mean = float(figures.mean())
     if count == 1:

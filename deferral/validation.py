@@ -25,6 +25,7 @@ __all__ = [
     "require_cost_range",
     "require_experts",
     "require_floating",
+    "require_level",
     "require_mask",
     "require_num_own",
     "require_rejector",
@@ -174,6 +175,12 @@ def require_share(name: str, value: float) -> None:
     """ValueError unless the number lies in [0, 1]."""
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"{name}: expected a number in [0, 1], got {value}")
+
+
+def require_level(level: float) -> None:
+    """ValueError unless an interval can have this level, a number between 0 and 1."""
+    if not 0 < level < 1:
+        raise ValueError(f"level: expected a number between 0 and 1, got {level}")
 
 
 def require_num_own(scores: Tensor, num_own: int) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from deferral.experts.confusion import check_indices
-from deferral.validation import require_floating
+from deferral.validation import require_floating, require_share
 
 __all__ = ["draw_with_skill", "drift", "fatigue", "hide_answers", "skill_near"]
 
@@ -34,8 +34,7 @@ def draw_with_skill(
     if num_classes < 2:
         raise ValueError(f"num_classes: expected at least 2, got {num_classes}")
     check_indices("targets", targets, num_classes)
-    if not 0.0 <= correlation <= 1.0:
-        raise ValueError(f"correlation: expected a number in [0, 1], got {correlation}")
+    require_share("correlation", correlation)
     require_floating("skill", skill)
     # A vector as long as the rows is one expert's skill far more often than it is that many experts.
     wanted = skill.dim() == 1 and (len(skill) != len(targets) or len(targets) == 1)

@@ -6,6 +6,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from deferral.gateway.hysteresis import RULES, Rules
+from deferral.routing.table import check_share
 
 __all__ = ["Settings", "is_loopback"]
 
@@ -50,8 +51,8 @@ class Settings:
     conversations: Rules | None = RULES
 
     def __post_init__(self) -> None:
-        if self.explore is not None and not 0 <= self.explore < 1:
-            raise ValueError(f"explore: expected a share of the queries in [0, 1), got {self.explore}")
+        if self.explore is not None:
+            check_share("explore", self.explore)
         if self.admin_key is not None and len(self.admin_key) < 16:
             raise ValueError(
                 "admin_key (DEFERRAL_ADMIN_KEY): expected at least 16 characters; make one with `openssl rand -hex 32`"

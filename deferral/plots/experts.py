@@ -10,7 +10,7 @@ from torch import Tensor
 from deferral.intervals import Interval
 from deferral.plots.style import HATCHES, finite, legend, style, whisker
 from deferral.reliability import reliability as reliability_table
-from deferral.validation import require_tensor
+from deferral.validation import require_level, require_tensor
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,8 +43,7 @@ def reliability(
             f"predicted and right: expected (N, E), one column for each of {len(names)} names, got {tuple(predicted.shape)} and "
             f"{tuple(right.shape)}"
         )
-    if not 0 < level < 1:
-        raise ValueError(f"level: expected a number between 0 and 1, got {level}")
+    require_level(level)
     known = torch.ones_like(predicted, dtype=torch.bool) if mask is None else mask.expand(predicted.shape)
     axes.plot([0, 1], [0, 1], color="0.6", linewidth=1)
     for number, name in enumerate(names):

@@ -51,8 +51,7 @@ class PriceModel:
     def __post_init__(self) -> None:
         for name in ("base", "per_character"):
             values = np.asarray(getattr(self, name), float)
-            if values.ndim != 1 or values.shape != np.shape(self.base) or not ((values >= 0) & (values < np.inf)).all():
-                raise ValueError(f"prices, {name}: expected one finite number per expert, not negative, got {values.tolist()}")
+            _check_prices(f"prices, {name}", values, np.shape(self.base))
             object.__setattr__(self, name, values)
         if self.experts and len(self.experts) != len(self.base):
             raise ValueError(f"prices: expected one per expert, {len(self.experts)}, got {len(self.base)}")
@@ -73,6 +72,11 @@ class PriceModel:
         return self.base + characters[:, None] * self.per_character
 
 
+def _check_prices(name: str, values: np.ndarray, shape: tuple[int, ...]) -> None:
+    if values.ndim != 1 or values.shape != shape or not ((values >= 0) & (values < np.inf)).all():
+        raise ValueError(f"{name}: expected one finite number per expert, not negative, got {values.tolist()}")
+
+
 def characters_of(queries: Sequence[str]) -> np.ndarray:
     """The length of each query.  N -> (N,)"""
     return np.array([len(query) for query in queries], float)
@@ -90,8 +94,7 @@ def list_prices(
     into, out = np.asarray(per_million_input, float), np.asarray(per_million_output, float)
     tokens = np.broadcast_to(np.asarray(output_tokens, float), into.shape)
     for name, values in (("per_million_input", into), ("per_million_output", out), ("output_tokens", tokens)):
-        if values.shape != into.shape or values.ndim != 1 or not (np.isfinite(values).all() and (values >= 0).all()):
-            raise ValueError(f"{name}: expected one finite number per expert, not negative, got {values.tolist()}")
+        _check_prices(name, values, into.shape)
     return PriceModel(out * tokens / 1e6, into / CHARACTERS_PER_TOKEN / 1e6)
 
 

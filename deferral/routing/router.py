@@ -27,7 +27,7 @@ from deferral.routing.prices import PriceModel, characters_of
 from deferral.routing.promises import Witnesses
 from deferral.routing.sentences import sentence_encoder
 from deferral.routing.static import fingerprints
-from deferral.routing.table import Table, check_certifying, check_price_of_error, check_values
+from deferral.routing.table import Table, check_certifying, check_price_of_error, check_share, check_values
 from deferral.routing.vectors import Vectors
 
 __all__ = ["Router"]
@@ -56,8 +56,7 @@ class Router:
         seed: int = 0,
     ) -> None:
         check_price_of_error(price_of_error)
-        if not 0 <= explore < 1:
-            raise ValueError(f"explore: expected a share of the queries in [0, 1), got {explore}")
+        check_share("explore", explore)
         self.price_of_error, self.explore, self.seed = float(price_of_error), float(explore), index(seed)
         self.encoder: NgramEncoder | FunctionEncoder
         if encoder is None:
@@ -94,8 +93,7 @@ class Router:
         check_values(table)
         if unknown := sorted(set(self.abilities) - set(table.experts)):
             raise ValueError(f"abilities: {unknown[0]!r} has no outcome; the log holds {', '.join(table.experts)}")
-        if not 0 <= certify < 1:
-            raise ValueError(f"certify: expected a share of the queries in [0, 1), got {certify}")
+        check_share("certify", certify)
         apart = np.random.default_rng(self.seed).random(len(table.queries)) < certify
         if apart.all():
             raise ValueError(f"certify: of {len(apart)} queries it leaves none to learn from; ask for less than {certify:g}")

@@ -8,7 +8,7 @@ import numpy as np
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Table", "check_certifying", "check_price_of_error", "check_values", "cost_table", "decided_again"]
+__all__ = ["Table", "check_certifying", "check_price_of_error", "check_share", "check_values", "cost_table", "decided_again"]
 
 _LEAST_ERROR = 1e-100
 _AT_ONCE_S = 60.0
@@ -83,6 +83,12 @@ def check_price_of_error(price_of_error: float) -> None:
     # A price over the price of an error must stay a number.
     if not known or not _LEAST_ERROR <= price_of_error < np.inf:
         raise ValueError(f"price_of_error: expected what a wrong answer is worth, in dollars, above 0, got {price_of_error!r}")
+
+
+def check_share(name: str, share: float) -> None:
+    """ValueError unless it is a share of the queries that leaves some."""
+    if not 0 <= share < 1:
+        raise ValueError(f"{name}: expected a share of the queries in [0, 1), got {share}")
 
 
 def check_values(table: Table) -> None:
