@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse
@@ -27,6 +26,7 @@ from deferral.gateway.experts_file import Expert
 from deferral.gateway.grading import by_field, by_judge, by_rule
 from deferral.routing import Router, read_log
 from tests.faulty_upstream import Upstream, closed_port
+from tests.served_app import served
 
 
 async def _sum(request: Request) -> JSONResponse:
@@ -48,18 +48,11 @@ async def _sum(request: Request) -> JSONResponse:
 def adders() -> Iterator[dict[str, Expert]]:
     """small, large and judge, by a server on loopback."""
     app = Starlette(routes=[Route("/v1/chat/completions", _sum, methods=["POST"])])
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/v1"
-    yield {
-        name: Expert(name, url, input_price=price, output_price=price)
-        for name, price in (("small", 1.0), ("large", 20.0), ("judge", 100.0))
-    }
-    server.should_exit = True
-    thread.join()
+    with served(app) as url:
+        yield {
+            name: Expert(name, url, input_price=price, output_price=price)
+            for name, price in (("small", 1.0), ("large", 20.0), ("judge", 100.0))
+        }
 
 
 @pytest.fixture
@@ -410,8 +403,7 @@ class _Scripted:
     def __init__(self, answer) -> None:
         app = Starlette(routes=[Route("/v1/chat/completions", self._one, methods=["POST"])])
         self.answer, self.asked = answer, []
-        self._server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
-        self._thread = threading.Thread(target=self._server.run)
+        self._served = served(app)
 
     async def _one(self, request: Request) -> JSONResponse:
         self.asked.append((await request.json())["messages"][-1]["content"])
@@ -419,18 +411,14 @@ class _Scripted:
         return JSONResponse(body, status)
 
     def __enter__(self) -> "_Scripted":
-        self._thread.start()
-        while not self._server.started:
-            time.sleep(0.01)
+        self._url = self._served.__enter__()
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self._server.should_exit = True
-        self._thread.join()
+    def __exit__(self, *error: Any) -> None:
+        self._served.__exit__(*error)
 
     def expert(self, name: str = "one") -> Expert:
-        port = self._server.servers[0].sockets[0].getsockname()[1]
-        return Expert(name, f"http://127.0.0.1:{port}/v1", input_price=1e6, output_price=1e6)
+        return Expert(name, self._url, input_price=1e6, output_price=1e6)
 
 
 def _says(text: Any) -> dict[str, Any]:

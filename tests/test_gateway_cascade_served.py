@@ -6,7 +6,6 @@ import math
 import re
 import socket
 import sqlite3
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -18,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import uvicorn
 
 from deferral.cli import main
 from deferral.errors import DataError
@@ -39,6 +37,7 @@ from tests.faulty_upstream import Upstream
 from tests.gateway_rows import row
 from tests.handmade_cascade import GUESS, PRICES, unsure_router
 from tests.running_gateway import EASY, HARD, RunningGateway
+from tests.served_app import served
 
 SURELY = f"{GUESS}, surely"
 
@@ -267,15 +266,8 @@ def tiny() -> Iterator[Any]:
 
     asked = [question.text for question in questions(400, seed=0)]
     model = LanguageModel(new_model(width=32, layers=2, heads=4, seed=0), make_tokenizer(asked))
-    server = uvicorn.Server(uvicorn.Config(app(model, "small"), log_config=None, port=0))
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
-    thread.start()
-    while not server.started:
-        threading.Event().wait(0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    yield SimpleNamespace(model=model, questions=asked, url=f"http://127.0.0.1:{port}/v1")
-    server.should_exit = True
-    thread.join(10)
+    with served(app(model, "small")) as url:
+        yield SimpleNamespace(model=model, questions=asked, url=url)
 
 
 @pytest.mark.slow

@@ -1,8 +1,6 @@
 """The demo of the gateway: its questions, its table, its language models and their endpoint."""
 
-import asyncio
 import math
-import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,11 +10,11 @@ from typing import Any
 import numpy as np
 import openai
 import pytest
-import uvicorn
 from rich.progress import Progress
 
 from deferral.demo.questions import KINDS, Question, is_right, questions
 from deferral.demo.routed import PRICE_OF_ERROR, Reply, Result, judged, show
+from tests.served_app import served
 
 
 def test_questions_are_different_of_every_kind_and_repeatable() -> None:
@@ -83,16 +81,11 @@ def model() -> Any:
 def client(model: Any) -> Iterator[openai.OpenAI]:
     from deferral.demo.endpoint import app
 
-    server = uvicorn.Server(uvicorn.Config(app(model, "tiny"), log_config=None, port=0))
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
-    thread.start()
-    while not server.started:
-        threading.Event().wait(0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=30) as found:
+    with (
+        served(app(model, "tiny")) as url,
+        openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=30) as found,
+    ):
         yield found
-    server.should_exit = True
-    thread.join(10)
 
 
 @pytest.mark.ci_slow
