@@ -66,7 +66,7 @@ from benchmarks.routers.data import (
     subject_folds,
 )
 from benchmarks.routers.partial_logs import partial_logs
-from benchmarks.routers.pricing import MIX, RESAMPLES, priced_figures, settings
+from benchmarks.routers.pricing import MIX, RESAMPLES, figure, priced_figures, settings
 from deferral.intervals import bootstrap, interval
 from deferral.routing.cached_encoder import CachedEncoder
 from deferral.routing.evaluation import Curve, apgr, best_expert, cpt, curve, static_curve
@@ -192,31 +192,24 @@ def two_models(data: Data, fold: np.ndarray, unit: np.ndarray, found: Predicted)
     scores["random"] = np.zeros(len(gain))
     scores["oracle"] = gain
 
-    def figure(name: str) -> Callable[[Tensor], Tensor]:
+    def mean_apgr(name: str) -> Callable[[Tensor], Tensor]:
         def of_weights(weights: Tensor) -> Tensor:
             parts = [apgr(scores[name][fold == n], gain[fold == n], weights[:, fold == n].numpy()) for n in range(FOLDS)]
             return torch.from_numpy(np.mean(parts, axis=0))
 
         return of_weights
 
-    resampled = {name: resamples_of(figure(name), unit) for name in scores}
+    resampled = {name: resamples_of(mean_apgr(name), unit) for name in scores}
     one = torch.ones(1, len(gain), dtype=torch.float64)
-    estimates = {name: float(figure(name)(one)) for name in scores}
+    estimates = {name: float(mean_apgr(name)(one)) for name in scores}
     for name in ("random", "length", "true subject", *LEARNERS, "oracle"):
-        own = interval(estimates[name], resampled[name])
-        apart, ahead = (
-            interval(estimates[name] - estimates[other], resampled[name] - resampled[other])
-            for other in ("neighbours", "rejector")
-        )
+        estimate, samples = estimates[name], resampled[name]
         calls = [np.mean([cpt(scores[name][fold == n], gain[fold == n], share) for n in range(FOLDS)]) for share in (0.5, 0.8)]
         yield {
             "method": name,
-            "APGR": own.estimate,
-            "APGR_interval": [own.low, own.high],
-            "over_neighbours": apart.estimate,
-            "over_neighbours_interval": [apart.low, apart.high],
-            "over_rejector": ahead.estimate,
-            "over_rejector_interval": [ahead.low, ahead.high],
+            **figure("APGR", estimate, samples),
+            **figure("over_neighbours", estimate - estimates["neighbours"], samples - resampled["neighbours"]),
+            **figure("over_rejector", estimate - estimates["rejector"], samples - resampled["rejector"]),
             "CPT50": float(calls[0]),
             "CPT80": float(calls[1]),
             "APGR_pooled": float(apgr(scores[name], gain)),
@@ -244,20 +237,13 @@ def priced(data: Data, fold: np.ndarray, unit: np.ndarray, found: Predicted) -> 
     one = torch.ones(1, len(rows), dtype=torch.float64)
     estimates = {name: of(one)[0].tolist() for name, of in figures.items()}
     for name in ("static mix", MIX, "length", "true subject", *LEARNERS, "oracle"):
-        own = interval(estimates[name][0], resampled[name][:, 0])
-        apart, ahead = (
-            interval(estimates[name][0] - estimates[other][0], resampled[name][:, 0] - resampled[other][:, 0])
-            for other in (MIX, "rejector")
-        )
+        estimate, samples = estimates[name][0], resampled[name][:, 0]
         saved = [interval(estimates[name][place], resampled[name][:, place]) for place in range(1, 1 + len(SHARES))]
         yield {
             "method": name,
-            "AIQ": own.estimate,
-            "AIQ_interval": [own.low, own.high],
-            "over_static": apart.estimate,
-            "over_static_interval": [apart.low, apart.high],
-            "over_rejector": ahead.estimate,
-            "over_rejector_interval": [ahead.low, ahead.high],
+            **figure("AIQ", estimate, samples),
+            **figure("over_static", estimate - estimates[MIX][0], samples - resampled[MIX][:, 0]),
+            **figure("over_rejector", estimate - estimates["rejector"][0], samples - resampled["rejector"][:, 0]),
             **{f"saving_{round(100 * share)}": part.estimate for share, part in zip(SHARES, saved, strict=True)},
             "saving_100_interval": [saved[0].low, saved[0].high],
             "saving_100_reached": float((~resampled[name][:, 1].isnan()).double().mean()),
@@ -309,9 +295,9 @@ def routerdc(folder: Path, encode: Encode | None) -> Iterator[dict]:
             ]
             return torch.stack(parts).mean(0)
 
-        found = interval(float(cells @ got), bootstrap(mean, len(test), resamples=RESAMPLES, seed=SEED))
+        score_of_all = figure("score", float(cells @ got), bootstrap(mean, len(test), resamples=RESAMPLES, seed=SEED))
         by_task = {n: float(got[torch.from_numpy(task == n)].mean()) for n in np.unique(task)}
-        yield {"method": name, "score": found.estimate, "score_interval": [found.low, found.high], **by_task}
+        yield {"method": name, **score_of_all, **by_task}
     yield {"method": "(test queries that are in train)", "score": float(np.mean([queries[row] in known for row in test]))}
 
 

@@ -19,8 +19,8 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from benchmarks.routers.data import SEED, Data, llmrouter, random_folds
-from benchmarks.routers.pricing import MIX, RESAMPLES, priced_figures, settings
-from deferral.intervals import bootstrap, interval
+from benchmarks.routers.pricing import MIX, RESAMPLES, figure, priced_figures, settings
+from deferral.intervals import bootstrap
 from deferral.routing.evaluation import Curve, best_expert
 from deferral.routing.policies import Clusters, Features, Linear, Neighbours
 from deferral.routing.router import Router
@@ -107,17 +107,11 @@ def partial_logs(folder: Path) -> Iterator[dict]:
     for name in actions:
         gain, gains = found[name] - found[MIX], resampled[name] - resampled[MIX]
         naive = f"{name}, naive"
-        ahead = interval(found[name] - found[naive], resampled[name] - resampled[naive]) if naive in found else None
-        own, over = interval(found[name], resampled[name]), interval(gain, gains)
-        share = interval(gain / whole, gains / (resampled["full"] - resampled[MIX]))
         yield {
             "method": name,
-            "AIQ": own.estimate,
-            "AIQ_interval": [own.low, own.high],
-            "over_static": over.estimate,
-            "over_static_interval": [over.low, over.high],
-            "share_of_full_gain": share.estimate,
-            "share_of_full_gain_interval": [share.low, share.high],
-            **({"over_naive": ahead.estimate, "over_naive_interval": [ahead.low, ahead.high]} if ahead else {}),
+            **figure("AIQ", found[name], resampled[name]),
+            **figure("over_static", gain, gains),
+            **figure("share_of_full_gain", gain / whole, gains / (resampled["full"] - resampled[MIX])),
+            **(figure("over_naive", found[name] - found[naive], resampled[name] - resampled[naive]) if naive in found else {}),
             **({"fallback": fallback[name]} if name in fallback else {}),
         }

@@ -1,19 +1,27 @@
 """The curve of a method over all prices of an error, and the figures of it where experts have prices."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from benchmarks.routers.data import Data
+from deferral.intervals import interval
 from deferral.routing.evaluation import Curve, aiq, hull, saving, trade_offs
 from deferral.routing.judging import SHARES
 
-__all__ = ["MIX", "RESAMPLES", "priced_figures", "settings"]
+__all__ = ["MIX", "RESAMPLES", "figure", "priced_figures", "settings"]
 
 MIX = "static mix of the training folds"
 RESAMPLES = 500
+
+
+def figure(name: str, estimate: float, resampled: Tensor) -> dict[str, Any]:
+    """A figure and its 95% interval, as results have them."""
+    found = interval(estimate, resampled)
+    return {name: found.estimate, f"{name}_interval": [found.low, found.high]}
 
 
 def settings(price: np.ndarray) -> np.ndarray:
