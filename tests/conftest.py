@@ -141,6 +141,14 @@ def client(running: Any) -> Iterator["OpenAI"]:
         yield found
 
 
+@pytest.fixture
+def nobody_is_down(running: Any) -> None:
+    """Whatever came before: tests are handed out to processes in any order."""
+    from tests.whole_gateway import calm
+
+    calm(running.gateway)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in items:

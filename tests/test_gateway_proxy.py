@@ -19,15 +19,9 @@ from tests.faulty_upstream import CHUNKS
 from tests.running_gateway import EASY, HARD
 from tests.whole_gateway import ADMIN_KEY, UPSTREAM_KEY, calm, rows
 
-pytestmark = pytest.mark.ci_slow
+pytestmark = [pytest.mark.ci_slow, pytest.mark.usefixtures("nobody_is_down")]
 
 TOOL = {"type": "function", "function": {"name": "look_up", "parameters": {"type": "object", "properties": {}}}}
-
-
-@pytest.fixture(autouse=True)
-def nobody_is_down(running: Any) -> None:
-    """Whatever came before: tests are handed out to processes in any order."""
-    calm(running.gateway)
 
 
 def test_the_official_client_is_routed(running: Any, client: openai.OpenAI) -> None:

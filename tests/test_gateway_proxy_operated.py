@@ -18,13 +18,7 @@ from deferral.gateway.state import stamps
 from tests.running_gateway import EASY, HARD, small_router
 from tests.whole_gateway import ADMIN_KEY, calm, experts_file
 
-pytestmark = pytest.mark.ci_slow
-
-
-@pytest.fixture(autouse=True)
-def nobody_is_down(running: Any) -> None:
-    """Whatever came before: tests are handed out to processes in any order."""
-    calm(running.gateway)
+pytestmark = [pytest.mark.ci_slow, pytest.mark.usefixtures("nobody_is_down")]
 
 
 def test_metrics_tell_what_happened(running: Any) -> None:

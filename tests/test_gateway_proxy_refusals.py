@@ -17,15 +17,9 @@ from deferral.gateway.keys import Key
 from deferral.gateway.state import descriptor_left
 from deferral.gateway.windows import span
 from tests.running_gateway import EASY, HARD
-from tests.whole_gateway import ADMIN_KEY, calm, rows
+from tests.whole_gateway import ADMIN_KEY, rows
 
-pytestmark = pytest.mark.ci_slow
-
-
-@pytest.fixture(autouse=True)
-def nobody_is_down(running: Any) -> None:
-    """Whatever came before: tests are handed out to processes in any order."""
-    calm(running.gateway)
+pytestmark = [pytest.mark.ci_slow, pytest.mark.usefixtures("nobody_is_down")]
 
 
 def test_who_may_do_what(running: Any) -> None:

@@ -10,15 +10,9 @@ from tests.faulty_upstream import CHUNKS
 from tests.running_gateway import EASY, HARD
 from tests.whole_gateway import calm, rows
 
-pytestmark = pytest.mark.ci_slow
+pytestmark = [pytest.mark.ci_slow, pytest.mark.usefixtures("nobody_is_down")]
 
 PICTURE = "data:image/png;base64,AAAA"
-
-
-@pytest.fixture(autouse=True)
-def nobody_is_down(running: Any) -> None:
-    """Whatever came before: tests are handed out to processes in any order."""
-    calm(running.gateway)
 
 
 def test_the_responses_api_is_routed_like_chat(running: Any, client: openai.OpenAI) -> None:
