@@ -43,6 +43,7 @@ from rich.table import Table
 from scipy.stats import binomtest
 from torch import Tensor
 
+from benchmarks.harness.running import data_folder
 from deferral.certified import (
     Certificate,
     DeferralRate,
@@ -302,8 +303,7 @@ def show(lines: list[dict]) -> None:
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="CPU threads of torch.")
 def command(root: Path | None, out: Path, work: Path, threads: int) -> None:
     """Violation rate and coverage of certified and uncertified thresholds."""
-    if root is None:
-        raise click.UsageError("name the folder of the data with --root, or set DEFERRAL_DATA")
+    root = data_folder(root)
     torch.set_num_threads(threads)
     work.mkdir(parents=True, exist_ok=True)
     lines: list[dict] = []

@@ -52,7 +52,7 @@ from rich.console import Console
 from rich.table import Table as Printed
 from torch import Tensor
 
-from benchmarks.harness.running import commit
+from benchmarks.harness.running import commit, data_folder
 from benchmarks.routers.data import (
     FOLDS,
     SEED,
@@ -402,8 +402,7 @@ def command(root: Path | None, only: tuple[str, ...], encoder: Path | None, summ
     if summary:
         show_targets(out)
         return
-    if root is None:
-        raise click.UsageError("name the folder of the data with --root, or set DEFERRAL_DATA")
+    root = data_folder(root)
     if encoder is not None and "partial-logs" in only:
         raise click.UsageError("partial-logs has n-grams alone; leave out --encoder, or name other tables")
     torch.set_num_threads(1)

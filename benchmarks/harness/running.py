@@ -31,7 +31,7 @@ from deferral.datasets import DataError, Images, NotFound
 
 __all__ = [
     *("RESULTS", "Busy", "Finding", "Part", "Run"),
-    *("commit", "image_options", "options", "running", "settings_of", "usable_device"),
+    *("commit", "data_folder", "image_options", "options", "running", "settings_of", "usable_device"),
 ]
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -100,9 +100,7 @@ class Run:
     @property
     def data_root(self) -> Path:
         """The folder of real data, or an error that says how to name it."""
-        if self.root is None:
-            raise click.UsageError("name the folder of the data with --root, or set DEFERRAL_DATA")
-        return self.root
+        return data_folder(self.root)
 
     def images(self, data: str) -> tuple[Images, Images]:
         """Training and test images of a data set, on this run's device."""
@@ -338,6 +336,13 @@ def settings_of(run: Run, data: str) -> dict[str, Any]:
         "rows": {"predictor": preset.predictor_rows, "stage 2": preset.stage2_rows, "calibration": preset.calibration_rows},
         "recipe": asdict(run.recipe),
     }
+
+
+def data_folder(root: Path | None) -> Path:
+    """The folder that --root or DEFERRAL_DATA names.  Raises UsageError where neither does."""
+    if root is None:
+        raise click.UsageError("name the folder of the data with --root, or set DEFERRAL_DATA")
+    return root
 
 
 def usable_device(name: str) -> torch.device:
