@@ -208,7 +208,7 @@ def evaluate(
             calibration_share=calibrate,
             seed=seed,
             regression=regression,
-            tell=status.update,
+            on_stage=status.update,
         )
     written, left_out = [save_evaluation(evaluation, out), save_rows(evaluation, out)], ""
     try:

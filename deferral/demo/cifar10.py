@@ -88,7 +88,7 @@ def run(
 
     comparisons = []
     for price in PRICES:
-        comparisons.append(_compare(stage2, test, price, seed, lambda doing: progress.update(task, description=doing, advance=1)))
+        comparisons.append(_compare(stage2, test, price, seed, lambda stage: progress.update(task, description=stage, advance=1)))
     return comparisons
 
 
@@ -101,7 +101,7 @@ def _part(model: ConvNet, data: Images, person: Tensor) -> Part:
     return Part(features, probabilities, data.labels, person.to(data.labels.device))
 
 
-def _compare(stage2: Part, test: Part, price: float, seed: int, doing: Callable[[str], None]) -> Comparison:
+def _compare(stage2: Part, test: Part, price: float, seed: int, on_stage: Callable[[str], None]) -> Comparison:
     fitting, training_people = stage2[:STAGE2_ROWS], stage2[STAGE2_ROWS:]
     test_people, judged = test[:THRESHOLD_ROWS], test[THRESHOLD_ROWS:]
     costs = fitting.system(price).costs
@@ -122,17 +122,17 @@ def _compare(stage2: Part, test: Part, price: float, seed: int, doing: Callable[
         )
         return model.requires_grad_(False)
 
-    doing(f"price {price}: two-stage deferral")
+    on_stage(f"price {price}: two-stage deferral")
     # mu = 1 with the row's sum as ceiling weighs each action by the other's cost: its scores are the log-odds of the two
     # expected costs, which order the rows well at every threshold, and the threshold will move.
     ceiling = costs.sum(dim=-1, keepdim=True)
     router = second_stage(2, lambda scores, rows: two_stage_deferral(scores, costs[rows], ceiling=ceiling[rows]))
-    doing(f"price {price}: the person's skill")
+    on_stage(f"price {price}: the person's skill")
     skill = second_stage(
         1, lambda s, rows: F.binary_cross_entropy_with_logits(s.squeeze(-1), person_right[rows], reduction="none")
     )
 
-    doing(f"price {price}: what the person saves")
+    on_stage(f"price {price}: what the person saves")
     gains = deferral_gains(costs)
     gain = second_stage(1, lambda scores, rows: (scores - gains[rows]).square().squeeze(-1))
 

@@ -188,13 +188,13 @@ def run(seed: int, device: torch.device | str, progress: Progress, *, useless_ex
     )
 
 
-def _trained(first: Part, stage2: Part, prices: list[float], seed: int, doing: Callable[[str], None]) -> Models:
-    """Each model by its loss; `doing` is told which."""
+def _trained(first: Part, stage2: Part, prices: list[float], seed: int, on_stage: Callable[[str], None]) -> Models:
+    """Each model by its loss; `on_stage` is told which."""
     experts = len(prices)
     ceiling = 1 + max(prices)
 
     def train(name: str, outputs: int, x: Tensor, loss: Callable[[Tensor, Tensor], Tensor]) -> nn.Sequential:
-        doing(f"training: {name}")
+        on_stage(f"training: {name}")
         torch.manual_seed(seed)
         model = mlp(x, outputs)
         fit(model, lambda rows: loss(model(x[rows]), rows), len(x), seed=seed, **TRAINING)

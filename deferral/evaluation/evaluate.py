@@ -56,16 +56,16 @@ def evaluate(
     calibration_share: float = 0.0,
     seed: int = 0,
     regression: bool = False,
-    tell: Callable[[str], object] = lambda about: None,
+    on_stage: Callable[[str], object] = lambda stage: None,
 ) -> Evaluation:
     """Read one file per method (see `read_outputs`), all on the same rows, and judge them; the first is the reference.
 
     `prices`: what asking an expert costs, in units of one error (of squared error in regression).  With a
     `calibration_share`, that share of the rows, drawn at random, fits one threshold per method, and the others judge it.
-    DataError where the files do not belong together or the costs do not fit them.  `tell` is told what is being worked on:
+    DataError where the files do not belong together or the costs do not fit them.  `on_stage` is told what is being worked on:
     intervals of a hundred thousand rows take minutes.
     """
-    tell("reading")
+    on_stage("reading")
     outputs = [read_outputs(path, regression=regression) for path in paths]
     first = outputs[0]
     prices = dict(prices or {})
@@ -79,11 +79,11 @@ def evaluate(
     areas, risk, cost = {}, {}, {}
     for number, output in enumerate(outputs):
         if output.scores is not None:
-            tell(f"{output.name}: areas and curves (file {number + 1} of {len(outputs)})")
+            on_stage(f"{output.name}: areas and curves (file {number + 1} of {len(outputs)})")
             areas[output.name], risk[output.name], band = _judged_curves(output.scores[judging], files.system(number))
             if band is not None:
                 cost[of_file[output.name]] = band
-    tell("calibration of the probabilities")
+    on_stage("calibration of the probabilities")
     calibration, probabilities = _reliability(first, judging)
     comparison = Comparison(
         name=first.name,
