@@ -130,8 +130,16 @@ def test_the_interval_holds_the_mean_and_narrows_with_the_rows() -> None:
         widths.append(high - low)
     assert widths[0] > widths[1] > widths[2] > 0
     alike = np.full(100, 0.25)
+    prices = drift.price("a", alike, alike, 0.05)
+    assert (prices.low, prices.high) == interval(np.ones(100), 0.0, 5.0, 0.05), "a price may be nothing, and five times as much"
     half = 7 * math.log(4 / 0.05) / (3 * 99)
     assert interval(alike, 0.0, 1.0, 0.05) == pytest.approx((0.25 - half, 0.25 + half))
+
+
+@pytest.mark.parametrize("experts", [1, 3])
+def test_all_looks_of_a_month_at_all_series_share_the_chance_of_one_false_alarm_in_ten_months(experts: int) -> None:
+    series = 1 + 2 * experts
+    assert confidence(experts) * series * 30 * DAY / EVERY == pytest.approx(0.1)
 
 
 def test_too_few_rows_say_nothing() -> None:

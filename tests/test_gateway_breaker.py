@@ -198,6 +198,15 @@ def test_retries_are_a_share_of_the_requests(share: float, requests: int, greed:
     assert retries <= 10 * (share > 0) + share * requests + 1e-6
 
 
+@pytest.mark.parametrize("share", [0.25, 0.1])
+def test_a_retry_is_worth_as_many_requests_as_its_share_says_and_ten_are_saved_up(share: float) -> None:
+    budget = RetryBudget(share)
+    for requests, retries in ((0, 10), (round(1 / share) - 1, 0), (1, 1), (round(5 / share), 5), (1000, 10)):
+        for _ in range(requests):
+            budget.request()
+        assert sum(budget.take() for _ in range(20)) == retries
+
+
 def test_backoff_is_anything_up_to_a_doubling_bound() -> None:
     assert [backoff(attempt, 1.0) for attempt in range(1, 8)] == [0.1, 0.2, 0.4, 0.8, 1.6, 2.0, 2.0]
     assert backoff(3, 0.0) == 0

@@ -54,7 +54,7 @@ def test_a_gain_has_to_exceed_its_margin() -> None:
         assert moved(Place(LARGE, 1, 1.0), DOWN, Rules(down=margin, patience=2)).expert == expert
 
 
-@pytest.mark.parametrize("wrong", [{"up": -1}, {"down": math.nan}, {"patience": 0}, {"follow_up": -1}])
+@pytest.mark.parametrize("wrong", [{"up": -1}, {"up": math.inf}, {"down": math.nan}, {"patience": 0}, {"follow_up": -1}])
 def test_rules_that_make_no_sense_are_refused(wrong: dict) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected"):
         Rules(**wrong)
