@@ -66,6 +66,23 @@ def test_decisions_go_when_their_time_is_over_with_all_that_hangs_on_them(databa
     record.stop()
 
 
+def test_texts_go_when_their_time_is_over_and_younger_ones_stay(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_AT_ONCE", 4)
+    record = filled(database)
+    half = Retention(record.engine, text_days=0.5, record_days=None, clock=lambda: NOW)
+    for left in (16, 12):
+        assert half.step() < 1.0
+        assert half.to_scrub
+        assert counts(record) == [20, 20, left, 20, 20]
+    while half.step() < module._EVERY:
+        pass
+    assert not half.to_scrub
+    assert counts(record) == [20, 20, 12, 20, 20]
+    with record.engine.connect() as connection:
+        assert connection.execute(select(func.min(texts.c.time))).scalar_one() > NOW - 0.5 * DAY
+    record.stop()
+
+
 def test_what_was_said_while_its_decision_went_goes_too(database: str) -> None:
     record = filled(database)
     all_of_it = Retention(record.engine, text_days=None, record_days=0.01, clock=lambda: NOW)

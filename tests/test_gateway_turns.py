@@ -19,6 +19,7 @@ from tests.talks import RESULT, asked, said, talk, user
         ),
         ([user("first"), said(None, function_call={}), {"role": "function", "content": "42"}], ["first"]),
         ([user("first"), said([{"type": "tool_use"}]), user([RESULT])], ["first"]),
+        ([user("first"), said(), user([{"type": "tool_result", "text": "42"}])], ["first"]),
         ([user("first"), said(), user([RESULT, {"type": "text", "text": "and now?"}])], ["first", "and now?"]),
         ([user("first"), said(), user("<tool_response>\n42\n</tool_response>")], ["first"]),
         ([user("first"), said(), user('<tool_result id="1">42</tool_result> <tool_result>43</tool_result>')], ["first"]),
