@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy.exc import OperationalError
@@ -15,13 +16,14 @@ from sqlalchemy.exc import OperationalError
 from deferral.cli import main
 from deferral.errors import DataError
 from deferral.gateway.database import connect
-from deferral.gateway.export import FAILED, FELL_BACK, NAMED, NO_CHANCE, NO_QUALITY, NO_TEXT, export, logged
+from deferral.gateway.export import FAILED, FELL_BACK, NAMED, NO_CHANCE, NO_QUALITY, NO_TEXT, Logged, export, logged
 from deferral.gateway.off_policy import Draws, alike, cautious_gain, compare, doubly_robust, interval_of_mean, of_no_use
 from deferral.gateway.preparing import prepare
 from deferral.gateway.record import Record
 from deferral.gateway.reloads import Reloads
-from deferral.gateway.retrain import Verdict, learned, promote, retrain
+from deferral.gateway.retrain import Verdict, draws_of, learned, promote, retrain
 from deferral.gateway.rows import DecisionRow
+from deferral.intervals import mean_interval
 from deferral.routing import Log, Outcome, Router, log_of_table, read_log
 from deferral.routing.persistence import written
 from deferral.routing.policies import Linear
@@ -172,6 +174,9 @@ def test_estimates_agree_with_the_truth_of_a_simulated_log() -> None:
         assert judged.old.low < cost_of[:, 0].mean() < judged.old.high
         assert judged.new.low < cost_of.min(1).mean() < judged.new.high
         assert judged.gain.half_width < 0.2
+        gains = torch.from_numpy(doubly_robust(draws, old) - doubly_robust(draws, new))
+        by_rows = mean_interval(gains, resamples=2000)
+        assert (judged.gain.low, judged.gain.high) == pytest.approx((by_rows.low, by_rows.high)), "each row is a group"
     assert judged.differ == (old != new).sum()
     assert judged.seen[0] == ((old != new) & (action == 0)).sum()
 
@@ -262,6 +267,7 @@ def test_the_interval_of_a_mean_is_that_of_its_groups() -> None:
     fourfold = interval_of_mean(np.repeat(values, 4), np.ones(240), np.repeat(np.arange(60), 4))
     assert fourfold == pytest.approx((mean, half))
     assert interval_of_mean(values, stands_for, np.zeros(60, int)) == (mean, None)
+    assert interval_of_mean(np.array([0.0, 1.0]), np.ones(2), np.arange(2)) == pytest.approx((0.5, 1.96 * 0.5))
 
 
 @pytest.fixture(scope="module")
@@ -270,6 +276,16 @@ def old_router() -> Router:
     router = Router(ERROR, explore=0.3, policies=(Linear,)).fit(full_log(300, seed=0, swapped=True))
     router.salt = "the same draws in every run"
     return router
+
+
+def test_draws_cost_and_are_expected_to_cost_what_the_router_says(old_router: Router) -> None:
+    queries = traffic(20, seed=3)[0]
+    names, decided = old_router.experts, old_router.route_batch(queries)
+    for stake in (1.0, 3.0):
+        rows = [Logged(Outcome(query, names[1], 0.75, 1e-3, propensity=0.5), tuple(names), stake * ERROR) for query in queries]
+        draws = draws_of(old_router, rows, dict.fromkeys(names, 0.5))
+        assert draws.estimate == pytest.approx(stake * (1 - decided.quality.clip(0, 1)) + decided.price / ERROR)
+        assert draws.cost == pytest.approx(stake * 0.25 + 0.5)
 
 
 @pytest.mark.ci_slow
@@ -304,8 +320,10 @@ def test_a_better_router_is_promoted_and_an_equal_one_is_not(tmp_path: Path, old
     with pytest.raises(DataError, match="another router was saved there in the meantime"):
         promote(promoted, folder, written(tmp_path / "router.previous"))
     assert Router.load(folder).salt == old_router.salt
+    there = written(folder)
     again = retrain(engine, folder, load=linear)
     assert not again.promoted
+    assert written(folder) == there
     assert again.comparison is not None
     assert again.comparison.gain.low <= 0
 
@@ -370,6 +388,12 @@ def test_of_what_cannot_be_used_only_what_there_is_is_said(tmp_path: Path, old_r
     with pytest.raises(DataError, match=r"no row of the record can be used \(10 rows: [^;]*\)\.") as caught:
         retrain(connect(str(tmp_path / "gateway.db")), tmp_path / "router", load=linear)
     assert "0 rows: held out" not in str(caught.value)
+    three = dict.fromkeys(("small", "large", "gone"), 0.5)
+    said = dict.fromkeys(("expected_quality", "expected_price", "expected_cost"), three)
+    rows = [row(number, **said) for number in range(10)]
+    asyncio.run(recorded(tmp_path / "other.db", rows, {one.id: 1.0 for one in rows}))
+    with pytest.raises(DataError, match="10 rows: it was drawn among experts that the router does not have"):
+        retrain(connect(str(tmp_path / "other.db")), tmp_path / "router", load=linear)
 
 
 def test_what_was_learned_is_said_where_the_gateways_cannot_be_told(
