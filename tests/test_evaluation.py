@@ -14,6 +14,7 @@ import torch
 from deferral import cli, decide, error_costs, oracle, pick
 from deferral.curves import aurc
 from deferral.datasets import DataError
+from deferral.evaluation.comparison import GRID
 from deferral.evaluation.evaluate import evaluate
 from deferral.evaluation.outputs import read_outputs
 from deferral.evaluation.pictures import draw_evaluation
@@ -66,6 +67,8 @@ def test_figures_are_those_of_the_library(tmp_path: Path, suffix: str, missing: 
     assert figures[bob].cost.estimate == pytest.approx(float(costs[mask[:, 2], 2].double().mean()))
     assert figures["never deferring"].coverage.estimate == 1
     best = outputs.scores[:, 1:].amax(-1)
+    areas = evaluation.areas["ours"]
+    assert 0 <= areas["excess system AURC"].estimate < areas["system AURC"].estimate
     expected = aurc(outputs.scores[:, 0] - best, costs[:, 0])
     assert evaluation.areas["ours"]["AURC"].estimate == pytest.approx(float(expected))
 
@@ -80,6 +83,14 @@ def test_two_methods_are_paired_and_thresholds_are_fitted_on_other_rows(tmp_path
     hundred = {name: cells[:100] for name, cells in columns().items()}
     assert len(evaluate([write(tmp_path / "hundred.csv", hundred)], calibration_share=0.29).comparison.targets) == 71
     assert {"other", "other, threshold fitted", "always Ann", "oracle"} <= set(comparison.figures)
+    assert comparison["one"].curve is comparison["other"].curve is None
+    assert evaluation.cost.keys() == {"one, threshold fitted", "other, threshold fitted"}
+    for name, (low, high) in evaluation.cost.items():
+        curve = comparison[name].curve
+        assert curve is not None
+        assert ((low <= curve.at(GRID)) & (curve.at(GRID) <= high)).all()
+    with pytest.raises(KeyError, match="no method is called 'three'"):
+        comparison["three"]
     again = evaluate([one, other], calibration_share=0.5).comparison
     assert again.figures == comparison.figures
     assert evaluate([one, other], calibration_share=0.5, seed=1).comparison.figures != comparison.figures
@@ -274,10 +285,26 @@ def test_who_answered_a_row_says_nothing_of_how_sure_the_model_is(tmp_path: Path
 
 def test_abstaining_costs_what_it_is_said_to_cost(tmp_path: Path) -> None:
     table = {"target": ["a", "b"], "answer": ["a", "a"], "action": ["own", "abstain"]}
-    figures = evaluate([write(tmp_path / "ours.csv", table)], abstain_cost=0.25).comparison.figures["ours"]
+    path = write(tmp_path / "ours.csv", table)
+    outputs, comparison = read_outputs(path), evaluate([path], abstain_cost=0.25).comparison
+    assert outputs.answers.tolist() == [[0, -1], [0, -1]], "abstaining answers nothing"
+    assert outputs.mask.tolist() == [[True, True], [True, True]]
+    assert comparison["ours"].correct.isnan().tolist() == [False, True]
+    figures = comparison.figures["ours"]
     assert figures.cost.estimate == pytest.approx(0.125)
     assert figures.accuracy is not None
     assert figures.accuracy.estimate == 1
+
+
+def test_who_may_abstain_does_where_everybody_is_expected_to_cost_more(tmp_path: Path) -> None:
+    table = {
+        "target": ["a", "b", "a"], "answer": ["a", "a", "a"], "answer_A": ["b", "b", "a"], "action": ["own", "A", "abstain"],
+        "probability": [0.9, 0.4, 0.4], "probability_A": [0.9, 0.99, 0.6],
+    }  # fmt: skip
+    comparison = evaluate([write(tmp_path / "ours.csv", table)], prices={"A": 0.1}, abstain_cost=0.2).comparison
+    expected = torch.tensor([[0.1, 0.2, 0.2], [0.6, 0.11, 0.2], [0.6, 0.5, 0.2]])
+    assert torch.equal(comparison["compare-confidence"].actions, expected.argmin(-1))
+    assert comparison.figures["always abstaining"].cost.estimate == pytest.approx(0.2)
 
 
 def test_regression_is_judged_by_squared_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -289,6 +316,7 @@ def test_regression_is_judged_by_squared_errors(tmp_path: Path, capsys: pytest.C
     show_evaluation(evaluation)
     printed = capsys.readouterr().out
     assert "in squared errors" in printed
+    assert "there is no accuracy" in printed
     assert "of one error" not in printed
 
 
@@ -389,6 +417,14 @@ def test_files_and_options_that_do_not_fit_together(tmp_path: Path) -> None:
     two.write_text("target,answer,answer_ann,score,score_ann,score_abstain\na,a,b,0.5,0.25,0\n", encoding="utf-8")
     with pytest.raises(DataError, match=r"keeps.csv: in .*abstains.csv rows may abstain, in .*keeps.csv not"):
         evaluate([two, one], abstain_cost=0.1)
+    one.write_text(GOOD.replace("_A", "_ann"), encoding="utf-8")
+    with pytest.raises(DataError, match=r"keeps.csv: expected the experts of .* \(A\), got ann"):
+        evaluate(
+            [path, write(one, {"target": ["a", "b"], "answer": ["a", "a"], "answer_ann": ["b", "b"], "action": ["own"] * 2})]
+        )
+    for price in (-0.1, float("inf"), float("nan")):
+        with pytest.raises(DataError, match="expected numbers >= 0"):
+            evaluate([path], prices={"A": price})
     with pytest.raises(DataError, match="no such expert"):
         evaluate([path], prices={"Zoe": 1.0})
     with pytest.raises(DataError, match="less than one row"):
