@@ -301,7 +301,9 @@ def test_who_may_abstain_does_where_everybody_is_expected_to_cost_more(tmp_path:
         "target": ["a", "b", "a"], "answer": ["a", "a", "a"], "answer_A": ["b", "b", "a"], "action": ["own", "A", "abstain"],
         "probability": [0.9, 0.4, 0.4], "probability_A": [0.9, 0.99, 0.6],
     }  # fmt: skip
-    comparison = evaluate([write(tmp_path / "ours.csv", table)], prices={"A": 0.1}, abstain_cost=0.2).comparison
+    path = write(tmp_path / "ours.csv", table)
+    assert read_outputs(path).answers.tolist() == [[0, 1, -1], [0, 1, -1], [0, 0, -1]]
+    comparison = evaluate([path], prices={"A": 0.1}, abstain_cost=0.2).comparison
     expected = torch.tensor([[0.1, 0.2, 0.2], [0.6, 0.11, 0.2], [0.6, 0.5, 0.2]])
     assert torch.equal(comparison["compare-confidence"].actions, expected.argmin(-1))
     assert comparison.figures["always abstaining"].cost.estimate == pytest.approx(0.2)

@@ -132,7 +132,10 @@ def test_the_interval_holds_the_mean_and_narrows_with_the_rows() -> None:
     alike = np.full(100, 0.25)
     prices = drift.price("a", alike, alike, 0.05)
     assert (prices.low, prices.high) == interval(np.ones(100), 0.0, 5.0, 0.05), "a price may be nothing, and five times as much"
-    half = 7 * math.log(4 / 0.05) / (3 * 99)
+    doubt, mixed = math.log(4 / 0.05), np.tile([0.0, 1.0], 5000)
+    half = math.sqrt(2 * 0.25 * 10_000 / 9999 * doubt / 10_000) + 7 * doubt / (3 * 9999)
+    assert interval(mixed, 0.0, 1.0, 0.05) == pytest.approx((0.5 - half, 0.5 + half))
+    half = 7 * doubt / (3 * 99)
     assert interval(alike, 0.0, 1.0, 0.05) == pytest.approx((0.25 - half, 0.25 + half))
 
 

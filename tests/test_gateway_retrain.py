@@ -17,13 +17,22 @@ from deferral.cli import main
 from deferral.errors import DataError
 from deferral.gateway.database import connect
 from deferral.gateway.export import FAILED, FELL_BACK, NAMED, NO_CHANCE, NO_QUALITY, NO_TEXT, Logged, export, logged
-from deferral.gateway.off_policy import Draws, alike, cautious_gain, compare, doubly_robust, interval_of_mean, of_no_use
+from deferral.gateway.off_policy import (
+    Comparison,
+    Draws,
+    alike,
+    cautious_gain,
+    compare,
+    doubly_robust,
+    interval_of_mean,
+    of_no_use,
+)
 from deferral.gateway.preparing import prepare
 from deferral.gateway.record import Record
 from deferral.gateway.reloads import Reloads
-from deferral.gateway.retrain import Verdict, draws_of, learned, promote, retrain
+from deferral.gateway.retrain import Verdict, _why_not, draws_of, learned, promote, retrain
 from deferral.gateway.rows import DecisionRow
-from deferral.intervals import mean_interval
+from deferral.intervals import Interval, mean_interval
 from deferral.routing import Log, Outcome, Router, log_of_table, read_log
 from deferral.routing.persistence import written
 from deferral.routing.policies import Linear
@@ -237,6 +246,14 @@ def test_a_rare_error_that_was_not_seen_is_allowed_for(old_error: float, new_err
     assert cautious_gain(draws, old, old) == -np.inf
 
 
+def test_one_more_draw_stands_for_no_more_than_all_rows_that_are_decided_otherwise() -> None:
+    old, new = np.zeros(13, int), np.repeat([1, 0], [3, 10])
+    draws = Draws(new, np.full(13, 0.01), np.zeros(13), np.zeros((13, 2)), np.arange(13))
+    mean, half = interval_of_mean(np.append(np.zeros(13), -3.0), np.ones(14), np.arange(14))
+    assert half is not None
+    assert cautious_gain(draws, old, new) == pytest.approx(mean - half)
+
+
 def test_a_draw_of_no_use_is_a_dear_one() -> None:
     price, action = np.append(np.arange(1.0, 102.0), [7.0, 9.0]), np.repeat([2, 0], [101, 2])
     found = of_no_use(np.ones(103), price, action)
@@ -276,6 +293,19 @@ def old_router() -> Router:
     router = Router(ERROR, explore=0.3, policies=(Linear,)).fit(full_log(300, seed=0, swapped=True))
     router.salt = "the same draws in every run"
     return router
+
+
+def test_a_gain_is_none_until_enough_was_seen_of_both_and_all_estimates_agree() -> None:
+    sure = Interval(1.0, 0.5, 1.5)
+    judged = Comparison(3000, 900, (20, 20), sure, sure, sure, sure, 0.1)
+    assert _why_not(judged) == ""
+    for seen in ((10, 20), (20, 10)):
+        assert "about 20,000 judged answers in all" in _why_not(replace(judged, seen=seen)), (
+            "twice as many, of which 3 in 10 judge"
+        )
+    assert "about 40,000 judged answers in all" in _why_not(replace(judged, gain=Interval(1.0, -1.0, 3.0))), "half the width"
+    assert "one more of them failed" in _why_not(replace(judged, cautious=-0.1))
+    assert "disagree" in _why_not(replace(judged, gain_weighted=Interval(-0.1, -1.0, 1.0)))
 
 
 def test_draws_cost_and_are_expected_to_cost_what_the_router_says(old_router: Router) -> None:
@@ -320,10 +350,8 @@ def test_a_better_router_is_promoted_and_an_equal_one_is_not(tmp_path: Path, old
     with pytest.raises(DataError, match="another router was saved there in the meantime"):
         promote(promoted, folder, written(tmp_path / "router.previous"))
     assert Router.load(folder).salt == old_router.salt
-    there = written(folder)
     again = retrain(engine, folder, load=linear)
     assert not again.promoted
-    assert written(folder) == there
     assert again.comparison is not None
     assert again.comparison.gain.low <= 0
 
@@ -340,9 +368,11 @@ def test_a_cascade_that_pays_is_not_lost_unasked_and_nobody_is_judged_on_what_it
     asyncio.run(recorded(tmp_path / "gateway.db", rows, quality))
     engine = connect(str(tmp_path / "gateway.db"))
     loaded = iter([with_cascade, linear(folder), with_cascade, linear(folder)])
+    before = written(folder)
     kept = retrain(engine, folder, load=lambda _: next(loaded))
     assert (kept.better, kept.promoted) == (False, False)
     assert "--drop-cascade" in kept.why
+    assert written(folder) == before
     assert retrain(engine, folder, load=lambda _: next(loaded), drop_cascade=True).promoted
     knowing = linear(folder)
     knowing._seen = np.sort(fingerprints([str(one.query) for one in rows]))
