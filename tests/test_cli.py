@@ -1,10 +1,12 @@
 """The command as a process: what a user types, what is printed, how it exits."""
 
 import json
+import os
 import runpy
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import click
@@ -102,7 +104,10 @@ def test_bench_runs_the_scripts_of_the_checkout_from_any_folder(tmp_path: Path) 
 
 def test_bench_outside_of_a_checkout_says_where_the_scripts_are(tmp_path: Path) -> None:
     shutil.copytree(Path(__file__).parent.parent / "deferral", tmp_path / "deferral")
-    done = subprocess.run([sys.executable, "-m", "deferral.cli", "bench", "losses"], capture_output=True, text=True, cwd=tmp_path)
+    # A path that names a checkout would have its benchmarks run, and their results replaced.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    call = partial(subprocess.run, capture_output=True, text=True, env=environment, check=False)
+    done = call([sys.executable, "-m", "deferral.cli", "bench", "losses"], cwd=tmp_path)
     assert done.returncode == 2
     assert "clone it" in done.stderr
     # Of an installed package in a clone, the clone is meant.
@@ -110,7 +115,7 @@ def test_bench_outside_of_a_checkout_says_where_the_scripts_are(tmp_path: Path) 
     (tmp_path / "clone" / "benchmarks" / "__main__.py").write_text("print('the clone runs')")
     (tmp_path / "clone" / "deferral").symlink_to(tmp_path / "deferral")
     code = "import sys; sys.path[0] = '..'; from deferral.cli import main; main(['bench', 'losses'])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path / "clone")
+    done = call([sys.executable, "-c", code], cwd=tmp_path / "clone")
     assert (done.returncode, done.stdout) == (0, "the clone runs\n"), done.stderr
 
 

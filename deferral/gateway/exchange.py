@@ -15,7 +15,7 @@ from deferral.gateway.choice import Choice
 from deferral.gateway.experts_file import AUTO, Expert
 from deferral.gateway.keys import ANYONE, Key
 from deferral.gateway.requests import Asked, Kind
-from deferral.gateway.rows import DecisionRow
+from deferral.gateway.rows import ROUTED, DecisionRow
 from deferral.gateway.state import Gateway
 from deferral.gateway.usage import Usage
 
@@ -127,7 +127,7 @@ class Exchange:
             id=self.id,
             time=self.arrived,
             key=self.key.id,
-            requested="auto" if asked.model in AUTO else asked.model[:_LONGEST_NAME],
+            requested=ROUTED if asked.model in AUTO else asked.model[:_LONGEST_NAME],
             expert=expert,
             chosen=choice.ranking[0] if choice else "",
             reason="; ".join(filter(None, (choice.reason if choice else "", refused)))[:_LONGEST_REASON],
