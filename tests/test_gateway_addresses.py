@@ -147,9 +147,9 @@ def answerers_of(ask: Callable[..., Any], *experts: Expert, retry_share: float =
     return made
 
 
-async def outcome(answerers: Answerers, *ranking: Expert) -> str:
+async def outcome(answerers: Answerers, *ranking: Expert, key: str = "") -> str:
     try:
-        call = await answerers.answer(ranking, "/chat/completions", lambda _: BODY, {}, parse("chat", BODY))
+        call = await answerers.answer(ranking, "/chat/completions", lambda _: BODY, {}, parse("chat", BODY), key=key)
     except Unanswered as nobody:
         return nobody.code
     call.end(True)
@@ -174,6 +174,30 @@ def test_who_waits_at_an_address_that_goes_down_is_answered_by_another_whatever_
         return outcomes
 
     assert asyncio.run(run()) == ["ok"] * 100
+
+
+def test_a_key_that_asks_for_everything_at_once_does_not_make_the_others_wait() -> None:
+    answered: list[str] = []
+
+    async def ask(*_: Any, **__: Any) -> Reply:
+        await asyncio.sleep(0.001)
+        return reply()
+
+    async def run() -> None:
+        expert = replace(SMALL, other_urls=[], max_waiting=60)
+        answerers = answerers_of(ask, expert)
+
+        async def one(key: str) -> None:
+            answered.append(f"{key} {await outcome(answerers, expert, key=key)}")
+
+        batch = [asyncio.create_task(one("batch")) for _ in range(62)]
+        await asyncio.sleep(0)
+        await asyncio.gather(one("chat"), *batch)
+
+    asyncio.run(run())
+    assert answered.index("chat ok") <= 4
+    # There was no place left for it in the queue, and the last of the batch made room.
+    assert (answered.count("batch ok"), answered.count("batch queue_full")) == (61, 1)
 
 
 def test_who_has_waited_in_vain_at_one_address_goes_where_a_slot_is_free() -> None:

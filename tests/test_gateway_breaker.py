@@ -289,6 +289,77 @@ def test_other_limits_let_those_in_who_wait() -> None:
     asyncio.run(run())
 
 
+def test_a_key_that_asks_for_everything_leaves_the_others_their_turn() -> None:
+    async def run() -> None:
+        slots = Slots(4, 6)
+        order: list[str] = []
+
+        async def ask(key: str) -> None:
+            await slots.take(5, key)
+            order.append(key)
+
+        hog = [asyncio.create_task(ask("hog")) for _ in range(10)]
+        await asyncio.sleep(0)
+        assert (slots.taken, slots.queued) == (4, 6)
+        # The queue is full: the last of who has most in it makes room, and only for who has less.
+        others = [asyncio.create_task(ask(key)) for key in ("b", "c", "b", "hog")]
+        await asyncio.sleep(0.01)
+        assert slots.queued == 6
+        assert [isinstance(task.exception(), Full) for task in hog if task.done()] == [False] * 4 + [True] * 3
+        assert isinstance(others[3].exception(), Full)
+        order.clear()
+        for _ in range(4):
+            slots.give_back(0.1, "hog")
+            await asyncio.sleep(0)
+        # With as many slots as the others it is again for who came first.
+        assert order == ["b", "c", "hog", "hog"]
+        slots.give_back(0.1, "c")
+        await asyncio.sleep(0)
+        assert order[4:] == ["b"]
+        for key in ("b", "b", "hog", "hog"):
+            slots.give_back(0.1, key)
+        await asyncio.sleep(0)
+        assert (slots.taken, slots.queued, order[5:]) == (1, 0, ["hog"])
+
+    asyncio.run(run())
+
+
+def test_places_are_counted_once_whatever_becomes_of_who_waits() -> None:
+    async def run(seed: int) -> None:
+        draw = random.Random(seed)
+        slots = Slots(3, 5)
+        held: list[str] = []
+
+        async def ask(key: str) -> None:
+            await slots.take(draw.choice([0.0, 0.001, 5]), key)
+            held.append(key)
+
+        tasks: list[asyncio.Task[None]] = []
+        for _ in range(200):
+            match draw.randrange(5):
+                case 0 | 1:
+                    tasks.append(asyncio.create_task(ask(draw.choice("abc"))))
+                case 2 if tasks:
+                    draw.choice(tasks).cancel()
+                case 3 if held:
+                    slots.give_back(0.0, held.pop(draw.randrange(len(held))))
+                case 4:
+                    slots.resize(draw.randint(1, 4), draw.randint(0, 6))
+            if draw.random() < 0.5:
+                await asyncio.sleep(0)
+            assert slots.taken >= len(held)
+        while not all(task.done() for task in tasks):
+            await asyncio.sleep(0.002)
+            while held:
+                slots.give_back(0.0, held.pop())
+        while held:
+            slots.give_back(0.0, held.pop())
+        assert (slots.taken, slots.queued, slots._held, slots._queues) == (0, 0, {}, {})
+
+    for seed in range(30):
+        asyncio.run(run(seed))
+
+
 def test_with_another_key_it_begins_anew_and_calls_of_before_decide_nothing() -> None:
     breaker = Breaker()
     tickets = [breaker.enter() for _ in range(6)]

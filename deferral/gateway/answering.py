@@ -64,7 +64,7 @@ class Call:
         else:
             breaker.failure(self._ticket, self._key)
         self.reply.close()
-        self._standing.slots.give_back(monotonic() - self._began)
+        self._standing.slots.give_back(monotonic() - self._began, self._key)
 
 
 class Unanswered(Problem):
@@ -126,7 +126,7 @@ class Answerers:
             while standing is not None:
                 tried.append(standing)
                 try:
-                    ticket = await standing.enter()
+                    ticket = await standing.enter(key)
                     attempts += 1
                     call = await self._call(
                         expert,
@@ -207,7 +207,7 @@ class Answerers:
             if traced is not None:
                 traced.failed(error)
             standing.blame(error, ticket, shown, key)
-            standing.slots.give_back(monotonic() - began)
+            standing.slots.give_back(monotonic() - began, key)
             raise
         if reply.streamed:
             ticket = standing.breaker.begun(ticket)

@@ -2,7 +2,8 @@
 
 import asyncio
 import math
-from collections import deque
+from collections import Counter, deque
+from typing import NamedTuple
 
 __all__ = ["Full", "Slots"]
 
@@ -15,61 +16,97 @@ class Full(Exception):
         self.retry_after = retry_after
 
 
+class _Place(NamedTuple):
+    """A place in the queue; smaller numbers came before."""
+
+    number: int
+    turn: asyncio.Future[None]
+
+
 class Slots:
-    """At most `limit` at a time; beyond that at most `waiting` in a queue, first come, first served."""
+    """At most `limit` at a time; beyond that at most `waiting` in a queue.
+
+    No key keeps the others out, however much it asks: a slot that comes free is for the key that holds the fewest, and among
+    those for who came first.  Where the queue is full, the last of the key with the most places in it makes room for a key that
+    would still have fewer.
+    """
 
     def __init__(self, limit: int, waiting: int) -> None:
         self.limit, self.waiting = limit, waiting
-        self.taken = 0
-        self._queue: deque[asyncio.Future[None]] = deque()
+        self.taken = self.queued = 0
+        self._held: Counter[str] = Counter()
+        self._queues: dict[str, deque[_Place]] = {}
+        self._came = 0
         self._mean_s = 1.0
 
-    @property
-    def queued(self) -> int:
-        """How many wait."""
-        return len(self._queue)
-
-    async def take(self, patience: float) -> None:
-        """A slot, after at most `patience` seconds; Full otherwise."""
-        if self.taken < self.limit and not self._queue:
-            self.taken += 1
+    async def take(self, patience: float, key: str = "") -> None:
+        """A slot for a request of a key, after at most `patience` seconds; Full otherwise."""
+        if self.taken < self.limit and not self.queued:
+            self._enter(key)
             return
-        if len(self._queue) >= self.waiting:
-            raise Full(self._wait())
-        turn = asyncio.get_running_loop().create_future()
-        self._queue.append(turn)
+        if self.queued >= self.waiting:
+            self._make_room(key)
+        self._came += 1
+        place = _Place(self._came, asyncio.get_running_loop().create_future())
+        self._queues.setdefault(key, deque()).append(place)
+        self.queued += 1
         try:
             async with asyncio.timeout(patience):
-                await turn
+                await place.turn
         except BaseException as error:
-            # A turn that came in the same moment is passed on.
-            if turn.done() and not turn.cancelled():
-                self._pass_on()
-            elif turn in self._queue:
-                self._queue.remove(turn)
+            if place in self._queues.get(key, ()):
+                self._drop(key, place)
+            elif not place.turn.cancelled() and place.turn.exception() is None:
+                # A turn that came in the same moment is passed on.
+                self._leave(key)
             if isinstance(error, TimeoutError):
                 raise Full(self._wait()) from None
             raise
 
-    def give_back(self, seconds: float) -> None:
-        """A slot that was held for so long."""
+    def give_back(self, seconds: float, key: str = "") -> None:
+        """A slot that was held for so long by a request of this key."""
         self._mean_s += 0.05 * (seconds - self._mean_s)
-        self._pass_on()
+        self._leave(key)
 
     def resize(self, limit: int, waiting: int) -> None:
         """Other limits, from the next request on."""
         self.limit, self.waiting = limit, waiting
-        while self.taken < self.limit and self._queue:
-            self.taken += 1
-            self._pass_on()
+        self._pass_on()
+
+    def _enter(self, key: str) -> None:
+        self.taken += 1
+        self._held[key] += 1
+
+    def _leave(self, key: str) -> None:
+        self.taken -= 1
+        self._held[key] -= 1
+        if not self._held[key]:
+            del self._held[key]
+        self._pass_on()
 
     def _pass_on(self) -> None:
-        while self._queue and self.taken <= self.limit:
-            turn = self._queue.popleft()
-            if not turn.done():
-                turn.set_result(None)
-                return
-        self.taken -= 1
+        while self.queued and self.taken < self.limit:
+            key = min(self._queues, key=lambda each: (self._held[each], self._queues[each][0].number))
+            place = self._queues[key][0]
+            self._drop(key, place)
+            if not place.turn.done():
+                self._enter(key)
+                place.turn.set_result(None)
+
+    def _make_room(self, key: str) -> None:
+        most = max(self._queues, key=lambda each: len(self._queues[each]), default=key)
+        if len(self._queues.get(most, ())) <= len(self._queues.get(key, ())) + 1:
+            raise Full(self._wait())
+        last = self._queues[most][-1]
+        self._drop(most, last)
+        if not last.turn.done():
+            last.turn.set_exception(Full(self._wait()))
+
+    def _drop(self, key: str, place: _Place) -> None:
+        self._queues[key].remove(place)
+        self.queued -= 1
+        if not self._queues[key]:
+            del self._queues[key]
 
     def _wait(self) -> float:
-        return float(max(1, math.ceil((len(self._queue) + 1) / self.limit * self._mean_s)))
+        return float(max(1, math.ceil((self.queued + 1) / self.limit * self._mean_s)))

@@ -53,16 +53,16 @@ class Standing:
         """Whether one request is to show that it is back, and can do so now."""
         return self.breaker.state == "half-open" and self.free
 
-    async def enter(self) -> int:
-        """A slot, and a ticket of the breaker; Failure where there is none."""
+    async def enter(self, key: str) -> int:
+        """A slot for a request of a key, and a ticket of the breaker; Failure where there is none."""
         try:
-            await self.slots.take(self.server.first_byte_s)
+            await self.slots.take(self.server.first_byte_s, key)
         except Full as full:
             message = "has more requests waiting than it takes"
             raise Failure(429, "queue_full", message, blame=False, rest=full.retry_after) from None
         ticket = self.breaker.enter()
         if ticket is None:
-            self.slots.give_back(0.0)
+            self.slots.give_back(0.0, key)
             if self.breaker.busy:
                 raise Failure(429, "experts_busy", "asks for fewer requests", blame=False, rest=self.breaker.wait)
             raise Failure(503, "experts_down", "is down", blame=False, rest=self.breaker.wait)
