@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import count as count_up
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +20,7 @@ from deferral.gateway.failures import Failure
 from deferral.gateway.metrics import Metrics
 from deferral.gateway.requests import parse
 from deferral.gateway.settings import Settings
+from deferral.gateway.standing import Servers, Talk
 from deferral.gateway.upstream import Reply
 from deferral.gateway.usage import Usage
 from tests.faulty_upstream import CHUNKS, Upstream
@@ -49,6 +52,16 @@ def states(running: Any) -> list[str]:
     return [each.breaker.state for each in running.gateway.state.answerers.servers["small"].each]
 
 
+def texts_at(running: Any, place: int, count: int) -> list[str]:
+    """First requests of conversations that belong at one of the addresses, whatever their ports are."""
+    standings = running.gateway.state.answerers.servers["small"].each
+
+    def belongs(text: str) -> bool:
+        return max(standings, key=lambda each: each.affinity(Talk(text, False))) is standings[place]
+
+    return list(islice(filter(belongs, (f"{EASY} {number}" for number in count_up())), count))
+
+
 def breaker_open(running: Any) -> str:
     _, _, said = running.gateway.ask("GET", "/metrics")
     return next(line for line in said.decode().splitlines() if line.startswith('deferral_breaker_open{expert="small"}'))
@@ -58,8 +71,8 @@ def breaker_open(running: Any) -> str:
 def test_no_request_is_lost_with_one_of_two_addresses(running: Any, fault: str) -> None:
     running.first.behave("small", fault)
     began = time.time()
-    for number in range(12):
-        status, headers, said = running.gateway.chat(f"{EASY} {number}", model="small", stream=number % 3 == 1)
+    for number, text in enumerate(texts_at(running, 0, 12)):
+        status, headers, said = running.gateway.chat(text, model="small", stream=number % 3 == 1)
         assert (status, headers["x-deferral-expert"]) == (200, "small")
         assert (said.count(b"data: ") > CHUNKS) if number % 3 == 1 else said["choices"]
     kept = rows(running, f"time >= {began}")
@@ -74,15 +87,58 @@ def test_no_request_is_lost_with_one_of_two_addresses(running: Any, fault: str) 
     assert f'deferral_addresses_away{{expert="small"}} {float(fault != "status-429")}' in said.decode()
 
 
-def test_whoever_has_the_fewest_requests_is_asked_and_at_rest_the_first(running: Any) -> None:
-    for number in range(3):
-        assert running.gateway.chat(f"{EASY} {number}", model="small")[0] == 200
-    assert (len(running.first.asked("small")), len(running.second.asked("small"))) == (3, 0)
+def test_whoever_has_the_fewest_requests_is_asked(running: Any) -> None:
     running.first.behave("small", "slow-first-byte")
     running.second.behave("small", "slow-first-byte")
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda number: running.gateway.chat(f"{EASY} {number}", model="small"), range(8)))
-    assert abs(len(running.first.asked("small")) - 3 - len(running.second.asked("small"))) <= 1
+    assert abs(len(running.first.asked("small")) - len(running.second.asked("small"))) <= 1
+
+
+def test_a_conversation_stays_where_it_began(running: Any) -> None:
+    for place, upstream in enumerate((running.first, running.second)):
+        for number, begin in enumerate(texts_at(running, place, 3)):
+            messages = []
+            for text in (begin, "and in French?", "now explain why, in three sentences"):
+                messages.append({"role": "user", "content": text})
+                assert running.gateway.ask("POST", "/v1/chat/completions", {"model": "small", "messages": messages})[0] == 200
+                messages.append({"role": "assistant", "content": f"an answer {number}"})
+            assert len(upstream.asked("small")) == 3 * (number + 1)
+    # A client that sends its last request alone says which conversation it belongs to.
+    asked = len(running.first.asked("small"))
+    for number in range(6):
+        assert running.gateway.chat(f"{EASY} {number}", model="small", x_deferral_conversation="one")[0] == 200
+    assert len(running.first.asked("small")) - asked in (0, 6)
+
+
+def test_a_home_that_is_busier_than_the_others_is_left_and_a_name_stands_for_the_conversation() -> None:
+    servers = Servers(replace(SMALL, max_concurrent=20))
+    first, second = servers.each
+
+    def at(name: str, *, begun: bool) -> str:
+        standing = servers.next(talk=Talk(name, begun))
+        assert standing is not None
+        return standing.server.base_url
+
+    homes = {name: at(name, begun=False) for name in map(str, range(100))}
+    assert 30 <= list(homes.values()).count("http://a/v1") <= 70
+    # The same by whoever counts, and for whom another address was added only where that is the new home.
+    more = Servers(replace(SMALL, other_urls=["http://b/v1", "http://c/v1"]))
+    moved = [name for name, url in homes.items() if more.next(talk=Talk(name, True)).server.base_url != url]  # type: ignore[union-attr]
+    assert all(more.next(talk=Talk(name, True)) is more.each[2] for name in moved)
+    name = next(name for name, url in homes.items() if url == "http://a/v1")
+    first.slots.taken = 1
+    assert (at(name, begun=False), at(name, begun=True)) == ("http://b/v1", "http://a/v1")
+    first.slots.taken, second.slots.taken = 12, 8
+    assert at(name, begun=True) == "http://a/v1"
+    first.slots.taken = 13
+    assert at(name, begun=True) == "http://b/v1"
+    first.slots.taken, second.slots.taken = 20, 19
+    assert at(name, begun=True) == "http://b/v1", "it has no slot free"
+    first.slots.taken = 0
+    for _ in range(5):
+        first.breaker.failure(first.breaker.enter() or 0)
+    assert at(name, begun=True) == "http://b/v1", "it is down"
 
 
 def test_only_when_all_addresses_fail_is_the_expert_down(running: Any) -> None:

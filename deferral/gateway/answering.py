@@ -14,7 +14,7 @@ from deferral.gateway.metrics import Metrics
 from deferral.gateway.problems import Problem
 from deferral.gateway.requests import Asked
 from deferral.gateway.retries import RetryBudget, backoff
-from deferral.gateway.standing import UNASKED, Servers, Standing
+from deferral.gateway.standing import UNASKED, Servers, Standing, Talk
 from deferral.gateway.upstream import Reply, Upstream
 
 if TYPE_CHECKING:
@@ -110,8 +110,9 @@ class Answerers:
         asked: Asked,
         asks: Callable[[Expert | None], None] = lambda expert: None,
         key: str = "",
+        talk: Talk | None = None,
     ) -> Call:
-        """The first reply that can be used, to a request of a key; Unanswered where there is none.
+        """The first reply that can be used, to a request of a key in a conversation; Unanswered where there is none.
 
         `asks` is told who has a connection for the request, and None once that expert has answered or failed.
         """
@@ -121,7 +122,7 @@ class Answerers:
         for expert in ranking:
             servers = self._servers_of(expert)
             body, addressed = body_for(expert), _addressed(headers, expert)
-            standing, fresh = servers.next(), False
+            standing, fresh = servers.next(talk=talk), False
             tried: list[Standing] = []
             while standing is not None:
                 tried.append(standing)

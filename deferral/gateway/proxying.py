@@ -20,8 +20,9 @@ from deferral.gateway.exchange import Exchange
 from deferral.gateway.experts_file import AUTO, Expert
 from deferral.gateway.problems import Problem
 from deferral.gateway.relaying import hand_on, refuse
-from deferral.gateway.requests import Kind, hints, parse
+from deferral.gateway.requests import Asked, Hints, Kind, hints, parse
 from deferral.gateway.shaping import forwarded, sent_to
+from deferral.gateway.standing import Talk
 from deferral.gateway.state import Gateway
 from deferral.gateway.usage import Usage
 from deferral.gateway.wire import Left, header_map, read_body
@@ -40,6 +41,8 @@ KINDS = tuple(_PATHS)
 # A request is watched for its client's leaving once it has taken this long: most are over by then.
 _WATCH_AFTER = 0.05
 _CLOSED_BY_CLIENT = 499
+# So many characters of its first request tell a conversation from others.
+_BEGINNING = 1000
 # Of a refusal with status 400: another expert may have a longer window, or know the field.
 _UNABLE = re.compile(
     rb"context_length_exceeded|exceed_context_size|maximum context length|unsupported_parameter|unsupported_value", re.IGNORECASE
@@ -113,6 +116,7 @@ class Proxy:
         elif asked.previous:
             await check_previous(exchange, asked.previous)
             asked = exchange.asked = asked._replace(previous="")
+        talk = _talk(asked, wanted)
         if asked.model in AUTO:
             asked = exchange.asked = now.decider.read(asked)
         began = perf_counter()
@@ -132,7 +136,9 @@ class Proxy:
             first = exchange.first
 
             def ask(experts: Sequence[Expert], body_for: Callable[[Expert], bytes]) -> Awaitable[Call]:
-                return gateway.answerers.answer(experts, self.path, body_for, passed_on, asked, exchange.asks, exchange.key.id)
+                return gateway.answerers.answer(
+                    experts, self.path, body_for, passed_on, asked, exchange.asks, exchange.key.id, talk
+                )
 
             try:
                 if first is None:
@@ -153,6 +159,11 @@ class Proxy:
                 hold.spent += exchange.sent
                 raise
             await hand_on(exchange, call, asked, choice, hold)
+
+
+def _talk(asked: Asked, wanted: Hints) -> Talk | None:
+    name = wanted.conversation.decode("latin-1") or (asked.turns[0].query[:_BEGINNING] if asked.turns else "")
+    return Talk(name, len(asked.turns) > 1 or bool(wanted.conversation)) if name else None
 
 
 async def _set_aside_too(exchange: Exchange, dollars: float, holds: ExitStack) -> bool:

@@ -2,14 +2,16 @@
 
 import logging
 from collections.abc import Collection
+from hashlib import blake2b
 from time import monotonic
+from typing import NamedTuple
 
 from deferral.gateway.breaker import Breaker
 from deferral.gateway.experts_file import Expert
 from deferral.gateway.failures import Failure
 from deferral.gateway.slots import Full, Slots
 
-__all__ = ["UNASKED", "Servers", "Standing"]
+__all__ = ["UNASKED", "Servers", "Standing", "Talk"]
 
 _log = logging.getLogger("deferral.gateway")
 
@@ -18,6 +20,15 @@ _TOLD_ONCE_IN = 30.0
 UNASKED = frozenset({"experts_down", "experts_busy", "queue_full"})
 # From the best to the worst.
 _STATES = ("closed", "half-open", "resting", "open")
+# A prompt cache is worth some waiting: so many times as many requests as the server with the fewest, and so many more.
+_BUSIER_TIMES, _BUSIER_BY = 1.25, 2
+
+
+class Talk(NamedTuple):
+    """How the conversation of a request begins, or what it is called, and whether somebody has answered in it before."""
+
+    name: str
+    begun: bool
 
 
 class Standing:
@@ -25,6 +36,7 @@ class Standing:
 
     def __init__(self, server: Expert) -> None:
         self.server = server
+        self._mark = blake2b("\n".join(_place(server)).encode(), digest_size=16).digest()
         self.breaker = Breaker()
         self.slots = Slots(server.max_concurrent, server.max_waiting)
         # Until when failures of each code are told no more.
@@ -52,6 +64,10 @@ class Standing:
     def due(self) -> bool:
         """Whether one request is to show that it is back, and can do so now."""
         return self.breaker.state == "half-open" and self.free
+
+    def affinity(self, talk: Talk) -> bytes:
+        """The largest at the server where a conversation belongs, the same in every process (rendezvous hashing)."""
+        return blake2b(talk.name.encode("utf-8", "surrogatepass"), digest_size=8, key=self._mark).digest()
 
     async def enter(self, key: str) -> int:
         """A slot for a request of a key, and a ticket of the breaker; Failure where there is none."""
@@ -113,16 +129,23 @@ class Servers:
         for standing, server in zip(self.each, self.expert.servers, strict=True):
             standing.update(server)
 
-    def next(self, but: Collection[Standing] = ()) -> Standing | None:
+    def next(self, but: Collection[Standing] = (), talk: Talk | None = None) -> Standing | None:
         """The server with the fewest requests, the first of those, of who may be asked and is none of these.
 
+        A conversation begins at the one of those where it belongs, and stays there, where its prompt is cached, while that has
+        not much more to do than the others.
         Whoever is due to be tried comes first, or else, with many requests or few, nobody might ever find that it is back; but
         last for a request that has failed already.
         Where nobody may be asked it is, with `but` none, whom that is soonest true of: what it says is then the reason.
         """
         others = [each for each in self.each if each not in but]
         if up := [each for each in others if not each.breaker.down]:
-            return min(up, key=lambda each: (each.due == bool(but), each.load))
+            least = min(up, key=lambda each: (each.due == bool(but), each.load))
+            if talk is None or but or len(up) == 1 or least.due:
+                return least
+            home = max(up, key=lambda each: each.affinity(talk))
+            most = _BUSIER_TIMES * least.load + _BUSIER_BY if talk.begun and home.free else least.load
+            return home if home.load <= most else least
         return None if but else min(others, key=lambda each: each.breaker.wait)
 
     def shown(self, standing: Standing) -> str:
