@@ -101,6 +101,21 @@ def test_parts_are_small_and_come_back(worker: Workers) -> None:
     assert one.left(ANYONE) is None
 
 
+def test_who_asks_what_is_left_hears_of_the_others_also_where_nothing_is_spent(
+    worker: Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = at_noon(worker), at_noon(worker)
+    assert asyncio.run(two.left_now(KEY)) == 1.0
+    one.hold(KEY, 0.01).settle(0.6)
+    one.tell()
+    asyncio.run(two.left_now(KEY))
+    assert two.left(KEY) == 1.0, "who asks again and again does not reach the database each time"
+    monkeypatch.setattr(module, "_TELL", 0.0)
+    assert asyncio.run(two.left_now(KEY)) == pytest.approx(0.4)
+    assert granted(two) == pytest.approx(0.6), "to ask takes no part"
+    assert asyncio.run(two.left_now(ANYONE)) is None
+
+
 def test_workers_that_are_asked_all_the_time_do_not_keep_what_none_can_use(worker: Workers) -> None:
     gates = [worker() for _ in range(3)]
     for gate in gates:

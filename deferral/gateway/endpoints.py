@@ -51,7 +51,7 @@ def routes(gateway: Gateway) -> list[Route]:
     async def own_key(request: Request) -> Response:
         key = gateway.access.client(request.scope, header_map(request.scope))
         await gateway.limits.admitted(key)
-        left = gateway.limits.left(key)
+        left = await gateway.limits.left_now(key)
         again = None if left is None else span(key.window, time.time(), time_zone(key.zone)).end
         return JSONResponse({"object": "key", **settings_of(key), "left": left, "window_ends": again})
 

@@ -146,6 +146,10 @@ class Limits:
         account = self._account(key)
         return max(account.unspent + account.free, 0.0)
 
+    async def left_now(self, key: Key) -> float | None:
+        """`left`, and of what other workers have spent no more than the last second or so is not counted."""
+        return self.left(key)
+
     def known(self, keys: Iterable[Key]) -> list[tuple[Key, float]]:
         """Of those with a budget, what is spent or set aside in the present window, without a look at the database.
 

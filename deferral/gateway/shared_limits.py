@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
@@ -39,7 +40,7 @@ _MOST_AT_ONCE = 1 / 240
 class _Part(Account):
     """An account of which this worker holds a part."""
 
-    __slots__ = ("elsewhere", "good_until", "joins", "no_better_until", "refused", "since", "told", "used")
+    __slots__ = ("elsewhere", "good_until", "heard", "joins", "no_better_until", "refused", "since", "told", "used")
 
     def __init__(self, span: Span, free: float) -> None:
         super().__init__(span, 0.0, 0.0)
@@ -50,7 +51,7 @@ class _Part(Account):
         # Others may have spent in this window what they told nobody: see Ledger.exchange.
         self.joins = False
         self.used, self.elsewhere, self.refused = False, 0.0, 0.0
-        self.good_until = self.no_better_until = 0.0
+        self.heard, self.good_until, self.no_better_until = -math.inf, 0.0, 0.0
 
     @property
     def left(self) -> float:
@@ -182,6 +183,13 @@ class SharedLimits(Limits):
             refused.retry_after = _TELL
         raise refused
 
+    async def left_now(self, key: Key) -> float | None:
+        """`left`, by the ledger where nothing was heard of it in the last second; the event loop does not wait for it."""
+        if key.budget is not None:
+            async with _in_time(), self._turns.setdefault(f"budget {key.id}", asyncio.Lock()):
+                await asyncio.get_running_loop().run_in_executor(self._pool, self._hear, key)
+        return self.left(key)
+
     def tell(self) -> None:
         """Tell the ledger what was spent, and give back what nothing was set aside of since the last time.
 
@@ -199,6 +207,13 @@ class SharedLimits(Limits):
                 alive = account.flying or account.unspent > 0
             if (news or alive) and self._keys[name].budget is not None:
                 self._exchange(self._keys[name], account)
+
+    def _hear(self, key: Key) -> None:
+        """Of a key that this worker gives nothing for it has nothing to tell, and would hear nothing of the others."""
+        account = self._account(key)
+        assert isinstance(account, _Part)
+        if time.monotonic() - account.heard >= _TELL:
+            self._exchange(key, account)
 
     def _open(self, key: Key, window: Span, *, fresh: bool) -> Account:
         assert key.budget is not None
@@ -259,7 +274,7 @@ class SharedLimits(Limits):
                     account.joins = False
                     account.free, account.elsewhere = part.free, part.elsewhere
                     account.granted += part.added
-                    account.good_until = began + SILENT / 2
+                    account.heard, account.good_until = began, began + SILENT / 2
                     if account.told is not None or granted or spent or part.added:
                         account.told = granted + part.added, spent
                     if dollars is None:
