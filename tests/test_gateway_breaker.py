@@ -105,6 +105,24 @@ def test_one_keys_failures_do_not_open_it_while_another_is_answered(clock: Clock
     assert breaker.state == "open", "no request could have brought about the last"
 
 
+@pytest.mark.parametrize("keys", [("one",), ("one", "other")], ids=["who asks alone", "who all fail"])
+def test_nobodys_failures_are_their_own_doing_once_nobody_is_answered(clock: Clock, keys: tuple[str, ...]) -> None:
+    breaker = Breaker(clock)
+    for failing in ((), (), (), keys, keys, keys, keys):
+        for key in failing:
+            breaker.failure(breaker.enter() or 0, key)
+        for key in ("one", "other"):
+            breaker.success(breaker.enter() or 0, key)
+    for number in range(100):
+        breaker.failure(breaker.enter() or 0, keys[number % len(keys)])
+    assert breaker.state == "closed", "until a moment ago the other was answered"
+    clock.now += 61
+    for number in range(20):
+        if breaker.state == "closed":
+            breaker.failure(breaker.enter() or 0, keys[number % len(keys)])
+    assert breaker.state == "open"
+
+
 def test_calls_from_before_it_opened_decide_nothing(clock: Clock) -> None:
     breaker = Breaker(clock)
     early = [breaker.enter() for _ in range(3)]

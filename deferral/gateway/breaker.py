@@ -9,6 +9,8 @@ __all__ = ["Breaker"]
 _CALLS = 20
 _FAILURES = 5
 _FIRST_PAUSE, _LONGEST_PAUSE = 10.0, 300.0
+# What is not counted moves none of the last calls out: how another key's went a while ago says nothing of now.
+_LATELY = 60.0
 # An upstream may ask for more rest than anybody wants to give it.
 _LONGEST_REST = 300.0
 # A second's rest, which many ask for again and again, is no news.
@@ -27,6 +29,7 @@ class Breaker:
         self._clock = clock
         self._calls: deque[bool] = deque(maxlen=_CALLS)
         self._keys: deque[str | None] = deque(maxlen=_CALLS)  # of the same calls, None where no request brought it about
+        self._times: deque[float] = deque(maxlen=_CALLS)
         self._until = 0.0  # of an open breaker, or of a rest
         self._pause = _FIRST_PAUSE
         self._open = False
@@ -69,8 +72,7 @@ class Breaker:
             return
         if self._open:
             self._change(opened=False)
-        self._calls.append(True)
-        self._keys.append(key)
+        self._count(True, key)
 
     def begun(self, ticket: int) -> int:
         """A reply has begun that may take long: enough to close the breaker.  -> the ticket that its end is told with"""
@@ -89,8 +91,7 @@ class Breaker:
             return
         if key is not None and self._own_doing(key):
             return
-        self._calls.append(False)
-        self._keys.append(key)
+        self._count(False, key)
         failures = self._calls.count(False)
         if failures >= _FAILURES and 2 * failures >= len(self._calls):
             self._pause = _FIRST_PAUSE
@@ -113,17 +114,26 @@ class Breaker:
         self._change(opened=False)
         self._until, self._pause, self._resting, self._limited = 0.0, _FIRST_PAUSE, False, False
 
+    def _count(self, good: bool, key: str | None) -> None:
+        self._calls.append(good)
+        self._keys.append(key)
+        self._times.append(self._clock())
+
     def _own_doing(self, key: str) -> bool:
-        """Whether enough of a key's failures have been counted, and another's call has gone well since the first of them."""
-        calls = list(zip(self._keys, self._calls, strict=True))
-        failed = [place for place, (whose, good) in enumerate(calls) if whose == key and not good]
-        return len(failed) >= _FAILURES - 1 and any(good and whose != key for whose, good in calls[failed[0] :])
+        """Whether enough of a key's failures have been counted, and another's call has gone well since the first, and lately."""
+        calls = list(zip(self._keys, self._calls, self._times, strict=True))
+        failed = [place for place, (whose, good, _) in enumerate(calls) if whose == key and not good]
+        since = self._clock() - _LATELY
+        return len(failed) >= _FAILURES - 1 and any(
+            good and whose != key and when >= since for whose, good, when in calls[failed[0] :]
+        )
 
     def _change(self, *, opened: bool) -> None:
         self._open, self._probing = opened, False
         self._epoch += 1
         self._calls.clear()
         self._keys.clear()
+        self._times.clear()
         if opened:
             # It may have asked for a longer rest.
             self._until = max(self._until, self._clock() + self._pause)
