@@ -292,7 +292,9 @@ def test_who_may_ask(router: Path, tmp_path: Path, upstream: Upstream) -> None:
         prepare(keys.engine)
         assert "other machines could reach this gateway, and it has no key" in found(wide, "fault")[0]
         keys.create("operator", admin=True)
-        assert "nobody may ask: there were keys" in found(settings, "fault")[0]
+        assert found(settings, "fault") == [], "a gateway is open that never had a key for clients"
+        assert "there is none, so that whoever is on this machine may ask" in found(settings, "note")[1]
+        assert "other machines could reach this gateway, and it has no key" in found(wide, "fault")[0]
         key = keys.create("alice", experts=["small", "smal"])[1]
         assert found(wide, "fault") == []
         assert f"{key.id} (alice) may ask smal, which the experts file does not have" in found(settings, "note")[1]

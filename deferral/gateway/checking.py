@@ -257,7 +257,7 @@ def _who_may_ask(settings: Settings, issued: list[tuple[Key, bool]], experts: Ma
         found.append(Finding("good", "keys", f"{len(clients)} for clients"))
     elif not is_loopback(settings.host):
         found.append(Finding("fault", "keys", no_key(settings.host)))
-    elif issued:
+    elif any(not key.admin for key, _ in issued):
         text = "nobody may ask: there were keys, and none is left for clients; `deferral gateway keys create NAME` makes one"
         found.append(Finding("fault", "keys", text))
     else:
