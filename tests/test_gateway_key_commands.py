@@ -21,6 +21,7 @@ from deferral.gateway.endpoints import error_handlers
 from deferral.gateway.keys import Key, Keys
 from deferral.gateway.probe import probe
 from deferral.gateway.record import Record
+from deferral.gateway.windows import minute_of
 
 
 def test_keys_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,9 +159,11 @@ def test_what_is_said_of_a_key_that_has_ended(
         return " ".join("".join(capsys.readouterr()).split())
 
     assert "the key has ended" not in said("rotate", "bob")
+    assert f"the previous token is valid until {minute_of(key.ends)};" in said("rotate", "bob", "--grace-hours", "48")
     with monkeypatch.context() as later:
         later.setattr("deferral.gateway.keys.time.time", lambda: key.ends)
-        assert "the key has ended: no token of it is valid" in said("rotate", "bob")
+        told = said("rotate", "bob", "--grace-hours", "48")
+        assert "the previous token ends now, but the key has ended: no token of it is valid" in told
         assert "stays valid" not in said("create", "bob")
         assert "stays valid" in said("create", "bob")
     # In one and the same minute, and still another end.

@@ -157,7 +157,8 @@ def rotate(key: str, grace_hours: float, database: str) -> None:
     """
     with opened(database) as store, _usage():
         token, issued = store.rotate(key, grace_hours=grace_hours)
-    ends = "ends now" if issued.former_until is None else f"is valid until {minute_of(issued.former_until)}"
+    until = _former_until(issued)
+    ends = "ends now" if until is None or issued.key.over else f"is valid until {minute_of(until)}"
     if issued.key.over:
         ends += f", but the key has ended: no token of it is valid before `deferral gateway keys set {issued.key.id} --days`"
     click.echo(f"key {issued.key.id} for {issued.key.name}: the previous token {ends}; {_SOON}; shown only this once:", err=True)
@@ -248,6 +249,12 @@ def _cells(issued: Issued) -> list[str]:
     ]
 
 
+def _former_until(issued: Issued) -> float | None:
+    """Until when the token before its last is valid: no longer than the key."""
+    until, ends = issued.former_until, issued.key.ends
+    return until if until is None or ends is None else min(until, ends)
+
+
 def _former(issued: Issued, now: float) -> str:
-    until = issued.former_until if issued.revoked is None else None
+    until = _former_until(issued) if issued.revoked is None else None
     return "" if until is None or until <= now else minute_of(until)
