@@ -320,3 +320,17 @@ def test_an_address_that_may_be_tried_again_gets_one_request_also_where_the_firs
 
     asyncio.run(run())
     assert asked == ["http://b/v1", "http://a/v1", "http://a/v1"]
+
+
+@pytest.mark.parametrize("rests", [(5.0, 100.0), (100.0, 5.0)])
+def test_a_client_is_to_come_back_when_the_first_of_the_addresses_may_be_asked(rests: tuple[float, float]) -> None:
+    async def ask(server: Expert, *_: Any, **__: Any) -> Reply:
+        rest = rests[server.base_url != "http://a/v1"]
+        raise Failure(429, "upstream_rate_limited", "asks for fewer requests", blame=False, rest=rest)
+
+    async def run() -> str:
+        with pytest.raises(Unanswered) as nobody:
+            await answerers_of(ask, SMALL).answer([SMALL], "/chat/completions", lambda _: BODY, {}, parse("chat", BODY))
+        return nobody.value.headers["retry-after"]
+
+    assert asyncio.run(run()) == "5"

@@ -135,10 +135,11 @@ def test_who_is_tried_again_with_a_path_that_it_does_not_know_is_tried_once_more
 def test_the_chosen_one_says_what_kind_of_problem_it_is_and_all_are_named() -> None:
     small, large = (Expert(name, "http://127.0.0.1:1") for name in ("small", "large"))
     slow, broken = Failure(504, "upstream_timeout", "did not answer in time"), Failure(502, "upstream_error", "failed", rest=3.0)
-    problem = _nobody([(small, broken), (small, slow), (large, broken)], 3)
+    at_small, at_large = Standing(small), Standing(large)
+    problem = _nobody([(small, at_small, broken), (small, at_small, slow), (large, at_large, broken)], 3)
     assert (problem.status, problem.code, problem.attempts) == (504, "upstream_timeout", 3)
     assert problem.message == "small failed; small did not answer in time; large failed"
-    assert _nobody([(small, broken)], 1).headers == {"retry-after": "3"}
+    assert _nobody([(small, at_small, broken)], 1).headers == {"retry-after": "3"}
 
 
 def test_a_connection_that_ended_while_it_was_idle_is_replaced_and_no_other_is() -> None:

@@ -117,7 +117,7 @@ class Answerers:
         `asks` is told who has a connection for the request, and None once that expert has answered or failed.
         """
         self.budget.request()
-        failures: list[tuple[Expert, Failure]] = []
+        failures: list[tuple[Expert, Standing, Failure]] = []
         attempts = 0
         for expert in ranking:
             servers = self._servers_of(expert)
@@ -147,7 +147,7 @@ class Answerers:
                     return call
                 except Failure as failure:
                     asks(None)
-                    failures.append((expert, failure))
+                    failures.append((expert, standing, failure))
                     if not failure.stale:
                         self.metrics.failed(expert.name, failure.code)
                     shown = servers.shown(standing)
@@ -227,9 +227,12 @@ def _addressed(headers: Mapping[str, str], expert: Expert) -> Mapping[str, str]:
     return {**headers, ONCE: once_of(expert.name, once)}
 
 
-def _nobody(failures: Sequence[tuple[Expert, Failure]], attempts: int) -> Unanswered:
+def _nobody(failures: Sequence[tuple[Expert, Standing, Failure]], attempts: int) -> Unanswered:
     """One problem out of the failures of all who were asked: the last of the chosen one says what kind it is."""
     chosen = failures[0][0]
-    last = [failure for expert, failure in failures if expert is chosen][-1]
-    message = "; ".join(dict.fromkeys(f"{expert.name} {failure.message}" for expert, failure in failures))
-    return Unanswered(attempts, last.status, last.code, message, last.rest)
+    # The last of each of its servers: whichever may be asked first says when that is.
+    of_each = {standing: failure for expert, standing, failure in failures if expert is chosen}
+    last = [*of_each.values()][-1]
+    rest = None if last.rest is None else min(failure.rest for failure in of_each.values() if failure.rest is not None)
+    message = "; ".join(dict.fromkeys(f"{expert.name} {failure.message}" for expert, _, failure in failures))
+    return Unanswered(attempts, last.status, last.code, message, rest)
