@@ -1,5 +1,6 @@
 """A first log: real servers are asked, answers are graded, a router is fitted."""
 
+import asyncio
 import json
 import re
 import signal
@@ -198,6 +199,26 @@ def test_all_addresses_of_an_expert_are_asked_and_one_that_fails_costs_no_answer
         assert (len(first.seen), len(second.seen)) == (2, 2)
         first.behave("small", "status-500")
         assert ask_all(asked[:2], [both], tmp_path / "again.jsonl", concurrent=1).answers == 2
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_no_address_is_asked_more_at_a_time_than_it_takes(questions: Path, tmp_path: Path, refuses: bool) -> None:
+    under_way, most = 0, 0
+
+    async def one(request: Request) -> JSONResponse:
+        nonlocal under_way, most
+        under_way += 1
+        most = max(most, under_way)
+        await asyncio.sleep(0.02 if refuses else 0.1)
+        under_way -= 1
+        return JSONResponse(_says("yes"))
+
+    with served(Starlette(routes=[Route("/v1/chat/completions", one, methods=["POST"])])) as slow, Upstream() as fast:
+        fast.behave("small", "status-401" if refuses else "good")
+        both = Expert("small", slow, other_urls=[fast.url], max_concurrent=1)
+        result = ask_all(read_questions(questions), [both], tmp_path / "answers.jsonl")
+    assert (result.answers, result.missing, most) == (19, 0, 1)
+    assert len(fast.asked("small")) == 1 if refuses else len(fast.asked("small")) > 10, "who is free is asked"
 
 
 def test_of_who_reports_log_probabilities_the_confidence_is_logged(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from deferral.gateway.cascading import ALTERNATIVES
 from deferral.gateway.experts_file import Expert
 from deferral.gateway.failures import Failure
 from deferral.gateway.problems import Problem
-from deferral.gateway.requests import parse
+from deferral.gateway.requests import Asked, parse
 from deferral.gateway.shaping import shaped
 from deferral.gateway.upstream import Reply, Upstream
 from deferral.routing.confidence import confidence_of_reply
@@ -197,6 +197,9 @@ class _Asking:
     def __init__(self, expert: Expert, waiting: Iterator[Question], upstream: Upstream, run: _Run, *, heard: bool) -> None:
         self.expert, self.waiting, self.upstream, self.run, self.heard = expert, waiting, upstream, run, heard
         self.servers = list(expert.servers)
+        # Requests at each of them, with those that wait for their turn there.
+        self.at = dict.fromkeys((server.base_url for server in self.servers), 0)
+        self.turns = {url: asyncio.Semaphore(expert.max_concurrent) for url in self.at}
         self.given_up, self.failures, self.rests_until = "", 0, 0.0
         self.left = run.result.left[expert.name]
 
@@ -223,10 +226,9 @@ class _Asking:
             await asyncio.sleep(self.rests_until - monotonic())
             if self.given_up:
                 return self.given_up
-            began, start = time(), monotonic()
+            server = last = self._in_turn(but=last)
             try:
-                server = last = self._in_turn(but=last)
-                reply = await self.upstream.ask(server, "/chat/completions", body, {}, asked, fresh=wait > _FIRST_WAIT)
+                reply, began, seconds = await self._reply(server, body, asked, fresh=wait > _FIRST_WAIT)
             except Failure as failure:
                 if failure.came == 403 and self.heard:
                     # So do moderators refuse one question, of who has answered others; or it is the key, at one of the servers.
@@ -248,14 +250,27 @@ class _Asking:
                 continue
             if reply.status >= 300:
                 return f"refused with status {reply.status}, {_refusal(reply.body)}"
-            if why := self.run.keep(self.expert, question, reply, began, monotonic() - start):
+            if why := self.run.keep(self.expert, question, reply, began, seconds):
                 return self._failed(why)
             self.failures, self.heard = 0, True
             return ""
 
+    async def _reply(self, server: Expert, body: bytes, asked: Asked, *, fresh: bool) -> tuple[Reply, float, float]:
+        """What a server answers, when it was asked, and how many seconds it took; limits hold for each."""
+        url = server.base_url
+        self.at[url] += 1
+        try:
+            async with self.turns[url]:
+                began, start = time(), monotonic()
+                reply = await self.upstream.ask(server, "/chat/completions", body, {}, asked, fresh=fresh)
+                return reply, began, monotonic() - start
+        finally:
+            self.at[url] -= 1
+
     def _in_turn(self, but: Expert | None) -> Expert:
-        """The server that is asked next: not the one that has just failed, where there are others."""
-        server = next((each for each in self.servers if each != but), self.servers[0])
+        """The server that is asked next: not the one that failed just now, where there are others, and one that is free."""
+        others = [each for each in self.servers if each != but] or self.servers
+        server = next((each for each in others if self.at[each.base_url] < each.max_concurrent), others[0])
         self.servers.remove(server)
         self.servers.append(server)
         return server
