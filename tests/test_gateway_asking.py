@@ -221,6 +221,22 @@ def test_no_address_is_asked_more_at_a_time_than_it_takes(questions: Path, tmp_p
     assert len(fast.asked("small")) == 1 if refuses else len(fast.asked("small")) > 10, "who is free is asked"
 
 
+def test_an_address_that_asks_for_rest_holds_up_no_other(
+    questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deferral.gateway.asking._FIRST_WAIT", 0.01)
+    began = time.monotonic()
+
+    async def busy(request: Request) -> JSONResponse:
+        return JSONResponse({}, 429, {"retry-after": "20"})
+
+    with served(Starlette(routes=[Route("/v1/chat/completions", busy, methods=["POST"])])) as first, Upstream() as second:
+        both = Expert("small", first, other_urls=[second.url])
+        result = ask_all(read_questions(questions), [both], tmp_path / "answers.jsonl")
+    assert (result.answers, result.missing) == (19, 0)
+    assert time.monotonic() - began < 10
+
+
 def test_of_who_reports_log_probabilities_the_confidence_is_logged(tmp_path: Path) -> None:
     questions, answers = tmp_path / "questions.txt", tmp_path / "answers.jsonl"
     questions.write_text("surely\n\nperhaps\n")

@@ -10,7 +10,7 @@ import logging
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -200,7 +200,8 @@ class _Asking:
         # Requests at each of them, with those that wait for their turn there.
         self.at = dict.fromkeys((server.base_url for server in self.servers), 0)
         self.turns = {url: asyncio.Semaphore(expert.max_concurrent) for url in self.at}
-        self.given_up, self.failures, self.rests_until = "", 0, 0.0
+        self.rests_until = dict.fromkeys(self.at, 0.0)
+        self.given_up, self.failures = "", 0
         self.left = run.result.left[expert.name]
 
     async def work(self) -> None:
@@ -222,11 +223,11 @@ class _Asking:
         last: Expert | None = None
         refused_by: set[str] = set()
         while True:
-            # All who wait for this expert wait as long.
-            await asyncio.sleep(self.rests_until - monotonic())
+            server = last = self._in_turn(last, refused_by)
+            # All who wait for this server wait as long.
+            await asyncio.sleep(self.rests_until[server.base_url] - monotonic())
             if self.given_up:
                 return self.given_up
-            server = last = self._in_turn(but=last)
             try:
                 reply, began, seconds = await self._reply(server, body, asked, fresh=wait > _FIRST_WAIT)
             except Failure as failure:
@@ -242,7 +243,8 @@ class _Asking:
                         continue
                     return self._gives_up(failure.message)
                 if failure.rest is not None:
-                    self.rests_until = max(self.rests_until, monotonic() + min(failure.rest, self.run.patience))
+                    rests_until = monotonic() + min(failure.rest, self.run.patience)
+                    self.rests_until[server.base_url] = max(self.rests_until[server.base_url], rests_until)
                 if monotonic() + wait > until:
                     return self._failed(failure.message)
                 await asyncio.sleep(random.uniform(0.5, 1.0) * wait)
@@ -267,10 +269,16 @@ class _Asking:
         finally:
             self.at[url] -= 1
 
-    def _in_turn(self, but: Expert | None) -> Expert:
-        """The server that is asked next: not the one that failed just now, where there are others, and one that is free."""
-        others = [each for each in self.servers if each != but] or self.servers
-        server = next((each for each in others if self.at[each.base_url] < each.max_concurrent), others[0])
+    def _in_turn(self, last: Expert | None, refused_by: Collection[str]) -> Expert:
+        """The server that is asked next: none that refused, the first to have rested, not the last one, and one that is free."""
+        now = monotonic()
+
+        def against(server: Expert) -> tuple[bool, float, bool, bool]:
+            url = server.base_url
+            rest, full = max(self.rests_until[url] - now, 0.0), self.at[url] >= server.max_concurrent
+            return url in refused_by, rest, server == last, full
+
+        server = min(self.servers, key=against)
         self.servers.remove(server)
         self.servers.append(server)
         return server
