@@ -201,6 +201,14 @@ def test_where_the_second_fails_the_first_answer_is_given(router: Router, second
     assert "so the first answer is given" in first.choice.reason
 
 
+def test_where_the_second_cannot_be_sent_the_request_the_first_answer_is_given(router: Router) -> None:
+    first = first_of(router, odd=float("inf"))
+    first.now.experts["large"] = replace(first.now.experts["large"], drop=["store"])
+    call, hold, _ = answered(first, {"small": told(CONTENT), "large": told(None)})
+    assert (call.expert.name, first.row.ending, first.row.extra, first.attempts) == ("small", "failed", 0.0, 0)
+    assert hold.spent == pytest.approx(0.0011)
+
+
 def test_where_the_first_fails_the_router_alone_decides(router: Router) -> None:
     first = first_of(router)
     call, hold, sent = answered(first, {"small": None, "large": told(None)})

@@ -112,3 +112,15 @@ def test_so_it_does_where_the_other_failed_in_a_check_and_for_a_first_log(runnin
     experts = read_experts(running.file)
     ask_all(read_questions(tmp_path / "questions.txt"), [experts["large"]], tmp_path / "answers.jsonl", fields={"max_tokens": 9})
     assert running.upstream.seen[-1].json["max_completion_tokens"] == 9
+
+
+def test_whoever_cannot_be_sent_a_request_stands_in_for_nobody(running: Any) -> None:
+    body = b'{"model": "auto", "seed": 12, "odd": 1e999, "messages": [{"role": "user", "content": "%b"}]}' % EASY.encode()
+    running.upstream.behave("small", "status-500")
+    try:
+        status, headers, said = running.gateway.ask("POST", "/v1/chat/completions", body)
+    finally:
+        running.upstream.behave("small", "good")
+    asked = [one.model for one in running.upstream.seen if one.body and one.json.get("seed") == 12]
+    assert (status, json.loads(said)["error"]["code"], asked) == (502, "upstream_error", ["small", "small"])
+    assert headers["x-deferral-attempts"] == "2"

@@ -112,7 +112,9 @@ class Answerers:
         key: str = "",
         talk: Talk | None = None,
     ) -> Call:
-        """The first reply that can be used, to a request of a key in a conversation; Unanswered where there is none.
+        """The first reply that can be used, to a request of a key in a conversation.
+
+        Unanswered where there is none, Problem as `body_for` has it.
 
         `asks` is told who has a connection for the request, and None once that expert has answered or failed.
         """
@@ -121,7 +123,13 @@ class Answerers:
         attempts = 0
         for expert in ranking:
             servers = self._servers_of(expert)
-            body, addressed = body_for(expert), _addressed(headers, expert)
+            try:
+                body, addressed = body_for(expert), _addressed(headers, expert)
+            except Problem:
+                # Whoever cannot be sent this stands in for nobody.
+                if failures:
+                    continue
+                raise
             standing, fresh = servers.next(talk=talk), False
             tried: list[Standing] = []
             while standing is not None:

@@ -20,6 +20,7 @@ from deferral.gateway.answering import Call, Unanswered
 from deferral.gateway.choice import Choice, set_aside
 from deferral.gateway.experts_file import Expert
 from deferral.gateway.generation import Generation
+from deferral.gateway.problems import Problem
 from deferral.gateway.requests import Asked, Hints
 from deferral.gateway.rows import CascadeRow, Ending
 from deferral.gateway.shaping import shaped
@@ -193,8 +194,9 @@ class AskingFirst:
                 return found
             found.end(True)
             attempts, why = found.attempts, f"refused, with status {found.reply.status}"
-        except Unanswered as nobody:
-            attempts, why = nobody.attempts, "failed"
+        except Problem as nobody:
+            # Of who cannot be sent the request as well: an answer is there, and paid for.
+            attempts, why = nobody.attempts if isinstance(nobody, Unanswered) else 0, "failed"
         except TimeoutError:
             attempts, why = 1, "took too long"
         self.attempts += attempts
