@@ -108,11 +108,13 @@ def test_who_asks_what_is_left_hears_of_the_others_also_where_nothing_is_spent(
     assert asyncio.run(two.left_now(KEY)) == 1.0
     one.hold(KEY, 0.01).settle(0.6)
     one.tell()
-    asyncio.run(two.left_now(KEY))
-    assert two.left(KEY) == 1.0, "who asks again and again does not reach the database each time"
+    assert asyncio.run(two.left_now(KEY)) == 1.0, "who asks again and again does not reach the database each time"
     monkeypatch.setattr(module, "_TELL", 0.0)
     assert asyncio.run(two.left_now(KEY)) == pytest.approx(0.4)
     assert granted(two) == pytest.approx(0.6), "to ask takes no part"
+    one.hold(KEY, 0.01).settle(0.0)
+    assert granted(two) > 0.6
+    assert asyncio.run(two.left_now(KEY)) == pytest.approx(0.4), "what another worker has and has not spent is left"
     assert asyncio.run(two.left_now(ANYONE)) is None
 
 

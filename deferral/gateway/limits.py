@@ -147,7 +147,7 @@ class Limits:
         return max(account.unspent + account.free, 0.0)
 
     async def left_now(self, key: Key) -> float | None:
-        """`left`, and of what other workers have spent no more than the last second or so is not counted."""
+        """Dollars that are neither spent nor set aside, but for the last second or so of other workers."""
         return self.left(key)
 
     def known(self, keys: Iterable[Key]) -> list[tuple[Key, float]]:

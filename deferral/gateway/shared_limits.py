@@ -184,11 +184,11 @@ class SharedLimits(Limits):
         raise refused
 
     async def left_now(self, key: Key) -> float | None:
-        """`left`, by the ledger where nothing was heard of it in the last second; the event loop does not wait for it."""
-        if key.budget is not None:
-            async with _in_time(), self._turns.setdefault(f"budget {key.id}", asyncio.Lock()):
-                await asyncio.get_running_loop().run_in_executor(self._pool, self._hear, key)
-        return self.left(key)
+        """By the ledger, where nothing was heard of it in the last second; the event loop does not wait for it."""
+        if key.budget is None:
+            return None
+        async with _in_time(), self._turns.setdefault(f"budget {key.id}", asyncio.Lock()):
+            return await asyncio.get_running_loop().run_in_executor(self._pool, self._heard, key)
 
     def tell(self) -> None:
         """Tell the ledger what was spent, and give back what nothing was set aside of since the last time.
@@ -208,12 +208,13 @@ class SharedLimits(Limits):
             if (news or alive) and self._keys[name].budget is not None:
                 self._exchange(self._keys[name], account)
 
-    def _hear(self, key: Key) -> None:
-        """Of a key that this worker gives nothing for it has nothing to tell, and would hear nothing of the others."""
+    def _heard(self, key: Key) -> float:
+        """What is left over all workers: one that spends nothing of a key has nothing to tell, and would hear nothing."""
         account = self._account(key)
         assert isinstance(account, _Part)
         if time.monotonic() - account.heard >= _TELL:
             self._exchange(key, account)
+        return max(account.left, 0.0)
 
     def _open(self, key: Key, window: Span, *, fresh: bool) -> Account:
         assert key.budget is not None
