@@ -272,6 +272,33 @@ def test_who_has_waited_in_vain_at_one_address_goes_where_a_slot_is_free() -> No
     assert asyncio.run(run()) == "ok"
 
 
+@pytest.mark.parametrize(("others", "share"), [(["http://b/v1", "http://c/v1"], 0.0), (["http://b/v1"], 0.2)])
+def test_who_has_only_waited_at_an_address_is_asked_once_more_like_others(others: list[str], share: float) -> None:
+    asked: list[str] = []
+
+    async def ask(server: Expert, *_: Any, **__: Any) -> Reply:
+        asked.append(server.base_url)
+        if asked == ["http://b/v1"]:
+            raise Failure(502, "upstream_bad_reply", "closed the connection before it answered", again=True)
+        return reply()
+
+    async def run() -> str:
+        impatient = replace(SMALL, other_urls=others, max_concurrent=1, first_byte_s=0.01)
+        answerers = answerers_of(ask, impatient, retry_share=share)
+        first, *rest = answerers.servers["small"].each
+        for each in (first, *rest):
+            await each.slots.take(1.0)
+        waiting = asyncio.create_task(outcome(answerers, impatient))
+        while not first.slots.queued:
+            await asyncio.sleep(0)
+        for each in rest:
+            each.slots.give_back(0.0)
+        return await waiting
+
+    assert asyncio.run(run()) == "ok"
+    assert asked == ["http://b/v1", others[-1]]
+
+
 def test_a_request_under_way_goes_where_its_expert_was_when_it_was_chosen() -> None:
     asked, first = [], Expert("first", "http://c/v1")
 

@@ -114,9 +114,8 @@ class Answerers:
     ) -> Call:
         """The first reply that can be used, to a request of a key in a conversation.
 
-        Unanswered where there is none, Problem as `body_for` has it.
-
-        `asks` is told who has a connection for the request, and None once that expert has answered or failed.
+        Unanswered where there is none, Problem as `body_for` has it.  `asks` is told who has a connection for the request, and
+        None once that expert has answered or failed.
         """
         self.budget.request()
         failures: list[tuple[Expert, Standing, Failure]] = []
@@ -131,11 +130,14 @@ class Answerers:
                     continue
                 raise
             standing, fresh = servers.next(talk=talk), False
+            # At some of them it has only waited.
             tried: list[Standing] = []
+            begun: list[Standing] = []
             while standing is not None:
                 tried.append(standing)
                 try:
                     ticket = await standing.enter(key)
+                    begun.append(standing)
                     attempts += 1
                     call = await self._call(
                         expert,
@@ -160,7 +162,7 @@ class Answerers:
                         self.metrics.failed(expert.name, failure.code)
                     shown = servers.shown(standing)
                     _log.log(standing.level_of(failure), "%s %s (%s)", shown, failure.message, failure.code)
-                    standing = await self._again(failure, servers, tried, fresh=fresh)
+                    standing = await self._again(failure, servers, tried, begun, fresh=fresh)
                     fresh = standing is tried[-1]
         raise _nobody(failures, attempts)
 
@@ -169,7 +171,9 @@ class Answerers:
         known = self.servers.get(expert.name) or self._leaving.get(expert.name)
         return known if known is not None and known.expert is expert else Servers(expert, known)
 
-    async def _again(self, failure: Failure, servers: Servers, tried: Sequence[Standing], *, fresh: bool) -> Standing | None:
+    async def _again(
+        self, failure: Failure, servers: Servers, tried: Sequence[Standing], begun: Sequence[Standing], *, fresh: bool
+    ) -> Standing | None:
         """Which server of the expert is asked after a failure: another one, or where it has no other the same one, once."""
         last = tried[-1]
         if failure.stale and not fresh:
@@ -179,9 +183,9 @@ class Answerers:
         if failure.code in UNASKED:
             # Nothing was begun here either.  Whoever has a full queue had the shortest one: only a free slot is better.
             return None if other is None or (failure.code == "queue_full" and not other.free) else other
-        same = len(tried) == 1 and failure.again and (failure.rest or 0.0) <= _PATIENCE
+        same = len(begun) == 1 and failure.again and (failure.rest or 0.0) <= _PATIENCE
         # One address may stand in for another as one expert does for another; breakers end what that multiplies.
-        stands_in = other is not None and len({*tried}) == 1
+        stands_in = other is not None and len({*begun}) == 1
         if not (other or same) or not (stands_in or self.budget.take()):
             return None
         self.metrics.retried(last.server.name)
