@@ -313,7 +313,7 @@ def test_the_command(
     settings_for(router, tmp_path, file_of(upstream.url, "small", "large"))
     command = ["gateway", "check", str(router), "--experts", str(tmp_path / "experts.toml"), "--port", "0"]
     command += ["--database", str(tmp_path / "gateway.db")]
-    main([*command, "--ask"])
+    main([*command, "--ask", "--log-level", "warning"])
     said = capsys.readouterr().out
     assert "it can go live\n" in said
     assert "1 in, 2 out" in said

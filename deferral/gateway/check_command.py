@@ -13,13 +13,14 @@ from deferral.gateway.serve import serve, settings_of
 __all__ = ["check"]
 
 
-@click.command(params=[option for option in serve.params if option.name != "log_level"])
+@click.command(params=list(serve.params))
 @click.option("--ask", is_flag=True, help="Also ask every expert for a completion of one token, at its price.")
-def check(ask: bool, **options: Any) -> None:
+def check(ask: bool, log_level: str, **options: Any) -> None:
     """Look at all that `deferral serve` needs with the same options, before it goes live, and change nothing.
 
     Exit status 1 where the gateway would not start, or requests would fail; each line says what to do.
     """
+    del log_level  # of a log that nobody writes here
     with callers_errors(click.UsageError):
         settings = settings_of(**options)
     with Console(stderr=True).status("reading") as shown:
