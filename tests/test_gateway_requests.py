@@ -191,6 +191,10 @@ def test_hints_are_numbers_above_zero() -> None:
         with pytest.raises(Problem, match="x-deferral-regions: expected names such as eu, us") as caught:
             hints({b"x-deferral-regions": text})
         assert caught.value.status == 400
+    several = {b"x-deferral-min-quality": b"0.5", b"x-deferral-budget": b"1", b"x-deferral-max-latency": b"2"}
+    with pytest.raises(Problem, match="x-deferral-min-quality: expected one trade-off, got x-deferral-budget as well") as caught:
+        hints(several)
+    assert (caught.value.status, caught.value.param) == (400, "x-deferral-min-quality")
     with pytest.raises(Problem, match=r"x-deferral-region: there is no such hint; .* x-deferral-regions") as caught:
         hints({b"x-deferral-region": b"eu"})
     assert caught.value.status == 400

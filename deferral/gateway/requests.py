@@ -202,7 +202,7 @@ def refuse_repeated(headers: Iterable[tuple[bytes, bytes]]) -> None:
 
 
 def hints(headers: Mapping[bytes, bytes]) -> Hints:
-    """Problem 400 where a hint is no number, or none of ours."""
+    """Problem 400 where a hint is no number, none of ours, or a second trade-off."""
     values: dict[str, Any] = {}
     for header in headers:
         # Passed over, a misspelt one would lift the constraint it stands for.
@@ -218,6 +218,11 @@ def hints(headers: Mapping[bytes, bytes]) -> Hints:
         if not math.isfinite(values[name]) or values[name] < 0 or (values[name] == 0 and name != "min_quality"):
             shown = header.decode()
             raise Problem(400, "invalid_hint", f"{shown}: expected a number above 0, got {_shown(text)}", param=shown)
+    if len(values) > 1:
+        given = [header.decode() for header, name in _HINTS.items() if name in values and name in TRADE_OFFS]
+        if len(given) > 1:
+            message = f"{given[1]}: expected one trade-off, got {given[0]} as well"
+            raise Problem(400, "invalid_hint", message, param=given[1])
     if (regions := headers.get(_REGIONS)) is not None:
         values["regions"] = frozenset(region.strip() for region in regions.decode("latin-1").split(",")) - {""}
         # Taken for no header, it would lift the constraint.
