@@ -281,6 +281,9 @@ def test_feedback_is_kept_by_either_id(running: Any) -> None:
     ):
         status, _, said = gateway.ask("POST", "/v1/feedback", body, key=key)
         assert (status, set(json.loads(said)["error"])) == (expected, {"message", "type", "param", "code"})
+    gateway.chat(EASY, key=key, seed=4711)  # its reply has the same id
+    status, _, said = gateway.ask("POST", "/v1/feedback", {"id": answer["id"], "thumbs": "up"}, key=key)
+    assert (status, "or several have it" in json.loads(said)["error"]["message"]) == (404, True)
 
 
 def test_neither_keys_nor_prompts_leave_a_trace(running: Any) -> None:

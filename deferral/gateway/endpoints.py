@@ -66,7 +66,8 @@ def routes(gateway: Gateway) -> list[Route]:
             raise Problem(503, "record_unavailable", str(error), retry_after=1) from None
         if not known:
             message = (
-                f"id: there is no response {identity[:100]!r} of this key; expected the header x-deferral-id or the reply's id"
+                f"id: there is no response {identity[:100]!r} of this key, or several have it; expected the header "
+                "x-deferral-id, or the reply's id where no other reply has the same"
             )
             raise Problem(404, "response_not_found", message, param="id")
         return JSONResponse({"id": plain(identity), "object": "feedback", "quality": quality})
