@@ -34,7 +34,8 @@ def test_keys_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtur
 
     with pytest.raises(SystemExit):
         run("keys", "list")
-    assert "there is no database" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "there is no database; expected the one that the gateway writes; --database or DEFERRAL_DATABASE names it" in said
     token = run(
         "keys", "create", "bob [/red]", "--budget", "2.5", "--window", "day", "--zone", "Asia/Tokyo", "--expert", "small"
     ).strip()

@@ -195,7 +195,8 @@ def check_file(path: Path, create: bool) -> None:
     if not path.parent.is_dir():
         raise DataError(f"{path}: expected the folder {path.parent} to be there; create it first")
     if not create and not path.is_file():
-        raise DataError(f"{path}: there is no database; expected the one that the gateway writes")
+        message = "expected the one that the gateway writes; --database or DEFERRAL_DATABASE names it"
+        raise DataError(f"{path}: there is no database; {message}")
     # Readable by its owner alone: it holds who asked what.
     with suppress(FileExistsError):
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
