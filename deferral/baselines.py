@@ -3,17 +3,21 @@
 Each is a plug-in rule on what separate models say: a classifier's probabilities, and models of the experts that may be fitted
 by any means.  The theory puts the threshold at 0; with estimated probabilities fit it: `fit_offsets(scores, costs, num_own=K)`.
 Selective prediction without experts is `chow_scores`.  Values of `probabilities` are read: raw scores are refused.
+
+NumPy or torch in and out.
 """
 
 import torch
 from torch import Tensor
 
+from deferral.arrays import numpy_or_torch
 from deferral.numerics import lift
-from deferral.validation import check_costs, check_probabilities, require_batch, require_floating
+from deferral.validation import check_costs, check_probabilities, require_batch, require_columns, require_floating
 
 __all__ = ["compare_confidence", "deferral_gains", "post_hoc_scores", "selective_prediction"]
 
 
+@numpy_or_torch
 def selective_prediction(probabilities: Tensor, expected_costs: Tensor) -> Tensor:
     """[p_1 .. p_K, 1 - C_1 .. 1 - C_E]: Chow's rule, to the expert of least mean cost.  (N, K), (E,) -> (N, K+E)
 
@@ -34,6 +38,7 @@ def selective_prediction(probabilities: Tensor, expected_costs: Tensor) -> Tenso
     return torch.cat([lift(probabilities), (1 - expected_costs).expand(*probabilities.shape[:-1], -1)], dim=-1)
 
 
+@numpy_or_torch
 def compare_confidence(probabilities: Tensor, correctness: Tensor, *, price: Tensor | float = 0.0) -> Tensor:
     """[p_1 .. p_K, q_1 - price_1 .. q_E - price_E]: whoever is more likely right, less the price.  (N, K), (N, E) -> (N, K+E)
 
@@ -56,6 +61,7 @@ def compare_confidence(probabilities: Tensor, correctness: Tensor, *, price: Ten
     return torch.cat([lift(probabilities), experts.expand(*probabilities.shape[:-1], -1)], dim=-1)
 
 
+@numpy_or_torch
 def deferral_gains(costs: Tensor) -> Tensor:
     """cost_0 - cost_j, what asking expert j instead of the frozen predictor saves on a row.  (N, 1+E) -> (N, E)
 
@@ -68,6 +74,7 @@ def deferral_gains(costs: Tensor) -> Tensor:
     return costs[..., :1] - costs[..., 1:]
 
 
+@numpy_or_torch
 def post_hoc_scores(gains: Tensor) -> Tensor:
     """[0, g_1 .. g_E]: ask the expert of largest predicted gain where that is at least 0.  (N, E) -> (N, 1+E)
 
@@ -77,6 +84,7 @@ def post_hoc_scores(gains: Tensor) -> Tensor:
     Narasimhan et al., "Post-hoc Estimators for Learning to Defer to an Expert" (NeurIPS 2022).
     """
     require_floating("gains", gains)
+    require_columns("gains", gains)
     return torch.cat([torch.zeros_like(gains[..., :1]), gains], dim=-1)
 
 

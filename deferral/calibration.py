@@ -2,7 +2,8 @@
 
 Each function returns offsets (A,), float64, for `decide(scores, offsets)`; what it says of the rows it was given holds there,
 ties included, and on new rows up to sampling.  For a promise on new rows see `deferral.certified`, for a capacity of each expert
-`deferral.capacity`.  The first `num_own` actions (K in the single stage, 1 in two stages) are the own ones.
+`deferral.capacity`.  The first `num_own` actions (K in the single stage, 1 in two stages) are the own ones.  NumPy or torch in
+and out.
 
 To close an action give a mask or -inf.  A number such as finfo.min is a score like any other; but an offset that would lift it
 would round away what the other experts differ by, so that of several experts none is lifted so far.  In the tenth of the rows
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deferral.arrays import numpy_or_torch
 from deferral.costs import pick
 from deferral.curves import own_and_asked
 from deferral.decision import decide, margin_levels
@@ -26,6 +28,7 @@ from deferral.validation import (
     check_weights,
     checked_scores,
     require_actions,
+    require_floating,
     require_share,
     require_tensor,
 )
@@ -33,6 +36,7 @@ from deferral.validation import (
 __all__ = ["budget_offsets", "coverage_offsets", "deferral_rate_offsets", "fit_offsets", "fit_temperature"]
 
 
+@numpy_or_torch
 def fit_offsets(
     scores: Tensor,
     costs: Tensor,
@@ -71,25 +75,30 @@ def fit_offsets(
     return offsets
 
 
+@numpy_or_torch
 def coverage_offsets(scores: Tensor, coverage: float, *, num_own: int, mask: Tensor | None = None) -> Tensor:
     """Offsets that defer as many rows as possible and keep at least the share `coverage` of them.  (N, A) -> (A,)
 
     Rows are deferred in the order of `deferral_margin`.  Rows of equal margin stay together, on the side of being kept; rows
     without a known expert are always kept.
     """
+    require_floating("scores", scores)
     require_share("coverage", coverage)
     return _defer_at_most(len(scores) - math.ceil(coverage * len(scores) - 1e-9), scores, num_own, mask)
 
 
+@numpy_or_torch
 def deferral_rate_offsets(scores: Tensor, rate: float, *, num_own: int, mask: Tensor | None = None) -> Tensor:
     """Offsets that defer as many rows as possible, at most the share `rate` of them.  (N, A) -> (A,)
 
     Rows are deferred in the order of `deferral_margin`.  Rows of equal margin stay together, on the side of being kept.
     """
+    require_floating("scores", scores)
     require_share("rate", rate)
     return _defer_at_most(math.floor(rate * len(scores) + 1e-9), scores, num_own, mask)
 
 
+@numpy_or_torch
 def budget_offsets(scores: Tensor, prices: Tensor, budget: float, *, num_own: int, mask: Tensor | None = None) -> Tensor:
     """Offsets that defer as many rows as a budget pays for, in the order of `deferral_margin`.  (N, A), (A,) or (N, A) -> (A,)
 
@@ -114,6 +123,7 @@ def budget_offsets(scores: Tensor, prices: Tensor, budget: float, *, num_own: in
     return _common_offset(sweep.thresholds[affordable.nonzero().max()], scores, num_own)
 
 
+@numpy_or_torch
 def fit_temperature(loss: Callable[[Tensor], Tensor], scores: Tensor) -> float:
     """The temperature T > 0 that minimises `loss(scores / T).mean()`; read probabilities off `scores / T`.  (..., A) -> float
 

@@ -1,4 +1,7 @@
-"""Capacities: each expert answers so many rows and no more, an assignment problem whose dual prices make an online rule."""
+"""Capacities: each expert answers so many rows and no more, an assignment problem whose dual prices make an online rule.
+
+NumPy or torch in and out.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deferral.arrays import numpy_or_torch, tensor_of
 from deferral.decision import decide
 from deferral.errors import installing
 from deferral.validation import checked_scores
@@ -44,6 +48,7 @@ class Assignment:
     offsets: Tensor
 
 
+@numpy_or_torch
 def fit_capacities(
     scores: Tensor,
     capacities: Sequence[int] | Sequence[float] | Tensor,
@@ -105,10 +110,10 @@ def _row_counts(capacities: Sequence[int] | Sequence[float] | Tensor, rows: int,
         raise TypeError(
             f"capacities: expected integers (rows) or floating numbers (shares of the rows), got both in {capacities}"
         )
-    given = capacities.detach().cpu() if isinstance(capacities, Tensor) else torch.from_numpy(np.asarray(capacities))
+    given = tensor_of("capacities", capacities).detach().cpu()
     if given.shape != (num_experts,):
         raise ValueError(f"capacities: expected one number for each of {num_experts} experts, got shape {tuple(given.shape)}")
-    if given.dtype == torch.bool or given.is_complex():
+    if given.dtype == torch.bool:
         raise TypeError(f"capacities: expected integers (rows) or floating numbers (shares of the rows), got {given.dtype}")
     if given.is_floating_point():
         if not bool(((given >= 0) & (given <= 1)).all()):

@@ -1,7 +1,7 @@
 """Price: answers, targets and prices become cost tables (..., A), in units of one error.
 
 A cost table has one column per action.  `alpha` weighs an expert's error and `price` (beta in the papers) is what asking
-costs: `cost_j = alpha_j * error_j + price_j`.
+costs: `cost_j = alpha_j * error_j + price_j`.  NumPy or torch in and out.
 """
 
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from deferral.arrays import numpy_or_torch, tensor_of
 from deferral.numerics import readable
 from deferral.validation import check_costs, check_targets, require_floating, require_tensor
 
@@ -26,6 +27,7 @@ def error_costs(
 def error_costs(
     answers: Tensor, targets: Tensor, *, alpha: PerExpert = ..., price: PerExpert = ..., ceiling: float = ..., missing: int
 ) -> tuple[Tensor, Tensor]: ...
+@numpy_or_torch
 def error_costs(
     answers: Tensor,
     targets: Tensor,
@@ -88,6 +90,7 @@ def squared_costs(answers: Tensor, targets: Tensor, *, alpha: PerExpert = ..., p
 def squared_costs(
     answers: Tensor, targets: Tensor, *, alpha: PerExpert = ..., price: PerExpert = ..., missing: float
 ) -> tuple[Tensor, Tensor]: ...
+@numpy_or_torch
 def squared_costs(
     answers: Tensor,
     targets: Tensor,
@@ -123,6 +126,7 @@ def squared_costs(
     return costs if known is None else (costs.where(known, 0.0), known)
 
 
+@numpy_or_torch
 def single_stage_costs(targets: Tensor, expert_costs: Tensor, num_classes: int) -> Tensor:
     """The table [1 - one_hot(target), expert_costs] that single-stage deferral is judged on.  (...,), (..., E) -> (..., K+E)
 
@@ -137,6 +141,7 @@ def single_stage_costs(targets: Tensor, expert_costs: Tensor, num_classes: int) 
     return torch.cat([1 - hit.to(expert_costs.dtype), expert_costs], dim=-1)
 
 
+@numpy_or_torch
 def pick(table: Tensor, actions: Tensor) -> Tensor:
     """table[..., action]: the chosen action's answer or cost, as it stands in the table.  (..., A), (...,) -> (...,)
 
@@ -159,7 +164,7 @@ def pick(table: Tensor, actions: Tensor) -> Tensor:
 
 
 def _per_expert(value: PerExpert, name: str, answers: Tensor, dtype: torch.dtype) -> Tensor:
-    row = torch.as_tensor(value, dtype=dtype, device=answers.device)
+    row = tensor_of(name, value).to(answers.device, dtype)
     if row.dim() > 0 and (row.shape[-1] != answers.shape[-1] or row.dim() > answers.dim()):
         raise ValueError(
             f"{name}: expected one number, or one per column of answers {tuple(answers.shape)}, got shape {tuple(row.shape)}; "

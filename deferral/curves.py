@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deferral.arrays import numpy_or_torch
+from deferral.arrays import numpy_or_torch, tensor_of
 from deferral.costs import pick
 from deferral.decision import decide, deferral_margin, margin_levels
 from deferral.validation import action_mask, check_weights, require_actions
@@ -49,7 +49,7 @@ class Curve:
 
     def at(self, coverage: Tensor | float) -> Tensor:
         """The value at coverages in [0, 1], on the straight line between two points.  number or (G,) -> (...) or (..., G)"""
-        places = _places(coverage)
+        places = _places("coverage", coverage)
         if not ((places >= 0) & (places <= 1)).all():
             raise ValueError(f"coverage: expected shares of the rows in [0, 1], got {coverage}")
         return _line(self.coverage, self.value, places)
@@ -68,7 +68,7 @@ class BudgetCurve:
         On the straight line between two points, after all rows that cost nothing more; a budget for more than all rows changes
         nothing.  ValueError for a budget below what never deferring spends; NaN where that is so under some weights of many.
         """
-        places = _places(budget)
+        places = _places("budget", budget)
         if self.spend.ndim == 1 and not bool(_covered(self.spend, places).all()):
             raise ValueError(f"budget: never deferring already spends {float(self.spend[0]):g} a row, got {budget}")
         return _where_covered(self.spend, self.value, places)
@@ -81,15 +81,13 @@ def risk_coverage_curve(confidence: Tensor, loss: Tensor, weights: Tensor | None
     At coverage 0, where the selective risk is not defined, the curve starts with the value of its first rows.
     El-Yaniv and Wiener, "On the Foundations of Noise-free Selective Classification" (JMLR 2010), section 2.
     """
-    steps, (loss,) = _steps(-_row("confidence", confidence), weights, loss=loss)
-    mass, total = _cumulative(steps), _cumulative(steps * loss)
-    return Curve(coverage=mass / mass[..., -1:], value=_ratio(total, mass))
+    return _mean_of_kept(confidence, weights, loss=loss)
 
 
 @numpy_or_torch
 def accuracy_coverage_curve(confidence: Tensor, right: Tensor, weights: Tensor | None = None) -> Curve:
     """Accuracy on the most confident rows: the risk-coverage curve of `right`, which is 1 or 0.  -> (..., N+1)"""
-    return risk_coverage_curve(confidence, right, weights)
+    return _mean_of_kept(confidence, weights, right=right)
 
 
 @numpy_or_torch
@@ -130,9 +128,12 @@ def budget_curve(
     `price` is what deferring the row costs, in any currency, `own_price` what keeping it does.  A row of margin -inf, which
     nobody can be asked about, is kept throughout.
     """
+    _require_one_per_row(margin, own_cost=own_cost, deferred_cost=deferred_cost, price=price)
     alone = margin.isneginf()
     deferred_cost = deferred_cost.double().where(~alone, own_cost.double())
-    own_price = torch.as_tensor(own_price, dtype=torch.float64, device=margin.device).expand(margin.shape)
+    own_price = torch.as_tensor(own_price, dtype=torch.float64, device=margin.device)
+    own_price = own_price.expand(margin.shape) if own_price.dim() == 0 else own_price
+    _require_one_per_row(margin, own_price=own_price)
     price = price.double().where(~alone, own_price)
     if bool((price < own_price).any()):
         raise ValueError("price: expected at least the own price in every row; spending would fall as rows are deferred")
@@ -160,12 +161,7 @@ def aurc(confidence: Tensor, loss: Tensor, weights: Tensor | None = None) -> Ten
     L, `sum_{i=1..W} (L + m i) / (c + i) = m W + (L - m c) (digamma(c + W + 1) - digamma(c + 1))`.
     Geifman, Uziel, El-Yaniv, "Bias-Reduced Uncertainty Estimation for Deep Neural Classifiers" (ICLR 2019), section 2.
     """
-    _, mass, (total,) = _groups(-_row("confidence", confidence), weights, loss=loss)
-    rows, losses = _cumulative(mass), _cumulative(total)
-    mean = (total / mass).where(mass > 0, 0.0)
-    steps = torch.digamma(rows + 1).diff(dim=-1)
-    area = total + (losses[..., :-1] - mean * rows[..., :-1]) * steps
-    return area.sum(-1) / rows[..., -1]
+    return _area(confidence, weights, loss=loss)
 
 
 @numpy_or_torch
@@ -197,7 +193,7 @@ def coverage_at_risk(confidence: Tensor, loss: Tensor, at_most: float, weights: 
 @numpy_or_torch
 def accuracy_area(confidence: Tensor, right: Tensor, weights: Tensor | None = None) -> Tensor:
     """Area under the accuracy-coverage curve, the mean over k = 1..N as in `aurc`; `right` is 1 or 0.  -> (...)"""
-    return aurc(confidence, right, weights)
+    return _area(confidence, weights, right=right)
 
 
 @numpy_or_torch
@@ -206,7 +202,8 @@ def accuracy_gap(confidence: Tensor, right: Tensor, weights: Tensor | None = Non
 
     Equal to `excess_aurc` of the errors.
     """
-    return aurc(right.double(), right, weights) - aurc(confidence, right, weights)
+    area = _area(confidence, weights, right=right)
+    return _area(right.double(), weights, right=right) - area
 
 
 @numpy_or_torch
@@ -254,6 +251,7 @@ def excess_system_aurc(margin: Tensor, own_cost: Tensor, deferred_cost: Tensor, 
 
     Every deferred row must have an answer: ValueError where `deferred_cost` is NaN.
     """
+    _require_one_per_row(margin, own_cost=own_cost, deferred_cost=deferred_cost)
     if bool(deferred_cost.isnan().any()):
         raise ValueError("deferred_cost: expected a cost for every row, got NaN; leave out the rows that nobody would answer")
     oracle = own_cost.double() - deferred_cost.double()
@@ -288,6 +286,23 @@ def own_and_asked(scores: Tensor, costs: Tensor, *, num_own: int, mask: Tensor |
     return margin, own_cost, deferred_cost
 
 
+def _mean_of_kept(confidence: Tensor, weights: Tensor | None, **column: Tensor) -> Curve:
+    """The mean of the one column over the most confident rows, at every number of them."""
+    steps, (values,) = _steps(-_row("confidence", confidence), weights, **column)
+    mass, total = _cumulative(steps), _cumulative(steps * values)
+    return Curve(coverage=mass / mass[..., -1:], value=_ratio(total, mass))
+
+
+def _area(confidence: Tensor, weights: Tensor | None, **column: Tensor) -> Tensor:
+    """The mean of that curve over its points from the first row on, as `aurc` has it."""
+    _, mass, (total,) = _groups(-_row("confidence", confidence), weights, **column)
+    rows, totals = _cumulative(mass), _cumulative(total)
+    mean = (total / mass).where(mass > 0, 0.0)
+    steps = torch.digamma(rows + 1).diff(dim=-1)
+    area = total + (totals[..., :-1] - mean * rows[..., :-1]) * steps
+    return area.sum(-1) / rows[..., -1]
+
+
 def _row(name: str, order: Tensor) -> Tensor:
     if order.dim() != 1 or len(order) == 0:
         raise ValueError(f"{name}: expected a non-empty vector with one number per row, got shape {tuple(order.shape)}")
@@ -298,9 +313,8 @@ def _row(name: str, order: Tensor) -> Tensor:
 
 def _groups(order: Tensor, weights: Tensor | None, **columns: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Ties by rising order: the tie of each sorted row (N,), each tie's weight and weighted sums of the columns, (..., G)."""
+    _require_one_per_row(order, **columns)
     for name, column in columns.items():
-        if column.shape != order.shape:
-            raise ValueError(f"{name}: expected one number per row, {tuple(order.shape)}, got shape {tuple(column.shape)}")
         bad = ~column.isfinite()
         if bool(bad.any()):
             raise ValueError(f"{name}: expected numbers, got NaN or infinity in {int(bad.sum())} rows; leave those rows out")
@@ -312,6 +326,12 @@ def _groups(order: Tensor, weights: Tensor | None, **columns: Tensor) -> tuple[T
     if count < len(order):
         terms = [term.new_zeros(*term.shape[:-1], count).index_add(-1, tie, term) for term in terms]
     return tie, terms[0], terms[1:]
+
+
+def _require_one_per_row(order: Tensor, **columns: Tensor) -> None:
+    for name, column in columns.items():
+        if column.shape != order.shape:
+            raise ValueError(f"{name}: expected one number per row, {tuple(order.shape)}, got shape {tuple(column.shape)}")
 
 
 def _steps(order: Tensor, weights: Tensor | None, **columns: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -350,8 +370,8 @@ def _ratio(total: Tensor, mass: Tensor) -> Tensor:
     return ratio.where(some, ratio.gather(-1, first))
 
 
-def _places(given: Tensor | float) -> np.ndarray:
-    return np.asarray(given.detach().cpu() if isinstance(given, Tensor) else given, dtype=np.float64)
+def _places(name: str, given: Tensor | float) -> np.ndarray:
+    return tensor_of(name, given).detach().cpu().double().numpy()
 
 
 @numpy_or_torch

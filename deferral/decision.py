@@ -1,12 +1,17 @@
-"""Decide: scores (..., A) become actions (...,).  Ties go to the last tied action, so to abstaining or deferring."""
+"""Decide: scores (..., A) become actions (...,).  Ties go to the last tied action, so to abstaining or deferring.
+
+NumPy or torch in and out.
+"""
 
 import torch
 from torch import Tensor
 
+from deferral.arrays import numpy_or_torch
 from deferral.numerics import lift
 from deferral.validation import (
     action_mask,
     check_probabilities,
+    require_columns,
     require_cost,
     require_floating,
     require_num_own,
@@ -17,6 +22,7 @@ from deferral.validation import (
 __all__ = ["chow_scores", "decide", "decide_pair", "deferral_margin", "margin_levels", "oracle"]
 
 
+@numpy_or_torch
 def decide(scores: Tensor, offsets: Tensor | float = 0.0, *, mask: Tensor | None = None) -> Tensor:
     """argmax_a scores[..., a] + offsets[..., a]; ties go to the last tied action, on every device.  (..., A) -> (...,)
 
@@ -28,7 +34,6 @@ def decide(scores: Tensor, offsets: Tensor | float = 0.0, *, mask: Tensor | None
     (AISTATS 2024), section 2: abstain iff the abstain score is at least every class score.
     """
     require_floating("scores", scores)
-    _require_columns("scores", scores)
     if isinstance(offsets, Tensor) and offsets.dim() > 0 and offsets.shape[-1] != scores.shape[-1]:
         raise ValueError(f"one offset per action: scores {tuple(scores.shape)}, offsets {tuple(offsets.shape)}")
     values = lift(scores) + offsets
@@ -43,6 +48,7 @@ def decide(scores: Tensor, offsets: Tensor | float = 0.0, *, mask: Tensor | None
     return positions.where(best, -1).amax(dim=-1)
 
 
+@numpy_or_torch
 def decide_pair(scores: Tensor, rejector: Tensor, offset: float = 0.0) -> Tensor:
     """Predictor-rejector rule: answer argmax of the K class scores iff r > offset, else abstain (action K).
 
@@ -54,6 +60,7 @@ def decide_pair(scores: Tensor, rejector: Tensor, offset: float = 0.0) -> Tensor
     return decide(scores).where((rejector > offset) & ~scores.isnan().all(dim=-1), scores.shape[-1])
 
 
+@numpy_or_torch
 def deferral_margin(scores: Tensor, *, num_own: int, mask: Tensor | None = None) -> Tensor:
     """Best expert score minus best own score; `decide` defers iff it is >= 0.  (..., A) -> (...,)
 
@@ -76,6 +83,7 @@ def deferral_margin(scores: Tensor, *, num_own: int, mask: Tensor | None = None)
     return margin.where(can_ask.any(dim=-1), -torch.inf)
 
 
+@numpy_or_torch
 def margin_levels(margin: Tensor, size: Tensor | None = None) -> Tensor:
     """The rank of every margin, 0 for the largest; margins that differ by float64 rounding alone share one.  (N,), (N,) -> (N,)
 
@@ -84,6 +92,11 @@ def margin_levels(margin: Tensor, size: Tensor | None = None) -> Tensor:
     of those that no mask by a number (finfo.min, -1e9) has made.
     A level starts at its largest margin and reaches no further than that, however many margins lie close together in a row.
     """
+    if margin.dim() != 1 or (size is not None and size.shape != margin.shape):
+        raise ValueError(
+            f"margin, size: expected one number per row of each, (N,), got {tuple(margin.shape)}"
+            + ("" if size is None else f" and {tuple(size.shape)}")
+        )
     margin = margin.double()
     finite = margin.isfinite()
     if size is None:
@@ -107,13 +120,14 @@ def _unmasked(size: Tensor) -> Tensor:
     return size[~far] if masks else size
 
 
+@numpy_or_torch
 def oracle(costs: Tensor, *, mask: Tensor | None = None) -> Tensor:
     """The cheapest action of every row; ties keep the first, the own prediction.  (..., A) -> (...,)
 
     A cost of NaN is never the cheapest.  Where every action is masked the result is -1, as that of `decide`.
     """
     require_tensor("costs", costs)
-    _require_columns("costs", costs)
+    require_columns("costs", costs)
     known = costs.where(~costs.isnan(), torch.inf)
     if mask is not None:
         mask = action_mask(costs, mask)
@@ -126,17 +140,14 @@ def oracle(costs: Tensor, *, mask: Tensor | None = None) -> Tensor:
     return first.where(mask.any(dim=-1), -1)
 
 
-def _require_columns(name: str, table: Tensor) -> None:
-    if table.dim() == 0 or table.shape[-1] == 0:
-        raise ValueError(f"{name}: expected a column for every action, at least one, got shape {tuple(table.shape)}")
-
-
+@numpy_or_torch
 def chow_scores(probabilities: Tensor, cost: Tensor | float) -> Tensor:
     """[p_1 .. p_K, 1 - cost]: `decide` on it abstains iff max p <= 1 - cost (Chow 1970).  (..., K) -> (..., K+1)
 
     With one expert of expected cost `cost`, the last action asks that expert.  Reads the values: raw scores are refused.
     """
     check_probabilities(probabilities)
+    require_columns("probabilities", probabilities)
     require_cost("probabilities", probabilities.shape[:-1], cost)
     if isinstance(cost, Tensor):
         inside = (cost >= 0) & (cost <= 1)

@@ -60,6 +60,7 @@ class SeedFigures:
     high: float
 
 
+@numpy_or_torch
 def bootstrap(metric: Callable[[Tensor], Tensor], rows: int, *, resamples: int = 10_000, seed: int = 0) -> Tensor:
     """metric(weights) on `resamples` samples of the rows, with replacement.  -> (resamples, ...), float64, CPU
 
@@ -71,10 +72,11 @@ def bootstrap(metric: Callable[[Tensor], Tensor], rows: int, *, resamples: int =
 
     Efron and Tibshirani, "An Introduction to the Bootstrap" (1993), chapter 6.
     """
-    if rows < 1:
-        raise ValueError(f"rows: expected at least one row, got {rows}")
+    _require_rows(rows)
     if resamples < 1:
         raise ValueError(f"resamples: expected at least 1, got {resamples}")
+    if seed < 0:
+        raise ValueError(f"seed: expected a whole number >= 0, got {seed}")
     generator = np.random.default_rng(seed)
     step = max(1, _CHUNK // rows)
     figures = []
@@ -85,6 +87,11 @@ def bootstrap(metric: Callable[[Tensor], Tensor], rows: int, *, resamples: int =
         counts = np.bincount(drawn.ravel(), minlength=size * rows).reshape(size, rows)
         figures.append(_figures(metric, torch.from_numpy(counts).double()))
     return torch.cat(figures)
+
+
+def _require_rows(rows: int) -> None:
+    if rows < 1:
+        raise ValueError(f"rows: expected at least one row, got {rows}")
 
 
 def _figures(metric: Callable[[Tensor], Tensor], weights: Tensor) -> Tensor:
@@ -150,6 +157,8 @@ def interval(estimate: Tensor | float, resampled: Tensor, *, level: float = 0.95
     require_level(level)
     if resampled.dim() != 1 or len(resampled) == 0:
         raise ValueError(f"resampled: expected one figure per resample, shape (resamples,), got {tuple(resampled.shape)}")
+    if isinstance(estimate, Tensor) and estimate.numel() != 1:
+        raise ValueError(f"estimate: expected one number, got shape {tuple(estimate.shape)}")
     figures, tail = resampled.double(), (1 - level) / 2
     if centred:
         figures = figures - figures.nanmean() + float(estimate)
@@ -164,6 +173,7 @@ def interval(estimate: Tensor | float, resampled: Tensor, *, level: float = 0.95
     return Interval(estimate=float(estimate), low=low, high=high)
 
 
+@numpy_or_torch
 def metric_interval(
     metric: Callable[[Tensor], Tensor],
     rows: int,
@@ -174,7 +184,8 @@ def metric_interval(
     centred: bool = False,
 ) -> Interval:
     """Any metric of weights (see `bootstrap`), on the rows as they are, with its `interval`.  -> Interval"""
-    estimate = _figures(metric, torch.ones(1, max(rows, 1), dtype=torch.float64)).reshape(-1)
+    _require_rows(rows)
+    estimate = _figures(metric, torch.ones(1, rows, dtype=torch.float64)).reshape(-1)
     if len(estimate) != 1:
         raise ValueError(f"metric: expected one figure per sample, got {len(estimate)}; use bootstrap and interval for several")
     resampled = bootstrap(metric, rows, resamples=resamples, seed=seed).reshape(-1)

@@ -54,6 +54,8 @@ def kept(actions: Tensor, *, num_own: int) -> Tensor:
 @numpy_or_torch
 def load(actions: Tensor, *, num_own: int, num_experts: int) -> Tensor:
     """1 in the column of the expert who is asked; the average is each expert's share of the rows.  (...,) -> (..., E)"""
+    if num_own < 0 or num_experts < 0:
+        raise ValueError(f"num_own, num_experts: expected numbers of actions >= 0, got {num_own} and {num_experts}")
     experts = torch.arange(num_own, num_own + num_experts, device=actions.device)
     return (actions.unsqueeze(-1) == experts).to(torch.get_default_dtype())
 

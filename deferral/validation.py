@@ -1,8 +1,11 @@
 """Checks of tensors, with errors that say what was expected, what came and what to do.
 
-`require_*` look at shapes and dtypes only: no synchronisation, so every loss calls them.  `check_*` read values, so they are
-called once per data set, by `Criterion(validate=True)` and by whatever builds cost tables.
+`require_*` look at shapes, dtypes and plain numbers only: no synchronisation, so every loss calls them.  `check_*` read values,
+so they are called once per data set, by `Criterion(validate=True)` and by whatever builds cost tables.
 """
+
+import operator
+from numbers import Number, Real
 
 import torch
 from torch import Tensor
@@ -21,6 +24,7 @@ __all__ = [
     "require_actions",
     "require_batch",
     "require_ceiling",
+    "require_columns",
     "require_cost",
     "require_cost_range",
     "require_experts",
@@ -28,15 +32,50 @@ __all__ = [
     "require_level",
     "require_mask",
     "require_num_own",
+    "require_number",
     "require_rejector",
     "require_share",
     "require_targets",
     "require_tensor",
+    "require_whole",
 ]
 
 
 def _shape(tensor: Tensor) -> str:
     return str(tuple(tensor.shape))
+
+
+def _came(value: object) -> str:
+    return repr(value) if value is None or isinstance(value, str | Number) else type(value).__name__
+
+
+def require_number(name: str, value: object) -> None:
+    """TypeError for whatever is no real number; a tensor that holds one is."""
+    # Plain numbers first: a compiler that has made one a variable asks it for nothing else.
+    if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool):
+        return
+    one = value.dim() == 0 and value.dtype != torch.bool and not value.is_complex() if isinstance(value, Tensor) else False
+    if not one and (isinstance(value, bool) or not isinstance(value, Real)):
+        came = f"shape {_shape(value)} of {value.dtype}" if isinstance(value, Tensor) else _came(value)
+        raise TypeError(f"{name}: expected a number, got {came}")
+
+
+def require_whole(name: str, value: object) -> None:
+    """TypeError for whatever counts nothing: a float, also a whole one, text, True."""
+    if not isinstance(value, bool | torch.SymInt):
+        try:
+            operator.index(value)  # type: ignore[arg-type]
+            return
+        except TypeError:
+            pass
+    if not isinstance(value, torch.SymInt):
+        raise TypeError(f"{name}: expected a whole number, got {_came(value)}")
+
+
+def require_columns(name: str, table: Tensor) -> None:
+    """ValueError for a table without a column."""
+    if table.dim() == 0 or table.shape[-1] == 0:
+        raise ValueError(f"{name}: expected a column for every action, at least one, got shape {_shape(table)}")
 
 
 def require_tensor(name: str, tensor: object) -> None:
@@ -58,6 +97,8 @@ def require_floating(name: str, tensor: Tensor) -> None:
             f"{name}: expected a floating dtype, got {tensor.dtype}; convert with {name}.float()"
             + (", or did you pass the model's answers instead of its raw scores?" if name == "scores" else "")
         )
+    if name == "scores":
+        require_columns(name, tensor)
 
 
 def require_actions(scores: Tensor, costs: Tensor, *, name: str = "costs") -> None:
@@ -112,7 +153,7 @@ def action_mask(scores: Tensor, mask: Tensor, num_own: int | None = None) -> Ten
     require_mask(mask)
     columns = mask.shape[-1] if mask.dim() else 0
     # `in` would ask whether they are the same object, which sizes that a compiler traces never are.
-    if columns > actions or (num_own is not None and columns != actions and columns != actions - num_own):
+    if columns == 0 or columns > actions or (num_own is not None and columns != actions and columns != actions - num_own):
         expected = (
             f"{actions} columns" if num_own in (None, 0) else f"{actions - num_own} columns (experts) or {actions} (actions)"
         )
@@ -160,6 +201,7 @@ def one_expert_mask(scores: Tensor, mask: Tensor) -> Tensor:
 def require_ceiling(scores: Tensor, ceiling: Tensor | float) -> None:
     """ValueError unless the ceiling is a number >= 0, or one number per row that stands before all actions: (..., 1)."""
     if not isinstance(ceiling, Tensor):
+        require_number("ceiling", ceiling)
         if not ceiling >= 0:
             raise ValueError(f"ceiling: expected the largest cost that can occur, a number >= 0, got {ceiling}")
         return
@@ -173,18 +215,22 @@ def require_ceiling(scores: Tensor, ceiling: Tensor | float) -> None:
 
 def require_share(name: str, value: float) -> None:
     """ValueError unless the number lies in [0, 1]."""
+    require_number(name, value)
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"{name}: expected a number in [0, 1], got {value}")
 
 
 def require_level(level: float) -> None:
     """ValueError unless an interval can have this level, a number between 0 and 1."""
+    require_number("level", level)
     if not 0 < level < 1:
         raise ValueError(f"level: expected a number between 0 and 1, got {level}")
 
 
 def require_num_own(scores: Tensor, num_own: int) -> None:
     """ValueError unless some actions are own ones and some are experts."""
+    require_whole("num_own", num_own)
+    require_columns("scores", scores)
     if not 0 < num_own < scores.shape[-1]:
         raise ValueError(f"num_own: expected 1..{scores.shape[-1] - 1} for scores {_shape(scores)}, got {num_own}")
 
@@ -204,7 +250,10 @@ def require_cost_range(cost: Tensor | float) -> None:
     # Numbers first: a compiler that has made one a variable asks it for no attributes.
     if not isinstance(cost, (int, float, Tensor)) and hasattr(cost, "__len__"):
         raise TypeError(f"cost: expected a number or a torch tensor, got {type(cost).__name__}; convert it with torch.as_tensor")
-    if not isinstance(cost, Tensor) and not 0.0 <= cost <= 1.0:
+    if isinstance(cost, Tensor):
+        return
+    require_number("cost", cost)
+    if not 0.0 <= cost <= 1.0:
         raise ValueError(
             f"cost: expected a number in [0, 1], in units of one error, got {cost}; abstaining at a cost above 1 is never "
             "better than a wrong answer"

@@ -404,15 +404,17 @@ def test_bad_input() -> None:
         fit_offsets(torch.randn(3, 2), torch.rand(3, 3), num_own=1)
     with pytest.raises(ValueError, match=r"weights: expected one per row, shape \(3,\)"):
         fit_offsets(torch.randn(3, 2), torch.rand(3, 2), weights=torch.ones(2), num_own=1)
-    with pytest.raises(TypeError, match="weights: expected a torch tensor, got ndarray"):
-        fit_offsets(torch.randn(3, 2), torch.rand(3, 2), weights=torch.ones(3).numpy(), num_own=1)
+    with pytest.raises(TypeError, match="weights: expected a torch tensor, or numbers"):
+        fit_offsets(torch.randn(3, 2), torch.rand(3, 2), weights=["a"] * 3, num_own=1)
     with pytest.raises(ValueError, match="not all 0"):
         fit_offsets(torch.randn(3, 2), torch.rand(3, 2), weights=torch.zeros(3), num_own=1)
     with pytest.raises(ValueError, match="num_own"):
         coverage_offsets(torch.randn(3, 2), 0.5, num_own=2)
     for call in (lambda s: fit_offsets(s, torch.rand(3, 2), num_own=1), lambda s: coverage_offsets(s, 0.5, num_own=1)):
-        with pytest.raises(TypeError, match="scores: expected a torch tensor, got ndarray"):
-            call(torch.randn(3, 2).numpy())
+        with pytest.raises(TypeError, match="scores: expected a torch tensor, or numbers"):
+            call([["a", "b"]] * 3)
+        with pytest.raises(ValueError, match="scores: expected a column for every action"):
+            call(torch.tensor(1.0))
 
 
 def train(model: nn.Module, loss, x: Tensor, steps: int = 400) -> None:

@@ -191,5 +191,7 @@ def test_bad_input() -> None:
         fit_capacities(scores.fill_(torch.nan), [1, 1], num_own=1)
     with pytest.raises(ValueError, match="at least one row"):
         fit_capacities(torch.randn(0, 3), [1, 1], num_own=1)
-    with pytest.raises(TypeError, match="torch tensor, got ndarray"):
-        fit_capacities(torch.randn(6, 3).numpy(), [1, 1], num_own=1)
+    with pytest.raises(TypeError, match="scores: expected a torch tensor, or numbers"):
+        fit_capacities(None, [1, 1], num_own=1)
+    with pytest.raises(TypeError, match="capacities: expected a torch tensor, or numbers that NumPy makes an array of, got list"):
+        fit_capacities(torch.randn(6, 3), ["all", "all"], num_own=1)

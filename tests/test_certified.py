@@ -277,14 +277,23 @@ def test_bad_input() -> None:
         certify(margin[:0], DeferralRate(0.1), GRID)
     with pytest.raises(ValueError, match="margin"):
         certify(margin * torch.nan, DeferralRate(0.1), GRID)
-    with pytest.raises(TypeError, match="margin: expected a torch tensor, got ndarray"):
-        certify(margin.numpy(), DeferralRate(0.1), GRID)
+    with pytest.raises(TypeError, match="margin: expected a torch tensor, or numbers"):
+        certify(["a"], DeferralRate(0.1), GRID)
+    with pytest.raises(TypeError, match=r"margin: expected float64, got torch\.int64"):
+        certify([0, 1], DeferralRate(0.1), GRID)
     with pytest.raises(TypeError, match=r"expected float64, got torch\.float32.*decide_at"):
         certify(margin.float(), DeferralRate(0.1), GRID)
-    with pytest.raises(TypeError, match="thresholds: expected a torch tensor, got ndarray"):
-        certify(margin, DeferralRate(0.1), GRID.numpy())
-    with pytest.raises(TypeError, match="loss: expected a torch tensor, got ndarray"):
-        certify(margin, SelectiveRisk(wrong.numpy(), 0.1), GRID)
+    with pytest.raises(TypeError, match="thresholds: expected a torch tensor, or numbers"):
+        certify(margin, DeferralRate(0.1), "all")
+    with pytest.raises(TypeError, match="loss: expected a torch tensor, or numbers"):
+        certify(margin, SelectiveRisk(None, 0.1), GRID)
+    for risk in (None, 0.1, "a"):
+        with pytest.raises(TypeError, match="risks: expected SelectiveRisk, SystemRisk or DeferralRate"):
+            certify(margin, risk, GRID)
+    with pytest.raises(TypeError, match=r"at_most: expected a number, got '0\.1'"):
+        certify(margin, SelectiveRisk(wrong, "0.1"), GRID)
+    with pytest.raises(TypeError, match="delta: expected a number, got None"):
+        certify(margin, SelectiveRisk(wrong, 0.1), GRID, delta=None)
     with pytest.raises(ValueError, match="thresholds"):
         certify(margin, DeferralRate(0.1), torch.tensor([0.1, torch.nan]))
     with pytest.raises(ValueError, match="thresholds: expected at least one"):
@@ -316,12 +325,23 @@ def test_bad_input() -> None:
         certify_by_group(margin, DeferralRate(0.1), GRID, torch.zeros(9).long(), num_groups=1)
     with pytest.raises(ValueError, match=r"indices in 0\.\.num_groups - 1, got 0\.\.9 with num_groups=9"):
         certify_by_group(margin, DeferralRate(0.1), GRID, torch.arange(10), num_groups=9)
-    with pytest.raises(TypeError, match="groups: expected a torch tensor"):
-        certify_by_group(margin, DeferralRate(0.1), GRID, torch.arange(10).numpy(), num_groups=10)
+    with pytest.raises(ValueError, match="groups: expected one integer index per row"):
+        certify_by_group(margin, DeferralRate(0.1), GRID, torch.arange(10).double().numpy(), num_groups=10)
+    with pytest.raises(TypeError, match=r"num_groups: expected a whole number, got 1\.0"):
+        certify_by_group(margin, DeferralRate(0.1), GRID, torch.zeros(10).long(), num_groups=1.0)
+    with pytest.raises(TypeError, match=r"thresholds: expected a tensor .* got NoneType"):
+        certify_by_group(margin, DeferralRate(0.1), None, torch.zeros(10).long(), num_groups=1)
     with pytest.raises(ValueError, match="one for each of 1"):
         certify_by_group(margin, DeferralRate(0.1), [GRID, GRID], torch.zeros(10).long(), num_groups=1)
-    with pytest.raises(ValueError, match="size >= 1"):
+    with pytest.raises(ValueError, match="size: expected at least 1, got 0"):
         threshold_grid(margin, 0)
+    with pytest.raises(TypeError, match=r"size: expected a whole number, got 2\.5"):
+        threshold_grid(margin, 2.5)
+    for coverage in (0.5, (0.1, 0.5, 1.0), None):
+        with pytest.raises(TypeError, match="coverage: expected two numbers, the lowest and the highest"):
+            threshold_grid(margin, 3, coverage=coverage)
+    with pytest.raises(TypeError, match="coverage: expected a number, got 'a'"):
+        threshold_grid(margin, 3, coverage=("a", 1.0))
     assert len(threshold_grid(margin, 1)) == 1
     for coverage in ((0.0, 1.0), (0.5, 1.1)):
         with pytest.raises(ValueError, match="coverage"):

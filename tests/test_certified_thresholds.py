@@ -71,12 +71,12 @@ def test_one_threshold_per_row_serves_groups() -> None:
         decide_at(scores, torch.nan, num_own=2)
     with pytest.raises(TypeError, match=r"float64 tensor, got torch\.float32"):
         decide_at(scores, thresholds[groups].float(), num_own=2)
-    with pytest.raises(TypeError, match="got ndarray"):
-        decide_at(scores, thresholds[groups].numpy(), num_own=2)
+    with pytest.raises(TypeError, match=r"float64 tensor, got torch\.float32"):
+        decide_at(scores, thresholds[groups].float().numpy(), num_own=2)
     with pytest.raises(ValueError, match=r"one per row of shape \(300,\), got \(3,\)"):
         decide_at(scores, thresholds, num_own=2)
-    with pytest.raises(TypeError, match="got ndarray"):
-        decide_at(scores.numpy(), 0.0, num_own=2)
+    with pytest.raises(TypeError, match="scores: expected a torch tensor, or numbers"):
+        decide_at([["a"]], 0.0, num_own=2)
     with pytest.raises(ValueError, match="own action"):
         decide_at(scores, 0.0, num_own=2, mask=torch.zeros(300, 5, dtype=torch.bool))
 

@@ -13,9 +13,9 @@ import deferral
 PACKAGE = Path(__file__).parent.parent / "deferral"
 # From the bottom up; a module may import from its own layer and those before it.
 LAYERS = [
-    ["errors", "labels", "numerics", "command_line", "strict_json", "threads", "validation", "whole_files"],
+    ["arrays", "errors", "labels", "numerics", "command_line", "strict_json", "threads", "validation", "whole_files"],
     ["losses", "costs", "decision"],
-    ["arrays", "metrics", "curves", "reliability", "intervals", "printed", "experts", "testing"],
+    ["metrics", "curves", "reliability", "intervals", "printed", "experts", "testing"],
     ["calibration", "capacity", "certified", "baselines"],
     ["plots", "torchvision_compat", "datasets", "estimators"],
     ["evaluation", "routing"],

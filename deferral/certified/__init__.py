@@ -2,11 +2,12 @@
 
 A fitted threshold (`deferral.calibration`) meets its target on the rows it was fitted on, and misses it on new ones about every
 other time.  Here each of some thresholds, fixed beforehand, is tested on rows that had no part in choosing them, and the answer
-is one that passed.  Nothing is assumed but that the rows are independent draws from the law of the rows to come.
+is one that passed.  Nothing is assumed but that the rows are independent draws from the law of the rows to come.  NumPy or torch
+in and out.
 
-The rule at a threshold t: defer iff margin >= t, with `margin = deferral_margin(scores.double(), num_own)`.  `decide_at` serves
-it.  Offsets for `decide` would not do: scores - t >= own and scores - own >= t are not the same in floating point, and where
-scores tie a whole population may lie between them.
+The rule at a threshold t: defer iff margin >= t, with `margin = deferral_margin(scores.double(), num_own=...)`, in float64.
+`decide_at` serves it.  Offsets for `decide` would not do: scores - t >= own and scores - own >= t are not the same in floating
+point, and where scores tie a whole population may lie between them.
 
 Learn then test: Angelopoulos, Bates, Candès, Jordan, Lei, "Learn then Test: Calibrating Predictive Algorithms to Achieve Risk
 Control" (2021).  Conformal risk control: Angelopoulos, Bates, Fisch, Lei, Schuster (ICLR 2024).

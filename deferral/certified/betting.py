@@ -4,6 +4,9 @@ import math
 
 import numpy as np
 
+from deferral.arrays import tensor_of
+from deferral.validation import require_number
+
 __all__ = ["p_value_of_mean"]
 
 _BOLDEST = 0.75
@@ -18,11 +21,13 @@ def p_value_of_mean(losses: np.ndarray, at_most: float, *, delta: float = 0.05) 
 
     Waudby-Smith and Ramdas, "Estimating means of bounded random variables by betting" (2024), sections 4.1 and 4.4.
     """
-    losses = np.asarray(losses, float)
+    losses = tensor_of("losses", losses).double().numpy()
     if losses.ndim == 0 or losses.shape[-1] == 0:
         raise ValueError(f"losses: expected at least one row, got shape {losses.shape}")
     if not ((losses >= 0) & (losses <= 1)).all():
         raise ValueError("losses: expected numbers in [0, 1]")
+    require_number("at_most", at_most)
+    require_number("delta", delta)
     if not 0 < at_most < 1:
         raise ValueError(f"at_most: expected a level in (0, 1), got {at_most}")
     if not 0 < delta < 1:

@@ -3,12 +3,14 @@
 import torch
 from torch import Tensor
 
+from deferral.arrays import numpy_or_torch
 from deferral.certified.risks import DeferralRate, Risk, SystemRisk, check_groups, checked_risks, of_rows
 from deferral.certified.thresholds import level_edges
 
 __all__ = ["conformal_risk_control", "conformal_risk_control_by_group"]
 
 
+@numpy_or_torch
 def conformal_risk_control(margin: Tensor, risk: SystemRisk | DeferralRate) -> tuple[float, bool]:
     """(threshold, holds): the boldest threshold with n/(n+1) * mean + ceiling/(n+1) <= at_most.  (N,) -> float, bool
 
@@ -25,6 +27,7 @@ def conformal_risk_control(margin: Tensor, risk: SystemRisk | DeferralRate) -> t
     return _controlled(margin, _checked_monotone(margin, risk))
 
 
+@numpy_or_torch
 def conformal_risk_control_by_group(
     margin: Tensor, risk: SystemRisk | DeferralRate, groups: Tensor, *, num_groups: int
 ) -> tuple[Tensor, Tensor]:

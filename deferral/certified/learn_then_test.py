@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deferral.arrays import numpy_or_torch, tensor_of
 from deferral.certified.risks import DeferralRate, Risk, SelectiveRisk, check_groups, checked_risks, of_rows
 from deferral.errors import installing
-from deferral.validation import require_floating
+from deferral.validation import require_floating, require_number
 
 try:
     from scipy.special import bdtr, rel_entr
@@ -41,6 +42,7 @@ class Certificate:
     estimates: Tensor
 
 
+@numpy_or_torch
 def certify(
     margin: Tensor,
     risks: Risk | Sequence[Risk],
@@ -68,6 +70,7 @@ def certify(
     return _certified(margin, checked_risks(margin, risks), thresholds, delta, method)
 
 
+@numpy_or_torch
 def certify_by_group(
     margin: Tensor,
     risks: Risk | Sequence[Risk],
@@ -88,7 +91,9 @@ def certify_by_group(
     _check_delta(delta)
     risks = checked_risks(margin, risks)
     check_groups(groups, margin, num_groups)
-    candidates = [thresholds] * num_groups if isinstance(thresholds, Tensor) else list(thresholds)
+    if not isinstance(thresholds, Tensor | list | tuple):
+        raise TypeError(f"thresholds: expected a tensor (T,), or a list of one for each group, got {type(thresholds).__name__}")
+    candidates = [thresholds] * num_groups if isinstance(thresholds, Tensor) else [tensor_of("thresholds", x) for x in thresholds]
     if len(candidates) != num_groups:
         raise ValueError(f"thresholds: expected one set for all groups or one for each of {num_groups}, got {len(candidates)}")
     members = [groups == group for group in range(num_groups)]
@@ -98,6 +103,7 @@ def certify_by_group(
     ]
 
 
+@numpy_or_torch
 def safest_first(margin: Tensor, risks: Risk | Sequence[Risk], thresholds: Tensor) -> Tensor:
     """The thresholds by rising p-value on some OTHER rows than those to be certified: an order for a fixed sequence.
 
@@ -109,6 +115,7 @@ def safest_first(margin: Tensor, risks: Risk | Sequence[Risk], thresholds: Tenso
 
 
 def _check_delta(delta: float) -> None:
+    require_number("delta", delta)
     if not 0.0 < delta < 1.0:
         raise ValueError(f"delta: expected a probability of being wrong in (0, 1), got {delta}")
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from deferral.validation import above_ceiling, check_costs, require_floating, require_tensor
+from deferral.arrays import tensor_of
+from deferral.validation import above_ceiling, check_costs, require_number, require_tensor
 
 __all__ = ["DeferralRate", "Risk", "SelectiveRisk", "SystemRisk", "check_groups", "check_margin", "checked_risks", "of_rows"]
 
@@ -52,7 +53,7 @@ Risk = SelectiveRisk | SystemRisk | DeferralRate
 def checked_risks(margin: Tensor, risks: Risk | Sequence[Risk]) -> list[Risk]:
     """The risks with tensors on the CPU, of one length, in range; where nobody can be asked, deferring costs the own answer."""
     check_margin(margin)
-    given = [risks] if isinstance(risks, Risk) else list(risks)
+    given = list(risks) if isinstance(risks, list | tuple) else [risks]
     if not given:
         raise ValueError("risks: expected at least one risk, got none")
     checked: list[Risk] = []
@@ -60,6 +61,8 @@ def checked_risks(margin: Tensor, risks: Risk | Sequence[Risk]) -> list[Risk]:
         if not isinstance(risk, Risk):
             raise TypeError(f"risks: expected SelectiveRisk, SystemRisk or DeferralRate, got {type(risk).__name__}")
         ceiling = 1.0 if isinstance(risk, DeferralRate) else risk.ceiling
+        require_number("ceiling", ceiling)
+        require_number("at_most", risk.at_most)
         if not 0.0 < ceiling < float("inf"):
             raise ValueError(
                 f"ceiling: expected the largest loss that any row can have, a finite number > 0, got {ceiling}; where there is "
@@ -68,14 +71,11 @@ def checked_risks(margin: Tensor, risks: Risk | Sequence[Risk]) -> list[Risk]:
         if not 0.0 < risk.at_most < ceiling:
             raise ValueError(f"at_most: expected a level between 0 and the largest possible, {ceiling:g}, got {risk.at_most}")
         if isinstance(risk, SelectiveRisk):
-            require_tensor("loss", risk.loss)
-            risk = replace(risk, loss=_checked_losses("loss", risk.loss, margin, ceiling))
+            risk = replace(risk, loss=_checked_losses("loss", tensor_of("loss", risk.loss), margin, ceiling))
         elif isinstance(risk, SystemRisk):
-            require_tensor("own_cost", risk.own_cost)
-            require_tensor("deferred_cost", risk.deferred_cost)
-            own = _checked_losses("own_cost", risk.own_cost, margin, ceiling)
+            own = _checked_losses("own_cost", tensor_of("own_cost", risk.own_cost), margin, ceiling)
             alone = margin.cpu().isneginf()
-            deferred = risk.deferred_cost.cpu()
+            deferred = tensor_of("deferred_cost", risk.deferred_cost).cpu()
             if deferred.shape == own.shape:
                 deferred = deferred.where(~alone, own)
             risk = replace(risk, own_cost=own, deferred_cost=_checked_losses("deferred_cost", deferred, margin, ceiling))
@@ -93,11 +93,11 @@ def of_rows(risk: Risk, rows: Tensor) -> Risk:
 
 
 def check_margin(margin: Tensor) -> None:
-    require_floating("margin", margin)
+    require_tensor("margin", margin)
     if margin.dtype != torch.float64:
         raise TypeError(
-            f"margin: expected float64, got {margin.dtype}; compute deferral_margin(scores.double(), num_own), as `decide_at` "
-            "does: rounded before the threshold or after it, a margin may lie on either side of it"
+            f"margin: expected float64, got {margin.dtype}; compute deferral_margin of scores in float64 (scores.double()), as "
+            "`decide_at` does: rounded before the threshold or after it, a margin may lie on either side of it"
         )
     if margin.dim() != 1 or len(margin) == 0:
         raise ValueError(f"margin: expected at least one row and shape (N,), got {tuple(margin.shape)}")

@@ -5,13 +5,15 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from deferral.arrays import numpy_or_torch
 from deferral.certified.risks import check_margin
 from deferral.decision import decide, deferral_margin, margin_levels
-from deferral.validation import action_mask, check_mask, require_floating
+from deferral.validation import action_mask, check_mask, require_floating, require_number
 
 __all__ = ["decide_at", "level_edges", "threshold_grid"]
 
 
+@numpy_or_torch
 def decide_at(scores: Tensor, threshold: float | Tensor, *, num_own: int, mask: Tensor | None = None) -> Tensor:
     """Defer iff `deferral_margin(scores.double(), num_own, mask=mask)` >= threshold, what a certificate is about.  -> (...,)
 
@@ -30,6 +32,7 @@ def decide_at(scores: Tensor, threshold: float | Tensor, *, num_own: int, mask: 
     return (decide(scores[..., num_own:], mask=experts) + num_own).where(deferred, decide(scores[..., :num_own]))
 
 
+@numpy_or_torch
 def threshold_grid(margin: Tensor, size: int, *, coverage: tuple[float, float] = (0.1, 1.0)) -> Tensor:
     """Rising thresholds that keep evenly spaced shares of some OTHER rows than those to be certified.  (M,) -> (T,)
 
@@ -37,8 +40,14 @@ def threshold_grid(margin: Tensor, size: int, *, coverage: tuple[float, float] =
     of 1 is +inf, never deferring.  A selective risk needs a lowest coverage at which enough rows are kept; see `certify`.
     """
     check_margin(margin)
-    if not 0.0 < coverage[0] <= coverage[1] <= 1.0 or size < 1:
-        raise ValueError(f"expected size >= 1 and 0 < lowest <= highest coverage <= 1, got {size} and {coverage}")
+    if size < 1:
+        raise ValueError(f"size: expected at least 1, got {size}")
+    if not isinstance(coverage, list | tuple) or len(coverage) != 2:
+        raise TypeError(f"coverage: expected two numbers, the lowest and the highest, got {coverage!r}")
+    for end in coverage:
+        require_number("coverage", end)
+    if not 0.0 < coverage[0] <= coverage[1] <= 1.0:
+        raise ValueError(f"coverage: expected 0 < lowest <= highest <= 1, got {coverage}")
     level, edges = level_edges(margin)
     keeps = level.bincount().cumsum(0).double() / len(margin)
     wanted = torch.linspace(*coverage, size, dtype=torch.float64, device=edges.device)

@@ -2,7 +2,8 @@
 
 An expert is what it answers: integer labels (N,), -1 where there is no answer.  Stack several as columns for `error_costs`.
 Draws are made on the CPU, so that a seed means the same answers on every device.  Give each expert a seed of its own: two
-experts with one seed are right and wrong on the same rows.
+experts with one seed are right and wrong on the same rows.  NumPy or torch in and out (beside a confusion matrix, which is a
+tensor, the answers are one).
 """
 
 from deferral.experts.confusion import draw_answers, even_skill, perfect_on_first, perfect_up_to, specialist

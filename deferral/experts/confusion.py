@@ -6,11 +6,13 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from deferral.validation import require_tensor
+from deferral.arrays import numpy_or_torch
+from deferral.validation import require_tensor, require_whole
 
 __all__ = ["check_indices", "draw_answers", "even_skill", "perfect_on_first", "perfect_up_to", "specialist"]
 
 
+@numpy_or_torch
 def even_skill(accuracy: float, num_classes: int) -> Tensor:
     """A confusion matrix that is right with probability `accuracy` on every class, else wrong evenly.  -> (K, K)"""
     if not 0.0 <= accuracy <= 1.0:
@@ -20,6 +22,7 @@ def even_skill(accuracy: float, num_classes: int) -> Tensor:
     return torch.full((num_classes, num_classes), wrong).fill_diagonal_(accuracy)
 
 
+@numpy_or_torch
 def specialist(classes: Iterable[int], num_classes: int, *, may_guess_right: bool = True) -> Tensor:
     """A confusion matrix that is perfect on the given classes and guesses on the others.  -> (K, K)
 
@@ -28,9 +31,13 @@ def specialist(classes: Iterable[int], num_classes: int, *, may_guess_right: boo
     K - 1 wrong classes, so that the expert is always wrong where it does not know.
     """
     _check_num_classes(num_classes)
+    if isinstance(classes, str) or not isinstance(classes, Iterable):
+        raise TypeError(f"classes: expected indices of classes, got {classes!r}")
     given = list(classes)
     if any(isinstance(each, bool) or getattr(each, "dtype", None) in (torch.bool, bool) for each in given):
         raise TypeError("classes: expected indices of classes, got True or False; use the indices of those that are True")
+    for each in given:
+        require_whole("classes", each)
     known = sorted({operator.index(each) for each in given})
     if known and not 0 <= known[0] <= known[-1] < num_classes:
         raise ValueError(f"classes: expected indices in 0..{num_classes - 1}, got {known}")
@@ -39,6 +46,7 @@ def specialist(classes: Iterable[int], num_classes: int, *, may_guess_right: boo
     return confusion
 
 
+@numpy_or_torch
 def perfect_on_first(k: int, num_classes: int, *, may_guess_right: bool = True) -> Tensor:
     """`specialist` on k classes, 0..k-1: what papers mean by "perfect on the first k classes".  -> (K, K)
 
@@ -49,6 +57,7 @@ def perfect_on_first(k: int, num_classes: int, *, may_guess_right: bool = True) 
     return specialist(range(k), num_classes, may_guess_right=may_guess_right)
 
 
+@numpy_or_torch
 def perfect_up_to(last: int, num_classes: int, *, may_guess_right: bool = True) -> Tensor:
     """`specialist` on the classes of index <= last, which are last + 1 classes.  -> (K, K)
 
@@ -60,6 +69,7 @@ def perfect_up_to(last: int, num_classes: int, *, may_guess_right: bool = True) 
     return specialist(range(last + 1), num_classes, may_guess_right=may_guess_right)
 
 
+@numpy_or_torch
 def draw_answers(confusion: Tensor, targets: Tensor, *, seed: int, groups: Tensor | None = None) -> Tensor:
     """One simulated answer per row, from row `target` of the confusion matrix P[target, answer].  (K, K), (N,) -> (N,)
 

@@ -3,11 +3,13 @@
 import torch
 from torch import Tensor
 
+from deferral.arrays import numpy_or_torch
 from deferral.validation import require_tensor
 
 __all__ = ["label_counts", "majority", "random_annotator", "random_person"]
 
 
+@numpy_or_torch
 def random_annotator(labels: Tensor, *, seed: int) -> Tensor:
     """The answer of an annotator drawn per row among those who labelled it.  (N, P) with -1 for no answer -> (N,)
 
@@ -21,6 +23,7 @@ def random_annotator(labels: Tensor, *, seed: int) -> Tensor:
     return labels.gather(-1, chosen).squeeze(-1).long().where(~nobody.to(labels.device), -1)
 
 
+@numpy_or_torch
 def random_person(counts: Tensor, *, seed: int) -> Tensor:
     """The answer of a person drawn per row, from how many people chose each class.  (N, K) -> (N,)"""
     _check_counts(counts)
@@ -30,6 +33,7 @@ def random_person(counts: Tensor, *, seed: int) -> Tensor:
     return torch.multinomial(counts.cpu().double(), 1, generator=generator).squeeze(-1).to(counts.device)
 
 
+@numpy_or_torch
 def majority(counts: Tensor, *, seed: int) -> Tensor:
     """The class that most people chose; a tie is broken by a fair draw among the tied.  (N, K) -> (N,)
 
@@ -41,6 +45,7 @@ def majority(counts: Tensor, *, seed: int) -> Tensor:
     return chosen.where(counts.amax(dim=-1) > 0, -1)
 
 
+@numpy_or_torch
 def label_counts(labels: Tensor, num_classes: int) -> Tensor:
     """How many annotators chose each class.  (N, P) with -1 for no answer -> (N, K)"""
     answered = _answered(labels)

@@ -6,12 +6,14 @@ import math
 import torch
 from torch import Tensor
 
+from deferral.arrays import numpy_or_torch
 from deferral.experts.confusion import check_indices
 from deferral.validation import require_floating, require_share
 
 __all__ = ["draw_with_skill", "drift", "fatigue", "hide_answers", "skill_near"]
 
 
+@numpy_or_torch
 def draw_with_skill(
     skill: Tensor,
     targets: Tensor,
@@ -55,6 +57,7 @@ def draw_with_skill(
     return torch.where(right, truth, (truth + shifts) % num_classes).to(targets.device)
 
 
+@numpy_or_torch
 def skill_near(features: Tensor, centre: Tensor, *, width: float, near: float, far: float) -> Tensor:
     """P(right) that falls from `near` at the centre to `far` away from it.  (N, d), (E, d) -> (N, E)
 
@@ -75,6 +78,7 @@ def skill_near(features: Tensor, centre: Tensor, *, width: float, near: float, f
     return far + (near - far) * torch.exp(-0.5 * (distances / width).square())
 
 
+@numpy_or_torch
 def drift(start: float | Tensor, end: float | Tensor, num_rows: int) -> Tensor:
     """Skill that moves on a straight line from the first row to the last.  Numbers -> (N, 1), (E,) -> (N, E)"""
     if num_rows < 1:
@@ -82,6 +86,7 @@ def drift(start: float | Tensor, end: float | Tensor, num_rows: int) -> Tensor:
     return fatigue(start, end, num_rows, shift=num_rows)
 
 
+@numpy_or_torch
 def fatigue(start: float | Tensor, end: float | Tensor, num_rows: int, *, shift: int) -> Tensor:
     """Skill that falls from `start` to `end` within each shift and recovers at the next.  Numbers -> (N, 1), (E,) -> (N, E)
 
@@ -98,6 +103,7 @@ def fatigue(start: float | Tensor, end: float | Tensor, num_rows: int, *, shift:
     return torch.lerp(first.reshape(-1), last.reshape(-1), tired.unsqueeze(-1))
 
 
+@numpy_or_torch
 def hide_answers(answers: Tensor, probability: float | Tensor, *, seed: int) -> Tensor:
     """The answers, each one missing with the given probability: -1, or NaN where answers are real.  (...,) -> (...,)
 

@@ -17,7 +17,7 @@ from deferral.losses.comp_sum_compiled import compiled_block, recomputed_comp_su
 from deferral.losses.entries import entry
 from deferral.losses.probabilities import ABSENT
 from deferral.numerics import cast_like, lift
-from deferral.validation import action_mask, require_actions, require_floating
+from deferral.validation import action_mask, require_actions, require_floating, require_number
 
 __all__ = [
     "comp_sum",
@@ -71,6 +71,7 @@ def _kernel(
     ceiling: float | Tensor | None = None,
 ) -> Tensor:
     """The weights belong to the last columns, the target to those before; with a ceiling, costs stand for their weights."""
+    require_number("mu", mu)
     if not 0.0 <= mu <= 2.0:
         raise ValueError(f"mu: expected a number in [0, 2] (0 sum-exponential, 1 logistic, 2 MAE), got {mu}")
     scores, weights = lift(scores), lift(weights)

@@ -10,7 +10,7 @@ from deferral.losses.multi_expert import single_stage_deferral
 from deferral.losses.probabilities import asymmetric_logit, log_probabilities
 from deferral.losses.published import asymmetric_softmax, mozannar_sontag, one_vs_all
 from deferral.numerics import lift
-from deferral.validation import require_floating
+from deferral.validation import require_floating, require_number, require_whole
 
 __all__ = ["expert_correctness"]
 
@@ -43,8 +43,11 @@ def expert_correctness(
     solved for the cost.
     """
     require_floating("scores", scores)
+    require_whole("num_classes", num_classes)
     if not 0 < num_classes < scores.shape[-1]:
         raise ValueError(f"num_classes: expected 1..{scores.shape[-1] - 1} for scores {tuple(scores.shape)}, got {num_classes}")
+    require_number("mu", mu)
+    require_number("ceiling", ceiling)
     if loss is not single_stage_deferral and (mu, ceiling) != (1.0, 1.0):
         raise ValueError(f"mu, ceiling: expected none but with single_stage_deferral, got mu={mu} and ceiling={ceiling}")
     if loss is not one_vs_all and phi is not logistic:

@@ -17,6 +17,7 @@ from deferral.validation import (
     require_ceiling,
     require_experts,
     require_floating,
+    require_number,
 )
 
 __all__ = ["single_stage_deferral", "two_stage_deferral"]
@@ -43,6 +44,8 @@ def single_stage_deferral(
     """
     require_floating("expert_costs", expert_costs)
     num_classes = require_experts(scores, targets, "expert_costs", expert_costs)
+    if not isinstance(ceiling, Tensor):
+        require_number("ceiling", ceiling)
     if isinstance(ceiling, Tensor) or not ceiling >= 1:
         raise ValueError(
             f"ceiling: expected a number of at least 1, the cost of a wrong class, got {ceiling}; the weight ceiling - 1 of the "

@@ -24,7 +24,7 @@ from deferral.losses.margin import (
     sigmoid,
 )
 from deferral.numerics import cast_like, lift
-from deferral.validation import require_cost, require_floating, require_rejector, require_targets, require_tensor
+from deferral.validation import require_cost, require_floating, require_number, require_rejector, require_targets, require_tensor
 
 __all__ = [
     "constrained_rho_hinge",
@@ -147,6 +147,8 @@ def _at_targets(losses: Callable[..., Tensor], scores: Tensor, targets: Tensor, 
 
 
 def _consistent_psi(base: PredictorLoss, psi: float | None, num_classes: int, alpha: float, beta: float) -> float:
+    require_number("alpha", alpha)
+    require_number("beta", beta)
     if alpha <= 0 or beta <= 0:
         raise ValueError(f"alpha, beta: expected positive numbers, got {alpha} and {beta}")
     multiples: dict[object, float] = {mae: 1, double_mae: 2, max_rho_margin: 1, constrained_rho_hinge: num_classes}

@@ -32,10 +32,12 @@ from deferral.validation import (
     action_mask,
     one_expert_mask,
     require_batch,
+    require_columns,
     require_cost,
     require_experts,
     require_floating,
     require_mask,
+    require_number,
     require_rejector,
     require_share,
     require_targets,
@@ -254,7 +256,9 @@ def mixture_of_experts(
     """
     require_floating("scores", scores)
     require_floating("gate", gate)
+    require_columns("gate", gate)
     require_tensor("expert_correct", expert_correct)
+    require_columns("expert_correct", expert_correct)
     require_targets(scores, targets, scores.shape[-1])
     if expert_correct.shape[-1] != gate.shape[-1] - 1:
         raise ValueError(
@@ -284,6 +288,7 @@ def deep_gamblers(scores: Tensor, targets: Tensor, *, reward: float, ignore_inde
     require_floating("scores", scores)
     num_classes = scores.shape[-1] - 1
     require_targets(scores, targets, num_classes)
+    require_number("reward", reward)
     if not 1 < reward <= num_classes:
         raise ValueError(f"reward: expected a number above 1 and at most the {num_classes} classes, got {reward}")
     targets, counts = without_ignored(targets, ignore_index)
@@ -356,6 +361,8 @@ def selective_net(
             "losses, selection, auxiliary_losses: expected one value per row of a non-empty batch each, got "
             f"{tuple(losses.shape)}, {tuple(selection.shape)} and {tuple(auxiliary_losses.shape)}"
         )
+    require_number("coverage", coverage)
+    require_number("penalty", penalty)
     if not 0 < coverage <= 1:
         raise ValueError(f"coverage: expected a number above 0 and at most 1, got {coverage}")
     require_share("alpha", alpha)

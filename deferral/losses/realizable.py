@@ -30,6 +30,7 @@ from deferral.validation import (
     require_batch,
     require_experts,
     require_floating,
+    require_number,
     require_targets,
 )
 
@@ -163,6 +164,7 @@ def realizable_router(scores: Tensor, costs: Tensor, *, mask: Tensor | None = No
 
 
 def _psi(log_t: Tensor, q: float) -> Tensor:
+    require_number("q", q)
     if not 0.0 <= q <= 1.0:
         raise ValueError(f"q: expected a number in [0, 1] (0 logarithmic, 1 linear), got {q}")
     return -log_t if q == 0 else -torch.expm1(q * log_t) / q

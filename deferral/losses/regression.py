@@ -9,7 +9,15 @@ from torch import Tensor
 from deferral.losses.comp_sum import comp_sum
 from deferral.losses.margin import Margin, logistic
 from deferral.numerics import lift
-from deferral.validation import action_mask, require_batch, require_floating, require_rejector, require_tensor
+from deferral.validation import (
+    action_mask,
+    require_batch,
+    require_columns,
+    require_floating,
+    require_number,
+    require_rejector,
+    require_tensor,
+)
 
 __all__ = ["regression_abstention", "regression_deferral"]
 
@@ -31,6 +39,7 @@ def regression_deferral(
     require_floating("scores", scores)
     require_floating("predictor_loss", predictor_loss)
     require_floating("expert_costs", expert_costs)
+    require_columns("expert_costs", expert_costs)
     if predictor_loss.shape != scores.shape[:-1]:
         raise ValueError(
             f"predictor_loss: expected one number per row of scores {tuple(scores.shape)}, got shape "
@@ -72,6 +81,8 @@ def regression_abstention(predictor_loss: Tensor, rejector: Tensor, cost: Tensor
         require_tensor("cost", cost)
     if isinstance(cost, Tensor):
         require_batch("rejector", rejector.shape, "cost", cost.shape)
-    elif not cost >= 0:
-        raise ValueError(f"cost: expected a non-negative number in the units of the loss, got {cost}")
+    else:
+        require_number("cost", cost)
+        if not cost >= 0:
+            raise ValueError(f"cost: expected a non-negative number in the units of the loss, got {cost}")
     return predictor_loss * phi(-rejector) + cost * phi(rejector)
