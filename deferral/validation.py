@@ -248,7 +248,7 @@ def require_rejector(rejector: Tensor, rows: torch.Size) -> None:
 def require_cost_range(cost: Tensor | float) -> None:
     """ValueError for a cost of abstention given as a number outside [0, 1]; tensors are checked by `check_costs`."""
     # Numbers first: a compiler that has made one a variable asks it for no attributes.
-    if not isinstance(cost, (int, float, Tensor)) and hasattr(cost, "__len__"):
+    if not isinstance(cost, (int, float, str, Tensor)) and hasattr(cost, "__len__"):
         raise TypeError(f"cost: expected a number or a torch tensor, got {type(cost).__name__}; convert it with torch.as_tensor")
     if isinstance(cost, Tensor):
         return

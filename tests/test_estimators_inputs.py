@@ -202,6 +202,23 @@ def frozen(X: np.ndarray, y: np.ndarray) -> FrozenEstimator:
     return FrozenEstimator(LogisticRegression().fit(X, y))
 
 
+@pytest.mark.parametrize("bad", ["a", None, [0.1, "a"], True])
+def test_numbers_that_are_none_are_told_by_name(bad) -> None:
+    X, y, answers = half_known(60, seed=0)
+    for model in (AbstainingClassifier(cost=bad), AbstainingRegressor(cost=bad)):
+        with pytest.raises(TypeError, match="cost: expected a number"):
+            model.fit(X, y)
+    if bad is not None:
+        with pytest.raises(TypeError, match="l2: expected a number"):
+            AbstainingClassifier(l2=bad).fit(X, y)
+    if bad is not True:
+        for model in (DeferralClassifier(price=bad), DeferralRegressor(alpha=bad)):
+            with pytest.raises(TypeError, match=r"(price|alpha): expected a torch tensor, or numbers"):
+                model.fit(X, y, answers)
+    with pytest.raises(TypeError, match="estimator: expected a scikit-learn estimator, a torch module or None, got str"):
+        AbstainingClassifier("logistic").fit(X, y)
+
+
 def named(answers: np.ndarray, names: str = "ab") -> pd.DataFrame:
     return pd.DataFrame(answers, columns=list(names))
 
@@ -254,9 +271,25 @@ def named(answers: np.ndarray, names: str = "ab") -> pd.DataFrame:
         (lambda X, y, a: DeferralRegressor().fit(X, y, a * np.inf), "finite numbers"),
         (lambda X, y, a: AbstainingClassifier(DummyRegressor()).fit(X, y), "expected a classifier"),
         (lambda X, y, a: AbstainingRegressor(nn.Linear(3, 2)).fit(X, y), "one number per row"),
+        *(
+            (
+                lambda X, y, a, rows=rows: AbstainingClassifier().fit(X[:rows], np.arange(rows) % 2),
+                rf"at least 5 rows of some class, one for each of the 5 folds, got {(rows + 1) // 2} \(n_samples={rows}\); pass",
+            )
+            for rows in (1, 2, 4, 8)
+        ),
+        (lambda X, y, a: AbstainingClassifier(frozen(X, y)).fit(X[:4], y[:4]), "cv: expected at least 5 rows of some class"),
+        (lambda X, y, a: DeferralClassifier(cv=50).fit(X, y, a), "cv: expected at least 50 rows of some class"),
+        (
+            lambda X, y, a: DeferralRegressor().fit(X[:4], X[:4, 0], X[:4]),
+            r"at least 5 rows, one for .* got 4 \(n_samples=4\)",
+        ),
+        (lambda X, y, a: AbstainingRegressor(cv=1).fit(X, X[:, 0]), "cv: expected at least 2 folds, or a splitter, got 1"),
+        (lambda X, y, a: AbstainingClassifier().fit(X, y * 0), "y: the predictor cannot learn from the one class 0 alone"),
+        (lambda X, y, a: AbstainingClassifier().fit(X, np.arange(60) == 7), "cannot learn from the one class False alone"),
     ],
 )
-@pytest.mark.filterwarnings("ignore:invalid value encountered in multiply")
+@pytest.mark.filterwarnings("ignore:invalid value encountered in multiply", "ignore:The least populated class")
 def test_bad_input(call, said: str) -> None:
     X, y, answers = half_known(60, seed=0)
     with pytest.raises(ValueError, match=said):

@@ -8,7 +8,9 @@ import torch
 from sklearn.utils.validation import check_consistent_length
 from torch import Tensor
 
+from deferral.arrays import tensor_of
 from deferral.estimators.two_stage import TwoStage
+from deferral.validation import require_number
 
 __all__ = ["Abstaining", "Deferring"]
 
@@ -56,6 +58,7 @@ class Abstaining(TwoStage):
         return self._one_less(taken, targets, sample_weight)
 
     def _require_cost(self) -> None:
+        require_number("cost", self.cost)
         if not 0 <= self.cost < float("inf"):
             raise ValueError(f"cost: expected a non-negative number, got {self.cost}")
 
@@ -165,7 +168,7 @@ class Deferring(TwoStage):
         return self._per_action("alpha", 1.0, errors) * errors + self._per_action("price", 0.0, errors)
 
     def _per_action(self, name: str, own: float, errors: Tensor) -> Tensor:
-        value = torch.tensor(np.array(getattr(self, name), dtype=np.float64))
+        value = tensor_of(name, getattr(self, name)).double()
         num_experts = errors.shape[-1] - 1
         if value.shape not in ((), (num_experts,)) or not bool((value.isfinite() & (value >= 0)).all()):
             raise ValueError(

@@ -19,6 +19,7 @@ from deferral.estimators.persistence import load, save
 from deferral.estimators.predictor import fit_clone, is_frozen, table_of_numbers
 from deferral.estimators.rejector import HeldOut, fit_cost_model
 from deferral.estimators.training_rows import warn_of_training_rows
+from deferral.validation import require_number
 
 __all__ = ["TwoStage"]
 
@@ -122,9 +123,10 @@ class TwoStage(BaseEstimator):
         """Fit the predictor; its answers (N,) and outputs (N, D) where it was not fitted, and the fold of every row (N,)."""
         base = self._default(sparse=issparse(X)) if self.estimator is None else self.estimator
         frozen = is_frozen(base)
-        self.estimator_ = base if frozen else fit_clone(base, X, y, sample_weight)
+        splitter = self._splitter(y)
+        self.estimator_ = base if frozen else self._fit_clone(base, X, y, sample_weight)
         parts, fold = [], np.full(len(y), -1)
-        for number, (train, test) in enumerate(self._splitter(y).split(X, y, groups)):
+        for number, (train, test) in enumerate(splitter.split(X, y, groups)):
             if (fold[test] >= 0).any():
                 raise ValueError("cv: expected every row in at most one test part; use a splitter such as KFold")
             fold[test] = number
@@ -135,7 +137,7 @@ class TwoStage(BaseEstimator):
                         "cv: expected no row in the train and the test part of one split; use a splitter such as KFold"
                     )
                 weights = None if sample_weight is None else sample_weight[train]
-                model = fit_clone(base, _safe_indexing(X, train), y[train], weights)
+                model = self._fit_clone(base, _safe_indexing(X, train), y[train], weights)
                 parts.append((test, *self._outputs(model, _safe_indexing(X, test))))
         if sample_weight is not None:
             # A row that counts nothing is not there.
@@ -153,6 +155,17 @@ class TwoStage(BaseEstimator):
         for test, answers, features in parts:
             own[test], outputs[test] = answers, features
         return own, outputs, fold
+
+    def _fit_clone(self, base: Any, X: Any, y: np.ndarray, sample_weight: np.ndarray | None) -> Any:
+        try:
+            return fit_clone(base, X, y, sample_weight)
+        except ValueError as error:
+            if self._stratified and len(np.unique(y)) == 1:
+                raise ValueError(
+                    f"y: the predictor cannot learn from the one class {y.tolist()[0]!r} alone, which is all that y holds, or "
+                    "all that it holds outside one fold of cv; it needs two classes of at least two rows each"
+                ) from error
+            raise
 
     def expected_cost(self, X: Any) -> np.ndarray:
         """The expected cost of every action, on which `decision` rests: action 0 is the own answer.  -> (N, A)
@@ -199,8 +212,14 @@ class TwoStage(BaseEstimator):
 
     def _record(self, X: Any, y: Any, sample_weight: Any) -> tuple[np.ndarray, np.ndarray | None]:
         """The targets and the weights, checked; what is to be known of X and the targets is stored."""
-        if self.l2 is not None and not 0 <= self.l2 < float("inf"):
-            raise ValueError(f"l2: expected a finite number >= 0, or None to choose one, got {self.l2}")
+        if self.l2 is not None:
+            require_number("l2", self.l2)
+            if not 0 <= self.l2 < float("inf"):
+                raise ValueError(f"l2: expected a finite number >= 0, or None to choose one, got {self.l2}")
+        if self.estimator is not None and not isinstance(self.estimator, nn.Module) and not hasattr(self.estimator, "fit"):
+            raise TypeError(
+                f"estimator: expected a scikit-learn estimator, a torch module or None, got {type(self.estimator).__name__}"
+            )
         validate_data(self, X=X, y=y, skip_check_array=True)
         targets = self._read_targets(y)
         check_consistent_length(X, targets)
@@ -214,8 +233,17 @@ class TwoStage(BaseEstimator):
 
     def _splitter(self, y: np.ndarray) -> Any:
         if isinstance(self.cv, Integral):
+            folds, most = int(self.cv), int(np.unique(y, return_counts=True)[1].max()) if self._stratified else len(y)
+            if folds < 2:
+                raise ValueError(f"cv: expected at least 2 folds, or a splitter, got {self.cv}")
+            if most < folds:
+                of = "rows of some class" if self._stratified else "rows"
+                raise ValueError(
+                    f"cv: expected at least {folds} {of}, one for each of the {folds} folds, got {most} (n_samples={len(y)}); "
+                    "pass more rows, or fewer folds, at least 2"
+                )
             # Shuffled, since tables are often sorted; with a fixed seed, so that fit is a function of its arguments.
-            return (StratifiedKFold if self._stratified else KFold)(int(self.cv), shuffle=True, random_state=0)
+            return (StratifiedKFold if self._stratified else KFold)(folds, shuffle=True, random_state=0)
         return check_cv(self.cv, y, classifier=self._stratified)
 
     def __sklearn_tags__(self) -> Any:
