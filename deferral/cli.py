@@ -19,7 +19,7 @@ try:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from deferral.command_line import Commands
+    from deferral.command_line import Commands, FiniteRange
 except ModuleNotFoundError as error:
     sys.exit(f"the command line needs {error.name}: {installing('cli')}")
 
@@ -169,6 +169,13 @@ def demo_gateway(count: int, seed: int, out: Path | None, stay: bool, port: int)
 @click.option("--seed", type=_SEED, default=0, show_default=True, help="Of the rows drawn by --calibrate.")
 @click.option("--regression", is_flag=True, help="Targets and answers are numbers, costs squared errors.")
 @click.option(
+    "--level",
+    type=FiniteRange(0, 1, min_open=True, max_open=True),
+    default=0.95,
+    show_default=True,
+    help="Of all intervals.",
+)
+@click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
     default=Path("deferral-evaluation"),
@@ -182,13 +189,15 @@ def evaluate(
     calibrate: float,
     seed: int,
     regression: bool,
+    level: float,
     out: Path,
 ) -> None:
     """Judge the outputs of any tool: costs, intervals, paired differences, curves, baselines.
 
     FILES are CSV or Parquet, one for each method, all with the same rows in the same order.  Columns: target, answer (the
     model's), answer_NAME (expert NAME's; empty where missing), score and score_NAME (higher is preferred), score_abstain,
-    action (own, NAME or abstain: who answered, if not the highest score), probability and probability_NAME (P(right)).
+    action (own, NAME or abstain: who answered, if not the highest score), probability and probability_NAME (P(right)).  Other
+    columns are not read.
     """
     from deferral.evaluation.evaluate import evaluate as judge
     from deferral.evaluation.pictures import draw_evaluation
@@ -208,6 +217,7 @@ def evaluate(
             calibration_share=calibrate,
             seed=seed,
             regression=regression,
+            level=level,
             on_stage=status.update,
         )
     written, left_out = [save_evaluation(evaluation, out), save_rows(evaluation, out)], ""

@@ -55,6 +55,8 @@ def test_the_demo_prints_a_table_and_saves_pictures_and_figures(tmp_path: Path) 
         (("evaluate", __file__, "--price", "0.05", "--out", "{tmp}"), "expected NAME=COST, got '0.05'"),
         (("evaluate", __file__, "--price", "a=b", "--out", "{tmp}"), "expected NAME=COST, got 'a=b'"),
         (("evaluate", __file__, "--out", "/dev/null/x"), "Not a directory"),
+        (("evaluate", __file__, "--level", "95", "--out", "{tmp}"), "Invalid value for '--level': 95"),
+        (("evaluate", __file__, "--level", "nan", "--out", "{tmp}"), "expected a finite number, got nan"),
         (("demo", "--out", "/dev/null/x"), "Not a directory"),
         (("nonsense",), "No such command"),
     ],

@@ -366,6 +366,13 @@ BAD = {
     "there is no column 'target'": GOOD.replace("target", "truth"),
     "there is no column 'score_A'": "target,answer,answer_A,score\na,a,b,0.5\n",
     "column 'score_B' is not one of": GOOD.replace("score_A", "score_B"),
+    "column 'Answer' is not one of": GOOD.replace("a,a,b", "a,a,b,a").replace("b,a,b", "b,a,b,a").replace("A,", "A,Answer,", 1),
+    "column 'abstain_score' is not one of action, answer, answer_A, probability, probability_A, score, score_A, score_abstain, "
+    "target; did you mean 'score_abstain'?  Rename it": GOOD.replace("score_A", "score_A,abstain_score").replace("5\n", "5,0\n"),
+    "column 'actions' is not one of action, answer, probability, score, score_abstain, target; did you mean 'action'?": (
+        "target,answer,score,actions\na,a,0.5,own\n"
+    ),
+    "column 'probabilities' is not one of": "target,answer,score,probabilities\na,a,0.5,0.9\n",
     "nothing says who answers": "target,answer,answer_A\na,a,b\n",
     "at least one row": "target,answer,score\n",
     "column 'answer' is there twice": "target,answer,answer,score\na,a,a,0.5\n",
@@ -400,6 +407,50 @@ def test_a_bad_file_is_named_by_row_and_column(tmp_path: Path, message: str) -> 
         evaluate([path])
     assert message in str(error.value)
     assert "oracle" in message or str(path) in str(error.value)
+
+
+def test_other_columns_are_not_read_and_a_note_says_so(tmp_path: Path) -> None:
+    table = columns()
+    plain = evaluate([write(tmp_path / "ours.csv", table)], prices=PRICES)
+    more = {"id": list(range(ROWS)), "text": ["a, b"] * ROWS, "price_Ann": [0.1] * ROWS} | table
+    many = write(tmp_path / "theirs.parquet", table | {f"x{number}": [0.0] * ROWS for number in range(7)})
+    extended = tmp_path / "ours.parquet"
+    evaluation = evaluate([write(extended, more), many], prices=PRICES)
+    assert evaluation.comparison.notes == [
+        "ours.parquet: columns that are not read: id, text, price_Ann.",
+        "theirs.parquet: columns that are not read: x0, x1, x2, x3, x4, 2 more.",
+    ]
+    assert evaluation.comparison.figures["ours"] == plain.comparison.figures["ours"]
+    assert plain.comparison.notes == []
+
+
+def test_the_level_is_that_of_all_intervals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = columns() | {"probability": [0.1 + 0.8 * (row % 7) / 6 for row in range(ROWS)]}
+    path = write(tmp_path / "ours.csv", table)
+    wide, usual = (evaluate([path], prices=PRICES, level=level) for level in (0.99, 0.95))
+    assert usual.comparison.figures == evaluate([path], prices=PRICES).comparison.figures
+    both = wide.comparison.figures, usual.comparison.figures
+    pairs = [tuple(figures[name].cost for figures in both) for name in both[0]]
+    pairs.append(tuple(figures["oracle"].difference for figures in both))
+    pairs += [tuple(each.areas["ours"][name] for each in (wide, usual)) for name in usual.areas["ours"]]
+    pairs += [
+        tuple(each.calibration["the model"][name] for each in (wide, usual)) for name in ("Brier", "debiased squared error")
+    ]
+    for one, other in pairs:
+        assert one.estimate == other.estimate
+        assert one.low < other.low
+        assert other.high < one.high
+    for bands in ("risk", "cost"):
+        (*_, one_low, one_high), (*_, low, high) = getattr(wide, bands)["ours"], getattr(usual, bands)["ours"]
+        assert bool((one_low <= low).all() & (high <= one_high).all() & (one_high - one_low > high - low).any())
+    assert json.loads(save_evaluation(wide, tmp_path).read_text(encoding="utf-8"))["settings"]["level"] == 0.99
+    show_evaluation(wide)
+    shown = capsys.readouterr().out
+    assert "half the 99%" in shown
+    assert "half the 99% interval" in " ".join(shown.split())
+    assert "95%" not in shown
+    with pytest.raises(ValueError, match="level: expected a number between 0 and 1, got 95"):
+        evaluate([path], level=95)
 
 
 def test_files_and_options_that_do_not_fit_together(tmp_path: Path) -> None:

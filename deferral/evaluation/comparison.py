@@ -107,6 +107,7 @@ class Comparison:
     targets: Tensor
     settings: dict[str, Any]
     notes: list[str]
+    level: float = 0.95  # of the intervals
 
     def __getitem__(self, name: str) -> Method:
         for method in self.methods:
@@ -124,14 +125,18 @@ class Comparison:
         differences = self[self.reference].cost.double().unsqueeze(-1) - columns[..., 0]
         columns = torch.cat([columns, differences.unsqueeze(-1)], dim=-1)
         means, resampled = average(columns), bootstrap(lambda weights: average(columns, weights), rows=len(columns))
+
+        def of(mean: Tensor, samples: Tensor) -> Interval:
+            return interval(mean, samples, level=self.level)
+
         figures = {}
         for number, method in enumerate(self.methods):
             mean, samples = means[number], resampled[:, number]
             figures[method.name] = Figures(
-                cost=interval(mean[0], samples[:, 0]),
-                accuracy=None if bool(mean[1].isnan()) else interval(mean[1], samples[:, 1]),
-                coverage=interval(mean[2], samples[:, 2]),
-                loads=[interval(mean[3 + j], samples[:, 3 + j]) for j in range(len(self.experts))],
-                difference=interval(mean[-1], samples[:, -1]),
+                cost=of(mean[0], samples[:, 0]),
+                accuracy=None if bool(mean[1].isnan()) else of(mean[1], samples[:, 1]),
+                coverage=of(mean[2], samples[:, 2]),
+                loads=[of(mean[3 + j], samples[:, 3 + j]) for j in range(len(self.experts))],
+                difference=of(mean[-1], samples[:, -1]),
             )
         return figures

@@ -28,6 +28,7 @@ from deferral.evaluation.comparison import GRID, MODEL, RESAMPLES, Comparison, M
 from deferral.evaluation.outputs import Outputs, read_outputs
 from deferral.intervals import Interval, bootstrap, mean_interval, metric_interval
 from deferral.reliability import brier, calibration_error, debiased_calibration_error
+from deferral.validation import require_level
 
 __all__ = ["Evaluation", "evaluate"]
 
@@ -56,15 +57,18 @@ def evaluate(
     calibration_share: float = 0.0,
     seed: int = 0,
     regression: bool = False,
+    level: float = 0.95,
     on_stage: Callable[[str], object] = lambda stage: None,
 ) -> Evaluation:
     """Read one file per method (see `read_outputs`), all on the same rows, and judge them; the first is the reference.
 
     `prices`: what asking an expert costs, in units of one error (of squared error in regression).  With a
     `calibration_share`, that share of the rows, drawn at random, fits one threshold per method, and the others judge it.
+    `level` is that of all intervals.
     DataError where the files do not belong together or the costs do not fit them.  `on_stage` is told what is being worked on:
     intervals of a hundred thousand rows take minutes.
     """
+    require_level(level)
     on_stage("reading")
     outputs = [read_outputs(path, regression=regression) for path in paths]
     first = outputs[0]
@@ -80,11 +84,11 @@ def evaluate(
     for number, output in enumerate(outputs):
         if output.scores is not None:
             on_stage(f"{output.name}: areas and curves (file {number + 1} of {len(outputs)})")
-            areas[output.name], risk[output.name], band = _judged_curves(output.scores[judging], files.system(number))
+            areas[output.name], risk[output.name], band = _judged_curves(output.scores[judging], files.system(number), level)
             if band is not None:
                 cost[of_file[output.name]] = band
     on_stage("calibration of the probabilities")
-    calibration, probabilities = _reliability(first, judging)
+    calibration, probabilities = _reliability(first, judging, level)
     comparison = Comparison(
         name=first.name,
         title=f"{', '.join(path.name for path in paths)}: {len(judging)} rows"
@@ -100,8 +104,10 @@ def evaluate(
             "abstain_cost": abstain_cost,
             "calibration_share": calibration_share,
             "seed": seed,
+            "level": level,
         },
-        notes=_notes(first, len(judging)),
+        notes=[*_notes(first, len(judging)), *_unread(outputs, paths)],
+        level=level,
     )
     return Evaluation(comparison, judging, areas, risk, cost, calibration, probabilities)
 
@@ -168,6 +174,15 @@ def _notes(output: Outputs, rows: int) -> list[str]:
     return notes
 
 
+def _unread(outputs: list[Outputs], paths: Sequence[Path]) -> list[str]:
+    notes = []
+    for output, path in zip(outputs, paths, strict=True):
+        if output.ignored:
+            names = [*output.ignored[:5], *([f"{len(output.ignored) - 5} more"] if len(output.ignored) > 5 else [])]
+            notes.append(f"{path.name}: columns that are not read: {', '.join(names)}.")
+    return notes
+
+
 def _costs(output: Outputs, prices: list[float], abstain_cost: float | None) -> Tensor:
     asked = 1 + len(prices)
     answers = output.answers[:, :asked]
@@ -194,7 +209,7 @@ def _doubt(scores: Tensor) -> Tensor:
 
 
 def _judged_curves(
-    scores: Tensor, system: System
+    scores: Tensor, system: System, level: float
 ) -> tuple[dict[str, Interval], tuple[Curve, Tensor, Tensor], tuple[Tensor, Tensor] | None]:
     """Areas with intervals, the risk-coverage curve with its ends on GRID, and the ends of the cost-coverage curve."""
     deferring = scores.shape[-1] > 1
@@ -209,11 +224,12 @@ def _judged_curves(
     confidence = margin_levels(doubt).double()
 
     def figure(metric: Callable[[Tensor], Tensor]) -> Interval:
-        return metric_interval(metric, len(own), resamples=RESAMPLES)
+        return metric_interval(metric, len(own), level=level, resamples=RESAMPLES)
 
     def band(metric: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         curves = bootstrap(metric, len(own), resamples=RESAMPLES)
-        low, high = torch.nanquantile(curves, torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
+        ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+        low, high = torch.nanquantile(curves, ends, dim=0)
         return low, high
 
     areas = {
@@ -230,7 +246,9 @@ def _judged_curves(
     return areas, risk, cost
 
 
-def _reliability(output: Outputs, judging: Tensor) -> tuple[dict[str, dict[str, Interval]], dict[str, tuple[Tensor, Tensor]]]:
+def _reliability(
+    output: Outputs, judging: Tensor, level: float
+) -> tuple[dict[str, dict[str, Interval]], dict[str, tuple[Tensor, Tensor]]]:
     if output.probabilities is None or output.labels is None:
         return {}, {}
     figures, rows = {}, {}
@@ -246,14 +264,14 @@ def _reliability(output: Outputs, judging: Tensor) -> tuple[dict[str, dict[str, 
         figures[name] = {
             # No percentile of its resamples is the end of an interval: they are all too large.
             "ECE": Interval(float(calibration_error(probability, right, bins=bins)), torch.nan, torch.nan),
-            "debiased squared error": _debiased(probability, right, bins),
-            "Brier": mean_interval(brier(probability, right), resamples=RESAMPLES),
+            "debiased squared error": _debiased(probability, right, bins, level),
+            "Brier": mean_interval(brier(probability, right), level=level, resamples=RESAMPLES),
         }
     return figures, rows
 
 
-def _debiased(probability: Tensor, right: Tensor, bins: int) -> Interval:
+def _debiased(probability: Tensor, right: Tensor, bins: int, level: float) -> Interval:
     def metric(weights: Tensor) -> Tensor:
         return debiased_calibration_error(probability, right, weights, bins=bins)
 
-    return metric_interval(metric, len(right), resamples=RESAMPLES, centred=True)
+    return metric_interval(metric, len(right), level=level, resamples=RESAMPLES, centred=True)

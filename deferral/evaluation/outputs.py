@@ -9,10 +9,13 @@ Columns, of which `target` and `answer` must be there:
     score_abstain        the same for abstaining
     action               who answered, if not the highest score: own, the expert's name, or abstain
     probability, probability_NAME   P(the answer is right), for reliability and for the baseline compare-confidence
+
+Other columns are not read, unless they look like one of these in another spelling, which is an error.
 """
 
 import re
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +48,7 @@ class Outputs:
     scores: Tensor | None  # (N, A), float64
     actions: Tensor  # (N,)
     probabilities: Tensor | None  # (N, 1 + E), NaN where the file has none
+    ignored: list[str]  # columns that were not read
 
 
 def read_outputs(path: Path, *, regression: bool = False) -> Outputs:
@@ -53,7 +57,7 @@ def read_outputs(path: Path, *, regression: bool = False) -> Outputs:
     experts = [name.removeprefix("answer_") for name in table.names if name.startswith("answer_")]
     if reserved := [name for name in experts if name in _RESERVED]:
         raise DataError(f"{path}: an expert cannot be called {reserved[0]!r}; rename the column 'answer_{reserved[0]}'")
-    _check_names(table, experts)
+    ignored = _unread(table, experts)
     abstains = "score_abstain" in table.names or ("action" in table.names and ABSTAIN in table.text("action"))
     answer_columns = ["answer", *(f"answer_{name}" for name in experts)]
     labels: list[str] | None = None
@@ -77,20 +81,38 @@ def read_outputs(path: Path, *, regression: bool = False) -> Outputs:
         actions = decide(scores, mask=mask)
     else:
         raise DataError(f"{path}: nothing says who answers; give the columns score and score_NAME, or a column action")
-    return Outputs(path.stem, experts, abstains, labels, targets, answers, mask, scores, actions, _probabilities(table, experts))
+    probabilities = _probabilities(table, experts)
+    return Outputs(path.stem, experts, abstains, labels, targets, answers, mask, scores, actions, probabilities, ignored)
 
 
-def _check_names(table: Table, experts: list[str]) -> None:
+def _unread(table: Table, experts: list[str]) -> list[str]:
+    """The columns that are none of an output's; DataError where one must be there, or another is one in another spelling."""
     if missing := [name for name in ("target", "answer") if name not in table.names]:
         split = "; separate the cells by commas" if len(table.names) == 1 and re.search("[;\t|]", table.names[0]) else ""
         raise DataError(f"{table.path}: there is no column {missing[0]!r}; the columns are {', '.join(table.names)}{split}")
     known = {"target", "answer", "action", "score", "score_abstain", "probability"}
     known |= {f"{kind}_{name}" for kind in ("answer", "score", "probability") for name in experts}
-    if strange := sorted(set(table.names) - known):
-        raise DataError(
-            f"{table.path}: column {strange[0]!r} is not one of {', '.join(sorted(known))}; "
-            "rename it, or leave it out (an expert needs a column answer_NAME)"
-        )
+    unread = [name for name in table.names if name not in known]
+    for name in unread:
+        meant = _looks_like(name, sorted(known))
+        if meant is not None or name.casefold().startswith(("answer", "score", "probab")):
+            asked = f"did you mean {meant!r}?  Rename it" if meant else "rename it"
+            raise DataError(
+                f"{table.path}: column {name!r} is not one of {', '.join(sorted(known))}; {asked}, or leave it out (an "
+                "expert needs a column answer_NAME)"
+            )
+    return unread
+
+
+def _looks_like(name: str, known: list[str]) -> str | None:
+    """The known name that differs in case, in the order of its words, or by a letter or two."""
+    spelt = {_folded(other): other for other in known}
+    close = get_close_matches(_folded(name), spelt, n=1, cutoff=0.85)
+    return spelt[close[0]] if close else None
+
+
+def _folded(name: str) -> str:
+    return "_".join(sorted(re.findall(r"[^\W_]+", name.casefold())))
 
 
 def _labels(table: Table, columns: list[str]) -> tuple[list[str], Tensor]:

@@ -39,7 +39,7 @@ def show(comparison: Comparison) -> None:
     print_whole(table)
     units = "units of one error.  accuracy: of the rows that get an answer" if comparison.classes else "squared errors"
     legend = (
-        f"cost: per row, prices included, in {units}.  ±: half the 95%",
+        f"cost: per row, prices included, in {units}.  ±: half the {100 * comparison.level:g}%",
         f"bootstrap interval.  last column: paired over the test rows; below 0, {comparison.reference} is cheaper than the row.",
     )
     for note in (*legend, *comparison.notes):
@@ -49,12 +49,12 @@ def show(comparison: Comparison) -> None:
 def show_evaluation(evaluation: "Evaluation") -> None:
     """Print the table of methods, the areas under their curves, and how far the probabilities can be believed."""
     show(evaluation.comparison)
-    figure_as = _cost_format(evaluation.comparison, digits=4)
+    figure_as, level = _cost_format(evaluation.comparison, digits=4), f"{100 * evaluation.comparison.level:g}%"
     for title, rows in (("areas under the curves of the own loss", evaluation.areas), ("calibration", evaluation.calibration)):
         headings = list(dict.fromkeys(heading for figures in rows.values() for heading in figures))
         if not rows:
             continue
-        table = table_of(f"\n{title}, ± half the 95% interval of {RESAMPLES} resamples", "", *headings)
+        table = table_of(f"\n{title}, ± half the {level} interval of {RESAMPLES} resamples", "", *headings)
         for name, figures in rows.items():
             table.add_row(escape(name), *(plus_minus(figures.get(heading), figure_as) for heading in headings))
         print_whole(table)
