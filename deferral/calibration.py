@@ -99,19 +99,19 @@ def deferral_rate_offsets(scores: Tensor, rate: float, *, num_own: int, mask: Te
 
 
 @numpy_or_torch
-def budget_offsets(scores: Tensor, prices: Tensor, budget: float, *, num_own: int, mask: Tensor | None = None) -> Tensor:
+def budget_offsets(scores: Tensor, price: Tensor, budget: float, *, num_own: int, mask: Tensor | None = None) -> Tensor:
     """Offsets that defer as many rows as a budget pays for, in the order of `deferral_margin`.  (N, A), (A,) or (N, A) -> (A,)
 
-    `prices` are what each action costs, own actions included, and `budget` is the mean price of a row, both in one currency.
+    `price` is what each action costs, own actions included, and `budget` the mean price of a row, both in one currency.
     ValueError where no threshold stays within the budget: with free own actions never deferring always does.
     """
     known, mask = checked_scores(scores, num_own, mask)
-    require_actions(scores, prices, name="prices")
+    require_actions(scores, price, name="price")
     # 0.1 in float32 is a little more than a tenth, and a budget may itself have been summed from prices.
-    rounding = torch.finfo(torch.float32).eps if prices.dtype == torch.float32 else 1e-12
-    prices = prices.double().expand_as(scores)
-    check_costs(prices, ceiling=None, mask=mask, name="prices")
-    _, own, asked = own_and_asked(known, prices, num_own=num_own, mask=mask)
+    rounding = torch.finfo(torch.float32).eps if price.dtype == torch.float32 else 1e-12
+    price = price.double().expand_as(scores)
+    check_costs(price, ceiling=None, mask=mask, name="price")
+    _, own, asked = own_and_asked(known, price, num_own=num_own, mask=mask)
     sweep = _sweep_experts(known, num_own)
     spent = (sweep.sums_over_kept(own) + sweep.sums_over_deferred(asked)) / len(scores)
     affordable = spent <= budget * (1 + rounding)

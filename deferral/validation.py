@@ -106,7 +106,7 @@ def require_actions(scores: Tensor, costs: Tensor, *, name: str = "costs") -> No
     require_floating(name, costs)
     if scores.dim() == 0 or costs.shape[-1:] != scores.shape[-1:] or costs.dim() > scores.dim():
         raise ValueError(
-            f"one {name[:-1]} per action: scores {_shape(scores)}, {name} {_shape(costs)}; "
+            f"one {name.removesuffix('s')} per action: scores {_shape(scores)}, {name} {_shape(costs)}; "
             "did you leave out the own predictor's column (action 0)?"
         )
     require_batch("scores", scores.shape[:-1], name, costs.shape[:-1])

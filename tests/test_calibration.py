@@ -390,7 +390,7 @@ def test_bad_input() -> None:
         coverage_offsets(torch.randn(0, 2), 0.5, num_own=1)
     with pytest.raises(ValueError, match="one price per action"):
         budget_offsets(torch.randn(3, 2), torch.rand(1), 0.5, num_own=1)
-    with pytest.raises(ValueError, match="prices: expected non-negative"):
+    with pytest.raises(ValueError, match="price: expected non-negative"):
         budget_offsets(torch.randn(3, 2), torch.tensor([0.0, -0.1]), 0.5, num_own=1)
     with pytest.raises(ValueError, match="own action"):
         coverage_offsets(torch.randn(3, 2), 0.5, mask=torch.zeros(3, 2, dtype=torch.bool), num_own=1)
