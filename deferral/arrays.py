@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deferral.validation import require_number, require_whole
+from deferral.validation import require_number, require_tensor, require_whole
 
 __all__ = ["numpy_or_torch", "tensor_of"]
 
@@ -75,6 +75,9 @@ def tensor_of(name: str, value: Any) -> Tensor:
         if value.is_complex():
             raise TypeError(f"{name}: expected real numbers, got {value.dtype}")
         return value
+    if isinstance(value, tuple) and [str(getattr(part, "dtype", "")).endswith("bool") for part in value] == [False, True]:
+        # Costs and their mask, which NumPy would stack.
+        require_tensor(name, value)
     # Copied: a tensor over a read-only or reversed array is not to be had.
     array = np.array(_unmasked(name, value), order="C")
     if array.dtype.kind not in "biuf":

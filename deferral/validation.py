@@ -94,7 +94,7 @@ def require_floating(name: str, tensor: Tensor) -> None:
     require_tensor(name, tensor)
     if not tensor.is_floating_point():
         raise TypeError(
-            f"{name}: expected a floating dtype, got {tensor.dtype}; convert with {name}.float()"
+            f"{name}: expected a floating dtype, got {tensor.dtype}; convert with {name}.float(), in NumPy {name}.astype(float)"
             + (", or did you pass the model's answers instead of its raw scores?" if name == "scores" else "")
         )
     if name == "scores":

@@ -42,6 +42,7 @@ from deferral.metrics import average, correct, deferral_cost, kept, load, system
 from deferral.reliability import brier, calibration_error, reliability
 
 ROWS = torch.tensor([[0.25, 0.75], [0.5, 0.5]])
+PRICED = error_costs(torch.tensor([[0, 1], [1, -1]]), torch.tensor([0, 1]), missing=-1)
 
 
 class Column:
@@ -99,6 +100,13 @@ def test_an_action_without_a_column_is_named(action: int) -> None:
             "correctness: expected numbers in",
         ),
         (lambda: oracle([["a", "b"]]), TypeError, "costs: expected a torch tensor, or numbers"),
+        (lambda: oracle(PRICED), TypeError, r"got a tuple of 2; with missing=.* \(costs, mask\): pass the two one"),
+        (
+            lambda: fit_offsets(ROWS, tuple(map(torch.Tensor.numpy, PRICED)), num_own=1),
+            TypeError,
+            "costs: .* pass the two one by one",
+        ),
+        (lambda: fit_offsets(ROWS, ROWS > 0, num_own=1), TypeError, r"costs\.float\(\), in NumPy costs\.astype\(float\)"),
         (lambda: oracle(None), TypeError, "costs: expected a torch tensor, or numbers"),
         (lambda: decide(ROWS, "a"), TypeError, "offsets: expected a torch tensor, or numbers"),
         (lambda: decide(ROWS, True), TypeError, "offsets: expected a number, got True"),

@@ -200,9 +200,10 @@ BAND = (torch.zeros(5), torch.ones(5))
         (lambda a: cost_coverage(a, {"m": CURVE}, {"m": (0.5, NAN)}), "m: expected a finite figure"),
         (lambda a: cost_coverage(a, {}, {"m": (math.nan, SHARE)}), "m: expected a finite coverage"),
         (lambda a: risk_coverage(a, {"m": BAND}), "'m': expected a Curve"),
-        (lambda a: reliability(a, np.ones((3, 1)), np.ones((3, 1)), ["A"]), "predicted: expected a torch tensor, got ndarray"),
-        (lambda a: who_answers(a, LONG.numpy(), LONG, ["m"], ["g"]), "actions: expected a torch tensor"),
-        (lambda a: who_answers_map(a, POINTS.numpy(), LONG, ["m"]), "points: expected a torch tensor"),
+        (lambda a: reliability(a, "a", np.ones((3, 1)), ["A"]), "predicted: expected a torch tensor, or numbers"),
+        (lambda a: who_answers(a, None, LONG, ["m"], ["g"]), "actions: expected a torch tensor, or numbers"),
+        (lambda a: who_answers_map(a, [["a", "b"]], LONG, ["m"]), "points: expected a torch tensor, or numbers"),
+        (lambda a: reliability(a, np.ones((3, 1)), np.ones((3, 1)), ["A"], level="a"), "level: expected a number, got 'a'"),
         (lambda a: methods_side_by_side(a, {}, "cost"), "at least one method"),
         (lambda a: methods_side_by_side(a, {"m": NAN}, "cost"), "m: expected a finite figure"),
         (lambda a: reliability(a, torch.rand(3, 2), torch.ones(3, 2), ["A"]), "one column for each of 1 names"),
@@ -218,12 +219,32 @@ BAND = (torch.zeros(5), torch.ones(5))
         (lambda a: who_answers_map(a, POINTS, LONG.bool(), ["m"]), "int64"),
         (lambda a: embed_2d(torch.zeros(3)), r"\(N, d\)"),
         (lambda a: embed_2d(POINTS * torch.inf), "finite"),
-        (lambda a: embed_2d(POINTS.numpy()), "features: expected a torch tensor"),
+        (lambda a: embed_2d({}), "features: expected a torch tensor, or numbers"),
     ],
 )
 def test_bad_input(call: Callable, said: str) -> None:
     with pytest.raises((ValueError, TypeError), match=said):
         call(new_figure()[1])
+
+
+def test_numpy_draws_what_tensors_draw() -> None:
+    generator = torch.Generator().manual_seed(0)
+    points, right = torch.rand(30, 2, generator=generator), torch.rand(30, 2, generator=generator) > 0.5
+    actions, groups = torch.arange(30) % 2, torch.arange(30) % 3
+    np.testing.assert_array_equal(embed_2d(points.numpy()), embed_2d(points).numpy())
+    assert isinstance(embed_2d(points.numpy()), np.ndarray)
+    for draw in (
+        lambda axes, of: reliability(axes, of(points), of(right), ["A", "B"], mask=of(right)),
+        lambda axes, of: who_answers(axes, of(actions), of(groups), ["m", "A"], ["a", "b", "c"]),
+        lambda axes, of: who_answers_map(axes, of(points), of(actions), ["m", "A"]),
+    ):
+        drawn = [draw(new_figure()[1], of) for of in (lambda tensor: tensor, Tensor.numpy)]
+        assert legend(drawn[0]) == legend(drawn[1])
+        for one, other in zip(*(axes.get_children() for axes in drawn), strict=True):
+            assert type(one) is type(other)
+            if hasattr(one, "get_xydata"):
+                np.testing.assert_array_equal(one.get_xydata(), other.get_xydata())
+    assert cost_coverage(new_figure()[1], {"m": CURVE}).get_lines()
 
 
 def test_the_suffix_is_the_format_and_the_path_is_the_file(tmp_path: Path) -> None:

@@ -131,7 +131,8 @@ def _checked_losses(name: str, values: Tensor, margin: Tensor, ceiling: float) -
     if values.dtype != torch.bool:
         if not values.is_floating_point():
             zero_or_one = bool(((values == 0) | (values == 1)).all())
-            advice = f"{name}.bool() has the exact test for 0 and 1" if zero_or_one else f"convert with {name}.double()"
+            exact = f"{name}.bool() has the exact test for 0 and 1 (in NumPy {name}.astype(bool))"
+            advice = exact if zero_or_one else f"convert with {name}.double() (in NumPy {name}.astype(float))"
             raise TypeError(f"{name}: expected bool or a floating dtype, got {values.dtype}; {advice}")
         if bool(values.isnan().any()):
             raise ValueError(f"{name}: expected a number for each row, got NaN; leave these rows out, of the margin too")

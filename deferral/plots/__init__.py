@@ -1,6 +1,6 @@
 """Pictures: Matplotlib axes in and out, readable without colour (line styles, markers, hatches).
 
-Every function draws on the axes it is given and returns them; names become the legend or the axis.
+Every function draws on the axes it is given and returns them; names become the legend or the axis.  NumPy or torch in.
 """
 
 from deferral.plots.embedding import embed_2d

@@ -3,11 +3,13 @@
 import torch
 from torch import Tensor
 
+from deferral.arrays import numpy_or_torch
 from deferral.validation import require_tensor
 
 __all__ = ["embed_2d"]
 
 
+@numpy_or_torch
 def embed_2d(features: Tensor) -> Tensor:
     """The two principal components of the rows, float64, on the same device.  (N, ...) -> (N, 2)
 

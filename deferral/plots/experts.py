@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from deferral.arrays import numpy_or_torch
 from deferral.intervals import Interval
 from deferral.plots.style import HATCHES, finite, legend, style, whisker
 from deferral.reliability import reliability as reliability_table
@@ -21,6 +22,7 @@ __all__ = ["expert_load", "reliability", "who_answers", "who_answers_map"]
 _COUNT_PLACES = ((5, -6), (-5, 6), (5, 6), (-5, -6))
 
 
+@numpy_or_torch
 def reliability(
     axes: "Axes",
     predicted: Tensor,
@@ -109,6 +111,7 @@ def expert_load(axes: "Axes", loads: Mapping[str, Interval], *, capacity: Mappin
     return axes
 
 
+@numpy_or_torch
 def who_answers(axes: "Axes", actions: Tensor, groups: Tensor, names: Sequence[str], group_names: Sequence[str]) -> "Axes":
     """Stacked bars: for each group of rows (the true class, say), the share answered by each action.  (N,), (N,)"""
     _check_rows("groups", groups, len(groups), len(group_names))
@@ -135,6 +138,7 @@ def who_answers(axes: "Axes", actions: Tensor, groups: Tensor, names: Sequence[s
     return legend(axes)
 
 
+@numpy_or_torch
 def who_answers_map(axes: "Axes", points: Tensor, actions: Tensor, names: Sequence[str]) -> "Axes":
     """The rows on a map of the inputs, with the marker of whoever answers.  (N, 2), (N,)
 

@@ -42,7 +42,7 @@ def risk_coverage(
 def cost_coverage(
     axes: "Axes",
     curves: Mapping[str, Curve],
-    points: Mapping[str, tuple[float, Interval]],
+    points: Mapping[str, tuple[float, Interval]] | None = None,
     *,
     bands: Mapping[str, tuple[Tensor, Tensor]] | None = None,
     grid: Tensor | None = None,
@@ -51,6 +51,7 @@ def cost_coverage(
 
     `points` maps a name to (coverage, cost).  `bands` are those of `risk_coverage`.
     """
+    points = points or {}
     if not curves and not points:
         raise ValueError("curves and points: expected at least one, got none")
     _draw_curves(axes, curves, {name: f"{name}, any threshold" for name in curves}, bands, grid)
