@@ -35,6 +35,7 @@ def selective_prediction(probabilities: Tensor, expected_costs: Tensor) -> Tenso
             f"expected_costs: expected one number per expert (E,), got shape {tuple(expected_costs.shape)}; average over the "
             "held-out rows, or use compare_confidence for costs that depend on the row"
         )
+    check_costs(expected_costs, ceiling=None, name="expected_costs")
     return torch.cat([lift(probabilities), (1 - expected_costs).expand(*probabilities.shape[:-1], -1)], dim=-1)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deferral.arrays import numpy_or_torch, tensor_of
 from deferral.numerics import readable
-from deferral.validation import check_costs, check_targets, require_floating, require_tensor
+from deferral.validation import check_costs, check_targets, require_floating, require_indices, require_tensor
 
 __all__ = ["error_costs", "pick", "single_stage_costs", "squared_costs"]
 
@@ -153,8 +153,7 @@ def pick(table: Tensor, actions: Tensor) -> Tensor:
         raise ValueError(
             f"one action per row: table {tuple(table.shape)}, actions {tuple(actions.shape)}; actions come from decide(scores)"
         )
-    if actions.is_floating_point() or actions.dtype == torch.bool:
-        raise TypeError(f"actions: expected indices of an integer dtype, got {actions.dtype}; actions come from decide(scores)")
+    require_indices("actions", actions)
     if readable(actions) and actions.numel() and not (int(actions.min()) >= 0 and int(actions.max()) < table.shape[-1]):
         raise ValueError(
             f"actions: expected columns 0..{table.shape[-1] - 1} of the table, got {int(actions.min())}..{int(actions.max())}; "

@@ -265,7 +265,7 @@ def system_augrc(margin: Tensor, own_cost: Tensor, deferred_cost: Tensor, weight
     Differs from `system_aurc` only where nobody answers some deferred row (its `deferred_cost` is NaN); where nobody answers
     any, it is the AUGRC of abstaining.
     """
-    share, total, _ = _system(margin, own_cost, deferred_cost.nan_to_num(0.0), weights)
+    share, total, _ = _system(margin, own_cost, deferred_cost.where(~deferred_cost.isnan(), 0.0), weights)
     rows = check_weights(weights, margin).sum(-1, keepdim=True)
     return torch.trapezoid(total / rows, share, dim=-1)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from deferral.arrays import numpy_or_torch
 from deferral.costs import pick
-from deferral.validation import action_mask, check_weights, require_num_own
+from deferral.validation import action_mask, check_weights, require_indices, require_num_own
 
 __all__ = ["average", "correct", "deferral_cost", "kept", "load", "selective_risk", "system_figures"]
 
@@ -48,12 +48,16 @@ def kept(actions: Tensor, *, num_own: int) -> Tensor:
 
     Action -1, which `decide` gives where every action is masked, is nobody's: 0.
     """
+    require_indices("actions", actions)
+    if num_own < 0:
+        raise ValueError(f"num_own: expected a number of actions >= 0, got {num_own}")
     return ((actions >= 0) & (actions < num_own)).to(torch.get_default_dtype())
 
 
 @numpy_or_torch
 def load(actions: Tensor, *, num_own: int, num_experts: int) -> Tensor:
     """1 in the column of the expert who is asked; the average is each expert's share of the rows.  (...,) -> (..., E)"""
+    require_indices("actions", actions)
     if num_own < 0 or num_experts < 0:
         raise ValueError(f"num_own, num_experts: expected numbers of actions >= 0, got {num_own} and {num_experts}")
     experts = torch.arange(num_own, num_own + num_experts, device=actions.device)

@@ -29,6 +29,7 @@ __all__ = [
     "require_cost_range",
     "require_experts",
     "require_floating",
+    "require_indices",
     "require_level",
     "require_mask",
     "require_num_own",
@@ -99,6 +100,12 @@ def require_floating(name: str, tensor: Tensor) -> None:
         )
     if name == "scores":
         require_columns(name, tensor)
+
+
+def require_indices(name: str, tensor: Tensor) -> None:
+    """TypeError unless the tensor holds integers."""
+    if tensor.is_floating_point() or tensor.dtype == torch.bool:
+        raise TypeError(f"{name}: expected indices of an integer dtype, got {tensor.dtype}; {name} come from decide(scores)")
 
 
 def require_actions(scores: Tensor, costs: Tensor, *, name: str = "costs") -> None:

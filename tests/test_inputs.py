@@ -34,6 +34,7 @@ from deferral.curves import (
     excess_system_aurc,
     own_and_asked,
     risk_coverage_curve,
+    system_augrc,
 )
 from deferral.decision import chow_scores, decide, decide_pair, deferral_margin, margin_levels, oracle
 from deferral.experts import draw_answers, draw_with_skill, even_skill, hide_answers, label_counts
@@ -129,6 +130,9 @@ def test_an_action_without_a_column_is_named(action: int) -> None:
         (lambda: fit_temperature(None, ROWS), TypeError, "loss: expected a function, got NoneType"),
         (lambda: kept(None, num_own=1), TypeError, "actions: expected a torch tensor, or numbers"),
         (lambda: kept(torch.tensor([0]), num_own="a"), TypeError, "num_own: expected a whole number, got 'a'"),
+        (lambda: kept(np.array([True, False]), num_own=1), TypeError, r"actions: expected indices .* got torch\.bool"),
+        (lambda: kept(torch.tensor([0]), num_own=-1), ValueError, "num_own: expected a number of actions >= 0, got -1"),
+        (lambda: load([0.5], num_own=1, num_experts=1), TypeError, r"actions: expected indices .* got torch\.float64"),
         (lambda: load(torch.tensor([0]), num_own=1, num_experts=-1), ValueError, "num_own, num_experts: expected numbers"),
         (lambda: reliability(ROWS[0], [0, 1], bins=2.5), TypeError, "bins: expected a whole number, got 2.5"),
         (lambda: reliability(ROWS[0], [0, 1], equal_mass=np.ones(2)), TypeError, "equal_mass: expected True or False"),
@@ -139,6 +143,9 @@ def test_an_action_without_a_column_is_named(action: int) -> None:
         (lambda: accuracy_coverage_curve(ROWS[0], ROWS[1, :1]), ValueError, "right: expected one number per row"),
         (lambda: accuracy_gap(ROWS[0], ROWS[1, :1]), ValueError, "right: expected one number per row"),
         (lambda: excess_system_aurc(*ROWS, ROWS[0, :1]), ValueError, "deferred_cost: expected one number per row"),
+        (lambda: system_augrc(*ROWS, ROWS[0] / 0), ValueError, "deferred_cost: expected numbers, got NaN or infinity in 2 rows"),
+        (lambda: selective_prediction(ROWS, ROWS[0] / 0), ValueError, "expected_costs: expected finite costs, got infinity"),
+        (lambda: selective_prediction(ROWS, ROWS[0] * torch.nan), ValueError, "expected_costs: expected numbers, got NaN"),
         (lambda: budget_curve(*ROWS, ROWS[0], ROWS[0, :1]), ValueError, "price: expected one number per row"),
         (
             lambda: budget_curve(*ROWS, ROWS[0], ROWS[0], own_price=[0.0] * 3),
