@@ -231,8 +231,16 @@ def test_wrong_arguments() -> None:
     for bad in (0, -1, float("nan"), True, "1"):
         with pytest.raises(ValueError, match="price_of_error"):
             Router(bad)
-    with pytest.raises(ValueError, match="explore"):
-        Router(0.1, explore=1.0)
+    for share in (1.0, "a", None, True):
+        with pytest.raises(ValueError, match="explore: expected a share of the queries"):
+            Router(0.1, explore=share)
+    for seed in (-1, 1.5, "a", True):
+        with pytest.raises(ValueError, match="seed: expected a whole number >= 0, got"):
+            Router(0.1, seed=seed)
+    assert Router(0.1, seed=np.int64(3)).seed == 3
+    for policies in (None, Linear):
+        with pytest.raises(TypeError, match="policies: expected a list of classes such as"):
+            Router(0.1, policies=policies)
     with pytest.raises(ValueError, match="not fitted"):
         Router(0.1).fitted  # noqa: B018
     for policies in ((), (Linear, Linear)):

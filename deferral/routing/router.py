@@ -2,9 +2,8 @@
 
 import copy
 import secrets
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from operator import index
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -57,12 +56,16 @@ class Router:
     ) -> None:
         check_price_of_error(price_of_error)
         check_share("explore", explore)
-        self.price_of_error, self.explore, self.seed = float(price_of_error), float(explore), index(seed)
+        if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
+            raise ValueError(f"seed: expected a whole number >= 0, got {seed!r}")
+        self.price_of_error, self.explore, self.seed = float(price_of_error), float(explore), int(seed)
         self.encoder: NgramEncoder | FunctionEncoder
         if encoder is None:
             self.encoder = NgramEncoder(seed=seed)
         else:
             self.encoder = FunctionEncoder(sentence_encoder(encoder) if isinstance(encoder, str | Path) else encoder)
+        if not isinstance(policies, Iterable):
+            raise TypeError(f"policies: expected a list of classes such as deferral.routing.policies.Linear, got {policies!r}")
         self.policies = tuple(policies)
         if strange := [make for make in self.policies if not callable(make)]:
             raise TypeError(f"policies: expected classes such as deferral.routing.policies.Linear, got {strange[0]!r}")

@@ -79,16 +79,19 @@ def cost_table(table: Table, price_of_error: float) -> "tuple[Tensor, Tensor]":
 
 
 def check_price_of_error(price_of_error: float) -> None:
-    known = isinstance(price_of_error, float | int | np.floating | np.integer) and not isinstance(price_of_error, bool)
     # A price over the price of an error must stay a number.
-    if not known or not _LEAST_ERROR <= price_of_error < np.inf:
+    if not _is_number(price_of_error) or not _LEAST_ERROR <= price_of_error < np.inf:
         raise ValueError(f"price_of_error: expected what a wrong answer is worth, in dollars, above 0, got {price_of_error!r}")
 
 
 def check_share(name: str, share: float) -> None:
     """ValueError unless it is a share of the queries that leaves some."""
-    if not 0 <= share < 1:
-        raise ValueError(f"{name}: expected a share of the queries in [0, 1), got {share}")
+    if not _is_number(share) or not 0 <= share < 1:
+        raise ValueError(f"{name}: expected a share of the queries in [0, 1), got {share!r}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, float | int | np.floating | np.integer) and not isinstance(value, bool)
 
 
 def check_values(table: Table) -> None:
