@@ -5,7 +5,7 @@ costs: `cost_j = alpha_j * error_j + price_j`.  NumPy or torch in and out.
 """
 
 from collections.abc import Sequence
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -21,11 +21,11 @@ PerExpert = float | Sequence[float] | Tensor
 
 @overload
 def error_costs(
-    answers: Tensor, targets: Tensor, *, alpha: PerExpert = ..., price: PerExpert = ..., ceiling: float = ...
+    answers: Any, targets: Any, *, alpha: PerExpert = ..., price: PerExpert = ..., ceiling: float = ...
 ) -> Tensor: ...
 @overload
 def error_costs(
-    answers: Tensor, targets: Tensor, *, alpha: PerExpert = ..., price: PerExpert = ..., ceiling: float = ..., missing: int
+    answers: Any, targets: Any, *, alpha: PerExpert = ..., price: PerExpert = ..., ceiling: float = ..., missing: int
 ) -> tuple[Tensor, Tensor]: ...
 @numpy_or_torch
 def error_costs(
@@ -85,10 +85,10 @@ def error_costs(
 
 
 @overload
-def squared_costs(answers: Tensor, targets: Tensor, *, alpha: PerExpert = ..., price: PerExpert = ...) -> Tensor: ...
+def squared_costs(answers: Any, targets: Any, *, alpha: PerExpert = ..., price: PerExpert = ...) -> Tensor: ...
 @overload
 def squared_costs(
-    answers: Tensor, targets: Tensor, *, alpha: PerExpert = ..., price: PerExpert = ..., missing: float
+    answers: Any, targets: Any, *, alpha: PerExpert = ..., price: PerExpert = ..., missing: float
 ) -> tuple[Tensor, Tensor]: ...
 @numpy_or_torch
 def squared_costs(

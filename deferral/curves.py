@@ -177,8 +177,8 @@ def excess_aurc(confidence: Tensor, loss: Tensor, weights: Tensor | None = None)
 def coverage_at_risk(confidence: Tensor, loss: Tensor, at_most: float, weights: Tensor | None = None) -> Tensor:
     """The largest coverage of a threshold whose selective risk is `at_most` or less; 0 where there is none.  -> (...)
 
-    A threshold keeps rows of equal confidence together or not at all.  The best threshold is chosen on the rows that it is
-    judged on: to serve one that keeps its risk on others, see `deferral.certified`.
+    A threshold keeps rows of equal confidence together or not at all; torch-uncertainty parts them, and says NaN for 0.  The best
+    threshold is chosen on the rows that it is judged on: to serve one that keeps its risk on others, see `deferral.certified`.
     C@R of Whitehead et al., "Reliable Visual Question Answering: Abstain Rather Than Answer Incorrectly" (ECCV 2022).
     """
     if not math.isfinite(at_most):
