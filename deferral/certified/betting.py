@@ -21,7 +21,7 @@ def p_value_of_mean(losses: np.ndarray, at_most: float, *, delta: float = 0.05) 
 
     Waudby-Smith and Ramdas, "Estimating means of bounded random variables by betting" (2024), sections 4.1 and 4.4.
     """
-    losses = tensor_of("losses", losses).double().numpy()
+    losses = tensor_of("losses", losses).detach().double().cpu().numpy()
     if losses.ndim == 0 or losses.shape[-1] == 0:
         raise ValueError(f"losses: expected at least one row, got shape {losses.shape}")
     if not ((losses >= 0) & (losses <= 1)).all():
