@@ -54,6 +54,9 @@ def numpy_or_torch(function: Callable[..., R]) -> Callable[..., R]:
 
     @wraps(function)
     def either(*args: Any, **kwargs: Any) -> Any:
+        # A compiler has tensors alone, and in older versions no words for what follows.
+        if torch.compiler.is_compiling():
+            return function(*args, **kwargs)
         # Of one argument too many, or of another name, the function itself complains.
         placed = [taken(name, value) for name, value in zip(names, args, strict=False)] + list(args[len(names) :])
         named = {name: taken(name, value) for name, value in kwargs.items()}

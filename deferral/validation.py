@@ -63,13 +63,13 @@ def require_number(name: str, value: object) -> None:
 
 def require_whole(name: str, value: object) -> None:
     """TypeError for whatever counts nothing: a float, also a whole one, text, True."""
-    if not isinstance(value, bool | torch.SymInt):
-        try:
-            operator.index(value)  # type: ignore[arg-type]
-            return
-        except TypeError:
-            pass
-    if not isinstance(value, torch.SymInt):
+    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
+        return
+    try:
+        whole = not isinstance(value, bool) and operator.index(value) is not None  # type: ignore[arg-type]
+    except TypeError:
+        whole = False
+    if not whole:
         raise TypeError(f"{name}: expected a whole number, got {_came(value)}")
 
 
