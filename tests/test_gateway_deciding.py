@@ -358,7 +358,7 @@ def test_many_decisions_at_once_leave_the_event_loop_time_for_others(router: Rou
     assert rounds >= 3, "sixteen at a time"
 
 
-def test_where_many_are_under_way_a_turn_waits_for_company(router: Router, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_turn_waits_for_company_and_no_longer_than_it_is_told(router: Router, monkeypatch: pytest.MonkeyPatch) -> None:
     class Clock:
         now, soon, later = 100.0, 0, []
 
@@ -377,17 +377,31 @@ def test_where_many_are_under_way_a_turn_waits_for_company(router: Router, monke
     clock, loop, decider = Clock(), asyncio.new_event_loop(), Decider(router, EXPERTS, deadline_s=1.0)
     monkeypatch.setattr("deferral.gateway.deciding.asyncio.get_running_loop", lambda: clock)
     plan = router.plan()
-    decider._in_turn(plan, EASY, crowded=True)
+    decider._in_turn(plan, EASY, 0.004)
     assert (clock.soon, clock.later) == (1, []), "the first turn waits for nobody"
     decider._turn(clock)  # type: ignore[arg-type]
     clock.now += 0.001
-    waiting = [decider._in_turn(plan, f"{EASY} {number}", crowded=True) for number in range(5)]
+    waiting = [decider._in_turn(plan, f"{EASY} {number}", 0.004) for number in range(5)]
     assert (clock.soon, clock.later) == (1, [pytest.approx(0.003)]), "one turn for all five"
     decider._turn(clock)  # type: ignore[arg-type]
     assert all(future.done() for future in waiting)
-    decider._in_turn(plan, EASY, crowded=False)
+    decider._in_turn(plan, EASY, 0.0)
     assert clock.soon == 2, "alone it is decided at once"
     loop.close()
+
+
+def test_turns_are_the_further_apart_the_more_requests_are_under_way(router: Router, monkeypatch: pytest.MonkeyPatch) -> None:
+    decider, apart = Decider(router, EXPERTS, deadline_s=1.0), []
+    in_turn = decider._in_turn
+    monkeypatch.setattr(decider, "_in_turn", lambda plan, query, wait: apart.append(wait) or in_turn(plan, query, 0.0))
+    asked, hints = parse("chat", json.dumps({"model": "auto", "messages": [{"role": "user", "content": EASY}]}).encode()), Hints()
+
+    async def run() -> None:
+        for under_way in (1, 2, 4, 5, 64):
+            await decider.choose(asked, hints, Limited(), under_way=under_way)
+
+    asyncio.run(run())
+    assert apart == pytest.approx([0.0, 0.00075, 0.00225, 0.003, 0.003])
 
 
 @pytest.mark.parametrize("earlier", [[], [HARD]], ids=["single", "conversation"])

@@ -34,18 +34,17 @@ _MOST_WAITING = 32
 # the loop looks after the others: it would take their replies for late.
 _TOGETHER = 16
 _CONVERSATIONS = 4
-# From this many requests under way on, turns begin this many seconds apart at least: a query decided alone costs a crowded loop
-# several times what it costs among others.
-_CROWD = 24
-_APART = 0.004
+# Seconds from one turn to the next, at least, for each other request under way, and at most: a query decided alone costs a busy
+# loop several times what it costs among others.
+_APART, _FURTHEST = 0.00075, 0.003
 
 
 class Decider:
     """One router with the experts of one experts file.  `close` ends its threads.
 
     With the n-gram encoder, whose work is bounded by its 2,000 characters, queries are decided where they are: a thread would
-    compete for the same interpreter lock.  Those of one turn of the event loop are decided together, and where many requests are
-    under way a turn waits some milliseconds for company.
+    compete for the same interpreter lock.  Those of one turn of the event loop are decided together, and with others under way
+    a turn waits for company, three milliseconds after the last one at most.
     Any other encoder runs in one worker thread, and after `deadline_s` the static mix decides instead.  With `rules=None` every
     request of a conversation is decided by itself.  `settings` are the operator's own, which no client's keep waiting.
     """
@@ -88,9 +87,9 @@ class Decider:
         """
         able = eligible(self.experts, asked, hints, limited)
         now = those_up(self.experts, able, limited)
-        crowded = under_way >= _CROWD
+        apart = min(_APART * (under_way - 1), _FURTHEST)
         try:
-            choice = await self._chosen(able, now, asked, hints, limited, crowded=crowded)
+            choice = await self._chosen(able, now, asked, hints, limited, apart)
         except Problem as problem:
             if problem.code != UNMET or now == able:
                 raise
@@ -108,7 +107,7 @@ class Decider:
         if affordable := frozenset(dollars.keys() - dear.keys()):
             # Also where one of these was drawn: the others could not have been, and the propensity has to say so.
             try:
-                return await self._chosen(able, affordable, asked, hints, limited, crowded=crowded)
+                return await self._chosen(able, affordable, asked, hints, limited, apart)
             except Problem as problem:
                 if problem.code != UNMET:
                     raise
@@ -116,7 +115,7 @@ class Decider:
         return choice._replace(ranking=(min(dear, key=dear.__getitem__),))
 
     async def _chosen(
-        self, able: frozenset[str], now: frozenset[str], asked: Asked, hints: Hints, limited: Limited, *, crowded: bool
+        self, able: frozenset[str], now: frozenset[str], asked: Asked, hints: Hints, limited: Limited, apart: float
     ) -> Choice:
         """The choice among those that may be asked now; `able` are those that may be asked at other times."""
         plan = await self._plans.of(now, hints, limited.thrift)
@@ -125,7 +124,7 @@ class Decider:
             return await self._in_conversation(self.conversations, asked, plan, standing, _named(hints.conversation, limited.key))
         query = asked.query
         if self._at_once:
-            return await self._in_turn(plan, query, crowded=crowded)
+            return await self._in_turn(plan, query, apart)
         decided = await self._in_worker(lambda: self._decided(plan, [query]))
         decision = decided[0] if decided else self._by_mix(plan, query)[0]
         return self._choice(decision, plan, self._draw(query), fast=decided is None)
@@ -156,11 +155,11 @@ class Decider:
         self._worker.shutdown(wait=False)
         self._plans.close()
 
-    def _in_turn(self, plan: Plan, query: str, *, crowded: bool) -> "asyncio.Future[Choice]":
+    def _in_turn(self, plan: Plan, query: str, apart: float) -> "asyncio.Future[Choice]":
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Choice] = loop.create_future()
         if not self._together:
-            wait = self._last_turn + _APART - loop.time() if crowded else 0.0
+            wait = self._last_turn + apart - loop.time()
             if wait > 0:
                 loop.call_later(wait, self._turn, loop)
             else:
