@@ -299,6 +299,65 @@ def test_who_has_only_waited_at_an_address_is_asked_once_more_like_others(others
     assert asked == ["http://b/v1", others[-1]]
 
 
+def test_who_waits_at_one_address_has_the_first_slot_of_any() -> None:
+    asked: list[str] = []
+
+    async def run() -> None:
+        slow = asyncio.Event()
+
+        async def ask(server: Expert, *_: Any, **__: Any) -> Reply:
+            asked.append(server.base_url)
+            await (slow.wait() if server.base_url == "http://a/v1" else asyncio.sleep(0))
+            return reply()
+
+        expert = replace(SMALL, max_concurrent=1)
+        answerers = answerers_of(ask, expert)
+        first, second = answerers.servers["small"].each
+        tasks = [asyncio.create_task(outcome(answerers, expert)) for _ in range(20)]
+        await asyncio.sleep(0)
+        assert (first.slots.queued, second.slots.queued) == (9, 9)
+        while sum(task.done() for task in tasks) < 19:
+            await asyncio.sleep(0)
+        slow.set()
+        assert await asyncio.gather(*tasks) == ["ok"] * 20
+        assert (first.load, second.load) == (0, 0)
+
+    asyncio.run(asyncio.wait_for(run(), 10))
+    assert (asked.count("http://a/v1"), asked.count("http://b/v1")) == (1, 19)
+
+
+def test_who_waits_is_not_sent_where_it_has_failed_nor_where_the_breaker_is_open() -> None:
+    asked: list[str] = []
+
+    async def ask(server: Expert, *_: Any, **__: Any) -> Reply:
+        asked.append(server.base_url)
+        await asyncio.sleep(0)
+        if server.base_url == "http://a/v1":
+            raise Failure(502, "upstream_error", "failed")
+        return reply()
+
+    async def run() -> None:
+        expert = replace(SMALL, max_concurrent=1)
+        answerers = answerers_of(ask, expert, retry_share=0.0)
+        first, second = answerers.servers["small"].each
+        await second.slots.take(1.0)
+        tasks = []
+        for number in range(1, 8):
+            tasks.append(asyncio.create_task(outcome(answerers, expert)))
+            while second.slots.queued < number:
+                await asyncio.sleep(0)
+            assert asked == ["http://a/v1"] * min(number, 5)
+        assert first.breaker.state == "open"
+        await first.slots.take(1.0)
+        first.give_back(0.0, "")
+        assert second.slots.queued == 7
+        second.give_back(0.0, "")
+        assert await asyncio.gather(*tasks) == ["ok"] * 7
+
+    asyncio.run(asyncio.wait_for(run(), 10))
+    assert asked == ["http://a/v1"] * 5 + ["http://b/v1"] * 7
+
+
 def test_a_request_under_way_goes_where_its_expert_was_when_it_was_chosen() -> None:
     asked, first = [], Expert("first", "http://c/v1")
 

@@ -345,34 +345,37 @@ def test_a_key_that_asks_for_everything_leaves_the_others_their_turn() -> None:
 def test_places_are_counted_once_whatever_becomes_of_who_waits() -> None:
     async def run(seed: int) -> None:
         draw = random.Random(seed)
-        slots = Slots(3, 5)
-        held: list[str] = []
+        pair = Slots(3, 5), Slots(1, 8)
+        held: list[tuple[Slots, str]] = []
 
-        async def ask(key: str) -> None:
-            await slots.take(draw.choice([0.0, 0.001, 5]), key)
-            held.append(key)
+        async def ask(at: int, key: str) -> None:
+            held.append((await pair[at].take(draw.choice([0.0, 0.001, 5]), key, pair[1 - at :][:1]), key))
+
+        def give_back(place: int) -> None:
+            slots, key = held.pop(place)
+            slots.give_back(0.0, key)
+            while slots.let_in([each for each in pair if each is not slots]):
+                pass
 
         tasks: list[asyncio.Task[None]] = []
         for _ in range(200):
             match draw.randrange(5):
                 case 0 | 1:
-                    tasks.append(asyncio.create_task(ask(draw.choice("abc"))))
+                    tasks.append(asyncio.create_task(ask(draw.randrange(2), draw.choice("abc"))))
                 case 2 if tasks:
                     draw.choice(tasks).cancel()
                 case 3 if held:
-                    slots.give_back(0.0, held.pop(draw.randrange(len(held))))
+                    give_back(draw.randrange(len(held)))
                 case 4:
-                    slots.resize(draw.randint(1, 4), draw.randint(0, 6))
+                    draw.choice(pair).resize(draw.randint(1, 4), draw.randint(0, 6))
             if draw.random() < 0.5:
                 await asyncio.sleep(0)
-            assert slots.taken >= len(held)
-        while not all(task.done() for task in tasks):
+            assert sum(slots.taken for slots in pair) >= len(held)
+        while held or not all(task.done() for task in tasks):
             await asyncio.sleep(0.002)
             while held:
-                slots.give_back(0.0, held.pop())
-        while held:
-            slots.give_back(0.0, held.pop())
-        assert (slots.taken, slots.queued, slots._held, slots._queues) == (0, 0, {}, {})
+                give_back(-1)
+        assert [(slots.taken, slots.queued, slots._held, slots._queues) for slots in pair] == [(0, 0, {}, {})] * 2
 
     for seed in range(30):
         asyncio.run(run(seed))

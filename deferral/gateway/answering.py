@@ -64,7 +64,7 @@ class Call:
         else:
             breaker.failure(self._ticket, self._key)
         self.reply.close()
-        self._standing.slots.give_back(monotonic() - self._began, self._key)
+        self._standing.give_back(monotonic() - self._began, self._key)
 
 
 class Unanswered(Problem):
@@ -136,7 +136,8 @@ class Answerers:
             while standing is not None:
                 tried.append(standing)
                 try:
-                    ticket = await standing.enter(key)
+                    standing = tried[-1] = await servers.slot(standing, key, tried)
+                    ticket = standing.enter(key)
                     begun.append(standing)
                     attempts += 1
                     call = await self._call(
@@ -220,7 +221,7 @@ class Answerers:
             if traced is not None:
                 traced.failed(error)
             standing.blame(error, ticket, shown, key)
-            standing.slots.give_back(monotonic() - began, key)
+            standing.give_back(monotonic() - began, key)
             raise
         if reply.streamed:
             ticket = standing.breaker.begun(ticket)

@@ -3,6 +3,7 @@
 import asyncio
 import math
 from collections import Counter, deque
+from collections.abc import Collection
 from typing import NamedTuple
 
 __all__ = ["Full", "Slots"]
@@ -17,10 +18,11 @@ class Full(Exception):
 
 
 class _Place(NamedTuple):
-    """A place in the queue; smaller numbers came before."""
+    """A place in the queue; smaller numbers came before.  A slot of one of the others will do as well."""
 
     number: int
-    turn: asyncio.Future[None]
+    turn: "asyncio.Future[Slots]"
+    others: "Collection[Slots]"
 
 
 class Slots:
@@ -39,26 +41,29 @@ class Slots:
         self._came = 0
         self._mean_s = 1.0
 
-    async def take(self, patience: float, key: str = "") -> None:
-        """A slot for a request of a key, after at most `patience` seconds; Full otherwise."""
+    async def take(self, patience: float, key: str = "", others: "Collection[Slots]" = ()) -> "Slots":
+        """A slot for a request of a key, after at most `patience` seconds; Full otherwise.
+
+        -> where it is: here, or at one of the others, whichever has one first for who waits here
+        """
         if self.taken < self.limit and not self.queued:
             self._enter(key)
-            return
+            return self
         if self.queued >= self.waiting:
             self._make_room(key)
         self._came += 1
-        place = _Place(self._came, asyncio.get_running_loop().create_future())
+        place = _Place(self._came, asyncio.get_running_loop().create_future(), others)
         self._queues.setdefault(key, deque()).append(place)
         self.queued += 1
         try:
             async with asyncio.timeout(patience):
-                await place.turn
+                return await place.turn
         except BaseException as error:
             if place in self._queues.get(key, ()):
                 self._drop(key, place)
             elif not place.turn.cancelled() and place.turn.exception() is None:
                 # A turn that came in the same moment is passed on.
-                self._leave(key)
+                place.turn.result()._leave(key)
             if isinstance(error, TimeoutError):
                 raise Full(self._wait()) from None
             raise
@@ -67,6 +72,14 @@ class Slots:
         """A slot that was held for so long by a request of this key."""
         self._mean_s += 0.05 * (seconds - self._mean_s)
         self._leave(key)
+
+    def let_in(self, others: "Collection[Slots]") -> bool:
+        """Whether who waits at one of the others, the longest queue of all, has been given a slot that is free here."""
+        longest = max(others, key=lambda each: each.queued, default=self)
+        if self.queued or self.taken >= self.limit or longest is self:
+            return False
+        keys = [key for key, places in longest._queues.items() if self in places[0].others]
+        return bool(keys) and longest._next(keys, self)
 
     def resize(self, limit: int, waiting: int) -> None:
         """Other limits, from the next request on."""
@@ -86,12 +99,17 @@ class Slots:
 
     def _pass_on(self) -> None:
         while self.queued and self.taken < self.limit:
-            key = min(self._queues, key=lambda each: (self._held[each], self._queues[each][0].number))
-            place = self._queues[key][0]
-            self._drop(key, place)
-            if not place.turn.done():
-                self._enter(key)
-                place.turn.set_result(None)
+            self._next(self._queues, self)
+
+    def _next(self, keys: Collection[str], at: "Slots") -> bool:
+        """Whoever comes next of these keys has a slot there."""
+        key = min(keys, key=lambda each: (self._held[each], self._queues[each][0].number))
+        place = self._queues[key][0]
+        self._drop(key, place)
+        if not place.turn.done():
+            at._enter(key)
+            place.turn.set_result(at)
+        return True
 
     def _make_room(self, key: str) -> None:
         most = max(self._queues, key=lambda each: len(self._queues[each]), default=key)

@@ -1,7 +1,7 @@
 """How the servers of an expert are doing, and which of them is asked next."""
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from hashlib import blake2b
 from time import monotonic
 from typing import NamedTuple
@@ -39,6 +39,8 @@ class Standing:
         self._mark = blake2b("\n".join(_place(server)).encode(), digest_size=16).digest()
         self.breaker = Breaker()
         self.slots = Slots(server.max_concurrent, server.max_waiting)
+        # Of the other servers of its expert.
+        self.beside: Sequence[Slots] = ()
         # Until when failures of each code are told no more.
         self._told: dict[str, float] = {}
 
@@ -69,20 +71,21 @@ class Standing:
         """The largest at the server where a conversation belongs, the same in every process (rendezvous hashing)."""
         return blake2b(talk.name.encode("utf-8", "surrogatepass"), digest_size=8, key=self._mark).digest()
 
-    async def enter(self, key: str) -> int:
-        """A slot for a request of a key, and a ticket of the breaker; Failure where there is none."""
-        try:
-            await self.slots.take(self.server.first_byte_s, key)
-        except Full as full:
-            message = "has more requests waiting than it takes"
-            raise Failure(429, "queue_full", message, blame=False, rest=full.retry_after) from None
+    def enter(self, key: str) -> int:
+        """A ticket of the breaker, for a request of a key that has a slot; Failure, and no slot, where there is none."""
         ticket = self.breaker.enter()
         if ticket is None:
-            self.slots.give_back(0.0, key)
+            self.give_back(0.0, key)
             if self.breaker.busy:
                 raise Failure(429, "experts_busy", "asks for fewer requests", blame=False, rest=self.breaker.wait)
             raise Failure(503, "experts_down", "is down", blame=False, rest=self.breaker.wait)
         return ticket
+
+    def give_back(self, seconds: float, key: str) -> None:
+        """A slot that was held for so long by a request of a key: who waits here has it, or else who waits at another server."""
+        self.slots.give_back(seconds, key)
+        while not self.breaker.down and self.slots.let_in(self.beside):
+            pass
 
     def level_of(self, failure: Failure) -> int:
         """How loudly the log is told: what a breaker ends is told each time, anything else may come with every request."""
@@ -128,6 +131,17 @@ class Servers:
         """The expert is that of another experts file: its servers are now as it says."""
         for standing, server in zip(self.each, self.expert.servers, strict=True):
             standing.update(server)
+            standing.beside = [each.slots for each in self.each if each is not standing]
+
+    async def slot(self, standing: Standing, key: str, but: Collection[Standing]) -> Standing:
+        """Who has a slot for a request of a key: this one, or whichever has one first but for these; Failure where none has."""
+        others = [each.slots for each in self.each if each not in but]
+        try:
+            slots = await standing.slots.take(standing.server.first_byte_s, key, others)
+        except Full as full:
+            message = "has more requests waiting than it takes"
+            raise Failure(429, "queue_full", message, blame=False, rest=full.retry_after) from None
+        return next((each for each in self.each if each.slots is slots), standing)
 
     def next(self, but: Collection[Standing] = (), talk: Talk | None = None) -> Standing | None:
         """The server with the fewest requests, the first of those, of who may be asked and is none of these.
