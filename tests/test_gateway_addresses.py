@@ -343,7 +343,7 @@ def test_who_waits_is_not_sent_where_it_has_failed_nor_where_the_breaker_is_open
         await second.slots.take(1.0)
         tasks = []
         for number in range(1, 8):
-            tasks.append(asyncio.create_task(outcome(answerers, expert)))
+            tasks.append(asyncio.create_task(outcome(answerers, expert, key="came later" if number > 5 else "")))
             while second.slots.queued < number:
                 await asyncio.sleep(0)
             assert asked == ["http://a/v1"] * min(number, 5)
