@@ -237,6 +237,43 @@ def test_an_address_that_asks_for_rest_holds_up_no_other(
     assert time.monotonic() - began < 10
 
 
+def test_who_waits_for_its_turn_at_an_address_waits_as_long_as_it_asks_for(
+    questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deferral.gateway.asking._FIRST_WAIT", 0.01)
+    times: list[float] = []
+
+    async def one(request: Request) -> JSONResponse:
+        times.append(time.monotonic())
+        if len(times) > 1:
+            return JSONResponse(_says("yes"))
+        await asyncio.sleep(0.1)
+        return JSONResponse({}, 429, {"retry-after": "1"})
+
+    with served(Starlette(routes=[Route("/v1/chat/completions", one, methods=["POST"])])) as only, Upstream() as refusing:
+        refusing.behave("small", "status-401")
+        both = Expert("small", only, other_urls=[refusing.url], max_concurrent=1)
+        assert ask_all(read_questions(questions)[:4], [both], tmp_path / "answers.jsonl").answers == 4
+    assert times[1] - times[0] > 1.0
+
+
+def test_who_is_given_up_while_a_call_waits_to_be_repeated_is_asked_no_more(
+    questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deferral.gateway.asking._FIRST_WAIT", 0.4)
+    asked = 0
+
+    async def one(request: Request) -> JSONResponse:
+        nonlocal asked
+        asked += 1
+        return JSONResponse({}, 503 if asked == 1 else 401)
+
+    with served(Starlette(routes=[Route("/v1/chat/completions", one, methods=["POST"])])) as url:
+        result = ask_all(read_questions(questions), [Expert("small", url)], tmp_path / "answers.jsonl", concurrent=2)
+    assert (result.answers, result.missing, asked) == (0, 19, 2)
+    assert [why.split(";")[0] for why in result.left["small"]] == ["refused the gateway with status 401"]
+
+
 def test_of_who_reports_log_probabilities_the_confidence_is_logged(tmp_path: Path) -> None:
     questions, answers = tmp_path / "questions.txt", tmp_path / "answers.jsonl"
     questions.write_text("surely\n\nperhaps\n")

@@ -222,14 +222,10 @@ class _Asking:
         until, wait = monotonic() + self.run.patience, _FIRST_WAIT
         last: Expert | None = None
         refused_by: set[str] = set()
-        while True:
+        while not self.given_up:
             server = last = self._in_turn(last, refused_by)
-            # All who wait for this server wait as long.
-            await asyncio.sleep(self.rests_until[server.base_url] - monotonic())
-            if self.given_up:
-                return self.given_up
             try:
-                reply, began, seconds = await self._reply(server, body, asked, fresh=wait > _FIRST_WAIT)
+                found = await self._reply(server, body, asked, fresh=wait > _FIRST_WAIT)
             except Failure as failure:
                 if failure.came == 403 and self.heard:
                     # So do moderators refuse one question, of who has answered others; or it is the key, at one of the servers.
@@ -250,19 +246,30 @@ class _Asking:
                 await asyncio.sleep(random.uniform(0.5, 1.0) * wait)
                 wait = min(2 * wait, _LONGEST_WAIT)
                 continue
+            if found is None:
+                break
+            reply, began, seconds = found
             if reply.status >= 300:
                 return f"refused with status {reply.status}, {_refusal(reply.body)}"
             if why := self.run.keep(self.expert, question, reply, began, seconds):
                 return self._failed(why)
             self.failures, self.heard = 0, True
             return ""
+        return self.given_up
 
-    async def _reply(self, server: Expert, body: bytes, asked: Asked, *, fresh: bool) -> tuple[Reply, float, float]:
-        """What a server answers, when it was asked, and how many seconds it took; limits hold for each."""
+    async def _reply(self, server: Expert, body: bytes, asked: Asked, *, fresh: bool) -> tuple[Reply, float, float] | None:
+        """What a server answers, when it was asked, and how many seconds it took; None where the expert is given up by then.
+
+        Limits hold for each server.
+        """
         url = server.base_url
         self.at[url] += 1
         try:
             async with self.turns[url]:
+                # All who wait for this server wait as long.
+                await asyncio.sleep(self.rests_until[url] - monotonic())
+                if self.given_up:
+                    return None
                 began, start = time(), monotonic()
                 reply = await self.upstream.ask(server, "/chat/completions", body, {}, asked, fresh=fresh)
                 return reply, began, monotonic() - start
