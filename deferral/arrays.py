@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
+from decimal import Decimal
+from fractions import Fraction
 from functools import wraps
 from inspect import signature
 from numbers import Real
@@ -81,6 +83,7 @@ def tensor_of(name: str, value: Any) -> Tensor:
     if isinstance(value, tuple) and [str(getattr(part, "dtype", "")).endswith("bool") for part in value] == [False, True]:
         # Costs and their mask, which NumPy would stack.
         require_tensor(name, value)
+    value = [_plain(part) for part in value] if isinstance(value, list | tuple) else _plain(value)
     # Copied: a tensor over a read-only or reversed array is not to be had.
     array = np.array(_unmasked(name, value), order="C")
     if array.dtype.kind not in "biuf":
@@ -92,6 +95,13 @@ def tensor_of(name: str, value: Any) -> Tensor:
     if array.dtype.kind == "f" and array.dtype.itemsize > 8:
         array = array.astype(np.float64)
     return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
+
+
+def _plain(part: Any) -> Any:
+    """What NumPy makes a number of: it reads no tensor of another device or with a gradient, and no fraction."""
+    if isinstance(part, Tensor):
+        return part.detach().cpu()
+    return float(part) if isinstance(part, Decimal | Fraction) else part
 
 
 def _unmasked(name: str, value: Any) -> Any:

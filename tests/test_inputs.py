@@ -1,6 +1,8 @@
 """What metrics, decisions and intervals take, and what they say of what they do not."""
 
 from dataclasses import fields, is_dataclass, replace
+from decimal import Decimal
+from fractions import Fraction
 from functools import partial
 
 import numpy as np
@@ -42,6 +44,7 @@ from deferral.intervals import bootstrap, interval, mean_interval, metric_interv
 from deferral.metrics import average, correct, deferral_cost, kept, load, system_figures
 from deferral.reliability import brier, calibration_error, reliability
 
+QUARTER = torch.tensor(0.25, requires_grad=True)
 ROWS = torch.tensor([[0.25, 0.75], [0.5, 0.5]])
 PRICED = error_costs(torch.tensor([[0, 1], [1, -1]]), torch.tensor([0, 1]), missing=-1)
 
@@ -317,7 +320,16 @@ def test_numbers_of_numpy_count_as_numbers() -> None:
     same(decide(SCORES.numpy(), np.float32(0.5)), decide(SCORES, 0.5))
     same(coverage_offsets(SCORES.numpy(), np.array(0.5), num_own=np.int64(1)), coverage_offsets(SCORES, 0.5, num_own=1))
     same(threshold_grid(MARGIN.numpy(), np.array(5)), threshold_grid(MARGIN, 5))
+    same(threshold_grid(MARGIN.numpy(), 5, coverage=np.array([0.5, 1.0])), threshold_grid(MARGIN, 5, coverage=(0.5, 1.0)))  # type: ignore[arg-type]
     same(aurc(np.array([0.1, 0.3], np.longdouble), [0.0, 1.0]), aurc(torch.tensor([0.1, 0.3]), torch.tensor([0.0, 1.0])))
+
+
+@pytest.mark.parametrize("price", [Decimal("0.25"), Fraction(1, 4), [Decimal("0.25"), Fraction(1, 4)], [QUARTER, 0.25]])
+def test_prices_may_be_exact_or_tensors_of_their_own(price) -> None:
+    answers, targets = torch.tensor([[0, 1], [1, 1]]), torch.tensor([0, 1])
+    expected = error_costs(answers, targets, price=0.25, ceiling=2.0)
+    same_tensors(error_costs(answers, targets, price=price, ceiling=2.0), expected)
+    same(error_costs(answers.numpy(), targets.numpy(), price=price, ceiling=2.0), expected)
 
 
 def test_decisions_compile_in_one_graph() -> None:

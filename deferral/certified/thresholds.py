@@ -42,15 +42,17 @@ def threshold_grid(margin: Tensor, size: int, *, coverage: tuple[float, float] =
     check_margin(margin)
     if size < 1:
         raise ValueError(f"size: expected at least 1, got {size}")
-    if not isinstance(coverage, list | tuple) or len(coverage) != 2:
-        raise TypeError(f"coverage: expected two numbers, the lowest and the highest, got {coverage!r}")
-    for end in coverage:
+    try:
+        lowest, highest = coverage
+    except (TypeError, ValueError):
+        raise TypeError(f"coverage: expected two numbers, the lowest and the highest, got {coverage!r}") from None
+    for end in (lowest, highest):
         require_number("coverage", end)
-    if not 0.0 < coverage[0] <= coverage[1] <= 1.0:
+    if not 0.0 < lowest <= highest <= 1.0:
         raise ValueError(f"coverage: expected 0 < lowest <= highest <= 1, got {coverage}")
     level, edges = level_edges(margin)
     keeps = level.bincount().cumsum(0).double() / len(margin)
-    wanted = torch.linspace(*coverage, size, dtype=torch.float64, device=edges.device)
+    wanted = torch.linspace(float(lowest), float(highest), size, dtype=torch.float64, device=edges.device)
     return edges[1:][torch.searchsorted(keeps, wanted - 1e-9)].unique()
 
 
