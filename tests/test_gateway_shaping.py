@@ -124,3 +124,13 @@ def test_whoever_cannot_be_sent_a_request_stands_in_for_nobody(running: Any) -> 
     asked = [one.model for one in running.upstream.seen if one.body and one.json.get("seed") == 12]
     assert (status, json.loads(said)["error"]["code"], asked) == (502, "upstream_error", ["small", "small"])
     assert headers["x-deferral-attempts"] == "2"
+
+
+def test_where_the_other_cannot_be_sent_what_one_is_not_able_to_take_its_refusal_is_given(running: Any) -> None:
+    body = b'{"model": "auto", "seed": 13, "odd": 1e999, "messages": [{"role": "user", "content": "%b"}]}' % EASY.encode()
+    running.upstream.behave("small", "not-able")
+    try:
+        status, headers, said = running.gateway.ask("POST", "/v1/chat/completions", body)
+    finally:
+        running.upstream.behave("small", "good")
+    assert (status, json.loads(said)["error"]["code"], headers["x-deferral-attempts"]) == (400, "context_length_exceeded", "1")

@@ -184,8 +184,9 @@ async def _instead(
     """The answer of others to what this expert is not able to take; its refusal where they do not answer either."""
     try:
         found = await ask(others, body_for)
-    except Unanswered as nobody:
-        call.attempts += nobody.attempts
+    except Problem as nobody:
+        # Of who cannot be sent the request as well.
+        call.attempts += nobody.attempts if isinstance(nobody, Unanswered) else 0
         return call
     if found.reply.status < 300:
         found.attempts += call.attempts
