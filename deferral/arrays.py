@@ -56,8 +56,8 @@ def numpy_or_torch(function: Callable[..., R]) -> Callable[..., R]:
 
     @wraps(function)
     def either(*args: Any, **kwargs: Any) -> Any:
-        # A compiler has tensors alone, and in older versions no words for what follows.
-        if torch.compiler.is_compiling():
+        # In older versions a compiler has no words for what follows, which tensors alone do not need.
+        if torch.compiler.is_compiling() and not _arrays_among((*args, *kwargs.values())):
             return function(*args, **kwargs)
         # Of one argument too many, or of another name, the function itself complains.
         placed = [taken(name, value) for name, value in zip(names, args, strict=False)] + list(args[len(names) :])
@@ -68,6 +68,14 @@ def numpy_or_torch(function: Callable[..., R]) -> Callable[..., R]:
         return _numpy(result) if arrays and not any(isinstance(came, Tensor) for came, _ in given) else result
 
     return either
+
+
+def _arrays_among(values: tuple[Any, ...]) -> bool:
+    # A loop, which every compiler follows.
+    for value in values:  # noqa: SIM110
+        if isinstance(value, (np.ndarray, list, tuple)):
+            return True
+    return False
 
 
 def _alternatives(annotation: Any) -> set[Any]:

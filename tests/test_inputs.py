@@ -338,3 +338,15 @@ def test_decisions_compile_in_one_graph() -> None:
         return decide(scores, 0.1, mask=scores > -1) * 10 + asked
 
     torch.testing.assert_close(torch.compile(decided, backend="eager", fullgraph=True)(SCORES), decided(SCORES))
+
+
+@pytest.mark.skipif(torch.__version__ < (2, 13), reason="compilers before know too little of NumPy")
+def test_figures_on_numpy_and_on_lists_may_stand_in_what_is_compiled() -> None:
+    curve = risk_coverage_curve(MARGIN, COSTS[:, 0] > 0.5)
+
+    def figures(values: torch.Tensor, array: np.ndarray) -> tuple:
+        return average(values, [1.0] * len(values)), average(array), curve.at(0.5)
+
+    given = MARGIN, MARGIN.numpy()
+    for found, expected in zip(torch.compile(figures, backend="eager")(*given), figures(*given), strict=True):
+        np.testing.assert_allclose(found, expected)
