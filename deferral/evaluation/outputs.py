@@ -105,9 +105,9 @@ def _unread(table: Table, experts: list[str]) -> list[str]:
 
 
 def _looks_like(name: str, known: list[str]) -> str | None:
-    """The known name that differs in case, in the order of its words, or by a letter or two."""
+    """The known name that differs in case, in the order of its words, or by a letter or so."""
     spelt = {_folded(other): other for other in known}
-    close = get_close_matches(_folded(name), spelt, n=1, cutoff=0.85)
+    close = get_close_matches(_folded(name), spelt, n=1, cutoff=0.87)
     return spelt[close[0]] if close else None
 
 
