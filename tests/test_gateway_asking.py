@@ -377,6 +377,15 @@ def test_a_row_that_is_wrong_is_named_by_its_line_though_those_before_it_have_no
     assert graded.log[0].tags == ("low",)
 
 
+def test_answers_written_by_hand_need_no_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = {"row": 1, "query": "x", "expert": "small", "answer": "y", "price": 0.1, "quality": 1}
+    answers = _written(tmp_path / "answers.jsonl", json.dumps(line) + "\n")
+    main(["gateway", "grade", str(answers), str(tmp_path / "log.jsonl"), "--by", "quality"])
+    said = capsys.readouterr()
+    row = next(text for text in (said.out + said.err).splitlines() if text.split()[:1] == ["small"])
+    assert row.split() == ["small", "1", "0", "1.000", "100"]
+
+
 @pytest.mark.ci_slow
 def test_stopped_it_keeps_what_it_has_and_goes_on(questions: Path, tmp_path: Path) -> None:
     answers = tmp_path / "answers.jsonl"

@@ -192,7 +192,9 @@ def _table(graded: Graded) -> Table:
     expert, quality, price, written = (log.column(name) for name in ("expert", "quality", "price", "output_tokens"))
     for code, name in enumerate(log.experts):
         mine = expert == code
-        figures = (f"{np.mean(quality[mine]):.3f}", f"{1000 * np.mean(price[mine]):.4g}", f"{np.nanmean(written[mine]):.0f}")
+        counted = written[mine & ~np.isnan(written)]
+        tokens = f"{np.mean(counted):.0f}" if len(counted) else ""
+        figures = (f"{np.mean(quality[mine]):.3f}", f"{1000 * np.mean(price[mine]):.4g}", tokens)
         table.add_row(escape(name), f"{mine.sum():,}", f"{graded.left_out[name]:,}", *figures)
     for name in sorted(set(graded.left_out) - set(log.experts)):
         table.add_row(escape(name), "0", f"{graded.left_out[name]:,}", "", "", "")
