@@ -196,7 +196,7 @@ class AskingFirst:
             attempts, why = found.attempts, f"refused, with status {found.reply.status}"
         except Problem as nobody:
             # Of who cannot be sent the request as well: an answer is there, and paid for.
-            attempts, why = nobody.attempts if isinstance(nobody, Unanswered) else 0, "failed"
+            attempts, why = nobody.attempts, "failed"
         except TimeoutError:
             attempts, why = 1, "took too long"
         self.attempts += attempts

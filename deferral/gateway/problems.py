@@ -10,7 +10,9 @@ _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit
 
 
 class Problem(Exception):
-    """A request that ends with an error.  `retry_after` in seconds."""
+    """A request that ends with an error.  `retry_after` in seconds, `attempts` to have it answered were made."""
+
+    attempts = 0
 
     def __init__(
         self,

@@ -13,7 +13,7 @@ from deferral.gateway.access import problem_of
 from deferral.gateway.accounts import Hold, Refused
 from deferral.gateway.addressing import answered_before, check_previous, decided
 from deferral.gateway.aliases import applied
-from deferral.gateway.answering import ONCE, Call, Unanswered
+from deferral.gateway.answering import ONCE, Call
 from deferral.gateway.cascading import asking_first
 from deferral.gateway.choice import set_aside
 from deferral.gateway.exchange import Exchange
@@ -186,7 +186,7 @@ async def _instead(
         found = await ask(others, body_for)
     except Problem as nobody:
         # Of who cannot be sent the request as well.
-        call.attempts += nobody.attempts if isinstance(nobody, Unanswered) else 0
+        call.attempts += nobody.attempts
         return call
     if found.reply.status < 300:
         found.attempts += call.attempts

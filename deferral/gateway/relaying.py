@@ -5,7 +5,7 @@ import logging
 from time import perf_counter
 
 from deferral.gateway.accounts import Hold
-from deferral.gateway.answering import Call, Unanswered
+from deferral.gateway.answering import Call
 from deferral.gateway.choice import Choice
 from deferral.gateway.exchange import Exchange
 from deferral.gateway.failures import Failure
@@ -96,7 +96,7 @@ async def _stream(
 async def refuse(exchange: Exchange, problem: Problem) -> None:
     """Why there is no reply, to the client and on record."""
     exchange.status, exchange.over = problem.status, True
-    attempts = problem.attempts if isinstance(problem, Unanswered) else 0
+    attempts = problem.attempts
     if exchange.first:
         attempts += exchange.first.attempts
     if not attempts and problem.status != 500:
