@@ -46,6 +46,8 @@ _FIRST_RETRY, _LAST_RETRY = 0.05, 1.0
 # Seconds after a reply, its row is there.
 WRITTEN_WITHIN = 0.2
 _FEEDBACK_TIMEOUT = 10.0
+# Once a database that failed is back here, other processes have written what waited there by then.
+_BACK_EVERYWHERE = 2.0
 # A writer that is at one thing for so long has no answer from its database.
 _LONGEST_SILENCE = 5.0
 
@@ -67,6 +69,7 @@ class _Trouble:
     """Why one kind of work fails at present; "" if it does not.  The log hears of it at most every half minute."""
 
     why: str = ""
+    ended_at: float = -math.inf
     _told_at: float = -math.inf
 
     def begins(self, why: str, waiting: int) -> None:
@@ -78,7 +81,7 @@ class _Trouble:
     def ends(self, message: str) -> None:
         if self.why:
             _log.warning("%s", message)
-            self.why, self._told_at = "", -math.inf
+            self.why, self._told_at, self.ended_at = "", -math.inf, time.monotonic()
 
 
 class Record:
@@ -195,7 +198,11 @@ class Record:
             return True
         # A reply can be faster than its row, which another process may be writing.
         await asyncio.sleep(WRITTEN_WITHIN)
-        return await self._ask(response_id, float(quality), source_key)
+        if await self._ask(response_id, float(quality), source_key):
+            return True
+        if time.monotonic() - self._writing.ended_at < _BACK_EVERYWHERE:
+            raise TimeoutError("the database has only just come back, and not all rows may be there yet; send the feedback again")
+        return False
 
     def spent(self, key: str, since: float) -> float:
         """Dollars that the requests of a key have cost that arrived at `since` or later, as far as they are written."""
