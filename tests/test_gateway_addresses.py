@@ -20,6 +20,7 @@ from deferral.gateway.failures import Failure
 from deferral.gateway.metrics import Metrics
 from deferral.gateway.requests import parse
 from deferral.gateway.settings import Settings
+from deferral.gateway.slots import Slots
 from deferral.gateway.standing import Servers, Talk
 from deferral.gateway.upstream import Reply
 from deferral.gateway.usage import Usage
@@ -356,6 +357,31 @@ def test_who_waits_is_not_sent_where_it_has_failed_nor_where_the_breaker_is_open
 
     asyncio.run(asyncio.wait_for(run(), 10))
     assert asked == ["http://a/v1"] * 5 + ["http://b/v1"] * 7
+
+
+def test_who_waits_behind_others_that_have_failed_at_an_address_has_its_slot_nevertheless() -> None:
+    async def run() -> None:
+        slots = Slots(1, 9), Slots(1, 9), Slots(1, 9)
+        first, second, third = slots
+        for each in slots:
+            await each.take(1.0)
+        tasks = []
+        # In the longest queue only the last may go to the first address.
+        for at, others in ((second, [third]), (second, [third]), (third, [first]), (second, [first])):
+            tasks.append(asyncio.create_task(at.take(1.0, "", others)))
+            await asyncio.sleep(0)
+        for done in ([3], [2, 3]):
+            first.give_back(0.0)
+            assert first.let_in([second, third])
+            await asyncio.sleep(0)
+            assert [place for place, task in enumerate(tasks) if task.done()] == done
+        first.give_back(0.0)
+        assert not first.let_in([second, third])
+        for each in (second, second, second):
+            each.give_back(0.0)
+        assert await asyncio.gather(*tasks) == [second, second, first, first]
+
+    asyncio.run(run())
 
 
 def test_a_request_under_way_goes_where_its_expert_was_when_it_was_chosen() -> None:

@@ -74,12 +74,10 @@ class Slots:
         self._leave(key)
 
     def let_in(self, others: "Collection[Slots]") -> bool:
-        """Whether who waits at one of the others, the longest queue of all, has been given a slot that is free here."""
-        longest = max(others, key=lambda each: each.queued, default=self)
-        if self.queued or self.taken >= self.limit or longest is self:
+        """Whether who waits at one of the others, in the longest queue that will do, has been given a slot that is free here."""
+        if self.queued or self.taken >= self.limit:
             return False
-        keys = [key for key, places in longest._queues.items() if self in places[0].others]
-        return bool(keys) and longest._next(keys, self)
+        return any(each._next(self) for each in sorted(others, key=lambda each: each.queued, reverse=True))
 
     def resize(self, limit: int, waiting: int) -> None:
         """Other limits, from the next request on."""
@@ -99,12 +97,19 @@ class Slots:
 
     def _pass_on(self) -> None:
         while self.queued and self.taken < self.limit:
-            self._next(self._queues, self)
+            self._next(self)
 
-    def _next(self, keys: Collection[str], at: "Slots") -> bool:
-        """Whoever comes next of these keys has a slot there."""
-        key = min(keys, key=lambda each: (self._held[each], self._queues[each][0].number))
-        place = self._queues[key][0]
+    def _next(self, at: "Slots") -> bool:
+        """Whether there was somebody here to be given a slot there: whoever comes next of those for whom it will do."""
+        firsts = []
+        for key, queue in self._queues.items():
+            for place in queue:
+                if at is self or at in place.others:
+                    firsts.append((self._held[key], place.number, key, place))
+                    break
+        if not firsts:
+            return False
+        _, _, key, place = min(firsts)
         self._drop(key, place)
         if not place.turn.done():
             at._enter(key)
