@@ -384,6 +384,61 @@ def test_who_waits_behind_others_that_have_failed_at_an_address_has_its_slot_nev
     asyncio.run(run())
 
 
+async def busy_servers(expert: Expert) -> Servers:
+    """None of them has a slot free."""
+    servers = Servers(expert)
+    servers.update()
+    for standing in servers.each:
+        for _ in range(expert.max_concurrent):
+            await standing.slots.take(1.0)
+    return servers
+
+
+def test_a_turn_that_comes_too_late_is_for_who_waits_at_another_address() -> None:
+    async def run() -> None:
+        servers = await busy_servers(replace(SMALL, max_concurrent=1))
+        first, second = servers.each
+        leaves, stays = (asyncio.create_task(servers.slot(standing, "", [standing])) for standing in servers.each)
+        await asyncio.sleep(0)
+        first.give_back(0.0, "")
+        leaves.cancel()
+        assert await stays is first
+        assert (first.load, second.load) == (1, 1)
+
+    asyncio.run(asyncio.wait_for(run(), 10))
+
+
+def test_other_limits_let_in_who_waits_at_another_address() -> None:
+    async def run() -> None:
+        servers = await busy_servers(replace(SMALL, max_concurrent=1))
+        second = servers.each[1]
+        waiting = [asyncio.create_task(servers.slot(second, "", [second])) for _ in range(2)]
+        await asyncio.sleep(0)
+        Servers(replace(SMALL, max_concurrent=2), servers).update()
+        assert {await each for each in waiting} == {*servers.each}
+
+    asyncio.run(asyncio.wait_for(run(), 10))
+
+
+def test_a_stream_that_shows_that_its_address_is_back_lets_in_who_waits_at_another() -> None:
+    async def run() -> None:
+        servers = await busy_servers(SMALL)
+        first, second = servers.each
+        waiting = asyncio.create_task(servers.slot(second, "", [second]))
+        await asyncio.sleep(0)
+        for _ in range(5):
+            first.breaker.failure(first.breaker.enter() or 0)
+        for _ in range(2):
+            first.give_back(0.0, "")
+        assert (second.slots.queued, first.slots.taken) == (1, 0)
+        first.breaker._until = 0.0
+        await first.slots.take(1.0)
+        first.begun(first.enter(""))
+        assert await waiting is first
+
+    asyncio.run(asyncio.wait_for(run(), 10))
+
+
 def test_a_request_under_way_goes_where_its_expert_was_when_it_was_chosen() -> None:
     asked, first = [], Expert("first", "http://c/v1")
 

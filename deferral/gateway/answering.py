@@ -224,7 +224,7 @@ class Answerers:
             standing.give_back(monotonic() - began, key)
             raise
         if reply.streamed:
-            ticket = standing.breaker.begun(ticket)
+            ticket = standing.begun(ticket)
         return Call(expert, reply, standing, ticket, began, attempts, key, traced)
 
 

@@ -84,8 +84,18 @@ class Standing:
     def give_back(self, seconds: float, key: str) -> None:
         """A slot that was held for so long by a request of a key: who waits here has it, or else who waits at another server."""
         self.slots.give_back(seconds, key)
+        self.let_in()
+
+    def let_in(self) -> None:
+        """Who waits at another server has the slots that are free here."""
         while not self.breaker.down and self.slots.let_in(self.beside):
             pass
+
+    def begun(self, ticket: int) -> int:
+        """A reply has begun that may take long, and the server is back.  -> the ticket that its end is told with"""
+        ticket = self.breaker.begun(ticket)
+        self.let_in()
+        return ticket
 
     def level_of(self, failure: Failure) -> int:
         """How loudly the log is told: what a breaker ends is told each time, anything else may come with every request."""
@@ -132,16 +142,25 @@ class Servers:
         for standing, server in zip(self.each, self.expert.servers, strict=True):
             standing.update(server)
             standing.beside = [each.slots for each in self.each if each is not standing]
+        self._let_in()
 
     async def slot(self, standing: Standing, key: str, but: Collection[Standing]) -> Standing:
         """Who has a slot for a request of a key: this one, or whichever has one first but for these; Failure where none has."""
         others = [each.slots for each in self.each if each not in but]
         try:
             slots = await standing.slots.take(standing.server.first_byte_s, key, others)
-        except Full as full:
+        except BaseException as error:
+            # A turn that came in the same moment was passed on, where perhaps nobody waits.
+            self._let_in()
+            if not isinstance(error, Full):
+                raise
             message = "has more requests waiting than it takes"
-            raise Failure(429, "queue_full", message, blame=False, rest=full.retry_after) from None
+            raise Failure(429, "queue_full", message, blame=False, rest=error.retry_after) from None
         return next((each for each in self.each if each.slots is slots), standing)
+
+    def _let_in(self) -> None:
+        for standing in self.each:
+            standing.let_in()
 
     def next(self, but: Collection[Standing] = (), talk: Talk | None = None) -> Standing | None:
         """The server with the fewest requests, the first of those, of who may be asked and is none of these.
