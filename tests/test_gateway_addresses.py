@@ -439,6 +439,30 @@ def test_a_stream_that_shows_that_its_address_is_back_lets_in_who_waits_at_anoth
     asyncio.run(asyncio.wait_for(run(), 10))
 
 
+def test_who_waits_keeps_its_place_while_another_address_is_to_be_tried() -> None:
+    async def run() -> None:
+        answerers = answerers_of(AsyncMock(return_value=reply()), SMALL)
+        first, second = answerers.servers["small"].each
+        for each in (first, first, second, second):
+            await each.slots.take(1.0)
+        waiting = [asyncio.create_task(answerers.servers["small"].slot(second, "", [second])) for _ in range(3)]
+        await asyncio.sleep(0)
+        for _ in range(5):
+            first.breaker.failure(first.breaker.enter() or 0)
+        first.breaker._until = 0.0
+        # What began before the breaker opened ends now.
+        first.give_back(0.0, "")
+        assert (first.breaker.state, second.slots.queued) == ("half-open", 3)
+        assert await outcome(answerers, SMALL) == "ok"
+        assert await waiting[0] is first
+        first.give_back(0.0, "")
+        for each in waiting[1:]:
+            assert await each is first
+            first.give_back(0.0, "")
+
+    asyncio.run(asyncio.wait_for(run(), 10))
+
+
 def test_a_request_under_way_goes_where_its_expert_was_when_it_was_chosen() -> None:
     asked, first = [], Expert("first", "http://c/v1")
 

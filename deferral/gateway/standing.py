@@ -88,7 +88,8 @@ class Standing:
 
     def let_in(self) -> None:
         """Who waits at another server has the slots that are free here."""
-        while not self.breaker.down and self.slots.let_in(self.beside):
+        # To show that this one is back a single request will do, and a new one has time left for another.
+        while self.breaker.state == "closed" and not self.breaker.down and self.slots.let_in(self.beside):
             pass
 
     def begun(self, ticket: int) -> int:
