@@ -26,9 +26,6 @@ ONCE = "idempotency-key"
 
 _log = logging.getLogger("deferral.gateway")
 
-# An expert that asks for more patience than this is not waited for.
-_PATIENCE = 2.0
-
 
 class Call:
     """A reply under way.  It holds a slot, and the breaker waits for its outcome: `end` it; what ended stays as it ended."""
@@ -184,14 +181,14 @@ class Answerers:
         if failure.code in UNASKED:
             # Nothing was begun here either.  Whoever has a full queue had the shortest one: only a free slot is better.
             return None if other is None or (failure.code == "queue_full" and not other.free) else other
-        same = len(begun) == 1 and failure.again and (failure.rest or 0.0) <= _PATIENCE
+        same = len(begun) == 1 and failure.again
         # One address may stand in for another as one expert does for another; breakers end what that multiplies.
         stands_in = other is not None and len({*begun}) == 1
         if not (other or same) or not (stands_in or self.budget.take()):
             return None
         self.metrics.retried(last.server.name)
         if other is None:
-            await asyncio.sleep(max(backoff(1), failure.rest or 0.0))
+            await asyncio.sleep(backoff(1))
         return other or last
 
     async def _call(
