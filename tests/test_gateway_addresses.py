@@ -439,6 +439,31 @@ def test_a_stream_that_shows_that_its_address_is_back_lets_in_who_waits_at_anoth
     asyncio.run(asyncio.wait_for(run(), 10))
 
 
+def test_who_has_lost_its_slot_with_an_idle_connection_does_not_wait_where_another_address_has_one() -> None:
+    asked: list[str] = []
+
+    async def ask(server: Expert, *_: Any, **__: Any) -> Reply:
+        asked.append(server.base_url)
+        await asyncio.sleep(0.01)
+        if len(asked) == 1:
+            raise Failure(502, "upstream_bad_reply", "closed the connection before it answered", again=True, stale=True)
+        return reply()
+
+    async def run() -> None:
+        expert = replace(SMALL, max_concurrent=1)
+        answerers = answerers_of(ask, expert)
+        first, second = answerers.servers["small"].each
+        loses = asyncio.create_task(outcome(answerers, expert))
+        await asyncio.sleep(0)
+        waiting = asyncio.create_task(first.slots.take(1.0))
+        assert await loses == "ok"
+        assert await waiting is first.slots
+        assert (first.load, second.load) == (1, 0)
+
+    asyncio.run(asyncio.wait_for(run(), 10))
+    assert asked == ["http://a/v1", "http://b/v1"]
+
+
 def test_who_waits_keeps_its_place_while_another_address_is_to_be_tried() -> None:
     async def run() -> None:
         answerers = answerers_of(AsyncMock(return_value=reply()), SMALL)

@@ -173,11 +173,10 @@ class Answerers:
         self, failure: Failure, servers: Servers, tried: Sequence[Standing], begun: Sequence[Standing], *, fresh: bool
     ) -> Standing | None:
         """Which server of the expert is asked after a failure: another one, or where it has no other the same one, once."""
-        last = tried[-1]
+        last, other = tried[-1], servers.next(but=tried)
         if failure.stale and not fresh:
             # Nobody is to blame, and nothing was begun: that is no retry to be counted.
-            return last
-        other = servers.next(but=tried)
+            return other if other and other.free and not last.free else last
         if failure.code in UNASKED:
             # Nothing was begun here either.  Whoever has a full queue had the shortest one: only a free slot is better.
             return None if other is None or (failure.code == "queue_full" and not other.free) else other
