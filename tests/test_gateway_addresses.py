@@ -20,8 +20,8 @@ from deferral.gateway.failures import Failure
 from deferral.gateway.metrics import Metrics
 from deferral.gateway.requests import parse
 from deferral.gateway.settings import Settings
-from deferral.gateway.slots import Slots
-from deferral.gateway.standing import Servers, Talk
+from deferral.gateway.slots import Full, Slots
+from deferral.gateway.standing import Servers, Standing, Talk
 from deferral.gateway.upstream import Reply
 from deferral.gateway.usage import Usage
 from tests.faulty_upstream import CHUNKS, Upstream
@@ -486,6 +486,27 @@ def test_who_waits_keeps_its_place_while_another_address_is_to_be_tried() -> Non
             first.give_back(0.0, "")
 
     asyncio.run(asyncio.wait_for(run(), 10))
+
+
+def test_who_finds_its_server_down_says_nothing_of_how_long_a_request_takes() -> None:
+    async def run() -> None:
+        standing = Standing(replace(SMALL, other_urls=[], max_concurrent=1, max_waiting=0))
+        await standing.slots.take(1.0)
+        for _ in range(100):
+            standing.give_back(30.0, "")
+            await standing.slots.take(1.0)
+        for _ in range(5):
+            standing.breaker.failure(standing.breaker.enter() or 0)
+        for _ in range(100):
+            with pytest.raises(Failure) as down:
+                standing.enter("")
+            assert down.value.code == "experts_down"
+            await standing.slots.take(1.0)
+        with pytest.raises(Full) as full:
+            await standing.slots.take(1.0)
+        assert full.value.retry_after == 30.0
+
+    asyncio.run(run())
 
 
 def test_a_request_under_way_goes_where_its_expert_was_when_it_was_chosen() -> None:

@@ -63,7 +63,7 @@ class Slots:
                 self._drop(key, place)
             elif not place.turn.cancelled() and place.turn.exception() is None:
                 # A turn that came in the same moment is passed on.
-                place.turn.result()._leave(key)
+                place.turn.result().leave(key)
             if isinstance(error, TimeoutError):
                 raise Full(self._wait()) from None
             raise
@@ -71,7 +71,15 @@ class Slots:
     def give_back(self, seconds: float, key: str = "") -> None:
         """A slot that was held for so long by a request of this key."""
         self._mean_s += 0.05 * (seconds - self._mean_s)
-        self._leave(key)
+        self.leave(key)
+
+    def leave(self, key: str) -> None:
+        """A slot of a request of this key that was not used."""
+        self.taken -= 1
+        self._held[key] -= 1
+        if not self._held[key]:
+            del self._held[key]
+        self._pass_on()
 
     def let_in(self, others: "Collection[Slots]") -> bool:
         """Whether who waits at one of the others, in the longest queue that will do, has been given a slot that is free here."""
@@ -87,13 +95,6 @@ class Slots:
     def _enter(self, key: str) -> None:
         self.taken += 1
         self._held[key] += 1
-
-    def _leave(self, key: str) -> None:
-        self.taken -= 1
-        self._held[key] -= 1
-        if not self._held[key]:
-            del self._held[key]
-        self._pass_on()
 
     def _pass_on(self) -> None:
         while self.queued and self.taken < self.limit:

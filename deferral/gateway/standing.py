@@ -75,7 +75,7 @@ class Standing:
         """A ticket of the breaker, for a request of a key that has a slot; Failure, and no slot, where there is none."""
         ticket = self.breaker.enter()
         if ticket is None:
-            self.give_back(0.0, key)
+            self.slots.leave(key)
             if self.breaker.busy:
                 raise Failure(429, "experts_busy", "asks for fewer requests", blame=False, rest=self.breaker.wait)
             raise Failure(503, "experts_down", "is down", blame=False, rest=self.breaker.wait)
