@@ -393,3 +393,5 @@ def test_with_another_key_it_begins_anew_and_calls_of_before_decide_nothing() ->
     assert tickets[5] is not None
     breaker.failure(tickets[5])
     assert not breaker._calls
+    breaker.rest(60.0, tickets[5], limited=True)
+    assert not breaker.down, "it was the other key that asked too often"

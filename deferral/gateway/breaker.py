@@ -35,7 +35,7 @@ class Breaker:
         self._open = False
         self._probing = False
         self._resting = self._limited = False
-        self._epoch = 0
+        self._epoch = self._anew = 0
 
     @property
     def state(self) -> str:
@@ -104,6 +104,8 @@ class Breaker:
 
     def rest(self, seconds: float, ticket: int, *, limited: bool = False) -> None:
         """The expert asked to be left alone for a while (Retry-After), by a 429 if `limited`."""
+        if ticket < self._anew:
+            return
         self.leave(ticket)
         self._limited = limited and (self._limited or not self.down)
         self._resting = (self._resting and self.down) or seconds >= _WORTH_SAYING
@@ -112,6 +114,7 @@ class Breaker:
     def begin_anew(self) -> None:
         """What was seen so far is of another key, say, and calls under way decide nothing."""
         self._change(opened=False)
+        self._anew = self._epoch
         self._until, self._pause, self._resting, self._limited = 0.0, _FIRST_PAUSE, False, False
 
     def _count(self, good: bool, key: str | None) -> None:
