@@ -1,6 +1,5 @@
 """What it means when an expert gives nothing that a client could use: whose fault it is, and who may be asked again."""
 
-import asyncio
 from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
 from time import time
@@ -57,7 +56,7 @@ def unanswered(error: Exception, *, reused: bool) -> Failure:
     """Nothing of a reply has come; `reused`: the connection was there before, and it ended at once."""
     if isinstance(error, aiohttp.ConnectionTimeoutError):
         return Failure(504, "upstream_timeout", "could not be reached in time", of_server=True)
-    if isinstance(error, TimeoutError | asyncio.TimeoutError):
+    if isinstance(error, TimeoutError):
         return Failure(504, "upstream_timeout", "did not answer in time")
     if isinstance(error, aiohttp.ClientProxyConnectionError):
         return Failure(502, "upstream_unreachable", "cannot be reached: its proxy does not answer", again=True, of_server=True)
