@@ -1,4 +1,4 @@
-"""Replies leave in as few system calls as they can, whole and in order; requests are bounded, and never upgraded."""
+"""Requests are bounded, and never upgraded; a client that reads nothing of its reply is let go."""
 
 import asyncio
 import json
@@ -15,94 +15,8 @@ from uvicorn import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
-from deferral.gateway.protocol import Gathering, Protocol
+from deferral.gateway.protocol import Protocol
 from deferral.gateway.wire import header_map, read_body, send_whole
-
-
-class _Wire:
-    def __init__(self) -> None:
-        self.sent: list[bytes] = []
-        self.closed = False
-
-    def write(self, data: bytes) -> None:
-        assert not self.closed
-        self.sent.append(data)
-
-    def writelines(self, parts: list[bytes]) -> None:
-        self.write(b"".join(parts))
-
-    def is_closing(self) -> bool:
-        return self.closed
-
-    def close(self) -> None:
-        self.closed = True
-
-    def get_write_buffer_size(self) -> int:
-        return 0
-
-    def get_extra_info(self, name: str) -> str:
-        return name
-
-
-@pytest.fixture
-def wire() -> _Wire:
-    return _Wire()
-
-
-def test_head_and_body_are_one_write(wire):
-    async def replies() -> None:
-        transport = Gathering(wire, asyncio.get_running_loop())
-        transport.write(b"head ")
-        transport.write(b"body")
-        assert wire.sent == []
-        await asyncio.sleep(0)
-        assert wire.sent == [b"head body"]
-        transport.write(b"next")
-        await asyncio.sleep(0)
-        assert wire.sent == [b"head body", b"next"]
-
-    asyncio.run(replies())
-
-
-def test_chunks_that_come_together_are_one_part_of_a_body(monkeypatch: pytest.MonkeyPatch) -> None:
-    parts: list[bytes] = []
-    monkeypatch.setattr(HttpToolsProtocol, "on_body", lambda self, body: parts.append(body))
-    chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in b"a body of chunks") + b"0\r\n\r\n"
-    replies_to(HEAD + b"connection: close\r\ntransfer-encoding: chunked\r\n\r\n" + chunks)
-    assert parts == [b"a body of chunks"]
-
-
-def test_what_was_written_leaves_before_the_end(wire):
-    async def ends() -> None:
-        transport = Gathering(wire, asyncio.get_running_loop())
-        transport.write(b"last words")
-        transport.close()
-        assert (wire.sent, wire.closed) == ([b"last words"], True)
-        transport.write(b"too late")
-        await asyncio.sleep(0)
-        assert wire.sent == [b"last words"]
-
-    asyncio.run(ends())
-
-
-def test_much_is_not_kept_back(wire):
-    async def floods() -> None:
-        transport = Gathering(wire, asyncio.get_running_loop())
-        for _ in range(3):
-            transport.write(bytes(40_000))
-        # What the socket cannot take must be seen, so that whoever writes is held up.
-        assert [len(part) for part in wire.sent] == [80_000]
-        await asyncio.sleep(0)
-        assert [len(part) for part in wire.sent] == [80_000, 40_000]
-
-    asyncio.run(floods())
-
-
-def test_the_rest_is_the_transports_own(wire):
-    async def asks() -> None:
-        assert Gathering(wire, asyncio.get_running_loop()).get_extra_info("peername") == "peername"
-
-    asyncio.run(asks())
 
 
 async def tell(scope: Any, receive: Any, send: Any) -> None:
@@ -162,6 +76,14 @@ def test_a_wish_to_be_upgraded_is_not_granted_and_its_request_answered(packets: 
     assert first["body"] == "body"
     assert "http2-settings" in first["headers"]
     assert last["body"] == "end"
+
+
+def test_chunks_that_come_together_are_one_part_of_a_body(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts: list[bytes] = []
+    monkeypatch.setattr(HttpToolsProtocol, "on_body", lambda self, body: parts.append(body))
+    chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in b"a body of chunks") + b"0\r\n\r\n"
+    replies_to(HEAD + b"connection: close\r\ntransfer-encoding: chunked\r\n\r\n" + chunks)
+    assert parts == [b"a body of chunks"]
 
 
 def test_what_cannot_be_served_is_refused_once() -> None:
@@ -420,13 +342,13 @@ LOOPS = [asyncio.new_event_loop, of_uvloop]
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize(("app", "packet"), [(much, WHOLE), (much, END), (much_by_parts, WHOLE), (much_by_parts, END)])
 def test_who_reads_nothing_of_a_reply_is_let_go(monkeypatch: pytest.MonkeyPatch, loop: Any, app: Any, packet: bytes) -> None:
-    monkeypatch.setattr("deferral.gateway.protocol._LONGEST_PAUSE_S", 0.05)
+    monkeypatch.setattr("deferral.gateway.gathering._LONGEST_PAUSE_S", 0.05)
     taken(loop, app, packet, lambda client: client.recv(1))
 
 
 @pytest.mark.parametrize("loop", LOOPS)
 def test_who_reads_slowly_gets_all_of_it_and_stays_no_longer(monkeypatch: pytest.MonkeyPatch, loop: Any) -> None:
-    monkeypatch.setattr("deferral.gateway.protocol._LONGEST_PAUSE_S", 0.5)
+    monkeypatch.setattr("deferral.gateway.gathering._LONGEST_PAUSE_S", 0.5)
 
     def slowly(client: socket.socket) -> int:
         size, pauses = 0, 0

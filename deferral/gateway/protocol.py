@@ -1,28 +1,17 @@
-"""HTTP as clients speak it: what uvicorn leaves open is bounded, and the head of a reply leaves with what follows it."""
+"""HTTP as clients speak it: what uvicorn leaves open is bounded."""
 
 import asyncio
-import logging
-import sys
-from contextlib import suppress
 from typing import Any, cast
 
 import httptools
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
+from deferral.gateway.gathering import Gathering
 from deferral.gateway.problems import error_body
-
-if sys.platform == "linux":
-    from fcntl import ioctl
-    from termios import TIOCOUTQ
 
 __all__ = ["Protocol"]
 
-_log = logging.getLogger("deferral.gateway")
-
-_AT_ONCE = 1 << 16
-# Where asyncio tells nobody that a list which it was given waits to be read (CVE-2024-12254).
-_WRITES_TOO_MUCH = (3, 12) <= sys.version_info < (3, 12, 9) or (3, 13) <= sys.version_info < (3, 13, 2)
 _LONGEST_HEAD = 1 << 16
 _TOO_LONG = f"expected a head of at most {_LONGEST_HEAD} bytes"
 # Requests that wait for the reply to another on their connection; one read may bring thousands.
@@ -30,8 +19,6 @@ _MOST_AHEAD = 100
 # Nobody ends while a request is under way: who sends half of one must not hold that up.  Nobody has been asked for it yet, so
 # that it can be sent again.
 _LONGEST_UPLOAD_S, _LAST_UPLOAD_S = 120.0, 5.0
-# A client that takes nothing of its reply for so long does not read.
-_LONGEST_PAUSE_S = 60.0
 
 
 class _LongHead(Exception):
@@ -252,80 +239,3 @@ def _without_chunks(app: ASGIApp, cycle: RequestResponseCycle) -> Any:
         await app(scope, receive, unframed)
 
     return run
-
-
-class Gathering:
-    """A transport whose bytes go out at the end of the turn in which they were written, or when they are 64 KiB.
-
-    Once asked to `wait_for_the_reader`, or closed with bytes unsent, it ends when the client takes nothing for a minute.
-    """
-
-    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
-        self._transport, self._call_soon, self._call_later = transport, loop.call_soon, loop.call_later
-        self._parts: list[bytes] = []
-        self._size = 0
-        self._reader: asyncio.TimerHandle | None = None
-        self.is_closing = transport.is_closing
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
-
-    def write(self, data: bytes) -> None:
-        """Bytes to be sent soon."""
-        if not data:
-            # From Python 3.12 on asyncio never comes to the end of a list that ends with nothing.
-            return
-        if not self._parts:
-            self._call_soon(self._flush)
-        self._parts.append(data)
-        self._size += len(data)
-        if self._size > _AT_ONCE:
-            self._flush()
-
-    def close(self) -> None:
-        """What was written still goes out."""
-        self._flush()
-        self._transport.close()
-        if self._transport.get_write_buffer_size():
-            self.wait_for_the_reader()
-
-    def wait_for_the_reader(self) -> None:
-        """From now on the client has to take some of what is unsent, every minute."""
-        if self._reader is None:
-            self._look_again()
-
-    def wait_no_more(self) -> None:
-        """The client has taken enough, or is gone."""
-        if self._reader is not None:
-            self._reader.cancel()
-            self._reader = None
-
-    def _look_again(self) -> None:
-        self._reader = self._call_later(_LONGEST_PAUSE_S, self._look, self._unread())
-
-    def _look(self, unread: int) -> None:
-        if self._unread() < unread:
-            self._look_again()
-        else:
-            _log.info("a client took nothing of its reply for %.0f s: it does not get the rest", _LONGEST_PAUSE_S)
-            self._transport.abort()
-
-    def _unread(self) -> int:
-        """Bytes here and, of megabytes that a slow client takes minutes for, in the system's buffer, where it says."""
-        here = self._transport.get_write_buffer_size()
-        if sys.platform != "linux":
-            return here
-        with suppress(OSError, AttributeError):
-            return here + int.from_bytes(
-                ioctl(self._transport.get_extra_info("socket").fileno(), TIOCOUTQ, bytes(4)), sys.byteorder
-            )
-        return here
-
-    def _flush(self) -> None:
-        parts, self._parts, self._size = self._parts, [], 0
-        if not parts or self.is_closing():
-            return
-        if _WRITES_TOO_MUCH:
-            self._transport.write(b"".join(parts))
-        else:
-            self._transport.writelines(parts)
