@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from deferral.gateway.keys import PREFIX, SETTINGS, Issued, Keys, UnknownKey, settings_of
+from deferral.gateway.keys import PREFIX, SETTINGS, Issued, Keys, UnknownKey
 from deferral.gateway.problems import Problem, number
 from deferral.gateway.record import WRITTEN_WITHIN
 from deferral.gateway.state import Gateway
@@ -92,7 +92,7 @@ def _create_key(keys: Keys, body: bytes) -> dict[str, Any]:
         raise Problem(400, "invalid_key", "expected at least a name", param="name")
     with _problems():
         token, key = keys.create(**wanted)
-    return {**settings_of(key), "object": "key", "token": token}
+    return {**key.as_json(), "object": "key", "token": token}
 
 
 def _change_key(keys: Keys, id: str, body: bytes) -> dict[str, Any]:
@@ -100,7 +100,7 @@ def _change_key(keys: Keys, id: str, body: bytes) -> dict[str, Any]:
     wanted = _wanted(body, SETTINGS)
     with _problems():
         _, key = keys.change(id, **wanted)
-    return {**settings_of(key), "object": "key"}
+    return {**key.as_json(), "object": "key"}
 
 
 def _rotate_key(keys: Keys, id: str, body: bytes) -> dict[str, Any]:
@@ -139,7 +139,7 @@ def _problems() -> Iterator[None]:
 def shown(issued: Issued) -> dict[str, Any]:
     """A key as it is listed: never its token."""
     return {
-        **settings_of(issued.key),
+        **issued.key.as_json(),
         "object": "key",
         "prefix": issued.prefix,
         "created": issued.created,

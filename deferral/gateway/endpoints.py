@@ -17,7 +17,7 @@ from deferral.errors import DataError
 from deferral.gateway.access import problem_of
 from deferral.gateway.accounts import Refused
 from deferral.gateway.database import reason_of
-from deferral.gateway.keys import Key, settings_of
+from deferral.gateway.keys import Key
 from deferral.gateway.metrics import CONTENT_TYPE
 from deferral.gateway.problems import Problem
 from deferral.gateway.rows import plain
@@ -53,7 +53,7 @@ def routes(gateway: Gateway) -> list[Route]:
         await gateway.limits.admitted(key)
         left = await gateway.limits.left_now(key)
         again = None if left is None else span(key.window, time.time(), time_zone(key.zone)).end
-        return JSONResponse({"object": "key", **settings_of(key), "left": left, "window_ends": again})
+        return JSONResponse({"object": "key", **key.as_json(), "left": left, "window_ends": again})
 
     async def feedback(request: Request) -> Response:
         key = gateway.access.client(request.scope, header_map(request.scope))

@@ -24,7 +24,7 @@ from deferral.gateway.rows import plain
 from deferral.gateway.schema import keys as table
 from deferral.gateway.windows import WINDOWS, WindowName, time_zone
 
-__all__ = ["ANYONE", "PREFIX", "SETTINGS", "Issued", "Key", "Keys", "UnknownKey", "key_of", "settings_of"]
+__all__ = ["ANYONE", "PREFIX", "SETTINGS", "Issued", "Key", "Keys", "UnknownKey", "key_of"]
 
 _log = logging.getLogger("deferral.gateway.keys")
 
@@ -61,6 +61,20 @@ class Key:
     def over(self) -> bool:
         """Whether it has ended."""
         return self.ends is not None and time.time() >= self.ends
+
+    def as_json(self) -> dict[str, Any]:
+        """What the endpoints say of it."""
+        return {
+            "id": self.id,
+            "name": self.name,
+            "experts": None if self.experts is None else sorted(self.experts),
+            "requests_per_minute": self.requests_per_minute,
+            "budget": self.budget,
+            "window": self.window,
+            "zone": self.zone,
+            "ends": self.ends,
+            "admin": self.admin,
+        }
 
 
 ANYONE = Key("", "anyone")
@@ -183,9 +197,7 @@ class Keys:
         }
         with self.engine.begin() as connection:
             connection.execute(insert(table).values(**row))
-        # The token is valid by now, and must not be lost; whoever serves reads again anyway.
-        with suppress(SQLAlchemyError):
-            self.refresh()
+        self._refresh_if_possible()
         return token, key
 
     def change(self, key: str, **settings: Any) -> tuple[Key, Key]:
@@ -231,9 +243,7 @@ class Keys:
             former, until = (row.hash, clock(connection) + _HOUR * grace_hours) if grace_hours else (None, None)
             values = {"hash": _digest(token).hex(), "former": former, "former_until": until}
             connection.execute(update(table).where(table.c.id == row.id).values(**values))
-        # The token is valid by now, and must not be lost; whoever serves reads again anyway.
-        with suppress(SQLAlchemyError):
-            self.refresh()
+        self._refresh_if_possible()
         return token, Issued(key_of(row), row.created, None, until)
 
     def revoke(self, id: str) -> bool:
@@ -258,6 +268,11 @@ class Keys:
             rows = connection.execute(select(table).where(table.c.revoked.is_(None))).all()
             self._found = {row.id: _known(row) for row in rows}
             self._told(list(self))
+
+    def _refresh_if_possible(self) -> None:
+        """After a token was made: it is valid already, and an error now would lose the only copy of it."""
+        with suppress(SQLAlchemyError):
+            self.refresh()
 
     def _run(self) -> None:
         failing = False
@@ -312,21 +327,6 @@ def key_of(row: Row) -> Key:
     """The key of a row of the table."""
     experts = None if row.experts is None else frozenset(json.loads(row.experts))
     return Key(row.id, row.name, experts, row.requests_per_minute, row.budget, row.window, row.zone, row.admin, row.ends)
-
-
-def settings_of(key: Key) -> dict[str, Any]:
-    """As JSON has them."""
-    return {
-        "id": key.id,
-        "name": key.name,
-        "experts": None if key.experts is None else sorted(key.experts),
-        "requests_per_minute": key.requests_per_minute,
-        "budget": key.budget,
-        "window": key.window,
-        "zone": key.zone,
-        "ends": key.ends,
-        "admin": key.admin,
-    }
 
 
 def _check(
