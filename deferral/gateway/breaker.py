@@ -9,7 +9,8 @@ __all__ = ["Breaker"]
 _CALLS = 20
 _FAILURES = 5
 _FIRST_PAUSE, _LONGEST_PAUSE = 10.0, 300.0
-# What is not counted moves none of the last calls out: how another key's went a while ago says nothing of now.
+# A call of another key shows that the expert is well only if it is this recent: failures that are not counted push no call out
+# of the last twenty, so that one of them may be of long ago.
 _LATELY = 60.0
 # An upstream may ask for more rest than anybody wants to give it.
 _LONGEST_REST = 300.0
@@ -27,9 +28,8 @@ class Breaker:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._calls: deque[bool] = deque(maxlen=_CALLS)
-        self._keys: deque[str | None] = deque(maxlen=_CALLS)  # of the same calls, None where no request brought it about
-        self._times: deque[float] = deque(maxlen=_CALLS)
+        # Whether each went well, of which key (None where no request brought its failure about), and when it ended.
+        self._calls: deque[tuple[bool, str | None, float]] = deque(maxlen=_CALLS)
         self._until = 0.0  # of an open breaker, or of a rest
         self._pause = _FIRST_PAUSE
         self._open = False
@@ -92,7 +92,7 @@ class Breaker:
         if key is not None and self._own_doing(key):
             return
         self._count(False, key)
-        failures = self._calls.count(False)
+        failures = sum(not good for good, _, _ in self._calls)
         if failures >= _FAILURES and 2 * failures >= len(self._calls):
             self._pause = _FIRST_PAUSE
             self._change(opened=True)
@@ -118,25 +118,21 @@ class Breaker:
         self._until, self._pause, self._resting, self._limited = 0.0, _FIRST_PAUSE, False, False
 
     def _count(self, good: bool, key: str | None) -> None:
-        self._calls.append(good)
-        self._keys.append(key)
-        self._times.append(self._clock())
+        self._calls.append((good, key, self._clock()))
 
     def _own_doing(self, key: str) -> bool:
         """Whether enough of a key's failures have been counted, and another's call has gone well since the first, and lately."""
-        calls = list(zip(self._keys, self._calls, self._times, strict=True))
-        failed = [place for place, (whose, good, _) in enumerate(calls) if whose == key and not good]
+        calls = list(self._calls)
+        failed = [place for place, (good, whose, _) in enumerate(calls) if whose == key and not good]
         since = self._clock() - _LATELY
         return len(failed) >= _FAILURES - 1 and any(
-            good and whose != key and when >= since for whose, good, when in calls[failed[0] :]
+            good and whose != key and when >= since for good, whose, when in calls[failed[0] :]
         )
 
     def _change(self, *, opened: bool) -> None:
         self._open, self._probing = opened, False
         self._epoch += 1
         self._calls.clear()
-        self._keys.clear()
-        self._times.clear()
         if opened:
             # It may have asked for a longer rest.
             self._until = max(self._until, self._clock() + self._pause)
