@@ -19,7 +19,7 @@ def counted(answers: int, breaker: str, flying: int = 0) -> Metrics:
     metrics.watch_record(SimpleNamespace(waiting=answers, trouble="no space" if breaker == "open" else ""))  # type: ignore[arg-type]
     metrics.watch_budgets(lambda: [(Key("k", "alice", budget=10.0), float(answers))])
     small = SimpleNamespace(state=breaker, queued=2, away=int(breaker != "closed"))
-    metrics.watch(lambda: {"small": small})  # type: ignore[dict-item]
+    metrics.watch_servers(lambda: {"small": small})  # type: ignore[dict-item]
     for number in range(answers):
         metrics.began()
         metrics.answered(

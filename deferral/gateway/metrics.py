@@ -102,7 +102,7 @@ class Metrics(Collector):
         self.registry = CollectorRegistry()
         self.registry.register(self)
 
-    def watch(self, servers: Callable[[], Mapping[str, Servers]]) -> None:
+    def watch_servers(self, servers: Callable[[], Mapping[str, Servers]]) -> None:
         """Also show how the experts are doing whenever somebody looks."""
         self._servers = servers
 

@@ -21,6 +21,9 @@ from deferral.printed import print_whole
 __all__ = ["decisions", "shadow", "spending", "status"]
 
 _OUTCOMES = ("ok", "error", "cancelled", "refused", "truncated")
+_hours_option = click.option(
+    "--hours", type=FiniteRange(min=0, min_open=True), default=24.0, show_default=True, help="How many hours to look back."
+)
 
 
 @click.command(cls=Command)
@@ -70,9 +73,7 @@ def spending(by: tuple[str, ...], since: datetime | None, until: datetime | None
 
 
 @click.command(cls=Command)
-@click.option(
-    "--hours", type=FiniteRange(min=0, min_open=True), default=24.0, show_default=True, help="How many hours to look back."
-)
+@_hours_option
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 @click.option("--url", help="Also ask the gateway at this address, such as http://127.0.0.1:8080.")
 @click.option("--admin-key", envvar="DEFERRAL_ADMIN_KEY", help="Admin key for /metrics at --url.  [default: $DEFERRAL_ADMIN_KEY]")
@@ -106,9 +107,7 @@ def status(hours: float, as_json: bool, url: str | None, admin_key: str | None, 
 @click.option("--expert", help='Only decisions this expert answered; "" for those that nobody did.')
 @click.option("--outcome", type=click.Choice(_OUTCOMES), help="Only decisions with this outcome.")
 @click.option("--response", help="Only this response, however old, given by its x-deferral-id or the reply's own id.")
-@click.option(
-    "--hours", type=FiniteRange(min=0, min_open=True), default=24.0, show_default=True, help="How many hours to look back."
-)
+@_hours_option
 @click.option("--count", type=click.IntRange(1, 100_000), default=50, show_default=True, help="How many to show, newest first.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line.")
 @database_option
@@ -149,9 +148,7 @@ def decisions(
 
 
 @click.command(cls=Command)
-@click.option(
-    "--hours", type=FiniteRange(min=0, min_open=True), default=24.0, show_default=True, help="How many hours to look back."
-)
+@_hours_option
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 @database_option
 def shadow(hours: float, as_json: bool, database: str) -> None:

@@ -108,7 +108,7 @@ class Gateway:
         self.answerers = Answerers(upstream, self.metrics, retry_share=self.settings.retry_share, traces=self.traces)
         self.answerers.update(self.current.experts)
         self.metrics.expect(self.current.experts)
-        self.metrics.watch(lambda: self.answerers.servers)
+        self.metrics.watch_servers(lambda: self.answerers.servers)
         await self._new_shadow()
         self.metrics.watch_shadow(lambda: self.shadow)
         self.metrics.watch_alarms(lambda: self.alarms.now)
