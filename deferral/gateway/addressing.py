@@ -1,22 +1,43 @@
 """Whom a request is for: nobody in particular, so that the router decides, an expert by name, or whoever answered before."""
 
 import math
+from collections.abc import Mapping
 
 from sqlalchemy.exc import SQLAlchemyError
 
+from deferral.gateway.aliases import applied
 from deferral.gateway.choice import Choice
 from deferral.gateway.eligible import Limited, refusal
 from deferral.gateway.exchange import Exchange
 from deferral.gateway.experts_file import AUTO
 from deferral.gateway.generation import Generation
 from deferral.gateway.problems import Problem
-from deferral.gateway.requests import Asked, Hints
+from deferral.gateway.requests import Asked, Hints, hints, parse
 
-__all__ = ["answered_before", "check_previous", "decided"]
+__all__ = ["decided", "understood"]
 
 # Without a word from the client, an answer is expected to be this long.
 _OUTPUT_TOKENS = 256
 _PREVIOUS = "previous_response_id"
+
+
+async def understood(exchange: Exchange, now: Generation, body: bytes, headers: Mapping[bytes, bytes]) -> tuple[Asked, Hints]:
+    """The request that is meant, as the exchange knows it from now on; Problem 4xx where it is none, 503 where nobody can say.
+
+    The name of an alias is what that stands for, and "auto" is whoever gave the response that the request goes on from.
+    """
+    asked = exchange.asked = parse(exchange.kind, body, now.routed)
+    wanted = hints(headers)
+    if (alias := now.aliases.get(asked.model)) is not None:
+        exchange.named = alias.name
+        asked, wanted = applied(alias, asked, wanted)
+        exchange.asked = asked
+    if asked.previous and asked.model in now.routed:
+        asked = exchange.asked = asked._replace(model=await _answered_before(exchange, asked.previous))
+    elif asked.previous:
+        await _check_previous(exchange, asked.previous)
+        asked = exchange.asked = asked._replace(previous="")
+    return asked, wanted
 
 
 async def decided(exchange: Exchange, now: Generation, asked: Asked, wanted: Hints) -> Choice:
@@ -57,7 +78,7 @@ async def _choose(exchange: Exchange, now: Generation, asked: Asked, wanted: Hin
     return Choice((expert.name,), reason, 1.0, {}, {expert.name: price}, {}, math.nan, "", False)
 
 
-async def answered_before(exchange: Exchange, response: str) -> str:
+async def _answered_before(exchange: Exchange, response: str) -> str:
     """The expert that a conversation is with, which it alone remembers."""
     try:
         expert = await exchange.gateway.replies.answered_by(response, key=exchange.key.id)
@@ -68,7 +89,7 @@ async def answered_before(exchange: Exchange, response: str) -> str:
     return expert
 
 
-async def check_previous(exchange: Exchange, response: str) -> None:
+async def _check_previous(exchange: Exchange, response: str) -> None:
     """Problem 400 where an expert is asked by name to go on from what it answered to somebody else."""
     try:
         others = bool(exchange.key.id) and await exchange.gateway.replies.answered_others(response, key=exchange.key.id)

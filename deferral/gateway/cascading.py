@@ -30,7 +30,7 @@ from deferral.routing.decisions import AT_RANDOM
 from deferral.routing.router import Router
 from deferral.routing.static import chances, explored
 
-__all__ = ["ALTERNATIVES", "AskingFirst", "Silence", "asking_first"]
+__all__ = ["ALTERNATIVES", "Ask", "AskingFirst", "Silence", "asking_first"]
 
 _log = logging.getLogger("deferral.gateway")
 

@@ -11,16 +11,15 @@ from starlette.types import Receive, Scope, Send
 
 from deferral.gateway.access import problem_of
 from deferral.gateway.accounts import Hold, Refused
-from deferral.gateway.addressing import answered_before, check_previous, decided
-from deferral.gateway.aliases import applied
+from deferral.gateway.addressing import decided, understood
 from deferral.gateway.answering import ONCE, Call
-from deferral.gateway.cascading import asking_first
-from deferral.gateway.choice import set_aside
+from deferral.gateway.cascading import Ask, asking_first
+from deferral.gateway.choice import Choice, set_aside
 from deferral.gateway.exchange import Exchange
 from deferral.gateway.experts_file import AUTO, Expert
 from deferral.gateway.problems import Problem
 from deferral.gateway.relaying import hand_on, refuse
-from deferral.gateway.requests import Asked, Hints, Kind, hints, parse
+from deferral.gateway.requests import Asked, Hints, Kind
 from deferral.gateway.shaping import forwarded, sent_to
 from deferral.gateway.standing import Talk
 from deferral.gateway.state import Gateway
@@ -105,17 +104,7 @@ class Proxy:
 
     async def _serve(self, exchange: Exchange, body: bytes, headers: Mapping[bytes, bytes]) -> None:
         gateway, now = self.gateway, self.gateway.current
-        asked = exchange.asked = parse(self.kind, body, now.routed)
-        wanted = hints(headers)
-        if (alias := now.aliases.get(asked.model)) is not None:
-            exchange.named = alias.name
-            asked, wanted = applied(alias, asked, wanted)
-            exchange.asked = asked
-        if asked.previous and asked.model in now.routed:
-            asked = exchange.asked = asked._replace(model=await answered_before(exchange, asked.previous))
-        elif asked.previous:
-            await check_previous(exchange, asked.previous)
-            asked = exchange.asked = asked._replace(previous="")
+        asked, wanted = await understood(exchange, now, body, headers)
         talk = _talk(asked, wanted)
         if asked.model in AUTO:
             asked = exchange.asked = now.decider.read(asked)
@@ -142,14 +131,7 @@ class Proxy:
 
             try:
                 if first is None:
-                    call = await ask(ranking, lambda expert: sent_to(expert, asked, self.kind, body))
-                    if call.reply.status == 400 and asked.model in AUTO and _UNABLE.search(call.reply.body):
-                        # It is whole, and its expert is free, whatever becomes of this request.
-                        call.end(True)
-                        others = ranking[ranking.index(call.expert) + 1 :]
-                        # For a dearer expert more is set aside, or nobody else is asked: clients can bring this about.
-                        if others and await _set_aside_too(exchange, set_aside(others[0], choice, asked), holds):
-                            call = await _instead(call, others, ask, lambda expert: sent_to(expert, asked, self.kind, body))
+                    call = await _by_whoever_can(exchange, ranking, choice, asked, body, ask, holds)
                 else:
                     try:
                         call = await first.answer(ask, asked.query, hold, exchange.began)
@@ -166,6 +148,26 @@ def _talk(asked: Asked, wanted: Hints) -> Talk | None:
     return Talk(name, len(asked.turns) > 1 or bool(wanted.conversation)) if name else None
 
 
+async def _by_whoever_can(
+    exchange: Exchange, ranking: Sequence[Expert], choice: Choice, asked: Asked, body: bytes, ask: Ask, holds: ExitStack
+) -> Call:
+    """The answer of the chosen expert; where the router chose it and it cannot take the request, that of whoever can."""
+
+    def body_for(expert: Expert) -> bytes:
+        return sent_to(expert, asked, exchange.kind, body)
+
+    call = await ask(ranking, body_for)
+    if call.reply.status != 400 or asked.model not in AUTO or not _UNABLE.search(call.reply.body):
+        return call
+    # It is whole, and its expert is free, whatever becomes of this request.
+    call.end(True)
+    others = ranking[ranking.index(call.expert) + 1 :]
+    # For a dearer expert more is set aside, or nobody else is asked: clients can bring this about.
+    if not others or not await _set_aside_too(exchange, set_aside(others[0], choice, asked), holds):
+        return call
+    return await _instead(call, others, ask, body_for)
+
+
 async def _set_aside_too(exchange: Exchange, dollars: float, holds: ExitStack) -> bool:
     """Whether the key has so much more; it is held as long as the rest."""
     try:
@@ -175,12 +177,7 @@ async def _set_aside_too(exchange: Exchange, dollars: float, holds: ExitStack) -
     return True
 
 
-async def _instead(
-    call: Call,
-    others: Sequence[Expert],
-    ask: Callable[[Sequence[Expert], Callable[[Expert], bytes]], Awaitable[Call]],
-    body_for: Callable[[Expert], bytes],
-) -> Call:
+async def _instead(call: Call, others: Sequence[Expert], ask: Ask, body_for: Callable[[Expert], bytes]) -> Call:
     """The answer of others to what this expert is not able to take; its refusal where they do not answer either."""
     try:
         found = await ask(others, body_for)
