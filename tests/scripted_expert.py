@@ -5,7 +5,7 @@ import gzip
 import json
 from collections.abc import Sequence
 
-from deferral.gateway.answering import Answerers, Call, Unanswered
+from deferral.gateway.answering import Answerers, Call, Outgoing, Unanswered
 from deferral.gateway.experts_file import Expert
 from deferral.gateway.metrics import Metrics
 from deferral.gateway.requests import parse
@@ -59,7 +59,7 @@ def asked(
         found: list[Call | Exception] = []
         for _ in range(times):
             try:
-                call = await answerers.answer([expert], CHAT, lambda _: body, {}, parse("chat", body))
+                call = await answerers.answer([expert], Outgoing(CHAT, {}, parse("chat", body)), lambda _: body)
                 call.end(True)
                 found.append(call)
             except Unanswered as nobody:

@@ -14,7 +14,7 @@ from unittest.mock import AsyncMock
 
 import pytest
 
-from deferral.gateway.answering import Answerers, Unanswered
+from deferral.gateway.answering import Answerers, Outgoing, Unanswered
 from deferral.gateway.experts_file import Expert
 from deferral.gateway.failures import Failure
 from deferral.gateway.metrics import Metrics
@@ -163,7 +163,7 @@ def test_another_file_keeps_what_is_known_of_the_addresses_that_stay(running: An
     after = answerers.servers["small"].each
     assert after[0] is before[1]
     assert (len(after), after[1] in before) == (2, False)
-    call = running.gateway.call(answerers.answer([moved], "/chat/completions", lambda _: BODY, {}, parse("chat", BODY)))
+    call = running.gateway.call(answerers.answer([moved], Outgoing("/chat/completions", {}, parse("chat", BODY)), lambda _: BODY))
     call.end(True)
     assert call.reply.status == 200
     assert running.first.asked("small") == []
@@ -179,7 +179,7 @@ def test_an_outage_of_all_addresses_is_multiplied_no_more_than_the_retries_allow
         attempts = []
         for _ in range(3):
             with pytest.raises(Unanswered) as nobody:
-                await answerers.answer([expert], "/chat/completions", lambda _: BODY, {}, parse("chat", BODY))
+                await answerers.answer([expert], Outgoing("/chat/completions", {}, parse("chat", BODY)), lambda _: BODY)
             attempts.append(nobody.value.attempts)
         return attempts
 
@@ -206,7 +206,7 @@ def answerers_of(ask: Callable[..., Any], *experts: Expert, retry_share: float =
 
 async def outcome(answerers: Answerers, *ranking: Expert, key: str = "") -> str:
     try:
-        call = await answerers.answer(ranking, "/chat/completions", lambda _: BODY, {}, parse("chat", BODY), key=key)
+        call = await answerers.answer(ranking, Outgoing("/chat/completions", {}, parse("chat", BODY), key), lambda _: BODY)
     except Unanswered as nobody:
         return nobody.code
     call.end(True)
@@ -567,7 +567,7 @@ def test_a_client_is_to_come_back_when_the_first_of_the_addresses_may_be_asked(r
 
     async def run() -> str:
         with pytest.raises(Unanswered) as nobody:
-            await answerers_of(ask, SMALL).answer([SMALL], "/chat/completions", lambda _: BODY, {}, parse("chat", BODY))
+            await answerers_of(ask, SMALL).answer([SMALL], Outgoing("/chat/completions", {}, parse("chat", BODY)), lambda _: BODY)
         return nobody.value.headers["retry-after"]
 
     assert asyncio.run(run()) == "5"

@@ -12,7 +12,7 @@ from unittest.mock import AsyncMock
 import aiohttp
 import pytest
 
-from deferral.gateway.answering import Answerers, Call, Unanswered, _nobody
+from deferral.gateway.answering import Answerers, Call, Outgoing, Unanswered, _nobody
 from deferral.gateway.breaker import Breaker
 from deferral.gateway.experts_file import Expert
 from deferral.gateway.failures import Failure, refused_with, retry_after_of, unanswered
@@ -263,7 +263,10 @@ def test_who_is_asked_is_told_once_there_is_a_connection_and_no_more_when_that_i
         body = b'{"model": "small", "messages": []}'
         with pytest.raises(Unanswered):
             await answerers.answer(
-                [closed, there], CHAT, lambda _: body, {}, parse("chat", body), lambda who: told.append(who and who.name)
+                [closed, there],
+                Outgoing(CHAT, {}, parse("chat", body)),
+                lambda _: body,
+                lambda who: told.append(who and who.name),
             )
         await upstream.close()
         server.close()
@@ -303,7 +306,7 @@ def test_a_stream_that_has_begun_lets_others_ask_whoever_was_left_alone() -> Non
             breaker.failure(breaker.enter() or 0)
         breaker._until = 0.0
         assert breaker.state == "half-open"
-        call = await answerers.answer([expert], CHAT, lambda _: body, {}, parse("chat", body))
+        call = await answerers.answer([expert], Outgoing(CHAT, {}, parse("chat", body)), lambda _: body)
         assert (breaker.state, breaker.down) == ("closed", False)
         call.end(False)
         assert [good for good, _, _ in breaker._calls] == [False], "and how it ended is told all the same"

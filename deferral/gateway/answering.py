@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from hashlib import blake2b
 from time import monotonic
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from deferral.gateway.experts_file import Expert
 from deferral.gateway.failures import Failure
@@ -20,11 +20,21 @@ from deferral.gateway.upstream import Reply, Upstream
 if TYPE_CHECKING:
     from deferral.gateway.tracing import Attempt, Tracing
 
-__all__ = ["ONCE", "Answerers", "Call", "Unanswered", "once_of"]
+__all__ = ["ONCE", "Answerers", "Call", "Outgoing", "Unanswered", "once_of"]
 
 ONCE = "idempotency-key"
 
 _log = logging.getLogger("deferral.gateway")
+
+
+class Outgoing(NamedTuple):
+    """What of a request is the same for every expert that it may go to; its body is made for each.  `key` is a key's id."""
+
+    path: str
+    headers: Mapping[str, str]
+    asked: Asked
+    key: str = ""
+    talk: Talk | None = None
 
 
 class Call:
@@ -101,15 +111,11 @@ class Answerers:
     async def answer(
         self,
         ranking: Sequence[Expert],
-        path: str,
+        request: Outgoing,
         body_for: Callable[[Expert], bytes],
-        headers: Mapping[str, str],
-        asked: Asked,
         asks: Callable[[Expert | None], None] = lambda expert: None,
-        key: str = "",
-        talk: Talk | None = None,
     ) -> Call:
-        """The first reply that can be used, to a request of a key in a conversation.
+        """The first reply that can be used.
 
         Unanswered where there is none, Problem as `body_for` has it.  `asks` is told who has a connection for the request, and
         None once that expert has answered or failed.
@@ -120,36 +126,25 @@ class Answerers:
         for expert in ranking:
             servers = self._servers_of(expert)
             try:
-                body, addressed = body_for(expert), _addressed(headers, expert)
+                body = body_for(expert)
             except Problem:
                 # Whoever cannot be sent this stands in for nobody.
                 if failures:
                     continue
                 raise
-            standing, fresh = servers.next(talk=talk), False
+            standing, fresh = servers.next(talk=request.talk), False
             # At some of them it has only waited.
             tried: list[Standing] = []
             begun: list[Standing] = []
             while standing is not None:
                 tried.append(standing)
                 try:
-                    standing = tried[-1] = await servers.slot(standing, key, tried)
-                    ticket = standing.enter(key)
+                    standing = tried[-1] = await servers.slot(standing, request.key, tried)
+                    ticket = standing.enter(request.key)
                     begun.append(standing)
                     attempts += 1
                     call = await self._call(
-                        expert,
-                        standing,
-                        servers.shown(standing),
-                        ticket,
-                        path,
-                        body,
-                        addressed,
-                        asked,
-                        attempts,
-                        key=key,
-                        fresh=fresh,
-                        on_connected=partial(asks, expert),
+                        request, body, servers, standing, ticket, attempts, fresh=fresh, on_connected=partial(asks, expert)
                     )
                     asks(None)
                     return call
@@ -192,31 +187,31 @@ class Answerers:
 
     async def _call(
         self,
-        expert: Expert,
-        standing: Standing,
-        shown: str,
-        ticket: int,
-        path: str,
+        request: Outgoing,
         body: bytes,
-        headers: Mapping[str, str],
-        asked: Asked,
+        servers: Servers,
+        standing: Standing,
+        ticket: int,
         attempts: int,
         *,
-        key: str,
         fresh: bool,
         on_connected: Callable[[], None],
     ) -> Call:
         began = monotonic()
-        traced = None if self.traces is None else self.traces.attempt(standing.server, path, attempts)
+        expert, server, key = servers.expert, standing.server, request.key
+        headers = _addressed(request.headers, expert)
+        traced = None if self.traces is None else self.traces.attempt(server, request.path, attempts)
         try:
             sent = headers if traced is None else traced.headers(headers)
-            reply = await self.upstream.ask(standing.server, path, body, sent, asked, fresh=fresh, on_connected=on_connected)
+            reply = await self.upstream.ask(
+                server, request.path, body, sent, request.asked, fresh=fresh, on_connected=on_connected
+            )
             if traced is not None:
                 traced.began(reply)
         except BaseException as error:
             if traced is not None:
                 traced.failed(error)
-            standing.blame(error, ticket, shown, key)
+            standing.blame(error, ticket, servers.shown(standing), key)
             standing.give_back(monotonic() - began, key)
             raise
         if reply.streamed:

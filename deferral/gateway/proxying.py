@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 from deferral.gateway.access import problem_of
 from deferral.gateway.accounts import Hold, Refused
 from deferral.gateway.addressing import decided, understood
-from deferral.gateway.answering import ONCE, Call
+from deferral.gateway.answering import ONCE, Call, Outgoing
 from deferral.gateway.cascading import Ask, asking_first
 from deferral.gateway.choice import Choice, set_aside
 from deferral.gateway.exchange import Exchange
@@ -114,9 +114,9 @@ class Proxy:
         if asked.model in AUTO:
             gateway.metrics.decided(choice.ranking[0], perf_counter() - began, fast=choice.fast_path)
         ranking = [now.experts[name] for name in choice.ranking]
-        passed_on = forwarded(headers, exchange.key.id)
+        outgoing = Outgoing(self.path, forwarded(headers, exchange.key.id), asked, exchange.key.id, talk)
         # An idempotency key promises one request, and not two that differ.
-        alone = ONCE in passed_on
+        alone = ONCE in outgoing.headers
         if now.router.cascade is not None and self.kind == "chat" and asked.model in AUTO and not alone:
             left = gateway.limits.left(exchange.key)
             exchange.first = asking_first(now, gateway.silence, asked, wanted, choice, body, left)
@@ -125,9 +125,7 @@ class Proxy:
             first = exchange.first
 
             def ask(experts: Sequence[Expert], body_for: Callable[[Expert], bytes]) -> Awaitable[Call]:
-                return gateway.answerers.answer(
-                    experts, self.path, body_for, passed_on, asked, exchange.asks, exchange.key.id, talk
-                )
+                return gateway.answerers.answer(experts, outgoing, body_for, exchange.asks)
 
             try:
                 if first is None:
