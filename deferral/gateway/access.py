@@ -45,7 +45,7 @@ class Access:
         if len(headers) < len(scope["headers"]):
             refuse_repeated(scope["headers"])
         peer = scope.get("client")
-        # An app that is served otherwise may be bound to more than its settings say.
+        # Under another server than `deferral serve` the app may be bound to more addresses than its settings say.
         if self.open and (peer is None or is_loopback(peer[0])):
             # Any page in a browser may send requests to this machine, but not without saying where it is from.
             if b"origin" in headers:
@@ -54,7 +54,7 @@ class Access:
             if not _FORWARDED.isdisjoint(headers):
                 message = "a gateway without keys takes no requests that a proxy passes on; make a key"
                 raise Problem(403, "proxied_needs_a_key", message)
-            # Nor by a name that a page has had this machine's address given to: then it says nothing.
+            # A page may give a name of its own the address of this machine (DNS rebinding); its requests then say no origin.
             if not _is_here(headers.get(b"host", b"")):
                 message = "a gateway without keys answers to localhost and the addresses of this machine alone; make a key"
                 raise Problem(403, "host_needs_a_key", message)

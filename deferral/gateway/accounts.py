@@ -110,7 +110,7 @@ class LastMinute:
             self._gone = len(times)
         while self._gone < len(times) and now - times[self._gone] >= MINUTE:
             self._gone += 1
-        # Moving the rest to the front costs no more than having come here.
+        # With half of them gone, moving the rest to the front costs no more than the steps that led here.
         if 2 * self._gone >= len(times):
             del times[: self._gone]
             self._gone = 0

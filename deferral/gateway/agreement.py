@@ -125,7 +125,7 @@ def _live(row: Row, expected: dict[str, list]) -> str:
     if not _by_answer(row):
         if AT_RANDOM not in row.reason:
             return str(row.chosen)
-        # In the place of another that the router, or the conversation, is for.
+        # Drawn at random, in the place of the one that the router, or the conversation, prefers.
         costs = {name: cost for name, cost in costs.items() if name != row.chosen}
     return min(costs, key=lambda name: costs[name], default=str(row.chosen))
 

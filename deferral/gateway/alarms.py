@@ -77,7 +77,7 @@ class Alarms:
                 if self._notices is not None:
                     await self._notices.send()
             except SQLAlchemyError as error:
-                # Without its database it has other troubles, and tells of them.
+                # That the database fails is said by those who write to it.
                 _log.debug("drift could not be looked for: %s", type(error).__name__)
             except Exception:
                 _log.exception("drift could not be looked for")

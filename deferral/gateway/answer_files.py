@@ -15,7 +15,7 @@ from deferral.routing.log_files import JSON_LINES
 __all__ = ["Question", "answers_held", "check_same", "is_answered", "line_of", "read_answers", "read_questions", "up_to_date"]
 
 _KNOWN = ("query", "messages", "reference", "tags")
-# Of a line of answers.
+# How every line of answers begins.
 _BEGINNING = b'{"row": '
 
 
@@ -153,7 +153,7 @@ def answers_held(file: BinaryIO, path: Path) -> list[dict[str, Any]]:
             file.flush()
         except ValueError:
             if not (rest.startswith(_BEGINNING) or _BEGINNING.startswith(rest)):
-                # Another file, which is not to be spoiled; reading it says so.
+                # This is no file of answers, and must not be cut: reading it raises the error that says so.
                 list(_lines(path))
             file.truncate(len(whole) + bool(whole))
     return [line for _, line in _lines(path)]

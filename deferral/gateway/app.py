@@ -73,7 +73,7 @@ def gateway(
         exception_handlers=error_handlers(),
         lifespan=lifespan,
     )
-    # To where a slash would lead, in the clear perhaps: what ends TLS before this is not known here.
+    # A redirect names the scheme, and would lead to http:// where a proxy in front of the gateway ends TLS.
     app.router.redirect_slashes = False
     app.state.gateway = state
     return app
@@ -89,7 +89,7 @@ def _on_hangup(state: Gateway) -> Callable[[], None]:
     before = signal.getsignal(hangup)
 
     def begin() -> None:
-        # One that has not begun reads what is there by then.
+        # A reload that has not begun yet will read the newest files: a third would read the same.
         if len(tasks) < 2:
             task = loop.create_task(state.reload_or_say())
             tasks.add(task)
@@ -97,7 +97,7 @@ def _on_hangup(state: Gateway) -> Callable[[], None]:
 
     def remove() -> None:
         loop.remove_signal_handler(hangup)
-        # What is left to be written must not end with it.
+        # Removing has set the default action, by which a hangup would end the process before all rows are written.
         signal.signal(hangup, before or signal.SIG_DFL)
 
     loop.add_signal_handler(hangup, begin)

@@ -32,7 +32,7 @@ __all__ = ["Result", "ask_all"]
 
 _log = logging.getLogger("deferral.gateway")
 
-# Of a request: these are set here, or would give something else than one whole answer.
+# Fields that no caller may set: they are set here, or would give something else than one whole answer.
 _TAKEN = frozenset({"model", "messages", "stream", "stream_options", "n", "logprobs", "top_logprobs"})
 _FIRST_WAIT, _LONGEST_WAIT = 1.0, 30.0
 # An expert that nobody gets an answer from is given up: its other questions would wait as long.
@@ -74,7 +74,7 @@ def ask_all(
     is given up.  References and tags in the file become those of the questions, prices those of the experts.  DataError where it
     holds answers to other questions, or of experts who were asked otherwise.
     """
-    # What a link leads to is what is held, and brought up to date.
+    # Resolved, since the file behind a link is the one that is locked and replaced.
     fields, answers = dict(fields or {}), answers.resolve()
     if math.isnan(most_dollars):
         raise ValueError("most_dollars: expected a number, got nan")
@@ -228,7 +228,7 @@ class _Asking:
                 found = await self._reply(server, body, asked, fresh=wait > _FIRST_WAIT)
             except Failure as failure:
                 if failure.came == 403 and self.heard:
-                    # So do moderators refuse one question, of who has answered others; or it is the key, at one of the servers.
+                    # Others were answered: a moderator refuses this question alone, or this one of the servers refuses the key.
                     refused_by.add(server.base_url)
                     if not any(each.base_url not in refused_by for each in self.servers):
                         return self._failed("refused with status 403")

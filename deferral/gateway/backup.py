@@ -30,7 +30,7 @@ def copy(engine: Engine, path: Path) -> None:
         check_file(partial, create=True)
         with engine.connect() as connection, closing(sqlite3.connect(partial)) as target:
             connection.connection.driver_connection.backup(target)  # type: ignore[union-attr]
-            # Else two more files would lie beside it as soon as somebody looks into it.
+            # With a write-ahead log, two more files would appear beside the copy as soon as somebody opens it.
             target.execute("PRAGMA journal_mode = DELETE")
         os.replace(partial, path)
     except (sqlite3.Error, DBAPIError, OSError) as error:

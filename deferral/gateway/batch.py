@@ -70,7 +70,7 @@ def _kept(connection: Connection, said: Sequence[Feedback]) -> list[tuple[Feedba
 
 
 def _meant(connection: Connection, item: Feedback, by_id: Mapping[str, str]) -> Sequence[str]:
-    """Decisions of this id, else those whose reply had it; two are as good as a million."""
+    """Decisions of this id, else those whose reply had it; no more than two, which leave open which is meant, are looked for."""
     if item.id in by_id:
         return [item.id] if item.key in ("", by_id[item.id]) else []
     if not item.id:

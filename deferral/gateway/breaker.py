@@ -14,7 +14,7 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 10.0, 300.0
 _LATELY = 60.0
 # An upstream may ask for more rest than anybody wants to give it.
 _LONGEST_REST = 300.0
-# A second's rest, which many ask for again and again, is no news.
+# Many ask for a second's rest again and again: shorter rests than this are not shown as a state.
 _WORTH_SAYING = 5.0
 
 

@@ -34,6 +34,7 @@ __all__ = ["ALTERNATIVES", "Ask", "AskingFirst", "Silence", "asking_first"]
 
 _log = logging.getLogger("deferral.gateway")
 
+# How many of the likeliest tokens are reported beside each token of a first answer (top_logprobs).
 ALTERNATIVES = 5
 _MISSES = 3
 _QUIET_S = 300.0
@@ -195,7 +196,7 @@ class AskingFirst:
             found.end(True)
             attempts, why = found.attempts, f"refused, with status {found.reply.status}"
         except Problem as nobody:
-            # Of who cannot be sent the request as well: an answer is there, and paid for.
+            # Also where the request cannot be sent to them: an answer is there, and paid for.
             attempts, why = nobody.attempts, "failed"
         except TimeoutError:
             attempts, why = 1, "took too long"

@@ -10,7 +10,7 @@ from deferral.gateway.report_commands import decisions, shadow, spending, status
 
 __all__ = ["gateway"]
 
-# What speaks HTTP.
+# Commands that ask experts: their HTTP client is imported when one of them is called.
 _ELSEWHERE = {
     "ask": (
         "deferral.gateway.asking_commands",

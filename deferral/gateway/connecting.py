@@ -15,9 +15,9 @@ from deferral.gateway.settings import is_loopback
 __all__ = ["connected", "opened", "proxy_of", "session"]
 
 _LONGEST_HEADER = 1 << 16
-# Of a connection, in seconds; whoever moves a name waits as long for the last of its traffic.
+# The longest life of a connection: when a name moves to another address, the old one gets requests for as long.
 _LONGEST_KEPT_S = 300.0
-# Of the request that asks: whether a connection was opened for it, and whom to tell that it has one.
+# For each request: whether a connection was opened for it, and whom to tell once it has one.
 opened: ContextVar[bool] = ContextVar("opened")
 connected: ContextVar[Callable[[], None]] = ContextVar("connected", default=lambda: None)
 

@@ -43,6 +43,8 @@ _RARE, _LINE = 0.01, 40
 
 
 class _Held(NamedTuple):
+    """A named conversation after its last request: its places before and after that, the hash of it, and who was drawn, how."""
+
     before: tuple[Place, ...] | None
     after: tuple[Place, ...]
     turn: bytes

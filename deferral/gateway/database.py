@@ -41,7 +41,7 @@ _PATIENCE = {
     "keepalives_count": 3,
     "tcp_user_timeout": 20_000,
 }
-# The same from the server's side: what a machine had locked that lost its power would be locked for all others.
+# The same from the server's side: else the locks of a machine that has lost its power would keep all others waiting.
 _SESSION = {
     "idle_in_transaction_session_timeout": "60s",
     "tcp_keepalives_idle": "15",
@@ -50,9 +50,9 @@ _SESSION = {
 }
 
 
-# What a server gives a lock, and a statement that somebody waits for: who locks a table must not stop it.
+# The longest that a gateway waits for a lock, and for a statement: whoever locks a table must not stop it.
 LOCK_S, STATEMENT_S = 3.0, 10.0
-# Of PostgreSQL, those that are open: a statement without an answer can be ended only from outside of its thread.
+# The open connections of each PostgreSQL engine: a statement without an answer can be ended only from another thread.
 _opened: WeakKeyDictionary[Engine, WeakSet[Any]] = WeakKeyDictionary()
 
 
@@ -67,7 +67,7 @@ def connect(url: str, *, lock_s: float = 0.0, statement_s: float = 0.0) -> Engin
     """
     expected = "the path of a file or an SQLAlchemy URL such as sqlite:///gateway.db or postgresql+psycopg://user@host/name"
     if "://" in url and url.count("@") > 1:
-        # What follows the first would be taken for a host, and named by whoever cannot find it.
+        # All that follows the first @, the end of a password too, would be taken for the host, and named in errors.
         raise ValueError(f"database: expected {expected}; a @ in a name or password is written %40")
     try:
         parsed = make_url(url if "://" in url else f"sqlite:///{url}")
@@ -151,7 +151,7 @@ def wait_for(thread: threading.Thread, engine: Engine, seconds: float) -> bool:
 def hang_up(engine: Engine) -> None:
     """End what PostgreSQL has not answered yet: whoever waits for that gets an error."""
     for connection in list(_opened.get(engine, ())):
-        # By a copy: what it is to the driver must not be closed under it.
+        # By a copy of the descriptor: the driver's own must not be closed under it.
         with suppress(OSError, connection.Error), socket.socket(fileno=os.dup(connection.fileno())) as same:
             same.shutdown(socket.SHUT_RDWR)
 

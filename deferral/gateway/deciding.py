@@ -30,9 +30,10 @@ __all__ = ["Decider"]
 
 # Queries that wait for the worker; the next one is decided by the static mix at once.
 _MOST_WAITING = 32
-# Queries that are decided in one turn of the event loop.  Of a thousand that come in the same moment, few may be decided before
-# the loop looks after the others: it would take their replies for late.
+# Queries that are decided in one turn of the event loop.  If a thousand that come in the same moment were, replies that have come
+# meanwhile would be read so late that they seem to have timed out.
 _TOGETHER = 16
+# Conversations that are replayed in one turn.
 _CONVERSATIONS = 4
 # Seconds from one turn to the next, at least, for each other request under way, and at most: a query decided alone costs a busy
 # loop several times what it costs among others.
@@ -194,7 +195,7 @@ class Decider:
         future.add_done_callback(self._done)
         done, _ = await asyncio.wait([future], timeout=self.deadline_s)
         if not done:
-            # What has not begun never will.
+            # If it has not begun, it is dropped.
             future.cancel()
             return None
         return future.result()

@@ -128,7 +128,7 @@ def looked_at(connection: Connection, expected: Expected, now: float) -> list[Se
     routed = select(d.expert, own_price, d.expected, d.outcome, d.kind).outerjoin(cascades, cascades.c.decision == d.id)
     rows = _spread(connection, routed.where(d.requested == ROUTED), d.time, now, slot=300.0, span=86400.0)
     said = select(d.expert, feedback.c.quality, d.expected).join(decisions, d.id == feedback.c.decision)
-    # An outer join would have PostgreSQL expect next to none without one, and read all decisions for each slot.
+    # With an outer join PostgreSQL expects that hardly a decision lacks a cascade, and reads all decisions for each slot.
     first_decided = exists().where(cascades.c.decision == d.id, cascades.c.ending.in_(BY_ANSWER))
     judged = _spread(
         connection, said.where(d.requested == ROUTED, ~first_decided), feedback.c.time, now, slot=3600.0, span=604800.0

@@ -31,7 +31,7 @@ _log = logging.getLogger("deferral.gateway")
 
 _FEEDBACK_BYTES = 1 << 16
 _THUMBS = {"up": 1.0, "down": 0.0}
-# Of what only an admin may see, browsers and proxies keep no copy.
+# Browsers and proxies must keep no copy of what only an admin may see.
 _UNKEPT = ((b"cache-control", b"no-store"), (b"x-content-type-options", b"nosniff"))
 
 

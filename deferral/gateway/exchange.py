@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Exchange"]
 
-# Of what a client calls a model; more has no place on record, and would fill the memory while rows wait to be written.
+# Of the name that a client gives a model, so much is kept: more would fill the memory while rows wait to be written.
 _LONGEST_NAME = 200
 _LONGEST_REASON = 1000
-# Ids need no two alike, and are no secret: a key may judge its own responses only.
+# Ids must differ, and need not be secret: a key may judge its own responses only.
 _ids = random.Random(os.urandom(32))
 if hasattr(os, "register_at_fork"):
     # Workers are copies of one process, and must not draw the same ids.

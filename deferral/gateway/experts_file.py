@@ -26,7 +26,7 @@ _ADDED = re.compile(r"(/chat/completions|/completions|/embeddings|/responses|/mo
 _SECTION = re.compile(r"""\s*\[\s*(experts|aliases)\s*\.\s*(?:"([^"]*)"|'([^']*)'|([\w-]+))\s*\]""")
 _KEY_FROM = ("key_env", "key_file")
 _HEADER_NAME = re.compile(r"[a-z0-9-]+")
-# Set by the gateway, or by what carries the request.
+# Headers that are set by the gateway, or by its HTTP client.
 _TAKEN = frozenset(
     {
         "accept-encoding", "connection", "content-encoding", "content-length", "content-type", "expect", "host", "keep-alive",
@@ -34,9 +34,9 @@ _TAKEN = frozenset(
     }
 )  # fmt: skip
 _QUERY = re.compile(r"|[\w.~%+-]+=[\w.~%+:/,-]*(?:&[\w.~%+-]+=[\w.~%+:/,-]*)*", re.ASCII)
-# Of a request: what is read to decide, to count or to take a stream apart.
+# Fields of a request that the gateway itself reads: to decide, to count, or to take a stream apart.
 _NEEDED = frozenset({"model", "messages", "stream", "stream_options", "n", "best_of", "tools", "functions", "logprobs"})
-# What a client allows an answer to have is set aside for it: under another name it still holds.
+# Limits of an answer's length, by which dollars are set aside: they may have another name at an expert, but must reach it.
 _LENGTHS = frozenset({"max_tokens", "max_completion_tokens"})
 _LOOKS_LIKE_A_KEY = frozenset({"key", "api_key", "apikey", "token", "secret", "password", "authorization", "access_token", "sig"})
 

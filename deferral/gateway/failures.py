@@ -82,11 +82,11 @@ def refused_with(status: int, path: str, retry_after: float | None) -> Failure:
         return Failure(404, "not_found", f"has no /responses, or not what the request names (status {status})", blame=False)
     if status in _MISCONFIGURED:
         message = f"refused the gateway with status {status}; its key, model, address or proxy is wrong"
-        # Many servers chat, and know no other path: whoever asks them for one must not take them from those who chat.
+        # Many servers know no path but that of chats: who asks them for another must not open the breaker for those who chat.
         unknown_path = status in (404, 405) and path != "/chat/completions"
         return Failure(502, "upstream_misconfigured", message, blame=not unknown_path, came=status, of_server=status == 401)
     if status == 429:
-        # Right away, for ever, is no rest.
+        # Without a time, or with 0, it would be asked again at once, for ever.
         rest = retry_after or 1.0
         return Failure(429, "upstream_rate_limited", "asks for fewer requests", blame=False, rest=rest)
     if status >= 500 or status in _OVERLOADED:

@@ -19,6 +19,7 @@ from deferral.gateway.schema import admissions, decisions, forgotten, grants
 __all__ = ["LIFE", "SILENT", "Admission", "Ledger", "Part", "recorded", "recorded_by_key"]
 
 _PART = 1 / 16
+# In the place of a worker's name: all workers that have ended.
 _ENDED = ""
 # A worker that has not been heard of for so long is dead, or has nothing granted that it could spend.
 SILENT = 30.0
@@ -94,7 +95,7 @@ class Ledger:
                 if known and self.worker not in rows:
                     return Part(0.0, 0.0, 0.0, lost=True)
                 if rows.pop(self.worker, None) is not None and not known:
-                    # Of a time when it counted otherwise: the record has it.
+                    # It was written under another budget or window of the key: what was spent then is on record.
                     connection.execute(_of(key, start, [self.worker]))
                 silent = [row for name, row in rows.items() if name != _ENDED and row.seen < now - SILENT]
                 first = not known and len(silent) == len(rows) - 1

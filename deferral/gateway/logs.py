@@ -73,7 +73,7 @@ def logging_to(stream: TextIO = sys.stderr, level: str = "info") -> Iterator[End
 
 class _Listener(logging.handlers.QueueListener):
     def enqueue_sentinel(self) -> None:
-        # However full it is: there is a thread to wait.
+        # A full queue is waited for: `logging_to` calls this in a thread that it does not wait for without an end.
         self.queue.put(None)  # type: ignore[attr-defined]
 
 

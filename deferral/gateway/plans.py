@@ -27,7 +27,7 @@ class Plans:
     def __init__(self, router: Router, settings: Iterable[Setting] = ()) -> None:
         """`settings` are the operator's own, by aliases."""
         self._router, self._settings = router, {NO_HINTS.setting, *settings}
-        # What clients set is as much as they like, and must not drive out, nor hold up, what all others are decided by.
+        # Clients may set what they like: plans for that must neither drive out nor hold up those that all others need.
         self._others: dict[Any, Plan] = {}
         self._usual: dict[Any, Plan] = {}
         self._planning: dict[Any, asyncio.Future[Plan]] = {}

@@ -36,7 +36,7 @@ def prepare(engine: Engine, *, create: bool = True) -> None:
                 found = _brought_up(engine)
             break
         except DBAPIError as error:
-            # An SQLite file may be in the middle of becoming one with a journal.
+            # Another process may just be giving a new SQLite file its write-ahead log.
             if not tries_left or (shared(engine) and isinstance(error, OperationalError)):
                 raise DataError(f"{name}: the database cannot be opened, {reason_of(error)}") from error
             time.sleep(0.02)

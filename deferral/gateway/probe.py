@@ -26,7 +26,7 @@ def probe(url: str, admin_key: str | None = None) -> dict[str, Any]:
     try:
         said = json.loads(ready)["status"]
     except (ValueError, KeyError, TypeError):
-        # Whoever is there does not get the key.
+        # Something else listens there: it must not get the key.
         raise DataError(f"{url}: /ready does not answer as a gateway does, {ready[:100]!r}") from None
     status, text = _get(f"{url.rstrip('/')}/metrics", admin_key)
     if status != 200:

@@ -180,7 +180,7 @@ async def _instead(call: Call, others: Sequence[Expert], ask: Ask, body_for: Cal
     try:
         found = await ask(others, body_for)
     except Problem as nobody:
-        # Of who cannot be sent the request as well.
+        # Also where the request cannot be sent to them.
         call.attempts += nobody.attempts
         return call
     if found.reply.status < 300:

@@ -23,7 +23,7 @@ class Reloads:
         self._engine = engine
         self._heard = 0
         self._untold = False
-        # Between the commit of an announcement of its own and its being known as such, it would be heard as another's.
+        # Held while announcing: once committed, and before it is known to be its own, it would be heard as another's.
         self._lock = threading.Lock()
 
     def start(self) -> None:

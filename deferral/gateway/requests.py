@@ -31,7 +31,7 @@ Kind = Literal["chat", "completions", "embeddings", "responses"]
 Setting = tuple[float | None, float | None, float | None, float | None]
 
 _MOST_FIELDS = 1000
-# Of a picture, a sound or a file.
+# What a picture, a sound or a file is taken for.
 _DATA_TOKENS = 1000
 # Of the Responses API: what an expert keeps between requests.
 _ELSEWHERE = ("conversation", "prompt")
@@ -41,7 +41,7 @@ _DECODER = json.JSONDecoder()
 # Of these one alone makes sense: each says where on the curve of cost and quality to be.
 TRADE_OFFS = ("price_of_error", "budget", "min_quality")
 SETTING = (*TRADE_OFFS, "max_latency")
-# Of these every expert must understand what the gateway does.
+# Fields that every expert must read as the gateway does.
 _MEANT = frozenset({"model", "stream", "stream_options"})
 
 

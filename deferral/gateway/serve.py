@@ -99,11 +99,12 @@ def _serve(settings: Settings, log_level: str, listener: socket.socket) -> None:
     experts, aliases = read_experts_file(settings.experts_file)
     # A product of one query takes less time than it takes to wake another thread.
     threadpool_limits(1, user_api="blas")
-    # Until uvicorn listens to signals, one of these is kept for it.  When all is done, it raises the one that ended it once more.
+    # A signal that comes before uvicorn listens is kept for it.  At the very end uvicorn raises the one that ended it once more.
     ended_early = threading.Event()
     for ending in (signal.SIGTERM, signal.SIGINT):
         signal.signal(ending, lambda *_: ended_early.set())
-    # By libuv, for the names of experts and for every new connection: a few names that do not answer would fill its four threads.
+    # uvloop looks up every address that it connects to in threads of libuv: four by default, which a few names that do not answer
+    # would fill.
     os.environ.setdefault("UV_THREADPOOL_SIZE", "128")
     with _until_the_end(log_level):
         _allow_many_connections()

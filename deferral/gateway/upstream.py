@@ -20,9 +20,9 @@ from deferral.gateway.usage import Usage, usage_of
 
 __all__ = ["FORWARDED", "Reply", "Upstream"]
 
-# Of a request: everything else, cookies and the client's own key above all, stays here.
+# Headers of a request that go on to the expert: the others, cookies and the client's own key above all, stay here.
 FORWARDED = frozenset({b"openai-beta", b"idempotency-key", b"user-agent", b"x-request-id", b"traceparent", b"tracestate"})
-# Of a reply: what belongs to one connection, to its exact length, or to the account at the upstream.
+# Headers of a reply that stay here: what belongs to one connection, to its exact length, or to the account at the expert.
 _OWN = frozenset(
     {
         b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"te", b"trailer", b"trailers",
@@ -32,7 +32,7 @@ _OWN = frozenset(
 )  # fmt: skip
 # Servers close idle connections; uvicorn, which many of them are built on, after 5 seconds.
 _KEEP_ALIVE = 4.0
-# By aiohttp, before anybody looks at a reply.
+# Codings that aiohttp undoes before anybody looks at a reply.
 _DECODED = frozenset({b"identity", b"gzip", b"deflate", b"br", b"zstd"})
 # A connection that was closed while it was idle is found to be so by the first answer of the other end's machine.
 _STALE_S = 1.0
@@ -40,7 +40,7 @@ _SAYS = re.compile(rb"(?:^|[\r\n])data:[^\r\n]*[\r\n]")
 _ANY_DATA = re.compile(rb"(?:^|[\r\n])data:")
 _HELD_BACK_S = 1.0
 _LONGEST_EVENT = 1 << 16
-# Of a header that came; the parser of replies is not as strict.
+# What the value of a header may hold that is sent on; the parser of replies lets more through.
 _FIT = re.compile(rb"[\t -~\x80-\xff]*")
 
 

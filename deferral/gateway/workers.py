@@ -25,7 +25,7 @@ _log = logging.getLogger("deferral.gateway")
 _METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
 _LOOK = 0.2
-# An exit status is there a moment after the end, and never where the process is gone that all are copies of.
+# An exit status is there a moment after the end, and never if the fork server is gone.
 _STATUS_S = 1.0
 # Workers that end sooner than this after their start, so many in a row, will not do better the next time; where others stay up
 # they are tried again, more seldom: those others serve, and hold what is not written yet.
@@ -101,7 +101,7 @@ def supervise(
             break
         while len(running) < count and now >= begin_at:
             running.append(_begun(serve, listener))
-    # Whoever comes now is turned away, and does not wait for nobody.
+    # Whoever connects from now on is refused at once: nobody would serve them.
     listener.close()
     _tell(running, signal.SIGTERM)
     for worker in running:
@@ -130,7 +130,7 @@ def _no_signals() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    # It would unblock them once it is begun.
+    # Begun in the block below, this process of multiprocessing would unblock them.
     resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
