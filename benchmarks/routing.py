@@ -69,7 +69,7 @@ from benchmarks.routers.partial_logs import partial_logs
 from benchmarks.routers.pricing import MIX, RESAMPLES, figure, priced_figures, settings
 from deferral.intervals import bootstrap, interval
 from deferral.routing.cached_encoder import CachedEncoder
-from deferral.routing.evaluation import Curve, apgr, best_expert, cpt, curve, static_curve
+from deferral.routing.evaluation import PriceQualityCurve, apgr, best_expert, cpt, curve, static_curve
 from deferral.routing.held_out import POLICIES, taught
 from deferral.routing.judging import SHARES
 from deferral.routing.policies import Factors, Policy, Rejector, expert_means
@@ -226,7 +226,7 @@ def priced(data: Data, fold: np.ndarray, unit: np.ndarray, found: Predicted) -> 
         for name, estimate in found.estimates.items()
     }
     for name, actions in {"routed": found.routed, MIX: found.static}.items():
-        curves[name] = Curve(data.price[rows, actions], data.quality[rows, actions])
+        curves[name] = PriceQualityCurve(data.price[rows, actions], data.quality[rows, actions])
     curves["static mix"] = static_curve(data.price, data.quality)
     oracle = curve(data.quality, data.price, data.quality, found.errors)
     curves["oracle"] = oracle

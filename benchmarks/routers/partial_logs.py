@@ -21,7 +21,7 @@ from threadpoolctl import threadpool_limits
 from benchmarks.routers.data import SEED, Data, llmrouter, random_folds
 from benchmarks.routers.pricing import MIX, RESAMPLES, figure, priced_figures, settings
 from deferral.intervals import bootstrap
-from deferral.routing.evaluation import Curve, best_expert
+from deferral.routing.evaluation import PriceQualityCurve, best_expert
 from deferral.routing.policies import Clusters, Features, Linear, Neighbours
 from deferral.routing.router import Router
 from deferral.routing.table import Table
@@ -97,7 +97,9 @@ def partial_logs(folder: Path) -> Iterator[dict]:
     tested = data.rows(judged)
     rows, best = np.arange(len(judged)), best_expert(tested.quality, tested.price)
     figures = {
-        name: priced_figures(Curve(tested.price[rows, one[:, judged]], tested.quality[rows, one[:, judged]]), tested, best)
+        name: priced_figures(
+            PriceQualityCurve(tested.price[rows, one[:, judged]], tested.quality[rows, one[:, judged]]), tested, best
+        )
         for name, one in actions.items()
     }
     resampled = {name: bootstrap(of, len(rows), resamples=RESAMPLES, seed=SEED)[:, 0] for name, of in figures.items()}

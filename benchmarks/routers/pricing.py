@@ -9,7 +9,7 @@ from torch import Tensor
 
 from benchmarks.routers.data import Data
 from deferral.intervals import interval
-from deferral.routing.evaluation import Curve, aiq, hull, saving, trade_offs
+from deferral.routing.evaluation import PriceQualityCurve, aiq, hull, saving, trade_offs
 from deferral.routing.judging import SHARES
 
 __all__ = ["MIX", "RESAMPLES", "figure", "priced_figures", "settings"]
@@ -31,7 +31,7 @@ def settings(price: np.ndarray) -> np.ndarray:
     return errors
 
 
-def priced_figures(one: Curve, data: Data, best: int) -> Callable[[Tensor], Tensor]:
+def priced_figures(one: PriceQualityCurve, data: Data, best: int) -> Callable[[Tensor], Tensor]:
     """AIQ and the savings of a curve, as a function of the rows' weights.  (B, N) -> (B, 1 + shares)"""
 
     def of_weights(weights: Tensor) -> Tensor:

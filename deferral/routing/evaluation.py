@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from deferral.intervals import Interval
 
 __all__ = [
-    "Curve",
+    "PriceQualityCurve",
     "Routability",
     "aiq",
     "apgr",
@@ -36,7 +36,7 @@ _TAIL = 0.025
 
 
 @dataclass(frozen=True)
-class Curve:
+class PriceQualityCurve:
     """Which price and quality every row got at each setting.  A static mix has one setting per expert."""
 
     price: np.ndarray  # (S, N) dollars
@@ -64,8 +64,8 @@ def curve(
     quality: np.ndarray,
     errors: np.ndarray | None = None,
     expected: np.ndarray | None = None,
-) -> Curve:
-    """Decisions argmax(estimate - expected / price_of_error) for each price of an error.  (N, E), (N, E), (N, E) -> Curve
+) -> PriceQualityCurve:
+    """Decisions argmax(estimate - expected / price_of_error) for each price of an error.  Tables (N, E) -> PriceQualityCurve
 
     `expected` (N, E) are the prices as they are known before the answers, by default those paid: right where they are fixed, and
     hindsight where they hang on what an expert writes.  Ties go to the cheaper expert (the first of equal price).
@@ -79,12 +79,12 @@ def curve(
     order = np.argsort(price.mean(0), kind="stable")
     estimate, price, quality, expected = (values[:, order] for values in (estimate, price, quality, expected))
     chosen = [(estimate - expected / error).argmax(1) for error in errors]
-    return Curve(np.stack([price[rows, one] for one in chosen]), np.stack([quality[rows, one] for one in chosen]))
+    return PriceQualityCurve(np.stack([price[rows, one] for one in chosen]), np.stack([quality[rows, one] for one in chosen]))
 
 
-def static_curve(price: np.ndarray, quality: np.ndarray) -> Curve:
+def static_curve(price: np.ndarray, quality: np.ndarray) -> PriceQualityCurve:
     """Always one expert: the hull of these points are the static mixes, the "zero router" of RouterBench.  (N, E), (N, E)"""
-    return Curve(price.T, quality.T)
+    return PriceQualityCurve(price.T, quality.T)
 
 
 def hull(points: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ import numpy as np
 
 from deferral.intervals import Interval
 from deferral.routing.evaluation import (
-    Curve,
+    PriceQualityCurve,
     aiq,
     apgr,
     best_expert,
@@ -200,9 +200,9 @@ def evaluation(rows: Held, *, group: np.ndarray | None = None, resamples: int = 
     """
     count = np.arange(len(rows.quality))
     curves = {
-        "routed": Curve(rows.price[count, rows.routed], rows.quality[count, rows.routed]),
-        "learned, without fallback": Curve(rows.price[count, rows.learned], rows.quality[count, rows.learned]),
-        "static mix of the fit": Curve(rows.price[count, rows.static], rows.quality[count, rows.static]),
+        "routed": PriceQualityCurve(rows.price[count, rows.routed], rows.quality[count, rows.routed]),
+        "learned, without fallback": PriceQualityCurve(rows.price[count, rows.learned], rows.quality[count, rows.learned]),
+        "static mix of the fit": PriceQualityCurve(rows.price[count, rows.static], rows.quality[count, rows.static]),
         "static mix of these rows": static_curve(rows.price, rows.quality),
         "oracle": curve(rows.quality, rows.price, rows.quality, rows.errors),
     }
