@@ -585,7 +585,7 @@ def test_what_a_judge_says(said: str, grade: float | None, tmp_path: Path) -> No
     answers = _written(tmp_path / "answers.jsonl", json.dumps(line) + "\n" + json.dumps(line | {"answer": "sure"}) + "\n")
     with _Scripted(lambda text: (200, _says("10" if "sure" in text else said))) as server:
         graded, _ = by_judge(answers, server.expert(), tmp_path / "verdicts.jsonl")
-    assert [graded.log[row].quality for row in range(len(graded.log))] == [
+    assert [outcome.quality for outcome in graded.log] == [
         *([] if grade is None else [pytest.approx(grade)]),
         1.0,
     ]

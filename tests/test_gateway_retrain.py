@@ -405,9 +405,7 @@ def test_what_was_not_explored_promotes_nobody(tmp_path: Path, old_router: Route
     assert verdict.of_log == len(old_log)
     long = "the emperor " * 30
     mine = [Outcome("mine", "small", 1.0, 1e-4), Outcome(f"{long} and I", "small", 1.0, 1e-4)]
-    of_log = Log(
-        [*(old_log[number] for number in range(len(old_log))), *(Outcome(long, e, 1.0, 1e-4) for e in ("small", "large"))]
-    )
+    of_log = Log([*old_log, *(Outcome(long, e, 1.0, 1e-4) for e in ("small", "large"))])
     texts = set(learned(linear(folder), mine, of_log).fitted.texts)
     assert texts == {*old_log.queries, long[:200], "    ", " " * 200}, "its own beginning is the log's, its words are not"
 

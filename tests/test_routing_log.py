@@ -54,7 +54,7 @@ def test_a_log_comes_back_from_a_file(tmp_path: Path, name: str) -> None:
     write_log(log, tmp_path / name)
     back = read_log(tmp_path / name)
     assert len(back) == len(log)
-    assert all(same(back[row], log[row]) for row in range(len(log)))
+    assert all(same(*pair) for pair in zip(back, log, strict=True))
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 

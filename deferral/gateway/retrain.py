@@ -106,7 +106,7 @@ def retrain(
     on_stage(f"fitting a router to {len(train):,} outcomes of the record{both}, which may take minutes")
     unseen = {row.outcome.query for row in judge}
     learned(new, train, old_log, unseen=unseen)
-    of_log = 0 if old_log is None else sum(old_log[row].query not in unseen for row in range(len(old_log)))
+    of_log = 0 if old_log is None else sum(row.query not in unseen for row in old_log)
     on_stage(f"judging both routers on {len(judge):,} other outcomes")
     heard = {name: count / (count + unheard[name]) for name, count in judged.items()}
     draws = draws_of(new, judge, heard)
@@ -132,8 +132,7 @@ def learned(router: Router, outcomes: Sequence[Outcome], old_log: Log | None = N
     if old_log is not None:
         # In a table without gaps nobody was drawn: every cell was certain to be seen.
         certain = old_log.table().full
-        old_rows = (old_log[row] for row in range(len(old_log)))
-        log.extend(replace(row, propensity=1.0) if certain else row for row in old_rows if row.query not in unseen)
+        log.extend(replace(row, propensity=1.0) if certain else row for row in old_log if row.query not in unseen)
     if missing := [name for name in router.experts if name not in log.experts]:
         raise DataError(
             f"no usable row of the record was answered by {', '.join(missing)}; pass the log that the router was fitted on as "

@@ -15,7 +15,7 @@ import numpy as np
 
 from deferral.errors import DataError, installing
 from deferral.routing.confidence import Confidence
-from deferral.routing.outcomes import FIELDS, NUMBERS, Log, Outcome
+from deferral.routing.outcomes import DOUBLE, FIELDS, NUMBERS, Log, Outcome
 from deferral.whole_files import written_whole
 
 __all__ = ["JSON_LINES", "check_log_name", "read_log", "write_log"]
@@ -173,11 +173,6 @@ def _read_parquet(path: Path) -> Iterator[dict]:
         raise DataError(f"{path}: cannot be read as Parquet: {error}") from error
 
 
-def _rows(log: Log) -> Iterator[dict]:
-    for number in range(len(log)):
-        yield _row(log[number])
-
-
 def _row(outcome: Outcome) -> dict:
     values = {name: getattr(outcome, name) for name in NUMBERS}
     known = {name: _shortest(name, value) for name, value in values.items() if not np.isnan(value)}
@@ -189,19 +184,19 @@ def _row(outcome: Outcome) -> dict:
 
 def _shortest(name: str, value: float) -> float:
     """0.3 was stored in 32 bits: the shortest decimal that stands for it, not 0.30000001192092896."""
-    return value if name in ("price", "time") else float(str(np.float32(value)))
+    return value if name in DOUBLE else float(str(np.float32(value)))
 
 
 def _write_jsonl(log: Log, path: Path) -> None:
     with path.open("w", encoding="utf-8") as file:
-        for row in _rows(log):
+        for outcome in log:
             # Lone surrogates, which UTF-8 cannot hold, are written as escapes.
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(_row(outcome)) + "\n")
 
 
 def _write_parquet(log: Log, path: Path) -> None:
     pa = _pyarrow()
-    numbers = [(name, pa.float64() if name in ("price", "time") else pa.float32()) for name in NUMBERS]
+    numbers = [(name, pa.float64() if name in DOUBLE else pa.float32()) for name in NUMBERS]
     sure = [("confidence", pa.struct([(name, pa.float64()) for name in Confidence._fields]))] if log.confidences else []
     schema = pa.schema([("query", pa.string()), ("expert", pa.string()), *numbers, ("tags", pa.list_(pa.string())), *sure])
     with pa.parquet.ParquetWriter(path, schema) as writer:

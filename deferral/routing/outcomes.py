@@ -1,7 +1,7 @@
 """What happened: which expert was asked what, how good the answer was, and what it cost."""
 
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from decimal import Decimal
 from typing import Any
@@ -13,6 +13,7 @@ from deferral.routing.confidence import Confidence, check_confidence
 from deferral.routing.table import Table, decided_again
 
 __all__ = [
+    "DOUBLE",
     "FIELDS",
     "NUMBERS",
     "Log",
@@ -32,8 +33,8 @@ NUMBERS = {
     "propensity": (0.0, 1.0),
     "time": (-np.inf, np.inf),
 }
-# The others are kept in single precision, up to the largest number of which it ends.
-_DOUBLE = ("price", "time")
+# Columns kept in double precision.  The others are kept in single precision, which ends at _MOST.
+DOUBLE = ("price", "time")
 _DEAREST = 1e12
 _MOST = float(np.finfo(np.float32).max)
 
@@ -73,11 +74,14 @@ class Log:
         self.confidences: dict[int, Confidence] = {}  # by row, where there is one
         self._codes: tuple[dict, dict, dict] = ({}, {}, {(): 0})
         self._query, self._expert, self._tags = _Column(np.int32), _Column(np.int32), _Column(np.int32)
-        self._numbers = {name: _Column(np.float64 if name in _DOUBLE else np.float32) for name in NUMBERS}
+        self._numbers = {name: _Column(np.float64 if name in DOUBLE else np.float32) for name in NUMBERS}
         self.extend(outcomes)
 
     def __len__(self) -> int:
         return len(self._query)
+
+    def __iter__(self) -> Iterator[Outcome]:
+        return (self[row] for row in range(len(self)))
 
     def append(self, outcome: Outcome) -> None:
         """Add one outcome; DataError names its row and field."""
@@ -220,7 +224,7 @@ def _number_in(row: int, name: str, value: object) -> float:
         raise DataError(f"row {row}, {name}: expected {_expected(name)}, got {number:g}")
     if name == "price" and number > _DEAREST:
         raise DataError(f"row {row}, price: expected dollars up to {_DEAREST:.0e}, got {number:g}")
-    if number > _MOST and name not in _DOUBLE:
+    if number > _MOST and name not in DOUBLE:
         raise DataError(f"row {row}, {name}: expected a number up to {_MOST:.1e}, got {number:g}")
     if name == "propensity" and np.float32(number) == 0:
         raise DataError(
