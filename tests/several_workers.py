@@ -1,7 +1,5 @@
 """Workers on one database, each with connections of its own, and what is granted to all of them."""
 
-from datetime import UTC, datetime
-
 from sqlalchemy import select
 
 from deferral.gateway.keys import Key
@@ -9,10 +7,10 @@ from deferral.gateway.record import Record
 from deferral.gateway.schema import grants
 from deferral.gateway.shared_limits import SharedLimits
 from deferral.gateway.windows import span, time_zone
+from tests.limits_at_noon import NOON
 
 __all__ = ["KEY", "NOON", "Workers", "at_noon", "granted", "granted_in"]
 
-NOON = datetime(2026, 6, 17, 12, tzinfo=UTC).timestamp()
 KEY = Key("k", "k", budget=1.0, window="month")
 
 
