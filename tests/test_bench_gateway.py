@@ -2,7 +2,8 @@
 
 import pytest
 
-from benchmarks.gateway import _wrk_figures, claims, fault_table
+from benchmarks.gateway import claims, fault_table
+from benchmarks.serving.servers import wrk_figures
 
 WRK = """Running 3s test @ http://127.0.0.1:8080/v1/chat/completions
   1 threads and 64 connections
@@ -21,11 +22,9 @@ Requests/sec:   1605.60
 Transfer/sec:      0.92MB
 """
 
-HELD = {"whole": 999, "open_at_once": 1000}
-
 
 def test_the_figures_of_wrk_are_read_in_milliseconds() -> None:
-    figures = _wrk_figures(WRK)
+    figures = wrk_figures(WRK)
     assert figures == pytest.approx({
         "requests": 4829, "per_second": 1605.6, "bad": 10, "p50": 0.95, "p75": 45.01, "p90": 1200, "p99": 60_000,
     })  # fmt: skip

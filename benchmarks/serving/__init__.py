@@ -1,1 +1,1 @@
-"""What the benchmark of the gateway runs beside it, each as a process of its own."""
+"""What the benchmark of the gateway runs beside it, each as a process of its own, and how it is put under load."""
