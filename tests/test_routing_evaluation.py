@@ -12,6 +12,7 @@ import torch
 from deferral.intervals import bootstrap
 from deferral.routing import log_of_table
 from deferral.routing.evaluation import (
+    Curve,
     aiq,
     apgr,
     best_expert,
@@ -305,3 +306,68 @@ def test_prices_that_hardly_differ_are_one_price() -> None:
     assert error_range(np.array([[0.001, 0.0011]]))[0] == pytest.approx(0.0002)
     # Of two there is no other price to choose by; lengths may tell them apart.
     assert error_range(price[:, :2])[0] == pytest.approx(2e-8)
+
+
+ONE, THREE, TEXT = np.ones((1, 2)), np.ones(3), np.array([["a", "b"]])
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: apgr(TEXT[0], THREE), TypeError, "score: expected an array of numbers, got an array of <U1"),
+        (lambda: apgr(None, THREE), TypeError, "score: expected an array of numbers, got NoneType"),
+        (lambda: apgr(THREE, np.array([1.0, np.nan, 1.0])), ValueError, "gain: expected numbers, got NaN in 1 of 3 places"),
+        (lambda: apgr(THREE, np.array([1.0, np.inf, 1.0])), ValueError, "gain: expected finite numbers, got infinity"),
+        (lambda: apgr(THREE, ONE[0]), ValueError, "score, gain: expected two vectors of one length"),
+        (lambda: apgr(np.empty(0), np.empty(0)), ValueError, "score: expected 1 dimensions, none of them empty"),
+        (lambda: apgr(THREE, THREE, ONE), ValueError, r"weights: expected one per row, shape \(\.\.\., 3\), got \(1, 2\)"),
+        (lambda: apgr(THREE, THREE, -THREE), ValueError, "weights: expected finite numbers >= 0 that are not all 0"),
+        (lambda: cpt(THREE, THREE, 50), ValueError, r"share: expected a share in \(0, 1\], got 50"),
+        (lambda: cpt(THREE, THREE, "0.5"), TypeError, "share: expected a number, got '0.5'"),
+        (lambda: hull(np.empty((0, 2))), ValueError, "points: expected 2 dimensions, none of them empty"),
+        (lambda: hull([[1, 2], [3]]), ValueError, "points: expected rows of one length"),
+        (lambda: hull(np.ones((4, 3))), ValueError, "points: expected a finite price and quality in each row"),
+        (lambda: hull(np.array([[1.0, np.nan]])), ValueError, "points: expected numbers, got NaN"),
+        (lambda: hull(np.ma.masked_array(ONE, [[False, True]])), ValueError, "points: expected numbers, got NaN"),
+        (lambda: aiq(ONE, 2.0, 1.0), ValueError, "low, high: expected rising prices, got 2.0 and 1.0"),
+        (lambda: aiq(ONE, "1", 2), TypeError, "low: expected a number, got '1'"),
+        (lambda: saving(ONE, 0.9, 1.0, 95), ValueError, r"share: expected a share in \(0, 1\], got 95"),
+        (lambda: saving(ONE, np.nan, 1.0), ValueError, "quality: expected a finite number, got nan"),
+        (lambda: curve(TEXT, ONE, ONE), TypeError, "estimate: expected an array of numbers"),
+        (lambda: curve(THREE, THREE, THREE), ValueError, "estimate: expected 2 dimensions"),
+        (lambda: curve(ONE * np.nan, ONE, ONE), ValueError, "estimate: expected numbers, got NaN in 2 of 2 places"),
+        (lambda: curve(ONE, ONE, ONE, np.array([1.0, 0.0])), ValueError, "errors: expected prices of an error above 0"),
+        (lambda: static_curve(ONE, ONE.T), ValueError, "price, quality: expected tables of one shape"),
+        (lambda: Curve(ONE, ONE).points(THREE), ValueError, "weights: expected one per row"),
+        (lambda: trade_offs(TEXT), TypeError, "price: expected an array of numbers"),
+        (lambda: trade_offs(ONE, 0), ValueError, "count: expected a whole number >= 1, got 0"),
+        (lambda: best_expert(ONE * np.nan, ONE), ValueError, "quality: expected numbers, got NaN"),
+        (lambda: routability(ONE, ONE, ONE.T), ValueError, "expected tables of one shape"),
+        (lambda: intervals_of(np.sum, 3, group=np.zeros(2)), ValueError, "group: expected one for each of 3 rows, got shape"),
+        (lambda: intervals_of(lambda weights: "a", 3), TypeError, "figure: expected a vector of numbers"),
+    ],
+)
+def test_what_is_no_table_of_numbers_is_told(call: Callable[[], object], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        call()
+
+
+def test_lists_and_whole_numbers_are_judged_as_arrays_are() -> None:
+    score, gain = np.array([0, 1, 2], np.uint8), np.array([1, 0, 1])
+    assert apgr(score, gain) == apgr([0, 1, 2], [1, 0, 1]) == apgr(score.astype(float), gain.astype(float))
+    assert hull([[1, 0], [2, 1]]).tolist() == [[1.0, 0.0], [2.0, 1.0]]
+    assert curve([[1, 0]], [[2, 1]], [[1, 0]], [np.inf]).points().tolist() == [[2.0, 1.0]]
+    assert best_expert([[0, 1]], [[1, 2]]) == 1
+
+
+def test_groups_may_have_any_names() -> None:
+    values = np.random.default_rng(0).random(6)
+
+    def figure(weights: np.ndarray) -> float:
+        return weights @ values / weights.sum()
+
+    numbered, named, apart = (
+        intervals_of(figure, 6, group=np.array(group)[[0, 0, 1, 1, 2, 2]], resamples=50)
+        for group in ([0, 1, 2], ["a", "b", "c"], [3, 7, 9])
+    )
+    assert numbered == named == apart

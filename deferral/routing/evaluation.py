@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from deferral.routing.prices import price_gaps
+from deferral.routing.table import array_of, check_amount
 
 if TYPE_CHECKING:
     from deferral.intervals import Interval
@@ -42,17 +43,24 @@ class PriceQualityCurve:
     price: np.ndarray  # (S, N) dollars
     quality: np.ndarray  # (S, N)
 
+    def __post_init__(self) -> None:
+        for name, values in _tables(price=self.price, quality=self.quality).items():
+            object.__setattr__(self, name, values)
+
     def points(self, weights: np.ndarray | None = None) -> np.ndarray:
         """(mean price, mean quality) of each setting.  (..., N) -> (..., S, 2)"""
         if weights is None:
             return np.stack([self.price.mean(1), self.quality.mean(1)], -1)
+        weights = _weights_of(weights, self.price.shape[1])
         total = weights.sum(-1, keepdims=True)
         return np.stack([weights @ self.price.T / total, weights @ self.quality.T / total], -1)
 
 
 def trade_offs(price: np.ndarray, count: int = 60) -> np.ndarray:
     """Prices of an error that take every decision from cheapest to best: inf, log-spaced, all but 0.  (N, E) -> (count + 2,)"""
-    means, gaps = price_gaps(price)
+    means, gaps = price_gaps(array_of("price", price, 2))
+    if isinstance(count, bool) or not isinstance(count, int | np.integer) or count < 1:
+        raise ValueError(f"count: expected a whole number >= 1, got {count!r}")
     smallest = gaps.min() if len(gaps) else max(float(means[-1]), 1e-12)
     largest = float(means[-1] - means[0]) if len(gaps) else smallest
     return np.concatenate([[np.inf], np.geomspace(1000 * largest, smallest / 2, count), [1e-6 * smallest]])
@@ -71,20 +79,20 @@ def curve(
     hindsight where they hang on what an expert writes.  Ties go to the cheaper expert (the first of equal price).
     """
     expected = price if expected is None else expected
-    if not estimate.shape == price.shape == quality.shape == expected.shape:
-        shapes = ", ".join(str(values.shape) for values in (estimate, price, quality, expected))
-        raise ValueError(f"expected tables of one shape, got {shapes}")
-    errors = trade_offs(price) if errors is None else errors
+    tables = _tables(estimate=estimate, price=price, quality=quality, expected=expected)
+    errors = trade_offs(price) if errors is None else array_of("errors", errors, 1)
+    if not (errors > 0).all():
+        raise ValueError(f"errors: expected prices of an error above 0, in dollars, got {errors.min():g}")
+    order = np.argsort(tables["price"].mean(0), kind="stable")
+    estimate, price, quality, expected = (values[:, order] for values in tables.values())
     rows = np.arange(len(price))
-    order = np.argsort(price.mean(0), kind="stable")
-    estimate, price, quality, expected = (values[:, order] for values in (estimate, price, quality, expected))
     chosen = [(estimate - expected / error).argmax(1) for error in errors]
     return PriceQualityCurve(np.stack([price[rows, one] for one in chosen]), np.stack([quality[rows, one] for one in chosen]))
 
 
 def static_curve(price: np.ndarray, quality: np.ndarray) -> PriceQualityCurve:
     """Always one expert: the hull of these points are the static mixes, the "zero router" of RouterBench.  (N, E), (N, E)"""
-    return PriceQualityCurve(price.T, quality.T)
+    return PriceQualityCurve(*(table.T for table in _tables(price=price, quality=quality).values()))
 
 
 def hull(points: np.ndarray) -> np.ndarray:
@@ -92,6 +100,9 @@ def hull(points: np.ndarray) -> np.ndarray:
 
     Mixing two settings at random reaches every point between them.  Hu et al., "RouterBench" (2024), section 3.
     """
+    points = array_of("points", points, 2)
+    if points.shape[1] != 2 or not np.isfinite(points).all():
+        raise ValueError(f"points: expected a finite price and quality in each row, (S, 2), got shape {points.shape}")
     corners: list[np.ndarray] = []
     for point in points[np.lexsort((-points[:, 1], points[:, 0]))]:
         if corners and point[1] <= corners[-1][1]:
@@ -109,7 +120,11 @@ def aiq(points: np.ndarray, low: float, high: float) -> float:
     RouterBench, section 3.2.
     """
     corners = hull(points)
-    if not high > low:
+    for name, value in (("low", low), ("high", high)):
+        check_amount(name, value)
+    if not low <= high:
+        raise ValueError(f"low, high: expected rising prices, got {low} and {high}")
+    if low == high:
         return float(corners[-1, 1])
     inside = corners[(corners[:, 0] > low) & (corners[:, 0] < high), 0]
     prices = np.concatenate([[low], inside, [high]])
@@ -127,6 +142,11 @@ def saving(points: np.ndarray, quality: float, price: float, share: float = 1.0)
     NaN where the hull does not reach the quality, and where there is nothing to save.
     """
     corners = hull(points)
+    _check_part("share", share)
+    for name, value in (("quality", quality), ("price", price)):
+        check_amount(name, value)
+        if not np.isfinite(value):
+            raise ValueError(f"{name}: expected a finite number, got {value}")
     wanted = share * quality
     # Two sums of the same numbers may differ in the last digit.
     if corners[-1, 1] < wanted - 1e-9 or price <= 0:
@@ -151,6 +171,7 @@ def cpt(score: np.ndarray, gain: np.ndarray, share: float, weights: np.ndarray |
     RouteLLM (2024), section 3.
     """
     called, recovered = _recovered(score, gain, weights)
+    _check_part("share", share)
     # The first segment whose end lies above; before it the curve may have been higher nowhere.
     flat_called, flat = called.reshape(-1, called.shape[-1]), recovered.reshape(-1, recovered.shape[-1])
     results = []
@@ -166,7 +187,7 @@ def cpt(score: np.ndarray, gain: np.ndarray, share: float, weights: np.ndarray |
 
 def best_expert(quality: np.ndarray, price: np.ndarray) -> int:
     """The expert of the highest mean quality, the cheaper of two equals.  (N, E), (N, E) -> index"""
-    means, prices = quality.mean(0), price.mean(0)
+    prices, means = (table.mean(0) for table in _tables(price=price, quality=quality).values())
     return int(np.lexsort((prices, -means))[0])
 
 
@@ -180,20 +201,22 @@ def intervals_of(
 ) -> "list[Interval]":
     """Figures with their 95% intervals over the rows.  `figure` maps weights (N,) to several numbers (F,) -> F intervals
 
-    `group` (N,) numbers the rows from 0: those of one number, queries of one subject say, are drawn together.  A figure that is
-    not defined (NaN) in more of the resamples than lie beyond one end of an interval has none: its ends are NaN.
+    Rows of one `group` (N,), queries of one subject say, are drawn together.  A figure that is not defined (NaN) in more of the
+    resamples than lie beyond one end of an interval has none: its ends are NaN.
     """
-
     import torch
 
     from deferral.intervals import bootstrap, interval
 
-    def many(weights: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(np.stack([np.asarray(figure(one[member]), float) for one in weights.numpy()]))
+    member = np.arange(rows) if group is None else np.unique(group, return_inverse=True)[1]
+    if member.shape != (rows,):
+        raise ValueError(f"group: expected one for each of {rows} rows, got shape {member.shape}")
 
-    member = np.arange(rows) if group is None else group
-    resampled = bootstrap(many, int(member.max()) + 1, resamples=resamples, seed=seed)
-    estimates = np.asarray(figure(np.ones(rows)), float)
+    def many(weights: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(np.stack([_figures_of(figure(one[member])) for one in weights.numpy()]))
+
+    resampled = bootstrap(many, len(np.unique(member)), resamples=resamples, seed=seed)
+    estimates = _figures_of(figure(np.ones(rows)))
     undefined = resampled.isnan().double().mean(0)
     found = [interval(float(estimate), resampled[:, place]) for place, estimate in enumerate(estimates)]
     return [
@@ -239,10 +262,42 @@ def routability(estimate: np.ndarray, price: np.ndarray, quality: np.ndarray, ex
 
     `expected` (N, E) are the prices by which the estimates decide: see `curve`.
     """
-    low, high = float(price.mean(0).min()), float(price.mean(0).max())
+    means = array_of("price", price, 2).mean(0)
+    low, high = float(means.min()), float(means.max())
     static, routed = static_curve(price, quality).points(), curve(estimate, price, quality, expected=expected).points()
     perfect = curve(quality, price, quality).points()
     return Routability(aiq(static, low, high), aiq(routed, low, high), aiq(np.concatenate([perfect, static]), low, high))
+
+
+def _tables(**tables: np.ndarray) -> dict[str, np.ndarray]:
+    arrays = {name: array_of(name, values, 2) for name, values in tables.items()}
+    shapes = [array.shape for array in arrays.values()]
+    if len(set(shapes)) > 1:
+        raise ValueError(f"{', '.join(tables)}: expected tables of one shape, got {', '.join(map(str, shapes))}")
+    return arrays
+
+
+def _check_part(name: str, share: float) -> None:
+    check_amount(name, share)
+    if not 0 < share <= 1:
+        raise ValueError(f"{name}: expected a share in (0, 1], got {share}")
+
+
+def _weights_of(weights: np.ndarray, rows: int) -> np.ndarray:
+    weights = array_of("weights", weights, np.ndim(weights))
+    if weights.shape[-1:] != (rows,):
+        raise ValueError(f"weights: expected one per row, shape (..., {rows}), got {weights.shape}")
+    if not ((weights >= 0) & (weights < np.inf)).all() or not (weights.sum(-1) > 0).all():
+        raise ValueError("weights: expected finite numbers >= 0 that are not all 0")
+    return weights
+
+
+def _figures_of(found: object) -> np.ndarray:
+    """One figure, or several, of which some may not be defined."""
+    figures = np.atleast_1d(np.asarray(found))
+    if figures.dtype.kind not in "biuf" or figures.ndim != 1:
+        raise TypeError(f"figure: expected a vector of numbers for the weights of the rows, got {found!r}"[:200])
+    return figures.astype(float)
 
 
 def _falls(first: np.ndarray, second: np.ndarray, third: np.ndarray) -> bool:
@@ -252,14 +307,15 @@ def _falls(first: np.ndarray, second: np.ndarray, third: np.ndarray) -> bool:
 
 def _recovered(score: np.ndarray, gain: np.ndarray, weights: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
     """(share of calls, share of the gap recovered) at the ends of every group of equal scores, from 0.  -> (..., G + 1) twice"""
-    if score.shape != gain.shape or score.ndim != 1 or len(score) == 0:
+    score, gain = array_of("score", score, 1), array_of("gain", gain, 1)
+    if score.shape != gain.shape:
         raise ValueError(f"score, gain: expected two vectors of one length, got {score.shape} and {gain.shape}")
-    if not np.isfinite(score).all():
-        raise ValueError("score: expected finite numbers, got NaN or infinity")
+    for name, values in (("score", score), ("gain", gain)):
+        if not np.isfinite(values).all():
+            raise ValueError(f"{name}: expected finite numbers, got infinity")
     order = np.argsort(-score, kind="stable")
     ends = np.append(np.flatnonzero(np.diff(score[order])), len(score) - 1)
-    weights = np.ones(len(score)) if weights is None else np.asarray(weights, float)
-    weights = weights[..., order]
+    weights = (np.ones(len(score)) if weights is None else _weights_of(weights, len(score)))[..., order]
     mass, gained = weights.cumsum(-1)[..., ends], (weights * gain[order]).cumsum(-1)[..., ends]
     nothing = np.zeros((*mass.shape[:-1], 1))
     total = gained[..., -1:]

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from math import inf
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import numpy as np
 
@@ -12,10 +12,10 @@ from deferral.routing.constraints import Needs
 from deferral.routing.fitted import Fitted
 from deferral.routing.promises import Witnesses, promised_error
 from deferral.routing.static import mix_at_error, mix_at_price, mix_at_quality
-from deferral.routing.table import check_price_of_error
+from deferral.routing.table import check_amount, check_price_of_error
 from deferral.routing.verdicts import why_not
 
-__all__ = ["Plan", "Planning", "Setting", "check_amount", "check_amounts"]
+__all__ = ["Plan", "Planning", "Setting", "check_amounts"]
 
 # Means that differ by less are equal.
 _ROUNDING = 1e-6
@@ -153,9 +153,3 @@ def check_amounts(confidence: float, **trade_off: float | None) -> None:
         raise ValueError(
             "expected one of price_of_error, budget, min_quality and certified_quality; each of them sets the same trade-off"
         )
-
-
-def check_amount(name: str, value: Any) -> None:
-    """TypeError for what is no number."""
-    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
-        raise TypeError(f"{name}: expected a number, got {value!r}")

@@ -20,13 +20,13 @@ from deferral.routing.learning import fitted
 from deferral.routing.many_queries import LEAST_TRUST, decided, probabilities, weighed
 from deferral.routing.one_query import decision_of_one
 from deferral.routing.outcomes import Log
-from deferral.routing.planning import Plan, Planning, Setting, check_amount, check_amounts
+from deferral.routing.planning import Plan, Planning, Setting, check_amounts
 from deferral.routing.policies import Policy
 from deferral.routing.prices import PriceModel, characters_of
 from deferral.routing.promises import Witnesses
 from deferral.routing.sentences import sentence_encoder
 from deferral.routing.static import fingerprints
-from deferral.routing.table import Table, check_certifying, check_price_of_error, check_share, check_values
+from deferral.routing.table import Table, check_amount, check_certifying, check_price_of_error, check_share, check_values
 from deferral.routing.vectors import Vectors
 
 __all__ = ["Router"]

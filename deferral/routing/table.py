@@ -1,14 +1,24 @@
 """A log as a table: a row for each query, a column for each expert."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Table", "check_certifying", "check_price_of_error", "check_share", "check_values", "cost_table", "decided_again"]
+__all__ = [
+    "Table",
+    "array_of",
+    "check_amount",
+    "check_certifying",
+    "check_price_of_error",
+    "check_share",
+    "check_values",
+    "cost_table",
+    "decided_again",
+]
 
 _LEAST_ERROR = 1e-100
 _AT_ONCE_S = 60.0
@@ -84,10 +94,34 @@ def check_price_of_error(price_of_error: float) -> None:
         raise ValueError(f"price_of_error: expected what a wrong answer is worth, in dollars, above 0, got {price_of_error!r}")
 
 
+def array_of(name: str, values: Any, dimensions: int) -> np.ndarray:
+    """The numbers of an array or of lists, whole ones as floats; TypeError where NumPy finds none, ValueError for NaN."""
+    try:
+        array = np.asanyarray(values)
+    except ValueError:
+        raise ValueError(f"{name}: expected rows of one length") from None
+    if array.dtype.kind not in "biuf":
+        came = f"an array of {array.dtype}" if isinstance(values, np.ndarray) else type(values).__name__
+        raise TypeError(f"{name}: expected an array of numbers, got {came}")
+    # Negated, whole numbers without a sign would be others; what is masked is not known.
+    array = np.asarray(np.ma.filled(array if array.dtype.kind == "f" else array.astype(float), np.nan))
+    if array.ndim != dimensions or array.size == 0:
+        raise ValueError(f"{name}: expected {dimensions} dimensions, none of them empty, got shape {array.shape}")
+    if np.isnan(array).any():
+        raise ValueError(f"{name}: expected numbers, got NaN in {int(np.isnan(array).sum())} of {array.size} places")
+    return array
+
+
 def check_share(name: str, share: float) -> None:
     """ValueError unless it is a share of the queries that leaves some."""
     if not _is_number(share) or not 0 <= share < 1:
         raise ValueError(f"{name}: expected a share of the queries in [0, 1), got {share!r}")
+
+
+def check_amount(name: str, value: Any) -> None:
+    """TypeError for what is no number."""
+    if not _is_number(value):
+        raise TypeError(f"{name}: expected a number, got {value!r}")
 
 
 def _is_number(value: object) -> bool:
