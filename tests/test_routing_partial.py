@@ -1,5 +1,6 @@
 """Partial logs, and queries unlike the log."""
 
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -73,6 +74,26 @@ def test_a_cell_has_no_part_in_its_own_guess_and_what_others_did_has() -> None:
     row = int(np.flatnonzero((weights == [0, 1, 1]).all(1))[0])
     inside = model.covariance[1:, 1:]
     assert guess[row, 0] == pytest.approx(model.covariance[0, 1:] @ np.linalg.solve(inside, left[row, 1:]), abs=1e-9)
+
+
+def test_guesses_of_many_experts_take_no_table_of_experts_by_experts_for_every_row() -> None:
+    rows, experts = 1000, 60
+    generator = np.random.default_rng(0)
+    model, factor = OutcomeModel(), generator.normal(size=(experts, experts))
+    model.means, model.covariance = np.zeros(experts), factor @ factor.T / experts + np.eye(experts)
+    known = generator.integers(0, experts, (rows, 1)) == np.arange(experts)
+    known[:10] = generator.random((10, experts)) < 0.5
+    left = np.where(known, generator.normal(size=known.shape), 0)
+    tracemalloc.start()
+    guess = model._from_others(left, known)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 8 * rows * experts * 10
+    for row in (0, 9, 10, 999):
+        for cell in range(experts):
+            others = np.flatnonzero(known[row] & (np.arange(experts) != cell))
+            solved = np.linalg.solve(model.covariance[np.ix_(others, others)], left[row, others])
+            assert guess[row, cell] == pytest.approx(model.covariance[cell, others] @ solved, abs=1e-9)
 
 
 def test_an_expert_of_one_outcome_is_not_weighed_up() -> None:

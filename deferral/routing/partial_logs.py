@@ -13,7 +13,6 @@ _MOST_WEIGHT = 20.0
 # An expert of n outcomes is not weighed up by more than n / 5.
 _FEW = 5.0
 _COMMON = 20.0  # queries answered by both of two experts that are worth their prior covariance, 0
-_BLOCK = 4096
 _ROUNDING = 1e-6
 
 
@@ -112,15 +111,17 @@ class OutcomeModel:
 
     def _from_others(self, left: np.ndarray, known: np.ndarray) -> np.ndarray:
         """E[residual of a cell | residuals of the row's other known cells].  (N, E), (N, E) bool -> (N, E)"""
-        guess = np.zeros(left.shape)
-        for start in range(0, len(left), _BLOCK):
-            some, there = left[start : start + _BLOCK], known[start : start + _BLOCK]
-            inside = self.covariance * there[:, :, None] * there[:, None, :] + np.eye(len(self.means)) * ~there[:, None, :]
-            inverse = np.linalg.inv(inside)
-            solved = np.einsum("nij,nj->ni", inverse, some)
+        guess = np.empty(left.shape)
+        # Rows of the same known cells share an inverse, of those cells alone.
+        patterns, member = np.unique(known, axis=0, return_inverse=True)
+        groups = np.split(np.argsort(member.ravel(), kind="stable"), np.bincount(member.ravel()).cumsum()[:-1])
+        for there, rows in zip(patterns, groups, strict=True):
+            inverse = np.linalg.inv(self.covariance[np.ix_(there, there)])
+            some = left[rows][:, there]
+            solved = some @ inverse
+            guess[rows] = solved @ self.covariance[there]
             # Of a known cell, its own residual is left out of its prediction.
-            alone = some - solved / np.einsum("nii->ni", inverse)
-            guess[start : start + _BLOCK] = np.where(there, alone, solved @ self.covariance)
+            guess[np.ix_(rows, there)] = some - solved / inverse.diagonal()
         return guess
 
 
