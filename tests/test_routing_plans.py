@@ -1,6 +1,7 @@
 """A setting of the trade-off, as it is asked for: prices of an error, budgets, floors, constraints, caps."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -139,6 +140,32 @@ def test_constraints_come_before_any_score() -> None:
         Needs.of(allow="small")
     with pytest.raises(ValueError, match="'huge' has no outcome"):
         Router(0.1, abilities={"huge": Abilities()}).fit(log_of_table(texts, EXPERTS, quality, price))
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "words"),
+    [
+        (lambda: Abilities(context_tokens="8k"), TypeError, "context_tokens: expected a whole number, got '8k'"),
+        (lambda: Abilities(context_tokens=-1), ValueError, "context_tokens: expected a whole number >= 1, got -1"),
+        (lambda: Abilities(tools="no"), TypeError, "tools: expected True or False, got 'no'"),
+        (lambda: Abilities(region=3), TypeError, "region: expected a name or None, got 3"),
+        (lambda: Needs(tokens="8"), TypeError, "tokens: expected a whole number, got '8'"),
+        (lambda: Needs.of(tokens=-8), ValueError, "tokens: expected a whole number >= 0, got -8"),
+        (lambda: Needs.of(images=1), TypeError, "images: expected True or False, got 1"),
+        (lambda: Needs.of(allow=5), TypeError, "allow: expected a collection of names, got 5"),
+        (lambda: Needs.of(deny=None), TypeError, "deny: expected a collection of names, got None"),
+        (lambda: Needs.of(regions=[1]), TypeError, "regions: expected names, got 1"),
+        (lambda: Needs(deny=None), TypeError, "deny: expected a frozenset, got NoneType"),
+        (lambda: Router(0.1, abilities=["a"]), TypeError, "abilities: expected those of experts by name"),
+        (lambda: Router(0.1, abilities={"a": {"tools": True}}), TypeError, r"abilities of a: expected Abilities\(\.\.\.\), got"),
+        (lambda: router().add_expert(Log(), abilities="x"), TypeError, "abilities of the new expert: expected Abilities"),
+        (lambda: router().describe_expert("b", quality=1, price=1, abilities=3), TypeError, "abilities of b: expected Abilities"),
+    ],
+)
+def test_abilities_and_needs_that_are_none_are_told(make: Callable[[], object], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        make()
+    assert Abilities(context_tokens=np.int64(8), tools=np.True_).tools
 
 
 def test_a_latency_cap() -> None:

@@ -1,11 +1,12 @@
 """What an expert can do, and what a query needs: masks on the experts, applied before any score."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-__all__ = ["Abilities", "Needs", "able"]
+__all__ = ["Abilities", "Needs", "able", "check_abilities"]
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,13 @@ class Abilities:
     tools: bool = True
     images: bool = True
     region: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.context_tokens is not None:
+            _check_tokens("context_tokens", self.context_tokens, 1)
+        _check_flags(tools=self.tools, images=self.images)
+        if not isinstance(self.region, str | None):
+            raise TypeError(f"region: expected a name or None, got {self.region!r}")
 
 
 @dataclass(frozen=True)
@@ -30,9 +38,16 @@ class Needs:
     deny: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
+        _check_tokens("tokens", self.tokens, 0)
+        _check_flags(tools=self.tools, images=self.images)
         for name in ("regions", "allow", "deny"):
-            if not isinstance(getattr(self, name), frozenset | None):
-                raise TypeError(f"{name}: expected a frozenset, got {type(getattr(self, name)).__name__}; use Needs.of(...)")
+            names = getattr(self, name)
+            if names is None and name != "deny":
+                continue
+            if not isinstance(names, frozenset):
+                raise TypeError(f"{name}: expected a frozenset, got {type(names).__name__}; use Needs.of(...)")
+            if strange := [one for one in names if not isinstance(one, str)]:
+                raise TypeError(f"{name}: expected names, got {strange[0]!r}")
 
     @classmethod
     def of(
@@ -46,8 +61,11 @@ class Needs:
         deny: Collection[str] = (),
     ) -> "Needs":
         """Needs from any collections of names."""
-        if isinstance(allow, str) or isinstance(deny, str) or isinstance(regions, str):
-            raise TypeError("allow, deny, regions: expected a collection of names, got one text; put it in a list")
+        for name, names in (("regions", regions), ("allow", allow), ("deny", deny)):
+            if isinstance(names, str):
+                raise TypeError(f"{name}: expected a collection of names, got one text; put it in a list")
+            if not isinstance(names, Iterable) and (names is not None or name == "deny"):
+                raise TypeError(f"{name}: expected a collection of names, got {names!r}")
         return cls(
             tokens,
             tools,
@@ -81,3 +99,22 @@ def _refused(name: str, can: Abilities, needs: Needs) -> str | None:
     if needs.regions is not None and can.region not in needs.regions:
         return "its region is not known" if can.region is None else f"it is in {can.region}"
     return None
+
+
+def check_abilities(name: str, abilities: Any) -> None:
+    """TypeError where an expert's abilities are none."""
+    if not isinstance(abilities, Abilities):
+        raise TypeError(f"abilities of {name}: expected Abilities(...), got {abilities!r}")
+
+
+def _check_tokens(name: str, tokens: Any, least: int) -> None:
+    if isinstance(tokens, bool) or not isinstance(tokens, int | np.integer):
+        raise TypeError(f"{name}: expected a whole number, got {tokens!r}")
+    if tokens < least:
+        raise ValueError(f"{name}: expected a whole number >= {least}, got {tokens}")
+
+
+def _check_flags(**flags: Any) -> None:
+    for name, flag in flags.items():
+        if not isinstance(flag, bool | np.bool_):
+            raise TypeError(f"{name}: expected True or False, got {flag!r}")

@@ -11,7 +11,7 @@ import numpy as np
 
 from deferral.routing import changes, persistence, verdicts
 from deferral.routing.cascade import Cascade
-from deferral.routing.constraints import Abilities, Needs, able
+from deferral.routing.constraints import Abilities, Needs, able, check_abilities
 from deferral.routing.decisions import Decision, Decisions
 from deferral.routing.encoders import FunctionEncoder, NgramEncoder
 from deferral.routing.fitted import Estimates, Fitted, estimates_of_one
@@ -72,7 +72,11 @@ class Router:
         kinds = [make().kind for make in self.policies]
         if not kinds or len(set(kinds)) < len(kinds):
             raise ValueError(f"policies: expected different ones, at least one, got {', '.join(kinds) or 'none'}")
+        if not isinstance(abilities, Mapping | None):
+            raise TypeError(f"abilities: expected those of experts by name, got {abilities!r}")
         self.abilities = dict(abilities or {})
+        for name, can in self.abilities.items():
+            check_abilities(name, can)
         self.salt = secrets.token_hex(8)
         self._fitted: Fitted | None = None
         self._seen = np.empty(0, np.uint64)
@@ -297,6 +301,8 @@ class Router:
 
     def add_expert(self, log: Log | Table, *, abilities: Abilities | None = None) -> "Router":
         """Add a model from some of its outcomes, a hundred say, without refitting the others."""
+        if abilities is not None:
+            check_abilities("the new expert", abilities)
         if len(log.experts) != 1:
             raise ValueError(f"expected outcomes of one new expert, got those of {len(log.experts)}: {', '.join(log.experts)}")
         table = log.table() if isinstance(log, Log) else log
@@ -313,6 +319,8 @@ class Router:
 
         It is taken to be good at what the experts on the whole are good at.
         """
+        if abilities is not None:
+            check_abilities(name, abilities)
         self._fitted = changes.with_description(self.fitted, name, quality, price, per_character)
         return self._described(name, abilities)
 
