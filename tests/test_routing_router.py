@@ -259,6 +259,29 @@ def test_wrong_arguments() -> None:
         router().route_batch("text")
     with pytest.raises(TypeError, match="row 2"):
         router().route_batch(["a", None])
+    for queries in (5, (text for text in ("a", "b"))):
+        with pytest.raises(TypeError, match="queries: expected a list of texts, got "):
+            router().route_batch(queries)
+    for queries, words in (("text", "got one text"), ([1], "got int in row 1")):
+        with pytest.raises(TypeError, match=words):
+            router().chances(queries)
+    for change in (router().certify, router().add_expert):
+        with pytest.raises(TypeError, match=r"expected a Log, got str; read_log\(path\) reads a file"):
+            change("outcomes.jsonl")  # type: ignore[arg-type]
+    texts, _, quality, price = world(1)
+    log = log_of_table(texts, EXPERTS, quality, price)
+    for change in (router().with_prices, lambda prices: Router(0.1).fit(log, prices=prices)):
+        with pytest.raises(TypeError, match="prices: expected a PriceModel, as token_prices and list_prices make it, got dict"):
+            change({"small": 1.0})  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="quality: expected a number, got '1'"):
+        router().describe_expert("new", quality="1", price=1.0)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="learned: expected True, False or None, got 'no'"):
+        router().route("a", learned="no")  # type: ignore[typeddict-item]
+    with pytest.raises(TypeError, match="query: expected a text, got int"):
+        router().explain(5)  # type: ignore[arg-type]
+    for count in (-1, "3", 1.5):
+        with pytest.raises(ValueError, match="count: expected a whole number >= 0, got"):
+            router().explain("a", count=count)
 
 
 def test_no_query_costs_less_than_a_tenth_of_what_its_length_says() -> None:

@@ -92,11 +92,9 @@ class Router:
         at random, that nothing is learned from: `certified_quality` is proved by them (see `certify`).  Learning from partial
         logs assumes what `deferral.routing.partial_logs.observed` says.
         """
-        if not isinstance(log, Log | Table):
-            raise TypeError(
-                f"log: expected a Log, got {type(log).__name__}; read_log(path) reads a file, Log(...) takes outcomes one by one"
-            )
-        table = log.table() if isinstance(log, Log) else log
+        table = _table_of(log)
+        if prices is not None:
+            _check_model(prices)
         check_values(table)
         if unknown := sorted(set(self.abilities) - set(table.experts)):
             raise ValueError(f"abilities: {unknown[0]!r} has no outcome; the log holds {', '.join(table.experts)}")
@@ -142,11 +140,7 @@ class Router:
 
     def route_batch(self, queries: Sequence[str], **setting: Unpack[Setting]) -> Decisions:
         """Whom to ask for each of N queries.  Takes the settings of `plan`."""
-        if isinstance(queries, str):
-            raise TypeError("queries: expected a list of texts, got one text; use route for one query")
-        for row, query in enumerate(queries):
-            if not isinstance(query, str):
-                raise TypeError(f"queries: expected texts, got {type(query).__name__} in row {row + 1}")
+        _check_texts(queries)
         plan = self.plan(**setting)
         return self.decide(plan, self.encoder(queries), queries)
 
@@ -177,6 +171,7 @@ class Router:
 
         N -> (N, E), (N, E), (N, E)
         """
+        _check_texts(queries)
         plan = self.plan(**setting)
         estimated = self.fitted.estimate(self.encoder(queries))
         price, _, best, fallback = weighed(self.fitted, plan, estimated, characters_of(queries))
@@ -247,6 +242,8 @@ class Router:
             min_quality=min_quality,
             certified_quality=certified_quality,
         )
+        if not isinstance(learned, bool | np.bool_ | None):
+            raise TypeError(f"learned: expected True, False or None, got {learned!r}")
         planning = Planning(self.fitted, mask, self.explore, learned)
         if budget is not None:
             return planning.within_budget(budget)
@@ -268,7 +265,7 @@ class Router:
 
         They are to be drawn like the queries to come, and to have had no part in any choice.  ValueError names what is wrong.
         """
-        table = log.table() if isinstance(log, Log) else log
+        table = _table_of(log)
         if sorted(table.experts) != sorted(self.experts):
             raise ValueError(f"certify: expected outcomes of {', '.join(self.experts)}, got those of {', '.join(table.experts)}")
         order = [table.experts.index(name) for name in self.experts]
@@ -293,19 +290,21 @@ class Router:
 
     def explain(self, query: str, *, count: int = 5, **setting: Unpack[Setting]) -> tuple[Decision, list[tuple[str, float]]]:
         """The decision, and the logged queries nearest to this one with their similarity, nearest first."""
+        if isinstance(count, bool) or not isinstance(count, int | np.integer) or count < 0:
+            raise ValueError(f"count: expected a whole number >= 0, got {count!r}")
+        decision = self.route(query, **setting)
         rows, similarity = self.fitted.memory.nearest(self.encoder([query]), count)
         texts = self.fitted.texts
-        return self.route(query, **setting), [
-            (texts[row], float(cosine)) for row, cosine in zip(rows[0], similarity[0], strict=True)
-        ]
+        return decision, [(texts[row], float(cosine)) for row, cosine in zip(rows[0], similarity[0], strict=True)]
 
     def add_expert(self, log: Log | Table, *, abilities: Abilities | None = None) -> "Router":
         """Add a model from some of its outcomes, a hundred say, without refitting the others."""
         if abilities is not None:
             check_abilities("the new expert", abilities)
-        if len(log.experts) != 1:
-            raise ValueError(f"expected outcomes of one new expert, got those of {len(log.experts)}: {', '.join(log.experts)}")
-        table = log.table() if isinstance(log, Log) else log
+        table = _table_of(log)
+        if len(table.experts) != 1:
+            names = ", ".join(table.experts)
+            raise ValueError(f"expected outcomes of one new expert, got those of {len(table.experts)}: {names}")
         check_values(table)
         self._fitted = changes.with_outcomes(self.fitted, table, self.encoder(table.queries))
         # They prove nothing of a router that has learned from them.
@@ -321,6 +320,8 @@ class Router:
         """
         if abilities is not None:
             check_abilities(name, abilities)
+        for field, value in (("quality", quality), ("price", price), ("per_character", per_character)):
+            check_amount(field, value)
         self._fitted = changes.with_description(self.fitted, name, quality, price, per_character)
         return self._described(name, abilities)
 
@@ -340,6 +341,7 @@ class Router:
 
         Prices that name their experts may have any order, others that of `experts`.
         """
+        _check_model(prices)
         self._fitted, self.cascade = changes.with_prices(self.fitted, prices.of(self.experts)), None
         self._plans = {}
         return self
@@ -407,3 +409,26 @@ class Router:
         self._witnesses = self.cascade = None
         self._plans = {}
         return self
+
+
+def _table_of(log: Any) -> Table:
+    if not isinstance(log, Log | Table):
+        raise TypeError(
+            f"log: expected a Log, got {type(log).__name__}; read_log(path) reads a file, Log(...) takes outcomes one by one"
+        )
+    return log.table() if isinstance(log, Log) else log
+
+
+def _check_texts(queries: Any) -> None:
+    if isinstance(queries, str):
+        raise TypeError("queries: expected a list of texts, got one text; use route for one query")
+    if not isinstance(queries, Collection):
+        raise TypeError(f"queries: expected a list of texts, got {type(queries).__name__}")
+    for row, query in enumerate(queries):
+        if not isinstance(query, str):
+            raise TypeError(f"queries: expected texts, got {type(query).__name__} in row {row + 1}")
+
+
+def _check_model(prices: Any) -> None:
+    if not isinstance(prices, PriceModel):
+        raise TypeError(f"prices: expected a PriceModel, as token_prices and list_prices make it, got {type(prices).__name__}")
