@@ -277,6 +277,14 @@ def test_criterion_takes_a_loss_from_elsewhere_whose_every_column_is_a_class() -
         Criterion(own)(SCORES, labels + 1)
 
 
+def test_criterion_takes_no_mean_of_a_mean_where_rows_are_ignored() -> None:
+    def mean(scores: torch.Tensor, targets: torch.Tensor, ignore_index: int = -100) -> torch.Tensor:
+        return F.cross_entropy(scores, targets, ignore_index=ignore_index)
+
+    with pytest.raises(ValueError, match=re.escape("loss: expected one value per row, shape (4,), so that ignored")):
+        Criterion(mean)(SCORES, TARGETS)
+
+
 def test_criterion_checks_two_stage_costs_and_masks() -> None:
     costs, experts_known = torch.rand(4, 3), torch.ones(4, 2, dtype=torch.bool)
     Criterion(two_stage_deferral, ceiling=costs.sum(-1, keepdim=True))(SCORES[:, :3], costs)

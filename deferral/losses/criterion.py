@@ -178,4 +178,9 @@ def _mean(losses: Tensor, given: dict[str, Any]) -> Tensor:
     targets, ignore_index = given.get("targets"), given.get("ignore_index")
     if ignore_index is None or not isinstance(targets, Tensor) or targets.is_floating_point():
         return losses.mean()
+    if losses.shape != targets.shape:
+        raise ValueError(
+            f"loss: expected one value per row, shape {tuple(targets.shape)}, so that ignored rows are left out of the mean, got "
+            f"{tuple(losses.shape)}; a loss of torch needs reduction='none'"
+        )
     return losses.sum() / (targets != ignore_index).sum()
