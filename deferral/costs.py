@@ -175,7 +175,7 @@ def _per_expert(value: PerExpert, name: str, answers: Tensor, dtype: torch.dtype
 def _check_columns(name: str, table: Tensor, rows: torch.Size) -> None:
     if table.dim() == 0 or table.shape[:-1] != rows:
         raise ValueError(
-            f"{name}: expected shape {(*rows, 'A')}, one column per expert, got {tuple(table.shape)}; "
+            f"{name}: expected shape ({', '.join(map(str, (*rows, 'A')))}), one column per expert, got {tuple(table.shape)}; "
             f"for a single expert use {name}.unsqueeze(-1), and targets have no axis of experts"
         )
 

@@ -137,6 +137,7 @@ COSTS = torch.linspace(0.1, 0.9, 8).view(4, 2)
             TypeError,
             "answers: expected a torch tensor, or numbers that NumPy",
         ),
+        (lambda: error_costs(TARGETS, TARGETS), ValueError, "answers: expected shape (4, A), one column per expert, got (4,)"),
         (lambda: squared_costs(COSTS, ["a"] * 4), TypeError, "targets: expected a torch tensor, or numbers"),
         (lambda: rejector_of_scores(SCORES[:, :1]), ValueError, "class scores and the score of abstaining"),
         (lambda: predictor_rejector_abstention(SCORES, SCORES[:, 0], TARGETS, 0.1, alpha=0.0), ValueError, "positive"),
