@@ -143,7 +143,12 @@ def require_targets(scores: Tensor, targets: Tensor, num_classes: int) -> None:
         kind = "probabilities (..., K)" if targets.is_floating_point() else "class indices (...,)"
         raise ValueError(
             f"targets: expected {kind} of shape {expected} for scores {_shape(scores)}, got {targets.dtype} of shape "
-            f"{_shape(targets)}; integer targets are indices, floating targets are probabilities over the K classes"
+            f"{_shape(targets)}; "
+            + (
+                "are the classes axis 1 of the scores?  Move them last: scores.movedim(1, -1)"
+                if tuple(targets.shape) == (*scores.shape[:1], *scores.shape[2:])
+                else "integer targets are indices, floating targets are probabilities over the K classes"
+            )
         )
     if not targets.is_floating_point() and targets.dtype != torch.int64:
         raise TypeError(
