@@ -12,7 +12,7 @@ import torch
 from deferral.intervals import bootstrap
 from deferral.routing import log_of_table
 from deferral.routing.evaluation import (
-    Curve,
+    PriceQualityCurve,
     aiq,
     apgr,
     best_expert,
@@ -338,7 +338,7 @@ ONE, THREE, TEXT = np.ones((1, 2)), np.ones(3), np.array([["a", "b"]])
         (lambda: curve(ONE * np.nan, ONE, ONE), ValueError, "estimate: expected numbers, got NaN in 2 of 2 places"),
         (lambda: curve(ONE, ONE, ONE, np.array([1.0, 0.0])), ValueError, "errors: expected prices of an error above 0"),
         (lambda: static_curve(ONE, ONE.T), ValueError, "price, quality: expected tables of one shape"),
-        (lambda: Curve(ONE, ONE).points(THREE), ValueError, "weights: expected one per row"),
+        (lambda: PriceQualityCurve(ONE, ONE).points(THREE), ValueError, "weights: expected one per row"),
         (lambda: trade_offs(TEXT), TypeError, "price: expected an array of numbers"),
         (lambda: trade_offs(ONE, 0), ValueError, "count: expected a whole number >= 1, got 0"),
         (lambda: best_expert(ONE * np.nan, ONE), ValueError, "quality: expected numbers, got NaN"),
