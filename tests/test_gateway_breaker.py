@@ -342,6 +342,51 @@ def test_a_key_that_asks_for_everything_leaves_the_others_their_turn() -> None:
     asyncio.run(run())
 
 
+@pytest.mark.parametrize(("slots", "batches"), [(1, ["a"]), (1, ["a", "b"]), (2, ["a", "b"])])
+def test_who_asks_seldom_waits_for_one_answer_also_where_a_batch_has_a_single_slot(slots: int, batches: list[str]) -> None:
+    async def run() -> None:
+        expert, order = Slots(slots, 100), []
+
+        async def ask(key: str) -> None:
+            await expert.take(5, key)
+            order.append(key)
+
+        tasks = [asyncio.create_task(ask(key)) for _ in range(20) for key in batches]
+        await asyncio.sleep(0)
+        for turn in range(16):
+            if turn in (5, 9, 13):
+                tasks.append(asyncio.create_task(ask("seldom")))
+                await asyncio.sleep(0)
+            expert.give_back(0.1, order[turn])
+            await asyncio.sleep(0)
+        assert [place for place, key in enumerate(order) if key == "seldom"] == [slots + turn for turn in (5, 9, 13)]
+        for task in tasks:
+            task.cancel()
+
+    asyncio.run(run())
+
+
+def test_keys_that_ask_all_the_time_have_the_same_share_of_one_slot() -> None:
+    async def run() -> None:
+        expert, order = Slots(1, 100), []
+
+        async def ask(key: str) -> None:
+            while True:
+                await expert.take(5, key)
+                order.append(key)
+                await asyncio.sleep(0)
+                expert.give_back(0.1, key)
+
+        tasks = [asyncio.create_task(ask(key)) for key in ["batch"] * 30 + ["chat"] * 2 + ["other"] * 3]
+        while len(order) < 300:
+            await asyncio.sleep(0)
+        assert all(95 <= order[:300].count(key) <= 105 for key in ("batch", "chat", "other"))
+        for task in tasks:
+            task.cancel()
+
+    asyncio.run(run())
+
+
 def test_places_are_counted_once_whatever_becomes_of_who_waits() -> None:
     async def run(seed: int) -> None:
         draw = random.Random(seed)

@@ -28,9 +28,9 @@ class _Place(NamedTuple):
 class Slots:
     """At most `limit` at a time; beyond that at most `waiting` in a queue.
 
-    No key keeps the others out, however much it asks: a slot that comes free is for the key that holds the fewest, and among
-    those for who came first.  Where the queue is full, the last of the key with the most places in it makes room for a key that
-    would still have fewer.
+    No key keeps the others out, however much it asks: a slot that comes free is for the key that holds the fewest, of keys that
+    hold none for the one whose last turn is longest ago, and among equals for who came first.  Where the queue is full, the last
+    of the key with the most places in it makes room for a key that would still have fewer.
     """
 
     def __init__(self, limit: int, waiting: int) -> None:
@@ -39,6 +39,8 @@ class Slots:
         self._held: Counter[str] = Counter()
         self._queues: dict[str, deque[_Place]] = {}
         self._came = 0
+        # Of each key, while anybody waits: who gives back its only slot holds as few as who has had none for long.
+        self._turns: dict[str, int] = {}
         self._mean_s = 1.0
 
     async def take(self, patience: float, key: str = "", others: "Collection[Slots]" = ()) -> "Slots":
@@ -106,13 +108,16 @@ class Slots:
         for key, queue in self._queues.items():
             for place in queue:
                 if at is self or at in place.others:
-                    firsts.append((self._held[key], place.number, key, place))
+                    held = self._held[key]
+                    firsts.append((held, 0 if held else self._turns.get(key, 0), place.number, key, place))
                     break
         if not firsts:
             return False
-        _, _, key, place = min(firsts)
+        *_, key, place = min(firsts)
         self._drop(key, place)
         if not place.turn.done():
+            self._came += 1
+            self._turns[key] = self._came
             at._enter(key)
             place.turn.set_result(at)
         return True
@@ -131,6 +136,8 @@ class Slots:
         self.queued -= 1
         if not self._queues[key]:
             del self._queues[key]
+        if not self._queues:
+            self._turns.clear()
 
     def _wait(self) -> float:
         return float(max(1, math.ceil((self.queued + 1) / self.limit * self._mean_s)))
