@@ -235,3 +235,27 @@ def test_a_full_table_is_replayed_exactly() -> None:
         events_of(log_of_table(["q"], ["z"], np.ones((1, 1)), np.ones((1, 1))), ["a", "b"])
     with pytest.raises(ValueError, match="chances: expected shape"):
         replay(events, chances[:5], 0.5, quality=quality, price=price)
+
+
+def test_what_is_no_policy_and_no_log_is_not_replayed() -> None:
+    log = Log(Outcome(str(row), "ab"[row % 2], 1.0, 0.0) for row in range(4))
+    events, half = events_of(log, ["a", "b"]), np.full((4, 2), 0.5)
+    for chances, words in (
+        (half * np.nan, "chances: expected numbers, got NaN"),
+        (half * 2, "chances: expected probabilities that add up to 1, got .* for query 1"),
+        (half[:, :1] * 2, "chances: expected a column for each of 2 experts or more, got 1"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            replay(events, chances, 1.0, quality=half[:, : chances.shape[1]], price=half[:, : chances.shape[1]])
+    with pytest.raises(ValueError, match="quality: expected numbers, got NaN"):
+        replay(events, half, 1.0, quality=half * np.nan, price=half)
+    with pytest.raises(TypeError, match=r"events: expected what events_of\(log, experts\) gives, got Log"):
+        replay(log, half, 1.0, quality=half, price=half)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="price_of_error: expected what a wrong answer is worth"):
+        as_logged(events, 0.0)
+    with pytest.raises(ValueError, match="log: expected at least one outcome on a query that is kept, got none"):
+        events_of(log, ["a", "b"], kept=np.zeros(4, bool))
+    with pytest.raises(ValueError, match="kept: expected True or False for each of 4 queries"):
+        events_of(log, ["a", "b"], kept=np.zeros(3, bool))
+    with pytest.raises(TypeError, match="log: expected a Log, got str"):
+        events_of("outcomes.jsonl", ["a", "b"])  # type: ignore[arg-type]

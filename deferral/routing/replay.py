@@ -9,6 +9,7 @@ beside other decisions where it says nothing.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,10 +18,11 @@ from torch import Tensor
 from deferral.intervals import Interval, bootstrap, interval
 from deferral.routing.outcomes import Log
 from deferral.routing.partial_logs import asked_together
-from deferral.routing.table import check_price_of_error, decided_again
+from deferral.routing.table import array_of, check_price_of_error, decided_again
 
 __all__ = ["METHODS", "Events", "Replay", "as_logged", "events_of", "replay"]
 
+_ROUNDING = 1e-6
 METHODS = ("ips", "self-normalised", "doubly robust")
 
 
@@ -58,10 +60,18 @@ def events_of(log: Log, experts: Sequence[str], *, kept: np.ndarray | None = Non
 
     ValueError if it has outcomes of an expert that is not among these, or if experts were asked at once by their propensities.
     """
+    if not isinstance(log, Log):
+        raise TypeError(f"log: expected a Log, got {type(log).__name__}; read_log(path) reads a file")
     if unknown := [name for name in log.experts if name not in experts]:
         raise ValueError(f"the log has outcomes of {unknown[0]!r}, which is none of {', '.join(experts)}")
-    kept = np.ones(len(log.queries), bool) if kept is None else kept
+    kept = np.ones(len(log.queries), bool) if kept is None else np.asarray(kept)
+    if kept.dtype != bool or kept.shape != (len(log.queries),):
+        raise ValueError(
+            f"kept: expected True or False for each of {len(log.queries)} queries, got {kept.dtype} of shape {kept.shape}"
+        )
     rows = kept[log.column("query")]
+    if not rows.any():
+        raise ValueError("log: expected at least one outcome on a query that is kept, got none")
     query = (kept.cumsum() - 1)[log.column("query")[rows]]
     expert = np.array([list(experts).index(name) for name in log.experts], int)[log.column("expert")[rows]]
     propensity = log.column("propensity")[rows].astype(float)
@@ -114,10 +124,18 @@ def replay(
     Estimator for Counterfactual Learning" (2015).
     """
     check_price_of_error(price_of_error)
+    _check_events(events)
+    chances, quality, price = array_of("chances", chances, 2), array_of("quality", quality, 2), array_of("price", price, 2)
     size = (len(events.queries), chances.shape[-1])
     for name, table in (("chances", chances), ("quality", quality), ("price", price)):
         if table.shape != size:
             raise ValueError(f"{name}: expected shape {size}, queries by experts, got {table.shape}")
+    if (last := int(events.expert.max())) >= size[1]:
+        raise ValueError(f"chances: expected a column for each of {last + 1} experts or more, got {size[1]}")
+    off = ((chances < 0) | (chances > 1)).any(1) | (abs(chances.sum(1) - 1) > _ROUNDING)
+    if off.any():
+        row = int(off.argmax())
+        raise ValueError(f"chances: expected probabilities that add up to 1, got {chances[row].tolist()} for query {row + 1}")
     weight = chances[events.query, events.expert] / events.propensity
 
     ones = np.ones(len(weight))
@@ -137,10 +155,17 @@ def replay(
 
 def as_logged(events: Events, price_of_error: float, *, resamples: int = 1000, seed: int = 0) -> dict[str, Interval]:
     """Mean quality, price and cost of the decisions that were taken."""
+    check_price_of_error(price_of_error)
+    _check_events(events)
     ones = np.ones(len(events.query))
     values = (events.quality, events.price, 1 - events.quality + events.price / price_of_error)
     found = _ratios(events, [(value, ones) for value in values], resamples, seed)
     return dict(zip(("quality", "price", "cost"), found, strict=True))
+
+
+def _check_events(events: Any) -> None:
+    if not isinstance(events, Events):
+        raise TypeError(f"events: expected what events_of(log, experts) gives, got {type(events).__name__}")
 
 
 def _ratios(events: Events, sums: Sequence[tuple[np.ndarray, np.ndarray]], resamples: int, seed: int) -> list[Interval]:
