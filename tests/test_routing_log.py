@@ -248,6 +248,16 @@ def test_prices_to_come_are_those_of_the_tokens_that_are_expected() -> None:
     for prices, message in (({"a": (1.0, 2.0)}, "b: it has no price"), ({"a": (-1.0, 2.0)}, "not negative")):
         with pytest.raises(ValueError, match=message):
             token_prices(log, prices)
+    for prices, message in (
+        ([1.0, 2.0], "per_million: expected dollars by the experts' names"),
+        ({"a": ("1", "two"), "b": (1.0, 2.0)}, "a: dollars per million tokens: expected one number per expert, got"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            token_prices(log, prices)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="a: expected dollars per million tokens of input and of output"):
+        token_prices(log, {"a": 1.0})  # type: ignore[dict-item]
+    with pytest.raises(TypeError, match="log: expected a Log, got str"):
+        token_prices("outcomes.jsonl", {})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="a: none of its outcomes has output tokens"):
         token_prices(Log([Outcome("q", "a", 1.0, 0.0)]), {"a": (1.0, 1.0)})
 
@@ -293,6 +303,21 @@ def test_list_prices_count_tokens_of_four_characters() -> None:
     np.testing.assert_allclose(model(np.array([400.0])), [[(100 * 0.5 + 100 * 1.5) / 1e6, (100 * 30 + 200 * 60) / 1e6]])
     with pytest.raises(ValueError, match="per_million_output"):
         list_prices([1.0], [-1.0], 100)
+    with pytest.raises(ValueError, match="output_tokens: expected one finite number per expert"):
+        list_prices([1.0], [1.0], [1, 2])
+    with pytest.raises(TypeError, match=r"per_million_input: expected one number per expert, got \['a'\]"):
+        list_prices(["a"], [1.0], 100)  # type: ignore[list-item]
+
+
+def test_a_table_of_another_shape_or_of_text_is_no_log() -> None:
+    for given, name in (({"price": [[1.0, 2.0, 3.0]]}, "price"), ({"price": 0.0, "propensity": [1, 1, 1]}, "propensity")):
+        with pytest.raises(ValueError, match=rf"{name}: expected shape \(1, 2\), queries by experts, or one per expert; got"):
+            log_of_table(["q"], ["a", "b"], [[1, 0]], **given)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="row 1, quality: expected a number in"):
+        log_of_table(["q"], ["a"], [["right"]], 0.0)  # type: ignore[arg-type]
+    assert log_of_table(["q"], ["a", "b"], [[True, 0.5]], [1, 2])[1].price == 2
+    with pytest.raises(TypeError, match=r"table: expected a Table, got Log; log.table\(\) makes one"):
+        cost_table(Log(), 1.0)  # type: ignore[arg-type]
 
 
 def test_a_table_of_a_spreadsheet_is_read(tmp_path: Path) -> None:

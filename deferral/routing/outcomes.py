@@ -191,15 +191,24 @@ def log_of_table(
 ) -> Log:
     """A log of every observed cell, row after row.  N, E, (N, E), (N, E) or (E,), (N, E) -> Log"""
     shape = (len(queries), len(experts))
-    quality, price = np.asarray(quality, float), np.broadcast_to(np.asarray(price, float), shape)
+    quality = np.asarray(quality)
     known = np.ones(shape, bool) if mask is None else np.asarray(mask, bool)
     if quality.shape != shape or known.shape != shape:
         raise ValueError(f"quality, mask: expected shape {shape}, queries by experts; got {quality.shape} and {known.shape}")
-    chance = np.full(shape, np.nan) if propensity is None else np.broadcast_to(propensity, shape)
+    price = _spread("price", price, shape)
+    chance = _spread("propensity", np.nan if propensity is None else propensity, shape)
     return Log(
         Outcome(queries[row], experts[column], quality[row, column], price[row, column], propensity=chance[row, column])
         for row, column in zip(*np.nonzero(known), strict=True)
     )
+
+
+def _spread(name: str, values: Any, shape: tuple[int, int]) -> np.ndarray:
+    try:
+        return np.broadcast_to(values, shape)
+    except ValueError:
+        came = np.shape(values)
+        raise ValueError(f"{name}: expected shape {shape}, queries by experts, or one per expert; got {came}") from None
 
 
 def _number_in(row: int, name: str, value: object) -> float:

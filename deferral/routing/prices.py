@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -50,7 +51,7 @@ class PriceModel:
 
     def __post_init__(self) -> None:
         for name in ("base", "per_character"):
-            values = np.asarray(getattr(self, name), float)
+            values = _dollars(f"prices, {name}", getattr(self, name))
             _check_prices(f"prices, {name}", values, np.shape(self.base))
             object.__setattr__(self, name, values)
         if self.experts and len(self.experts) != len(self.base):
@@ -72,6 +73,13 @@ class PriceModel:
         return self.base + characters[:, None] * self.per_character
 
 
+def _dollars(name: str, values: Any) -> np.ndarray:
+    try:
+        return np.asarray(values, float)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: expected one number per expert, got {values!r}") from None
+
+
 def _check_prices(name: str, values: np.ndarray, shape: tuple[int, ...]) -> None:
     if values.ndim != 1 or values.shape != shape or not ((values >= 0) & (values < np.inf)).all():
         raise ValueError(f"{name}: expected one finite number per expert, not negative, got {values.tolist()}")
@@ -91,8 +99,9 @@ def list_prices(
 
     A query has a quarter as many tokens as characters.
     """
-    into, out = np.asarray(per_million_input, float), np.asarray(per_million_output, float)
-    tokens = np.broadcast_to(np.asarray(output_tokens, float), into.shape)
+    into, out = _dollars("per_million_input", per_million_input), _dollars("per_million_output", per_million_output)
+    tokens = _dollars("output_tokens", output_tokens)
+    tokens = np.full(into.shape, tokens) if tokens.ndim == 0 else tokens
     for name, values in (("per_million_input", into), ("per_million_output", out), ("output_tokens", tokens)):
         _check_prices(name, values, into.shape)
     return PriceModel(out * tokens / 1e6, into / CHARACTERS_PER_TOKEN / 1e6)
@@ -156,8 +165,13 @@ def token_prices(log: Log, per_million: Mapping[str, tuple[float, float]]) -> Pr
     How many tokens an expert reads and writes is predicted from the length of the query, by a line through its logged tokens.
     Where none of its outcomes has input tokens, a query has a quarter as many as characters.
     """
+    if not isinstance(log, Log):
+        raise TypeError(f"log: expected a Log, got {type(log).__name__}; read_log(path) reads a file")
+    if not isinstance(per_million, Mapping):
+        raise TypeError(f"per_million: expected dollars by the experts' names, got {per_million!r}")
     for name, one in per_million.items():
-        if len(one) != 2 or not all(0 <= value < np.inf for value in one):
+        dollars = _dollars(f"{name}: dollars per million tokens", one)
+        if dollars.shape != (2,) or not ((dollars >= 0) & (dollars < np.inf)).all():
             raise ValueError(f"{name}: expected dollars per million tokens of input and of output, not negative, got {one}")
     if missing := [name for name in log.experts if name not in per_million]:
         raise ValueError(f"{missing[0]}: it has no price; expected one for each of {', '.join(log.experts)}")

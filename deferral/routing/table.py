@@ -83,6 +83,8 @@ def cost_table(table: Table, price_of_error: float) -> "tuple[Tensor, Tensor]":
     """
     import torch
 
+    if not isinstance(table, Table):
+        raise TypeError(f"table: expected a Table, got {type(table).__name__}; log.table() makes one")
     check_price_of_error(price_of_error)
     costs = np.where(table.mask, 1 - table.quality + table.price / price_of_error, 0.0)
     return torch.from_numpy(costs), torch.from_numpy(table.mask)
