@@ -114,6 +114,7 @@ def test_evaluate_judges_by_folds_and_a_router_on_other_queries(folder: Path, tm
     stored = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert (stored["rows"], stored["groups"]) == (150, 3)
     assert "150 queries of 3 subjects" in result.output
+    assert "Over so few subjects the intervals are too short" in result.output
     unsaid = call("evaluate", tmp_path / "log.jsonl", "--by-tag", "--resamples", 100)
     assert "fitting and judging 3 folds" in unsaid.stderr
     # On a subject that was never seen there is nothing to go by.
@@ -121,6 +122,7 @@ def test_evaluate_judges_by_folds_and_a_router_on_other_queries(folder: Path, tm
     assert (tmp_path / "out" / "curve.png").stat().st_size > 1000
     other = call("evaluate", tmp_path / "log.jsonl", "-r", folder, "--resamples", 100)
     assert "always one expert" in other.output
+    assert "so few subjects" not in other.output
     write_log(outcomes(300, 0), tmp_path / "same.jsonl")
     assert "left out: " in call("evaluate", tmp_path / "same.jsonl", "-r", folder, "--resamples", 100).output
     for given in (("--by-tag",), ("--folds", 3)):
