@@ -90,8 +90,11 @@ def test_folds_of_subjects_are_whole_and_need_tags() -> None:
     fold = tag_folds(log, table, 3)
     subject = world(90, seed=0)[1]
     assert len({(int(a), int(b)) for a, b in zip(subject, fold, strict=True)}) == 3
-    with pytest.raises(ValueError, match="at least 4 subjects"):
+    with pytest.raises(ValueError, match=r"at least 4 subjects.*ask for fewer folds"):
         tag_folds(log, table, 4)
+    alone = Log([Outcome("one", "a", 1.0, 0.1, tags="s"), Outcome("two", "a", 1.0, 0.1, tags="s")])
+    with pytest.raises(ValueError, match=r"at least 2 subjects.*got 1: s; judge by folds of queries instead"):
+        tag_folds(alone, alone.table())
     log.append(Outcome("no tag", "small", 1.0, 0.0))
     with pytest.raises(ValueError, match="1 queries have no tag"):
         tag_folds(log, log.table(), 3)

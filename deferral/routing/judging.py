@@ -174,9 +174,9 @@ def tag_folds(log: Log, table: Table, folds: int | None = None) -> np.ndarray:
     subject, member = subjects(log, table)
     folds = folds or max(min(_USUAL_FOLDS, len(subject)), 2)
     if len(subject) < folds:
+        advice = "ask for fewer folds (--folds)" if len(subject) > 1 else "judge by folds of queries instead (without --by-tag)"
         raise ValueError(
-            f"tags: expected at least {folds} subjects, one per fold, got {len(subject)}: {', '.join(subject)}; "
-            "ask for fewer folds (--folds)"
+            f"tags: expected at least {folds} subjects, one per fold, got {len(subject)}: {', '.join(subject)}; {advice}"
         )
     return folds_of_groups(member, folds)
 
