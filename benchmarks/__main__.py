@@ -6,6 +6,8 @@ import sys
 from difflib import get_close_matches
 from pathlib import Path
 
+from deferral.errors import DataError
+
 NAMES = sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py"))
 
 
@@ -37,7 +39,11 @@ def main() -> None:
     except ImportError as error:
         sys.exit(f"Error: {error}")
     arguments = ["--help" if word == "-h" else word for word in sys.argv[2:]]
-    script.command.main(arguments, prog_name=f"python -m benchmarks {name.replace('_', '-')}")
+    try:
+        script.command.main(arguments, prog_name=f"python -m benchmarks {name.replace('_', '-')}")
+    except (DataError, OSError) as error:
+        what = getattr(error, "what", None)  # of NotFound
+        sys.exit(f"Error: {what}; --root, or DEFERRAL_DATA, names the folder of all data" if what else f"Error: {error}")
 
 
 main()

@@ -305,7 +305,9 @@ def command(root: Path | None, out: Path, work: Path, threads: int) -> None:
     """Violation rate and coverage of certified and uncertified thresholds."""
     root = data_folder(root)
     torch.set_num_threads(threads)
-    work.mkdir(parents=True, exist_ok=True)
+    # Before the work: a folder that cannot be made is told at once.
+    for folder in (work, out.parent):
+        folder.mkdir(parents=True, exist_ok=True)
     lines: list[dict] = []
     with Progress(console=Console(stderr=True)) as progress:
         sets = progress.add_task("", total=len(UCI) + 1)
@@ -333,6 +335,5 @@ def command(root: Path | None, out: Path, work: Path, threads: int) -> None:
         "shares": {"candidates": SHARES[0], "calibration": SHARES[1]},
         "lines": lines,
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     click.echo(f"\nwrote {out}")

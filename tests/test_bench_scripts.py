@@ -63,6 +63,27 @@ def test_a_bad_option_is_told_without_a_traceback(
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "out", "said"),
+    [
+        ("calibrate", "found.json", "abalone.csv.gz, and it is not there; --root, or DEFERRAL_DATA, names the folder"),
+        ("calibrate", "file/found.json", "file"),
+        ("routing", "found", "No such file or directory"),
+    ],
+)
+def test_absent_data_and_a_folder_that_cannot_be_made_are_told_without_a_traceback(
+    name: str, out: str, said: str, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    folders = ["--root", str(tmp_path), "--out", str(tmp_path / out)]
+    work = ["--work", str(tmp_path / "work")] if name == "calibrate" else []
+    ran = subprocess.run([sys.executable, "-m", "benchmarks", name, *folders, *work], capture_output=True, text=True)
+    assert ran.returncode == 1
+    last = ran.stderr.strip().splitlines()[-1]
+    assert last.startswith("Error: "), ran.stderr
+    assert said in last
+
+
 def test_help_of_the_table_of_losses_writes_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(loss_table, "PAGE", tmp_path / "losses.md")
     with pytest.raises(SystemExit) as ended:
