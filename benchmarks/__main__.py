@@ -34,14 +34,15 @@ def main() -> None:
         near = [f"did you mean {one.replace('_', '-')}?" for one in get_close_matches(name, NAMES, 1)]
         print(f"Error: there is no benchmark {said!r}; {near[0] if near else 'python -m benchmarks lists them'}", file=sys.stderr)
         sys.exit(2)
-    try:
-        script = importlib.import_module(f"benchmarks.{name}")
-    except ImportError as error:
-        sys.exit(f"Error: {error}")
     arguments = ["--help" if word == "-h" else word for word in sys.argv[2:]]
     try:
+        script = importlib.import_module(f"benchmarks.{name}")
         script.command.main(arguments, prog_name=f"python -m benchmarks {name.replace('_', '-')}")
-    except (DataError, OSError) as error:
+    except KeyboardInterrupt:
+        # While it is imported, which takes seconds; after that click and the harness tell it.
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+    except (DataError, ImportError, OSError) as error:
         what = getattr(error, "what", None)  # of NotFound
         sys.exit(f"Error: {what}; --root, or DEFERRAL_DATA, names the folder of all data" if what else f"Error: {error}")
 

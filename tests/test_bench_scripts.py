@@ -84,6 +84,19 @@ def test_absent_data_and_a_folder_that_cannot_be_made_are_told_without_a_traceba
     assert said in last
 
 
+def test_an_interrupt_while_a_script_is_imported_is_told_without_a_traceback() -> None:
+    interrupted = """
+import importlib, runpy, sys
+def stopping(name):
+    raise KeyboardInterrupt
+importlib.import_module = stopping
+sys.argv[1:] = ["realizable"]
+runpy.run_module("benchmarks", run_name="__main__")
+"""
+    ran = subprocess.run([sys.executable, "-c", interrupted], capture_output=True, text=True)
+    assert (ran.returncode, ran.stderr) == (130, "stopped\n")
+
+
 def test_help_of_the_table_of_losses_writes_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(loss_table, "PAGE", tmp_path / "losses.md")
     with pytest.raises(SystemExit) as ended:
