@@ -139,7 +139,7 @@ def fit_temperature(loss: Callable[[Tensor], Tensor], scores: Tensor) -> float:
     finite = scores.detach().double().masked_fill(closed, 0.0)
 
     def loss_at(temperature: Tensor | float) -> Tensor:
-        # -inf over T has no gradient in T: it is put back afterwards.
+        # Dividing -inf by T would give a gradient of NaN, so closed actions are 0 here and -inf again afterwards.
         return loss((finite / temperature).masked_fill(closed, -torch.inf)).mean()
 
     def mean_loss(temperature: Tensor) -> Tensor:
@@ -148,12 +148,13 @@ def fit_temperature(loss: Callable[[Tensor], Tensor], scores: Tensor) -> float:
             raise ValueError(f"loss: expected finite numbers at every temperature, got a mean of {value.item()}")
         return value
 
-    # In units of the scores' own size the search begins near its end: that of all, or of one action beside larger ones that mask.
+    # Good temperatures are of the size of the scores, so the search begins at some of their quantiles: a few huge scores, such as
+    # those by which a mask is made, must not set the scale for all.
     sizes = finite.abs()[finite != 0].sort().values if bool(finite.any()) else torch.ones(1)
     halves = range(scores.shape[-1].bit_length() + 1)
     with torch.no_grad():
         tried = [(float(loss_at(size)), size) for size in {float(sizes[(len(sizes) - 1) >> half]) for half in halves}]
-    # A start at which scores overflow is none; where all do, the search says so.
+    # Starts at which the loss is not finite are left out; where all are, the search itself raises.
     _, size = min((each for each in tried if math.isfinite(each[0])), default=tried[0])
     log_ratio = torch.zeros((), dtype=torch.float64, device=scores.device, requires_grad=True)
     search = torch.optim.LBFGS(
@@ -206,7 +207,8 @@ class _Sweep:
             for reduce in ("amin", "amax")
         )
         upper, lower, step = lowest[:-1], highest[1:], float(size.median()) or 1.0
-        # Far from everything (a mask by finfo.min) half way would be far too: one step from the end that is nearer to 0.
+        # Where the gap is huge, as beside a score of finfo.min that masks, its middle would be absurd: go one step from the end
+        # that is nearer to 0.
         near_zero = (upper - step).where((upper - step).abs() < (lower + step).abs(), lower + step)
         between = (upper / 2 + lower / 2).where(upper - lower < 1e6 * step, near_zero)
         none, every = (margin + 1e-12 * size).max() + step, (margin - 1e-12 * size).min() - step
@@ -271,7 +273,7 @@ def _move_one_at_a_time(offsets: Tensor, known: Tensor, costs: Tensor, num_own: 
             others[:, expert] = -torch.inf
             instead = decide(others, offsets)
             rival = pick(others + offsets, instead)
-            # Ties go to the last action: against a later one the expert needs more than a tie.
+            # Ties go to the last action, so against a later rival the expert must be larger by at least one float.
             rival = rival.nextafter(torch.full_like(rival, torch.inf)).where(instead > expert, rival)
             asked = costs[:, expert].where(~known[:, expert].isneginf(), 0.0)
             trial = offsets.clone()

@@ -12,7 +12,7 @@ from deferral.errors import DataError
 
 __all__ = ["PARTIAL", "claim", "written_whole"]
 
-# Name of the file, of the process, and a number.
+# Formatted with the name of the file, the id of the process, and random digits.
 PARTIAL = ".{}.{}.{}.partial"
 
 

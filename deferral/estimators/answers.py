@@ -26,7 +26,7 @@ def as_labels(answers: Any, classes: np.ndarray) -> tuple[np.ndarray, np.ndarray
         labels = filled.astype(str if classes.dtype.kind == "U" else classes.dtype)
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{expected}: {error}") from error
-    # A number that is no label, such as 1.5 among integers, would be cut.
+    # astype cuts a number that is no label, such as 1.5 among integers.
     changed = labels != filled
     if changed.any():
         raise ValueError(f"{expected}, got {filled[changed][0]!r}")
@@ -51,7 +51,7 @@ def free_label(classes: np.ndarray, wanted: Any, word: str) -> Any:
     if wanted is None and numeric:
         wanted = -1 if -1 not in classes else classes.min().item() - 1
     label = word if wanted is None else wanted
-    # In one array of answers the other kind would rewrite every class.
+    # NumPy would convert the classes where text and numbers are in one array of answers.
     if classes.dtype.kind != "O" and np.asarray(label).dtype.kind not in ("biuf" if numeric else "U"):
         kind, free = ("a number", "a free number") if numeric else ("text", repr(word))
         raise ValueError(
@@ -64,13 +64,13 @@ def free_label(classes: np.ndarray, wanted: Any, word: str) -> Any:
 
 
 def _is_missing(answer: Any) -> bool:
-    # NaN differs from itself; of pandas' NA not even that is known, and its truth is an error.
+    # NaN differs from itself.  pandas' NA compares as NA, which is no bool and raises when taken as one.
     differs = answer != answer
     return answer is None or not isinstance(differs, bool | np.bool_) or bool(differs)
 
 
 def _table(answers: Any) -> tuple[np.ndarray, np.ndarray]:
-    # A list of text and NaN would become the text "nan".
+    # NumPy would turn the NaN in a list of texts into the text "nan".
     values = np.asarray(answers) if hasattr(answers, "__array__") else np.asarray(answers, dtype=object)
     if hasattr(answers, "isna"):
         known = ~np.asarray(answers.isna())

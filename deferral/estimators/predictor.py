@@ -98,7 +98,7 @@ def log_scores(model: Any, X: Any, classes: np.ndarray) -> np.ndarray:
     elif hasattr(model, "decision_function"):
         table = np.asarray(model.decision_function(X), dtype=np.float64)
         table = np.stack([np.zeros_like(table), table], axis=-1) if table.ndim == 1 else table
-    # Nothing but answers, or scores of another shape, such as one for every pair of classes.
+    # The model gives answers alone, or scores of another shape, such as one for every pair of classes.
     if table.shape[-1] != len(seen):
         return np.where(np.asarray(model.predict(X))[:, None] == classes, 0.0, np.log(_SMALLEST))
     if np.array_equal(seen, classes):
@@ -115,13 +115,13 @@ def table_of_numbers(X: Any) -> np.ndarray | None:
     if isinstance(X, torch.Tensor):
         X = X.detach().cpu().double().numpy()
     if hasattr(X, "iter_columns"):
-        # Of polars, whose types have names alone.
+        # A polars table, whose dtypes have names and no numpy kind.
         columns = X.get_columns()
         if not all(column.dtype.is_numeric() or str(column.dtype) == "Boolean" for column in columns):
             return None
         table = np.column_stack([column.cast(float).to_numpy() for column in columns]) if columns else np.empty((len(X), 0))
     elif hasattr(X, "dtypes"):
-        # One dtype per column; nullable ones know their kind too, categories and text do not.
+        # pandas: a dtype per column.  Nullable numbers have a kind too, categories and text have none of these.
         if not all(getattr(dtype, "kind", "O") in "biuf" for dtype in X.dtypes):
             return None
         table = X.to_numpy(dtype=np.float64, na_value=np.nan)

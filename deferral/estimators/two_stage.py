@@ -140,7 +140,7 @@ class TwoStage(BaseEstimator):
                 model = self._fit_clone(base, _safe_indexing(X, train), y[train], weights)
                 parts.append((test, *self._outputs(model, _safe_indexing(X, test))))
         if sample_weight is not None:
-            # A row that counts nothing is not there.
+            # Rows of weight 0 are left out, as if they were not there.
             fold[sample_weight == 0] = -1
         if len(np.unique(fold[fold >= 0])) < 2:
             raise ValueError("cv: expected at least two test parts, since the threshold is cross-fitted too")
@@ -188,13 +188,13 @@ class TwoStage(BaseEstimator):
         """The own answers (N,) and the expected costs (N, A), from one pass of the predictor."""
         self._require_same_columns(X)
         own, outputs = self._outputs(self.estimator_, X)
-        # Fitted on a sparse table, it has seen what the predictor says alone.
+        # If it was fitted on a sparse table, the second stage has learned from the predictor's outputs alone.
         alone = len(self.cost_model_.mean) == outputs.shape[-1]
         return own, self._costs(self.cost_model_(self._with_inputs(outputs, None if alone else X)))
 
     def _require_same_columns(self, X: Any) -> None:
         check_is_fitted(self)
-        # Of images and sequences the second axis is none of columns, and may be longer than in fit.
+        # Only in tables is the second axis columns; that of images or sequences may be longer than in fit.
         if getattr(X, "ndim", 2) == 2:
             validate_data(self, X=X, reset=False, skip_check_array=True)
 

@@ -17,7 +17,7 @@ from deferral.numerics import readable
 
 __all__ = ["binary_problems"]
 
-# So many halves are a number of float32 with all its digits.
+# Each factor is at least a half, and a product of this many halves is still a normal number of float32.
 _FACTORS = 120
 # Each factor is off by half of the last digit: a row of this many of them has a value right to 1 in 2,000 at the worst.
 _LEAST_DIGITS = 1000
@@ -40,7 +40,7 @@ def _fill(scores: Tensor, correct: Tensor, targets: Tensor, descent: Tensor, los
     if readable(scores) and losses.numel():
         _fill_losses(scores, correct, targets, descent, losses)
     else:
-        # The fewest sweeps, where each is a kernel.
+        # Each pass over the table is a kernel here, and this way takes the fewest.
         losses.copy_(_without_hits(F.softplus(scores, threshold=40), scores, correct, targets).sum(dim=-1, keepdim=True))
     descent.neg_()
     own = scores.shape[-1] - correct.shape[-1]
@@ -77,7 +77,7 @@ def _fill_compiled(scores: Tensor, correct: Tensor, targets: Tensor, descent: Te
     decay = scores.abs().neg().exp()
     losses.copy_(_summed(scores.clamp(min=0) + decay.log1p(), scores, correct, targets))
     p = torch.where(scores >= 0, 1.0, decay) / (1 + decay)
-    # A scatter would make three loops of it.
+    # Compiled, this is one loop; a scatter would split it into three.
     hits = hits_of(targets, own).to(scores.dtype)
     torch.cat([hits - p[:, :own], correct - p[:, own:]], dim=-1, out=descent)
 

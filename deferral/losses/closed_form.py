@@ -36,7 +36,7 @@ def has_closed_form(*constants: Tensor | float | None, compiled: bool = False) -
 
 def _exporting() -> bool:
     """An exported program keeps no backward pass that is not autograd's own."""
-    # Of torch 2.7 and newer.
+    # torch before 2.7 has no is_exporting.
     return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()
 
 
@@ -61,7 +61,7 @@ def closed_form(block: Block, scores: Tensor, *tables: Tensor | None, columns: i
 
     `columns` is how wide the temporaries of a block are.
     """
-    # A view that the function itself returned could not be modified in place.
+    # Squeezed here and not in `forward`: callers may not modify in place a view that an autograd function has returned.
     return _ClosedForm.apply(block, columns, scores, *tables).squeeze(-1)
 
 
@@ -98,7 +98,8 @@ def _differentiated(scores: Tensor, *rest: Tensor, formula: Callable[..., Tensor
 class _ClosedForm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *given: Any) -> Tensor:
-        # One name for all: with no gradient to take, a compiler that meets as many arguments as names leaves the context out.
+        # *given and not one name each: without a gradient to take, torch.compile calls a `forward` whose parameters are as many
+        # as its arguments without the context.
         block, columns, scores, *others = given
         descent = torch.empty_like(scores, memory_format=torch.contiguous_format)
         losses = scores.new_empty((*scores.shape[:-1], 1))
@@ -125,6 +126,6 @@ class _ClosedForm(torch.autograd.Function):
         down = -gradient
         if scale is not None:
             down.mul_(scale)
-        # Nobody asks for it again: a second table would be memory to find and to fill.
+        # In the last backward pass nobody needs the saved table again: multiplying in place saves a second one.
         product = descent.mul_(down) if _is_last(gradient) else descent * down
         return None, None, product, *repeat(None, ctx.others)

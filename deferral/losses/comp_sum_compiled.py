@@ -42,7 +42,7 @@ def compiled_block(
         return
     own = scores.shape[-1] - weights.shape[-1]
     assert row.target_pull is not None
-    # One loop over the row, of which a scatter would make three.
+    # Compiled, this is one loop over the row; a scatter would split it into three.
     hits = torch.where(hits_of(targets, own), row.target_pull, 0.0)
     classes = torch.addcmul(hits, row.exponentials[:, :own], scale, value=-1)
     torch.cat([classes, torch.addcmul(row.pull, row.exponentials[:, own:], scale, value=-1)], dim=-1, out=descent)

@@ -14,7 +14,8 @@ from deferral.validation import check_costs, check_mask, check_scores, check_tar
 
 __all__ = ["Criterion"]
 
-# Their last score abstains, and no argument tells; of a loss from elsewhere every column may be a class.
+# In these losses the last score is that of abstaining, though no argument says so; in a loss of your own every column may be
+# a class.
 _LAST_SCORE_ABSTAINS = {deep_gamblers, score_based_abstention}
 # Their formula asks who is right; a chance of being right, or a price, has no place in it.
 _RIGHT_OR_WRONG = {
@@ -94,7 +95,8 @@ class Criterion(nn.Module):
                 targets = targets[targets != given.get("ignore_index")]
             scores, costs = given["scores"], given.get("expert_costs")
             classes = scores.shape[-1] - self._extra_columns(given)
-            # Costs of another shape are told by the loss: the labels are not to blame.
+            # Where costs have the wrong shape, the loss says so; the number of classes counted here, and so this check, would be
+            # wrong.
             if classes > 0 and (costs is None or costs.dim() == scores.dim()):
                 check_targets(targets, classes)
 

@@ -37,7 +37,8 @@ __all__ = [
     "sum_margin",
 ]
 
-# Of a function of your own, which may hold parameters, autograd keeps the tables of all rows.
+# The functions below are computed block after block of rows.  A function of your own may hold parameters: for them autograd
+# keeps the tables of all rows.
 Margin = Callable[[Tensor], Tensor]
 
 
@@ -175,7 +176,7 @@ def _weighted(losses: Callable[..., Tensor], scores: Tensor, weights: Tensor, ph
         mask = action_mask(scores, mask, 0)
         scores, weights = scores.masked_fill(~mask, -torch.inf), weights.where(mask, 0.0)
     weights = weights.to(scores.dtype)
-    # Numbers that a row takes in the temporary tables, of which autograd keeps several.
+    # How many numbers the temporary tables take for each row; autograd keeps several tables.
     actions = scores.shape[-1]
     columns = 8 * actions**2 if losses is sum_losses else 16 * actions
     return in_blocks(partial(_formula, losses=losses, phi=phi), scores, weights, columns=columns, fixed=is_fixed(phi))

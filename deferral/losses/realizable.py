@@ -133,7 +133,7 @@ def _fill(scores: Tensor, right: Tensor, targets: Tensor, descent: Tensor, losse
     scale = (q * log_t).exp()
     pull, target_pull = (experts - mass).exp() * scale, (target - mass).exp() * scale
     if torch.compiler.is_compiling():
-        # One loop over the row, of which a scatter would make three.
+        # Compiled, this is one loop over the row; a scatter would split it into three.
         pulls = torch.cat([torch.where(hits_of(targets, own), target_pull, 0.0), pull], dim=-1)
         torch.addcmul(pulls, descent, scale, value=-1, out=descent)
         return

@@ -61,7 +61,7 @@ def regression_deferral(
         costs = costs.where(known, 0.0)
         num_experts = known[..., 1:].sum(dim=-1)
     every = costs.sum(dim=-1, keepdim=True)
-    # every - costs, in the table that is there.
+    # every - costs, computed in place: nobody needs the costs again.
     weights = costs.neg_().add_(every)
     return comp_sum(scores, weights, mu=mu, mask=None if mask is None else known) - (num_experts - 1) * predictor_loss
 

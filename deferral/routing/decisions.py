@@ -8,7 +8,7 @@ import numpy as np
 
 __all__ = ["AT_RANDOM", "Decision", "Decisions", "why_learned"]
 
-# In the reason of a decision, where one was explored in the place of the usual one.
+# Part of the reason of a decision in which an expert was drawn to explore, in place of the one who would have been chosen.
 AT_RANDOM = "drawn at random"
 
 
@@ -57,7 +57,7 @@ class Decisions:
         return self._decision(kind, drawn, *(array[row].tolist() for array in self._arrays))
 
     def __iter__(self) -> Iterator[Decision]:
-        # To be asked for its numbers one by one takes an array longer than to become a list.
+        # Converting an array to a list once is faster than reading its numbers one by one.
         kinds, drawn = self.kinds or [""] * len(self), [-1] * len(self) if self.drawn is None else self.drawn.tolist()
         return map(self._decision, kinds, drawn, *(array.tolist() for array in self._arrays))
 

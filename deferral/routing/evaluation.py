@@ -172,7 +172,7 @@ def cpt(score: np.ndarray, gain: np.ndarray, share: float, weights: np.ndarray |
     """
     called, recovered = _recovered(score, gain, weights)
     _check_part("share", share)
-    # The first segment whose end lies above; before it the curve may have been higher nowhere.
+    # The first segment that ends above the wanted share: every one before it lies below.
     flat_called, flat = called.reshape(-1, called.shape[-1]), recovered.reshape(-1, recovered.shape[-1])
     results = []
     for shares, line in zip(flat_called, flat, strict=True):

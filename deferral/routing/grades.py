@@ -14,7 +14,7 @@ __all__ = ["RULES", "choice", "contains", "exact", "number"]
 _DASHES = str.maketrans({"\N{EN DASH}": "-", "\N{EM DASH}": " - ", "\N{MINUS SIGN}": "-", "\N{NON-BREAKING HYPHEN}": "-"})
 _QUOTES = str.maketrans({"\N{RIGHT SINGLE QUOTATION MARK}": "'", "\N{LEFT SINGLE QUOTATION MARK}": "'"})
 _TAG = re.compile(r"</?[A-Za-z][^<>\n]{0,40}>")
-# Stars that stand around words; those between numbers multiply.
+# Stars around words, as in Markdown, and not those between numbers, which multiply.
 _EMPHASIS = re.compile(r"(?<!\w)\*{1,3}(?=\S)|(?<=\S)\*{1,3}(?!\w)")
 # Digits may be set apart in threes: 1,234, 1{,}234, 1 234.
 _THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|\\?,|[ \N{NO-BREAK SPACE}\N{NARROW NO-BREAK SPACE}\N{THIN SPACE}])(?=\d{3}(?!\d))")
@@ -54,7 +54,7 @@ _SOURCE = re.compile(r"\[\d+\]")
 _BOX = re.compile(r"\\boxed ?\{((?:[^{}]|\{[^{}]*\})*)\}")
 _SAYS = re.compile(r"(?i:\banswer(?: is| would be| must be| ?[:=]))([^\n]*)")
 _ARITHMETIC = re.compile(r"[\s\d.,+\-*/()^\N{MULTIPLICATION SIGN}\N{DIVISION SIGN}]*=")
-# Of digits, or of the exponent: what is larger is no answer, and would take long.
+# Numbers with more digits or a larger exponent are no answers, and would take long to compute with.
 _MOST_DIGITS, _LARGEST_EXPONENT = 300, 400
 
 
@@ -118,13 +118,13 @@ def _words(text: str, articles: bool) -> list[str]:
 def _chosen(answer: str) -> str | None:
     text = _TAG.sub(" ", answer.translate(_QUOTES).replace("<answer>", "answer: "))
     text = _QUOTED.sub(r"\1", _MARKUP.sub("", text)).strip()
-    # Whatever space there is, it is one.
+    # One space between words, one line break between lines that are not empty.
     text = "\n".join(filter(None, (" ".join(line.split()) for line in text.splitlines())))
     for place in (_BOXED, _CONCLUSION, _IS_RIGHT, _BEGINNING, _AT_THE_END_OF_A_SENTENCE, _IN_BRACKETS, _ALONE):
         if found := list(place.finditer(text)):
             chosen = found[0] if place is _BEGINNING else found[-1]
             return next(filter(None, chosen.groups())).upper()
-    # A letter without any ceremony, in small; or an A, which is a word as well, as the last of all.
+    # A single letter, even a small one; or, last of all, a final A, which elsewhere may be the article.
     bare = text.strip("()[].")
     if len(bare) == 1 and bare.isalpha():
         return bare.upper()
@@ -138,7 +138,7 @@ def _concluded(answer: str) -> Fraction | None:
     if "####" in answer and (found := _numbers(answer.rpartition("####")[2])):
         return found[0]
     for said in reversed(_SAYS.findall(_EMPHASIS.sub("", answer))):
-        # Of 3 * 4 = 12 the result, of 3 (see step 2) the first.
+        # In `3 * 4 = 12` the answer is the result, in `3 (see step 2)` the first number.
         result = said.rpartition("=")[2] if _ARITHMETIC.match(said) else said
         if found := _numbers(result):
             return found[0]

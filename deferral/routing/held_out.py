@@ -37,10 +37,10 @@ POLICIES: tuple[Callable[[], Policy], ...] = (Linear, Neighbours, Clusters, Head
 FOLDS = 4
 _GRID = 25
 _DEVIATION_OF_WEIGHTS = 0.1
-# Standard errors.
+# An estimator is left out where that adds less than this many standard errors to the errors of the blend.
 _PATIENCE = 0.5
 _MANY_ROWS = 3_000
-# Whoever gets a smaller share of the queries has no part in the verdict at that price of an error.
+# At a given price of an error, experts with a smaller share of the queries are left out of the verdict.
 _ASKED = 0.05
 _Z = 1.96
 

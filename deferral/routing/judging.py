@@ -92,7 +92,7 @@ def held(router: Router, table: Table, errors: np.ndarray | None = None) -> Held
     means, mean_price = router.fitted.means.astype(float), router.fitted.mean_price
     routed, learned, static, fallback = [], [], [], []
     for error in errors:
-        # A price of an error is finite.
+        # `trade_offs` begins with inf, which `plan` does not take.
         at = float(min(error, 1e12))
         plan = router.plan(price_of_error=at)
         decisions = router.decide_estimated(plan, estimated, table.queries)
@@ -123,7 +123,7 @@ def joined(parts: Sequence[Held]) -> Held:
     Margins are taken around the mean of their fold's router: whose mean is high has been fitted on what is low in its own fold,
     and rows that are ranked together by such means are ranked against the truth.
     """
-    # Rounding must not rank the folds of routers that tell nothing apart.
+    # Where routers cannot tell queries apart, differences by rounding must not rank one fold above another.
     parts = [replace(part, margin=(part.margin - part.margin.mean()).round(12)) for part in parts]
 
     def along(axis: int, *names: str) -> dict[str, Any]:
@@ -216,7 +216,8 @@ def evaluation(rows: Held, *, group: np.ndarray | None = None, resamples: int = 
             corners = hull(one.points(weights))
             found.append(aiq(corners, prices.min(), prices.max()))
             saved = [saving(corners, qualities[best], prices[best], share) for share in SHARES]
-            # Where the quality is not reached, no price is low enough: left out, such samples would make a chance a proof.
+            # In a resample that never reaches the quality the saving is minus infinity.  If such samples were left out, a router
+            # that reaches it only by chance would seem to reach it for sure.
             found += [-np.inf if np.isnan(one) and prices[best] > 0 else one for one in saved]
         return np.array([*found, *(found[len(names) * place] - found[2 * len(names)] for place in range(len(curves)))])
 
@@ -257,7 +258,7 @@ def _two_experts(rows: Held, group: np.ndarray | None, resamples: int, seed: int
     """APGR, CPT(50) and CPT(80) of the estimated gain, of random calls and of the oracle."""
     best = best_expert(rows.quality, rows.price)
     gain = rows.quality[:, best] - rows.quality[:, 1 - best]
-    # Folds may differ in whom they take for the better one: it is the better one of the rows that are judged.
+    # The better expert is that of the rows that are judged, whichever each fold has taken for it.
     scores = {
         "learned, without fallback": rows.margin if best == 1 else -rows.margin,
         "random": np.zeros(len(gain)),

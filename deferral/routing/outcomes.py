@@ -165,14 +165,14 @@ class Log:
         times = self.column("query")[kept], self.column("time")[kept].astype(float)
         again = None if asked is None else decided_again(*times, propensity, shape[0])
         table = Table(
-            # The log may grow.
+            # A copy, since the log may grow.
             list(self.queries),
             names,
             np.where(mask, mean(quality), 0).astype(np.float32),
             np.where(mask, mean(price), 0),
             mask,
             mean(latency).astype(np.float32),
-            # The harmonic mean, since outcomes weigh by the inverse.
+            # The harmonic mean, since outcomes are weighted by the inverse of their propensity.
             (1 / mean(1 / np.maximum(propensity, 1e-6))).astype(np.float32),
             asked,
             again,

@@ -10,7 +10,7 @@ __all__ = ["LEAST_PROPENSITY", "OutcomeModel", "asked_together", "doubly_robust"
 
 LEAST_PROPENSITY = 0.01
 _MOST_WEIGHT = 20.0
-# An expert of n outcomes is not weighed up by more than n / 5.
+# No outcome of an expert with n outcomes is weighted by more than n / 5.
 _FEW = 5.0
 _COMMON = 20.0  # queries answered by both of two experts that are worth their prior covariance, 0
 _ROUNDING = 1e-6

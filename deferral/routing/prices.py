@@ -28,9 +28,9 @@ __all__ = [
     "token_prices",
 ]
 
-# A rule of thumb of English text in today's tokenizers.
+# A rule of thumb for English text.
 CHARACTERS_PER_TOKEN = 4.0
-# Of the price that its length says, a query costs this share at least.
+# However cheap similar queries were, a query is expected to cost at least this share of what its length says.
 LEAST_SHARE = 0.1
 # Differences below this share of a mean price are rounding.
 _SAME = 1e-5

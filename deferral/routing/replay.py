@@ -88,7 +88,8 @@ def events_of(log: Log, experts: Sequence[str], *, kept: np.ndarray | None = Non
         )
     everyone = (counts == counts[:, :1]).all(1) & (len(names) > 1)
     if not everyone.all():
-        # Beside decisions, a propensity says that there was a draw.
+        # In a log that also holds single decisions, a query with a propensity was drawn, though every expert may have answered
+        # it.
         everyone &= np.bincount(query, ~np.isnan(propensity), len(counts)) == 0
     certain = everyone[query]
     missing = np.isnan(propensity) & ~certain

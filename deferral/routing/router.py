@@ -201,17 +201,19 @@ class Router:
             raise TypeError(f"needs: expected Needs.of(...), got {type(needs).__name__}")
         mask = b""
         if needs is not None or max_latency is not None:
-            # A query's tokens are its own; who may be asked is the same for many.
+            # A plan is kept by who may be asked, which many queries share, and not by their needs, which hold a query's own
+            # tokens.
             mask = self._mask(needs, max_latency).tobytes()
         setting = (price_of_error, budget, min_quality, learned, certified_quality, confidence)
-        # What else a plan hangs on may have been set to another value since.
+        # These attributes may be set to other values between two calls, and a plan depends on them.
         key = (*setting, mask, self.price_of_error, self.explore)
-        # Other threads may clear what is kept between any two steps, or change the experts: then these are nobody's plans.
+        # Another thread may clear the plans between any two lines.  One that changes the experts replaces the dictionary, so that
+        # what is planned here for the experts of before is lost with it.
         plans = self._plans
         try:
             plan = plans.get(key)
         except TypeError:
-            # A list, say, is no setting, and no key: what is planned next says what is wrong.
+            # A setting of a wrong type, such as a list, cannot be a key: `_planned` says what is wrong with it.
             plan = None
         if plan is None:
             if len(plans) >= _PLANS:
@@ -307,7 +309,7 @@ class Router:
             raise ValueError(f"expected outcomes of one new expert, got those of {len(table.experts)}: {names}")
         check_values(table)
         self._fitted = changes.with_outcomes(self.fitted, table, self.encoder(table.queries))
-        # They prove nothing of a router that has learned from them.
+        # A router that has learned from these queries must not be certified on them.
         self._seen = np.union1d(self._seen, fingerprints(table.queries))
         return self._described(table.experts[0], abilities)
 
@@ -405,7 +407,7 @@ class Router:
     def _described(self, name: str, abilities: Abilities | None) -> "Router":
         if abilities is not None:
             self.abilities = {**self.abilities, name: abilities}
-        # The rows that certify hold no outcome of the newcomer.
+        # The rows kept for certificates, and the cascade, know nothing of the new expert.
         self._witnesses = self.cascade = None
         self._plans = {}
         return self

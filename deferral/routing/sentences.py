@@ -105,7 +105,7 @@ class OnnxEncoder:
             "token_type_ids": [row.type_ids for row in rows],
         }
         arrays = {name: np.array(values, np.int64).reshape(len(rows), -1) for name, values in given.items()}
-        # A text of which nothing is known may have no token at all.
+        # A text of unknown characters alone may have no token at all, and then the arrays would have no columns.
         short = max(0, 2 - arrays["input_ids"].shape[1])
         return {name: np.pad(array, ((0, 0), (0, short))) for name, array in arrays.items()}
 

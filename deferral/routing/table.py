@@ -91,7 +91,7 @@ def cost_table(table: Table, price_of_error: float) -> "tuple[Tensor, Tensor]":
 
 
 def check_price_of_error(price_of_error: float) -> None:
-    # A price over the price of an error must stay a number.
+    # Prices are divided by the price of an error, which must not overflow.
     if not _is_number(price_of_error) or not _LEAST_ERROR <= price_of_error < np.inf:
         raise ValueError(f"price_of_error: expected what a wrong answer is worth, in dollars, above 0, got {price_of_error!r}")
 

@@ -36,7 +36,7 @@ def _judged(state: Fitted, known: np.ndarray, errors: tuple[float, ...] = ()) ->
     if found is None:
         found = state.search.judged(known, np.array(errors) if errors else None)
         if np.isnan(state.judged.oracle).any():
-            # Of doubly robust outcomes nobody knows the best.
+            # Doubly robust outcomes are estimates with noise, whose largest is not the outcome of the best expert.
             found = replace(found, oracle=np.full_like(found.oracle, np.nan))
         if len(state.verdicts) >= _MOST:
             state.verdicts.clear()

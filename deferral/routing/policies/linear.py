@@ -7,7 +7,7 @@ from deferral.routing.vectors import Arrays, Vectors
 
 __all__ = ["Linear"]
 
-# A column of ones of this size is the intercept, all but unpenalised.
+# The intercept is a column of this constant: the larger, the less the ridge penalty holds the intercept back.
 _ONE = 3.0
 _EXTRA = 0.1
 _STEPS = 15

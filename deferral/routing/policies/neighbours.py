@@ -13,9 +13,10 @@ __all__ = ["Beside", "Neighbours"]
 
 # Columns (N, C) to be remembered beside qualities, and which of their cells are known.
 Beside = tuple[np.ndarray, np.ndarray]
-# Rows per centre among which neighbours are looked for: time of a query against missed neighbours.
+# Neighbours are looked for among this many rows per centre: with more, a query takes longer; with fewer, neighbours are missed.
 _REACH = 512
-# Of vectors reduced by an SVD the leading numbers, which hold nearly all of a cosine: time is spent on fetching rows.
+# Candidates are compared by the leading numbers of vectors that an SVD has reduced, which hold nearly all of a cosine: the time
+# of a query goes into fetching rows.
 _LEADING = 64
 _BLOCK = 1024
 _ALIKE = 10
