@@ -79,6 +79,7 @@ def test_a_key_may_be_in_a_file_and_have_a_header_of_its_own(tmp_path: Path) -> 
     [
         ("input_price = 0.1", "input_price = -1", 4, "expected a number, 0 or more, got -1"),
         ("input_price = 0.1", 'input_price = "cheap"', 4, "expected a number"),
+        ("input_price = 0.1", "input_price = 1" + "0" * 400, 4, "expected a number, 0 or more, got 1000"),
         ("input_price = 0.1", "input_prise = 0.1", 4, "unknown; expected one of"),
         ("input_price = 0.1", "input_price = ", 4, "line 4"),
         ("input_price = 0.1", "total_s = 0", 4, "above 0"),

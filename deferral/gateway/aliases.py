@@ -3,7 +3,6 @@
 Many clients can set the name of a model and no header.  The tables [aliases.NAME] stand in the experts file.
 """
 
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from deferral.errors import DataError
 from deferral.gateway.experts_file import AUTO, Expert, experts_in, name_fault, place_in, tables
+from deferral.gateway.numbers import is_number
 from deferral.gateway.requests import NO_HINTS, SETTING, TRADE_OFFS, Asked, Hints
 
 __all__ = ["Alias", "aliases_in", "applied", "read_experts_file"]
@@ -104,11 +104,10 @@ def _fault(name: str, table: Any, experts: Mapping[str, Expert]) -> str:
 def _setting_fault(table: Mapping[str, Any]) -> str:
     for key in (key for key in SETTING if key in table):
         value = table[key]
-        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         if key == "min_quality":
-            if not number or not 0 <= value <= 1:
+            if not is_number(value) or not 0 <= value <= 1:
                 return f"{key}: expected a number from 0 to 1, got {value!r}"
-        elif not number or value <= 0:
+        elif not is_number(value) or value <= 0:
             return f"{key}: expected a number above 0, got {value!r}"
     several = [key for key in TRADE_OFFS if key in table]
     return f"{several[1]}: expected one trade-off, got {several[0]} as well" if len(several) > 1 else ""

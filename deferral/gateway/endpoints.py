@@ -19,6 +19,7 @@ from deferral.gateway.accounts import Refused
 from deferral.gateway.database import reason_of
 from deferral.gateway.keys import Key
 from deferral.gateway.metrics import CONTENT_TYPE
+from deferral.gateway.numbers import is_number
 from deferral.gateway.problems import Problem
 from deferral.gateway.rows import plain
 from deferral.gateway.state import Gateway
@@ -203,7 +204,6 @@ def _feedback(body: bytes) -> tuple[str, float]:
         if thumbs not in ("up", "down"):
             raise Problem(400, "invalid_feedback", 'thumbs: expected "up" or "down"', param="thumbs")
         return identity, _THUMBS[thumbs]
-    number = isinstance(quality, int | float) and not isinstance(quality, bool)
-    if not number or not 0 <= quality <= 1:
+    if not is_number(quality) or not 0 <= quality <= 1:
         raise Problem(400, "invalid_feedback", "quality: expected a number in [0, 1]", param="quality")
     return identity, float(quality)

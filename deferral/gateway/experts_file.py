@@ -1,7 +1,6 @@
 """The experts file: where each expert is reached, what it can do, what it costs, and how long it may take."""
 
 import json
-import math
 import os
 import re
 import tomllib
@@ -14,6 +13,7 @@ from urllib.parse import urlsplit
 from yarl import URL
 
 from deferral.errors import DataError
+from deferral.gateway.numbers import is_number, is_whole
 
 __all__ = ["AUTO", "Expert", "expert_names", "experts_in", "name_fault", "place_in", "read_experts", "tables"]
 
@@ -280,9 +280,7 @@ def _check_numbers(expert: Expert) -> None:
         if value is None and name == "cached_input_price":
             continue
         least = "0 or more" if name.endswith("price") else "above 0"
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise _FieldError(name, f"expected a number, {least}, got {value!r}")
-        if value < 0 or (value == 0 and least == "above 0"):
+        if not is_number(value) or value < 0 or (value == 0 and least == "above 0"):
             raise _FieldError(name, f"expected a number, {least}, got {value!r}")
     if expert.cached_input_price is not None and expert.cached_input_price > expert.input_price:
         dearest = expert.input_price
@@ -293,7 +291,7 @@ def _check_numbers(expert: Expert) -> None:
         value = getattr(expert, name)
         if value is None and name == "context_tokens":
             continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < fewest:
+        if not is_whole(value) or value < fewest:
             raise _FieldError(name, f"expected a whole number, {fewest} or more, got {value!r}")
 
 

@@ -5,7 +5,6 @@ import hmac
 import json
 import logging
 import secrets
-import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -19,6 +18,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from deferral.gateway.database import LOCK_S, STATEMENT_S, connect, file_of, reason_of, still_there, wait_for
 from deferral.gateway.dialects import clock, writing
+from deferral.gateway.numbers import is_number, is_whole
 from deferral.gateway.preparing import prepare
 from deferral.gateway.rows import plain
 from deferral.gateway.schema import keys as table
@@ -235,7 +235,7 @@ class Keys:
 
         The token that it had ends now, or after `grace_hours`; one from before that ends now.
         """
-        if isinstance(grace_hours, bool) or not isinstance(grace_hours, int | float) or not 0 <= grace_hours <= _LONGEST_GRACE:
+        if not is_number(grace_hours) or not 0 <= grace_hours <= _LONGEST_GRACE:
             raise ValueError(f"grace_hours: expected hours from 0 to {_LONGEST_GRACE:.0f}, got {grace_hours!r}")
         with self.engine.connect() as connection, writing(connection):
             row = _named(connection, key)
@@ -338,14 +338,11 @@ def _check(
         raise ValueError(f"experts: expected names of experts, got {experts!r}")
     if experts is not None and len(experts) == 0:
         raise ValueError("experts: expected at least one name, or None for all; a key for nobody is revoked instead")
-    if rate is not None and (isinstance(rate, bool) or not isinstance(rate, int) or not 1 <= rate <= 1_000_000):
+    if rate is not None and (not is_whole(rate) or not 1 <= rate <= 1_000_000):
         raise ValueError(f"requests_per_minute: expected a whole number from 1 to 1,000,000, got {rate!r}")
-    number = isinstance(budget, int | float) and not isinstance(budget, bool)
-    # A whole number may be larger than any float.
-    if budget is not None and (not number or not 0 < budget <= sys.float_info.max):
+    if budget is not None and (not is_number(budget) or budget <= 0):
         raise ValueError(f"budget: expected dollars above 0, got {budget!r}")
     if window not in WINDOWS:
         raise ValueError(f"window: expected one of {', '.join(WINDOWS)}, got {window!r}")
-    number = isinstance(ends, int | float) and not isinstance(ends, bool)
-    if ends is not None and (not number or not time.time() < ends < _YEAR_9999):
+    if ends is not None and (not is_number(ends) or not time.time() < ends < _YEAR_9999):
         raise ValueError(f"ends: expected seconds since 1970, later than now ({time.time():.0f}), got {ends!r}")

@@ -30,6 +30,7 @@ from deferral.gateway.database import (
     wait_for,
 )
 from deferral.gateway.ledger import recorded, recorded_by_key
+from deferral.gateway.numbers import is_number
 from deferral.gateway.preparing import prepare
 from deferral.gateway.retention import Retention
 from deferral.gateway.rows import DecisionRow, plain
@@ -191,7 +192,7 @@ class Record:
         True when it is committed, also against power failure; False where the key (or anybody, if it is "") has no such
         response, by the gateway's id or by the reply's own.  TimeoutError where the database fails.
         """
-        if isinstance(quality, bool) or not isinstance(quality, int | float) or not 0 <= quality <= 1:
+        if not is_number(quality) or not 0 <= quality <= 1:
             raise ValueError(f"quality: expected a number in [0, 1], got {quality!r}")
         response_id = plain(response_id)
         if await self._ask(response_id, float(quality), source_key):
