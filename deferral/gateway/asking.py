@@ -87,7 +87,7 @@ def ask_all(
         file = held.enter_context(answers.open("ab+"))
         claim(file, answers)
         found = answers_held(file, answers)
-        asking = {expert.name: (expert.model, sent(expert, fields)) for expert in experts}
+        asking = {expert.name: (expert.model, _sent(expert, fields)) for expert in experts}
         check_same(found, answers, questions, asking)
         now = up_to_date(found, questions, experts)
         if now != found:
@@ -309,7 +309,7 @@ class _Asking:
         return why
 
 
-def sent(expert: Expert, fields: Mapping[str, Any]) -> dict[str, Any]:
+def _sent(expert: Expert, fields: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that this expert gets with every question, by its own names."""
     request = json.loads(shaped(json.dumps({"model": expert.model, "messages": [], **fields}).encode(), expert))
     return {name: value for name, value in request.items() if name not in ("model", "messages")}

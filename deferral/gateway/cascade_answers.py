@@ -20,7 +20,7 @@ __all__ = ["answers_on_record"]
 _PAGE = 500
 
 # In the order in which a row is looked at.
-NO_ANSWER = "there was no whole answer"
+_NO_ANSWER = "there was no whole answer"
 CERTAIN = "it was kept or deferred with certainty: nothing can be said of the other (explore was 0)"
 OTHERS = "not every expert of the router might have been asked"
 IN_VAIN = "there was no whole answer by whom it was to be"
@@ -81,7 +81,7 @@ def answers_on_record(engine: Engine, experts: Sequence[str], first: str, left_o
 def _why_not(row: Row, expected: dict, experts: Sequence[str], judged: bool) -> str:
     # Without log-probabilities the router drew, and not the cascade.
     if row.confidence is None or not (whole(row) or in_vain(row, row)):
-        return NO_ANSWER
+        return _NO_ANSWER
     if row.propensity is None or not 0 < row.propensity < 1:
         return CERTAIN
     if set(expected) != set(experts) or any(None in numbers for numbers in expected.values()):

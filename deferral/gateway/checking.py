@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Checked", "Finding", "check"]
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 # A query and an answer of so many tokens cost within so large a factor of what a router expects, if both are in dollars.
 _USUAL_TOKENS, _FAR_OFF = 500, 1000
 # The first version of the tables in which a key may end.
@@ -122,7 +122,7 @@ def check(settings: Settings, *, ask: bool, on_stage: Callable[[str], None] = la
     return Checked(tuple(findings), tuple(reached))
 
 
-def _tried(findings: list[Finding], part: str, read: Callable[[], T]) -> T | None:
+def _tried(findings: list[Finding], part: str, read: Callable[[], _T]) -> _T | None:
     """What was read, or a fault."""
     try:
         return read()

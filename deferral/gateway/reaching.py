@@ -20,7 +20,7 @@ _LOOK_S = 10.0
 _MOST_BYTES = 1 << 23
 _SHOWN = 5
 _REFUSED = frozenset({401, 403})
-Answer = Literal["yes", "no", "?", ""]
+_Answer = Literal["yes", "no", "?", ""]
 
 
 @dataclass
@@ -33,9 +33,9 @@ class Reached:
 
     expert: Expert
     shown: str
-    reachable: Answer = "no"
-    key: Answer = "?"
-    model: Answer = "?"
+    reachable: _Answer = "no"
+    key: _Answer = "?"
+    model: _Answer = "?"
     seconds: float | None = None
     faults: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

@@ -10,7 +10,7 @@ from deferral.routing.table import check_share
 
 __all__ = ["Settings", "is_loopback"]
 
-MIB = 1 << 20
+_MIB = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Settings:
     retention_days: float | None = None
     record_days: float | None = None
     admin_key: str | None = field(default=None, repr=False)
-    max_request_bytes: int = 10 * MIB
-    max_reply_bytes: int = 32 * MIB
+    max_request_bytes: int = 10 * _MIB
+    max_reply_bytes: int = 32 * _MIB
     deadline_s: float = 0.025
     retry_share: float = 0.2
     router_folder: Path | None = None

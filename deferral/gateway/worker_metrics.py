@@ -36,7 +36,7 @@ _SEEN_BY_ALL = frozenset(
 
 # [[name, documentation, type, [[name of a sample, its labels, its value], ...]], ...]: of all that a process counts, as JSON,
 # since the text of Prometheus is read by Python, one character after the other.
-Counted = list[list[Any]]
+_Counted = list[list[Any]]
 
 
 class WorkerMetrics:
@@ -57,7 +57,7 @@ class WorkerMetrics:
             self.leave()
             await asyncio.sleep(_EVERY)
 
-    def leave(self) -> Counted:
+    def leave(self) -> _Counted:
         """Leave them for the others.  -> those of this worker"""
         counted = _counted(self._metrics.registry)
         try:
@@ -74,7 +74,7 @@ class WorkerMetrics:
         """Of all workers, in the format of Prometheus."""
         return await asyncio.to_thread(self._with_others, self.leave())
 
-    def _with_others(self, own: Counted) -> bytes:
+    def _with_others(self, own: _Counted) -> bytes:
         others = {}
         for path in sorted(self._folder.glob("*-*.json")):
             # Whoever has ended may be added to the others in this moment.
@@ -106,7 +106,7 @@ def fold(folder: Path, process: int) -> None:
         _log.error("the metrics of worker %d, which has ended, stay in a file of their own: %s", process, error)
 
 
-def _ended(folder: Path) -> tuple[list[Counted], set[str]]:
+def _ended(folder: Path) -> tuple[list[_Counted], set[str]]:
     """What adds up to those that have ended, and the files that are in it though they may still be there."""
     try:
         said = json.loads((folder / _ENDED).read_bytes())
@@ -115,13 +115,13 @@ def _ended(folder: Path) -> tuple[list[Counted], set[str]]:
     return said["sums"], set(said["holds"])
 
 
-def _write(path: Path, content: Counted | dict[str, Any]) -> None:
+def _write(path: Path, content: _Counted | dict[str, Any]) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(content), encoding="utf-8")
     os.replace(partial, path)
 
 
-def _counted(registry: CollectorRegistry) -> Counted:
+def _counted(registry: CollectorRegistry) -> _Counted:
     return [
         [
             family.name,
@@ -133,7 +133,7 @@ def _counted(registry: CollectorRegistry) -> Counted:
     ]
 
 
-def _summed(parts: Sequence[tuple[Counted, bool]], *, rest: bool = False) -> CollectorRegistry:
+def _summed(parts: Sequence[tuple[_Counted, bool]], *, rest: bool = False) -> CollectorRegistry:
     registry = CollectorRegistry()
     registry.register(_Sums(parts, rest))
     return registry
@@ -142,7 +142,7 @@ def _summed(parts: Sequence[tuple[Counted, bool]], *, rest: bool = False) -> Col
 class _Sums(Collector):
     """Of processes, each of which lives or does not, in any order; or the `rest` that their sums lose by rounding."""
 
-    def __init__(self, parts: Sequence[tuple[Counted, bool]], rest: bool) -> None:
+    def __init__(self, parts: Sequence[tuple[_Counted, bool]], rest: bool) -> None:
         self._parts, self._rest = parts, rest
 
     def collect(self) -> Iterable[Metric]:

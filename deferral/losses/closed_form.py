@@ -20,7 +20,7 @@ __all__ = ["closed_form", "has_closed_form", "in_blocks", "refuse_second_derivat
 # Numbers in the temporary tables of a block: on a CPU they stay in the cache; elsewhere many small blocks would wait for Python,
 # and together they are as many as the scores, or these few.
 CPU_BLOCK = 3 << 18
-LEAST_BLOCK = 1 << 24
+_LEAST_BLOCK = 1 << 24
 
 # (scores, *tables, descent, losses): fills the last two, `descent` with minus the gradient.  Returns what every row of `descent`
 # is still to be multiplied by, (rows, 1), in all blocks; or None.
@@ -107,7 +107,7 @@ class _ClosedForm(torch.autograd.Function):
         tables: Sequence[Any] = (scores, *others, descent, losses)
         if scores.dim() != 2:
             tables = [table if table is None else table.reshape(rows, table.shape[-1]) for table in tables]
-        block_size = CPU_BLOCK if scores.device.type == "cpu" else max(LEAST_BLOCK, scores.numel())
+        block_size = CPU_BLOCK if scores.device.type == "cpu" else max(_LEAST_BLOCK, scores.numel())
         count = 1 if torch.compiler.is_compiling() else math.ceil(rows * columns / block_size)
         if count <= 1:
             scale = block(*tables)

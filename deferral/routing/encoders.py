@@ -11,7 +11,7 @@ from deferral.routing.vectors import Arrays, Vectors, Wide, of_length_one, proje
 
 __all__ = ["FunctionEncoder", "NgramEncoder"]
 
-MOST_ROWS_OF_SVD = 20_000
+_MOST_ROWS_OF_SVD = 20_000
 _COLUMNS, _UNKNOWN = 60_000, np.uint16(65_535)
 
 
@@ -91,8 +91,8 @@ class NgramEncoder:
     def _reduction(self, wide: Wide) -> np.ndarray:
         rows = len(wide.starts) - 1
         matrix = wide.sparse()
-        if rows > MOST_ROWS_OF_SVD:
-            matrix = matrix[np.sort(np.random.default_rng(self.seed).choice(rows, MOST_ROWS_OF_SVD, replace=False))]
+        if rows > _MOST_ROWS_OF_SVD:
+            matrix = matrix[np.sort(np.random.default_rng(self.seed).choice(rows, _MOST_ROWS_OF_SVD, replace=False))]
         return projection(matrix, self.dimensions, seed=self.seed)
 
     def _vectors(self, wide: Wide, features: np.ndarray) -> Vectors:

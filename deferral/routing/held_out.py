@@ -226,7 +226,7 @@ def mixed(deviations: dict[str, np.ndarray], weights: dict[str, float]) -> np.nd
     return total
 
 
-def cost_rows(actions: np.ndarray, quality: np.ndarray, price: np.ndarray, error: float) -> np.ndarray:
+def _cost_rows(actions: np.ndarray, quality: np.ndarray, price: np.ndarray, error: float) -> np.ndarray:
     """1 - quality + price / price_of_error of the expert asked.  (N,), (N, E), (N, E) -> (N,)"""
     rows = np.arange(len(actions))
     return 1 - quality[rows, actions] + price[rows, actions] / error
@@ -269,7 +269,7 @@ def judged(
     for error in errors:
         costs = 1 - quality + price / error
         asked, alone = order[(sorted_estimate - sorted_price / error).argmax(1)], (means - price.mean(0) / error).argmax(1)
-        learned, static = (cost_rows(actions, quality, price, error) for actions in (asked, alone))
+        learned, static = (_cost_rows(actions, quality, price, error) for actions in (asked, alone))
         gain = static - learned
         total += learned / len(errors)
         columns.append((learned.mean(), static.mean(), costs.mean(), costs.min(1).mean(), *mean_and_half(gain)))

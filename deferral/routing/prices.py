@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 # A rule of thumb for English text.
-CHARACTERS_PER_TOKEN = 4.0
+_CHARACTERS_PER_TOKEN = 4.0
 # However cheap similar queries were, a query is expected to cost at least this share of what its length says.
 LEAST_SHARE = 0.1
 # Differences below this share of a mean price are rounding.
@@ -104,7 +104,7 @@ def list_prices(
     tokens = np.full(into.shape, tokens) if tokens.ndim == 0 else tokens
     for name, values in (("per_million_input", into), ("per_million_output", out), ("output_tokens", tokens)):
         _check_prices(name, values, into.shape)
-    return PriceModel(out * tokens / 1e6, into / CHARACTERS_PER_TOKEN / 1e6)
+    return PriceModel(out * tokens / 1e6, into / _CHARACTERS_PER_TOKEN / 1e6)
 
 
 def fit_prices(table: Table, weights: np.ndarray) -> PriceModel:
@@ -182,7 +182,7 @@ def token_prices(log: Log, per_million: Mapping[str, tuple[float, float]]) -> Pr
     if not written_known.all():
         unknown = log.experts[int(written_known.argmin())]
         raise ValueError(f"{unknown}: none of its outcomes has output tokens, so that its price cannot be predicted")
-    read[1] = np.where(read_known, read[1], 1 / CHARACTERS_PER_TOKEN)
+    read[1] = np.where(read_known, read[1], 1 / _CHARACTERS_PER_TOKEN)
     dollars = np.array([per_million[name] for name in log.experts], float).T / 1e6
     base, per_character = dollars[0] * read + dollars[1] * written
     return PriceModel(base, per_character, tuple(log.experts))
