@@ -158,6 +158,8 @@ def test_a_sound_loss_passes_and_a_loss_that_raises_is_reported() -> None:
     assert check_loss(viewed_in_double, SINGLE_STAGE, properties=[bayes, one_value_per_example, half_precision]).ok
     with pytest.raises(ValueError, match="expected at least one"):
         check_loss(post_hoc, TWO_STAGE, properties=[])
+    with pytest.raises(TypeError, match="say SINGLE_STAGE or TWO_STAGE, got 'two-stage'"):
+        check_loss(post_hoc, "two-stage", properties=[one_value_per_example])  # type: ignore[arg-type]
     broken = check_loss(lambda s, rows: s[..., 99], SINGLE_STAGE, properties=[bayes])
     assert "IndexError" in broken.violations["bayes"]
 

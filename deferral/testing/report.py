@@ -65,6 +65,8 @@ def check_loss(loss: Loss, setting: Setting, *, properties: Sequence[Property] |
     60 random problems of 3 classes and 2 experts, and a decision is wrong where it is dearer than the best by more than 0.02: a
     loss that errs by less, or with more experts only, passes.
     """
+    if not isinstance(setting, Setting):
+        raise TypeError(f"setting: expected one of deferral.testing, say SINGLE_STAGE or TWO_STAGE, got {setting!r}")
     if properties is not None and not properties:
         raise ValueError("properties: expected at least one, got none; leave them out for all")
     violations = {}
