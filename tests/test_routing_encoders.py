@@ -191,6 +191,10 @@ def test_a_cached_encoder_encodes_every_text_once(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*partial*"))
     with pytest.raises(ValueError, match="expected 2 vectors"):
         CachedEncoder(lambda texts: np.ones((1, 2)), tmp_path, "broken")(["a", "b"])
+    with pytest.raises(ValueError, match="expected 2 vectors, one per text, got none"):
+        CachedEncoder(lambda texts: None, tmp_path, "broken")(["a", "b"])
+    with pytest.raises(ValueError, match=r"got \(2,\) and \(3,\); another encoder of this name has filled"):
+        CachedEncoder(lambda texts: np.ones((len(texts), 3)), tmp_path, "lengths")(["bb", "new"])
 
 
 def test_a_cached_encoder_that_is_stopped_keeps_what_was_done(tmp_path: Path) -> None:

@@ -38,14 +38,21 @@ class CachedEncoder:
         for start in range(0, len(missing), _BLOCK):
             block = dict(islice(missing.items(), start, start + _BLOCK))
             vectors = np.asarray(self.encode(list(block.values())))
-            if len(vectors) != len(block):
-                raise ValueError(f"encoder: expected {len(block)} vectors, one per text, got {len(vectors)}")
+            if vectors.shape[:1] != (len(block),):
+                came = len(vectors) if vectors.ndim else "none"
+                raise ValueError(f"encoder: expected {len(block)} vectors, one per text, got {came}")
             for path, vector in zip(block, vectors, strict=True):
                 # To a path `save` would add a suffix.
                 with written_whole(path) as partial, partial.open("wb") as file:
                     np.save(file, vector)
                 known[path] = vector
-        return np.array([known[path] for path in paths])
+        found = [np.asarray(known[path]) for path in paths]
+        if len(shapes := {vector.shape for vector in found}) > 1:
+            raise ValueError(
+                f"encoder: expected vectors of one length, got {' and '.join(map(str, sorted(shapes)))}; another encoder of this "
+                f"name has filled {self.folder}: give each a name of its own"
+            )
+        return np.array(found)
 
 
 def _stored(path: Path) -> np.ndarray | None:
