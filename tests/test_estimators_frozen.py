@@ -147,7 +147,7 @@ def test_saved_and_loaded_it_decides_the_same_and_holds_no_pickle(estimator, tmp
     np.testing.assert_array_equal(again.set_params(**price).offsets_, clone(again).fit(frame, y, *extra).offsets_)
     assert {Path(name).suffix for name in zipfile.ZipFile(tmp_path / "model.skops").namelist()} == {".json", ".npy"}
     other = AbstainingRegressor if type(estimator) is DeferralRegressor else DeferralRegressor
-    with pytest.raises(ValueError, match=f"expected a {other.__name__}, got a {type(estimator).__name__}"):
+    with pytest.raises(ValueError, match=f"expected an estimator of the class {other.__name__}, got {type(estimator).__name__}"):
         other.load(tmp_path / "model.skops")
 
 

@@ -58,7 +58,7 @@ def load(cls: type[Any], path: Path, module: nn.Module | None, trusted: Sequence
         )
     estimator: Any = io.load(path, trusted=sorted(foreign))
     if not isinstance(estimator, cls):
-        raise ValueError(f"{path}: expected a {cls.__name__}, got a {type(estimator).__name__}")
+        raise ValueError(f"{path}: expected an estimator of the class {cls.__name__}, got {type(estimator).__name__}")
     digest = vars(estimator).pop("module_digest_", None)
     if (digest is None) != (module is None):
         raise ValueError(
