@@ -359,7 +359,9 @@ def _system(margin: Tensor, own_cost: Tensor, deferred_cost: Tensor, weights: Te
 
 
 def _cumulative(steps: Tensor) -> Tensor:
-    return torch.nn.functional.pad(steps.cumsum(-1), (1, 0))
+    sums = steps.new_zeros((*steps.shape[:-1], steps.shape[-1] + 1))
+    torch.cumsum(steps, -1, out=sums[..., 1:])
+    return sums
 
 
 def _ratio(total: Tensor, mass: Tensor) -> Tensor:

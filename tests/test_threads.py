@@ -8,6 +8,7 @@ import torch
 from threadpoolctl import threadpool_info
 
 from deferral.estimators import AbstainingClassifier
+from deferral.intervals import bootstrap
 from deferral.routing import Log, Outcome, Router
 from deferral.routing.policies import Linear
 from deferral.threads import one_thread
@@ -38,6 +39,19 @@ def test_one_thread_and_then_as_many_as_before() -> None:
     with pytest.raises(KeyError, match=r"^1$"):
         failing()
     assert threads() == before
+
+
+def test_resamples_are_judged_in_one_thread() -> None:
+    seen = []
+
+    def metric(weights: torch.Tensor) -> torch.Tensor:
+        seen.append(torch.get_num_threads())
+        return weights.mean(-1)
+
+    bootstrap(metric, 10, resamples=5)
+    with pytest.raises(TypeError):
+        bootstrap(lambda weights: "none", 10, resamples=5)  # type: ignore[arg-type, return-value]
+    assert (seen, torch.get_num_threads()) == ([1], 3)
 
 
 def test_a_router_and_an_estimator_learn_in_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
