@@ -146,7 +146,7 @@ def require_targets(scores: Tensor, targets: Tensor, num_classes: int) -> None:
             f"{_shape(targets)}; "
             + (
                 "are the classes axis 1 of the scores?  Move them last: scores.movedim(1, -1)"
-                if tuple(targets.shape) == (*scores.shape[:1], *scores.shape[2:])
+                if scores.dim() > 2 and tuple(targets.shape) == (*scores.shape[:1], *scores.shape[2:])
                 else "integer targets are indices, floating targets are probabilities over the K classes"
             )
         )

@@ -51,6 +51,7 @@ COSTS = torch.linspace(0.1, 0.9, 8).view(4, 2)
         (lambda: score_based_abstention(SCORES, TARGETS[:3], 0.1), ValueError, r"shape (4,) for scores (4, 5), got torch.int64"),
         (lambda: score_based_abstention(torch.randn(2, 5, 2), TARGETS.view(2, 2), 0.1), ValueError, "scores.movedim(1, -1)"),
         (lambda: score_based_abstention(SCORES, torch.rand(4, 5), 0.1), ValueError, "probabilities (..., K) of shape (4, 4)"),
+        (lambda: score_based_abstention(SCORES, TARGETS.float(), 0.1), ValueError, "integer targets are indices"),
         (lambda: score_based_abstention(SCORES, TARGETS, 1.5), ValueError, "number in [0, 1]"),
         (lambda: score_based_abstention(SCORES, TARGETS, torch.rand(3)), ValueError, "differ in rows"),
         (lambda: score_based_abstention(SCORES[:, :1], TARGETS, 0.1), ValueError, "leave 0 columns for classes"),
