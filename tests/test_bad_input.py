@@ -288,6 +288,15 @@ def test_criterion_takes_no_mean_of_a_mean_where_rows_are_ignored() -> None:
         Criterion(mean)(SCORES, TARGETS)
 
 
+def test_criterion_takes_a_loss_that_flattens_its_rows() -> None:
+    def flat(scores: torch.Tensor, targets: torch.Tensor, ignore_index: int = -100) -> torch.Tensor:
+        return F.cross_entropy(scores.flatten(0, -2), targets.flatten(), ignore_index=ignore_index, reduction="none")
+
+    targets = torch.tensor([[0, -100], [2, 1]])
+    expected = F.cross_entropy(SCORES, targets.flatten())
+    torch.testing.assert_close(Criterion(flat)(SCORES.view(2, 2, 5), targets), expected)
+
+
 def test_criterion_checks_two_stage_costs_and_masks() -> None:
     costs, experts_known = torch.rand(4, 3), torch.ones(4, 2, dtype=torch.bool)
     Criterion(two_stage_deferral, ceiling=costs.sum(-1, keepdim=True))(SCORES[:, :3], costs)

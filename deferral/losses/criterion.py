@@ -180,7 +180,8 @@ def _mean(losses: Tensor, given: dict[str, Any]) -> Tensor:
     targets, ignore_index = given.get("targets"), given.get("ignore_index")
     if ignore_index is None or not isinstance(targets, Tensor) or targets.is_floating_point():
         return losses.mean()
-    if losses.shape != targets.shape:
+    # A loss of your own may return the rows of all leading dimensions as one vector.
+    if losses.numel() != targets.numel():
         raise ValueError(
             f"loss: expected one value per row, shape {tuple(targets.shape)}, so that ignored rows are left out of the mean, got "
             f"{tuple(losses.shape)}; a loss of torch needs reduction='none'"
