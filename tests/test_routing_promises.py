@@ -259,3 +259,11 @@ def test_what_is_no_policy_and_no_log_is_not_replayed() -> None:
         events_of(log, ["a", "b"], kept=np.zeros(3, bool))
     with pytest.raises(TypeError, match="log: expected a Log, got str"):
         events_of("outcomes.jsonl", ["a", "b"])  # type: ignore[arg-type]
+
+
+def test_chances_that_are_off_by_rounding_are_replayed() -> None:
+    events = events_of(Log(Outcome(str(row), "abc"[row % 3], 1.0, 0.0) for row in range(6)), ["a", "b", "c"])
+    chances, zero = np.tile([-2.2e-16, 0.75, 0.25], (6, 1)), np.zeros((6, 3))
+    assert replay(events, chances, 1.0, quality=zero, price=zero).quality["ips"].estimate == pytest.approx(1.0)
+    with pytest.raises(ValueError, match="chances: expected probabilities"):
+        replay(events, np.tile([-0.25, 1.0, 0.25], (6, 1)), 1.0, quality=zero, price=zero)

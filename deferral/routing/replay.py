@@ -133,7 +133,7 @@ def replay(
             raise ValueError(f"{name}: expected shape {size}, queries by experts, got {table.shape}")
     if (last := int(events.expert.max())) >= size[1]:
         raise ValueError(f"chances: expected a column for each of {last + 1} experts or more, got {size[1]}")
-    off = ((chances < 0) | (chances > 1)).any(1) | (abs(chances.sum(1) - 1) > _ROUNDING)
+    off = (chances < -_ROUNDING).any(1) | (abs(chances.sum(1) - 1) > _ROUNDING)
     if off.any():
         row = int(off.argmax())
         raise ValueError(f"chances: expected probabilities that add up to 1, got {chances[row].tolist()} for query {row + 1}")
