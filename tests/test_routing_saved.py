@@ -66,6 +66,7 @@ def test_a_bad_folder_is_a_clear_error_and_a_good_one_is_not_lost(tmp_path: Path
         (good.replace('"price_of_error": 0.1', '"price_of_error": 0.9'), "it is corrupted"),
         (json.dumps({**json.loads(good), "format": "x"}), "fit and save the router again"),
         (signed({**without_digest, "experts": None}), "cannot be read, TypeError"),
+        (signed({**without_digest, "abilities": {"small": {"context_tokens": 0}}}), "cannot be read, ValueError: context_tokens"),
         (signed({**without_digest, "sha256": "0" * 64}), "cannot be read"),
         (json.dumps(without_digest), "it is corrupted"),
         (json.dumps({**json.loads(good), "format": FORMAT - 1}), "fit and save the router again"),

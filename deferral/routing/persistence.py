@@ -223,7 +223,7 @@ def load(folder: Path) -> Saved:
         )
         if saved.cascade is not None and list(saved.cascade.experts) != list(fitted.experts):
             raise KeyError("the cascade is of other experts")
-    except (KeyError, TypeError, AttributeError, SafetensorError, OSError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, SafetensorError, OSError) as error:
         raise DataError(f"{folder}: the router cannot be read, {type(error).__name__}: {error}; fit and save it again") from error
     return saved
 
@@ -245,7 +245,7 @@ def _state(names: dict, arrays: dict[str, np.ndarray]) -> Fitted:
     judged = _part(arrays, "judged")
     return Fitted(
         experts=tuple(names["experts"]),
-        prices=_prices(arrays),
+        prices=PriceModel(arrays["prices/base"], arrays["prices/per_character"]),
         policies=tuple(policies),
         weights=tuple(names["weights"]),
         abroad=tuple(names["abroad"]),
@@ -262,13 +262,6 @@ def _state(names: dict, arrays: dict[str, np.ndarray]) -> Fitted:
         held=HeldRows(**{name: arrays[place] for name, place in _HELD.items()}),
         **{name: arrays[f"state/{name}"] for name in _STATE},
     )
-
-
-def _prices(arrays: dict[str, np.ndarray]) -> PriceModel:
-    try:
-        return PriceModel(arrays["prices/base"], arrays["prices/per_character"])
-    except ValueError as error:
-        raise KeyError(str(error)) from None
 
 
 def _part(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
