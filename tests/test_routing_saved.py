@@ -180,9 +180,9 @@ def test_an_encoder_of_ones_own_is_given_again_when_loading(tmp_path: Path) -> N
         Router.load(tmp_path / "router")
 
 
-def test_integers_of_numpy_are_integers(tmp_path: Path) -> None:
+def test_integers_and_flags_of_numpy_are_those_of_python(tmp_path: Path) -> None:
     texts, _, quality, price = world(39)
-    windows = {EXPERTS[0]: Abilities(context_tokens=np.int64(8000))}
+    windows = {EXPERTS[0]: Abilities(context_tokens=np.int64(8000), tools=np.False_)}
     router = Router(0.1, policies=QUICK, abilities=windows, seed=np.int64(3))
     router.fit(log_of_table(texts, EXPERTS, quality, price)).save(tmp_path / "router")
     loaded = Router.load(tmp_path / "router")

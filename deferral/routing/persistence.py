@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from hashlib import sha256
-from operator import index
+from operator import methodcaller
 from pathlib import Path
 
 import numpy as np
@@ -309,8 +309,8 @@ def _digest(names: dict) -> str:
 
 
 def _as_json(names: dict) -> bytes:
-    # Integers of numpy, in an expert's abilities perhaps, are integers.
-    return json.dumps(names, default=index).encode()
+    # Numbers and truth values of numpy, in an expert's abilities perhaps, are those of Python.
+    return json.dumps(names, default=methodcaller("item")).encode()
 
 
 def _put(path: Path, content: bytes) -> None:
