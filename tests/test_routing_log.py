@@ -301,6 +301,8 @@ def test_prices_are_found_by_the_names_of_their_experts() -> None:
 def test_list_prices_count_tokens_of_four_characters() -> None:
     model = list_prices([0.5, 30.0], [1.5, 60.0], [100, 200])
     np.testing.assert_allclose(model(np.array([400.0])), [[(100 * 0.5 + 100 * 1.5) / 1e6, (100 * 30 + 200 * 60) / 1e6]])
+    one, of_one = list_prices([0.5, 30.0], [1.5, 60.0], 100), list_prices([0.5, 30.0], [1.5, 60.0], [100])
+    np.testing.assert_array_equal(one.base, of_one.base)
     with pytest.raises(ValueError, match="per_million_output"):
         list_prices([1.0], [-1.0], 100)
     with pytest.raises(ValueError, match="output_tokens: expected one finite number per expert"):

@@ -101,7 +101,7 @@ def list_prices(
     """
     into, out = _dollars("per_million_input", per_million_input), _dollars("per_million_output", per_million_output)
     tokens = _dollars("output_tokens", output_tokens)
-    tokens = np.full(into.shape, tokens) if tokens.ndim == 0 else tokens
+    tokens = np.full(into.shape, tokens) if tokens.shape in ((), (1,)) else tokens
     for name, values in (("per_million_input", into), ("per_million_output", out), ("output_tokens", tokens)):
         _check_prices(name, values, into.shape)
     return PriceModel(out * tokens / 1e6, into / _CHARACTERS_PER_TOKEN / 1e6)
