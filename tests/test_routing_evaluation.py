@@ -358,6 +358,7 @@ def test_lists_and_whole_numbers_are_judged_as_arrays_are() -> None:
     assert hull([[1, 0], [2, 1]]).tolist() == [[1.0, 0.0], [2.0, 1.0]]
     assert curve([[1, 0]], [[2, 1]], [[1, 0]], [np.inf]).points().tolist() == [[2.0, 1.0]]
     assert best_expert([[0, 1]], [[1, 2]]) == 1
+    assert best_expert(np.array([[0.5, True]], object), np.array([[1, 2]], object)) == 1
 
 
 def test_groups_may_have_any_names() -> None:

@@ -1,6 +1,7 @@
 """A log as a table: a row for each query, a column for each expert."""
 
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -102,6 +103,9 @@ def array_of(name: str, values: Any, dimensions: int) -> np.ndarray:
         array = np.asanyarray(values)
     except ValueError:
         raise ValueError(f"{name}: expected rows of one length") from None
+    # Columns of different kinds, or that could hold gaps, pandas gives as objects.
+    if array.dtype.kind == "O" and all(isinstance(value, Real | np.bool_) for value in array.flat):
+        array = array.astype(float)
     if array.dtype.kind not in "biuf":
         came = f"an array of {array.dtype}" if isinstance(values, np.ndarray) else type(values).__name__
         raise TypeError(f"{name}: expected an array of numbers, got {came}")
