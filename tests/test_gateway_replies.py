@@ -34,6 +34,14 @@ def test_what_a_reply_names_as_of_its_connection_stays_there() -> None:
     assert [name for name, _ in call.reply.headers if name.startswith(b"x-")] == [b"x-far"]
 
 
+@pytest.mark.parametrize("head", [b"connection: caf\xe9, x-hop\r\n", b"content-encoding: caf\xe9\r\n"])
+def test_headers_in_no_encoding_at_all_are_read(head: bytes) -> None:
+    [call], _ = asked([[whole(head=head + b"x-hop: 1\r\n")]])
+    assert isinstance(call, Call)
+    assert json.loads(call.reply.body) == ANSWER
+    assert (b"x-hop" in dict(call.reply.headers)) is head.startswith(b"content")
+
+
 def test_a_reply_that_repeats_the_key_keeps_it_secret() -> None:
     key = "sk-0123456789"
     echo = {"error": {"message": f"your headers: Bearer {key}"}}

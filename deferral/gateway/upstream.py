@@ -178,7 +178,7 @@ class Upstream:
         headers = [(name.lower(), value) for name, value in response.raw_headers if _handed_on(name.lower(), value)]
         if named := response.headers.getall("Connection", None):
             # What it names is for this connection, too (RFC 9110, section 7.6.1).
-            of_connection = {name.strip().lower().encode() for name in ",".join(named).split(",")}
+            of_connection = {name.strip().lower().encode(errors="surrogateescape") for name in ",".join(named).split(",")}
             headers = [(name, value) for name, value in headers if name not in of_connection]
         if secret and secret in b"\n".join([value for _, value in headers]):
             headers = [(name, masked(secret, value)) for name, value in headers]
@@ -197,7 +197,8 @@ class Upstream:
         except (aiohttp.ClientError, OSError, ValueError) as error:
             raise Failure(502, "upstream_bad_reply", "broke off its reply") from error
         body = masked(secret, body)
-        if status >= 300 or response.headers.get("Content-Encoding", "identity").lower().encode() not in _DECODED:
+        coding = response.headers.get("Content-Encoding", "identity").lower().encode(errors="surrogateescape")
+        if status >= 300 or coding not in _DECODED:
             return Reply(status, headers, body, unknown)
         usage = usage_of(body, asked.tokens, echoes=path == "/responses")
         if usage is None:
