@@ -2,6 +2,7 @@
 
 import json
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -171,6 +172,27 @@ def test_what_a_reply_cost_is_what_it_says_and_not_what_its_client_sent(metadata
     left = METERS["responses"]()
     left.feed(whole[:-20])
     assert left.usage(99)[:3] == (99, 34, True), "half of the last event tells nothing"
+
+
+def test_thousands_of_usages_that_a_client_has_sent_are_not_all_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+
+    def raw_decode(text: str) -> Any:
+        read.append(text)
+        return json.JSONDecoder().raw_decode(text)
+
+    monkeypatch.setattr("deferral.gateway.usage._DECODER", SimpleNamespace(raw_decode=raw_decode))
+    within: dict[str, Any] = {}
+    for _ in range(100):
+        within = {"usage": within}
+    whole = stream(event("response.created", response=BEGUN | {"tools": [within] * 500}))
+    meter = METERS["responses"]()
+    size = 40_000
+    for start in range(0, len(whole), size):
+        meter.feed(whole[start : start + size])
+    assert len(read) <= 8 * (len(whole) // size + 1)
+    meter.feed(event("response.completed", response=WHOLE))
+    assert meter.usage(99) == (5, 6, False, "resp_7", 2)
 
 
 def test_an_error_that_a_client_can_bring_about_is_not_blamed_on_the_expert() -> None:

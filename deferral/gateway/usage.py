@@ -17,6 +17,8 @@ _LONGEST_ID = 200
 _ID = re.compile(rb'"id"\s*:\s*"([^"\\]{1,%d})"' % _LONGEST_ID)
 USAGE = re.compile(rb'"usage"\s*:\s*(?=\{)')
 _LONGEST_USAGE = 2048
+# So many of what is called a usage are read to find one: a client may have sent thousands, each with others inside.
+_MOST_USAGES = 8
 _ERROR = re.compile(rb'"error"(?!\s*:\s*null)')
 _EVENT = re.compile(rb"(?:^|[\r\n])data: ?(\{[^\r\n]*)")
 _ANSWERS = ("choices", "data", "output")
@@ -104,7 +106,7 @@ def error_of(beginning: bytes) -> int | None:
 
 def last_usage(text: bytes) -> dict[str, Any] | None:
     """The last usage that a part of a reply reports: a request may bring others, in its tools say, that a reply repeats."""
-    for found in reversed(list(USAGE.finditer(text))):
+    for found in reversed(list(USAGE.finditer(text))[-_MOST_USAGES:]):
         try:
             usage, _ = _DECODER.raw_decode(text[found.end() : found.end() + _LONGEST_USAGE].decode("utf-8", "replace"))
         except (ValueError, RecursionError):
