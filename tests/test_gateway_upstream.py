@@ -1,10 +1,12 @@
 """What each kind of failure means: asked again, blamed, left alone, and what the client is told."""
 
 import asyncio
+import gzip
 import logging
 import ssl
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime, formatdate
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import AsyncMock
@@ -214,6 +216,45 @@ def test_an_expert_has_its_time_for_a_stream_and_not_what_the_client_takes_to_re
             asyncio.run(run())
     else:
         assert asyncio.run(run()).endswith(b"data: [DONE]\n\n")
+
+
+def test_a_stream_that_unpacks_to_much_leaves_others_their_turn() -> None:
+    size = 64 << 20
+    packed = gzip.compress(b"data: {}\n\n" + bytes(size) + b"\n\n")
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ncontent-encoding: gzip\r\ncontent-length: %d\r\n\r\n"
+        writer.write(head % len(packed) + packed)
+        writer.close()
+
+    async def run() -> list[int]:
+        read, seen = 0, []
+
+        async def another() -> None:
+            while True:
+                seen.append(read)
+                await asyncio.sleep(0)
+
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        expert = Expert("small", f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1")
+        upstream = Upstream(max_reply_bytes=1 << 20)
+        body = b'{"model": "small", "messages": [], "stream": true}'
+        reply = await upstream.ask(expert, CHAT, body, {}, parse("chat", body))
+        task = asyncio.create_task(another())
+        try:
+            async for part in reply.rest():
+                read += len(part)
+        finally:
+            task.cancel()
+            reply.close()
+            await upstream.close()
+            server.close()
+        assert read + len(reply.body) > size
+        return [0, *seen, read]
+
+    seen = asyncio.run(run())
+    assert max(after - before for before, after in pairwise(seen)) <= 8 << 20
 
 
 def test_a_whole_reply_has_its_time_and_no_more() -> None:

@@ -40,6 +40,8 @@ _SAYS = re.compile(rb"(?:^|[\r\n])data:[^\r\n]*[\r\n]")
 _ANY_DATA = re.compile(rb"(?:^|[\r\n])data:")
 _HELD_BACK_S = 1.0
 _LONGEST_EVENT = 1 << 16
+# A part of a stream that is as large is followed by others that are there already: then it is the turn of other requests.
+_LARGE_PART = 1 << 16
 # What the value of a header may hold that is sent on; the parser of replies lets more through.
 _FIT = re.compile(rb"[\t -~\x80-\xff]*")
 
@@ -77,6 +79,9 @@ class Reply:
                     break
                 if left < 0:
                     raise TimeoutError
+                if len(chunk) >= _LARGE_PART:
+                    # A kilobyte may unpack to a megabyte, and neither reading nor sending on would ever wait.
+                    await asyncio.sleep(0)
                 yield masked_part(chunk)
             if self.mask.held:
                 yield self.mask.held
