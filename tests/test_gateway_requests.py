@@ -46,7 +46,9 @@ def test_only_the_top_level_model_is_replaced(before: dict, after: dict, ascii_o
     assert len(changed) - len(body) == len(json.dumps('up"stream')) - len('"auto"')
 
 
-@pytest.mark.parametrize("name", ["Model", "MODEL", "sTREAM", "\u017ftream", "Stream_Options"])
+@pytest.mark.parametrize(
+    "name", ["Model", "MODEL", "sTREAM", "\u017ftream", "Stream_Options", "Previous_Response_Id", "Background"]
+)
 def test_a_field_that_some_servers_would_take_for_another_is_refused(name: str) -> None:
     with pytest.raises(Problem, match="there is no such field") as found:
         parse("chat", chat(**{name: "dear"}))

@@ -85,6 +85,19 @@ def test_what_is_kept_at_an_expert_goes_to_the_expert_that_is_named() -> None:
     assert (named.model, named.previous) == ("small", "")
 
 
+@pytest.mark.parametrize("model", ["auto", "small"])
+@pytest.mark.parametrize("again", ["previous_response_id", "previous_response_i\\u0064", "previous\\u005fresponse_id"])
+def test_one_response_is_gone_on_from_and_not_two(model: str, again: str) -> None:
+    """An expert may take the first of two where the gateway takes the last."""
+    for last in ('"resp_2"', "null"):
+        body = f'{{"previous_response_id": "resp_1", "model": "{model}", "input": "hello", "{again}": {last}}}'
+        with pytest.raises(Problem, match="expected it once") as caught:
+            parse("responses", body.encode())
+        assert (caught.value.status, caught.value.param) == (400, "previous_response_id")
+    once = f'{{"model": "{model}", "input": "hello, previous_response_id", "{again}": "resp_1", "tools": [{{"{again}": 1}}]}}'
+    assert parse("responses", once.encode()).previous == "resp_1"
+
+
 def event(kind: str, **fields: Any) -> bytes:
     return f"event: {kind}\ndata: {json.dumps({'type': kind} | fields)}\n\n".encode()
 

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
@@ -35,14 +35,17 @@ _MOST_FIELDS = 1000
 _DATA_TOKENS = 1000
 # Of the Responses API: what an expert keeps between requests.
 _ELSEWHERE = ("conversation", "prompt")
+# A letter, or a line below, of a name that is spelled with an escape.
+_ESCAPED = re.compile(rb"\\u00[567]")
 _MODEL = re.compile(rb'"model"\s*:\s*("[^"\\]*(?:\\.[^"\\]*)*")', re.DOTALL)
 _SPACE, _COLON, _COMMA = (re.compile(rf"[ \t\n\r]*{sign}[ \t\n\r]*") for sign in ("", ":", ",?"))
 _DECODER = json.JSONDecoder()
 # Of these one alone makes sense: each says where on the curve of cost and quality to be.
 TRADE_OFFS = ("price_of_error", "budget", "min_quality")
 SETTING = (*TRADE_OFFS, "max_latency")
+_PREVIOUS = "previous_response_id"
 # Fields that every expert must read as the gateway does.
-_MEANT = frozenset({"model", "stream", "stream_options"})
+_MEANT = frozenset({"model", "stream", "stream_options", _PREVIOUS, "background"})
 
 
 class Asked(NamedTuple):
@@ -135,6 +138,7 @@ def parse(kind: Kind, body: bytes, routed: Collection[str] = AUTO) -> Asked:
     previous, longest = "", 0
     if kind == "chat" or kind == "responses":
         if kind == "responses":
+            _refuse_two_previous(body)
             previous = _previous(request, routed)
         try:
             turns, tools, images, data, data_bytes = conversation(_messages(kind, request))
@@ -242,7 +246,7 @@ def _messages(kind: Kind, request: Mapping[str, Any]) -> list[Any]:
         _check_length("messages", messages)
         return messages
     items = request.get("input")
-    if items is None and any(request.get(name) for name in ("previous_response_id", *_ELSEWHERE)):
+    if items is None and any(request.get(name) for name in (_PREVIOUS, *_ELSEWHERE)):
         items = ""
     if not isinstance(items, str | list):
         raise Problem(400, "invalid_input", f"input: expected a text or a list, got {_kind(items)}", param="input")
@@ -282,21 +286,28 @@ def _longest(inputs: Any) -> int:
     return max(sizes, default=0)
 
 
+def _refuse_two_previous(body: bytes) -> None:
+    """Problem 400 where it is said twice from which response to go on: an expert may take another of them than is looked up."""
+    if body.count(_PREVIOUS.encode()) < 2 and not _ESCAPED.search(body):
+        return
+    if sum(name == _PREVIOUS for name, _, _ in _top_level(body.decode())) > 1:
+        raise Problem(400, "repeated_field", f"{_PREVIOUS}: expected it once, got it twice", param=_PREVIOUS)
+
+
 def _previous(request: Mapping[str, Any], routed: Collection[str]) -> str:
     """The response that a request goes on from, "" where there is none; Problem 400 where no router may decide."""
     if request.get("background"):
         message = "background: expected false; a response is given while the client waits, and nobody could ask for it later"
         raise Problem(400, "background_not_possible", message, param="background")
     if request["model"] not in routed:
-        named = request.get("previous_response_id")
+        named = request.get(_PREVIOUS)
         return named if isinstance(named, str) else ""
     if name := next((name for name in _ELSEWHERE if request.get(name)), ""):
         message = f"{name}: it is kept by one expert, and the gateway does not know by whom; name that expert as the model"
         raise Problem(400, "auto_not_possible", message, param=name)
-    previous = request.get("previous_response_id")
+    previous = request.get(_PREVIOUS)
     if previous is not None and not isinstance(previous, str):
-        name = "previous_response_id"
-        raise Problem(400, "invalid_type", f"{name}: expected the id of a response, got {_kind(previous)}", param=name)
+        raise Problem(400, "invalid_type", f"{_PREVIOUS}: expected the id of a response, got {_kind(previous)}", param=_PREVIOUS)
     return previous or ""
 
 
@@ -306,16 +317,22 @@ def _wants_usage(options: Any) -> bool:
 
 def _with_top_level(text: str, name: str, value: str) -> str:
     pieces, copied = [], 0
+    for key, start, stop in _top_level(text):
+        if key == name:
+            pieces += [text[copied:start], value]
+            copied = stop
+    return "".join([*pieces, text[copied:]])
+
+
+def _top_level(text: str) -> Iterator[tuple[str, int, int]]:
+    """The names in an object, and where the value of each begins and ends."""
     place = _match_end(_SPACE, text, text.index("{") + 1)
     while text[place] == '"':
         key, end = _DECODER.raw_decode(text, place)
         start = _match_end(_COLON, text, end)
         _, stop = _DECODER.raw_decode(text, start)
-        if key == name:
-            pieces += [text[copied:start], value]
-            copied = stop
+        yield key, start, stop
         place = _match_end(_COMMA, text, stop)
-    return "".join([*pieces, text[copied:]])
 
 
 def _match_end(pattern: re.Pattern[str], text: str, start: int) -> int:
