@@ -8,7 +8,7 @@ import pytest
 
 from tests.faulty_upstream import CHUNKS
 from tests.running_gateway import EASY, HARD
-from tests.whole_gateway import calm, rows
+from tests.whole_gateway import ADMIN_KEY, calm, rows
 
 pytestmark = [pytest.mark.ci_slow, pytest.mark.usefixtures("nobody_is_down")]
 
@@ -105,6 +105,32 @@ def test_a_response_goes_on_with_whoever_gave_the_one_before(running: Any, clien
     # Who is named is asked, and says itself what it knows.
     named = create(model="small", input=EASY, previous_response_id="resp_unknown")
     assert (named.headers["x-deferral-expert"], named.headers["x-deferral-reason"]) == ("small", "asked for by name")
+
+
+def test_a_response_with_a_long_id_is_its_keys_own_like_any_other(running: Any, client: openai.OpenAI) -> None:
+    """Proxies such as LiteLLM's make long ids, that say where they are from."""
+    create = client.responses.with_raw_response.create
+    seeds = [f"{'x' * 400}{end}" for end in "ab"]
+    first = create(model="auto", input=HARD, metadata={"seed": seeds[0]}).parse().id
+    second = create(model="auto", input=EASY, metadata={"seed": seeds[1]}).parse().id
+    rows(running)
+    assert len(first) > 400
+    raw = create(model="auto", input=EASY, previous_response_id=first)
+    assert (raw.headers["x-deferral-expert"], raw.headers["x-deferral-reason"]) == ("large", "gave the previous response")
+    assert running.upstream.seen[-1].json["previous_response_id"] == first
+    other, _ = running.gateway.state.keys.create("another")
+    for key, model, feedback, going_on in ((other, "large", 404, 400), (running.key, "large", 200, 200)):
+        status, _, _ = running.gateway.ask("POST", "/v1/feedback", {"id": first, "thumbs": "up"}, key=key)
+        assert status == feedback
+        body = {"model": model, "input": EASY, "previous_response_id": first}
+        status, _, _ = running.gateway.ask("POST", "/v1/responses", body, key=key)
+        assert status == going_on
+    for response, left in ((first, 1), (first, 0)):
+        status, _, said = running.gateway.ask("GET", f"/admin/decisions?response={response}", key=ADMIN_KEY)
+        assert (status, len(json.loads(said)["data"])) == (200, left)
+        status, _, _ = running.gateway.ask("DELETE", f"/admin/responses/{response}", key=ADMIN_KEY)
+        assert status == (200 if left else 404)
+    assert running.gateway.ask("DELETE", f"/admin/responses/{second}", key=ADMIN_KEY)[0] == 200
 
 
 def test_what_a_gateway_cannot_do_with_responses_it_says(running: Any, client: openai.OpenAI) -> None:

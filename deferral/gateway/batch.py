@@ -8,7 +8,7 @@ from sqlalchemy import Connection, Engine, Select, select
 from deferral.gateway.database import durable
 from deferral.gateway.dialects import insert_rows, replacing, writing
 from deferral.gateway.minutes import add_to_minutes
-from deferral.gateway.rows import DecisionRow, cascade_values, plain, values
+from deferral.gateway.rows import DecisionRow, cascade_values, id_kept, plain, values
 from deferral.gateway.schema import cascades, decisions, feedback, texts
 
 __all__ = ["Feedback", "write_batch"]
@@ -75,7 +75,7 @@ def _meant(connection: Connection, item: Feedback, by_id: Mapping[str, str]) -> 
         return [item.id] if item.key in ("", by_id[item.id]) else []
     if not item.id:
         return []
-    same = decisions.c.reply_id == item.id
+    same = decisions.c.reply_id == id_kept(item.id)
     if item.key:
         same &= decisions.c.key == item.key
     return connection.execute(_held(select(decisions.c.id).where(same).limit(2))).scalars().all()

@@ -9,7 +9,7 @@ from sqlalchemy import ColumnElement, Connection, Engine, func, select
 
 from deferral.gateway.database import scrub
 from deferral.gateway.dialects import adding, alone, delete_among
-from deferral.gateway.rows import plain
+from deferral.gateway.rows import id_kept, plain
 from deferral.gateway.schema import cascades, decisions, feedback, forgotten, shadows, texts
 from deferral.gateway.windows import QUARTER
 
@@ -93,7 +93,7 @@ def meant(connection: Connection, name: str) -> str:
     d, name = decisions.c, plain(name)
     if connection.execute(select(d.id).where(d.id == name)).first() is not None:
         return name
-    found = connection.execute(select(d.id).where(d.reply_id == name).limit(_NAMED + 1)).scalars().all()
+    found = connection.execute(select(d.id).where(d.reply_id == id_kept(name)).limit(_NAMED + 1)).scalars().all()
     if len(found) > 1:
         listed = ", ".join(found[:_NAMED]) + (" and more" if len(found) > _NAMED else "")
         raise ValueError(f"{name[:200]!r} is the id of several replies; say which by its x-deferral-id: {listed}")

@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy import Engine, func, or_, select
 
 from deferral.gateway.off_policy import Z
-from deferral.gateway.rows import plain
+from deferral.gateway.rows import id_kept, plain
 from deferral.gateway.schema import decisions, minutes
 
 __all__ = ["History", "Total", "answerers", "history", "recent", "said"]
@@ -135,7 +135,7 @@ def recent(
         if value is not None:
             wanted = wanted.where(column == plain(value))
     if response is not None:
-        wanted = wanted.where(or_(d.id == plain(response), d.reply_id == plain(response)))
+        wanted = wanted.where(or_(d.id == plain(response), d.reply_id == id_kept(response)))
     with engine.connect() as connection:
         rows = connection.execute(wanted).all()
     return [dict(row._mapping) for row in rows]

@@ -8,7 +8,7 @@ from typing import TypeVar
 from sqlalchemy import Engine, select
 
 from deferral.gateway.record import WRITTEN_WITHIN
-from deferral.gateway.rows import plain
+from deferral.gateway.rows import id_kept
 from deferral.gateway.schema import decisions
 
 __all__ = ["Replies"]
@@ -55,7 +55,7 @@ class Replies:
         return await asyncio.get_running_loop().run_in_executor(self._readers, read, reply_id, key)
 
     def _answered_by(self, reply_id: str, key: str) -> str | None:
-        same = decisions.c.reply_id == plain(reply_id)[:200]
+        same = decisions.c.reply_id == id_kept(reply_id)
         if key:
             same &= decisions.c.key == key
         with self._engine.connect() as connection:
@@ -64,7 +64,7 @@ class Replies:
         return found.pop() if len(found) == 1 else None
 
     def _answered_others(self, reply_id: str, key: str) -> bool:
-        same = decisions.c.reply_id == plain(reply_id)[:200]
+        same = decisions.c.reply_id == id_kept(reply_id)
         with self._engine.connect() as connection:
             own, any_at_all = (
                 connection.execute(select(decisions.c.id).where(of).limit(1)).first() is not None

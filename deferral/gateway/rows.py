@@ -4,9 +4,21 @@ import json
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from hashlib import sha256
 from typing import Any, Literal
 
-__all__ = ["BY_ANSWER", "ROUTED", "CascadeRow", "DecisionRow", "Ending", "cascade_values", "expected_json", "plain", "values"]
+__all__ = [
+    "BY_ANSWER",
+    "ROUTED",
+    "CascadeRow",
+    "DecisionRow",
+    "Ending",
+    "cascade_values",
+    "expected_json",
+    "id_kept",
+    "plain",
+    "values",
+]
 
 Ending = Literal["kept", "deferred", "failed", "silent", "unanswered"]
 
@@ -16,6 +28,7 @@ ROUTED = "auto"
 BY_ANSWER: tuple[Ending, ...] = ("kept", "deferred", "failed")
 
 _MOST_TOKENS = 2**53
+_LONGEST_ID = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +85,7 @@ def values(row: DecisionRow) -> tuple[Any, ...]:
     """A row in the order of the columns, of the types and lengths that every database takes."""
     return (
         row.id[:64],
-        plain(row.reply_id)[:200],
+        id_kept(row.reply_id),
         row.time,
         row.key,
         plain(row.requested)[:200],
@@ -111,6 +124,15 @@ def cascade_values(row: DecisionRow) -> tuple[Any, ...]:
 def plain(text: str) -> str:
     """Without lone surrogates, which UTF-8 cannot hold, and zeros, which PostgreSQL does not take."""
     return text if text.isascii() and "\0" not in text else text.encode("utf-8", "replace").decode().replace("\0", "\ufffd")
+
+
+def id_kept(reply_id: str) -> str:
+    """A reply's own id as it is on record: of a long one, such as proxies make of another's, the beginning and a hash."""
+    text = plain(reply_id)
+    if len(text) <= _LONGEST_ID:
+        return text
+    digest = sha256(text.encode()).hexdigest()
+    return f"{text[: _LONGEST_ID - len(digest) - 1]}:{digest}"
 
 
 def expected_json(quality: dict[str, float], price: dict[str, float], cost: dict[str, float]) -> str:

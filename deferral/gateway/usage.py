@@ -13,7 +13,7 @@ _READ_WHOLE = 1 << 17
 _TAIL = 4096
 TEXT = re.compile(rb'"(?:content|reasoning_content|reasoning|thinking|refusal|text|arguments)"\s*:\s*"([^"\\]*(?:\\.[^"\\]*)*)"')
 _ESCAPE = re.compile(rb"\\(?:u[0-9a-fA-F]{4}|.)")
-_LONGEST_ID = 200
+_LONGEST_ID = 1000
 _ID = re.compile(rb'"id"\s*:\s*"([^"\\]{1,%d})"' % _LONGEST_ID)
 USAGE = re.compile(rb'"usage"\s*:\s*(?=\{)')
 _LONGEST_USAGE = 2048
