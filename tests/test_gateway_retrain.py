@@ -246,6 +246,28 @@ def test_a_rare_error_that_was_not_seen_is_allowed_for(old_error: float, new_err
     assert cautious_gain(draws, old, old) == -np.inf
 
 
+def test_a_rare_right_answer_of_the_old_choice_that_was_not_seen_is_allowed_for() -> None:
+    """Both choices are right one time in twenty.  A router before the old one decided as the new one: the old is explored."""
+    rng = np.random.default_rng(0)
+    old, new = np.repeat([1, 0], 500), np.zeros(1000, int)
+    passed, naive, better = [], [], []
+    for _ in range(200):
+        explored = rng.random(1000) < 0.05
+        draws = Draws(
+            explored.astype(int), np.where(explored, 0.05, 0.95), (rng.random(1000) < 0.95) + 0.1, np.full((1000, 2), 1.05),
+            np.arange(1000), worst=1.1, perfect=0.1,
+        )  # fmt: skip
+        passed.append(cautious_gain(draws, old, new) > 0)
+        mean, half = interval_of_mean(doubly_robust(draws, old) - doubly_robust(draws, new), np.ones(1000), np.arange(1000))
+        assert half is not None
+        naive.append(mean > half)
+        often = replace(draws, cost=np.where(explored, 0.95, 0.45) > rng.random(1000))
+        better.append(cautious_gain(often, old, new) > 0)
+    assert np.mean(passed) <= 0.05
+    assert np.mean(naive) > 0.2, "which is why"
+    assert np.mean(better) > 0.9
+
+
 def test_one_more_draw_stands_for_no_more_than_all_rows_that_are_decided_otherwise() -> None:
     old, new = np.zeros(13, int), np.repeat([1, 0], [3, 10])
     draws = Draws(new, np.full(13, 0.01), np.zeros(13), np.zeros((13, 2)), np.arange(13))
@@ -316,6 +338,7 @@ def test_draws_cost_and_are_expected_to_cost_what_the_router_says(old_router: Ro
         draws = draws_of(old_router, rows, dict.fromkeys(names, 0.5))
         assert draws.estimate == pytest.approx(stake * (1 - decided.quality.clip(0, 1)) + decided.price / ERROR)
         assert draws.cost == pytest.approx(stake * 0.25 + 0.5)
+        assert draws.perfect == pytest.approx(0.5)
 
 
 @pytest.mark.ci_slow

@@ -34,9 +34,9 @@ _ROWS = 20_000
 class Gain:
     """What changing to the candidate saves, in errors a query, on the `rows` that were judged.
 
-    `estimate` is doubly robust, `half` half its 95% interval, which allows for a failure of the candidate that was not seen;
-    `weighted` is the self-normalised inverse propensity estimate.  `seen`: where the routers differ, the queries that drew the
-    live choice, and the candidate's.
+    `estimate` is doubly robust, `half` half its 95% interval, which allows for a failure of the candidate, or a right answer of
+    the live choice, that was not seen; `weighted` is the self-normalised inverse propensity estimate.  `seen`: where the routers
+    differ, the queries that drew the live choice, and the candidate's.
     """
 
     rows: int
@@ -169,7 +169,8 @@ def _gain(rows: Sequence[Row], expected: list[dict], live: list[str]) -> tuple[G
     said = np.array([rows[p].quality for p in usable])
     heard = np.array([judged[rows[p].chosen] / asked[rows[p].chosen] for p in usable])
     group = alike([rows[place].draw for place in usable])
-    draws = Draws(drawn, propensity, error * (1 - said) + paid, estimate, group, heard, worst=of_no_use(error, paid, drawn))
+    worst = of_no_use(error, paid, drawn)
+    draws = Draws(drawn, propensity, error * (1 - said) + paid, estimate, group, heard, worst, perfect=paid)
     differ = old != new
     seen = draws.seen(differ & (drawn == old)), draws.seen(differ & (drawn == new))
     if not differ.any():

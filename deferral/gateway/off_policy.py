@@ -52,6 +52,7 @@ class Draws:
     group: np.ndarray  # (N,) integers from 0
     heard: np.ndarray | float = 1.0  # (N,) the probability that such a row is among these: that its answer was judged, say
     worst: np.ndarray | float = 1.0  # (N,) what the draw had cost, had it been of no use: `of_no_use`
+    perfect: np.ndarray | float = 0.0  # (N,) and had it been perfect: its price
 
     def seen(self, rows: np.ndarray) -> int:
         """How many draws these rows are: a query that is asked again is drawn as before.  (N,) bool"""
@@ -73,7 +74,7 @@ class Comparison:
     new: "Interval"
     gain: "Interval"  # old - new, doubly robust
     gain_weighted: "Interval"  # old - new, self-normalised inverse propensity
-    cautious: float  # the lower end of the gain's interval, had one more draw of the new choice failed
+    cautious: float  # the lower end of the gain's interval, had one more draw been against it: see `cautious_gain`
 
 
 def compare(draws: Draws, old: np.ndarray, new: np.ndarray, *, seed: int = 0) -> Comparison:
@@ -93,24 +94,32 @@ def compare(draws: Draws, old: np.ndarray, new: np.ndarray, *, seed: int = 0) ->
 
 
 def cautious_gain(draws: Draws, old: np.ndarray, new: np.ndarray) -> float:
-    """The lower end of the gain's 95% interval, had one more draw of the new choice been of no use; -inf where none was drawn.
+    """The lower end of the gain's 95% interval, had one more draw of the new choice been of no use, or of the old one perfect.
 
-    Where errors are rare, the few draws of a new choice, of heavy weight each, may hold none of them by luck, and then no
-    resample of them does: the interval knows nothing of errors that were not seen.  One is allowed for, as by the rule of
-    succession.
+    -inf where the new choice was never drawn.  Where errors are rare, the few draws of a new choice, of heavy weight each, may
+    hold none of them by luck, and then no resample of them does: the interval knows nothing of errors that were not seen.  One is
+    allowed for, as by the rule of succession.  Where right answers are as rare, it is the old choice that looks too bad, if it
+    was seldom drawn: the router before it decided as the new one does.
     """
-    seen = (old != new) & (new == draws.action)
-    if not seen.any():
+    if not (draws.action == new)[old != new].any():
         return -math.inf
-    stands_for = np.broadcast_to(1 / np.asarray(draws.heard), len(old))
-    failed = float(np.broadcast_to(draws.worst, len(old))[seen].mean())
-    gain = float(draws.estimate[seen, old[seen]].mean()) - one_more(draws, new, seen, failed, of=int((old != new).sum()))
-    values = np.append(doubly_robust(draws, old) - doubly_robust(draws, new), gain)
-    mean, half = interval_of_mean(
-        values, np.append(stands_for, stands_for[seen].mean()), np.append(draws.group, draws.group.max() + 1)
-    )
-    assert half is not None
-    return mean - half
+    lost, half = _less_with_one_more(draws, new, old, draws.worst)
+    gained, other_half = _less_with_one_more(draws, old, new, draws.perfect)
+    return min(-lost - half, gained - other_half)
+
+
+def _less_with_one_more(draws: Draws, actions: np.ndarray, others: np.ndarray, cost: np.ndarray | float) -> tuple[float, float]:
+    """The cost of some actions less that of others, had one more draw of the former cost so much, and half its 95% interval."""
+    values, group = doubly_robust(draws, actions) - doubly_robust(draws, others), draws.group
+    stands_for = np.broadcast_to(1 / np.asarray(draws.heard), len(values))
+    differ = actions != others
+    seen = differ & (actions == draws.action)
+    if seen.any():
+        once = one_more(draws, actions, seen, float(np.broadcast_to(cost, len(seen))[seen].mean()), of=int(differ.sum()))
+        values = np.append(values, once - float(draws.estimate[seen, others[seen]].mean()))
+        stands_for, group = np.append(stands_for, stands_for[seen].mean()), np.append(group, group.max() + 1)
+    mean, half = interval_of_mean(values, stands_for, group)
+    return mean, math.inf if half is None else half
 
 
 def one_more(draws: Draws, actions: np.ndarray, seen: np.ndarray, cost: float, *, of: int) -> float:

@@ -189,6 +189,7 @@ def draws_of(model: Router, rows: Sequence[Logged], heard: Mapping[str, float]) 
         group=group,
         heard=np.array([heard[row.outcome.expert] for row in rows]),
         worst=of_no_use(error, price / unit, action),
+        perfect=price / unit,
     )
 
 
@@ -207,7 +208,8 @@ def _why_not(judged: Comparison) -> str:
     if judged.cautious <= 0:
         return (
             f"the gain of {_shown(judged.gain)} errors a query rests on {judged.seen[1]} draws of the new choice, and might be "
-            "nothing had one more of them failed: wait for more traffic, or explore more"
+            f"nothing had one more of them failed, or one more than {judged.seen[0]} of the old choice been perfect: wait for "
+            "more traffic, or explore more"
         )
     if not judged.gain_weighted.estimate > 0:
         return f"the two estimates disagree: {_shown(judged.gain)} and {_shown(judged.gain_weighted)}"
