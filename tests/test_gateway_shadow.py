@@ -108,6 +108,31 @@ def test_the_live_choice_is_known_however_much_is_explored(experts: int, explore
         assert _live(row, expected) == "e0"  # type: ignore[arg-type]
 
 
+def test_what_was_decided_before_exploration_began_does_not_count_for_the_gain(tmp_path: Path) -> None:
+    """Nothing is known there of whom the candidate would ask, and the estimate is wrong: an answer of the large is worth more."""
+    path = recorded(tmp_path / "g.db", 2000, explore=0.3)
+    alone = agreement(connect(path), since=0, until=1e6).gain
+    engine = connect(path)
+    quality, cost = {"small": 0.7, "large": 0.9}, {"small": 0.3, "large": 0.4}
+    certain = {"propensity": 1.0, "price_of_error": ERROR, "expected_quality": quality, "expected_price": PRICE}
+    before = [row(number, time=900.0, expected_cost=cost, **certain) for number in range(2000, 4000)]
+    with engine.begin() as connection:
+        insert_rows(connection, decisions, list(map(values, before)))
+        insert_rows(connection, shadows, [(made.id, made.time, "c", "large", "{}") for made in before])
+        insert_rows(connection, feedback, [(made.id, "", 0.7, made.time) for made in before])
+    found = agreement(engine, since=0, until=1e6)
+    assert (found.rows, found.gain) == (4000, alone)
+    with engine.begin() as connection:
+        insert_rows(connection, decisions, [values(row(4000, expected_cost={"small": 0.3}, **certain))])
+        insert_rows(connection, shadows, [("id-4000", 900.0, "c", "small", "{}")])
+        insert_rows(connection, feedback, [("id-4000", "", 0.7, 900.0)])
+    gain = agreement(engine, since=0, until=1e6).gain
+    assert gain is not None
+    assert alone is not None
+    assert gain.rows == alone.rows + 1, "nobody else could have been drawn"
+    engine.dispose()
+
+
 def test_who_was_drawn_from_a_static_mix_is_the_live_choice(tmp_path: Path) -> None:
     mixed = row(
         chosen="large", expert="large", propensity=0.3, expected_cost={"small": 0.3, "large": 0.4},

@@ -92,7 +92,8 @@ def agreement(engine: Engine, *, since: float, until: float) -> Agreement:
 
     The cost of an answer is (e (1 - quality) + price) / u, with e the request's price of an error and u the median of all; e
     counts up to 10 u, so that nobody's setting outweighs all others.  Where nobody was drawn it is the live router's expectation.
-    The same query, asked again, is one draw.  Where experts are judged at different rates, or fail at such, an answer stands for
+    Requests whose expert was certain, as before exploration began, count for no gain where others were drawn by chance.  The same
+    query, asked again, is one draw.  Where experts are judged at different rates, or fail at such, an answer stands for
     as many as were not.
     """
     d, s, through = decisions.c, shadows.c, cascades.c
@@ -135,6 +136,11 @@ def _by_answer(row: Row) -> bool:
     return row.ending in BY_ANSWER
 
 
+def _by_chance(row: Row, expected: dict[str, list]) -> bool:
+    """Whether others might have been drawn, if there were any."""
+    return row.propensity < 1 or sum(cost is not None for _, _, cost in expected.values()) < 2
+
+
 def _gain(rows: Sequence[Row], expected: list[dict], live: list[str]) -> tuple[Gain | None, str]:
     """-> the gain, or why it is not known"""
     drawn_among = [
@@ -144,6 +150,8 @@ def _gain(rows: Sequence[Row], expected: list[dict], live: list[str]) -> tuple[G
         and (row.propensity < 1 or not _by_answer(row))
         and {row.chosen, row.other, live[place]} <= one.keys()
     ]  # fmt: skip
+    # What was certain to be drawn says nothing of the others, and it would be the estimate alone that does.
+    drawn_among = [place for place in drawn_among if _by_chance(rows[place], expected[place])] or drawn_among
     answered = [place for place in drawn_among if whole(rows[place])]
     asked = Counter(rows[place].chosen for place in answered)
     asked.update(rows[place].chosen for place in drawn_among if in_vain(rows[place], rows[place]))
