@@ -170,6 +170,22 @@ def test_another_setting_is_judged_by_what_was_drawn_not_by_what_was_expected(tm
     assert 0.03 in [point.price_of_error for point in found.points]
 
 
+def test_what_was_decided_before_exploration_began_is_known_at_the_present_setting_alone(tmp_path: Path) -> None:
+    """The router expects a tenth too little of everybody, and only half of the rows can say so of whom it does not ask."""
+    before, said = traffic(1500, end=5_000.0, explore=0.0)
+    rows, more = traffic(1500, end=10_000.0, seed=1)
+    before = [replace(one, id=f"before-{one.id}") for one in before]
+    said = [(f"before-{name}", *rest) for name, *rest in said]
+    found = what_if(connect(stored(tmp_path / "g.db", [*before, *rows], [*said, *more])), since=0, until=10_000, present=0.03)
+    for point in found.points:
+        present = 0 < point.shares["small"] < 1
+        guessed = [] if present else [max(point.shares, key=lambda name: point.shares[name])]
+        assert (point.price_guessed, point.quality_guessed) == (guessed, guessed)
+        assert (point.price_half is None, point.quality_half is None) == (not present, not present)
+    later = what_if(connect(str(tmp_path / "g.db")), since=5_000, until=10_000, present=0.03)
+    assert all(point.quality_guessed == [] for point in later.points)
+
+
 def test_the_means_of_another_setting_row_by_row(tmp_path: Path) -> None:
     """As the estimator is written in the paper, in plain loops."""
     rows, said = traffic(240, end=10_000.0, seed=1)

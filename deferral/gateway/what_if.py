@@ -30,7 +30,8 @@ class Point:
     """One setting: means and halves of their 95% intervals, and the share of the queries that each expert would get.
 
     A half is None where too little was seen for an interval: `price_guessed` and `quality_guessed` are the experts of whose
-    answers, to queries that they get now or to those that they would get only then, fewer than 20 are on record, or judged.
+    answers, to queries that they get now or to those that they would get only then, fewer than 20 are on record, or judged; or
+    who would get one in fifty of the queries where somebody else was certain to be asked.
     """
 
     price_of_error: float  # dollars
@@ -98,6 +99,7 @@ def what_if(engine: Engine, *, since: float, until: float, present: float) -> Wh
     said = np.array([row.quality for row in rows])
     judged = ~np.isnan(said)
     group = alike([row.draw for row in rows])
+    certain = (propensity == 1) & (np.isfinite(quality).sum(1) > 1)
 
     def draws_of(told: np.ndarray, cost: np.ndarray, estimate: np.ndarray) -> Draws:
         """Rows that tell nothing stay as what is expected; the others stand for them."""
@@ -109,7 +111,8 @@ def what_if(engine: Engine, *, since: float, until: float, present: float) -> Wh
     points = []
     for error in _settings(quality, price, present):
         actions = np.nanargmin(1 - quality + price / error, axis=1)
-        few = [_unseen(actions, best, draws, experts) for draws in (priced, judgements)]
+        unknown = actions[certain & (actions != drawn)]
+        few = [_unseen(actions, best, draws, unknown, experts) for draws in (priced, judgements)]
         costs, good = doubly_robust(priced, actions), doubly_robust(judgements, actions)
         cost, cost_half = _mean(costs, group)
         quality_then, quality_half = _mean(good, group)
@@ -184,16 +187,20 @@ def _settings(quality: np.ndarray, price: np.ndarray, present: float) -> np.ndar
     return np.union1d(np.geomspace(middle / 30, middle * 100, _POINTS), present)
 
 
-def _unseen(actions: np.ndarray, best: np.ndarray, draws: Draws, experts: list[str]) -> list[str]:
-    """Experts too few of whose answers were seen among the queries that are theirs already, or among those that are not."""
+def _unseen(actions: np.ndarray, best: np.ndarray, draws: Draws, unknown: np.ndarray, experts: list[str]) -> list[str]:
+    """Experts too few of whose answers were seen among the queries that are theirs already, or among those that are not.
+
+    `unknown` are the actions for queries of which nobody else could have been drawn: the answers to others say nothing of those.
+    """
     theirs = 2 * actions + (actions != best)
     asked = np.bincount(theirs, minlength=2 * len(experts))
     seen = draws.action == actions
     # A query that was asked again was seen once.
     once = np.unique(np.stack([theirs[seen], draws.group[seen]]), axis=1)[0]
     known = np.bincount(once, minlength=2 * len(experts))
-    few = np.logical_and(asked >= _WORTH_MENTIONING * len(actions), known < FEWEST_SEEN)
-    return [name for name, either in zip(experts, few.reshape(-1, 2), strict=True) if either.any()]
+    few = np.logical_and(asked >= _WORTH_MENTIONING * len(actions), known < FEWEST_SEEN).reshape(-1, 2).any(1)
+    few |= np.bincount(unknown, minlength=len(experts)) >= _WORTH_MENTIONING * len(actions)
+    return [name for name, one in zip(experts, few, strict=True) if one]
 
 
 def _half_with_one_more(draws: Draws, actions: np.ndarray, best: np.ndarray, values: np.ndarray) -> float:
