@@ -133,6 +133,31 @@ def test_what_was_decided_before_exploration_began_does_not_count_for_the_gain(t
     engine.dispose()
 
 
+def test_a_candidate_whose_rare_right_answers_were_not_seen_may_be_as_good(tmp_path: Path) -> None:
+    """The live choice was right one time in twenty, the candidate's in none of the 50 times that it was drawn."""
+    engine, rows, said = connect(str(tmp_path / "g.db")), [], []
+    prepare(engine)
+    quality = price = {"small": 0.05, "large": 0.05}
+    for number in range(1000):
+        chosen, why = ("large", f"large, {AT_RANDOM} to learn") if number % 20 == 0 else ("small", "")
+        made = row(
+            number, expert=chosen, chosen=chosen, reason=why, propensity=0.05 if why else 0.95, expected_quality=quality,
+            expected_price=price, price=0.05, price_of_error=1.0,
+        )  # fmt: skip
+        rows.append(values(made))
+        said.append((made.id, "", float(number % 20 == 1), made.time))
+    with engine.begin() as connection:
+        insert_rows(connection, decisions, rows)
+        insert_rows(connection, shadows, [(one[0], 1000.0, "c", "large", "{}") for one in rows])
+        insert_rows(connection, feedback, said)
+    gain = agreement(engine, since=0, until=1e6).gain
+    assert gain is not None
+    assert gain.seen == (950, 50)
+    assert gain.estimate < -0.03
+    assert gain.estimate + gain.half > 0
+    engine.dispose()
+
+
 def test_who_was_drawn_from_a_static_mix_is_the_live_choice(tmp_path: Path) -> None:
     mixed = row(
         chosen="large", expert="large", propensity=0.3, expected_cost={"small": 0.3, "large": 0.4},

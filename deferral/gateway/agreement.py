@@ -34,9 +34,9 @@ _ROWS = 20_000
 class Gain:
     """What changing to the candidate saves, in errors a query, on the `rows` that were judged.
 
-    `estimate` is doubly robust, `half` half its 95% interval, which allows for a failure of the candidate, or a right answer of
-    the live choice, that was not seen; `weighted` is the self-normalised inverse propensity estimate.  `seen`: where the routers
-    differ, the queries that drew the live choice, and the candidate's.
+    `estimate` is doubly robust, `half` half its 95% interval, which allows for a failure, or a right answer, of either that was
+    not seen; `weighted` is the self-normalised inverse propensity estimate.  `seen`: where the routers differ, the queries that
+    drew the live choice, and the candidate's.
     """
 
     rows: int
@@ -193,7 +193,7 @@ def _gain(rows: Sequence[Row], expected: list[dict], live: list[str]) -> tuple[G
     gains, stands_for = doubly_robust(draws, old) - doubly_robust(draws, new), 1 / heard
     gain, half = interval_of_mean(gains, stands_for, group)
     assert half is not None
-    half = max(half, gain - cautious_gain(draws, old, new))
+    half = max(half, gain - cautious_gain(draws, old, new), -cautious_gain(draws, new, old) - gain)
     weight_old, weight_new = (draws.weight(policy) * differ * stands_for for policy in (old, new))
     weighted = np.average(draws.cost, weights=weight_old) - np.average(draws.cost, weights=weight_new)
     weighted *= np.average(differ, weights=stands_for)
