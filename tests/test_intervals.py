@@ -7,6 +7,7 @@ import torch
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
+from deferral import intervals
 from deferral.curves import aurc, risk_coverage_curve
 from deferral.intervals import (
     bootstrap,
@@ -108,6 +109,13 @@ def test_the_same_seed_draws_the_same_rows_for_every_metric() -> None:
     figure = metric_interval(lambda weights: average(values, weights), rows=50, resamples=100)
     mean = mean_interval(values, resamples=100)
     assert (figure.estimate, figure.low, figure.high) == pytest.approx((mean.estimate, mean.low, mean.high))
+
+
+@pytest.mark.parametrize("at_once", [1, 100, 10_000])
+def test_how_many_samples_are_drawn_at_once_changes_none(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = bootstrap(lambda weights: weights, rows=7, resamples=90, seed=3)
+    monkeypatch.setattr(intervals, "_CHUNK", at_once)
+    assert torch.equal(bootstrap(lambda weights: weights, rows=7, resamples=90, seed=3), expected)
 
 
 def test_samples_without_a_figure_are_left_out() -> None:
