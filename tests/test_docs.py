@@ -18,6 +18,12 @@ def test_the_list_of_names_is_current() -> None:
     assert api_page.PAGE.read_text(encoding="utf-8") == api_page.page(), "run python -m benchmarks api-page"
 
 
+def test_pages_hold_no_control_characters() -> None:
+    for path in [*PAGE.parent.glob("*.md"), *PAGE.parent.parent.glob("*.md")]:
+        # A NUL makes a page binary to git and grep.
+        assert min(path.read_text(encoding="utf-8").replace("\n", " ")) >= " ", path
+
+
 def test_the_table_lists_every_loss() -> None:
     assert set(CLAIMS) == set(losses.__all__) - {"Criterion", "expert_correctness", "rejector_of_scores"}
 
