@@ -321,7 +321,8 @@ ONE, THREE, TEXT = np.ones((1, 2)), np.ones(3), np.array([["a", "b"]])
         (lambda: apgr(THREE, ONE[0]), ValueError, "score, gain: expected two vectors of one length"),
         (lambda: apgr(np.empty(0), np.empty(0)), ValueError, "score: expected 1 dimensions, none of them empty"),
         (lambda: apgr(THREE, THREE, ONE), ValueError, r"weights: expected one per row, shape \(\.\.\., 3\), got \(1, 2\)"),
-        (lambda: apgr(THREE, THREE, -THREE), ValueError, "weights: expected finite numbers >= 0 that are not all 0"),
+        (lambda: apgr(THREE, THREE, -THREE), ValueError, "weights: expected finite numbers >= 0$"),
+        (lambda: apgr(THREE, THREE, THREE * np.inf), ValueError, "weights: expected finite numbers >= 0$"),
         (lambda: cpt(THREE, THREE, 50), ValueError, r"share: expected a share in \(0, 1\], got 50"),
         (lambda: cpt(THREE, THREE, "0.5"), TypeError, "share: expected a number, got '0.5'"),
         (lambda: hull(np.empty((0, 2))), ValueError, "points: expected 2 dimensions, none of them empty"),
@@ -359,6 +360,16 @@ def test_lists_and_whole_numbers_are_judged_as_arrays_are() -> None:
     assert curve([[1, 0]], [[2, 1]], [[1, 0]], [np.inf]).points().tolist() == [[2.0, 1.0]]
     assert best_expert([[0, 1]], [[1, 2]]) == 1
     assert best_expert(np.array([[0.5, True]], object), np.array([[1, 2]], object)) == 1
+
+
+def test_figures_of_a_part_are_not_defined_in_resamples_without_it() -> None:
+    score, gain, part = np.arange(6.0), np.array([1.0, 0.0, 1.0, 0.0, 1.0, 1.0]), np.zeros(3)
+    assert np.isnan([apgr(score[:3], gain[:3], part), cpt(score[:3], gain[:3], 0.5, part)]).all()
+    assert np.isnan(apgr(score[:3], gain[:3], np.stack([part, THREE]))).tolist() == [True, False]
+    assert np.isnan(static_curve(np.ones((3, 2)), np.ones((3, 2))).points(part)).all()
+    [found] = intervals_of(lambda weights: [apgr(score[:3], gain[:3], weights[:3])], 6, group=[0, 0, 0, 1, 1, 1], resamples=50)
+    assert np.isfinite(found.estimate)
+    assert np.isnan(found.low)
 
 
 def test_groups_may_have_any_names() -> None:

@@ -52,7 +52,7 @@ class PriceQualityCurve:
         if weights is None:
             return np.stack([self.price.mean(1), self.quality.mean(1)], -1)
         weights = _weights_of(weights, self.price.shape[1])
-        total = weights.sum(-1, keepdims=True)
+        total = _above_0(weights.sum(-1, keepdims=True))
         return np.stack([weights @ self.price.T / total, weights @ self.quality.T / total], -1)
 
 
@@ -287,9 +287,15 @@ def _weights_of(weights: np.ndarray, rows: int) -> np.ndarray:
     weights = array_of("weights", weights, np.ndim(weights))
     if weights.shape[-1:] != (rows,):
         raise ValueError(f"weights: expected one per row, shape (..., {rows}), got {weights.shape}")
-    if not ((weights >= 0) & (weights < np.inf)).all() or not (weights.sum(-1) > 0).all():
-        raise ValueError("weights: expected finite numbers >= 0 that are not all 0")
+    # All may be 0, where a resample leaves out every row of a part: its figures are not defined.
+    if not ((weights >= 0) & (weights < np.inf)).all():
+        raise ValueError("weights: expected finite numbers >= 0")
     return weights
+
+
+def _above_0(total: np.ndarray) -> np.ndarray:
+    """What can be divided by; NaN elsewhere."""
+    return np.where(total > 0, total, np.nan)
 
 
 def _figures_of(found: object) -> np.ndarray:
@@ -318,6 +324,5 @@ def _recovered(score: np.ndarray, gain: np.ndarray, weights: np.ndarray | None) 
     weights = (np.ones(len(score)) if weights is None else _weights_of(weights, len(score)))[..., order]
     mass, gained = weights.cumsum(-1)[..., ends], (weights * gain[order]).cumsum(-1)[..., ends]
     nothing = np.zeros((*mass.shape[:-1], 1))
-    total = gained[..., -1:]
-    gained = gained / np.where(total > 0, total, np.nan)
-    return np.concatenate([nothing, mass / mass[..., -1:]], -1), np.concatenate([nothing, gained], -1)
+    called, recovered = mass / _above_0(mass[..., -1:]), gained / _above_0(gained[..., -1:])
+    return np.concatenate([nothing, called], -1), np.concatenate([nothing, recovered], -1)
