@@ -51,6 +51,9 @@ def test_a_reply_that_repeats_the_key_keeps_it_secret() -> None:
         assert isinstance(call, Call)
         assert call.reply.body == json.dumps(body).encode().replace(key.encode(), b"***")
         assert (b"x-echo", b"Bearer ***") in call.reply.headers
+    no_answer = b"HTTP/1.1 200 OK\r\ncontent-type: text/%b\xe9\r\ncontent-length: 0\r\n\r\n"
+    [nobody], _ = asked([[no_answer % key.encode()]], key=key)
+    assert "asked for: 'text/***" in str(nobody)
     [call], _ = asked([[streamed(b'{"choices": [], "echo": "%b"}' % key.encode())]], key=key)
     assert isinstance(call, Call)
     assert call.reply.body == b'data: {"choices": [], "echo": "***"}\n\n'

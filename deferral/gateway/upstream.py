@@ -176,10 +176,13 @@ class Upstream:
         status = response.status
         if is_failure(status):
             raise refused_with(status, path, retry_after_of(response.headers))
-        kind = response.headers.get("Content-Type", "").lower()
+        named_kind = response.headers.get("Content-Type", "")
+        kind = named_kind.lower()
         events = kind.startswith("text/event-stream")
         if status < 300 and not (kind.startswith("application/json") or (events and asked.stream)):
-            raise Failure(502, "upstream_bad_reply", f"answered neither JSON nor a stream that was asked for: {_shown(kind)}")
+            raise Failure(
+                502, "upstream_bad_reply", f"answered neither JSON nor a stream that was asked for: {_shown(named_kind, secret)}"
+            )
         headers = [(name.lower(), value) for name, value in response.raw_headers if _handed_on(name.lower(), value)]
         if named := response.headers.getall("Connection", None):
             # What it names is for this connection, too (RFC 9110, section 7.6.1).
@@ -267,5 +270,6 @@ async def _beginning(content: aiohttp.StreamReader) -> bytes:
     return first
 
 
-def _shown(kind: str) -> str:
-    return repr(kind[:60]) if kind else "no content type"
+def _shown(kind: str, secret: bytes) -> str:
+    shown = masked(secret, kind.encode(errors="surrogateescape")).decode(errors="replace")
+    return repr(shown[:60].lower()) if kind else "no content type"
