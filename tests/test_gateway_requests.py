@@ -234,6 +234,22 @@ def test_an_estimate_counts_characters_however_they_are_spelled_and_thoughts_onc
         assert meter.usage(9).output_tokens == 10
 
 
+@pytest.mark.parametrize(
+    "written",
+    [
+        {"tool_calls": [{"index": 0, "function": {"name": "f", "arguments": "a" * 400}}]},
+        {"tool_calls": [{"index": 0, "type": "custom", "custom": {"name": "f", "input": "a" * 400}}]},
+        {"audio": {"id": "audio_1", "transcript": "a" * 400}},
+        {"refusal": "a" * 400},
+    ],
+)
+def test_an_estimate_counts_what_clients_may_have_a_model_write_into(written: dict[str, Any]) -> None:
+    assert usage_of(json.dumps({"choices": [{"message": written}]}).encode(), 9) == (9, 100, True, "", 0)
+    meter = StreamMeter()
+    meter.feed(b"data: " + json.dumps({"choices": [{"delta": written}]}).encode() + b"\n\n")
+    assert meter.usage(9)[:3] == (9, 100, True)
+
+
 def test_output_that_is_not_reported_is_what_the_total_leaves_or_an_estimate() -> None:
     answer = {"choices": [{"message": {"content": "a" * 400}}]}
     for usage, expected in (

@@ -11,7 +11,10 @@ __all__ = ["TEXT", "USAGE", "Usage", "characters_of", "error_of", "id_in", "last
 _CHARACTERS_PER_TOKEN = 4
 _READ_WHOLE = 1 << 17
 _TAIL = 4096
-TEXT = re.compile(rb'"(?:content|reasoning_content|reasoning|thinking|refusal|text|arguments)"\s*:\s*"([^"\\]*(?:\\.[^"\\]*)*)"')
+TEXT = re.compile(
+    rb'"(?:content|reasoning_content|reasoning|thinking|refusal|text|arguments|input|transcript)"'
+    rb'\s*:\s*"([^"\\]*(?:\\.[^"\\]*)*)"'
+)
 _ESCAPE = re.compile(rb"\\(?:u[0-9a-fA-F]{4}|.)")
 _LONGEST_ID = 1000
 _ID = re.compile(rb'"id"\s*:\s*"([^"\\]{1,%d})"' % _LONGEST_ID)
