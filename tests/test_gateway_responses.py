@@ -187,6 +187,19 @@ def test_what_a_reply_cost_is_what_it_says_and_not_what_its_client_sent(metadata
     assert left.usage(99)[:3] == (99, 34, True), "half of the last event tells nothing"
 
 
+@pytest.mark.parametrize("size", [7, 1000, 100_000])
+@pytest.mark.parametrize("usage", [{"usage": USAGE}, {}], ids=["reported", "not reported"])
+def test_a_client_does_not_say_what_it_cost_where_the_type_comes_last_either(usage: dict[str, Any], size: int) -> None:
+    reply = {"id": "resp_7", "output": [{"text": "x" * 400}], "filler": "x" * 9000, **usage, "metadata": CHOSEN}
+    told = ({"delta": "x" * 400, "type": "response.output_text.delta"}, {"response": reply, "type": "response.completed"})
+    whole = b"".join(f"data: {json.dumps(one)}\n\n".encode() for one in told)
+    meter = METERS["responses"]()
+    for start in range(0, len(whole), size):
+        meter.feed(whole[start : start + size])
+    assert meter.finished
+    assert meter.usage(99)[:3] == ((5, 6, False) if usage else (99, 100, True))
+
+
 def test_thousands_of_usages_that_a_client_has_sent_are_not_all_read(monkeypatch: pytest.MonkeyPatch) -> None:
     read = []
 

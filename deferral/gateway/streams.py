@@ -112,7 +112,8 @@ class ResponseMeter(StreamMeter):
     def __init__(self) -> None:
         super().__init__()
         self._ending, self._last = b"", bytearray()
-        self._type_came_last = False
+        # Of the event that is not over: its type may come last.
+        self._event = bytearray()
 
     def feed(self, chunk: bytes) -> None:
         """The next bytes."""
@@ -124,8 +125,16 @@ class ResponseMeter(StreamMeter):
         elif any(name in seen for name in _ENDINGS) and (found := _ENDING.search(seen)):
             self._ending, self._last = found[1], bytearray(seen[found.start() :])
             if found[0].startswith(b'"type"'):
-                # What was before it is at hand but for its end.
-                self._type_came_last, self._usage = True, last_usage(self._tail)
+                read = self._event + chunk
+                start = _line_begins(read, len(read) - len(seen) + found.end())
+                self._last = read[start:]
+        elif not chunk.endswith(_LINE_ENDS):
+            if start := _line_begins(chunk, len(chunk)):
+                self._event = bytearray(chunk[start:])
+            elif len(self._event) <= _LONGEST_LAST_EVENT:
+                self._event += chunk
+        elif self._event:
+            self._event = bytearray()
 
     @property
     def finished(self) -> bool:
@@ -144,14 +153,17 @@ class ResponseMeter(StreamMeter):
 
     def _reported(self) -> Any:
         """The usage of the response in the last event, and none of what that repeats of the request."""
-        if self._type_came_last:
-            return self._usage
         event = _DATA.search(self._last)
         try:
             response = json.loads(event[1]).get("response") if event else None
         except (ValueError, RecursionError):
             return None
         return response.get("usage") if isinstance(response, dict) else None
+
+
+def _line_begins(text: bytes | bytearray, end: int) -> int:
+    """Where the line begins that goes on to here."""
+    return 1 + max(text.rfind(line_end, 0, end) for line_end in _LINE_ENDS)
 
 
 class WithoutUsage:
