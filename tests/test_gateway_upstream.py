@@ -75,6 +75,7 @@ def test_retry_after_is_a_number_or_a_date() -> None:
     assert retry_after_of({"Retry-After": "1", "retry-after-ms": "250"}) == 0.25
     assert retry_after_of({"Retry-After": "7", "retry-after-ms": "soon"}) == 7
     assert retry_after_of({"Retry-After": "9" * 400}) == 86_400
+    assert retry_after_of({"Retry-After": "Fri, 31 Dec 9999 23:59:59 GMT"}) == 86_400
     soon = datetime.now(UTC) + timedelta(seconds=30)
     assert retry_after_of({"Retry-After": format_datetime(soon, usegmt=True)}) == pytest.approx(30, abs=2)
     assert retry_after_of({"Retry-After": formatdate(0, usegmt=True)}) == 0

@@ -12,6 +12,7 @@ __all__ = ["Failure", "check_error", "is_failure", "refused_with", "retry_after_
 
 _MISCONFIGURED = frozenset({401, 402, 403, 404, 405, 407})
 _OVERLOADED = frozenset({408, 425, 429})
+_LONGEST_WAIT = 86_400.0
 
 
 class Failure(Exception):
@@ -99,11 +100,11 @@ def retry_after_of(headers: Mapping[str, str]) -> float | None:
     milliseconds, text = headers.get("retry-after-ms", ""), headers.get("Retry-After", "")
     try:
         if milliseconds.replace(".", "", 1).isdigit():
-            return min(float(milliseconds) / 1000, 86_400.0)
+            return min(float(milliseconds) / 1000, _LONGEST_WAIT)
         if text.replace(".", "", 1).isdigit():
-            return min(float(text), 86_400.0)
+            return min(float(text), _LONGEST_WAIT)
         if not text:
             return None
-        return max(parsedate_to_datetime(text).timestamp() - time(), 0.0)
+        return min(max(parsedate_to_datetime(text).timestamp() - time(), 0.0), _LONGEST_WAIT)
     except (ValueError, OverflowError):
         return None
