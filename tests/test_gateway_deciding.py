@@ -104,6 +104,7 @@ def test_an_empty_mask_is_a_clear_400(decider: Decider) -> None:
         (asked(), Limited(allow={"another"}), {}, "none is allowed for this key"),
         (asked(), Limited(), {"regions": frozenset({"mars"})}, "small: it is in eu; large: it is in us"),
         (asked(), Limited(), {"max_latency": 0.01}, "no expert that may be asked answers within 0.01 s"),
+        (asked(), Limited(allow={"small"}), {"max_latency": 0.01}, "answers within 0.01 s on average (small "),
         (asked(), Limited(), {"budget": 0.001}, "the cheapest expert costs"),
         (asked(), Limited(), {"budget": 1.0, "price_of_error": 1.0}, "expected one of"),
     ):

@@ -209,7 +209,8 @@ class Fitted:
         if not quick.any():
             known = ", ".join(
                 f"{name} {'has no latency_s in the log' if np.isnan(time) else f'{time:.3g} s'}"
-                for name, time in zip(self.experts, self.latency, strict=True)
+                for name, time, may in zip(self.experts, self.latency, mask, strict=True)
+                if may
             )
             raise ValueError(f"max_latency: no expert that may be asked answers within {most:g} s on average ({known})")
         return quick
