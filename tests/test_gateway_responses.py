@@ -1,6 +1,7 @@
 """The Responses API: what is asked, what it needs, where it may go, and what its streams and errors say."""
 
 import json
+import tracemalloc
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -185,6 +186,19 @@ def test_what_a_reply_cost_is_what_it_says_and_not_what_its_client_sent(metadata
     left = METERS["responses"]()
     left.feed(whole[:-20])
     assert left.usage(99)[:3] == (99, 34, True), "half of the last event tells nothing"
+
+
+def test_of_an_event_without_an_end_no_more_is_kept_than_is_of_use() -> None:
+    meter = METERS["responses"]()
+    meter.feed(b'data: {"response": {"tools": [')
+    tracemalloc.start()
+    for _ in range(400):
+        meter.feed(b'{"usage": {"input_tokens": 0, "output_tokens": 0}}, ' * 1000)
+    assert tracemalloc.get_traced_memory()[0] < 12 << 20
+    tracemalloc.stop()
+    meter.feed(b'{}]}, "type": "response.completed"}\n\n')
+    assert meter.finished
+    assert meter.usage(99).input_tokens == 99
 
 
 @pytest.mark.parametrize("size", [7, 1000, 100_000])

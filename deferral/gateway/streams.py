@@ -33,6 +33,8 @@ _DATA = re.compile(rb"(?:^|[\r\n])data: ?(\{[^\r\n]*)")
 _LONGEST_EVENT = 1 << 17
 # Of the Responses API: it repeats the instructions, and may be as long as these.
 _LONGEST_LAST_EVENT = 1 << 26
+# Of any event, since its type may come last and be that of the end; what a longer one cost is estimated.
+_LONGEST_HELD_EVENT = 1 << 22
 _LINE_ENDS = (b"\n", b"\r")
 # Of a line that is not over, as much waits to be counted.
 _LONGEST_LINE = 1 << 16
@@ -131,7 +133,7 @@ class ResponseMeter(StreamMeter):
         elif not chunk.endswith(_LINE_ENDS):
             if start := _line_begins(chunk, len(chunk)):
                 self._event = bytearray(chunk[start:])
-            elif len(self._event) <= _LONGEST_LAST_EVENT:
+            elif len(self._event) <= _LONGEST_HELD_EVENT:
                 self._event += chunk
         elif self._event:
             self._event = bytearray()
