@@ -142,6 +142,33 @@ def test_the_log_of_the_record_is_read_back(tmp_path: Path, database: str) -> No
     engine.dispose()
 
 
+@pytest.mark.parametrize("before", [0.0, 1.0])
+def test_how_many_were_judged_before_exploration_began_is_no_matter(
+    tmp_path: Path, old_router: Router, monkeypatch: pytest.MonkeyPatch, before: float
+) -> None:
+    """Since then the small expert's answers are judged one time in two, and those of the large one always."""
+    old_router.save(tmp_path / "router")
+    certain = {"query": "add 1 and 2", "price_of_error": ERROR, "propensity": 1.0}
+    rows = [row(number, **certain) for number in range(100)]
+    quality = {one.id: 1.0 for one in rows if before}
+    for number in range(100, 600):
+        name = "large" if number % 3 else "small"
+        rows.append(row(number, query=f"add {number} and 1", expert=name, chosen=name, propensity=0.5, price_of_error=ERROR))
+        if number % 2 or name == "large":
+            quality[f"id-{number}"] = 1.0
+    asyncio.run(recorded(tmp_path / "gateway.db", rows, quality))
+    shares = []
+
+    def as_before(model: Router, rows: list, heard: dict) -> Draws:
+        shares.append(heard)
+        return draws_of(model, rows, heard)
+
+    monkeypatch.setattr("deferral.gateway.retrain.draws_of", as_before)
+    monkeypatch.setattr("deferral.gateway.retrain.learned", lambda router, *rest, **more: router)
+    assert not retrain(connect(str(tmp_path / "gateway.db")), tmp_path / "router").better
+    assert shares == [{"small": pytest.approx(0.5, abs=0.01), "large": 1.0}]
+
+
 def test_pages_leave_no_row_out_and_take_none_twice(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [row(number, time=1000.0 + number // 5) for number in range(20)]
     asyncio.run(recorded(database, rows, {}))

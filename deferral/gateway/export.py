@@ -44,6 +44,11 @@ class Logged:
     allowed: tuple[str, ...]
     price_of_error: float
 
+    @property
+    def by_chance(self) -> bool:
+        """Whether the others, if there were any, could have been drawn as well."""
+        return self.outcome.propensity < 1 or len(self.allowed) == 1
+
 
 @dataclass(frozen=True)
 class Exported:
@@ -93,7 +98,7 @@ def logged(
 ) -> Iterator[Logged]:
     """The rows that a router can learn from, oldest first; `left_out` counts the others by reason.
 
-    `unheard` counts, by the expert that was drawn, those of them that lack nothing but an answer, or an opinion on it.
+    `unheard` counts, by the expert that was drawn by chance, those of them that lack nothing but an answer, or an opinion on it.
 
     Read in pages, each for itself: a long transaction would keep the writer's journal from being emptied.
     """
@@ -118,7 +123,8 @@ def logged(
             reason = _why_not(row, cascade, asked.get(row.id), quality, judged=row.id in said)
             if reason:
                 left_out[reason] += 1
-                if unheard is not None and (reason == NO_QUALITY or (in_vain(row, cascade) and row.id in asked)):
+                silent = reason == NO_QUALITY or (in_vain(row, cascade) and row.id in asked)
+                if unheard is not None and silent and (row.propensity < 1 or len(_allowed(row)) == 1):
                     unheard[row.chosen] += 1
             else:
                 yield _logged(row, cascade, asked[row.id], float(quality), row.id not in said)  # type: ignore[arg-type]
@@ -196,9 +202,12 @@ def _logged(row: Row, cascade: Row | None, query: str, quality: float, assumed: 
         ("assumed",) if assumed else (),
         confidence_in(cascade) if cascade is not None and cascade.ending == "kept" else None,
     )
+    return Logged(outcome, _allowed(row), row.price_of_error or math.nan)
+
+
+def _allowed(row: Row) -> tuple[str, ...]:
     costs = {name: cost for name, (_, _, cost) in json.loads(row.expected).items()}
-    allowed = tuple(name for name, cost in costs.items() if cost is not None or name == row.chosen)
-    return Logged(outcome, allowed or (row.chosen,), row.price_of_error or math.nan)
+    return tuple(name for name, cost in costs.items() if cost is not None or name == row.chosen) or (row.chosen,)
 
 
 def confidence_in(cascade: Row) -> Confidence | None:

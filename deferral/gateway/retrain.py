@@ -77,12 +77,14 @@ def retrain(
     judged, unheard = Counter[str](), Counter[str]()
     train, judge = [], []
     for row in logged(engine, left_out, assumed_quality=assumed_quality, unheard=unheard):
-        judged[row.outcome.expert] += 1
+        # The routers are compared on draws by chance: of those before exploration another share may have been judged.
+        if row.by_chance:
+            judged[row.outcome.expert] += 1
         if not set(row.allowed) <= set(old.experts):
             left_out["it was drawn among experts that the router does not have"] += 1
         elif not _is_held_out(row.outcome.query):
             train.append(row.outcome)
-        elif row.outcome.propensity == 1 and len(row.allowed) > 1:
+        elif not row.by_chance:
             left_out["held out, but the draw was certain: nothing can be said of the others (explore was 0)"] += 1
         elif not row.price_of_error > 0:
             left_out["held out, but the price of an error is not known"] += 1
