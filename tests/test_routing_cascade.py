@@ -338,6 +338,36 @@ def test_answers_of_a_log_are_each_what_was_logged() -> None:
         answers_in(log, unsure_router(), "large")
 
 
+@pytest.mark.parametrize(
+    ("old_right", "new_right", "explored_is", "least", "most"),
+    [(0.95, 0.95, "new", 0, 0.03), (0.05, 0.05, "old", 0, 0.03), (0.4, 0.95, "new", 0.9, 1)],
+)
+def test_what_was_not_seen_by_luck_is_no_gain(
+    monkeypatch: pytest.MonkeyPatch, old_right: float, new_right: float, explored_is: str, least: float, most: float
+) -> None:
+    """Two cascades that differ on three in ten of 2,000 answers, of which the one's choice is drawn one time in forty."""
+    rng, size, better, naive = np.random.default_rng(0), 2000, [], []
+    same = np.arange(size) < 0.7 * size
+    for _ in range(200):
+        explored = rng.random(size) < 0.025
+        parts = []
+        for right, is_explored in ((new_right, explored_is == "new"), (old_right, explored_is == "old")):
+            drawn = explored == is_explored
+            weight = np.where(drawn, 1 / (0.025 if is_explored else 0.975), 0.0)
+            cost = 1 - right - weight * ((rng.random(size) < right) - right)
+            parts.append(np.stack([np.where(same, 0.0, cost), np.where(same, 0.0, len(parts)), weight, np.full(size, right)]))
+        monkeypatch.setattr("deferral.routing.cascade_fitting._cross_fitted", lambda *_, parts=parts: (np.arange(size), parts))
+        gain, half = gain_over(None, None, 0.005)  # type: ignore[arg-type]
+        better.append(gain > half)
+        values = parts[1][0] - parts[0][0]
+        naive.append(values.mean() > 1.96 * values.std(ddof=1) / size**0.5)
+    assert least <= np.mean(better) <= most
+    assert np.mean(naive) > 0.2, "which is why"
+    unseen = [part * [[1], [1], [0], [1]] for part in parts]
+    monkeypatch.setattr("deferral.routing.cascade_fitting._cross_fitted", lambda *_: (np.arange(size), unseen))
+    assert gain_over(None, None, 0.005)[1] == np.inf  # type: ignore[arg-type]
+
+
 @pytest.mark.slow
 def test_what_knows_nothing_is_surpassed_by_what_knows(learned: Cascade) -> None:
     flat = {name: 0 * value if name in ("4.weight", "4.bias", "shifts") else value for name, value in learned.arrays.items()}

@@ -148,16 +148,34 @@ def add_cascade(
 def gain_over(old: Cascade, answers: Answered, error: float, *, seed: int = 0) -> tuple[float, float]:
     """Errors a query that a cascade learned from these answers saves against an older one, and half its 95% interval.
 
-    On folds of queries that were held out from the new one; the old one is taken to have seen none of them.
+    On folds of queries that were held out from the new one; the old one is taken to have seen none of them.  The interval allows
+    for one more answer of the new one's choice that was wrong, or of the old one's that was right, where they differ: of the few
+    that were explored, of heavy weight each, none may be, by luck.  It is infinite where one of the choices was never seen.
     """
-    query, (_, _, new, _, _, _, before) = _cross_fitted(answers, np.array([error]), seed, old)
-    return mean_and_half(np.bincount(query, before[0] - new[0]) / np.bincount(query))
+    query, (*_, new, before) = _cross_fitted(answers, np.array([error]), seed, old)
+    differ = new[1] != before[1]
+    saved = np.bincount(query, before[0] - new[0]) / np.bincount(query)
+    gain, half = mean_and_half(saved)
+    if not differ.any():
+        return gain, half
+    for weight, lost in ((new[2], new[3]), (before[2], 1 - before[3])):
+        seen = differ & (weight > 0)
+        if not seen.any():
+            return gain, np.inf
+        # It stands for no more than all on which they differ.
+        once = (before[0] - new[0])[differ].mean() - min(weight[seen].mean(), differ.sum()) * lost[seen].mean()
+        less, its_half = mean_and_half(np.append(saved, once))
+        half = max(half, gain - less + its_half)
+    return gain, half
 
 
 def _cross_fitted(
     answers: Answered, errors: np.ndarray, seed: int, old: Cascade | None = None
 ) -> tuple[np.ndarray, list[np.ndarray]]:
-    """The numbers of the queries, and the costs of each answer by what was learned from those to the other folds of queries."""
+    """The numbers of the queries, and the costs of each answer by what was learned from those to the other folds of queries.
+
+    With an old cascade also what is taken by the new one, and by that, at the first of the prices of an error.
+    """
     known = answers.mask.any(1)
     if known.sum() < _FEWEST:
         raise DataError(f"{known.sum()} answers with a confidence are too few to learn from, expected at least {_FEWEST}")
@@ -175,7 +193,7 @@ def _cross_fitted(
         rest, held = answers.rows(np.flatnonzero(fold != number)), answers.rows(np.flatnonzero(fold == number))
         guess, new = _guess(rest, held), Cascade(answers.experts, answers.first, _learned(rest, seed), _nothing(errors))
         costs = _costs(new, held, guess, errors)
-        parts.append(costs if old is None else (*costs, _costs(old, held, guess, errors)[2]))
+        parts.append(costs if old is None else (*costs, *(_taken(one, held, guess, errors[0]) for one in (new, old))))
     order = np.concatenate([np.flatnonzero(fold == number) for number in range(FOLDS)])
     return query[order], [np.concatenate(part, axis=1) for part in zip(*parts, strict=True)]
 
@@ -280,17 +298,12 @@ def _costs(cascade: Cascade, held: Answered, guess: np.ndarray, errors: np.ndarr
     place, rows = cascade.place, np.arange(len(held))
     quality = guess + np.where(held.mask, (held.quality - guess) / held.propensity, 0.0)
     price = held.expected + np.where(held.mask, (held.price - held.expected) / held.propensity, 0.0)
-    order = np.argsort(held.expected.mean(0), kind="stable")
     single, alone, always, cascaded, asked, deferred = [], [], [], [], [], []
     for error in errors:
         cost = 1 - quality + price / error
-        expected = 1 - held.estimate + held.expected / error
-        direct = cost[rows, order[expected[:, order].argmin(1)]]
-        action, _, _ = cascade.after(held.confidence, held.estimate, held.expected, error)
-        other = action != place
+        usual, action, asks = _choices(cascade, held, error)
+        direct, other = cost[rows, usual], action != place
         through = cost[rows, action] + np.where(other, price[:, place] / error, 0.0)
-        first, going = cascade.before(held.estimate, held.expected, error)
-        asks = first < going
         single.append(cost)
         alone.append(direct)
         always.append(through)
@@ -299,6 +312,26 @@ def _costs(cascade: Cascade, held: Answered, guess: np.ndarray, errors: np.ndarr
         deferred.append(asks & other)
     stacked = (np.stack(part) for part in (alone, always, cascaded, asked, deferred))
     return (*stacked, np.stack(single))
+
+
+def _choices(cascade: Cascade, held: Answered, error: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Whom the router asks alone, whom the cascade after the first answer, and whether it asks for that.  -> (N,) each"""
+    order = np.argsort(held.expected.mean(0), kind="stable")
+    expected = 1 - held.estimate + held.expected / error
+    action, _, _ = cascade.after(held.confidence, held.estimate, held.expected, error)
+    first, going = cascade.before(held.estimate, held.expected, error)
+    return order[expected[:, order].argmin(1)], action, first < going
+
+
+def _taken(cascade: Cascade, held: Answered, guess: np.ndarray, error: float) -> np.ndarray:
+    """Cost of every answer by a cascade, whose it is, 1 / propensity where its quality is known and else 0, and the guess of it.
+
+    -> (4, N)
+    """
+    usual, action, asks = _choices(cascade, held, error)
+    chosen, rows = np.where(asks, action, usual), np.arange(len(held))
+    weight = np.where(held.mask[rows, chosen], 1 / held.propensity[rows, chosen], 0.0)
+    return np.stack([_costs(cascade, held, guess, np.array([error]))[2][0], chosen, weight, guess[rows, chosen]])
 
 
 def _judged(
