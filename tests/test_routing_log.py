@@ -250,6 +250,7 @@ def test_prices_to_come_are_those_of_the_tokens_that_are_expected() -> None:
             token_prices(log, prices)
     for prices, message in (
         ([1.0, 2.0], "per_million: expected dollars by the experts' names"),
+        ({"a": ("1", "2"), "b": (1.0, 2.0)}, "a: dollars per million tokens: expected one number per expert, got"),
         ({"a": ("1", "two"), "b": (1.0, 2.0)}, "a: dollars per million tokens: expected one number per expert, got"),
     ):
         with pytest.raises(TypeError, match=message):

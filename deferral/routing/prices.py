@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,10 +75,12 @@ class PriceModel:
 
 
 def _dollars(name: str, values: Any) -> np.ndarray:
-    try:
-        return np.asarray(values, float)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name}: expected one number per expert, got {values!r}") from None
+    with suppress(TypeError, ValueError):
+        array = np.asarray(values)
+        # NumPy would make a number of the text "0.5".
+        if array.dtype.kind not in "US":
+            return array.astype(float)
+    raise TypeError(f"{name}: expected one number per expert, got {values!r}")
 
 
 def _check_prices(name: str, values: np.ndarray, shape: tuple[int, ...]) -> None:
