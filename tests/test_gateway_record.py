@@ -283,6 +283,7 @@ def test_rows_wait_while_the_file_is_gone_or_another(path: Path, tmp_path: Path,
     until(lambda: not made.waiting)
     made.look()
     assert not made.trouble
+    monkeypatch.setattr(record_module, "_BACK_EVERYWHERE", 600.0)
     with pytest.raises(TimeoutError, match="only just come back"):  # Another process may have its row still in memory.
         asyncio.run(made.feedback("id-3", 1.0, source_key=""))
     assert asyncio.run(made.feedback("id-2", 1.0, source_key=""))
