@@ -161,6 +161,14 @@ def test_a_file_that_is_missing_empty_or_no_text(tmp_path: Path) -> None:
         read_experts(tmp_path / "experts.toml", {})
 
 
+@pytest.mark.parametrize(("value", "words"), [("[" * 5000 + "]" * 5000, "nested too deeply"), ("1" * 5000, "4300 digits")])
+def test_a_file_that_no_reader_comes_to_the_end_of(tmp_path: Path, value: str, words: str) -> None:
+    path = write(tmp_path, f"{GOOD}\ndefaults = {{ a = {value} }}\n")
+    with pytest.raises(DataError, match=words) as caught:
+        read_experts(path, {"LARGE_KEY": "sk-very-secret"})
+    assert str(caught.value).startswith(f"{path}: expected TOML; ")
+
+
 def test_an_expert_made_in_code_is_checked_as_well() -> None:
     with pytest.raises(ValueError, match="base_url"):
         Expert("small", "file:///etc/passwd")

@@ -155,9 +155,10 @@ def tables(path: Path) -> tuple[str, dict[str, Any]]:
         raise DataError(f"{path}: the experts file cannot be read, {error}") from error
     try:
         found = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
         # The message of tomllib ends with the line.
-        raise DataError(f"{path}: expected TOML; {error}") from error
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise DataError(f"{path}: expected TOML; {reason}") from error
     if unknown := sorted(set(found) - {"experts", "aliases"}):
         message = f"expected tables [experts.NAME] and [aliases.NAME], got {unknown[0]!r}"
         raise DataError(f"{place_in(path, text, unknown[0])}: {message}")
