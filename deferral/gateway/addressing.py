@@ -12,13 +12,12 @@ from deferral.gateway.exchange import Exchange
 from deferral.gateway.experts_file import AUTO
 from deferral.gateway.generation import Generation
 from deferral.gateway.problems import Problem
-from deferral.gateway.requests import Asked, Hints, hints, parse
+from deferral.gateway.requests import PREVIOUS, Asked, Hints, hints, parse
 
 __all__ = ["decided", "understood"]
 
 # Without a word from the client, an answer is expected to be this long.
 _OUTPUT_TOKENS = 256
-_PREVIOUS = "previous_response_id"
 
 
 async def understood(exchange: Exchange, now: Generation, body: bytes, headers: Mapping[bytes, bytes]) -> tuple[Asked, Hints]:
@@ -100,10 +99,10 @@ async def _check_previous(exchange: Exchange, response: str) -> None:
 
 
 def _no_such_response(response: str, advice: str = "") -> Problem:
-    message = f"{_PREVIOUS}: no response {response[:100]!r} of this key is known{advice}"
-    return Problem(400, "previous_response_not_found", message, param=_PREVIOUS)
+    message = f"{PREVIOUS}: no response {response[:100]!r} of this key is known{advice}"
+    return Problem(400, "previous_response_not_found", message, param=PREVIOUS)
 
 
 def _record_unavailable() -> Problem:
-    message = f"{_PREVIOUS}: who gave that response cannot be read, the database fails"
+    message = f"{PREVIOUS}: who gave that response cannot be read, the database fails"
     return Problem(503, "record_unavailable", message, retry_after=1)

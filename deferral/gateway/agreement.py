@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from sqlalchemy import Engine, Row, select
 
-from deferral.gateway.export import DRAWN, in_vain, whole
+from deferral.gateway.export import DRAWN, allowed, by_chance, in_vain, whole
 from deferral.gateway.off_policy import (
     FEWEST_SEEN,
     Draws,
@@ -136,11 +136,6 @@ def _by_answer(row: Row) -> bool:
     return row.ending in BY_ANSWER
 
 
-def _by_chance(row: Row, expected: dict[str, list]) -> bool:
-    """Whether others might have been drawn, if there were any."""
-    return row.propensity < 1 or sum(cost is not None for _, _, cost in expected.values()) < 2
-
-
 def _gain(rows: Sequence[Row], expected: list[dict], live: list[str]) -> tuple[Gain | None, str]:
     """-> the gain, or why it is not known"""
     drawn_among = [
@@ -151,7 +146,8 @@ def _gain(rows: Sequence[Row], expected: list[dict], live: list[str]) -> tuple[G
         and {row.chosen, row.other, live[place]} <= one.keys()
     ]  # fmt: skip
     # What was certain to be drawn says nothing of the others, and it would be the estimate alone that does.
-    drawn_among = [place for place in drawn_among if _by_chance(rows[place], expected[place])] or drawn_among
+    with_chance = [p for p in drawn_among if by_chance(rows[p].propensity, allowed(rows[p].chosen, expected[p]))]
+    drawn_among = with_chance or drawn_among
     answered = [place for place in drawn_among if whole(rows[place])]
     asked = Counter(rows[place].chosen for place in answered)
     asked.update(rows[place].chosen for place in drawn_among if in_vain(rows[place], rows[place]))

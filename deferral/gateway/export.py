@@ -3,7 +3,7 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,20 @@ from deferral.gateway.rows import BY_ANSWER, ROUTED
 from deferral.gateway.schema import cascades, decisions, feedback, own_price, texts
 from deferral.routing import Confidence, Log, Outcome, write_log
 
-__all__ = ["DRAWN", "Exported", "Logged", "confidence_in", "export", "in_vain", "latest", "logged", "nothing_left", "whole"]
+__all__ = [
+    "DRAWN",
+    "Exported",
+    "Logged",
+    "allowed",
+    "by_chance",
+    "confidence_in",
+    "export",
+    "in_vain",
+    "latest",
+    "logged",
+    "nothing_left",
+    "whole",
+]
 
 _PAGE = 2000
 
@@ -46,8 +59,7 @@ class Logged:
 
     @property
     def by_chance(self) -> bool:
-        """Whether the others, if there were any, could have been drawn as well."""
-        return self.outcome.propensity < 1 or len(self.allowed) == 1
+        return by_chance(self.outcome.propensity, self.allowed)
 
 
 @dataclass(frozen=True)
@@ -124,7 +136,7 @@ def logged(
             if reason:
                 left_out[reason] += 1
                 silent = reason == NO_QUALITY or (in_vain(row, cascade) and row.id in asked)
-                if unheard is not None and silent and (row.propensity < 1 or len(_allowed(row)) == 1):
+                if unheard is not None and silent and by_chance(row.propensity, allowed(row.chosen, json.loads(row.expected))):
                     unheard[row.chosen] += 1
             else:
                 yield _logged(row, cascade, asked[row.id], float(quality), row.id not in said)  # type: ignore[arg-type]
@@ -202,12 +214,17 @@ def _logged(row: Row, cascade: Row | None, query: str, quality: float, assumed: 
         ("assumed",) if assumed else (),
         confidence_in(cascade) if cascade is not None and cascade.ending == "kept" else None,
     )
-    return Logged(outcome, _allowed(row), row.price_of_error or math.nan)
+    return Logged(outcome, allowed(row.chosen, json.loads(row.expected)), row.price_of_error or math.nan)
 
 
-def _allowed(row: Row) -> tuple[str, ...]:
-    costs = {name: cost for name, (_, _, cost) in json.loads(row.expected).items()}
-    return tuple(name for name, cost in costs.items() if cost is not None or name == row.chosen) or (row.chosen,)
+def allowed(chosen: str, expected: Mapping[str, Sequence[float | None]]) -> tuple[str, ...]:
+    """Who could have been drawn, by the column `expected` of a decision: whoever has a cost, and who was drawn."""
+    return tuple(name for name, (_, _, cost) in expected.items() if cost is not None or name == chosen) or (chosen,)
+
+
+def by_chance(propensity: float, allowed: Sequence[str]) -> bool:
+    """Whether the others, if there were any, could have been drawn as well."""
+    return propensity < 1 or len(allowed) == 1
 
 
 def confidence_in(cascade: Row) -> Confidence | None:

@@ -14,6 +14,7 @@ from deferral.gateway.turns import BYTES_PER_TOKEN, MOST, TooMany, Turn, bytes_i
 
 __all__ = [
     "NO_HINTS",
+    "PREVIOUS",
     "SETTING",
     "TRADE_OFFS",
     "Asked",
@@ -43,9 +44,9 @@ _DECODER = json.JSONDecoder()
 # Of these one alone makes sense: each says where on the curve of cost and quality to be.
 TRADE_OFFS = ("price_of_error", "budget", "min_quality")
 SETTING = (*TRADE_OFFS, "max_latency")
-_PREVIOUS = "previous_response_id"
+PREVIOUS = "previous_response_id"
 # Fields that every expert must read as the gateway does.
-_MEANT = frozenset({"model", "stream", "stream_options", _PREVIOUS, "background"})
+_MEANT = frozenset({"model", "stream", "stream_options", PREVIOUS, "background"})
 
 
 class Asked(NamedTuple):
@@ -246,7 +247,7 @@ def _messages(kind: Kind, request: Mapping[str, Any]) -> list[Any]:
         _check_length("messages", messages)
         return messages
     items = request.get("input")
-    if items is None and any(request.get(name) for name in (_PREVIOUS, *_ELSEWHERE)):
+    if items is None and any(request.get(name) for name in (PREVIOUS, *_ELSEWHERE)):
         items = ""
     if not isinstance(items, str | list):
         raise Problem(400, "invalid_input", f"input: expected a text or a list, got {_kind(items)}", param="input")
@@ -288,10 +289,10 @@ def _longest(inputs: Any) -> int:
 
 def _refuse_two_previous(body: bytes) -> None:
     """Problem 400 where it is said twice from which response to go on: an expert may take another of them than is looked up."""
-    if body.count(_PREVIOUS.encode()) < 2 and not _ESCAPED.search(body):
+    if body.count(PREVIOUS.encode()) < 2 and not _ESCAPED.search(body):
         return
-    if sum(name == _PREVIOUS for name, _, _ in _top_level(body.decode())) > 1:
-        raise Problem(400, "repeated_field", f"{_PREVIOUS}: expected it once, got it twice", param=_PREVIOUS)
+    if sum(name == PREVIOUS for name, _, _ in _top_level(body.decode())) > 1:
+        raise Problem(400, "repeated_field", f"{PREVIOUS}: expected it once, got it twice", param=PREVIOUS)
 
 
 def _previous(request: Mapping[str, Any], routed: Collection[str]) -> str:
@@ -300,14 +301,14 @@ def _previous(request: Mapping[str, Any], routed: Collection[str]) -> str:
         message = "background: expected false; a response is given while the client waits, and nobody could ask for it later"
         raise Problem(400, "background_not_possible", message, param="background")
     if request["model"] not in routed:
-        named = request.get(_PREVIOUS)
+        named = request.get(PREVIOUS)
         return named if isinstance(named, str) else ""
     if name := next((name for name in _ELSEWHERE if request.get(name)), ""):
         message = f"{name}: it is kept by one expert, and the gateway does not know by whom; name that expert as the model"
         raise Problem(400, "auto_not_possible", message, param=name)
-    previous = request.get(_PREVIOUS)
+    previous = request.get(PREVIOUS)
     if previous is not None and not isinstance(previous, str):
-        raise Problem(400, "invalid_type", f"{_PREVIOUS}: expected the id of a response, got {_kind(previous)}", param=_PREVIOUS)
+        raise Problem(400, "invalid_type", f"{PREVIOUS}: expected the id of a response, got {_kind(previous)}", param=PREVIOUS)
     return previous or ""
 
 

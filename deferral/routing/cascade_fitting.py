@@ -152,7 +152,7 @@ def gain_over(old: Cascade, answers: Answered, error: float, *, seed: int = 0) -
     for one more answer of the new one's choice that was wrong, or of the old one's that was right, where they differ: of the few
     that were explored, of heavy weight each, none may be, by luck.  It is infinite where one of the choices was never seen.
     """
-    query, (*_, new, before) = _cross_fitted(answers, np.array([error]), seed, old)
+    query, (new, before) = _cross_fitted(answers, np.array([error]), seed, old)
     differ = new[1] != before[1]
     saved = np.bincount(query, before[0] - new[0]) / np.bincount(query)
     gain, half = mean_and_half(saved)
@@ -174,7 +174,7 @@ def _cross_fitted(
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     """The numbers of the queries, and the costs of each answer by what was learned from those to the other folds of queries.
 
-    With an old cascade also what is taken by the new one, and by that, at the first of the prices of an error.
+    With an old cascade instead what is taken by the new one, and by that, at the first of the prices of an error.
     """
     known = answers.mask.any(1)
     if known.sum() < _FEWEST:
@@ -192,8 +192,10 @@ def _cross_fitted(
     for number in range(FOLDS):
         rest, held = answers.rows(np.flatnonzero(fold != number)), answers.rows(np.flatnonzero(fold == number))
         guess, new = _guess(rest, held), Cascade(answers.experts, answers.first, _learned(rest, seed), _nothing(errors))
-        costs = _costs(new, held, guess, errors)
-        parts.append(costs if old is None else (*costs, *(_taken(one, held, guess, errors[0]) for one in (new, old))))
+        if old is None:
+            parts.append(_costs(new, held, guess, errors))
+        else:
+            parts.append(tuple(_taken(one, held, guess, errors[0]) for one in (new, old)))
     order = np.concatenate([np.flatnonzero(fold == number) for number in range(FOLDS)])
     return query[order], [np.concatenate(part, axis=1) for part in zip(*parts, strict=True)]
 
