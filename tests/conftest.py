@@ -154,3 +154,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("cuda"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="module")
+def adders() -> Iterator[dict[str, Any]]:
+    """Experts that add, and a judge."""
+    from tests.asked_servers import adding_experts
+
+    with adding_experts() as experts:
+        yield experts
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    """A file of additions, with references."""
+    from tests.asked_servers import additions
+
+    return additions(tmp_path / "questions.jsonl")

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,19 +19,8 @@ from deferral.gateway.asking import Result, ask_all
 from deferral.gateway.experts_file import Expert
 from deferral.gateway.grading import by_rule
 from deferral.routing import Router, read_log
-from tests.asked_servers import adding_experts, additions, experts_file, lines_of, written
+from tests.asked_servers import experts_file, lines_of, written
 from tests.faulty_upstream import Upstream
-
-
-@pytest.fixture(scope="module")
-def adders() -> Iterator[dict[str, Expert]]:
-    with adding_experts() as experts:
-        yield experts
-
-
-@pytest.fixture
-def questions(tmp_path: Path) -> Path:
-    return additions(tmp_path / "questions.jsonl")
 
 
 def test_from_a_file_of_questions_to_a_router(adders: dict[str, Expert], questions: Path, tmp_path: Path, capsys) -> None:

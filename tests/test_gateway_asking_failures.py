@@ -16,14 +16,9 @@ from starlette.routing import Route
 from deferral.gateway.answer_files import read_answers, read_questions
 from deferral.gateway.asking import ask_all
 from deferral.gateway.experts_file import Expert
-from tests.asked_servers import Scripted, additions, says, written
+from tests.asked_servers import Scripted, says, written
 from tests.faulty_upstream import Upstream, closed_port
 from tests.served_app import served
-
-
-@pytest.fixture
-def questions(tmp_path: Path) -> Path:
-    return additions(tmp_path / "questions.jsonl")
 
 
 def test_a_failing_expert_holds_nobody_up_and_is_asked_again(questions: Path, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,19 +13,8 @@ from deferral.gateway.asking import ask_all
 from deferral.gateway.experts_file import Expert
 from deferral.gateway.grading import by_field, by_judge, by_rule
 from deferral.routing import read_log
-from tests.asked_servers import Scripted, adding_experts, additions, experts_file, lines_of, says, written
+from tests.asked_servers import Scripted, experts_file, lines_of, says, written
 from tests.faulty_upstream import Upstream
-
-
-@pytest.fixture(scope="module")
-def adders() -> Iterator[dict[str, Expert]]:
-    with adding_experts() as experts:
-        yield experts
-
-
-@pytest.fixture
-def questions(tmp_path: Path) -> Path:
-    return additions(tmp_path / "questions.jsonl")
 
 
 def test_of_who_reports_log_probabilities_the_confidence_is_logged(tmp_path: Path) -> None:
