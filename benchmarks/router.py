@@ -260,10 +260,11 @@ def command(encoder: Path | None, largest: int, out: Path) -> None:
         for rows in (size for size in SIZES if size <= largest):
             fits.append(_alone(learning, rows, 10))
             keep(fit=fits)
-        draw(fits, PICTURE)
+        picture = PICTURE if out == RESULTS else out.with_suffix(".png")
+        draw(fits, picture)
     record["load_after"] = os.getloadavg()
     keep()
-    click.echo(f"wrote {out.name} and {PICTURE.name}")
+    click.echo(f"wrote {out.name} and {picture.name}")
 
 
 def show(title: str, lines: list[dict]) -> None:
